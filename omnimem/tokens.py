@@ -1,0 +1,125 @@
+"""The tokens that one layer remembers, and the legend of axis letters used by every shape in this package.
+
+batch    streams of one layout that share a pass
+tokens   tokens of a memory, of a chunk, or of both (the pool), in order of arrival
+queries  tokens that attend
+keys     tokens attended to
+heads    query heads;  kv_heads  key-value heads
+dim      width of one head;  width  width of the residual stream;  feature  width of the redundancy feature
+axes     the three axes of a position: time, height, width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Self, final
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """What a token is; text is never evicted (release, method 1.5)."""
+
+    TEXT = 0
+    AUDIO = 1
+    VISUAL = 2
+
+
+EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What one layer remembers of some tokens: keys after RoPE, values, and what selection needs to judge them.
+
+    `gate` is the additive attention bias of softened selection: 0 for hard selection and for text.
+    """
+
+    keys: Float[Tensor, "batch kv_heads tokens dim"]
+    values: Float[Tensor, "batch kv_heads tokens dim"]
+    positions: Int[Tensor, "batch axes tokens"]
+    modality: Int8[Tensor, "batch tokens"]
+    order: Int[Tensor, "batch tokens"]  # arrival number in the stream, from 0
+    importance: Float[Tensor, "batch tokens"]  # accumulated attention mass, float32
+    novelty: Float[Tensor, "batch tokens"]  # 1 - redundancy as judged at arrival, float32
+    feature: Float[Tensor, "batch tokens feature"]  # what redundancy is judged on
+    gate: Float[Tensor, "batch tokens"]
+
+    @property
+    def count(self) -> int:
+        """Number of tokens per stream."""
+        return self.modality.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values and of all side state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of the keys and values alone."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors in the order of the fields; `Tokens.of` is the inverse."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        """Tokens from the flat tensors of `tensors()`."""
+        return cls(**{field.name: tensor for field, tensor in zip(fields(cls), tensors, strict=True)})
+
+    def gather(self, index: Int[Tensor, "batch kept"]) -> Self:
+        """The tokens at `index`, each stream by its own row."""
+        return type(self).of(
+            [
+                tensor.gather(axis, _expand(index, tensor, axis))
+                for tensor, axis in zip(self.tensors(), TOKEN_AXES, strict=True)
+            ]
+        )
+
+    def cat(self, later: Self) -> Self:
+        """These tokens followed by `later`."""
+        pairs = zip(self.tensors(), later.tensors(), TOKEN_AXES, strict=True)
+        return type(self).of([torch.cat([a, b], dim=axis) for a, b, axis in pairs])
+
+
+TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1)  # the axis of `tokens` in each field
+
+
+def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:
+    """`index` broadcast over every axis of `like` but the batch and the token axis, as `gather` wants it."""
+    shape = [1] * like.ndim
+    shape[0], shape[axis] = index.shape
+    target = list(like.shape)
+    target[axis] = index.shape[1]
+    return index.view(shape).expand(target)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DeepStack:
+    """Extra visual features that some text models add after their first layers (Qwen3-VL, Qwen3-Omni)."""
+
+    mask: Tensor  # batch tokens, bool: where the visual tokens stand
+    features: tuple[Tensor, ...]  # one a level: visual tokens of the whole batch x width
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A stretch of the stream, ready for the text model: embeddings, 3-axis positions and modality of each token."""
+
+    embeddings: Float[Tensor, "batch tokens width"]
+    positions: Int[Tensor, "batch axes tokens"]
+    modality: Int8[Tensor, "batch tokens"]
+    seconds: float = 0.0  # stream time at the end of the chunk
+    deepstack: DeepStack | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of tokens per stream."""
+        return self.modality.shape[1]
