@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Sets the project up on a fresh machine and runs it. May be repeated: what is there already is kept.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
+usage() {
+    cat >&2 <<'TEXT'
+usage: ./launch.sh demo                         make the recall data, fine-tune, evaluate, compare (CPU, minutes)
+       ./launch.sh test [--quick]               lint, types, layers, tests; --quick leaves out the slow tests
+       ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
+TEXT
+    exit 2
+}
+
+# --- processes: each step has a process group of its own, because `deepspeed` alone leaves its ranks behind when it is killed
+
+child=""
+
+end_group() { # $1: process group; TERM first, KILL after 10 s
+    kill -TERM -- "-$1" 2>/dev/null || return 0
+    for _ in {1..100}; do
+        kill -0 -- "-$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -KILL -- "-$1" 2>/dev/null || true
+}
+
+stop() { # $1: number of the signal
+    trap '' INT TERM HUP
+    [ -z "$child" ] || end_group "$child"
+    exit "$((128 + $1))"
+}
+trap 'stop 1' HUP
+trap 'stop 2' INT
+trap 'stop 15' TERM
+
+run() { # a command in a process group of its own; returns its exit code
+    local status=0
+    set -m
+    "$@" </dev/null &
+    child=$!
+    set +m
+    wait "$child" || status=$?
+    end_group "$child"
+    child=""
+    return "$status"
+}
+
+# --- installation
+
+find_python() {
+    local name
+    for name in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "launch.sh: no Python >= 3.11 with the venv module; install one (apt install python3.11-venv) or set PYTHON=/path/to/python" >&2
+    exit 2
+}
+
+cpu_index() { # without a GPU the CPU build of torch spares gigabytes of CUDA; asked for only where it can be reached
+    local url=https://download.pytorch.org/whl/cpu
+    if ! command -v nvidia-smi >/dev/null && curl -fsI --max-time 5 "$url/torch/" >/dev/null 2>&1; then
+        echo "--extra-index-url=$url"
+    fi
+}
+
+activate() {
+    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+}
+
+setup() { # creates .venv and installs what is missing; nothing to do while the requirements stay the same
+    local python wanted
+    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+        if [ ! -x .venv/bin/python ]; then
+            python=$(find_python)
+            "$python" -m venv .venv
+        fi
+        # torch first and alone: its exact pin takes a CPU build where the index offers one
+        # shellcheck disable=SC2046
+        run .venv/bin/python -m pip install -q $(cpu_index) "$(grep '^torch==' constraints.txt)"
+        run .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+        echo "$wanted" >.venv/installed
+    fi
+    activate
+}
+
+# --- commands
+
+demo() {
+    [ $# -eq 0 ] || usage
+    setup
+    run python data_prep/synthesize.py --out data/recall
+    run deepspeed train/finetune.py --config tiny.yaml --resume auto
+    run python train/compare.py runs/tiny --out runs/tiny/compare
+    echo "report: $PWD/runs/tiny/compare/report.html"
+}
+
+failed=()
+check() {
+    echo "== $*"
+    run "$@" || failed+=("$*")
+}
+
+tests() {
+    local selection=()
+    case "$*" in
+        "") ;;
+        --quick) selection=(-m "not slow") ;;
+        *) usage ;;
+    esac
+    setup
+    check ruff check
+    check ruff format --check
+    check pyright
+    check lint-imports
+    check python -m pytest ${selection[@]+"${selection[@]}"}
+    if [ ${#failed[@]} -gt 0 ]; then
+        printf 'FAILED: %s\n' "${failed[@]}"
+        exit 1
+    fi
+    echo "all checks passed"
+}
+
+finetune() {
+    [ $# -ge 1 ] || usage
+    local config=$1
+    shift
+    [ ! -x .venv/bin/deepspeed ] || activate
+    if ! command -v deepspeed >/dev/null; then
+        echo "launch.sh: deepspeed is not installed; run ./launch.sh test --quick once, or: pip install -c constraints.txt -e ." >&2
+        exit 2
+    fi
+    run deepspeed train/finetune.py --config "$config" "$@"
+}
+
+[ $# -ge 1 ] || usage
+command=$1
+shift
+case "$command" in
+    demo) demo "$@" ;;
+    test) tests "$@" ;;
+    finetune) finetune "$@" ;;
+    *) usage ;;
+esac
