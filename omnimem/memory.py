@@ -1,0 +1,87 @@
+"""The memory of all layers: a value, never changed in place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from omnimem.tokens import Modality, Tokens
+
+FIELDS = len(fields(Tokens))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an empty memory must know of a text model."""
+
+    layers: int
+    kv_heads: int
+    dim: int  # of one head
+    width: int  # of the residual stream
+    feature: int  # of the redundancy feature
+    dtype: torch.dtype
+    device: torch.device
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What every layer remembers of the streams of one batch; empty at the start of a stream."""
+
+    layers: tuple[Tokens, ...]
+
+    @classmethod
+    def empty(cls, shape: Shape, batch: int) -> Self:
+        """A memory without tokens."""
+        numbers = {"dtype": shape.dtype, "device": shape.device}
+        exact = {"dtype": torch.float32, "device": shape.device}
+        whole = {"dtype": torch.long, "device": shape.device}
+        tokens = Tokens(
+            keys=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
+            values=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
+            positions=torch.zeros(batch, 3, 0, **whole),
+            modality=torch.zeros(batch, 0, dtype=torch.int8, device=shape.device),
+            order=torch.zeros(batch, 0, **whole),
+            importance=torch.zeros(batch, 0, **exact),
+            novelty=torch.zeros(batch, 0, **exact),
+            feature=torch.zeros(batch, 0, shape.feature, **numbers),
+            gate=torch.zeros(batch, 0, **exact),
+        )
+        return cls(layers=(tokens,) * shape.layers)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of all layers, flat; `Memory.of` is the inverse."""
+        return tuple(tensor for layer in self.layers for tensor in layer.tensors())
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Self:
+        """A memory from the flat tensors of `tensors()`."""
+        rows = (tensors[first : first + FIELDS] for first in range(0, len(tensors), FIELDS))
+        return cls(layers=tuple(Tokens.of(row) for row in rows))
+
+    @property
+    def batch(self) -> int:
+        """Number of streams that share the pass."""
+        return self.layers[0].modality.shape[0]
+
+    def counts(self) -> list[dict[Modality, int]]:
+        """Tokens per modality of each layer; equal for all streams of the batch."""
+        return [{kind: int((layer.modality[0] == kind).sum()) for kind in Modality} for layer in self.layers]
+
+    @property
+    def entries(self) -> int:
+        """Audio and visual entries per stream, summed over the layers: what the budget bounds."""
+        return sum(int((layer.modality[0] != Modality.TEXT).sum()) for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per stream with text and all side state."""
+        return sum(layer.bytes for layer in self.layers) // self.batch
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes per stream of keys and values alone."""
+        return sum(layer.key_value_bytes for layer in self.layers) // self.batch

@@ -1,0 +1,19 @@
+"""A control: the most recent tokens stay."""
+
+from dataclasses import dataclass
+from typing import final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from omnimem.scoring.base import AbstractScorer
+from omnimem.view import LayerView
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recency(AbstractScorer):
+    """Score = arrival number: a window of the recent N (baselines, recent-N)."""
+
+    def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
+        return view.order.float()

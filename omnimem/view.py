@@ -1,0 +1,115 @@
+"""LayerView: all that a scorer may see of a layer after a chunk. There is no field for the question."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+from torch.nn import functional as F
+
+from omnimem.attention import blocked
+from omnimem.tokens import Tokens
+
+FLOOR = 1e-6  # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """How importance and redundancy are measured; `paper` and `released` of `policies` differ in these."""
+
+    heads: blocked.HeadMean = "probabilities"  # mean over heads of the probabilities, or of the logits (release)
+    carry: Literal["sum", "halve"] = "sum"  # across chunks: old + new, or (old + new) / 2 (release)
+    neighbours: Literal["pool", "arrival"] = "pool"  # judged again in the pool at every eviction, or once at arrival
+    of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
+    ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
+    feature: int | None = None  # width of the fixed random projection redundancy is judged on; None: the exact state
+    gradient: Literal["redundancy", "both", "none"] = "redundancy"  # what of the score carries gradient in training
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LayerView:
+    """The pool [memory ; chunk] of one layer, with attention mass and redundancy computed on demand.
+
+    importance, redundancy and novelty are float32 and clamped to >= 1e-6 whatever the precision of the model.
+    """
+
+    pool: Tokens  # memory followed by the chunk; importance and novelty of the chunk are still 0
+    new: int  # tokens of the chunk, the last ones of the pool
+    queries: Float[Tensor, "batch heads queries dim"]  # of the chunk, after RoPE
+    scale: float
+    measures: Measures
+
+    @property
+    def modality(self) -> Int8[Tensor, "batch tokens"]:
+        """Modality of each token of the pool."""
+        return self.pool.modality
+
+    @property
+    def order(self) -> Int[Tensor, "batch tokens"]:
+        """Arrival number of each token of the pool."""
+        return self.pool.order
+
+    @cached_property
+    def mass(self) -> Float[Tensor, "batch tokens"]:
+        """Attention received from the chunk's queries (sum over queries, mean over heads), float32."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.measures.gradient == "both"):
+            gate = self.pool.gate if bool(self.pool.gate.requires_grad) else None
+            return blocked.mass(self.queries, self.pool.keys, scale=self.scale, gate=gate, heads=self.measures.heads)
+
+    @cached_property
+    def importance(self) -> Float[Tensor, "batch tokens"]:
+        """a_k over all chunks so far: the carried value of a memory token joined with the new mass."""
+        old = self.pool.importance
+        if self.measures.carry == "sum":
+            total = old + self.mass
+        else:
+            kept = old.shape[1] - self.new
+            total = torch.cat([(old[:, :kept] + self.mass[:, :kept]) / 2, self.mass[:, kept:]], dim=1)
+        return total.clamp_min(FLOOR)
+
+    @cached_property
+    def novelty(self) -> Float[Tensor, "batch tokens"]:
+        """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
+        if self.measures.gradient == "none":
+            with torch.no_grad():
+                return self._novelty()
+        return self._novelty()
+
+    def _novelty(self) -> Float[Tensor, "batch tokens"]:
+        kept = self.pool.count - self.new
+        if self.measures.neighbours == "pool":
+            return (1 - similarity(self.pool.feature, self.modality, self.measures)).clamp_min(FLOOR)
+        fresh = 1 - similarity(self.pool.feature[:, kept:], self.modality[:, kept:], self.measures)
+        return torch.cat([self.pool.novelty[:, :kept], fresh.clamp_min(FLOOR)], dim=1)
+
+
+def similarity(
+    feature: Float[Tensor, "batch tokens feature"], modality: Int8[Tensor, "batch tokens"], measures: Measures
+) -> Float[Tensor, "batch tokens"]:
+    """s_k = (cos(k-1, k) + cos(k, k+1)) / 2 in float32, in list order or among tokens of one modality."""
+    if measures.of == "sequence":
+        return _neighbour_cosine(feature, None, measures.ends)
+    grouped = modality.to(torch.long).argsort(dim=1, stable=True)
+    sorted_feature = feature.gather(1, grouped[..., None].expand_as(feature))
+    sorted_similarity = _neighbour_cosine(sorted_feature, modality.gather(1, grouped), measures.ends)
+    return torch.zeros_like(sorted_similarity).scatter(1, grouped, sorted_similarity)
+
+
+def _neighbour_cosine(
+    feature: Tensor, kind: Tensor | None, ends: Literal["present", "one"]
+) -> Float[Tensor, "batch tokens"]:
+    """Mean cosine to the neighbour before and after; where `kind` is given, a neighbour of another kind is missing."""
+    unit = F.normalize(feature.float(), dim=-1, eps=1e-12)
+    cosine = (unit[:, :-1] * unit[:, 1:]).sum(-1)
+    there = torch.ones_like(cosine) if kind is None else (kind[:, :-1] == kind[:, 1:]).float()
+    border = torch.zeros_like(unit[:, :1, 0])
+    total = torch.cat([border, cosine * there], 1) + torch.cat([cosine * there, border], 1)
+    count = torch.cat([border, there], 1) + torch.cat([there, border], 1)
+    if ends == "one":
+        return (total + (2 - count)) / 2
+    alone = count == 0  # no neighbour at all: nothing replaces it, so it is not redundant
+    return torch.where(alone, torch.zeros_like(total), total / count.clamp_min(1))
