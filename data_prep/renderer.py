@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_prep.worlds import GRID, SHAPES, VOICES, WORDS, Event, Flicker, World
 
+EDITION = 1  # of what the same world looks and sounds like; files of different editions do not mix
 FRAME_SIZE = 112  # pixels along a side of the picture
 CELL = FRAME_SIZE // GRID
 SPRITE = 24  # pixels along a side of a symbol; the rest of its cell is room to wander
@@ -255,7 +256,7 @@ def word_partials(index: int) -> tuple[float, ...]:
 def voice_waves(rate: int) -> Floats:
     """One second of each voice; its loudness trembles at a rate of its own: [voices, rate]."""
     time = np.arange(rate) / rate
-    envelope = _envelope(time, 0.0, 1.0)
+    envelope = _envelope(time, 0.08, 0.92)
     waves = [
         envelope
         * (1 + 0.25 * np.sin(2 * np.pi * (5 + 0.5 * index) * time))
