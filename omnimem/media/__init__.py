@@ -1,0 +1,23 @@
+"""Media: PyAV decoding by timestamp, resize, patches and mel in torch, and sources that yield a stream in segments."""
+
+from omnimem.media.decode import MediaError, MediaInfo, probe, read_audio, read_frames
+from omnimem.media.mel import LogMel, RunningMel
+from omnimem.media.pixels import patchify, resize, smart_resize
+from omnimem.media.source import FileSource, Geometry, Segment, SourceOptions
+
+__all__ = [
+    "FileSource",
+    "Geometry",
+    "LogMel",
+    "MediaError",
+    "MediaInfo",
+    "RunningMel",
+    "Segment",
+    "SourceOptions",
+    "patchify",
+    "probe",
+    "read_audio",
+    "read_frames",
+    "resize",
+    "smart_resize",
+]
