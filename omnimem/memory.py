@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Memory:
     layers: tuple[Tokens, ...]
 
     @classmethod
-    def empty(cls, shape: Shape, batch: int) -> Self:
+    def empty(cls, shape: Shape, batch: int) -> "Memory":
         """A memory without tokens."""
         numbers = {"dtype": shape.dtype, "device": shape.device}
         exact = {"dtype": torch.float32, "device": shape.device}
@@ -57,7 +57,7 @@ class Memory:
         return tuple(tensor for layer in self.layers for tensor in layer.tensors())
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Self:
+    def of(cls, tensors: Sequence[Tensor]) -> "Memory":
         """A memory from the flat tensors of `tensors()`."""
         rows = (tensors[first : first + FIELDS] for first in range(0, len(tensors), FIELDS))
         return cls(layers=tuple(Tokens.of(row) for row in rows))

@@ -12,7 +12,7 @@ axes     the three axes of a position: time, height, width
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -68,11 +68,11 @@ class Tokens:
         return tuple(getattr(self, field.name) for field in fields(self))
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Self:
+    def of(cls, tensors: Sequence[Tensor]) -> "Tokens":
         """Tokens from the flat tensors of `tensors()`."""
         return cls(**{field.name: tensor for field, tensor in zip(fields(cls), tensors, strict=True)})
 
-    def gather(self, index: Int[Tensor, "batch kept"]) -> Self:
+    def gather(self, index: Int[Tensor, "batch kept"]) -> "Tokens":
         """The tokens at `index`, each stream by its own row."""
         return type(self).of(
             [
@@ -81,7 +81,7 @@ class Tokens:
             ]
         )
 
-    def cat(self, later: Self) -> Self:
+    def cat(self, later: "Tokens") -> "Tokens":
         """These tokens followed by `later`."""
         pairs = zip(self.tensors(), later.tensors(), TOKEN_AXES, strict=True)
         return type(self).of([torch.cat([a, b], dim=axis) for a, b, axis in pairs])

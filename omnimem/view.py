@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from omnimem.attention import blocked
 from omnimem.tokens import Tokens
 
-FLOOR = 1e-6  # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
+FLOOR = (
+    1e-6  # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
+)
 
 
 @final
@@ -57,8 +59,9 @@ class LayerView:
     def mass(self) -> Float[Tensor, "batch tokens"]:
         """Attention received from the chunk's queries (sum over queries, mean over heads), float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.measures.gradient == "both"):
-            gate = self.pool.gate if bool(self.pool.gate.requires_grad) else None
-            return blocked.mass(self.queries, self.pool.keys, scale=self.scale, gate=gate, heads=self.measures.heads)
+            return blocked.mass(
+                self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads
+            )
 
     @cached_property
     def importance(self) -> Float[Tensor, "batch tokens"]:

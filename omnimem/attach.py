@@ -1,0 +1,148 @@
+"""The one seam to transformers' attention: `with attach(text_model) as seam`, and the model is as before afterwards.
+
+An attention function is registered under a name without a mask function, so transformers builds no mask and every
+layer may see keys of its own number. A pre-hook on each decoder layer notes the residual stream that enters it; a
+pre-hook on its attention adds the current step as a keyword that reaches the function. No attribute is set on a module.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, final, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from omnimem.memory import Shape
+from omnimem.tokens import DeepStack
+
+NAME = "omnimem"
+KEYWORD = "omnimem_layer"
+
+
+@runtime_checkable
+class LayerStep(Protocol):
+    """What happens in a layer's attention: sees the layer's input and projections, returns the attention output."""
+
+    def __call__(
+        self,
+        layer: int,
+        states: Float[Tensor, "batch queries width"],
+        queries: Float[Tensor, "batch heads queries dim"],
+        keys: Float[Tensor, "batch kv_heads queries dim"],
+        values: Float[Tensor, "batch kv_heads queries dim"],
+        scale: float,
+    ) -> Float[Tensor, "batch heads queries dim"]: ...
+
+
+@final
+@dataclass(frozen=True)
+class _Layer:
+    """What the pre-hook hands to the attention function."""
+
+    step: LayerStep
+    number: int
+    states: Tensor
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [batch, heads, queries, dim] in, [batch, queries, heads, dim] out."""
+    layer: _Layer = kwargs[KEYWORD]
+    output = layer.step(layer.number, layer.states, query, key, value, scaling)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@final
+class Seam:
+    """A text model whose layers read and write a memory of ours."""
+
+    def __init__(self, text_model: PreTrainedModel) -> None:
+        self.text_model = text_model
+        self.shape = shape_of(text_model)
+        self._step: LayerStep | None = None
+        self._states: Tensor | None = None
+
+    def run(
+        self,
+        step: LayerStep,
+        embeddings: Float[Tensor, "batch queries width"],
+        positions: Int[Tensor, "batch axes queries"],
+        deepstack: DeepStack | None = None,
+    ) -> Float[Tensor, "batch queries width"]:
+        """Final hidden states of one pass in which every layer's attention is `step`."""
+        extra: dict[str, Any] = {}
+        if deepstack is not None:
+            extra = {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
+        outer, self._step = self._step, step
+        try:
+            result = self.text_model(
+                inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
+            )
+        finally:
+            self._step, self._states = outer, None
+        return result.last_hidden_state
+
+    def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """Embeddings of token ids."""
+        return self.text_model.get_input_embeddings()(ids)
+
+    def note_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of a decoder layer: its input is what redundancy is judged on."""
+        self._states = args[0] if args else kwargs["hidden_states"]
+
+    def hand_over(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Pre-hook of the attention of layer `number`."""
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if self._step is None or self._states is None:
+                raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
+            return args, {**kwargs, KEYWORD: _Layer(self._step, number, self._states)}
+
+        return hook
+
+
+def shape_of(text_model: PreTrainedModel) -> Shape:
+    """Sizes of the memory of a text model; the redundancy feature is the exact layer input unless a policy projects."""
+    config = text_model.config
+    weight = text_model.get_input_embeddings().weight
+    dim = config.head_dim if "head_dim" in config.to_dict() else None
+    return Shape(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        dim=dim or config.hidden_size // config.num_attention_heads,
+        width=config.hidden_size,
+        feature=config.hidden_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+@contextmanager
+def attach(text_model: PreTrainedModel) -> Iterator[Seam]:
+    """The text model with our attention inside the block; its implementation and hooks are restored after it."""
+    before = text_model.config._attn_implementation
+    AttentionInterface.register(NAME, _attention)
+    seam = Seam(text_model)
+    handles = []
+    try:
+        text_model.set_attn_implementation(NAME)
+        for number, layer in enumerate(text_model.layers):
+            handles.append(layer.register_forward_pre_hook(seam.note_states, with_kwargs=True))
+            handles.append(layer.self_attn.register_forward_pre_hook(seam.hand_over(number), with_kwargs=True))
+        yield seam
+    finally:
+        for handle in handles:
+            handle.remove()
+        text_model.set_attn_implementation(before)

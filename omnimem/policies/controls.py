@@ -1,0 +1,31 @@
+"""Controls: what any memory method must beat at the same entries."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from omnimem.budget import Budget
+from omnimem.policy import Policy
+from omnimem.scoring import AbstractScorer, Random, Recency, Uniform
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ControlOptions:
+    """Selection that does not look at the content: the recent tokens, tokens at random, or tokens spread evenly."""
+
+    name: Literal["random", "recency", "uniform"]
+    seed: int = 0  # of the random control
+
+    @property
+    def lends(self) -> bool:
+        """Unused slots of one modality go to the other."""
+        return True
+
+    def build(self, budget: Budget | None) -> Policy:
+        """The policy at a budget; None: full memory."""
+        scorers: dict[str, AbstractScorer] = {
+            "random": Random(seed=self.seed),
+            "recency": Recency(),
+            "uniform": Uniform(),
+        }
+        return Policy(name=self.name, scorer=scorers[self.name], budget=budget)

@@ -1,0 +1,64 @@
+"""OmniMem: as we run it, as printed and as released."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, final
+
+from omnimem.attention.blocked import HeadMean
+from omnimem.budget import Budget
+from omnimem.policy import Policy
+from omnimem.scoring import Perturbation
+from omnimem.view import Measures
+
+PAPER: dict[str, Any] = {
+    "sharpness": 0.02,
+    "novelty_power": 1.0,
+    "heads": "probabilities",
+    "carry": "sum",
+    "neighbours": "pool",
+    "of": "sequence",
+    "ends": "present",
+    "feature": None,
+}
+RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
+OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival"}
+PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released": RELEASED}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class PerturbationOptions:
+    """`name` chooses a preset; any other field given replaces the preset's value.
+
+    paper     eqs. 8-10 as printed: softmax per head, masses summed over chunks, (1 - s) to the power 1
+    released  what the authors' code does: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s),
+              a missing neighbour counts as cosine 1, no lending between modalities (method 1.6-1.8 and 8)
+    omnimem   our default: the printed score with redundancy judged once, at arrival, so that copies of one needle do
+              not become neighbours in the pool and fall together
+    """
+
+    name: Literal["omnimem", "paper", "released"] = "omnimem"
+    sharpness: float | None = None
+    novelty_power: float | None = None
+    heads: HeadMean | None = None
+    carry: Literal["sum", "halve"] | None = None
+    neighbours: Literal["pool", "arrival"] | None = None
+    of: Literal["sequence", "modality"] | None = None
+    ends: Literal["present", "one"] | None = None
+    feature: int | None = None
+
+    @property
+    def lends(self) -> bool:
+        """Whether unused slots of one modality go to the other; the release wastes them."""
+        return self.name != "released"
+
+    def build(self, budget: Budget | None) -> Policy:
+        """The policy at a budget; None: full memory."""
+        given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        chosen = {**PRESETS[self.name], **given}
+        measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
+        return Policy(
+            name=self.name,
+            scorer=Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"]),
+            budget=budget,
+            measures=Measures(**measured),
+        )

@@ -1,0 +1,61 @@
+"""Policy: score, allocate, select, commit; the object used in training IS the one used in evaluation."""
+
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from omnimem.budget import Budget
+from omnimem.scoring import AbstractScorer
+from omnimem.selection import Room, select
+from omnimem.tokens import Tokens
+from omnimem.view import LayerView, Measures
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a layer keeps after each chunk: the highest scores of each modality within the layer's slots."""
+
+    name: str
+    scorer: AbstractScorer
+    budget: Budget | None  # None: full memory, nothing is evicted
+    measures: Measures = field(default_factory=Measures)
+
+    def with_budget(self, budget: Budget | None) -> "Policy":
+        """The same policy at another budget."""
+        return replace(self, budget=budget)
+
+    def room(self, layer: int) -> Room | None:
+        """Slots of one layer; None: unlimited."""
+        if self.budget is None:
+            return None
+        audio, visual = self.budget.layer(layer)
+        return Room(audio=audio, visual=visual, split=self.budget.split, lend=self.budget.lend)
+
+    def keep(self, layer: int, view: LayerView, temperature: float | None = None) -> Tokens:
+        """The layer's memory after the chunk in `view`; with a temperature, selection is softened (training)."""
+        room = self.room(layer)
+        if room is None:
+            return view.pool
+        pool = self._observed(view)
+        selected = select(self.scorer(view), view.modality, room, temperature)
+        kept = pool.gather(selected.index)
+        return kept if selected.gate is None else replace(kept, gate=kept.gate + selected.gate)
+
+    def _observed(self, view: LayerView) -> Tokens:
+        """The pool with what this chunk taught about its tokens."""
+        pool = view.pool
+        if self.scorer.needs_importance:
+            pool = replace(pool, importance=view.importance)
+        if self.scorer.needs_novelty:
+            pool = replace(pool, novelty=view.novelty)
+        return pool
+
+
+def projection(width: int, feature: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed random projection width -> feature (Johnson-Lindenstrauss): cosines survive to about 1 / sqrt(feature)."""
+    generator = torch.Generator().manual_seed(2606_07577)
+    matrix = torch.randn(width, feature, generator=generator) / feature**0.5
+    return matrix.to(dtype=dtype, device=device)

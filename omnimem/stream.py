@@ -1,0 +1,292 @@
+"""Stream: feed chunks, ask questions on a fork, at any time; the same object in training and in evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, final, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from omnimem.attach import Seam
+from omnimem.attention.blocked import MEMORY, Segments, attend
+from omnimem.memory import Memory
+from omnimem.policy import Policy, projection
+from omnimem.tokens import Chunk, Modality, Tokens
+from omnimem.view import LayerView
+
+PADDING = -1  # segment of padding in a packed pass
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a stream is cut and read."""
+
+    fps: float = 1.0
+    max_pixels: int = 176_400  # per frame: 420 x 420, as in the release
+    min_pixels: int = 3_136
+    chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
+    tracks: Literal["both", "video", "audio"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0:
+            raise ValueError(f"fps = {self.fps} must be above 0; 1 is the release's setting")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels = {self.min_pixels} exceeds max_pixels = {self.max_pixels}; lower it")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Packed questions of each stream, to be read at the end of what was fed."""
+
+    ids: Int[Tensor, "batch tokens"]
+    segments: Int[Tensor, "batch tokens"]  # number of the question; PADDING where a row is shorter
+    offsets: Int[Tensor, "batch tokens"]  # position relative to the first one after the stream
+    labels: Int[Tensor, "batch tokens"] | None = None  # the token each row should predict next; -100: none
+
+
+Recorder = Callable[[int, LayerView], None]
+
+
+@runtime_checkable
+class Carry(Protocol):
+    """How a memory passes from chunk to chunk; `tuning.gradient` has the ways that matter in training."""
+
+    def __call__(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory: ...
+
+
+def carry_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
+    """The step itself, nothing recomputed."""
+    return step(memory, embeddings)
+
+
+@final
+class _ReadChunk:
+    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it."""
+
+    def __init__(self, stream: "Stream", memory: Memory, chunk: Chunk) -> None:
+        self.stream, self.memory, self.chunk = stream, memory, chunk
+        self.kept: dict[int, Tokens] = {}
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        stream = self.stream
+        pool = self.memory.layers[layer].cat(self._fresh(states, keys, values))
+        gate = pool.gate if stream.temperature is not None else None
+        output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
+        view = LayerView(pool=pool, new=self.chunk.count, queries=queries, scale=scale, measures=stream.policy.measures)
+        if stream.recorder is not None:
+            stream.recorder(layer, view)
+        self.kept[layer] = stream.policy.keep(layer, view, stream.temperature)
+        return output
+
+    def _fresh(self, states: Tensor, keys: Tensor, values: Tensor) -> Tokens:
+        """The chunk as this layer will remember it."""
+        batch, count = self.chunk.modality.shape
+        zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
+        arrival = torch.arange(count, device=keys.device) + self.stream.fed
+        return Tokens(
+            keys=keys,
+            values=values,
+            positions=self.chunk.positions,
+            modality=self.chunk.modality,
+            order=arrival.expand(batch, count),
+            importance=zeros,
+            novelty=zeros,
+            feature=self.stream.feature(states),
+            gate=zeros,
+        )
+
+
+@final
+class _ReadQuestions:
+    """A layer step: packed questions attend to the memory and to their own segment; the memory stays as it is."""
+
+    def __init__(self, memory: Memory, segments: Tensor, before: "Reading | None", gated: bool) -> None:
+        self.memory, self.segments, self.before, self.gated = memory, segments, before, gated
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        kept = self.memory.layers[layer]
+        asked = self.segments
+        if self.before is not None:
+            keys = torch.cat([self.before.keys[layer], keys], dim=2)
+            values = torch.cat([self.before.values[layer], values], dim=2)
+            asked = torch.cat([self.before.segments, asked], dim=1)
+        self.keys[layer], self.values[layer] = keys, values
+        open_to_all = torch.full_like(kept.order, MEMORY)
+        zeros = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float32, device=keys.device)
+        return attend(
+            queries,
+            torch.cat([kept.keys, keys], dim=2),
+            torch.cat([kept.values, values], dim=2),
+            scale=scale,
+            gate=torch.cat([kept.gate, zeros], dim=1) if self.gated else None,
+            segments=Segments(queries=self.segments, keys=torch.cat([open_to_all, asked], dim=1)),
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Questions read so far: final hidden states of the last tokens read, and the keys and values to go on from."""
+
+    hidden: Float[Tensor, "batch tokens width"]
+    segments: Int[Tensor, "batch read"]
+    offsets: Int[Tensor, "batch read"]
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the memory of a stream took, per stream; entries are audio and visual tokens summed over the layers."""
+
+    peak_entries: int = 0  # right before an eviction: memory and chunk
+    kept_entries: int = 0  # most after an eviction
+    bytes: int = 0  # most after an eviction: keys, values, text and side state
+    tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
+
+
+@final
+class Stream:
+    """A batch of streams of one layout, each with a memory of its own."""
+
+    def __init__(
+        self,
+        seam: Seam,
+        policy: Policy,
+        *,
+        batch: int = 1,
+        temperature: float | None = None,
+        carry: Carry = carry_directly,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """An empty stream; a temperature softens selection and carries its gate (training only)."""
+        self.seam, self.policy, self.temperature = seam, policy, temperature
+        self.carry, self.recorder = carry, recorder
+        self._projection = self._feature_projection()
+        shape = seam.shape
+        width = shape.feature if self._projection is None else self._projection.shape[1]
+        self.memory = Memory.empty(replace(shape, feature=width), batch)
+        self.fed = 0  # tokens fed so far
+        self.next_position = 0
+        self.usage = Usage()
+
+    def _feature_projection(self) -> Tensor | None:
+        """None: the exact state; a matrix without columns where nothing judges redundancy."""
+        shape, wanted = self.seam.shape, self.policy.measures.feature
+        judged = self.policy.scorer.needs_novelty and self.policy.budget is not None
+        if not judged and self.recorder is None:
+            wanted = 0
+        if wanted is None or wanted >= shape.width:
+            return None
+        return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
+
+    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
+        """What redundancy of these states is judged on."""
+        return states if self._projection is None else states @ self._projection
+
+    def feed(self, chunk: Chunk) -> None:
+        """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
+
+        def step(memory: Memory, embeddings: Tensor) -> Memory:
+            reader = _ReadChunk(self, memory, chunk)
+            self.seam.run(reader, embeddings, chunk.positions, chunk.deepstack)
+            return Memory(layers=tuple(reader.kept[layer] for layer in range(len(memory.layers))))
+
+        before = self.memory.entries
+        self.memory = self.carry(step, self.memory, chunk.embeddings)
+        self._account(chunk, before)
+
+    def _account(self, chunk: Chunk, before: int) -> None:
+        arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
+        pool = before + sum(arrived[1:]) * len(self.memory.layers)
+        self.fed += chunk.count
+        self.next_position = max(self.next_position, int(chunk.positions.max()) + 1)
+        text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
+        self.usage = Usage(
+            peak_entries=max(self.usage.peak_entries, pool),
+            kept_entries=max(self.usage.kept_entries, self.memory.entries),
+            bytes=max(self.usage.bytes, self.memory.bytes),
+            tokens_in=(text, audio, visual),
+        )
+
+    def fork(self) -> "Stream":
+        """A stream with the same past; what is fed to one is not seen by the other."""
+        twin = Stream(
+            self.seam,
+            self.policy,
+            batch=self.memory.batch,
+            temperature=self.temperature,
+            carry=self.carry,
+            recorder=self.recorder,
+        )
+        twin.memory, twin.fed, twin.next_position, twin.usage = self.memory, self.fed, self.next_position, self.usage
+        return twin
+
+    def ask(self, prompt: Prompt, before: Reading | None = None) -> Reading:
+        """Read packed questions (or, after `before`, their continuation); the memory stays as it is."""
+        reader = _ReadQuestions(self.memory, prompt.segments, before, self.temperature is not None)
+        positions = (prompt.offsets + self.next_position)[:, None, :].expand(-1, 3, -1)
+        hidden = self.seam.run(reader, self.seam.embed(prompt.ids), positions)
+        past = () if before is None else (before,)
+        return Reading(
+            hidden=hidden,
+            segments=torch.cat([*(reading.segments for reading in past), prompt.segments], dim=1),
+            offsets=torch.cat([*(reading.offsets for reading in past), prompt.offsets], dim=1),
+            keys=reader.keys,
+            values=reader.values,
+        )
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompt: Prompt,
+        head: Callable[[Tensor], Tensor],
+        *,
+        stop: Sequence[int],
+        max_new_tokens: int,
+    ) -> list[list[list[int]]]:
+        """Greedy answers: for each stream and question the new token ids, without the stop token."""
+        reading = self.ask(prompt)
+        last, offsets = _last_of_each(prompt)
+        logits = head(reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1])))
+        numbers = torch.arange(last.shape[1], device=last.device).expand_as(last)
+        ends = torch.tensor(list(stop), device=last.device)
+        written: list[Tensor] = []
+        done = offsets < 0  # rows with fewer questions than the longest
+        for step in range(max_new_tokens):
+            ids = logits.argmax(dim=-1)
+            done = done | torch.isin(ids, ends)
+            written.append(torch.where(done, torch.full_like(ids, -1), ids))
+            if bool(done.all()) or step + 1 == max_new_tokens:
+                break
+            following = Prompt(ids=ids, segments=numbers, offsets=offsets.clamp_min(0) + 1 + step)
+            reading = self.ask(following, reading)
+            logits = head(reading.hidden)
+        rows = torch.stack(written, dim=-1).tolist()
+        asked = (offsets >= 0).tolist()
+        return [
+            [[number for number in ids if number >= 0] for ids, real in zip(row, real_row, strict=True) if real]
+            for row, real_row in zip(rows, asked, strict=True)
+        ]
+
+
+def _last_of_each(prompt: Prompt) -> tuple[Int[Tensor, "batch asked"], Int[Tensor, "batch asked"]]:
+    """Index and offset of the last token of every question; offset -1 where a row has no such question."""
+    count = int(prompt.segments.max()) + 1
+    place = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)
+    mine = prompt.segments[:, None, :] == torch.arange(count, device=place.device)[None, :, None]
+    last = torch.where(mine, place, -1).amax(dim=-1)
+    offset = prompt.offsets.gather(1, last.clamp_min(0))
+    return last.clamp_min(0), torch.where(last < 0, -1, offset)

@@ -1,0 +1,87 @@
+"""The seam: streaming equals one shot in four families, and the model is as before afterwards."""
+
+import pytest
+import torch
+from conftest import assert_equal_logits, cut, one_shot, text_model, whole_stream
+from torch import Tensor
+
+from omnimem.attach import NAME, attach
+from omnimem.attention.blocked import attend
+from omnimem.policies import PerturbationOptions
+from omnimem.stream import Prompt, Stream
+from omnimem.tokens import Chunk
+
+CUTS = [[20, 31, 1, 44], [96], [1] * 6 + [90], [48, 48]]
+
+
+class Collecting:
+    """A layer step that keeps the hidden states out of it: plain causal attention over all that came before."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        if layer in self.keys:
+            keys = torch.cat([self.keys[layer], keys], dim=2)
+            values = torch.cat([self.values[layer], values], dim=2)
+        self.keys[layer], self.values[layer] = keys, values
+        return attend(queries, keys, values, scale=scale)
+
+
+@pytest.mark.parametrize("lengths", CUTS)
+def test_chunked_attention_equals_one_shot(family: str, lengths: list[int]) -> None:
+    model = text_model(family)
+    whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
+    expected = one_shot(model, whole)
+    step = Collecting()
+    with attach(model) as seam:
+        parts = [seam.run(step, c.embeddings, c.positions, c.deepstack) for c in cut(whole, lengths)]
+    assert_equal_logits(torch.cat(parts, dim=1), expected)
+
+
+@pytest.mark.parametrize("lengths", CUTS)
+def test_a_question_after_an_unlimited_stream_equals_one_shot(family: str, lengths: list[int]) -> None:
+    model = text_model(family)
+    whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first = int(whole.positions.max()) + 1
+    places = (torch.arange(4) + first).expand(1, 3, 4)
+    joined = Chunk(
+        embeddings=torch.cat([whole.embeddings, model.get_input_embeddings()(ids)], dim=1),
+        positions=torch.cat([whole.positions, places], dim=2),
+        modality=torch.cat([whole.modality, torch.zeros(1, 4, dtype=torch.int8)], dim=1),
+        deepstack=whole.deepstack
+        and type(whole.deepstack)(
+            mask=torch.cat([whole.deepstack.mask, torch.zeros(1, 4, dtype=torch.bool)], dim=1),
+            features=whole.deepstack.features,
+        ),
+    )
+    expected = one_shot(model, joined)[:, -4:]
+    with attach(model) as seam:
+        stream = Stream(seam, PerturbationOptions().build(None))
+        for chunk in cut(whole, lengths):
+            stream.feed(chunk)
+        prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(4)[None])
+        assert_equal_logits(stream.ask(prompt).hidden, expected)
+
+
+def test_the_model_is_restored_even_after_an_exception() -> None:
+    model = text_model("qwen2_5_omni")
+    whole = whole_stream()
+    before = one_shot(model, whole)
+    with pytest.raises(KeyError, match="on purpose"), attach(model):
+        assert model.config._attn_implementation == NAME
+        raise KeyError("on purpose")
+    assert model.config._attn_implementation != NAME
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    assert not hooks
+    assert torch.equal(one_shot(model, whole), before)
+
+
+def test_a_direct_call_of_an_attached_model_is_refused() -> None:
+    model = text_model("qwen2_5_omni")
+    with attach(model), pytest.raises(RuntimeError, match=r"Seam\.run"):
+        one_shot(model, whole_stream())
