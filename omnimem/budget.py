@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 FORMAT = "omnimem budget 1"
 UNLIMITED = 1 << 40  # slots that no stream fills
@@ -52,7 +52,7 @@ class Readings:
         return {"all": list(self.whole), "audio": list(self.audio), "visual": list(self.visual)}
 
     @classmethod
-    def of(cls, table: Mapping[str, Sequence[float]]) -> Self:
+    def of(cls, table: Mapping[str, Sequence[float]]) -> "Readings":
         """The inverse of `json`."""
         whole, audio, visual = (tuple(float(value) for value in table[key]) for key in ("all", "audio", "visual"))
         return cls(whole=whole, audio=audio, visual=visual)
@@ -157,7 +157,7 @@ class Signals:
         }
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Self:
+    def of(cls, table: Mapping[str, Any]) -> "Signals":
         """The inverse of `json`."""
         entropy, similarity = Readings.of(table["entropy"]), Readings.of(table["similarity"])
         return cls(entropy=entropy, similarity=similarity, streams=int(table["streams"]), chunks=int(table["chunks"]))
@@ -184,7 +184,7 @@ class Shares:
             )
 
     @classmethod
-    def uniform(cls, layers: int, audio_share: float) -> Self:
+    def uniform(cls, layers: int, audio_share: float) -> "Shares":
         """Every layer alike, `audio_share` of it for audio."""
         return cls(
             fractions=((audio_share / layers, (1 - audio_share) / layers),) * layers,
@@ -247,7 +247,7 @@ class Shares:
         }
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Self:
+    def of(cls, table: Mapping[str, Any]) -> "Shares":
         """The inverse of `json`."""
         return cls(
             fractions=tuple((float(audio), float(visual)) for audio, visual in table["fractions"]),
@@ -284,12 +284,12 @@ class Budget:
                 )
 
     @classmethod
-    def full(cls, layers: int) -> Self:
+    def full(cls, layers: int) -> "Budget":
         """No limit: nothing is ever evicted."""
         return cls(slots=((UNLIMITED, UNLIMITED),) * layers)
 
     @classmethod
-    def shared(cls, layers: int, slots_per_layer: int) -> Self:
+    def shared(cls, layers: int, slots_per_layer: int) -> "Budget":
         """One pool of `slots_per_layer` audio and visual tokens in every layer, whichever score highest."""
         _enough(slots_per_layer, modalities=1)
         return cls(slots=((0, slots_per_layer),) * layers, split=False)
@@ -324,7 +324,7 @@ class Budget:
         path.write_text(json.dumps(table, indent=None if released else 1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "Budget":
         """Read our JSON or the release's list; a released table splits and lends nothing."""
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
@@ -358,7 +358,9 @@ class Budget:
         }
 
     @classmethod
-    def _own(cls, table: Mapping[str, Any]) -> Self:
+    def _own(cls, table: Any) -> "Budget":
+        if not isinstance(table, dict):
+            raise BudgetError(f"it holds {table!r}")
         if table["format"] != FORMAT:
             raise BudgetError(f"format is {table['format']!r}, this version reads {FORMAT!r}")
         if table["slots"] == "full":
@@ -373,7 +375,7 @@ class Budget:
         )
 
     @classmethod
-    def _released(cls, table: Sequence[Any]) -> Self:
+    def _released(cls, table: Sequence[Any]) -> "Budget":
         slots = _slots(table)
         total = sum(sum(pair) for pair in slots)
         fractions = tuple((audio / total, visual / total) for audio, visual in slots)
@@ -569,6 +571,8 @@ def _same_layers(found: int, layers: int, source: str) -> None:
 
 def _slots(table: Sequence[Any]) -> tuple[Slots, ...]:
     """Rows of two whole numbers, as read from JSON."""
+    if not table:
+        raise BudgetError("it holds no layers")
     for layer, row in enumerate(table):
         if not (isinstance(row, list) and len(row) == 2 and all(type(count) is int for count in row)):
             raise BudgetError(f"layer {layer} is {row!r}, not two whole numbers [audio, visual]")
