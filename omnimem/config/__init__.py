@@ -1,0 +1,124 @@
+"""The strict schema of a run: composes the options that stand beside each part; read from YAML and key=value."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import yaml
+from pydantic import Field, TypeAdapter
+
+from omnimem.budget import AudioVisualBudget, BudgetOptions, SharedBudget
+from omnimem.config.check import nearest, strict, validated
+from omnimem.config.source import ConfigError, Key, Source, override, read
+from omnimem.policies import PerturbationOptions, PolicyOptions
+from omnimem.stream import StreamOptions
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """What is kept, and how much of it: the one dial is `slots_per_layer`."""
+
+    policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
+    slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
+    budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
+
+
+@strict
+@final
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    name: str  # of the run folder: runs/<name>
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    train: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+
+
+def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | None = None) -> RunConfig:
+    """The run that a YAML file (a path, or a name in configs/) and `a.b=value` overrides describe.
+
+    `train` is a strict dataclass that the section `train` must fit. ConfigError lists everything that is wrong.
+    """
+    path = _config_file(str(config))
+    source = override(read(path), overrides)
+    others = {("train",): tuple(each.name for each in fields(train))} if train else {}
+    run, problems = _tried(RunConfig, source, others=others)
+    if train and isinstance(source.data.get("train"), dict):
+        problems += _tried(train, source, at="train")[1]
+    if run:
+        problems += [source.problem(key, what) for key, what in _conflicts(run)]
+        run, missing = _located(run, path.parent)
+        problems += [source.problem(key, what) for key, what in missing]
+    if run is None or problems:
+        raise ConfigError(problems)
+    return run
+
+
+def dump(run: RunConfig) -> str:
+    """The resolved settings as YAML; `load` of it gives the same run."""
+    values = TypeAdapter(RunConfig).dump_python(run, mode="json")
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
+
+
+def find(name: str, beside: Path) -> Path | None:
+    """A file or folder by name: from the current folder, beside the config that names it, or in configs/."""
+    candidates = (Path(name), beside / name, CONFIGS / name)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _config_file(name: str) -> Path:
+    """The YAML file of a config; the suffix may be left out."""
+    for candidate in (name, f"{name}.yaml"):
+        for path in (Path(candidate), CONFIGS / candidate):
+            if path.is_file():
+                return path
+    known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    raise ConfigError([f"{name}: no such config here or in {CONFIGS}; {nearest(name, known)}"])
+
+
+def _tried(schema: type[Any], source: Source, **how: Any) -> tuple[Any, list[str]]:
+    """The validated settings, or None and what is wrong with them."""
+    try:
+        return validated(schema, source, **how), []
+    except ConfigError as error:
+        return None, list(error.problems)
+
+
+def _conflicts(run: RunConfig) -> Iterator[tuple[Key, str]]:
+    """What each part accepts by itself, but not together."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run.name):
+        yield ("name",), f"{run.name!r} cannot name a folder; use letters, digits, `.`, `_` and `-`"
+    least = 1 if isinstance(run.memory.budget, SharedBudget) else 2
+    if run.memory.slots_per_layer < least:
+        need = "one slot" if least == 1 else "one audio and one visual slot"
+        yield ("memory", "slots_per_layer"), f"{run.memory.slots_per_layer} is too small; each layer needs {need}"
+
+
+def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[tuple[Key, str]]]:
+    """The run with the files it names looked up (`find`), and those that are nowhere."""
+    missing: list[tuple[Key, str]] = []
+    budget = run.memory.budget
+    if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
+        table = find(budget.table, beside)
+        if table is None:
+            key: Key = ("memory", "budget", "table")
+            missing.append((key, f"no file {budget.table}; make it with train/calibrate.py, or set it to calibrate"))
+        else:
+            run = replace(run, memory=replace(run.memory, budget=replace(budget, table=str(table))))
+    deepspeed = run.train.get("deepspeed")
+    if isinstance(deepspeed, str):
+        found = find(deepspeed, beside)
+        if found is None:
+            known = sorted(f"deepspeed/{path.name}" for path in CONFIGS.glob("deepspeed/*.json"))
+            missing.append((("train", "deepspeed"), f"no file {deepspeed}; {nearest(deepspeed, known)}"))
+        else:
+            run = replace(run, train={**run.train, "deepspeed": str(found)})
+    return run, missing

@@ -1,0 +1,154 @@
+"""Settings against a schema of dataclasses: the object they describe, or a line for everything that is wrong."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails
+
+from omnimem.config.source import ConfigError, Key, Source, dotted
+
+WORDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a word",
+    "path_type": "a path",
+    "none_required": "null",
+    "dict_type": "a section of key: value lines",
+    "mapping_type": "a section of key: value lines",
+    "dataclass_type": "a section of key: value lines",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "finite_number": "a finite number",
+}
+
+
+Schema = TypeVar("Schema")
+Sections = Mapping[Key, Sequence[str]]  # the keys that each section takes
+
+strict = with_config(extra="forbid", strict=True)  # unknown keys are refused; types are JSON's: "8192" is no number
+
+
+def validated(schema: type[Schema], source: Source, *, at: str = "", others: Sections | None = None) -> Schema:
+    """The settings, or those of the section `at`, as `schema`; ConfigError names every key that does not fit.
+
+    `schema` is a dataclass marked `strict`, which holds for the sections in it too. `others` are sections that a
+    misplaced key may belong to.
+    """
+    data, prefix = (source.data[at], (at,)) if at else (source.data, ())
+    try:
+        return TypeAdapter(schema).validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        grouped: dict[Key, list[ErrorDetails]] = {}
+        for details in error.errors(include_url=False):
+            grouped.setdefault((*prefix, *_key(details, data)), []).append(details)
+        known = {**sections(schema, data, prefix), **(others or {})}
+        raise ConfigError([source.problem(key, _what(key, found, known)) for key, found in grouped.items()]) from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`did you mean 'x'?`, or what is known when nothing is near."""
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def sections(schema: Any, data: Any, at: Key = ()) -> dict[Key, tuple[str, ...]]:
+    """The keys that each section takes; of sections chosen by `name`, those of the one that `data` chose."""
+    kinds = [kind for kind in alternatives(schema) if is_dataclass(kind)]
+    if isinstance(data, list):
+        items = [sections(schema, item, (*at, index)) for index, item in enumerate(data)]
+        return {key: names for item in items for key, names in item.items()}
+    if not kinds:
+        return {}
+    chosen = data if isinstance(data, dict) else {}
+    kind = next((kind for kind in kinds if chosen.get("name") in names_of(kind)), kinds[0])
+    hints = get_type_hints(kind, include_extras=True)
+    found = {at: tuple(field.name for field in fields(kind) if field.init)}
+    for name in found[at]:
+        found |= sections(hints[name], chosen.get(name), (*at, name))
+    return found
+
+
+def names_of(kind: Any) -> tuple[Any, ...]:
+    """The values of `name` that choose this section."""
+    hint = get_type_hints(kind).get("name")
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """The types that a hint stands for: members of a union, items of a list."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return alternatives(get_args(hint)[0])
+    if origin in (Union, UnionType, tuple, list):
+        return [kind for argument in get_args(hint) for kind in alternatives(argument)]
+    return [hint]
+
+
+def _key(details: ErrorDetails, data: Any) -> Key:
+    """The user's key for an error: pydantic's location without the names of union branches."""
+    key: list[str | int] = []
+    for part in details["loc"]:
+        inner = dict(enumerate(data)) if isinstance(data, list) else data
+        if isinstance(inner, dict) and part in inner:
+            data = inner[part]
+            key.append(part)
+    if details["type"] == "missing":
+        key.append(details["loc"][-1])
+    elif details["type"].startswith("union_tag"):
+        key.append("name")
+    return tuple(key)
+
+
+def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
+    """What is wrong with one key, and the cure."""
+    details, context = found[0], found[0].get("ctx", {})
+    match details["type"]:
+        case "missing" | "union_tag_not_found":
+            return f"missing; add it, or give {dotted(key)}=... on the command line"
+        case "unexpected_keyword_argument":
+            return f"unknown key; {_known(key, known)}"
+        case "union_tag_invalid":
+            tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
+            return f"{context['tag']!r} is unknown; {nearest(context['tag'], tags)}"
+        case "value_error":
+            return str(context["error"])
+    expected = list(dict.fromkeys(_expected(each) for each in found))
+    line = f"expected {' or '.join(expected)}, got {_got(details['input'])}"
+    choices = [word for each in found for word in _choices(each)]
+    return f"{line}; {nearest(details['input'], choices)}" if choices and isinstance(details["input"], str) else line
+
+
+def _known(key: Key, known: Sections) -> str:
+    """The nearest valid name in the same section, else the same name in another one."""
+    name, here = str(key[-1]), known.get(key[:-1], ())
+    if not get_close_matches(name, here, n=1, cutoff=0.6):
+        elsewhere = [dotted((*section, name)) for section, names in known.items() if name in names]
+        if elsewhere:
+            return f"did you mean {elsewhere[0]}?"
+    return nearest(name, here)
+
+
+def _expected(details: ErrorDetails) -> str:
+    if details["type"] in ("literal_error", "enum"):
+        return details.get("ctx", {})["expected"]
+    return WORDS.get(details["type"]) or details["msg"].removeprefix("Input should be ")
+
+
+def _choices(details: ErrorDetails) -> list[str]:
+    if details["type"] not in ("literal_error", "enum"):
+        return []
+    return [word.strip("'") for word in details.get("ctx", {})["expected"].replace(" or ", ", ").split(", ")]
+
+
+def _got(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
