@@ -422,7 +422,8 @@ class SplitBudget:
     def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
         """The budget of a model of `layers` layers."""
         share = 1 / (1 + self.visual_audio_ratio) if self.audio_share is None else self.audio_share
-        return Shares.uniform(layers, share).budget(slots_per_layer, lend=self.lend)
+        slots = Shares.uniform(1, share).budget(slots_per_layer).slots * layers
+        return Budget(slots=slots, split=True, lend=self.lend, shares=Shares.uniform(layers, share))
 
 
 @final

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import reference_budget as reference
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from omnimem.budget import (
@@ -272,6 +272,7 @@ def test_a_split_without_a_share_follows_the_ratio() -> None:
 
 
 @given(layers=st.integers(1, 40), slots=st.integers(2, 9000), share=st.floats(0.01, 0.99))
+@example(layers=2, slots=3, share=0.5)
 @QUICK
 def test_a_split_gives_every_layer_exactly_slots_per_layer(layers, slots, share) -> None:
     budget = SplitBudget(audio_share=share).build(layers, slots)
