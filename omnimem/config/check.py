@@ -95,7 +95,7 @@ def _key(details: ErrorDetails, data: Any) -> Key:
     """The user's key for an error: pydantic's location without the names of union branches."""
     key: list[str | int] = []
     for part in details["loc"]:
-        inner = dict(enumerate(data)) if isinstance(data, list) else data
+        inner: Any = dict(enumerate(data)) if isinstance(data, list) else data
         if isinstance(inner, dict) and part in inner:
             data = inner[part]
             key.append(part)

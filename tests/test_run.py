@@ -1,0 +1,150 @@
+"""The run folder: never lost, never mixed up, and it says what the run was."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from omnimem import run
+
+
+def checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    if complete:
+        (path / "trainer_state.json").write_text("{}")
+    return path
+
+
+def used(runs: Path, name: str = "x") -> Path:
+    """A run folder with a run in it."""
+    run.plan(name, runs=runs).open("name: x\n", {"seed": 1})
+    return runs / name
+
+
+def test_a_new_run_gets_its_folder_with_config_and_record(tmp_path: Path) -> None:
+    folder = run.plan("x", runs=tmp_path).open("name: x\n", {"seed": 3})
+    assert folder.config.read_text() == "name: x\n"
+    assert run.read_json(folder.record) == {"seed": 3, "earlier": []}
+
+
+def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    with pytest.raises(run.RunError, match=r"--resume auto.*name=.*--overwrite") as error:
+        run.plan("x", runs=tmp_path)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
+
+
+def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert not run.plan("x", runs=tmp_path).replaces
+
+
+def test_overwrite_moves_the_old_run_to_the_next_free_number(tmp_path: Path) -> None:
+    for seed in range(3):
+        run.plan("x", overwrite=True, runs=tmp_path).open("name: x\n", {"seed": seed})
+    seeds = {path.name: run.read_json(path / "run.json")["seed"] for path in tmp_path.iterdir()}
+    assert seeds == {"x": 2, "x.1": 0, "x.2": 1}
+
+
+def test_planning_changes_nothing_on_disk(tmp_path: Path) -> None:
+    run.plan("x", runs=tmp_path)
+    run.plan("x", overwrite=True, runs=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_auto_takes_the_newest_complete_checkpoint_by_number(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    checkpoint(folder, 9)
+    newest = checkpoint(folder, 10)
+    checkpoint(folder, 11, complete=False)
+    start = run.plan("x", resume="auto", runs=tmp_path)
+    assert (start.checkpoint, start.step) == (newest, 10)
+
+
+def test_resume_auto_without_a_checkpoint_starts_at_the_first_step(tmp_path: Path) -> None:
+    assert run.plan("x", resume="auto", runs=tmp_path).step == 0
+    used(tmp_path)
+    assert run.plan("x", resume="auto", runs=tmp_path).checkpoint is None
+
+
+def test_resume_from_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    checkpoint(used(tmp_path), 5)
+    other = checkpoint(used(tmp_path, "y"), 5)
+    with pytest.raises(run.RunError, match=r"no complete checkpoint of .*x; known: .*checkpoint-5"):
+        run.plan("x", resume=str(other), runs=tmp_path)
+    assert run.plan("y", resume=str(other), runs=tmp_path).checkpoint == other
+
+
+def test_resume_in_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.txt").touch()
+    with pytest.raises(run.RunError, match=r"no run to resume"):
+        run.plan("x", resume="auto", runs=tmp_path)
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(run.RunError, match="give one of them"):
+        run.plan("x", resume="auto", overwrite=True, runs=tmp_path)
+
+
+def test_a_resumed_run_keeps_what_the_earlier_parts_were(tmp_path: Path) -> None:
+    used(tmp_path)
+    for seed in (2, 3):
+        run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {"seed": seed})
+    record = run.read_json(tmp_path / "x" / "run.json")
+    assert (record["seed"], [part["seed"] for part in record["earlier"]]) == (3, [1, 2])
+
+
+def test_a_resumed_run_drops_the_metrics_that_it_will_write_again(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    checkpoint(folder, 2)
+    for step in (1, 2, 3):
+        run.append_line(folder / "metrics.jsonl", {"step": step})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a crash in the middle of a line
+    run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {})
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run.append_line(path, {"loss": float("nan"), "kept": {"audio": [1.5, float("inf")]}})
+    assert json.loads(path.read_text()) == {"loss": None, "kept": {"audio": [1.5, None]}}
+
+
+def test_a_value_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        run.write_json(path, {"a": object()})
+    run.update_json(path, b=2)
+    assert run.read_json(path) == {"a": 1, "b": 2}
+    assert [each.name for each in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_digest_of_a_folder_changes_with_names_and_contents(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"weights")
+    assert run.sha256(file) == hashlib.sha256(b"weights").hexdigest()
+    first = run.sha256(tmp_path, suffixes=[".safetensors"])
+    (tmp_path / "README.md").touch()
+    assert run.sha256(tmp_path, suffixes=[".safetensors"]) == first
+    file.rename(tmp_path / "b.safetensors")
+    second = run.sha256(tmp_path, suffixes=[".safetensors"])
+    (tmp_path / "b.safetensors").write_bytes(b"Weights")
+    assert len({first, second, run.sha256(tmp_path, suffixes=[".safetensors"]), run.sha256(tmp_path)}) == 4
+
+
+def test_provenance_names_versions_commit_command_and_seed() -> None:
+    said = run.provenance(command=["train/finetune.py", "a=1"], seed=7, sha256={"base": "ab", "adapter": None})
+    assert said["packages"]["torch"].startswith("2.")
+    assert (said["seed"], said["command"], said["sha256"]["base"]) == (7, ["train/finetune.py", "a=1"], "ab")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(run.__file__).parent)
+    assert said["git"] is None or said["git"]["commit"] == head.stdout.strip()
+    assert said["python"] == ".".join(map(str, sys.version_info[:3]))
