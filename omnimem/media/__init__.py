@@ -3,16 +3,18 @@
 from omnimem.media.decode import MediaError, MediaInfo, probe, read_audio, read_frames
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
-from omnimem.media.source import FileSource, Geometry, Segment, SourceOptions
+from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions
 
 __all__ = [
     "FileSource",
     "Geometry",
+    "LiveSource",
     "LogMel",
     "MediaError",
     "MediaInfo",
     "RunningMel",
     "Segment",
+    "Source",
     "SourceOptions",
     "patchify",
     "probe",

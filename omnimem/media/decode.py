@@ -209,7 +209,7 @@ def _decoded(
             container.seek(int((start - PREROLL + origin) * av.time_base))
             first = next(frames, None)
             if first is None or first.time is None or first.time - origin > start:
-                container.seek(int(origin * av.time_base))  # formats without an index may land too late
+                container.seek(0)  # a format without an index may land too late
                 frames = decode()
             else:
                 yield first

@@ -1,5 +1,6 @@
 """Sources: a file or a live stream in segments that end on frame grids and on the audio encoder's block."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.decode import read_audio, read_frames
+from omnimem.media.decode import MediaError, read_audio, read_frames, sample_by_time
 from omnimem.media.mel import LogMel
 from omnimem.media.pixels import resize, smart_resize
 
@@ -86,13 +87,64 @@ class Segment:
     mel: Float[Tensor, "mels mel_frames"] | None
 
 
+class Source(ABC):
+    """A stream in segments; `seconds`, `frames_seen`, `audio_seconds_heard` say what the last iteration delivered."""
+
+    def __init__(self, options: SourceOptions, geometry: Geometry) -> None:
+        self.options, self.geometry = options, geometry
+        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+
+    @abstractmethod
+    def _pictures(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
+        """Frames at `options.fps`, as large as they come."""
+
+    @abstractmethod
+    def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+        """The mel spectrogram in pieces of `mel_frames`, the last one may be shorter."""
+
+    @final
+    def __iter__(self) -> Iterator[Segment]:
+        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+        length, frames_each, mel_each = self.geometry.segment(self.options.fps)
+        pictures = self._pictures() if self.options.tracks != "audio" else iter(())
+        sounds = self._sounds(mel_each) if self.options.tracks != "video" else iter(())
+        size: tuple[int, int] | None = None
+        for index in count():
+            taken, mel = list(islice(pictures, frames_each)), next(sounds, None)
+            heard = 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
+            if not taken and heard <= (CODEC_TAIL if index else 0.0):
+                return
+            if taken and size is None:  # the first frame decides for the whole stream
+                size = self._size(taken[0])
+            self.seconds = index * length + max(len(taken) / self.options.fps, heard)
+            self.frames_seen += len(taken)
+            self.audio_seconds_heard += heard
+            yield Segment(
+                start=index * length,
+                seconds=self.seconds - index * length,
+                frames=_resized(taken, *size) if taken and size else None,
+                mel=mel,
+            )
+
+    def _size(self, frame: UInt8[Tensor, "3 height width"]) -> tuple[int, int]:
+        height, width = frame.shape[1:]
+        low, high = self.options.min_pixels, self.options.max_pixels
+        return smart_resize(height, width, cell=self.geometry.cell, min_pixels=low, max_pixels=high)
+
+
+def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "frames 3 {height} {width}"]:
+    """All frames at one size; a stream may change its size on the way."""
+    if all(frame.shape == frames[0].shape for frame in frames):
+        return resize(torch.stack(frames), height, width)
+    return torch.cat([resize(frame[None], height, width) for frame in frames])
+
+
 @final
-class FileSource:
+class FileSource(Source):
     """The segments of a file: frames decoded as they are asked for, mel of the whole clip normalised at once.
 
-    `audio_path` replaces the file's own audio track. `seconds`, `frames_seen` and `audio_seconds_heard` say what the
-    last iteration delivered. Iterating raises MediaError: `no_video` or `no_audio` when a track that
-    `options.tracks` asks for is missing, and all others of `read_frames` and `read_audio`.
+    `audio_path` replaces the file's own audio track. Iterating raises MediaError: `no_video` or `no_audio` when a
+    track that `options.tracks` asks for is missing, and all others of `read_frames` and `read_audio`.
     """
 
     def __init__(
@@ -105,58 +157,66 @@ class FileSource:
         start: float = 0.0,
         end: float | None = None,
     ) -> None:
+        super().__init__(options, geometry)
         self.path, self.audio_path = Path(path), Path(audio_path or path)
-        self.options, self.geometry = options, geometry
         self.start, self.end = start, end
-        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
 
-    def __iter__(self) -> Iterator[Segment]:
-        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
-        length, frames_each, mel_each = self.geometry.segment(self.options.fps)
-        mel = self._mel() if self.options.tracks != "video" else None
-        frames = self._frames() if self.options.tracks != "audio" else iter(())
-        for index in count():
-            pixels = _stack(frames, frames_each, self.options, self.geometry)
-            sound = mel[:, index * mel_each : (index + 1) * mel_each] if mel is not None else None
-            segment = _segment(index * length, pixels, sound, self.options, self.geometry)
-            if segment is None:
-                return
-            self.seconds = segment.start + segment.seconds
-            self.frames_seen += 0 if segment.frames is None else len(segment.frames)
-            if segment.mel is not None:
-                self.audio_seconds_heard += segment.mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
-            yield segment
-
-    def _mel(self) -> Float[Tensor, "mels mel_frames"]:
-        mel = self.geometry.mel
-        return mel.clip(read_audio(self.audio_path, rate=mel.rate, start=self.start, end=self.end))
-
-    def _frames(self) -> Iterator[UInt8[Tensor, "3 height width"]]:
+    def _pictures(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         for _, frame in read_frames(self.path, fps=self.options.fps, start=self.start, end=self.end):
             yield frame
 
-
-def _stack(
-    frames: Iterator[UInt8[Tensor, "3 _ _"]], many: int, options: SourceOptions, geometry: Geometry
-) -> UInt8[Tensor, "frames 3 height width"] | None:
-    """The next `many` frames, or those that are left, resized to the size that the first of them calls for."""
-    taken = list(islice(frames, many))
-    if not taken:
-        return None
-    height, width = smart_resize(
-        *taken[0].shape[-2:], cell=geometry.cell, min_pixels=options.min_pixels, max_pixels=options.max_pixels
-    )
-    if all(frame.shape == taken[0].shape for frame in taken):
-        return resize(torch.stack(taken), height, width)
-    return torch.cat([resize(frame[None], height, width) for frame in taken])
+    def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+        mel = self.geometry.mel
+        samples = read_audio(self.audio_path, rate=mel.rate, start=self.start, end=self.end)
+        if len(samples) < mel.hop:
+            message = f"audio lasts {len(samples) / mel.rate:g} s, less than one mel frame; choose a longer clip"
+            raise MediaError(self.audio_path, "empty", message)
+        yield from mel.clip(samples).split(mel_frames, dim=1)
 
 
-def _segment(
-    start: float, frames: Tensor | None, mel: Tensor | None, options: SourceOptions, geometry: Geometry
-) -> Segment | None:
-    """A segment of what is there, None when nothing is."""
-    video = 0.0 if frames is None else len(frames) / options.fps
-    audio = 0.0 if mel is None else mel.shape[1] * geometry.mel.hop / geometry.mel.rate
-    if frames is None and audio <= (CODEC_TAIL if start else 0.0):
-        return None
-    return Segment(start=start, seconds=max(video, audio), frames=frames, mel=mel if audio else None)
+@final
+class LiveSource(Source):
+    """The segments of a stream that is still growing, each as soon as both tracks cover it; iterated once.
+
+    `frames` yields (seconds since the beginning, picture) in order of time, `audio` mono samples at the checkpoint's
+    rate without holes; both may block until there is more, and end when the stream ends. A segment comes when its
+    last frame time is reached and the audio is half a mel window past its end. Frames equal a FileSource's over the
+    same pictures (the last one is held to last as long as the one before). Mel is normalised by the running maximum:
+    equal to FileSource's from the segment that holds the clip's maximum on, before that wherever FileSource's value
+    is not its floor (`RunningMel`). Raises ValueError when a track that `options.tracks` asks for is None.
+    """
+
+    def __init__(
+        self,
+        frames: Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]] | None,
+        audio: Iterator[Float[Tensor, " _"]] | None,
+        *,
+        options: SourceOptions,
+        geometry: Geometry,
+    ) -> None:
+        super().__init__(options, geometry)
+        for name, track, unused in (("frames", frames, "audio"), ("audio", audio, "video")):
+            if track is None and options.tracks != unused:
+                raise ValueError(f"tracks: {options.tracks} needs {name}, got None; pass them or set tracks: {unused}")
+        self._frames, self._audio = frames or iter(()), audio or iter(())
+
+    def _pictures(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
+        for _, frame in sample_by_time(self._lasting(), self.options.fps):
+            yield frame
+
+    def _lasting(self) -> Iterator[tuple[float, float, Tensor]]:
+        """(time, duration, frame), where a frame is held to last as long as the one before."""
+        before: float | None = None
+        for time, frame in self._frames:
+            yield time, 1 / self.options.fps if before is None else time - before, frame
+            before = time
+
+    def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+        mel = self.geometry.mel.running()
+        for samples in self._audio:
+            mel.feed(samples)
+            while mel.ready >= mel_frames:
+                yield mel.take(mel_frames)
+        mel.end()
+        while mel.ready:
+            yield mel.take(min(mel_frames, mel.ready))
