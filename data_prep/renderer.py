@@ -163,7 +163,7 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
         *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
     ),
     "arrow": ((-1, -0.28), (0, -0.28), (0, -0.85), (1, 0), (0, 0.85), (0, 0.28), (-1, 0.28)),
-    "diamond": ((0, -1), (0.72, 0), (0, 1), (-0.72, 0)),
+    "diamond": ((0, -0.75), (1, 0), (0, 0.75), (-1, 0)),
     "bolt": ((0.35, -1), (-0.75, 0.2), (-0.05, 0.2), (-0.35, 1), (0.75, -0.25), (0.05, -0.25), (0.75, -1)),
     "house": (
         *((0, -1), (1, -0.1), (0.72, -0.1), (0.72, 1), (0.25, 1), (0.25, 0.3)),
@@ -185,9 +185,9 @@ def _inside(shape: str, x: Plane, y: Plane) -> Mask:
     radius = np.hypot(x, y)
     match shape:
         case "circle":
-            return radius < 0.92
+            return radius < 0.78
         case "square":
-            return np.maximum(abs(x), abs(y)) < 0.82
+            return np.maximum(abs(x), abs(y)) < 0.94
         case "ring":
             return (radius < 1) & (radius > 0.55)
         case "moon":
@@ -330,7 +330,8 @@ def write_mp4(world: World, path: Path) -> None:
         video.pix_fmt = "yuv420p"
         video.thread_count = 1
         video.gop_size = BLOCK * MP4_FRAME_RATE
-        video.options = {"crf": str(VIDEO_CRF), "preset": "veryfast"}
+        # x264's macroblock tree reads beyond pictures as small as these: its files differ from run to run
+        video.options = {"crf": str(VIDEO_CRF), "preset": "veryfast", "mbtree": "0"}
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         audio.bit_rate = AUDIO_BITS
         for start in range(0, world.seconds, BLOCK):
