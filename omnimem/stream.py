@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omnimem.attach import Seam
 from omnimem.attention.blocked import MEMORY, Segments, attend
+from omnimem.media import SourceOptions
 from omnimem.memory import Memory
 from omnimem.policy import Policy, projection
 from omnimem.tokens import Chunk, Modality, Tokens
@@ -30,12 +31,13 @@ class StreamOptions:
     tracks: Literal["both", "video", "audio"] = "both"
 
     def __post_init__(self) -> None:
-        if self.fps <= 0:
-            raise ValueError(f"fps = {self.fps} must be above 0; 1 is the release's setting")
         if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels = {self.min_pixels} exceeds max_pixels = {self.max_pixels}; lower it")
+        self.source()
+
+    def source(self) -> SourceOptions:
+        """The part of these options that decoding needs."""
+        return SourceOptions(fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=self.tracks)
 
 
 @final

@@ -72,9 +72,16 @@ def test_the_model_is_restored_even_after_an_exception() -> None:
     model = text_model("qwen2_5_omni")
     whole = whole_stream()
     before = one_shot(model, whole)
-    with pytest.raises(KeyError, match="on purpose"), attach(model):
-        assert model.config._attn_implementation == NAME
-        raise KeyError("on purpose")
+    inside = []
+
+    def fail() -> None:
+        with attach(model):
+            inside.append(model.config._attn_implementation)
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        fail()
+    assert inside == [NAME]
     assert model.config._attn_implementation != NAME
     hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
     assert not hooks

@@ -1,0 +1,374 @@
+"""Qwen2.5-Omni thinker: layout, TMRoPE positions and rates as transformers computes them, all read from the checkpoint.
+
+Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision_eos|>{question}, interleaved every
+`seconds_per_chunk`; without sound or without pictures only the markers of the track that is there.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+from transformers.utils import cached_file
+
+from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Question, Tracks
+from omnimem.media import Geometry, LogMel, Segment, patchify
+from omnimem.tokens import Chunk, Modality
+
+VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
+SAMPLE = "\x00"  # stands for the question while the template is rendered
+IGNORED = -100
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint of this family, or lacks a file; the message says which and how to repair it."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Time in positions, from the checkpoint: never hard-coded 25 a second."""
+
+    positions_per_second: float
+    seconds_per_chunk: float
+
+    @property
+    def positions_per_chunk(self) -> int:
+        """Length of one stretch of video followed by its audio, in positions."""
+        return int(self.positions_per_second * self.seconds_per_chunk)
+
+    def of_grid(self, number: int, seconds_per_grid: float) -> int:
+        """Position of frame grid `number` after the start of the stream (get_rope_index)."""
+        return int(number * seconds_per_grid * self.positions_per_second)
+
+
+@final
+class Qwen25Omni(Backbone):
+    """A loaded thinker; `model` is transformers' own class and stays as it was loaded."""
+
+    def __init__(
+        self,
+        model: Qwen2_5OmniThinkerForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        geometry: Geometry,
+        *,
+        folder: Path | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.geometry, self.folder = model.eval(), tokenizer, geometry, folder
+        config = model.config
+        self.rates = Rates(
+            positions_per_second=float(config.position_id_per_seconds),
+            seconds_per_chunk=float(config.seconds_per_chunk),
+        )
+        self._opening, self._closing = _frame(tokenizer, system)
+
+    @classmethod
+    def load(cls, options: ModelOptions) -> "Qwen25Omni":
+        """From a hub id or a local folder, thinker alone or with talker and vocoder beside it (which are not loaded).
+
+        Raises CheckpointError when a file is missing.
+        """
+        folder = Path(options.path)
+        try:
+            model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                options.path, dtype=getattr(torch, options.dtype)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(options.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"model.path: {options.path} cannot be loaded ({str(error).splitlines()[0]}); give a local folder with "
+                "config.json, weights and tokenizer, or a hub id that can be reached"
+            ) from error
+        geometry = _geometry(options.path, model)
+        return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
+
+    @property
+    def text_model(self) -> PreTrainedModel:
+        return self.model.model.language_model
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.lm_head
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return (self._id("<|im_end|>"),)
+
+    @property
+    def trained_positions(self) -> int:
+        return self.text_model.config.max_position_embeddings
+
+    def _id(self, token: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+    def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
+        """Segments through the vision and the audio tower; a segment alone gives the same as with its neighbours.
+
+        Holds because the vision tower attends within a frame grid and the audio tower within its block.
+        """
+        rest = iter(segments)
+        while block := list(islice(rest, together)):
+            with torch.no_grad():
+                visual, audio = self._look(block), self._listen(block)
+            for segment, (pixels, grid), sound in zip(block, visual, audio, strict=True):
+                yield Encoded(
+                    visual=pixels,
+                    audio=sound,
+                    grid=grid,
+                    start=segment.start,
+                    seconds=segment.seconds,
+                    seconds_per_grid=self.geometry.temporal_patch / fps,
+                )
+
+    def _look(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
+        """Visual tokens [1, tokens, width] and their grid for each segment."""
+        geometry, weight = self.geometry, self.head.weight
+        patched = [
+            None
+            if segment.frames is None
+            else patchify(
+                segment.frames,
+                patch=geometry.patch,
+                merge=geometry.merge,
+                temporal_patch=geometry.temporal_patch,
+                mean=geometry.mean,
+                std=geometry.std,
+            )
+            for segment in block
+        ]
+        there = [item for item in patched if item is not None]
+        if not there:
+            return [(None, (0, 0, 0))] * len(block)
+        rows = torch.cat([row for row, _ in there]).to(device=weight.device, dtype=weight.dtype)
+        grids = torch.tensor([grid for _, grid in there], device=weight.device)
+        outputs = iter(self.model.get_video_features(rows, grids).pooler_output)
+        merge = geometry.merge
+        return [
+            (None, (0, 0, 0))
+            if item is None
+            else (next(outputs)[None], (item[1][0], item[1][1] // merge, item[1][2] // merge))
+            for item in patched
+        ]
+
+    def _listen(self, block: Sequence[Segment]) -> list[Tensor | None]:
+        """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
+        there = [segment.mel for segment in block if segment.mel is not None]
+        if not there:
+            return [None] * len(block)
+        weight = self.head.weight
+        mel = torch.cat(there, dim=1)[None].to(device=weight.device, dtype=weight.dtype)
+        mask = torch.ones(1, mel.shape[2], dtype=torch.long, device=weight.device)
+        tokens = self.model.get_audio_features(mel, feature_attention_mask=mask).last_hidden_state
+        found, heard, first = [], 0, 0
+        for segment in block:
+            heard += 0 if segment.mel is None else segment.mel.shape[1]
+            last = audio_tokens(heard)
+            found.append(tokens[None, first:last] if segment.mel is not None and last > first else None)
+            first = last
+        return found
+
+    def chunks(
+        self,
+        segments: Iterable[Encoded],
+        *,
+        tracks: Tracks,
+        chunk_tokens: int,
+        batch: int = 1,
+        cuts: Sequence[float] = (),
+    ) -> Iterator[Chunk]:
+        """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
+
+        Raises ValueError when a single segment is larger than `chunk_tokens`.
+        """
+        opening = self._text_ids(self._opening) + _begin(tracks, self._id)
+        count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers stand at one position
+        places = [*range(count), count - 1] if tracks == "both" else list(range(count))
+        yield self._text_chunk(opening, places, batch)
+        layout = _Layout(rates=self.rates, base=count)
+        pending: list[Encoded] = []
+        for segment in segments:
+            if segment.count > chunk_tokens:
+                raise ValueError(
+                    f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
+                    f"{chunk_tokens}; raise it, or lower stream.max_pixels or stream.fps"
+                )
+            full = sum(held.count for held in pending) + segment.count > chunk_tokens
+            cut_here = any(pending and pending[0].start < cut <= segment.start for cut in cuts)
+            if pending and (full or cut_here):
+                yield layout.chunk(pending)
+                pending = []
+            pending.append(segment)
+        if pending:
+            yield layout.chunk(pending)
+
+    def _text_chunk(self, ids: list[int], places: list[int], batch: int) -> Chunk:
+        device = self.head.weight.device
+        tokens = torch.tensor(ids, device=device)
+        positions = torch.tensor(places, device=device).expand(batch, 3, -1)
+        with torch.no_grad():
+            embeddings = self.text_model.get_input_embeddings()(tokens).expand(batch, -1, -1)
+        modality = torch.zeros(batch, len(ids), dtype=torch.int8, device=device)
+        return Chunk(embeddings=embeddings, positions=positions, modality=modality)
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def question(self, question: Question, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
+        """End markers of the open tracks (both at one position), the question, and the answer with its labels.
+
+        A label stands at the token that predicts it; -100 where nothing is to be learned.
+        """
+        end = _end(tracks, self._id)
+        asked = self._text_ids(self._closing.replace(SAMPLE, question.text))
+        answer = [] if question.answer is None else [*self._text_ids(question.answer), self.stop[0]]
+        ids = [*end, *asked, *answer]
+        shared = 1 if len(end) == 2 else 0
+        offsets = [max(0, number - shared) for number in range(len(ids))]
+        silent = len(ids) - len(answer)
+        labels = [IGNORED] * (silent - 1) + answer + [IGNORED] if answer else [IGNORED] * len(ids)
+        return ids, offsets, labels
+
+
+@final
+class _Layout:
+    """Where the tokens of each segment stand: grids and audio tokens counted from the start of the stream."""
+
+    def __init__(self, *, rates: Rates, base: int) -> None:
+        self.rates, self.base = rates, base
+        self.grids, self.sounds = 0, 0
+
+    def chunk(self, segments: Sequence[Encoded]) -> Chunk:
+        """The segments as one chunk."""
+        parts = [self._place(segment) for segment in segments]
+        last = segments[-1]
+        batch = parts[0][0].shape[0]
+        return Chunk(
+            embeddings=torch.cat([embeddings for embeddings, _, _ in parts], dim=1),
+            positions=torch.cat([positions for _, positions, _ in parts], dim=1).expand(batch, -1, -1),
+            modality=torch.cat([modality for _, _, modality in parts]).expand(batch, -1),
+            seconds=last.start + last.seconds,
+        )
+
+    def _place(self, segment: Encoded) -> tuple[Tensor, Int[Tensor, "axes tokens"], Tensor]:
+        """Embeddings, positions and modality of a segment, interleaved as the processor does, in order of time.
+
+        Below one frame grid per stretch (fps < temporal_patch / seconds_per_chunk) the processor pairs the n-th grid
+        with the n-th stretch of audio, ahead of its time; a stream cannot, so there the order is ours.
+        """
+        embeddings, positions, kinds, stretches = [], [], [], []
+        if segment.visual is not None:
+            places = self._visual(segment)
+            embeddings.append(segment.visual)
+            positions.append(places + self.base)
+            kinds += [int(Modality.VISUAL)] * places.shape[1]
+            stretches.append(places[0] // self.rates.positions_per_chunk)
+        if segment.audio is not None:
+            heard = torch.arange(segment.audio.shape[1]) + self.sounds
+            self.sounds += segment.audio.shape[1]
+            embeddings.append(segment.audio)
+            positions.append(heard.expand(3, -1) + self.base)
+            kinds += [int(Modality.AUDIO)] * len(heard)
+            stretches.append(heard // self.rates.positions_per_chunk)
+        device = embeddings[0].device
+        order = torch.cat(stretches).argsort(stable=True).to(device)
+        modality = torch.tensor(kinds, dtype=torch.int8, device=device)
+        return (
+            torch.cat(embeddings, dim=1)[:, order],
+            torch.cat(positions, dim=1).to(device)[:, order],
+            modality[order],
+        )
+
+    def _visual(self, segment: Encoded) -> Int[Tensor, "axes tokens"]:
+        """Time, row and column of each visual token, from the start of the stream."""
+        time, rows, columns = segment.grid
+        numbers = range(self.grids, self.grids + time)
+        self.grids += time
+        moments = torch.tensor([self.rates.of_grid(number, segment.seconds_per_grid) for number in numbers])
+        return torch.stack(
+            [
+                moments.repeat_interleave(rows * columns),
+                torch.arange(rows).repeat_interleave(columns).repeat(time),
+                torch.arange(columns).repeat(rows * time),
+            ]
+        )
+
+
+def audio_tokens(mel_frames: int) -> int:
+    """Tokens that the audio tower makes of so many mel frames: two halvings, as transformers rounds them."""
+    return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1) if mel_frames > 0 else 0
+
+
+def _begin(tracks: Tracks, number: Any) -> list[int]:
+    names = {"both": ["<|vision_bos|>", "<|audio_bos|>"], "video": ["<|vision_bos|>"], "audio": ["<|audio_bos|>"]}
+    return [number(name) for name in names[tracks]]
+
+
+def _end(tracks: Tracks | None, number: Any) -> list[int]:
+    names = {"both": ["<|audio_eos|>", "<|vision_eos|>"], "video": ["<|vision_eos|>"], "audio": ["<|audio_eos|>"]}
+    return [] if tracks is None else [number(name) for name in names[tracks]]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
+    """What the checkpoint's chat template puts before the video, and after it with `SAMPLE` for the question."""
+    content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    if tokenizer.chat_template is None:
+        raise CheckpointError("the checkpoint has no chat template; copy chat_template.jinja (or .json) beside it")
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    opening, found, closing = text.partition(VIDEO)
+    if not found or SAMPLE not in closing:
+        raise CheckpointError(f"the chat template does not render a video as {VIDEO}; use Qwen2.5-Omni's own template")
+    return opening, closing
+
+
+def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> Geometry:
+    """Patches and mel of the checkpoint's own preprocessor file, checked against the encoders' configuration."""
+    table = _preprocessor(path)
+    vision, audio, config = model.config.vision_config, model.config.audio_config, model.config
+    mel = LogMel(mels=table["feature_size"], hop=table["hop_length"], n_fft=table["n_fft"], rate=table["sampling_rate"])
+    frames = config.seconds_per_chunk * mel.rate / mel.hop
+    if mel.mels != audio.num_mel_bins or frames % (2 * audio.n_window):
+        raise CheckpointError(
+            f"{path}: {mel.mels} mel bins and {frames:g} mel frames per {config.seconds_per_chunk:g} s do not fit the "
+            f"audio tower ({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); repair "
+            "preprocessor_config.json"
+        )
+    return Geometry(
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        temporal_patch=vision.temporal_patch_size,
+        mean=tuple(table["image_mean"]),
+        std=tuple(table["image_std"]),
+        mel=mel,
+        segment_seconds=float(config.seconds_per_chunk),
+    )
+
+
+def _preprocessor(path: str) -> dict[str, Any]:
+    """The settings of feature extractor and video processor, from either of the files transformers has written."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            table = json.loads(Path(found).read_text())
+            parts = [table.get("video_processor", {}), table.get("feature_extractor", {})]
+            return {"sampling_rate": 16000, **table, **parts[0], **parts[1]}
+    raise CheckpointError(f"{path}: preprocessor_config.json is missing; copy it from the model's hub page")
+
+
+def load_backbone(options: ModelOptions) -> Backbone:
+    """The checkpoint at `options.path`; Qwen2.5-Omni is the family that can be loaded from media."""
+    return Qwen25Omni.load(options)

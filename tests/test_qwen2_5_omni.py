@@ -1,0 +1,223 @@
+"""Qwen2.5-Omni: checkpoints load in the hub's layout, positions are transformers' own, files stream as in one shot."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_equal_logits
+from safetensors.torch import load_file
+from thinkers import write_folder
+from torch import Tensor
+
+from omnimem.attach import attach
+from omnimem.backbones import Encoded, ModelOptions, Question, Qwen25Omni, collate
+from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
+from omnimem.media import Segment, patchify
+from omnimem.policies import PerturbationOptions
+from omnimem.stream import Prompt, Stream
+from omnimem.tokens import Modality
+
+
+def load(folder: Path) -> Qwen25Omni:
+    return Qwen25Omni.load(ModelOptions(path=str(folder)))
+
+
+def media(
+    backbone: Qwen25Omni, seconds: float, *, fps: float = 1.0, size: int = 56, tracks: str = "both"
+) -> list[Segment]:
+    """Random frames and mel of a stream that ends at any second or fraction of one."""
+    generator = torch.Generator().manual_seed(3)
+    geometry = backbone.geometry
+    length, frames_each, mel_each = geometry.segment(fps)
+    frames = torch.randint(0, 256, (int(seconds * fps), 3, size, size), generator=generator, dtype=torch.uint8)
+    mel = torch.randn(geometry.mel.mels, int(seconds * geometry.mel.rate / geometry.mel.hop), generator=generator)
+    segments, number = [], 0
+    while number * length < seconds:
+        part = frames[number * frames_each : (number + 1) * frames_each]
+        sound = mel[:, number * mel_each : (number + 1) * mel_each]
+        segments.append(
+            Segment(
+                start=number * length,
+                seconds=min(length, seconds - number * length),
+                frames=part if len(part) and tracks != "audio" else None,
+                mel=sound if sound.shape[1] and tracks != "video" else None,
+            )
+        )
+        number += 1
+    return segments
+
+
+def stream_ids(backbone: Qwen25Omni, chunks: Iterable[Tensor], tracks: str) -> Tensor:
+    """The id sequence transformers would see: placeholders where audio and visual tokens stand."""
+    config = backbone.model.config
+    placeholder = {int(Modality.AUDIO): config.audio_token_id, int(Modality.VISUAL): config.video_token_id}
+    ids = []
+    for number, modality in enumerate(chunks):
+        if number == 0:
+            begin = {
+                "both": ["<|vision_bos|>", "<|audio_bos|>"],
+                "video": ["<|vision_bos|>"],
+                "audio": ["<|audio_bos|>"],
+            }
+            text = backbone.tokenizer(backbone._opening, add_special_tokens=False)["input_ids"]
+            ids += [*text, *(backbone.tokenizer.convert_tokens_to_ids(name) for name in begin[tracks])]
+        else:
+            ids += [placeholder[int(kind)] for kind in modality[0]]
+    return torch.tensor([ids])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["3B-like", "7B-like"])
+def test_a_checkpoint_in_the_hub_layout_loads_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    plain = load(write_folder(tmp_path / "plain", tied=tied))
+    hub = load(write_folder(tmp_path / "hub", tied=tied, hub=True))
+    assert not (tmp_path / "hub" / "model.safetensors").exists()
+    expected, got = plain.model.state_dict(), hub.model.state_dict()
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    same = hub.head.weight.data_ptr() == hub.text_model.get_input_embeddings().weight.data_ptr()
+    assert same == tied
+    assert load_file(next((tmp_path / "hub").glob("*.safetensors"))).keys()
+
+
+def test_a_folder_without_preprocessor_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="preprocessor_config"):
+        load(folder)
+
+
+@pytest.mark.parametrize("rates", ["real", "tiny"])
+@pytest.mark.parametrize("tracks", ["both", "video", "audio"])
+@pytest.mark.parametrize(("seconds", "fps"), [(8.0, 1.0), (7.0, 1.0), (6.0, 2.0), (9.3, 1.0)])
+def test_positions_are_those_of_get_rope_index(
+    tmp_path: Path, rates: str, tracks: str, seconds: float, fps: float
+) -> None:
+    backbone = load(write_folder(tmp_path / "m", rates=rates))
+    segments = media(backbone, seconds, fps=fps, tracks=tracks)
+    encoded = list(backbone.encode(segments, fps=fps))
+    chunks = list(backbone.chunks(encoded, tracks=tracks, chunk_tokens=150))
+    ids, offsets, _ = backbone.question(Question(text="what colour was the star ?"), tracks=tracks)
+    positions = torch.cat([chunk.positions for chunk in chunks], dim=2)
+    after = torch.tensor(offsets) + int(positions.max()) + 1
+    ours = torch.cat([positions, after.expand(1, 3, -1)], dim=2)
+    whole = torch.cat([stream_ids(backbone, [c.modality for c in chunks], tracks), torch.tensor([ids])], dim=1)
+    grids = sum(segment.grid[0] for segment in encoded)
+    visual = next((segment.grid for segment in encoded if segment.visual is not None), None)
+    frames = sum(s.mel.shape[1] for s in segments if s.mel is not None)
+    expected, _ = backbone.model.get_rope_index(
+        whole,
+        video_grid_thw=None if visual is None else torch.tensor([[grids, visual[1] * 2, visual[2] * 2]]),
+        attention_mask=torch.ones_like(whole),
+        use_audio_in_video=tracks == "both",
+        audio_seqlens=torch.tensor([frames]) if frames else None,
+        second_per_grids=torch.tensor([2.0 / fps]),
+    )
+    assert torch.equal(ours[0], expected[:, 0].long())
+
+
+def test_sparse_frames_stay_in_the_order_of_time(tmp_path: Path) -> None:
+    backbone = load(write_folder(tmp_path / "m", rates="tiny"))
+    encoded = list(backbone.encode(media(backbone, 12.0, fps=0.5), fps=0.5))
+    chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=1000))[1:]
+    time, kind = chunks[0].positions[0, 0], chunks[0].modality[0]
+    assert time.diff().min() >= -2  # within a stretch of 2 positions, all video precedes its audio
+    assert time[kind == Modality.VISUAL].unique().tolist() == [t + int(time[0]) for t in (0, 4, 8)]
+    assert (time[kind == Modality.AUDIO] - time[0]).tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("seconds", [6.0, 7.0, 9.3])
+def test_segments_encoded_alone_equal_the_whole(tmp_path: Path, seconds: float) -> None:
+    backbone = load(write_folder(tmp_path / "m"))
+    segments = media(backbone, seconds)
+    whole, alone = list(backbone.encode(segments, fps=1.0)), list(backbone.encode(segments, fps=1.0, together=1))
+    for a, b in zip(whole, alone, strict=True):
+        for x, y in ((a.visual, b.visual), (a.audio, b.audio)):
+            assert (x is None) == (y is None)
+            if x is not None and y is not None:
+                assert_equal_logits(x, y)
+
+
+@pytest.mark.parametrize("chunk_tokens", [60, 120, 10_000])
+def test_streamed_questions_equal_transformers_in_one_shot(tmp_path: Path, chunk_tokens: int) -> None:
+    backbone = load(write_folder(tmp_path / "m"))
+    segments = media(backbone, 8.0)
+    encoded = list(backbone.encode(segments, fps=1.0))
+    chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=chunk_tokens))
+    texts = ["what colour was the star ?", "what word did the robin say to the moon ?"]
+    rows = [backbone.question(Question(text=text), tracks="both") for text in texts]
+    prompt = Prompt(
+        ids=torch.tensor([[number for ids, _, _ in rows for number in ids]]),
+        segments=torch.tensor([[k for k, (ids, _, _) in enumerate(rows) for _ in ids]]),
+        offsets=torch.tensor([[place for _, offsets, _ in rows for place in offsets]]),
+    )
+    with attach(backbone.text_model) as seam, torch.no_grad():
+        stream = Stream(seam, PerturbationOptions().build(None))
+        for chunk in chunks:
+            stream.feed(chunk)
+        logits = backbone.head(stream.ask(prompt).hidden)
+    media_ids = stream_ids(backbone, [c.modality for c in chunks], "both")
+    pixels = torch.cat([s.frames for s in segments if s.frames is not None])
+    mel = torch.cat([s.mel for s in segments if s.mel is not None], dim=1)
+    for number, (ids, _, _) in enumerate(rows):
+        with torch.no_grad():
+            expected = transformers_logits(backbone, torch.cat([media_ids, torch.tensor([ids])], dim=1), pixels, mel)
+        assert_equal_logits(logits[0, prompt.segments[0] == number], expected[0, -len(ids) :])
+
+
+def transformers_logits(backbone: Qwen25Omni, ids: Tensor, frames: Tensor, mel: Tensor) -> Tensor:
+    """The stock model's own forward pass on pixels, mel and ids."""
+    geometry = backbone.geometry
+    rows, grid = patchify(
+        frames,
+        patch=geometry.patch,
+        merge=geometry.merge,
+        temporal_patch=geometry.temporal_patch,
+        mean=geometry.mean,
+        std=geometry.std,
+    )
+    return backbone.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values_videos=rows,
+        video_grid_thw=torch.tensor([grid]),
+        input_features=mel[None],
+        feature_attention_mask=torch.ones(1, mel.shape[1], dtype=torch.long),
+        use_audio_in_video=True,
+        video_second_per_grid=torch.tensor([2.0]),
+        use_cache=False,
+    ).logits
+
+
+def test_chunks_hold_at_most_chunk_tokens_and_end_at_cuts(tmp_path: Path) -> None:
+    backbone = load(write_folder(tmp_path / "m", rates="tiny"))
+    encoded = list(backbone.encode(media(backbone, 12.0), fps=1.0))
+    chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=14, cuts=[3.0]))[1:]
+    assert all(chunk.count <= 14 for chunk in chunks)
+    assert 4.0 in [chunk.seconds for chunk in chunks]  # the question at 3 s waits for the grid that holds it
+    assert all(a.seconds < b.seconds for a, b in pairwise(chunks))
+    with pytest.raises(ValueError, match="chunk_tokens"):
+        list(backbone.chunks(encoded, tracks="both", chunk_tokens=5))
+
+
+def test_streams_of_another_layout_do_not_share_a_batch(tmp_path: Path) -> None:
+    backbone = load(write_folder(tmp_path / "m", rates="tiny"))
+    long, short = (list(backbone.encode(media(backbone, seconds), fps=1.0)) for seconds in (6.0, 4.0))
+    assert [s.visual.shape[0] for s in collate([long, long]) if s.visual is not None] == [2, 2, 2]
+    with pytest.raises(ValueError, match="layout"):
+        collate([long, short])
+
+
+def test_audio_token_count_is_the_towers_own(tmp_path: Path) -> None:
+    tower = load(write_folder(tmp_path / "m")).model.model.audio_tower
+    for frames in [*range(1, 30), 199, 200, 201, 203, 999]:
+        _, expected = tower._get_feat_extract_output_lengths(torch.tensor(frames))
+        assert audio_tokens(frames) == max(0, int(expected))
+
+
+def test_encoded_counts_its_tokens() -> None:
+    encoded = Encoded(
+        visual=torch.zeros(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
+    )
+    assert encoded.count == 4
