@@ -1,0 +1,196 @@
+"""Calibration against plain loops over what each layer saw, its limits, and its figures."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cut, text_model, whole_stream
+
+from omnimem.attach import attach
+from omnimem.budget import AudioVisualBudget, Budget, SharedBudget, Signals, SplitBudget
+from omnimem.calibration import (
+    CalibrationError,
+    CalibrationOptions,
+    Recorder,
+    calibrate,
+    draw_budget,
+    draw_signals,
+    normalised_entropy,
+    save_figures,
+)
+from omnimem.policies import PerturbationOptions
+from omnimem.policy import Policy
+from omnimem.stream import Stream
+from omnimem.tokens import Chunk, Modality
+from omnimem.view import LayerView
+
+LENGTHS = [16, 16, 16, 16, 16, 16]
+KINDS = {"all": (1, 2), "audio": (1,), "visual": (2,)}
+
+
+def small_policy() -> Policy:
+    return PerturbationOptions().build(SplitBudget(visual_audio_ratio=2.0).build(4, 12))
+
+
+def measure(streams: list[list[Chunk]], skip: int, streams_wanted: int = 8) -> Signals:
+    with attach(text_model("qwen2_5_omni")) as seam:
+        options = CalibrationOptions(streams=streams_wanted, skip_chunks=skip)
+        return calibrate(seam, small_policy(), streams, options)
+
+
+def seen_by_loops(streams: list[list[Chunk]], skip: int) -> dict[tuple[str, str], list[float]]:
+    """Mean entropy and similarity by layer and kind, from the views, token by token."""
+    readings: dict[tuple[str, str, int], list[float]] = {}
+    for chunks in streams:
+        views: dict[int, list[LayerView]] = {layer: [] for layer in range(4)}
+        with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+            stream = Stream(seam, small_policy(), recorder=lambda layer, view, views=views: views[layer].append(view))
+            for chunk in chunks:
+                stream.feed(chunk)
+        for layer, name in ((layer, name) for layer in range(4) for name in KINDS):
+            for view in views[layer][skip:]:
+                mass, states = view.mass[0].tolist(), view.pool.feature[0].double()
+                places = [k for k in range(view.pool.count) if int(view.modality[0, k]) in KINDS[name]]
+                whole = sum(mass[k] for k in places)
+                entropy = -sum(mass[k] / whole * math.log(mass[k] / whole) for k in places) / math.log(len(places))
+                alike = 0.0
+                for k in places:
+                    beside = [j for j in (k - 1, k + 1) if 0 <= j < view.pool.count]
+                    alike += sum(
+                        float(states[k] @ states[j] / states[k].norm() / states[j].norm()) for j in beside
+                    ) / len(beside)
+                readings.setdefault(("entropy", name, layer), []).append(entropy)
+                readings.setdefault(("similarity", name, layer), []).append(alike / len(places))
+    return {
+        (what, name): [sum(readings[what, name, layer]) / len(readings[what, name, layer]) for layer in range(4)]
+        for what in ("entropy", "similarity")
+        for name in KINDS
+    }
+
+
+def test_signals_equal_plain_loops_over_what_the_layers_saw() -> None:
+    streams = [cut(whole_stream(seed=seed), LENGTHS) for seed in (1, 2)]
+    signals = measure(streams, skip=2)
+    expected = seen_by_loops(streams, skip=2)
+    for what, readings in (("entropy", signals.entropy), ("similarity", signals.similarity)):
+        for name, row in (("all", readings.whole), ("audio", readings.audio), ("visual", readings.visual)):
+            assert row == pytest.approx(expected[what, name], abs=1e-5)
+    assert (signals.streams, signals.chunks) == (2, 8)
+
+
+def test_entropy_is_one_when_attention_is_even_and_zero_when_it_falls_on_one_token() -> None:
+    member = torch.tensor([[True, True, False, True, True]])
+    even = normalised_entropy(torch.tensor([[0.2, 0.2, 9.0, 0.2, 0.2]]), member)
+    single = normalised_entropy(torch.tensor([[0.0, 3.0, 9.0, 0.0, 0.0]]), member)
+    assert even.tolist() == pytest.approx([1.0])
+    assert single.tolist() == [0.0]
+
+
+def test_only_the_first_streams_are_read() -> None:
+    streams = [cut(whole_stream(seed=seed), LENGTHS) for seed in (1, 2, 3)]
+    assert measure(streams, skip=1, streams_wanted=2) == measure(streams[:2], skip=1)
+
+
+def test_a_batch_of_streams_counts_each_of_them() -> None:
+    single = [cut(whole_stream(seed=seed), LENGTHS) for seed in (1, 2)]
+    rows = [whole_stream(seed=seed) for seed in (1, 2)]
+    together = Chunk(
+        embeddings=torch.cat([row.embeddings for row in rows]),
+        positions=torch.cat([row.positions for row in rows]),
+        modality=torch.cat([row.modality for row in rows]),
+    )
+    batched, alone = measure([cut(together, LENGTHS)], skip=2), measure(single, skip=2)
+    assert (batched.streams, batched.chunks) == (alone.streams, alone.chunks) == (2, 8)
+    assert batched.entropy.audio == pytest.approx(alone.entropy.audio, abs=1e-5)
+    assert batched.similarity.visual == pytest.approx(alone.similarity.visual, abs=1e-5)
+
+
+def test_chunks_of_text_alone_do_not_count_as_skipped() -> None:
+    chunks = cut(whole_stream(), [3, 13, *LENGTHS[1:]])  # the system prompt comes as a chunk of its own
+    assert measure([chunks], skip=2).chunks == len(LENGTHS) - 2
+
+
+def test_short_streams_add_nothing() -> None:
+    long, short = cut(whole_stream(seed=1), LENGTHS), cut(whole_stream(count=32, seed=2), [16, 16])
+    assert measure([long, short], skip=2) == measure([long], skip=2)
+
+
+@pytest.mark.parametrize("skip", [6, 9])
+def test_streams_that_are_all_too_short_name_skip_chunks(skip: int) -> None:
+    with pytest.raises(CalibrationError, match=rf"skip_chunks: {skip} \(the longest has 6 chunks\); set .* below 6"):
+        measure([cut(whole_stream(), LENGTHS)], skip=skip)
+
+
+def test_no_streams_at_all_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="the longest has 0 chunks"):
+        measure([], skip=0)
+
+
+@pytest.mark.parametrize(("missing", "name"), [(Modality.AUDIO, "audio"), (Modality.VISUAL, "visual")])
+def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str) -> None:
+    whole = whole_stream()
+    other = Modality.VISUAL if missing is Modality.AUDIO else Modality.AUDIO
+    modality = torch.where(whole.modality == missing, torch.tensor(int(other), dtype=torch.int8), whole.modality)
+    deaf = Chunk(embeddings=whole.embeddings, positions=whole.positions, modality=modality)
+    with pytest.raises(CalibrationError, match=rf"no {name} tokens.*both tracks.*name: shared"):
+        measure([cut(deaf, LENGTHS)], skip=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"streams": 0}, "streams is 0"), ({"skip_chunks": -1}, "skip_chunks is -1")]
+)
+def test_options_outside_their_range_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationOptions(**options)
+
+
+def test_recording_does_not_change_what_is_kept() -> None:
+    kept = []
+    for recorder in (None, Recorder(4, CalibrationOptions(skip_chunks=1))):
+        with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+            stream = Stream(seam, small_policy(), recorder=recorder)
+            for chunk in cut(whole_stream(), LENGTHS):
+                stream.feed(chunk)
+            kept.append([layer.order.tolist() for layer in stream.memory.layers])
+    assert kept[0] == kept[1]
+
+
+def test_a_calibration_becomes_a_budget_exact_to_the_slot() -> None:
+    signals = measure([cut(whole_stream(), LENGTHS)], skip=2)
+    for form in ("printed", "released"):
+        budget = AudioVisualBudget(form=form, layer_temperature=1.0).build(4, 12, signals)
+        assert budget.total == 48
+
+
+# figures
+
+
+def calibrated() -> Budget:
+    signals = measure([cut(whole_stream(), LENGTHS)], skip=2)
+    return AudioVisualBudget(layer_temperature=1.0).build(4, 12, signals)
+
+
+def test_figures_show_every_layers_numbers() -> None:
+    budget = calibrated()
+    assert budget.signals is not None
+    left, right = draw_signals(budget.signals).axes
+    drawn = {str(line.get_label()): list(line.get_ydata()) for line in left.lines}
+    assert drawn["audio"] == list(budget.signals.entropy.audio)
+    assert [list(line.get_ydata()) for line in right.lines][2] == list(budget.signals.similarity.visual)
+    heights = [bar.get_height() for bar in draw_budget(budget).axes[0].patches]
+    assert heights == [slots[1] for slots in budget.slots] + [slots[0] for slots in budget.slots]
+
+
+def test_figures_are_files_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    budget = calibrated()
+    first, second = save_figures(budget, tmp_path / "a"), save_figures(budget, tmp_path / "b")
+    assert [path.name for path in first] == ["budget.svg", "signals.svg"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert b"<svg" in first[0].read_bytes()
+
+
+def test_a_shared_budget_draws_one_bar_a_layer(tmp_path: Path) -> None:
+    budget = SharedBudget().build(3, 9)
+    assert [path.name for path in save_figures(budget, tmp_path)] == ["budget.svg"]
+    assert [bar.get_height() for bar in draw_budget(budget).axes[0].patches] == [9, 9, 9]
