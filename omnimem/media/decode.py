@@ -27,6 +27,7 @@ Frame = TypeVar("Frame", AudioFrame, VideoFrame)
 
 TICK = 1e-3  # seconds; the coarsest clock in use (Matroska) rounds timestamps to it
 GAP = 0.05  # seconds; longer holes in the audio timestamps become silence, shorter ones are clock jitter
+CODEC_FILLING = 0.1  # seconds; what audio codecs add at the beginning and the end to fill their blocks
 PREROLL = 0.2  # seconds decoded before a clip, so that codecs that overlap their blocks have settled at its start
 THREADED_PIXELS = 640 * 360  # starting threads costs more than decoding smaller pictures
 
@@ -194,8 +195,16 @@ def _declared(container: InputContainer, stream: VideoStream | AudioStream) -> f
 
 
 def _origin(container: InputContainer) -> float:
-    """The container's zero in seconds: broadcast formats begin anywhere, and audio must stay in step with video."""
-    return max(0.0, (container.start_time or 0) / av.time_base)
+    """What the container's clock shows at our zero, in seconds, the same for both tracks: broadcast begins anywhere.
+
+    The first picture, unless sound begins clearly earlier: what an audio codec begins with is no sound.
+    """
+    begin = max(0.0, (container.start_time or 0) / av.time_base)
+    video = _video_stream(container)
+    if video is None or video.start_time is None or video.time_base is None:
+        return begin
+    first = float(video.start_time * video.time_base)
+    return first if 0.0 < first - begin <= CODEC_FILLING else begin
 
 
 def _decoded(

@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.decode import MediaError, read_audio, read_frames, sample_by_time
+from omnimem.media.decode import CODEC_FILLING, MediaError, read_audio, read_frames, sample_by_time
 from omnimem.media.mel import LogMel
 from omnimem.media.pixels import resize, smart_resize
 
 LONGEST_SEGMENT = 60  # audio blocks; a frame rate that needs more to meet the grid is refused
-CODEC_TAIL = 0.1  # seconds; audio codecs fill their last block, which is no segment of its own
 
 
 @final
@@ -112,7 +111,7 @@ class Source(ABC):
         for index in count():
             taken, mel = list(islice(pictures, frames_each)), next(sounds, None)
             heard = 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
-            if not taken and heard <= (CODEC_TAIL if index else 0.0):
+            if not taken and heard <= (CODEC_FILLING if index else 0.0):
                 return
             if taken and size is None:  # the first frame decides for the whole stream
                 size = self._size(taken[0])
