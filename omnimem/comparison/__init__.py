@@ -1,0 +1,35 @@
+"""Side by side: arms of one or more runs, paired question by question, in JSON, CSV and one self-contained page."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omnimem.comparison.load import Arm, ComparisonError, Run, differences, read
+from omnimem.comparison.report import render
+from omnimem.comparison.summary import arm_rows, pair_rows, summarise, write_csv
+
+__all__ = ["Arm", "ComparisonError", "Run", "compare", "differences", "read", "render", "summarise"]
+
+DRAWS = 10_000
+
+
+def compare(
+    folders: Sequence[Path], out: Path, *, allow_different: bool = False, draws: int = DRAWS, seed: int = 0
+) -> dict[str, Any]:
+    """Write summary.json, arms.csv, pairs.csv and report.html of the arms below the folders to `out`; the summary.
+
+    Raises ComparisonError when a folder cannot be read, or when input or budget differ and `allow_different` is off.
+    """
+    arms, runs = read(folders)
+    different = differences(arms)
+    if different and not allow_different:
+        raise ComparisonError([*different, "nothing was written; --allow-different compares all the same, in red"])
+    summary = summarise(arms, draws=draws, seed=seed, warnings=different)
+    page = render(summary, arms, runs)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_csv(out / "arms.csv", arm_rows(summary))
+    write_csv(out / "pairs.csv", pair_rows(summary))
+    (out / "report.html").write_text(page, encoding="utf-8")
+    return summary

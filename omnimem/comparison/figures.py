@@ -1,0 +1,296 @@
+"""Figures of the report as inline SVG: sharp at any width, coloured by the page's style sheet, text as text.
+
+Horizontal places are percentages and vertical ones pixels, so that a figure stretches with the page while its text and
+strokes keep their size. Marks differ in shape, modalities in hue (blue and orange, told apart by every kind of colour
+vision) and in a caption; light and dark are the style sheet's business.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import numpy as np
+from jaxtyping import Float64
+from markupsafe import Markup
+
+Mark = Literal["circle", "ring", "diamond", "bar"]
+
+ROW = 22  # pixels
+LEVELS = 12  # steps of opacity in a heat map
+MOST_CELLS = 96  # along one side of a heat map
+SMOOTH = 0.04  # share of the curve under the running mean
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A range of numbers, the places of its ticks, and how to write them."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def at(self, value: float) -> float:
+        """Place of a value in per cent of the width, kept inside."""
+        return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
+
+
+def accuracy_scale() -> Scale:
+    """0 to 100 %: a cut axis would make small differences look large."""
+    return Scale(low=0.0, high=1.0, ticks=(0.0, 0.25, 0.5, 0.75, 1.0))
+
+
+def difference_scale(values: Sequence[float]) -> Scale:
+    """Symmetric about zero, wide enough for all values."""
+    step = _nice(max([abs(value) for value in values if not math.isnan(value)] + [0.02]) / 2)
+    reach = step * math.ceil(max([abs(value) for value in values if not math.isnan(value)] + [0.02]) / step - 1e-9)
+    return Scale(low=-reach, high=reach, ticks=tuple(float(tick) for tick in np.arange(-reach, reach + step / 2, step)))
+
+
+def from_zero(values: Sequence[float], ticks: int = 4) -> Scale:
+    """Zero to a round number above all values."""
+    top = max([*values, 0.0]) or 1.0
+    step = _nice(top / ticks)
+    count = math.ceil(top / step - 1e-9)
+    return Scale(low=0.0, high=count * step, ticks=tuple(step * tick for tick in range(count + 1)))
+
+
+def interval_row(
+    scale: Scale,
+    value: float | None,
+    bounds: Sequence[float | None],
+    *,
+    mark: Mark = "circle",
+    kind: str = "plain",
+    reference: float | None = None,
+) -> Markup:
+    """A mark with its interval over the grid of the scale; `reference` is a tick of its own (chance, or zero)."""
+    parts = [_grid(scale, ROW)]
+    if reference is not None:
+        x = scale.at(reference)
+        parts.append(f'<line class="reference" x1="{x}%" x2="{x}%" y1="1" y2="{ROW - 1}"/>')
+    low, high = bounds
+    if low is not None and high is not None:
+        parts.append(
+            f'<line class="whisker" x1="{scale.at(low)}%" x2="{scale.at(high)}%" y1="{ROW / 2:g}" y2="{ROW / 2:g}"/>'
+        )
+    if value is not None:
+        parts.append(_mark(mark, scale.at(value), ROW / 2))
+    return Markup(f'<svg class="interval {kind}" height="{ROW}" aria-hidden="true">{"".join(parts)}</svg>')
+
+
+def axis_row(labels: Mapping[float, str], scale: Scale) -> Markup:
+    """The numbers below (or above) interval rows of the same scale."""
+    texts = "".join(_x_label(scale.at(tick), 13, label) for tick, label in labels.items())
+    return Markup(f'<svg class="interval axis" height="16" aria-hidden="true">{texts}</svg>')
+
+
+def budget_bars(slots: Sequence[tuple[int, int]], *, split: bool, label: str) -> Markup:
+    """Stacked bars by layer: audio below, visual above; one plain bar where both share a pool."""
+    height, count = 190, len(slots)
+    scale = from_zero([float(audio + visual) for audio, visual in slots])
+    bars: list[str] = []
+    for layer, (audio, visual) in enumerate(slots):
+        said = f"audio {audio:,}, visual {visual:,}" if split else f"{audio + visual:,} shared"
+        x, width = f"{100 * (layer + 0.1) / count:.2f}%", f"{80 / count:.2f}%"
+        low = height * scale.at(float(audio)) / 100
+        high = height * scale.at(float(audio + visual)) / 100
+        rects = (("audio", 0.0, low), ("visual", low, high)) if split else (("shared", 0.0, high),)
+        body = "".join(
+            f'<rect class="{name}" x="{x}" width="{width}" y="{height - top:.1f}" height="{top - bottom:.1f}"/>'
+            for name, bottom, top in rects
+        )
+        bars.append(f"<g><title>layer {layer}: {said}</title>{body}</g>")
+    every = max(1, math.ceil(count / 12))
+    below = {100 * (layer + 0.5) / count: str(layer) for layer in range(0, count, every)}
+    return _chart("".join(bars), height=height, y=_y_labels(scale, height), x=below, x_title="layer", label=label)
+
+
+def curves(
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, height: int, x_title: str, label: str
+) -> Markup:
+    """Lines over steps, each a running mean over a pale trace of the raw values: (class, steps, values)."""
+    steps = [step for _, xs, _ in lines for step in xs]
+    scale = from_zero([value for _, _, ys in lines for value in ys])
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    drawn: list[str] = []
+    for name, xs, ys in lines:
+        places = [1000 * (step - first) / (last - first) for step in xs]
+        for kind, values in (("raw", np.asarray(ys, dtype=np.float64)), ("mean", _running_mean(ys))):
+            points = " ".join(
+                f"{x:.1f},{height - height * scale.at(float(y)) / 100:.1f}" for x, y in zip(places, values, strict=True)
+            )
+            drawn.append(f'<polyline class="{kind} {name}" points="{points}"/>')
+    inner = f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none" height="{height}">{"".join(drawn)}</svg>'
+    ticks = np.linspace(first, last, 5)
+    below = {100 * (tick - first) / (last - first): f"{round(tick):,}" for tick in ticks}
+    return _chart(inner, height=height, y=_y_labels(scale, height), x=below, x_title=x_title, label=label)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One modality of one stream: how many tokens arrived per bin, and how many of them were kept after each chunk."""
+
+    seconds: float
+    bin_seconds: float
+    chunk_ends: Float64[np.ndarray, " chunks"]
+    arrived: Float64[np.ndarray, " bins"]
+    kept: Float64[np.ndarray, "chunks layers bins"]
+
+    @classmethod
+    def read(cls, trace: Mapping[str, Any], modality: str) -> "Kept":
+        """From trace.json, with neighbouring bins and skipped chunks made coarser where a picture would be too fine."""
+        arrived = np.asarray(trace["arrived"][modality], dtype=np.float64)
+        kept = np.asarray(trace["kept"][modality], dtype=np.float64)
+        ends = np.asarray(trace["chunk_ends"], dtype=np.float64)
+        together = math.ceil(arrived.size / MOST_CELLS)
+        starts = np.arange(0, arrived.size, together)
+        rows = np.unique(np.linspace(0, ends.size - 1, min(ends.size, MOST_CELLS)).round().astype(np.int64))
+        return cls(
+            seconds=float(trace["seconds"]),
+            bin_seconds=float(trace["bin_seconds"]) * together,
+            chunk_ends=ends[rows],
+            arrived=np.add.reduceat(arrived, starts),
+            kept=np.add.reduceat(kept[rows], starts, axis=2),
+        )
+
+    def share(self) -> Float64[np.ndarray, "chunks bins"]:
+        """Kept of arrived, a mean over layers; 0 where nothing arrived."""
+        return np.divide(self.kept.mean(1), self.arrived, out=np.zeros_like(self.kept[:, 0]), where=self.arrived > 0)
+
+    def last(self) -> Float64[np.ndarray, "layers bins"]:
+        """Kept of arrived by layer, after the last chunk."""
+        return np.divide(self.kept[-1], self.arrived, out=np.zeros_like(self.kept[-1]), where=self.arrived > 0)
+
+
+def kept_over_time(kept: Kept, modality: str, *, label: str) -> Markup:
+    """Right: when a token was seen or heard; down: the stream goes on; darker: more of it is still in memory."""
+    tops = np.concatenate([[0.0], kept.chunk_ends[:-1]])
+    cells = _cells(kept.share(), list(zip(tops, kept.chunk_ends, strict=True)), kept)
+    ticks = _time_ticks(kept.seconds)
+    down = [(200 * tick / kept.seconds, text) for tick, text in ticks]
+    return _heat(cells, modality, kept.seconds, kept.seconds, 200, ticks, down, label)
+
+
+def kept_by_layer(kept: Kept, modality: str, *, label: str) -> Markup:
+    """Right: when a token was seen or heard; down: layers; darker: more of it is in memory at the end."""
+    share = kept.last()
+    layers = share.shape[0]
+    height = max(60, min(200, 14 * layers))
+    cells = _cells(share, [(float(layer), float(layer + 1)) for layer in range(layers)], kept)
+    every = max(1, math.ceil(layers / 6))
+    down = [(height * (layer + 0.5) / layers, str(layer)) for layer in range(0, layers, every)]
+    return _heat(cells, modality, kept.seconds, float(layers), height, _time_ticks(kept.seconds), down, label)
+
+
+def _heat(
+    cells: Mapping[int, str],
+    modality: str,
+    wide: float,
+    high: float,
+    height: int,
+    ticks: Sequence[tuple[float, str]],
+    down: Sequence[tuple[float, str]],
+    label: str,
+) -> Markup:
+    paths = "".join(
+        f'<path class="{modality}" fill-opacity="{level / LEVELS:.2f}" d="{path}"/>' for level, path in cells.items()
+    )
+    inner = (
+        f'<svg class="heat" viewBox="0 0 {wide:g} {high:g}" preserveAspectRatio="none" height="{height}">{paths}</svg>'
+    )
+    below = {100 * tick / wide: text for tick, text in ticks}
+    return _chart(inner, height=height, y=down, x=below, x_title="", label=label, lines=False)
+
+
+def _cells(share: Float64[np.ndarray, "rows bins"], rows: Sequence[tuple[float, float]], kept: Kept) -> dict[int, str]:
+    """Rectangles by level of opacity, one path a level; neighbours of one level in a row become one rectangle.
+
+    Opacity is the square root of the share, so that a few per cent kept are still seen.
+    """
+    level = np.clip(np.ceil(np.sqrt(np.clip(share, 0, 1)) * LEVELS - 1e-9), 0, LEVELS).astype(np.int64)
+    paths: dict[int, list[str]] = {}
+    for row, (top, bottom) in enumerate(rows):
+        edges = [0, *(int(place) + 1 for place in np.flatnonzero(np.diff(level[row]))), level.shape[1]]
+        for start, end in pairwise(edges):
+            if level[row, start]:
+                x, far = start * kept.bin_seconds, min(end * kept.bin_seconds, kept.seconds)
+                rect = f"M{x:.7g} {top:.7g}H{far:.7g}V{bottom:.7g}H{x:.7g}z"
+                paths.setdefault(int(level[row, start]), []).append(rect)
+    return {one: "".join(rects) for one, rects in sorted(paths.items())}
+
+
+def _chart(
+    body: str,
+    *,
+    height: int,
+    y: Sequence[tuple[float, str]],
+    x: Mapping[float, str],
+    x_title: str,
+    label: str,
+    lines: bool = True,
+) -> Markup:
+    """Labels left and below a figure; `label` is what a screen reader says."""
+    left = "".join(
+        f'<text x="100%" dx="-6" y="{place:.1f}" dy="4" text-anchor="end">{text}</text>' for place, text in y
+    )
+    rules = "".join(f'<line class="grid" x1="0" x2="100%" y1="{place:.1f}" y2="{place:.1f}"/>' for place, _ in y)
+    below = "".join(_x_label(place, height + 16, text) for place, text in x.items())
+    below += f'<text class="title" x="50%" y="{height + 33}" text-anchor="middle">{x_title}</text>' if x_title else ""
+    full = height + (38 if x_title else 20)
+    return Markup(
+        f'<div class="chart"><svg class="labels" height="{full}" aria-hidden="true">{left}</svg>'
+        f'<svg class="area" height="{full}" role="img" aria-label="{Markup.escape(label)}">'
+        f"{rules if lines else ''}{body}{below}</svg></div>"
+    )
+
+
+def _grid(scale: Scale, height: int) -> str:
+    return "".join(
+        f'<line class="grid" x1="{scale.at(tick)}%" x2="{scale.at(tick)}%" y1="0" y2="{height}"/>'
+        for tick in scale.ticks
+    )
+
+
+def _mark(mark: Mark, x: float, y: float) -> str:
+    if mark == "diamond":  # a nested drawing has its own origin, which a percentage may place
+        return f'<svg x="{x}%" y="{y:g}" overflow="visible"><path class="mark" d="M-6.5 0L0-6.5L6.5 0L0 6.5z"/></svg>'
+    if mark == "bar":
+        return f'<svg x="{x}%" y="{y:g}" overflow="visible"><path class="mark" d="M-2-7h4v14h-4z"/></svg>'
+    return f'<circle class="mark {mark}" cx="{x}%" cy="{y:g}" r="5"/>'
+
+
+def _x_label(place: float, y: int, text: str) -> str:
+    anchor = "start" if place < 3 else "end" if place > 97 else "middle"
+    return f'<text x="{place:.2f}%" y="{y}" text-anchor="{anchor}">{text}</text>'
+
+
+def _y_labels(scale: Scale, height: int) -> list[tuple[float, str]]:
+    return [(height - height * scale.at(tick) / 100, f"{tick:,.6g}") for tick in scale.ticks]
+
+
+def _time_ticks(seconds: float) -> list[tuple[float, str]]:
+    step = next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900) if seconds / step <= 6), 1800)
+    return [(float(tick), _clock(tick)) for tick in np.arange(0, seconds + 1e-9, step)]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def _running_mean(values: Sequence[float]) -> Float64[np.ndarray, " steps"]:
+    half = max(1, round(SMOOTH * len(values) / 2))
+    total = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    place = np.arange(len(values))
+    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _nice(step: float) -> float:
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is not below the step."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(power * factor for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if power * factor >= step * (1 - 1e-9))

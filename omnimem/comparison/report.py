@@ -1,0 +1,359 @@
+"""compare/report.html: the summary as one self-contained page, with every question and both its answers."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from omnimem.comparison import figures
+from omnimem.comparison.figures import Kept, Mark, Scale
+from omnimem.comparison.load import Answer, Arm, Run
+from omnimem.comparison.summary import in_order
+
+TEMPLATE = Path(__file__).with_name("report.html")
+LONGEST_PREDICTION = 600  # characters shown of one prediction
+LONGEST_VALUE = 160  # characters shown of one line of provenance
+SHA256 = 64  # hexadecimal digits
+MARKS: dict[str, tuple[Mark, str]] = {"reference": ("ring", "reference"), "probe": ("bar", "probe")}
+STYLES = ("first", "second", "third", "fourth")  # of lines in one figure
+
+UNKNOWN = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+View = dict[str, Any]
+
+
+def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run]) -> str:
+    """The whole page; needs no network, no script for anything but searching the list of questions."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"percent": percent, "points": points, "shown": shown, "size": size, "count": count}
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    arms = in_order(arms)
+    rivals = [arm for arm in arms if arm.role != "probe"]
+    names = list(summary["benchmarks"])
+    return template.render(
+        title=" and ".join(names) if len(names) < 3 else f"{len(names)} benchmarks",
+        summary=summary,
+        sentences=_sentences(summary),
+        accuracy=[_accuracy(name, group, arms) for name, group in _groups(summary)],
+        accuracy_axis=_percent_axis(),
+        differences=_differences(summary),
+        kinds=[_kinds(name, group, rivals) for name, group in summary["benchmarks"].items()],
+        probes=[_probes(name, group, arms) for name, group in summary["benchmarks"].items() if group["probes"]],
+        costs=[_costs(name, group) for name, group in summary["benchmarks"].items()],
+        budgets=_budgets(runs),
+        traces=[_trace(arm, arm.trace) for arm in arms if arm.trace is not None],
+        training=[_training(run) for run in runs if run.metrics],
+        questions=_questions(rivals),
+        provenance=_provenance(arms),
+    )
+
+
+def percent(value: float | None) -> str:
+    """87.1 for 0.871; a dash for what is not known."""
+    return UNKNOWN if value is None else f"{100 * value:.1f}"
+
+
+def points(value: float | None) -> str:
+    """+8.2 for 0.082, with a true minus sign."""
+    if value is None:
+        return UNKNOWN
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
+
+
+def count(value: float | None) -> str:
+    """A number of entries or frames, with a decimal only where there is one."""
+    return UNKNOWN if value is None else f"{value:,.1f}".removesuffix(".0")
+
+
+def size(value: float | None) -> str:
+    """Bytes in the unit that suits them."""
+    if value is None:
+        return UNKNOWN
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+        value /= 1000
+    raise AssertionError("the last unit takes everything")
+
+
+def shown(label: str) -> str:
+    """An arm's or a kind's name as a reader would write it."""
+    run, slash, name = label.rpartition("/")
+    return f"{run} / {name.replace('_', ' ')}" if slash else name.replace("_", " ")
+
+
+def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield from summary["benchmarks"].items()
+    if len(summary["benchmarks"]) > 1:
+        yield "all benchmarks pooled", summary["pooled"]
+
+
+def _sentences(summary: Mapping[str, Any]) -> list[View]:
+    """The first arm against all others, in words."""
+    name, group = list(_groups(summary))[-1]
+    pairs = group["pairs"]
+    return [_sentence(name, pair) for pair in pairs if pair["a"] == pairs[0]["a"]]
+
+
+def _sentence(name: str, pair: Mapping[str, Any]) -> View:
+    a, b = shown(pair["a"]), shown(pair["b"])
+    between = f"{points(pair['low'])} to {points(pair['high'])}"
+    if pair["verdict"] == "not resolved":
+        least = percent(pair["minimum_detectable"])
+        text = (
+            f"{a} against {b} on {name}: {points(pair['diff'])} points ({between}); "
+            f"differences from about {least} points would show here"
+        )
+    else:
+        more = "more" if pair["verdict"] == "gain" else "less"
+        text = f"{a} scores {percent(abs(pair['diff']))} points {more} than {b} on {name} (95 % interval {between})"
+    return {"verdict": pair["verdict"], "text": text}
+
+
+def _accuracy(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
+    entries = group["arms"] | group["probes"]
+    return {
+        "name": name,
+        "n": group["n"],
+        "clusters": group["clusters"],
+        "chance": group["chance"],
+        "rows": [
+            {"label": arm.label, **entries[arm.label], "plot": _accuracy_plot(arm, entries[arm.label], group["chance"])}
+            for arm in arms
+            if arm.label in entries
+        ],
+    }
+
+
+def _accuracy_plot(arm: Arm, entry: Mapping[str, Any], chance: float) -> Markup:
+    mark, kind = MARKS.get(arm.role, ("diamond", "tuned") if arm.name.startswith("tuned") else ("circle", "plain"))
+    scale = figures.accuracy_scale()
+    return figures.interval_row(
+        scale, entry["strict"], entry["strict_interval"], mark=mark, kind=kind, reference=chance
+    )
+
+
+def _percent_axis() -> Markup:
+    scale = figures.accuracy_scale()
+    return figures.axis_row({tick: f"{100 * tick:.0f} %" for tick in scale.ticks}, scale)
+
+
+def _differences(summary: Mapping[str, Any]) -> View:
+    groups = list(_groups(summary))
+    bounds = [pair[key] for _, group in groups for pair in group["pairs"] for key in ("low", "high", "diff")]
+    of_kinds = [
+        kind[key]
+        for _, group in groups
+        for pair in group["pairs"]
+        for kind in pair["kinds"].values()
+        for key in ("low", "high", "diff")
+    ]
+    scale = figures.difference_scale([bound for bound in bounds + of_kinds if bound is not None])
+    by_pair: dict[tuple[str, str], list[View]] = {}
+    for name, group in groups:
+        for pair in group["pairs"]:
+            shown_pair = pair if group is not summary["pooled"] else {**pair, "kinds": {}}
+            by_pair.setdefault((pair["a"], pair["b"]), []).append(_difference(name, shown_pair, scale))
+    return {
+        "axis": figures.axis_row({tick: points(tick) for tick in scale.ticks}, scale),
+        "pairs": [{"a": a, "b": b, "rows": rows} for (a, b), rows in by_pair.items()],
+    }
+
+
+def _difference(name: str, pair: Mapping[str, Any], scale: Scale) -> View:
+    return {
+        "name": name,
+        **pair,
+        "plot": _difference_plot(pair, scale, pair["verdict"].replace(" ", "-")),
+        "kinds": [
+            {"name": kind, **numbers, "plot": _difference_plot(numbers, scale, "plain")}
+            for kind, numbers in pair["kinds"].items()
+        ],
+    }
+
+
+def _difference_plot(pair: Mapping[str, Any], scale: Scale, kind: str) -> Markup:
+    return figures.interval_row(scale, pair["diff"], (pair["low"], pair["high"]), kind=kind, reference=0.0)
+
+
+def _kinds(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
+    return {"name": name, "kinds": [_kind(kind, facts, group["arms"], arms) for kind, facts in group["kinds"].items()]}
+
+
+def _probes(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
+    """Probes beside the full memory, which sees what they lack."""
+    entries = group["arms"] | group["probes"]
+    few = [arm for arm in arms if arm.role == "probe"] + [arm for arm in arms if arm.name == "full_memory"][:1]
+    return {"name": name, "kinds": [_kind(kind, facts, entries, few) for kind, facts in group["kinds"].items()]}
+
+
+def _kind(kind: str, facts: Mapping[str, Any], entries: Mapping[str, Any], arms: Sequence[Arm]) -> View:
+    with_it = [arm for arm in arms if arm.label in entries and kind in entries[arm.label]["kinds"]]
+    return {
+        "name": kind,
+        **facts,
+        "rows": [
+            {
+                "label": arm.label,
+                **entries[arm.label]["kinds"][kind],
+                "plot": _accuracy_plot(arm, entries[arm.label]["kinds"][kind], facts["chance"]),
+            }
+            for arm in with_it
+        ],
+    }
+
+
+def _costs(name: str, group: Mapping[str, Any]) -> View:
+    return {
+        "name": name,
+        "rows": [{"label": label, **entry} for label, entry in (group["arms"] | group["probes"]).items()],
+    }
+
+
+def _budgets(runs: Sequence[Run]) -> list[View]:
+    """One figure for each different budget, with the runs that use it."""
+    views: dict[tuple[object, ...], View] = {}
+    for run in runs:
+        if run.budget is None or run.budget.unlimited:
+            continue
+        slots = tuple((audio, visual) for audio, visual in run.budget.slots)
+        key = (slots, run.budget.split)
+        if key in views:
+            views[key]["runs"].append(run.name)
+            continue
+        total, audio = run.budget.total, sum(audio for audio, _ in slots)
+        views[key] = {
+            "runs": [run.name],
+            "split": run.budget.split,
+            "slots": slots,
+            "total": total,
+            "audio": audio / total,
+            "chart": figures.budget_bars(
+                slots,
+                split=run.budget.split,
+                label=f"Budget by layer of {run.name}: {total:,} slots over {len(slots)} layers",
+            ),
+        }
+    return list(views.values())
+
+
+def _trace(arm: Arm, trace: Mapping[str, Any]) -> View:
+    def panel(modality: str) -> View:
+        kept = Kept.read(trace, modality)
+        share = kept.last().mean(0)
+        said = f"{shown(arm.label)}: share of {modality} tokens kept"
+        weight = kept.arrived.sum()
+        return {
+            "modality": modality,
+            "left": float((share * kept.arrived).sum() / weight) if weight else None,
+            "time": figures.kept_over_time(kept, modality, label=f"{said} as the stream goes on"),
+            "layers": figures.kept_by_layer(kept, modality, label=f"{said} at the end, by layer"),
+        }
+
+    return {
+        "label": arm.label,
+        "video": trace["video"],
+        "seconds": trace["seconds"],
+        "panels": [panel("visual"), panel("audio")],
+    }
+
+
+def _training(run: Run) -> View:
+    """Loss by budget, since a step with full memory and one with a small budget are not the same task."""
+    budgets = sorted({str(record.get("slots", "")) for record in run.metrics}, key=lambda text: (len(text), text))
+    style = {budget: STYLES[min(place, len(STYLES) - 1)] for place, budget in enumerate(budgets)}
+    lines = [
+        (style[budget], *_series([record for record in run.metrics if str(record.get("slots", "")) == budget], "loss"))
+        for budget in budgets
+    ]
+    lines = [line for line in lines if line[1]]
+    steps, temperature = _series(run.metrics, "temperature")
+    return {
+        "run": run.name,
+        "steps": len(run.metrics),
+        "legend": [{"style": style[budget], "budget": budget} for budget in budgets] if len(budgets) > 1 else [],
+        "loss": figures.curves(lines, height=190, x_title="step", label=f"Loss of {run.name} by step")
+        if lines
+        else None,
+        "temperature": figures.curves(
+            [("second", steps, temperature)],
+            height=80,
+            x_title="step",
+            label=f"Selection temperature of {run.name} by step",
+        )
+        if steps
+        else None,
+    }
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    found = [record for record in records if isinstance(record.get(key), int | float)]
+    return [float(record["step"]) for record in found], [float(record[key]) for record in found]
+
+
+def _questions(arms: Sequence[Arm]) -> View:
+    """All questions with what every arm answered, compact: o is 1 right, 0 wrong, 2 no answer, 3 not asked."""
+    asked: dict[tuple[str, str], Answer] = {}
+    for arm in arms:
+        for name, sheet in arm.sheets.items():
+            for answer in sheet.answers.values():
+                asked.setdefault((name, answer.id), answer)
+    rows = []
+    for (name, key), answer in sorted(asked.items()):
+        given = [arm.sheets[name].answers.get(key) if name in arm.sheets else None for arm in arms]
+        rows.append(
+            {
+                "b": name,
+                "i": answer.id,
+                "v": answer.video,
+                "k": list(answer.kinds),
+                "q": answer.question,
+                "g": answer.answer,
+                "p": ["" if one is None else _cut(one.prediction, LONGEST_PREDICTION) for one in given],
+                "o": [3 if one is None else 1 if one.correct else 0 if one.parsed else 2 for one in given],
+            }
+        )
+    return {
+        "arms": [shown(arm.label) for arm in arms],
+        "benchmarks": sorted({row["b"] for row in rows}),
+        "kinds": sorted({kind for row in rows for kind in row["k"]}),
+        "rows": rows,
+    }
+
+
+def _provenance(arms: Sequence[Arm]) -> View:
+    """What is the same in all arms once, and what differs side by side."""
+    flat = {arm.label: dict(_flatten(arm.provenance)) | {"folder": str(arm.folder)} for arm in arms}
+    keys = list(dict.fromkeys(key for facts in flat.values() for key in facts))
+    same, differing = [], []
+    for key in keys:
+        values = [facts.get(key, UNKNOWN) for facts in flat.values()]
+        if len(set(values)) == 1 and len(arms) > 1:
+            same.append({"key": key, "value": values[0]})
+        else:
+            differing.append({"key": key, "values": values})
+    return {"arms": list(flat), "same": same, "differing": differing}
+
+
+def _flatten(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        name = f"{above}.{key}" if above else str(key)
+        if isinstance(value, Mapping):
+            yield from _flatten(value, name)
+        else:
+            yield name, _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _short(text: str) -> str:
+    if len(text) == SHA256 and set(text) <= set("0123456789abcdef"):
+        return text[:16] + "…"
+    return _cut(text, LONGEST_VALUE)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + "…"

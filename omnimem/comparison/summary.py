@@ -1,0 +1,253 @@
+"""compare/summary.json and its CSV files: every number of a comparison, computed once and shown by the report."""
+
+import csv
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnimem.comparison import statistics
+from omnimem.comparison.load import Answer, Arm, Sheet
+from omnimem.comparison.statistics import Estimate, Resampling
+
+DIGITS = 6
+RANK = {"full_memory": 0, "training_free": 1, "tuned": 2}
+SAME_BYTES = 0.01  # relative
+
+Key = tuple[str, str]  # benchmark, question id
+Answers = Mapping[Key, Answer]
+
+
+def in_order(arms: Sequence[Arm]) -> list[Arm]:
+    """The order of every table: full memory, training-free, tuned, others by name, then the probes."""
+    return sorted(arms, key=lambda arm: (arm.role == "probe", RANK.get(arm.name, len(RANK)), arm.label))
+
+
+def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[str]) -> dict[str, Any]:
+    """Accuracies, paired differences and their intervals: per benchmark, and pooled over all questions of all of them.
+
+    Accuracy `official` counts parsed answers only, `strict` counts a missing answer as wrong; differences are strict,
+    over the questions that both arms were asked.
+    """
+    arms = in_order(arms)
+    names = sorted({name for arm in arms for name in arm.sheets})
+    benchmarks = {name: _group(arms, (name,), draws=draws, seed=seed) for name in names}
+    _adjust(list(benchmarks.values()))
+    for name, group in benchmarks.items():
+        for entry in (group["arms"], group["probes"]):
+            for arm in arms:
+                if arm.label in entry:
+                    entry[arm.label] |= _cost(arm.sheets[name])
+    pooled = _group(arms, tuple(names), draws=draws, seed=seed)
+    _adjust([pooled])
+    return {
+        "benchmarks": benchmarks,
+        "pooled": pooled,
+        "settings": {"draws": draws, "seed": seed, "confidence": statistics.CONFIDENCE, "power": statistics.POWER},
+        "different": list(warnings),
+        "notes": _notes(arms),
+    }
+
+
+def arm_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each benchmark, arm and kind (`all` first), as in arms.csv."""
+    return [
+        {"benchmark": name, "arm": arm, "kind": kind, **_flat(numbers)}
+        for name, group in _groups(summary)
+        for arm, entry in (group["arms"] | group["probes"]).items()
+        for kind, numbers in ({"all": entry} | entry["kinds"]).items()
+    ]
+
+
+def pair_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each benchmark, pair and kind (`all` first), as in pairs.csv."""
+    return [
+        {"benchmark": name, "a": pair["a"], "b": pair["b"], "kind": kind, **_flat(numbers)}
+        for name, group in _groups(summary)
+        for pair in group["pairs"]
+        for kind, numbers in ({"all": pair} | pair["kinds"]).items()
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows under the union of their columns; a number that is not known is an empty field."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def pairs(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
+    """Every two arms that may be paired: tuned before training-free before the controls before full memory."""
+    paired = [arm for arm in in_order(arms) if arm.role != "probe"]
+    paired.sort(key=lambda arm: {"tuned": 0, "training_free": 1, "full_memory": 3}.get(arm.name, 2))
+    for place, a in enumerate(paired):
+        for b in paired[place + 1 :]:
+            yield a, b
+
+
+def chance(answers: Sequence[Answer]) -> float:
+    """Mean over questions of 1 / (number of different right answers among the questions of the same kind)."""
+    right: dict[tuple[str, ...], set[str]] = {}
+    for answer in answers:
+        right.setdefault(answer.kinds, set()).add(answer.answer)
+    return float(np.mean([1 / len(right[answer.kinds]) for answer in answers]))
+
+
+def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) -> dict[str, Any]:
+    sheets = {
+        arm.label: {(name, key): one for name in names if name in arm.sheets for key, one in _items(arm.sheets[name])}
+        for arm in arms
+    }
+    sheets = {label: sheet for label, sheet in sheets.items() if sheet}
+    asked = {key: answer for sheet in sheets.values() for key, answer in sheet.items()}
+    resampling = statistics.resample([answer.video for answer in asked.values()], draws=draws, seed=seed)
+    kinds = sorted({kind for answer in asked.values() for kind in answer.kinds})
+    probes = {arm.label for arm in arms if arm.role == "probe"}
+    accuracy = {label: _arm(resampling, sheet) for label, sheet in sheets.items()}
+    return {
+        "n": len(asked),
+        "clusters": len(resampling.videos),
+        "chance": round(chance(list(asked.values())), DIGITS),
+        "kinds": {
+            kind: {"n": len(of_kind), "chance": round(chance(of_kind), DIGITS)}
+            for kind in kinds
+            if (of_kind := list(_of_kind(asked, kind).values()))
+        },
+        "arms": {label: entry for label, entry in accuracy.items() if label not in probes},
+        "probes": {label: entry for label, entry in accuracy.items() if label in probes},
+        "pairs": [
+            _pair(resampling, a.label, b.label, sheets[a.label], sheets[b.label])
+            for a, b in pairs(arms)
+            if a.label in sheets and b.label in sheets and set(sheets[a.label]) & set(sheets[b.label])
+        ],
+    }
+
+
+def _items(sheet: Sheet) -> list[tuple[str, Answer]]:
+    return sorted(sheet.answers.items())
+
+
+def _of_kind(answers: Answers, kind: str) -> Answers:
+    return {key: answer for key, answer in answers.items() if kind in answer.kinds}
+
+
+def _kinds(answers: Answers) -> list[str]:
+    return sorted({kind for answer in answers.values() for kind in answer.kinds})
+
+
+def _arm(resampling: Resampling, answers: Answers) -> dict[str, Any]:
+    kinds = {kind: _accuracy(resampling, list(_of_kind(answers, kind).values())) for kind in _kinds(answers)}
+    return _accuracy(resampling, list(answers.values())) | {"kinds": kinds}
+
+
+def _accuracy(resampling: Resampling, answers: Sequence[Answer]) -> dict[str, Any]:
+    videos = [answer.video for answer in answers]
+    correct = np.array([answer.correct for answer in answers], dtype=np.float64)
+    parsed = np.array([answer.parsed for answer in answers], dtype=np.float64)
+    official = statistics.ratio(resampling, videos, correct, parsed, lowest=0.0)
+    strict = statistics.ratio(resampling, videos, correct, np.ones_like(correct), lowest=0.0)
+    return {
+        "n": len(answers),
+        "clusters": strict.clusters,
+        "official": _rounded(official.value),
+        "official_interval": _bounds(official),
+        "strict": _rounded(strict.value),
+        "strict_interval": _bounds(strict),
+        "no_answer": _rounded(1 - float(parsed.mean())),
+    }
+
+
+def _pair(resampling: Resampling, a: str, b: str, of_a: Answers, of_b: Answers) -> dict[str, Any]:
+    shared = [key for key in of_a if key in of_b]
+    two = [(of_a[key], of_b[key]) for key in shared]
+    kinds = sorted({kind for one, _ in two for kind in one.kinds})
+    by_kind = {kind: _difference(resampling, [pair for pair in two if kind in pair[0].kinds]) for kind in kinds}
+    return {"a": a, "b": b} | _difference(resampling, two) | {"kinds": by_kind}
+
+
+def _difference(resampling: Resampling, two: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    a = np.array([one.correct for one, _ in two], dtype=np.bool_)
+    b = np.array([other.correct for _, other in two], dtype=np.bool_)
+    difference = a.astype(np.float64) - b.astype(np.float64)
+    videos = [one.video for one, _ in two]
+    found = statistics.ratio(resampling, videos, difference, np.ones_like(difference), lowest=-1.0)
+    return {
+        "n": len(two),
+        "clusters": found.clusters,
+        "diff": _rounded(found.value),
+        "low": _rounded(found.low),
+        "high": _rounded(found.high),
+        "a_only": int(np.count_nonzero(a & ~b)),
+        "b_only": int(np.count_nonzero(b & ~a)),
+        "p": _rounded(found.p),
+        "p_mcnemar": _rounded(statistics.mcnemar_exact(a, b)),
+        "minimum_detectable": _rounded(statistics.minimum_detectable(found.error, found.clusters)),
+    }
+
+
+def _adjust(groups: Sequence[dict[str, Any]]) -> None:
+    """Add `p_holm` and `verdict` to every pair; Holm's family is one pair of arms over all benchmarks."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for group in groups:
+        for pair in group["pairs"]:
+            families.setdefault((pair["a"], pair["b"]), []).append(pair)
+    for family in families.values():
+        raw = np.array([math.nan if pair["p"] is None else pair["p"] for pair in family], dtype=np.float64)
+        for pair, adjusted in zip(family, statistics.holm(raw), strict=True):
+            low, high = (math.nan if pair[bound] is None else pair[bound] for bound in ("low", "high"))
+            pair["p_holm"] = _rounded(float(adjusted))
+            pair["verdict"] = statistics.verdict(low, high, float(adjusted))
+
+
+def _cost(sheet: Sheet) -> dict[str, float | None]:
+    return {
+        "peak_entries": sheet.peak_entries,
+        "answer_entries": sheet.answer_entries,
+        "bytes": sheet.bytes,
+        "frames": sheet.frames,
+        "audio_seconds": sheet.audio_seconds,
+    }
+
+
+def _notes(arms: Sequence[Arm]) -> list[str]:
+    """Unequal bytes at equal entries are no reason to refuse, but the reader must know."""
+    notes: list[str] = []
+    rivals = [arm for arm in arms if arm.role == "rival"]
+    for name in sorted({name for arm in rivals for name in arm.sheets}):
+        known = {arm.label: arm.sheets[name].bytes for arm in rivals if name in arm.sheets}
+        sizes = {label: size for label, size in known.items() if size is not None}
+        if len(sizes) > 1 and max(sizes.values()) > (1 + SAME_BYTES) * min(sizes.values()):
+            most, least = max(sizes, key=lambda label: sizes[label]), min(sizes, key=lambda label: sizes[label])
+            more = sizes[most] / sizes[least] - 1
+            notes.append(
+                f"{name}: {most} holds {more:.1%} more bytes than {least}, side state included, at the same entries"
+            )
+    return notes
+
+
+def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield from summary["benchmarks"].items()
+    if len(summary["benchmarks"]) > 1:
+        yield "pooled", summary["pooled"]
+
+
+def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in numbers.items():
+        if isinstance(value, list):
+            flat |= {key.replace("interval", "low"): value[0], key.replace("interval", "high"): value[1]}
+        elif key not in ("kinds", "a", "b"):
+            flat[key] = value
+    return flat
+
+
+def _bounds(estimate: Estimate) -> list[float | None]:
+    return [_rounded(estimate.low), _rounded(estimate.high)]
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, DIGITS)

@@ -1,0 +1,69 @@
+"""Compares arms of one or more runs: python train/compare.py runs/A [runs/B ...] --out DIR."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omnimem.comparison import DRAWS, ComparisonError, compare
+from omnimem.comparison.report import percent, points, shown
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write summary.json, CSV files and report.html to --out, and print the numbers; the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        summary = compare(
+            given.folders, given.out, allow_different=given.allow_different, draws=given.draws, seed=given.seed
+        )
+    except ComparisonError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for line in _lines(summary):
+        print(line)
+    print(f"report: {given.out / 'report.html'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one of its eval/ARM")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the report goes")
+    parser.add_argument(
+        "--allow-different", action="store_true", help="compare although input or budget differ; the report says so"
+    )
+    parser.add_argument("--draws", type=_several, default=DRAWS, help="draws of the bootstrap (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
+    return parser
+
+
+def _several(text: str) -> int:
+    draws = int(text)
+    if draws < 100:
+        raise argparse.ArgumentTypeError(f"{draws} draws say nothing about a 95 % interval; give at least 100")
+    return draws
+
+
+def _lines(summary: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for name, group in summary["benchmarks"].items():
+        lines.append(
+            f"{name}: {group['n']:,} questions, {group['clusters']:,} videos, chance {percent(group['chance'])} %"
+        )
+        for label, entry in (group["arms"] | group["probes"]).items():
+            low, high = entry["strict_interval"]
+            kinds = ", ".join(f"{shown(kind)} {percent(numbers['strict'])}" for kind, numbers in entry["kinds"].items())
+            lines.append(
+                f"  {shown(label):24} {percent(entry['strict']):>5} % [{percent(low)}, {percent(high)}]  {kinds}"
+            )
+        for pair in group["pairs"]:
+            lines.append(
+                f"  {shown(pair['a'])} - {shown(pair['b'])}: {points(pair['diff'])} points "
+                f"[{points(pair['low'])}, {points(pair['high'])}]: {pair['verdict']}"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
