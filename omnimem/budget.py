@@ -13,6 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, final
 
+from omnimem.run import write_text
+
 FORMAT = "omnimem budget 1"
 UNLIMITED = 1 << 40  # slots that no stream fills
 WITHIN = 0.1  # a released table used as it is may miss slots_per_layer by so much: that of r = 2 does, by 8.7 %
@@ -320,8 +322,7 @@ class Budget:
                 "the released format holds [audio, visual] slots only; write a shared or full budget in ours"
             )
         table = [list(slots) for slots in self.slots] if released else self.json()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=None if released else 1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(table, indent=None if released else 1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Budget":

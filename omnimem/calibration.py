@@ -195,7 +195,7 @@ def draw_budget(budget: Budget) -> Figure:
 
 
 def _by_layer(axes: Axes, layers: int, name: str) -> None:
-    """Layers are whole numbers; a few ticks, the last layer among them."""
+    """Layers are whole numbers; at most a dozen ticks."""
     step = max(1, round(layers / 9))
     axes.set_xticks(range(0, layers, step))
     axes.set_xlabel("layer")
