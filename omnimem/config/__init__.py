@@ -2,22 +2,24 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, final
 
 import yaml
 from pydantic import Field, TypeAdapter
 
+from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, BudgetOptions, SharedBudget
-from omnimem.config.check import nearest, strict, validated
-from omnimem.config.source import ConfigError, Key, Source, override, read
+from omnimem.calibration import CalibrationOptions
+from omnimem.config.check import names, nearest, strict, validated
+from omnimem.config.source import ConfigError, Key, Problem, override, read
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.stream import StreamOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load"]
+__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load", "strict"]
 
 
 @final
@@ -37,8 +39,10 @@ class RunConfig:
     """Everything that decides a run."""
 
     name: str  # of the run folder: runs/<name>
+    model: ModelOptions
     stream: StreamOptions = field(default_factory=StreamOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     train: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
 
 
@@ -49,16 +53,15 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
     """
     path = _config_file(str(config))
     source = override(read(path), overrides)
-    others = {("train",): tuple(each.name for each in fields(train))} if train else {}
-    run, problems = _tried(RunConfig, source, others=others)
+    run, problems = validated(RunConfig, source.data, others={("train",): names(train)} if train else None)
     if train and isinstance(source.data.get("train"), dict):
-        problems += _tried(train, source, at="train")[1]
+        problems += validated(train, source.data["train"], at=("train",))[1]
     if run:
-        problems += [source.problem(key, what) for key, what in _conflicts(run)]
+        problems += _conflicts(run)
         run, missing = _located(run, path.parent)
-        problems += [source.problem(key, what) for key, what in missing]
+        problems += missing
     if run is None or problems:
-        raise ConfigError(problems)
+        raise source.error(problems)
     return run
 
 
@@ -84,15 +87,7 @@ def _config_file(name: str) -> Path:
     raise ConfigError([f"{name}: no such config here or in {CONFIGS}; {nearest(name, known)}"])
 
 
-def _tried(schema: type[Any], source: Source, **how: Any) -> tuple[Any, list[str]]:
-    """The validated settings, or None and what is wrong with them."""
-    try:
-        return validated(schema, source, **how), []
-    except ConfigError as error:
-        return None, list(error.problems)
-
-
-def _conflicts(run: RunConfig) -> Iterator[tuple[Key, str]]:
+def _conflicts(run: RunConfig) -> Iterator[Problem]:
     """What each part accepts by itself, but not together."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run.name):
         yield ("name",), f"{run.name!r} cannot name a folder; use letters, digits, `.`, `_` and `-`"
@@ -102,9 +97,11 @@ def _conflicts(run: RunConfig) -> Iterator[tuple[Key, str]]:
         yield ("memory", "slots_per_layer"), f"{run.memory.slots_per_layer} is too small; each layer needs {need}"
 
 
-def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[tuple[Key, str]]]:
+def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
     """The run with the files it names looked up (`find`), and those that are nowhere."""
-    missing: list[tuple[Key, str]] = []
+    missing: list[Problem] = []
+    model = find(run.model.path, beside)  # nowhere: a hub id
+    run = replace(run, model=replace(run.model, path=str(model or run.model.path)))
     budget = run.memory.budget
     if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
         table = find(budget.table, beside)

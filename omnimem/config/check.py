@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails
 
-from omnimem.config.source import ConfigError, Key, Source, dotted
+from omnimem.config.source import Key, Problem, dotted
 
 WORDS = {
     "int_type": "a whole number",
@@ -35,27 +35,34 @@ Sections = Mapping[Key, Sequence[str]]  # the keys that each section takes
 strict = with_config(extra="forbid", strict=True)  # unknown keys are refused; types are JSON's: "8192" is no number
 
 
-def validated(schema: type[Schema], source: Source, *, at: str = "", others: Sections | None = None) -> Schema:
-    """The settings, or those of the section `at`, as `schema`; ConfigError names every key that does not fit.
+def validated(
+    schema: type[Schema], data: Any, *, at: Key = (), others: Sections | None = None
+) -> tuple[Schema | None, list[Problem]]:
+    """`data` as `schema`, a dataclass marked `strict`, or None and everything that is wrong with it.
 
-    `schema` is a dataclass marked `strict`, which holds for the sections in it too. `others` are sections that a
-    misplaced key may belong to.
+    `at` is where the data stands; `others` are sections that a misplaced key may belong to.
     """
-    data, prefix = (source.data[at], (at,)) if at else (source.data, ())
     try:
-        return TypeAdapter(schema).validate_json(json.dumps(data, default=str))
+        return TypeAdapter(schema).validate_json(json.dumps(data, default=str)), []
     except ValidationError as error:
         grouped: dict[Key, list[ErrorDetails]] = {}
         for details in error.errors(include_url=False):
-            grouped.setdefault((*prefix, *_key(details, data)), []).append(details)
-        known = {**sections(schema, data, prefix), **(others or {})}
-        raise ConfigError([source.problem(key, _what(key, found, known)) for key, found in grouped.items()]) from error
+            grouped.setdefault((*at, *_key(details, data)), []).append(details)
+    known = {**sections(schema, data, at), **(others or {})}
+    return None, [(key, _what(key, found, known)) for key, found in grouped.items()]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """`did you mean 'x'?`, or what is known when nothing is near."""
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    near = _near(name, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _near(name: str, known: Sequence[str]) -> str | None:
+    """The known word that is spelt like `name`, or contains it."""
+    spelt = get_close_matches(name, known, n=1, cutoff=0.6)
+    containing = [word for word in known if len(name) > 2 and name in word]
+    return next(iter([*spelt, *containing]), None)
 
 
 def sections(schema: Any, data: Any, at: Key = ()) -> dict[Key, tuple[str, ...]]:
@@ -63,19 +70,24 @@ def sections(schema: Any, data: Any, at: Key = ()) -> dict[Key, tuple[str, ...]]
     kinds = [kind for kind in alternatives(schema) if is_dataclass(kind)]
     if isinstance(data, list):
         items = [sections(schema, item, (*at, index)) for index, item in enumerate(data)]
-        return {key: names for item in items for key, names in item.items()}
+        return {key: known for item in items for key, known in item.items()}
     if not kinds:
         return {}
     chosen = data if isinstance(data, dict) else {}
-    kind = next((kind for kind in kinds if chosen.get("name") in names_of(kind)), kinds[0])
+    kind = next((kind for kind in kinds if chosen.get("name") in choices_of(kind)), kinds[0])
     hints = get_type_hints(kind, include_extras=True)
-    found = {at: tuple(field.name for field in fields(kind) if field.init)}
+    found = {at: names(kind)}
     for name in found[at]:
         found |= sections(hints[name], chosen.get(name), (*at, name))
     return found
 
 
-def names_of(kind: Any) -> tuple[Any, ...]:
+def names(kind: Any) -> tuple[str, ...]:
+    """The keys of a section; those that exist only to be refused are no suggestion."""
+    return tuple(field.name for field in fields(kind) if field.init and "refused" not in field.metadata)
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
     """The values of `name` that choose this section."""
     hint = get_type_hints(kind).get("name")
     return get_args(hint) if get_origin(hint) is Literal else ()
@@ -128,8 +140,8 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
 def _known(key: Key, known: Sections) -> str:
     """The nearest valid name in the same section, else the same name in another one."""
     name, here = str(key[-1]), known.get(key[:-1], ())
-    if not get_close_matches(name, here, n=1, cutoff=0.6):
-        elsewhere = [dotted((*section, name)) for section, names in known.items() if name in names]
+    if not _near(name, here):
+        elsewhere = [dotted((*section, name)) for section, keys in known.items() if name in keys]
         if elsewhere:
             return f"did you mean {elsewhere[0]}?"
     return nearest(name, here)

@@ -11,6 +11,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); whole numbers count the items of a list
+Problem = tuple[Key, str]  # what is wrong with a key, and the cure
 
 COMMAND_LINE = "command line"
 
@@ -34,14 +35,17 @@ class Source:
 
     def place(self, key: Key) -> str:
         """`file:line`, or `command line`, of a key or of the innermost section around it."""
-        for length in range(len(key), 0, -1):
-            if key[:length] in self.places:
-                return self.places[key[:length]]
-        return self.file
+        return self.places.get(self._placed(key), self.file)
 
-    def problem(self, key: Key, what: str) -> str:
-        """The line that tells the user about `key`."""
-        return f"{self.place(key)} {dotted(key)}: {what}"
+    def _placed(self, key: Key) -> Key:
+        """The key or the innermost section around it that was written somewhere."""
+        return next((key[:length] for length in range(len(key), 0, -1) if key[:length] in self.places), ())
+
+    def error(self, problems: Sequence[Problem]) -> ConfigError:
+        """The problems in the order of the file, those of the command line last."""
+        order = {key: number for number, key in enumerate(self.places)}
+        lines = sorted(problems, key=lambda problem: order.get(self._placed(problem[0]), -1))
+        return ConfigError([f"{self.place(key)} {dotted(key)}: {what}" for key, what in lines])
 
 
 def read(path: Path) -> Source:

@@ -1,0 +1,75 @@
+"""What every command shares: arguments, overrides anywhere, and exit codes.
+
+0 done; 2 the user's input was wrong (one line a problem, no traceback); 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+
+from omnimem.backbones.qwen2_5_omni import CheckpointError
+from omnimem.budget import BudgetError
+from omnimem.calibration import CalibrationError
+from omnimem.comparison.load import ComparisonError
+from omnimem.config import ConfigError
+from omnimem.media import MediaError
+from omnimem.run import RunError
+
+USER_ERRORS = (BudgetError, CalibrationError, CheckpointError, ComparisonError, ConfigError, MediaError, RunError)
+GRACE = (
+    30.0  # seconds that a silent rank waits: the launcher kills rank 0, message and all, when another one ends first
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options and overrides in any order, no abbreviations; an error is one line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # inserted by `deepspeed`
+
+    def add_config(self) -> None:
+        """The option --config, and `key=value` overrides anywhere."""
+        self.add_argument("--config", required=True, metavar="YAML", help="a path, or a name in configs/")
+        self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the config")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The arguments; `overrides` may stand between options."""
+        return self.parse_intermixed_args(list(arguments))
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2 and one line."""
+        leave([f"{self.prog}: {message}; see {self.prog} --help"])
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a command with the process's arguments and leave with its exit code."""
+    try:
+        main(sys.argv[1:])
+    except USER_ERRORS as error:
+        leave(str(error).splitlines())
+    sys.exit(0)
+
+
+def leave(problems: Sequence[str]) -> NoReturn:
+    """Exit 2 with one line a problem, said once: by rank 0, or by whoever met it once the ranks work on their own."""
+    alone = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if rank() == 0 or alone:
+        for problem in problems:
+            print(problem, file=sys.stderr)
+    else:
+        time.sleep(GRACE)
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def rank() -> int:
+    """Number of this process among those of the launcher."""
+    return int(os.environ.get("RANK", "0"))
