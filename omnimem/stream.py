@@ -35,9 +35,11 @@ class StreamOptions:
             raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
         self.source()
 
-    def source(self) -> SourceOptions:
-        """The part of these options that decoding needs."""
-        return SourceOptions(fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=self.tracks)
+    def source(self, tracks: Literal["both", "video", "audio"] | None = None) -> SourceOptions:
+        """The part of these options that decoding needs, for other tracks if given."""
+        return SourceOptions(
+            fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=tracks or self.tracks
+        )
 
 
 @final
@@ -70,8 +72,8 @@ def carry_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, emb
 class _ReadChunk:
     """A layer step: attend to [memory ; chunk], then keep the layer's budget of it."""
 
-    def __init__(self, stream: "Stream", memory: Memory, chunk: Chunk) -> None:
-        self.stream, self.memory, self.chunk = stream, memory, chunk
+    def __init__(self, stream: "Stream", memory: Memory, chunk: Chunk, first: int) -> None:
+        self.stream, self.memory, self.chunk, self.first = stream, memory, chunk, first
         self.kept: dict[int, Tokens] = {}
 
     def __call__(
@@ -91,7 +93,7 @@ class _ReadChunk:
         """The chunk as this layer will remember it."""
         batch, count = self.chunk.modality.shape
         zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
-        arrival = torch.arange(count, device=keys.device) + self.stream.fed
+        arrival = torch.arange(count, device=keys.device) + self.first
         return Tokens(
             keys=keys,
             values=values,
@@ -157,6 +159,7 @@ class Usage:
     kept_entries: int = 0  # most after an eviction
     bytes: int = 0  # most after an eviction: keys, values, text and side state
     tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
+    chunks: int = 0
 
 
 @final
@@ -200,9 +203,10 @@ class Stream:
 
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
+        first = self.fed  # noted here: the step may run again in backward, when more has been fed
 
         def step(memory: Memory, embeddings: Tensor) -> Memory:
-            reader = _ReadChunk(self, memory, chunk)
+            reader = _ReadChunk(self, memory, chunk, first)
             self.seam.run(reader, embeddings, chunk.positions, chunk.deepstack)
             return Memory(layers=tuple(reader.kept[layer] for layer in range(len(memory.layers))))
 
@@ -221,6 +225,7 @@ class Stream:
             kept_entries=max(self.usage.kept_entries, self.memory.entries),
             bytes=max(self.usage.bytes, self.memory.bytes),
             tokens_in=(text, audio, visual),
+            chunks=self.usage.chunks + 1,
         )
 
     def fork(self) -> "Stream":

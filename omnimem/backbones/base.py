@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, final
 
@@ -51,40 +52,35 @@ class Encoded:
         return sum(part.shape[1] for part in (self.visual, self.audio) if part is not None)
 
 
-def collate(streams: Sequence[Sequence[Encoded]]) -> list[Encoded]:
-    """Streams of one layout as one batch, segment by segment.
+def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
+    """Streams of one layout as one batch, segment by segment, as they come.
 
     Raises ValueError when the layouts differ (length, size of the grid, tracks).
     """
-    layouts = [[segment.layout for segment in stream] for stream in streams]
-    for number, layout in enumerate(layouts):
-        if layout != layouts[0]:
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    for row in zip_longest(*streams):
+        layouts = [None if segment is None else segment.layout for segment in row]
+        if len(set(layouts)) != 1:
+            odd = next(number for number, layout in enumerate(layouts) if layout != layouts[0])
             raise ValueError(
-                f"streams 0 and {number} of a batch differ in layout ({len(layouts[0])} and {len(layout)} segments); "
-                "batch streams of equal length and frame size, or set the batch size to 1"
+                f"streams 0 and {odd} of a batch differ in layout ({layouts[0]} against {layouts[odd]}); batch streams "
+                "of equal length and frame size, or set the batch size to 1"
             )
-    batch = []
-    for row in zip(*streams, strict=True):
-        first = row[0]
-        visual = None if first.visual is None else torch.cat([s.visual for s in row if s.visual is not None])
-        audio = None if first.audio is None else torch.cat([s.audio for s in row if s.audio is not None])
-        batch.append(
-            Encoded(
-                visual=visual,
-                audio=audio,
-                grid=first.grid,
-                start=first.start,
-                seconds=first.seconds,
-                seconds_per_grid=first.seconds_per_grid,
-            )
-        )
-    return batch
+        yield _joined(row)
+
+
+def _joined(row: Sequence[Encoded]) -> Encoded:
+    visual = [segment.visual for segment in row if segment.visual is not None]
+    audio = [segment.audio for segment in row if segment.audio is not None]
+    return replace(row[0], visual=torch.cat(visual) if visual else None, audio=torch.cat(audio) if audio else None)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A question as the chat template frames it, with the answer to learn from, if any."""
+class Turn:
+    """A question as the chat template will frame it, with the answer to learn from, if any."""
 
     text: str
     answer: str | None = None
@@ -102,6 +98,15 @@ class Backbone(ABC):
     @abstractmethod
     def text_model(self) -> PreTrainedModel:
         """The decoder that a stream runs through."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text model lies."""
+        return self.text_model.get_input_embeddings().weight.device
+
+    @abstractmethod
+    def encoder_weights(self) -> Iterator[Tensor]:
+        """Weights of the frozen encoders, in a fixed order."""
 
     @property
     @abstractmethod
@@ -131,9 +136,13 @@ class Backbone(ABC):
         chunk_tokens: int,
         batch: int = 1,
         cuts: Sequence[float] = (),
+        system: str | None = None,
     ) -> Iterator[Chunk]:
-        """The prompt's opening, then the stream in chunks of at most `chunk_tokens`; a chunk also ends at each cut."""
+        """The prompt's opening, then the stream in chunks of at most `chunk_tokens`.
+
+        A chunk also ends with the last segment that is over at a cut, so that a question then sees nothing later.
+        """
 
     @abstractmethod
-    def question(self, question: Question, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
+    def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """(ids, offsets, labels) of a question that closes `tracks` (None: nothing was streamed), then is asked."""

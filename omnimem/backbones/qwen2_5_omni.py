@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Question, Tracks
+from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn
 from omnimem.media import Geometry, LogMel, Segment, patchify
 from omnimem.tokens import Chunk, Modality
 
@@ -67,7 +67,7 @@ class Qwen25Omni(Backbone):
         system: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.geometry, self.folder = model.eval(), tokenizer, geometry, folder
-        config = model.config
+        config: Any = model.config
         self.rates = Rates(
             positions_per_second=float(config.position_id_per_seconds),
             seconds_per_chunk=float(config.seconds_per_chunk),
@@ -101,6 +101,11 @@ class Qwen25Omni(Backbone):
     @property
     def head(self) -> nn.Module:
         return self.model.lm_head
+
+    def encoder_weights(self) -> Iterator[Tensor]:
+        """Vision tower, then audio tower."""
+        for tower in (self.model.model.visual, self.model.model.audio_tower):
+            yield from tower.state_dict().values()
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -187,12 +192,14 @@ class Qwen25Omni(Backbone):
         chunk_tokens: int,
         batch: int = 1,
         cuts: Sequence[float] = (),
+        system: str | None = None,
     ) -> Iterator[Chunk]:
         """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
 
         Raises ValueError when a single segment is larger than `chunk_tokens`.
         """
-        opening = self._text_ids(self._opening) + _begin(tracks, self._id)
+        text = self._opening if system is None else _frame(self.tokenizer, system)[0]
+        opening = self._text_ids(text) + _begin(tracks, self._id)
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers stand at one position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
         yield self._text_chunk(opening, places, batch)
@@ -205,7 +212,7 @@ class Qwen25Omni(Backbone):
                     f"{chunk_tokens}; raise it, or lower stream.max_pixels or stream.fps"
                 )
             full = sum(held.count for held in pending) + segment.count > chunk_tokens
-            cut_here = any(pending and pending[0].start < cut <= segment.start for cut in cuts)
+            cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
             if pending and (full or cut_here):
                 yield layout.chunk(pending)
                 pending = []
@@ -225,14 +232,14 @@ class Qwen25Omni(Backbone):
     def _text_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def question(self, question: Question, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
+    def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """End markers of the open tracks (both at one position), the question, and the answer with its labels.
 
         A label stands at the token that predicts it; -100 where nothing is to be learned.
         """
         end = _end(tracks, self._id)
-        asked = self._text_ids(self._closing.replace(SAMPLE, question.text))
-        answer = [] if question.answer is None else [*self._text_ids(question.answer), self.stop[0]]
+        asked = self._text_ids(self._closing.replace(SAMPLE, turn.text))
+        answer = [] if turn.answer is None else [*self._text_ids(turn.answer), self.stop[0]]
         ids = [*end, *asked, *answer]
         shared = 1 if len(end) == 2 else 0
         offsets = [max(0, number - shared) for number in range(len(ids))]
@@ -338,7 +345,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str,
 def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> Geometry:
     """Patches and mel of the checkpoint's own preprocessor file, checked against the encoders' configuration."""
     table = _preprocessor(path)
-    vision, audio, config = model.config.vision_config, model.config.audio_config, model.config
+    config: Any = model.config
+    vision, audio = config.vision_config, config.audio_config
     mel = LogMel(mels=table["feature_size"], hop=table["hop_length"], n_fft=table["n_fft"], rate=table["sampling_rate"])
     frames = config.seconds_per_chunk * mel.rate / mel.hop
     if mel.mels != audio.num_mel_bins or frames % (2 * audio.n_window):

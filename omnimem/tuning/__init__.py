@@ -1,0 +1,23 @@
+"""Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
+
+from omnimem.tuning.gradient import FullGradient
+from omnimem.tuning.lora import AdapterError, LoraOptions, StreamedModel, add_adapter, load_adapter
+from omnimem.tuning.losses import LossOptions, answer_loss
+from omnimem.tuning.plan import Plan, Step, TuningOptions
+from omnimem.tuning.session import Outcome, streamed_loss
+
+__all__ = [
+    "AdapterError",
+    "FullGradient",
+    "LoraOptions",
+    "LossOptions",
+    "Outcome",
+    "Plan",
+    "Step",
+    "StreamedModel",
+    "TuningOptions",
+    "add_adapter",
+    "answer_loss",
+    "load_adapter",
+    "streamed_loss",
+]

@@ -1,0 +1,132 @@
+"""LoRA on the text model alone, and the seam by which a trainer runs a whole stream as one forward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+WEIGHTS = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """An adapter that is empty, broken or made for another base; the message says which and how to repair it."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters on the text model's projections (release: r 128, alpha 256, dropout 0.05 on q, k, v)."""
+
+    r: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj")
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r = {self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout = {self.dropout:g} must be in [0, 1)")
+        if not self.targets:
+            raise ValueError("lora.targets is empty; name at least one projection, such as q_proj")
+
+    def config(self) -> LoraConfig:
+        """peft's configuration; the pattern keeps the encoders' projections of the same names out."""
+        attention = "|".join(name for name in self.targets if name in ATTENTION)
+        perceptron = "|".join(name for name in self.targets if name not in ATTENTION)
+        places = [f"{part}\\.({names})" for part, names in (("self_attn", attention), ("mlp", perceptron)) if names]
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            target_modules=rf".*language_model\.layers\.\d+\.({'|'.join(places)})",
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+
+@final
+class StreamedModel(PeftModel):
+    """A PeftModel whose forward pass may be any function of it: a trainer's engine then sees one forward a stream."""
+
+    def forward(self, *args: Any, streamed: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """`streamed()` if given, else the model's own forward pass."""
+        return super().forward(*args, **kwargs) if streamed is None else streamed()
+
+
+def add_adapter(model: PreTrainedModel, options: LoraOptions) -> StreamedModel:
+    """The model with fresh adapters (B = 0, so nothing changes yet); everything else is frozen.
+
+    Raises AdapterError when no module matches the targets.
+    """
+    model.requires_grad_(False)
+    try:
+        adapted = StreamedModel(model, options.config())
+    except ValueError as error:
+        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module ({error})") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # the optimizer's own precision, whatever the base's
+    return adapted
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a saved adapter.
+
+    Raises AdapterError when they are missing, empty, not finite, or all B matrices are zero.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise AdapterError(f"{folder}: {WEIGHTS} is missing; give the adapter/ folder of a finished run")
+    tensors = load_file(path)
+    trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    if not trained or any(tensor.numel() == 0 for tensor in tensors.values()):
+        raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (train/export.py)")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise AdapterError(f"{path}: the adapter holds numbers that are not finite; lower the learning rate and rerun")
+    if not any(bool(tensor.any()) for tensor in trained):
+        raise AdapterError(f"{path}: the adapter was never trained (every B is zero); rerun the fine-tuning")
+    return tensors
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> StreamedModel:
+    """The model with a saved adapter, verified.
+
+    Raises AdapterError when the adapter is broken or its shapes are those of another base.
+    """
+    tensors = adapter_tensors(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        adapted = StreamedModel(model.requires_grad_(False), config)
+        result = set_peft_model_state_dict(adapted, tensors)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterError(
+            f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own"
+        ) from error
+    missing = [name for name, parameter in adapted.named_parameters() if "lora_" in name and _absent(name, tensors)]
+    if result.unexpected_keys or missing:
+        raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
+    return adapted.eval()
+
+
+def _foreign(folder: Path, model: PreTrainedModel, reason: str) -> AdapterError:
+    return AdapterError(f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own adapter")
+
+
+def _absent(name: str, tensors: dict[str, Tensor]) -> bool:
+    return name.replace(".default", "") not in tensors
+
+
+def trainable(model: nn.Module) -> list[Tensor]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,0 +1,74 @@
+"""What each step of a run uses: budget and temperature, as functions of (seed, step) alone."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from omnimem.selection import SelectionOptions, TemperatureOptions
+from omnimem.tuning.lora import LoraOptions
+from omnimem.tuning.losses import LossOptions
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """How the model is tuned under its budget."""
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    gradient: Literal["full"] = "full"
+    offload: bool = False  # memories wait on the host between forward and backward
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    budgets: tuple[int | Literal["full"], ...] = ()  # slots per layer, one drawn a step; empty: memory.slots_per_layer
+    loss: LossOptions = field(default_factory=LossOptions)
+
+    def __post_init__(self) -> None:
+        for slots in self.budgets:
+            if slots != "full" and slots < 1:
+                raise ValueError(f"tuning.budgets holds {slots}; a budget is at least 1 slot per layer, or full")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The budget and temperature of one optimizer step; slots None: full memory."""
+
+    slots: int | None
+    temperature: float | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Draws for every step; resuming needs no state."""
+
+    options: TuningOptions
+    slots_per_layer: int
+    steps: int
+    seed: int
+
+    def __call__(self, step: int) -> Step:
+        """What step number `step` (from 0) uses. Each run through the list of budgets is a fresh permutation of it."""
+        budgets = self.options.budgets or (self.slots_per_layer,)
+        lap, place = divmod(step, len(budgets))
+        order = sorted(range(len(budgets)), key=lambda number: _hash(self.seed, lap, number))
+        drawn = budgets[order[place]]
+        slots = None if drawn == "full" else int(drawn)
+        soft = self.options.selection.softening != "hard" and slots is not None
+        progress = step / max(1, self.steps - 1)
+        return Step(slots=slots, temperature=at(self.options.selection.temperature, progress) if soft else None)
+
+
+def at(options: TemperatureOptions, progress: float) -> float:
+    """Temperature at a fraction of the run: start -> end."""
+    start, end = options.start, options.end
+    done = min(1.0, max(0.0, progress))
+    if options.schedule == "constant":
+        return start
+    if options.schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    return start + (end - start) * done
+
+
+def _hash(*numbers: int) -> bytes:
+    return hashlib.sha256(repr(numbers).encode()).digest()
