@@ -20,8 +20,8 @@ from omnimem.budget import (
     Shares,
     Signals,
     SplitBudget,
-    apportion,
 )
+from omnimem.budget.apportion import apportion
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -142,7 +142,7 @@ def test_equal_capacities_give_audio_one_part_in_one_plus_r() -> None:
 def test_a_modality_without_capacity_keeps_one_slot_a_layer() -> None:
     signals = signals_of(4)
     silent = replace(signals, entropy=replace(signals.entropy, audio=(0.0,) * 4))
-    budget = silent.shares().budget(16)
+    budget = Budget(slots=silent.shares().slots(16))
     assert [audio for audio, _ in budget.slots] == [1] * 4
     assert budget.total == 64
 
@@ -197,7 +197,7 @@ def test_without_bounds_every_part_is_within_one_slot_of_its_share(weights, tota
 
 
 def test_a_total_outside_the_bounds_is_refused() -> None:
-    with pytest.raises(BudgetError, match="5 slots do not lie between the 6 and 8"):
+    with pytest.raises(ValueError, match="5 slots do not lie between the 6 and 8"):
         apportion([1.0, 1.0], 5, [3, 3], [4, 4])
 
 
@@ -208,7 +208,7 @@ def test_a_total_outside_the_bounds_is_refused() -> None:
 @QUICK
 def test_a_budget_sums_to_the_slot_for_any_slots_per_layer(rows, slots, ratio, temperature) -> None:
     signals = made(rows)
-    budget = signals.shares(visual_audio_ratio=ratio, layer_temperature=temperature).budget(slots)
+    budget = Budget(slots=signals.shares(visual_audio_ratio=ratio, layer_temperature=temperature).slots(slots))
     assert budget.total == slots * signals.layers
     assert min(min(pair) for pair in budget.slots) >= 1
 
@@ -219,9 +219,9 @@ def test_clipped_budgets_are_exact_and_inside_their_clip(rows, slots, low, high)
     ratio = 5.0
     shares = made(rows).shares(visual_audio_ratio=ratio, clip=(low, high))
     assume(low * (1 + 1 / ratio) < 0.95)
-    budget = shares.budget(slots)
-    assert budget.total == slots * shares.layers
-    for audio, visual in budget.slots:
+    table = shares.slots(slots)
+    assert sum(map(sum, table)) == slots * shares.layers
+    for audio, visual in table:
         assert low * slots <= visual <= high * slots
         assert low * slots / ratio <= audio <= high * slots / ratio
 
@@ -233,16 +233,15 @@ def test_exact_budgets_equal_the_slow_reference_under_the_released_clips() -> No
         high = [math.floor(clip[1] * slots / 5), math.floor(clip[1] * slots)]
         flat = [value for pair in shares.fractions for value in pair]
         expected = reference.apportion(flat, slots * 36, low * 36, high * 36)
-        assert [count for pair in shares.budget(slots).slots for count in pair] == expected
+        assert [count for pair in shares.slots(slots) for count in pair] == expected
 
 
 @given(rows=measured(), slots=st.integers(500, 9000), low=st.floats(0.1, 0.6), high=st.floats(1.2, 2.0))
 @QUICK
 def test_truncated_budgets_equal_the_release(rows, slots, low, high) -> None:
     shares = made(rows).shares(visual_audio_ratio=2.0, clip=(low, high))
-    budget = shares.budget(slots, rounding="truncated", lend=False)
-    assert [list(pair) for pair in budget.slots] == reference.truncated(shares.fractions, slots, 2.0, low, high)
-    assert not budget.lend
+    table = shares.slots(slots, "truncated")
+    assert [list(pair) for pair in table] == reference.truncated(shares.fractions, slots, 2.0, low, high)
 
 
 def test_truncated_budgets_are_not_iso_budget_and_exact_ones_are() -> None:
@@ -250,20 +249,20 @@ def test_truncated_budgets_are_not_iso_budget_and_exact_ones_are() -> None:
     totals = {}
     for ratio in (2.0, 5.0, 20.0):
         shares = signals_of().shares(visual_audio_ratio=ratio, clip=(0.5, 1.5))
-        totals[ratio] = shares.budget(8192, rounding="truncated").total
-        assert shares.budget(8192).total == 8192 * 36
+        totals[ratio] = sum(map(sum, shares.slots(8192, "truncated")))
+        assert sum(map(sum, shares.slots(8192))) == 8192 * 36
     assert len(set(totals.values())) == 3
 
 
 def test_without_clip_truncation_loses_less_than_one_slot_a_part() -> None:
     shares = signals_of().shares()
-    assert 0 < shares.budget(8192).total - shares.budget(8192, rounding="truncated").total < 2 * 36
+    assert 0 < 8192 * 36 - sum(map(sum, shares.slots(8192, "truncated"))) < 2 * 36
 
 
 def test_every_layer_keeps_one_slot_of_both_where_the_softmax_would_leave_none() -> None:
-    budget = signals_of(4).shares(layer_temperature=0.005).budget(8)
-    assert min(min(pair) for pair in budget.slots) == 1
-    assert budget.total == 32
+    table = signals_of(4).shares(layer_temperature=0.005).slots(8)
+    assert min(min(pair) for pair in table) == 1
+    assert sum(map(sum, table)) == 32
 
 
 def test_a_split_without_a_share_follows_the_ratio() -> None:
@@ -345,6 +344,17 @@ def test_signals_of_a_file_are_allocated_again_by_this_configs_ratio(tmp_path) -
     assert again.slots == AudioVisualBudget(visual_audio_ratio=2.0).build(36, 64, signals_of()).slots
 
 
+def test_a_table_of_ours_without_signals_is_scaled(tmp_path) -> None:
+    SplitBudget(audio_share=0.25).build(4, 8).write(tmp_path / "budget.json")
+    assert AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16).slots == ((4, 12),) * 4
+
+
+def test_a_shared_budget_cannot_stand_for_an_audio_visual_table(tmp_path) -> None:
+    SharedBudget().build(4, 8).write(tmp_path / "budget.json")
+    with pytest.raises(BudgetError, match=r"holds no \[audio, visual\] shares; set budget: \{name: shared\}"):
+        AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16)
+
+
 def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
     with pytest.raises(BudgetError, match="write a shared or full budget in ours"):
         SharedBudget().build(3, 7).write(tmp_path / "budget.json", released=True)
@@ -360,6 +370,7 @@ def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
         ("[[1.5, 2]]", "not two whole numbers"),
         ("[[0, 2]]", "layer 0 would keep 0 audio and 2 visual tokens"),
         ("[]", "holds no layers"),
+        ("[[0, 0]]", "layer 0 would keep 0 audio and 0 visual tokens"),
         ("3", "not a budget"),
     ],
 )

@@ -1,0 +1,135 @@
+"""The ways to budget a memory, as a config names them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from omnimem.budget.shares import BudgetError, Rounding, Shares
+from omnimem.budget.signals import Form, Signals, positive
+from omnimem.budget.table import Budget
+
+WITHIN = 0.1  # a released table used as it is may miss slots_per_layer by so much: that of r = 2 does, by 8.7 %
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SharedBudget:
+    """One pool of audio and visual tokens a layer, every layer alike."""
+
+    name: Literal["shared"] = "shared"
+
+    @property
+    def needs_signals(self) -> bool:
+        """Whether `build` needs a calibration."""
+        return False
+
+    def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
+        """The budget of a model of `layers` layers."""
+        return Budget.shared(layers, slots_per_layer)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SplitBudget:
+    """A fixed audio share, every layer alike; without one, 1 / (1 + r): what AVBA gives when C_v = C_a."""
+
+    name: Literal["split"] = "split"
+    audio_share: float | None = None
+    visual_audio_ratio: float = 5.0  # r
+    lend: bool = True
+
+    def __post_init__(self) -> None:
+        positive("visual_audio_ratio", self.visual_audio_ratio)
+        if self.audio_share is not None and not 0 < self.audio_share < 1:
+            raise BudgetError(f"budget.audio_share is {self.audio_share}; give a number between 0 and 1, both excluded")
+
+    @property
+    def needs_signals(self) -> bool:
+        """Whether `build` needs a calibration."""
+        return False
+
+    def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
+        """The budget of a model of `layers` layers."""
+        share = 1 / (1 + self.visual_audio_ratio) if self.audio_share is None else self.audio_share
+        slots = Shares.uniform(1, share).slots(slots_per_layer) * layers
+        return Budget(slots=slots, lend=self.lend, shares=Shares.uniform(layers, share))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AudioVisualBudget:
+    """AVBA: layers and modalities by what calibration measured, or by a table from a file."""
+
+    name: Literal["audio_visual"] = "audio_visual"
+    visual_audio_ratio: float = 5.0  # r of eq. 12
+    layer_temperature: float = 0.2  # T of eq. 14; .inf gives every layer the same
+    form: Form = "released"  # the score: printed H (1 - s), or released H sqrt(1 - s)
+    clip: tuple[float, float] | None = None  # of a layer's visual slots, in slots_per_layer; audio: the same over r
+    rounding: Rounding = "exact"  # exact sums, or truncated as released
+    lend: bool = True  # the release lends nothing
+    table: str = "calibrate"  # or a budget file: ours (its signals are used again) or a released table
+
+    def __post_init__(self) -> None:
+        positive("visual_audio_ratio", self.visual_audio_ratio)
+        positive("layer_temperature", self.layer_temperature)
+        if self.clip is not None and not 0 <= self.clip[0] <= self.clip[1]:
+            raise BudgetError(f"budget.clip is {list(self.clip)}; give [lowest, highest] with 0 <= lowest <= highest")
+
+    @property
+    def needs_signals(self) -> bool:
+        """Whether `build` needs a calibration."""
+        return self.table == "calibrate"
+
+    def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
+        """The budget of a model of `layers` layers; of a file with signals, r, T and form are those of this config."""
+        read = None if self.needs_signals else Budget.read(Path(self.table))
+        signals = signals if read is None else read.signals
+        if signals is not None:
+            _same_layers(signals.layers, layers, self.table)
+            return self._allocate(signals, slots_per_layer)
+        if read is None:
+            raise BudgetError(
+                "budget.table: calibrate needs measured signals; run `python train/calibrate.py --config X.yaml`, "
+                "or name a budget file in budget.table"
+            )
+        return self._scale(read, layers, slots_per_layer)
+
+    def _allocate(self, signals: Signals, slots_per_layer: int) -> Budget:
+        shares = signals.shares(
+            visual_audio_ratio=self.visual_audio_ratio,
+            layer_temperature=self.layer_temperature,
+            form=self.form,
+            clip=self.clip,
+        )
+        return Budget(
+            slots=shares.slots(slots_per_layer, self.rounding),
+            lend=self.lend,
+            shares=shares,
+            signals=signals,
+            provenance={"slots_per_layer": slots_per_layer, "rounding": self.rounding, "table": self.table},
+        )
+
+    def _scale(self, read: Budget, layers: int, slots_per_layer: int) -> Budget:
+        """A table without signals: scaled to slots_per_layer exactly, or taken as it is when truncated."""
+        _same_layers(read.layers, layers, self.table)
+        if read.shares is None:
+            raise BudgetError(f"{self.table}: holds no [audio, visual] shares; set budget: {{name: shared}} instead")
+        if self.rounding == "exact":
+            return Budget(slots=read.shares.slots(slots_per_layer), lend=self.lend, shares=read.shares)
+        if abs(read.total / layers / slots_per_layer - 1) > WITHIN:
+            raise BudgetError(
+                f"{self.table}: holds {read.total / layers:.0f} slots a layer, slots_per_layer is {slots_per_layer}; "
+                "set budget.rounding: exact to scale the table, or change slots_per_layer"
+            )
+        return Budget(slots=read.slots, lend=self.lend, shares=read.shares)
+
+
+BudgetOptions = SharedBudget | SplitBudget | AudioVisualBudget
+
+
+def _same_layers(found: int, layers: int, source: str) -> None:
+    if found != layers:
+        raise BudgetError(
+            f"budget.table {source}: measured on {found} layers, the model has {layers}; "
+            "calibrate this model with `python train/calibrate.py --config X.yaml`"
+        )

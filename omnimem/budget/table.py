@@ -1,0 +1,147 @@
+"""Budget: the slots of each layer and modality; reads and writes our JSON and the released list of [audio, visual]."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, final
+
+from omnimem.budget.shares import BudgetError, Shares, Slots, require
+from omnimem.budget.signals import Signals
+from omnimem.run import write_text
+
+FORMAT = "omnimem budget 1"
+UNLIMITED = 1 << 40  # slots that no stream fills
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The audio and visual slots of each layer, and how selection treats them.
+
+    `split` False: one pool of audio + visual slots a layer. `lend`: slots that a modality has no tokens for go to the
+    other one in the same layer. The sum over layers and modalities is exact unless a released table says otherwise.
+    """
+
+    slots: tuple[Slots, ...]
+    split: bool = True
+    lend: bool = True
+    shares: Shares | None = None
+    signals: Signals | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise BudgetError("a budget needs at least one layer")
+        for layer, slots in enumerate(self.slots):
+            if min(slots) < 0 or sum(slots) < 1 or (self.split and min(slots) < 1):
+                raise BudgetError(
+                    f"layer {layer} would keep {slots[0]} audio and {slots[1]} visual tokens, and each layer needs at "
+                    f"least one {'of both' if self.split else 'slot'}; raise slots_per_layer"
+                )
+
+    @classmethod
+    def full(cls, layers: int) -> "Budget":
+        """No limit: nothing is ever evicted."""
+        return cls(slots=((UNLIMITED, UNLIMITED),) * layers)
+
+    @classmethod
+    def shared(cls, layers: int, slots_per_layer: int) -> "Budget":
+        """One pool of `slots_per_layer` audio and visual tokens in every layer, whichever score highest."""
+        require(slots_per_layer, modalities=1)
+        return cls(slots=((0, slots_per_layer),) * layers, split=False)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.slots)
+
+    @property
+    def total(self) -> int:
+        """Slots over all layers and both modalities."""
+        return sum(sum(slots) for slots in self.slots)
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether this is the full memory."""
+        return all(slots == (UNLIMITED, UNLIMITED) for slots in self.slots)
+
+    def layer(self, layer: int) -> Slots:
+        """The audio and visual slots of one layer; of a shared pool only their sum counts."""
+        return self.slots[layer]
+
+    def write(self, path: Path, *, released: bool = False) -> None:
+        """Write our JSON (with signals, shares and provenance), or the release's list of [audio, visual]."""
+        if released and (not self.split or self.unlimited):
+            raise BudgetError(
+                "the released format holds [audio, visual] slots only; write a shared or full budget in ours"
+            )
+        table = [list(slots) for slots in self.slots] if released else self.json()
+        write_text(path, json.dumps(table, indent=None if released else 1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Budget":
+        """Read our JSON or the release's list; a released table splits and lends nothing."""
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BudgetError(
+                f"{path}: cannot read the budget ({error.strerror}); "
+                "make it with `python train/calibrate.py --config X.yaml`"
+            ) from error
+        except ValueError as error:
+            raise BudgetError(f"{path}: not JSON ({error}); make it again with `python train/calibrate.py`") from error
+        try:
+            return cls._released(table) if isinstance(table, list) else cls._own(table)
+        except (BudgetError, KeyError, TypeError, ValueError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            raise BudgetError(
+                f"{path}: not a budget ({reason}); "
+                "expected a list of [audio, visual] or a file written by train/calibrate.py"
+            ) from error
+
+    def json(self) -> dict[str, Any]:
+        """The budget as it stands in its own file."""
+        return {
+            "format": FORMAT,
+            "layers": self.layers,
+            "slots": "full" if self.unlimited else [list(slots) for slots in self.slots],
+            "split": self.split,
+            "lend": self.lend,
+            "shares": self.shares.json() if self.shares else None,
+            "signals": self.signals.json() if self.signals else None,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def _own(cls, table: Any) -> "Budget":
+        if not isinstance(table, dict):
+            raise BudgetError(f"it holds {table!r}")
+        if table["format"] != FORMAT:
+            raise BudgetError(f"format is {table['format']!r}, this version reads {FORMAT!r}")
+        if table["slots"] == "full":
+            return cls.full(int(table["layers"]))
+        return cls(
+            slots=_slots(table["slots"]),
+            split=bool(table["split"]),
+            lend=bool(table["lend"]),
+            shares=Shares.of(table["shares"]) if table["shares"] else None,
+            signals=Signals.of(table["signals"]) if table["signals"] else None,
+            provenance=table["provenance"],
+        )
+
+    @classmethod
+    def _released(cls, table: Sequence[Any]) -> "Budget":
+        budget = cls(slots=_slots(table), split=True, lend=False)
+        fractions = tuple((audio / budget.total, visual / budget.total) for audio, visual in budget.slots)
+        return replace(budget, shares=Shares(fractions=fractions))
+
+
+def _slots(table: Sequence[Any]) -> tuple[Slots, ...]:
+    """Rows of two whole numbers, as read from JSON."""
+    if not table:
+        raise BudgetError("it holds no layers")
+    for layer, row in enumerate(table):
+        if not (isinstance(row, list) and len(row) == 2 and all(type(count) is int for count in row)):
+            raise BudgetError(f"layer {layer} is {row!r}, not two whole numbers [audio, visual]")
+    return tuple((audio, visual) for audio, visual in table)
