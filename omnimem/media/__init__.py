@@ -1,6 +1,7 @@
 """Media: PyAV decoding by timestamp, resize, patches and mel in torch, and sources that yield a stream in segments."""
 
-from omnimem.media.decode import MediaError, MediaInfo, probe, read_audio, read_frames
+from omnimem.media.container import MediaError, MediaInfo, probe
+from omnimem.media.decode import read_audio, read_audio_blocks, read_frames
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
 from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions
@@ -19,6 +20,7 @@ __all__ = [
     "patchify",
     "probe",
     "read_audio",
+    "read_audio_blocks",
     "read_frames",
     "resize",
     "smart_resize",

@@ -1,5 +1,6 @@
 """Log-mel spectrogram in torch, equal to WhisperFeatureExtractor, for whole clips and for streams that still grow."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -58,8 +59,17 @@ class LogMel:
         Equal to WhisperFeatureExtractor(padding="longest", truncation=False); clips shorter than half a window,
         which that refuses, are continued with silence.
         """
-        log = self.log_power(self.reflected(samples), len(samples) // self.hop)
-        return normalise(log, log.max()) if log.numel() else log
+        return self.clip_of([samples])
+
+    def clip_of(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, "{self.mels} mel_frames"]:
+        """The same of a clip that comes in blocks: its samples are not held together."""
+        running, pieces = self.running(), []
+        for samples in blocks:
+            running.feed(samples)
+            pieces.append(running.take_log(running.ready))
+        running.end()
+        log = torch.cat([*pieces, running.take_log(running.ready)], dim=1)
+        return normalise(log, running.maximum)
 
     def running(self) -> "RunningMel":
         """The same spectrogram for a stream whose maximum is not known yet."""
@@ -104,7 +114,7 @@ class RunningMel:
         self._heard = 0  # samples fed
         self._taken = 0  # mel frames taken
         self._ended = False
-        self._maximum = torch.tensor(float("-inf"))
+        self.maximum = torch.tensor(float("-inf"))  # log10 power of the loudest value taken
 
     @property
     def ready(self) -> int:
@@ -142,12 +152,16 @@ class RunningMel:
 
     def take(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
         """The next `frames` mel frames (at most `ready`), normalised by the maximum up to and including them."""
+        log = self.take_log(frames)
+        return normalise(log, self.maximum)
+
+    def take_log(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
+        """The next `frames` mel frames before normalisation; `maximum` takes part in them."""
         if frames > self.ready:
             raise ValueError(f"{frames} mel frames asked for, {self.ready} ready; feed more samples or call end()")
         log = self._mel.log_power(self._buffer, frames)
         self._buffer = self._buffer[frames * self._mel.hop :]
         self._taken += frames
-        if not frames:
-            return log
-        self._maximum = torch.maximum(self._maximum, log.max())
-        return normalise(log, self._maximum)
+        if frames:
+            self.maximum = torch.maximum(self.maximum, log.max())
+        return log

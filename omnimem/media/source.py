@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.decode import CODEC_FILLING, MediaError, read_audio, read_frames, sample_by_time
+from omnimem.media.container import CODEC_FILLING, MediaError
+from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel
 from omnimem.media.pixels import resize, smart_resize
 
@@ -166,11 +167,12 @@ class FileSource(Source):
 
     def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
         mel = self.geometry.mel
-        samples = read_audio(self.audio_path, rate=mel.rate, start=self.start, end=self.end)
-        if len(samples) < mel.hop:
-            message = f"audio lasts {len(samples) / mel.rate:g} s, less than one mel frame; choose a longer clip"
+        blocks = read_audio_blocks(self.audio_path, rate=mel.rate, start=self.start, end=self.end)
+        whole = mel.clip_of(blocks)
+        if not whole.numel():
+            message = f"audio is shorter than one mel frame ({mel.hop / mel.rate:g} s); choose a longer clip"
             raise MediaError(self.audio_path, "empty", message)
-        yield from mel.clip(samples).split(mel_frames, dim=1)
+        yield from whole.split(mel_frames, dim=1)
 
 
 @final
