@@ -38,7 +38,7 @@ class Opened:
 
     sample: Sample
     segments: Sequence[Encoded]
-    tracks: Tracks
+    tracks: Tracks | None  # None: nothing of the stream is read
     heard: Heard
 
     @property
@@ -56,10 +56,15 @@ class Opened:
 class Feeder:
     """Turns samples into chunks and prompts for one backbone and one way of reading."""
 
-    def __init__(self, backbone: Backbone, options: StreamOptions, cache: Path | None = None) -> None:
-        """With a cache folder, what the frozen encoders made of a file is kept there under its sha256."""
+    def __init__(
+        self, backbone: Backbone, options: StreamOptions, cache: Path | None = None, *, encoder: str | None = None
+    ) -> None:
+        """With a cache folder, what the frozen encoders made of a file is kept there under its sha256.
+
+        `encoder` is the fingerprint of the encoders, for another feeder over the same ones.
+        """
         self.backbone, self.options, self.cache = backbone, options, cache
-        self._encoder = _fingerprint(backbone, options) if cache is not None else ""
+        self.encoder = encoder or (fingerprint(backbone) if cache is not None else "")
 
     def open(self, sample: Sample) -> Opened:
         """Decode and encode a whole sample.
@@ -83,6 +88,14 @@ class Feeder:
         if path is not None:
             _store(opened, path)
         return opened
+
+    def unseen(self, sample: Sample) -> Opened:
+        """The sample without its stream: what a blind arm gets."""
+        return Opened(sample=sample, segments=[], tracks=None, heard=Heard(frames=0, audio_seconds=0.0))
+
+    def prompt_text(self, sample: Sample, question: str) -> str:
+        """The whole prompt as text, the stream left out: its sha256 says whether two arms were asked the same."""
+        return self.backbone.framed(question, system=sample.system)
 
     def _source(self, sample: Sample, tracks: Tracks) -> FileSource:
         options = self.options.source(tracks)
@@ -135,7 +148,8 @@ class Feeder:
     def _cached(self, sample: Sample, tracks: Tracks) -> Path | None:
         if self.cache is None:
             return None
-        digest = hashlib.sha256(f"{self._encoder} {tracks} {sample.start} {sample.end}".encode())
+        setting = f"{self.encoder} {self.options.source(tracks)} {sample.start} {sample.end}"
+        digest = hashlib.sha256(setting.encode())
         for path in (sample.video, sample.audio):
             if path is not None:
                 if not path.is_file():
@@ -185,9 +199,9 @@ def tracks_of(sample: Sample, asked: Tracks) -> Tracks:
     return "audio"
 
 
-def _fingerprint(backbone: Backbone, options: StreamOptions) -> str:
-    """sha256 of the encoders' weights and of every setting that changes their input."""
-    digest = hashlib.sha256(f"{backbone.geometry} {options.source('both')}".encode())
+def fingerprint(backbone: Backbone) -> str:
+    """sha256 of the encoders' weights and of the geometry they read."""
+    digest = hashlib.sha256(f"{backbone.geometry}".encode())
     for tensor in backbone.encoder_weights():
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -102,7 +102,7 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Where the text model lies."""
-        return self.text_model.get_input_embeddings().weight.device
+        return self.text_model.device
 
     @abstractmethod
     def encoder_weights(self) -> Iterator[Tensor]:
@@ -132,7 +132,7 @@ class Backbone(ABC):
         self,
         segments: Iterable[Encoded],
         *,
-        tracks: Tracks,
+        tracks: Tracks | None,
         chunk_tokens: int,
         batch: int = 1,
         cuts: Sequence[float] = (),
@@ -142,6 +142,10 @@ class Backbone(ABC):
 
         A chunk also ends with the last segment that is over at a cut, so that a question then sees nothing later.
         """
+
+    @abstractmethod
+    def framed(self, question: str, *, system: str | None = None) -> str:
+        """The prompt as text, without the stream."""
 
     @abstractmethod
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:

@@ -99,6 +99,11 @@ class Qwen25Omni(Backbone):
         return self.model.model.language_model
 
     @property
+    def _towers(self) -> Any:
+        """The model, whose decorated methods carry no types."""
+        return self.model
+
+    @property
     def head(self) -> nn.Module:
         return self.model.lm_head
 
@@ -116,7 +121,7 @@ class Qwen25Omni(Backbone):
         return self.text_model.config.max_position_embeddings
 
     def _id(self, token: str) -> int:
-        return int(self.tokenizer.convert_tokens_to_ids(token))
+        return self.tokenizer.encode(token, add_special_tokens=False)[0]
 
     def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
         """Segments through the vision and the audio tower; a segment alone gives the same as with its neighbours.
@@ -139,7 +144,7 @@ class Qwen25Omni(Backbone):
 
     def _look(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
         """Visual tokens [1, tokens, width] and their grid for each segment."""
-        geometry, weight = self.geometry, self.head.weight
+        geometry, weight = self.geometry, self.text_model.get_input_embeddings().weight
         patched = [
             None
             if segment.frames is None
@@ -156,9 +161,9 @@ class Qwen25Omni(Backbone):
         there = [item for item in patched if item is not None]
         if not there:
             return [(None, (0, 0, 0))] * len(block)
-        rows = torch.cat([row for row, _ in there]).to(device=weight.device, dtype=weight.dtype)
-        grids = torch.tensor([grid for _, grid in there], device=weight.device)
-        outputs = iter(self.model.get_video_features(rows, grids).pooler_output)
+        rows = torch.cat([row for row, _ in there]).to(device=self.device, dtype=towers.dtype)
+        grids = torch.tensor([grid for _, grid in there], device=self.device)
+        outputs = iter(towers.get_video_features(rows, grids).pooler_output)
         merge = geometry.merge
         return [
             (None, (0, 0, 0))
@@ -172,10 +177,10 @@ class Qwen25Omni(Backbone):
         there = [segment.mel for segment in block if segment.mel is not None]
         if not there:
             return [None] * len(block)
-        weight = self.head.weight
-        mel = torch.cat(there, dim=1)[None].to(device=weight.device, dtype=weight.dtype)
-        mask = torch.ones(1, mel.shape[2], dtype=torch.long, device=weight.device)
-        tokens = self.model.get_audio_features(mel, feature_attention_mask=mask).last_hidden_state
+        towers = self._towers
+        mel = torch.cat(there, dim=1)[None].to(device=self.device, dtype=towers.dtype)
+        mask = torch.ones(1, mel.shape[2], dtype=torch.long, device=self.device)
+        tokens = towers.get_audio_features(mel, feature_attention_mask=mask).last_hidden_state
         found, heard, first = [], 0, 0
         for segment in block:
             heard += 0 if segment.mel is None else segment.mel.shape[1]
@@ -188,7 +193,7 @@ class Qwen25Omni(Backbone):
         self,
         segments: Iterable[Encoded],
         *,
-        tracks: Tracks,
+        tracks: Tracks | None,
         chunk_tokens: int,
         batch: int = 1,
         cuts: Sequence[float] = (),
@@ -221,7 +226,7 @@ class Qwen25Omni(Backbone):
             yield layout.chunk(pending)
 
     def _text_chunk(self, ids: list[int], places: list[int], batch: int) -> Chunk:
-        device = self.head.weight.device
+        device = self.device
         tokens = torch.tensor(ids, device=device)
         positions = torch.tensor(places, device=device).expand(batch, 3, -1)
         with torch.no_grad():
@@ -231,6 +236,11 @@ class Qwen25Omni(Backbone):
 
     def _text_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def framed(self, question: str, *, system: str | None = None) -> str:
+        """Opening, then the question in its turn."""
+        opening = self._opening if system is None else _frame(self.tokenizer, system)[0]
+        return opening + self._closing.replace(SAMPLE, question)
 
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """End markers of the open tracks (both at one position), the question, and the answer with its labels.
@@ -317,9 +327,9 @@ def audio_tokens(mel_frames: int) -> int:
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1) if mel_frames > 0 else 0
 
 
-def _begin(tracks: Tracks, number: Any) -> list[int]:
+def _begin(tracks: Tracks | None, number: Any) -> list[int]:
     names = {"both": ["<|vision_bos|>", "<|audio_bos|>"], "video": ["<|vision_bos|>"], "audio": ["<|audio_bos|>"]}
-    return [number(name) for name in names[tracks]]
+    return [] if tracks is None else [number(name) for name in names[tracks]]
 
 
 def _end(tracks: Tracks | None, number: Any) -> list[int]:

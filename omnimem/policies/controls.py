@@ -16,11 +16,6 @@ class ControlOptions:
     name: Literal["random", "recency", "uniform"]
     seed: int = 0  # of the random control
 
-    @property
-    def lends(self) -> bool:
-        """Unused slots of one modality go to the other."""
-        return True
-
     def build(self, budget: Budget | None) -> Policy:
         """The policy at a budget; None: full memory."""
         scorers: dict[str, AbstractScorer] = {

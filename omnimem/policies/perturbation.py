@@ -1,6 +1,6 @@
 """OmniMem: as we run it, as printed and as released."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, final
 
 from omnimem.attention.blocked import HeadMean
@@ -46,13 +46,10 @@ class PerturbationOptions:
     ends: Literal["present", "one"] | None = None
     feature: int | None = None
 
-    @property
-    def lends(self) -> bool:
-        """Whether unused slots of one modality go to the other; the release wastes them."""
-        return self.name != "released"
-
     def build(self, budget: Budget | None) -> Policy:
         """The policy at a budget; None: full memory."""
+        if budget is not None and self.name == "released":
+            budget = replace(budget, lend=False)
         given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
         chosen = {**PRESETS[self.name], **given}
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
