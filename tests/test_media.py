@@ -1,7 +1,10 @@
 """Media: what is read from files made here, and equality with the processors of transformers."""
 
+import io
 import math
+import os
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -30,6 +33,7 @@ from omnimem.media import (
     probe,
     read_audio,
     read_frames,
+    read_live,
     resize,
     smart_resize,
 )
@@ -644,3 +648,44 @@ def test_a_live_stream_without_a_track_it_is_asked_for_is_refused() -> None:
         LiveSource(iter(()), None, options=SourceOptions(), geometry=geometry())
     with pytest.raises(ValueError, match="tracks: video needs frames, got None"):
         LiveSource(None, None, options=SourceOptions(tracks="video"), geometry=geometry())
+
+
+def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file(folder: Path) -> None:
+    path = write(folder / "piped.ts", times=ticks(20, 4), samples=noise(20))
+    content = path.read_bytes()
+    reader, writer = os.pipe()
+    first_segment_came = threading.Event()
+    half_was_enough = []
+
+    def camera() -> None:
+        with os.fdopen(writer, "wb") as out:
+            out.write(content[: len(content) // 2])
+            out.flush()
+            half_was_enough.append(first_segment_came.wait(20))
+            out.write(content[len(content) // 2 :])
+
+    thread = threading.Thread(target=camera)
+    thread.start()
+    live: list[Segment] = []
+    with os.fdopen(reader, "rb") as pipe:
+        frames, audio = read_live(pipe, fps=1.0)
+        for segment in LiveSource(frames, audio, options=SourceOptions(), geometry=geometry()):
+            live.append(segment)
+            first_segment_came.set()
+        thread.join()
+    file = list(FileSource(path, options=SourceOptions(), geometry=geometry()))
+    floor = max(segment.mel.max().item() for segment in file) - 2.0
+    assert half_was_enough == [True]
+    assert seconds_of(live) == seconds_of(file)
+    for a, b in zip(live, file, strict=True):
+        assert torch.equal(a.frames, b.frames)
+        assert (a.mel.clamp(min=floor) - b.mel).abs().max() <= 1e-5
+
+
+def test_a_pipe_without_a_track_or_without_media_raises_one_named_line(
+    broken: dict[str, tuple[Path, str, str]],
+) -> None:
+    for name, reason in (("no video", "no_video"), ("no audio", "no_audio"), ("text", "unreadable")):
+        with pytest.raises(MediaError, match=r"^-: ") as raised:
+            read_live(io.BytesIO(broken[name][0].read_bytes()), fps=1.0)
+        assert raised.value.reason == reason

@@ -2,6 +2,7 @@
 
 from omnimem.media.container import MediaError, MediaInfo, probe
 from omnimem.media.decode import read_audio, read_audio_blocks, read_frames
+from omnimem.media.live import read_live
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
 from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions
@@ -22,6 +23,7 @@ __all__ = [
     "read_audio",
     "read_audio_blocks",
     "read_frames",
+    "read_live",
     "resize",
     "smart_resize",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor
 from omnimem.media.container import AGAIN, MediaError, audio_stream, check_whole, opened, origin, video_stream
 
 Picture = TypeVar("Picture")
+Sound = Float[np.ndarray, " samples"]  # small blocks: numpy costs less for each than torch
 Frame = TypeVar("Frame", AudioFrame, VideoFrame)
 
 TICK = 1e-3  # seconds; the coarsest clock in use (Matroska) rounds timestamps to it
@@ -69,22 +70,23 @@ def read_audio_blocks(
         stream = audio_stream(container)
         if stream is None:
             raise MediaError(path, "no_audio", "has no audio track; use tracks: video or give an audio file")
-        held: list[Tensor] = []
-        empty = True
+        held: list[Sound] = []
+        many, empty = 0, True
         for block in contiguous(_timed_sound(container, stream, path, start, end), rate, start, end):
             held.append(block)
-            if sum(map(len, held)) >= BLOCK_SAMPLES:
-                yield torch.cat(held)
-                held, empty = [], False
-        if held:
-            yield torch.cat(held)
-        elif empty:
+            many, empty = many + len(block), False
+            if many >= BLOCK_SAMPLES:
+                yield torch.from_numpy(np.concatenate(held))
+                held, many = [], 0
+        if empty:
             raise MediaError(path, "empty", f"has no audio {_span(start, end)}; check start and end, or the file")
+        if held:
+            yield torch.from_numpy(np.concatenate(held))
 
 
 def contiguous(
     timed: Iterable[tuple[float, AudioFrame]], rate: int, start: float = 0.0, end: float | None = None
-) -> Iterator[Float[Tensor, " samples"]]:
+) -> Iterator[Sound]:
     """Mono samples at `rate` from `start` on without a hole, of audio frames with their times."""
     done, place = (
         0,
@@ -95,7 +97,7 @@ def contiguous(
         place = place if begun is None else round((begun - start) * rate)
         after = place + len(block)
         if place > done:
-            block = torch.cat([torch.zeros(place - done), block])
+            block = np.concatenate([np.zeros(place - done, np.float32), block])
         block = block[max(0, done - place) :]
         block = block if limit is None else block[: max(0, limit - done)]
         place, done = after, done + len(block)
@@ -197,9 +199,7 @@ def _timed_sound(
     check_whole(path, container, stream, end, reached)
 
 
-def _resampled(
-    timed: Iterable[tuple[float, AudioFrame]], rate: int
-) -> Iterator[tuple[float | None, Float[Tensor, " samples"]]]:
+def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator[tuple[float | None, Sound]]:
     """Mono blocks at `rate`, each with its time where it does not simply continue the one before.
 
     A hole and a change of format begin anew, since a resampler knows no timestamps.
@@ -220,7 +220,7 @@ def _resampled(
         yield None, _mono(resampler.resample(None))
 
 
-def _mono(frames: list[AudioFrame]) -> Float[Tensor, " samples"]:
+def _mono(frames: list[AudioFrame]) -> Sound:
     """The mean of the channels (ffmpeg's own down-mix of floats is 3 dB louder)."""
     blocks = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in frames]
-    return torch.from_numpy(np.concatenate(blocks)) if blocks else torch.empty(0)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)

@@ -1,0 +1,118 @@
+"""Both tracks of a container that is still being written, such as a pipe from ffmpeg."""
+
+from collections import deque
+from collections.abc import Iterator
+from io import BufferedIOBase
+from typing import Literal, final
+
+import av
+import torch
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from omnimem.media.container import MediaError, audio_stream, origin, video_stream
+from omnimem.media.decode import contiguous, sample_by_time, timing, upright
+
+
+def read_live(
+    file: BufferedIOBase,
+    *,
+    fps: float,
+    rate: int = 16000,
+    tracks: Literal["both", "video", "audio"] = "both",
+    name: str = "-",
+) -> tuple[Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]] | None, Iterator[Float[Tensor, " _"]] | None]:
+    """The frames and the sound that `LiveSource` takes, read from a file object that need not be seekable.
+
+    Formats that are written from front to end can be read while they grow: mpegts, matroska, flv, fragmented mp4.
+    Raises MediaError under `name`: `unreadable`, `no_video`, `no_audio`, and `truncated` when decoding breaks off.
+    """
+    try:
+        container = av.open(file, "r")
+    except FFmpegError as error:
+        message = f"cannot be read ({error.strerror}); send mpegts, matroska, flv or fragmented mp4"
+        raise MediaError(name, "unreadable", message) from error
+    video = video_stream(container) if tracks != "audio" else None
+    audio = audio_stream(container) if tracks != "video" else None
+    if video is None and tracks != "audio":
+        raise MediaError(name, "no_video", "has no video track; use tracks: audio")
+    if audio is None and tracks != "video":
+        raise MediaError(name, "no_audio", "has no audio track; use tracks: video")
+    packets = _Packets(container, [stream for stream in (video, audio) if stream is not None], name)
+    return (
+        None if video is None else _pictures(packets, container, video, fps),
+        None if audio is None else _sounds(packets, container, audio, rate),
+    )
+
+
+@final
+class _Packets:
+    """One pass over a container for two readers: what the other one has not asked for yet waits."""
+
+    def __init__(self, container: InputContainer, streams: list[VideoStream | AudioStream], name: str) -> None:
+        self._packets = container.demux(streams)
+        self._waiting: dict[int, deque[VideoFrame | AudioFrame]] = {stream.index: deque() for stream in streams}
+        self._name = name
+
+    def frames(self, stream: VideoStream | AudioStream) -> Iterator[VideoFrame | AudioFrame]:
+        """The frames of one track."""
+        waiting = self._waiting[stream.index]
+        while waiting or self._pull():
+            while waiting:
+                yield waiting.popleft()
+
+    def _pull(self) -> bool:
+        """Reads and decodes one packet; False at the end."""
+        try:
+            packet = next(self._packets, None)
+            if packet is None:
+                return False
+            for frame in packet.decode():
+                assert isinstance(frame, VideoFrame | AudioFrame)
+                self._waiting[packet.stream_index].append(frame)
+        except FFmpegError as error:
+            message = f"breaks off while decoding ({error.strerror}); send it again"
+            raise MediaError(self._name, "truncated", message) from error
+        return True
+
+
+def _pictures(
+    packets: _Packets, container: InputContainer, stream: VideoStream, fps: float
+) -> Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]]:
+    for time, frame in sample_by_time(_timed(packets, container, stream), fps):
+        yield time, upright(frame)  # only frames that are shown are converted
+
+
+def _timed(
+    packets: _Packets, container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[float, float, VideoFrame]]:
+    reached = 0.0
+    for frame in packets.frames(stream):
+        assert isinstance(frame, VideoFrame)
+        time, lasting = timing(frame, container, stream, reached)
+        reached = time + lasting
+        yield time, lasting, frame
+
+
+def _sounds(
+    packets: _Packets, container: InputContainer, stream: AudioStream, rate: int
+) -> Iterator[Float[Tensor, " _"]]:
+    for block in contiguous(_timed_sound(packets, container, stream), rate):
+        yield torch.from_numpy(block)
+
+
+def _timed_sound(
+    packets: _Packets, container: InputContainer, stream: AudioStream
+) -> Iterator[tuple[float, AudioFrame]]:
+    zero, reached = origin(container), 0.0
+    for frame in packets.frames(stream):
+        assert isinstance(frame, AudioFrame)
+        time = reached if frame.time is None else frame.time - zero
+        reached = time + frame.samples / frame.sample_rate
+        yield time, frame
