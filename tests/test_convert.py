@@ -1,0 +1,332 @@
+"""Users' files become a manifest, with every problem named by file and row; checking a manifest."""
+
+import json
+import socket
+import wave
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from data_prep.check import main as check
+from data_prep.convert import main as convert
+from data_prep.convert import without_tags
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.data import read_manifest
+
+
+def write_silent(path: Path) -> None:
+    """Two seconds of video without a sound track."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a talking and a silent video, a sound file, and a file that is none of these."""
+    folder = tmp_path_factory.mktemp("convert")
+    (folder / "clips").mkdir()
+    write_mp4(draw_world(1, 8), folder / "clips" / "talk.mp4")
+    write_silent(folder / "clips" / "silent.mp4")
+    (folder / "clips" / "broken.mp4").write_bytes(b"no video at all")
+    with wave.open(str(folder / "clips" / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(16000)
+        sound.writeframes(bytes(2 * 16000 * 2))
+    return folder
+
+
+def written(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(json.dumps(row) for row in rows) if name.endswith("l") else json.dumps(rows))
+    return path
+
+
+def swift(text: str = "<video>what ?", **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "that"}]
+    return {"messages": turns, "videos": ["clips/talk.mp4"], **more}
+
+
+def run(media: Path, rows: list[Any], *more: str) -> tuple[int, Path]:
+    out = media / "train.jsonl"
+    out.unlink(missing_ok=True)
+    return convert([str(written(media, rows)), "--out", str(out), *more]), out
+
+
+def problems(capsys: pytest.CaptureFixture[str], media: Path) -> list[str]:
+    return [line.removeprefix(f"{media / 'rows.jsonl'}:") for line in capsys.readouterr().err.splitlines()]
+
+
+def test_ms_swift_messages_become_samples(media: Path) -> None:
+    first = swift(id="one", chat_template_kwargs={"fps": 1})
+    first["messages"] = [
+        {"role": "system", "content": "Listen."},
+        {"role": "user", "content": "Look at <video>: what ?"},
+        {"role": "assistant", "content": "that", "loss": False},
+        {"role": "user", "content": "And then ?"},
+        {"role": "assistant", "content": "this"},
+    ]
+    code, out = run(media, [first, swift()])
+    one, two = read_manifest(out)
+    assert code == 0
+    assert (one.id, one.video, one.audio, one.system) == ("one", media / "clips/talk.mp4", None, "Listen.")
+    assert [(q.text, q.answer, q.loss) for q in one.questions] == [
+        ("Look at : what ?", "that", False),
+        ("And then ?", "this", True),
+    ]
+    assert one.meta == {"chat_template_kwargs": {"fps": 1}}
+    assert (two.id, two.questions[0].text) == ("rows-000002", "what ?")
+
+
+def test_sharegpt_conversations_with_both_files_become_samples(media: Path) -> None:
+    row = {
+        "conversations": [{"from": "human", "value": "<video><audio>\nwhat ?"}, {"from": "gpt", "value": "that"}],
+        "system": "Look.",
+        "videos": ["clips/silent.mp4"],
+        "audios": ["clips/sound.wav"],
+    }
+    source = written(media, [row, row], "rows.json")
+    out = media / "shared.jsonl"
+    assert convert([str(source), "--out", str(out)]) == 0
+    sample = read_manifest(out)[1]
+    assert (sample.video, sample.audio) == (media / "clips/silent.mp4", media / "clips/sound.wav")
+    assert (sample.system, sample.questions[0].text) == ("Look.", "what ?")
+
+
+def test_video_salmonn_rows_become_samples(media: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "that"}]
+    rows = [
+        {"video": "clips/silent.mp4", "audio": "clips/sound.wav", "conversations": talk},
+        {"video": "clips/talk.mp4", "conversations": talk},
+    ]
+    code, out = run(media, rows)
+    assert code == 0
+    assert [sample.audio for sample in read_manifest(out)] == [media / "clips/sound.wav", None]
+    assert read_manifest(out)[0].questions[0].text == "what ?"
+
+
+def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        swift(),
+        swift("<video><video>what ?"),
+        swift(videos=["clips/gone.mp4"]),
+        swift(videos=["clips/silent.mp4"]),
+        swift(videos=["clips/broken.mp4"], images=["a.png"]),
+        swift(audios=["clips/sound.wav"]),
+        swift("<audio>what ?"),
+    ]
+    code, out = run(media, rows)
+    assert code == 2
+    assert not out.exists()
+    assert [problem.split(";")[0].replace(f"{media}/", "") for problem in problems(capsys, media)] == [
+        "2 messages: 2 <video> tags for 1 files",
+        "5 images: still images are not streamed",
+        "7 messages: 1 <audio> tags for 0 files",
+        "3 video: clips/gone.mp4: is not a file",
+        "4 audio: clips/silent.mp4 has no audio track",
+        "train.jsonl: not written",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (swift("<image>what ?"), "1 messages: 1 <image> tags for 0 files"),
+        (swift("<video><video>what ?", videos=["a.mp4", "b.mp4"]), "1 videos: 2 files in a row"),
+        (swift(videos=[["a.png", "b.png"]]), "1 videos: expected a list of paths"),
+        (swift(videos=["https://example.org/a.mp4"]), "1 videos: https://example.org/a.mp4 is not a local path"),
+        (swift(videos=["../talk.mp4"]), "1 videos: "),
+        (swift(video="clips/talk.mp4"), "1 video: is given beside videos; keep one of them"),
+        (swift(conversations=[{"from": "human", "value": "?"}]), "1 messages: expected messages or conversations, got"),
+        (
+            {"query": "what ?", "videos": ["clips/talk.mp4"]},
+            "1 messages: expected messages or conversations, got query",
+        ),
+        (swift(messages=[{"role": "tool", "content": "x"}]), "1 messages[0]: role 'tool' is unknown; use one of"),
+        (
+            swift(messages=[{"role": "user", "content": [{"type": "video"}]}]),
+            "1 messages[0]: expected text; write <video>",
+        ),
+        (swift(messages=["what ?"]), "1 messages[0]: expected an object, got what ?"),
+        (swift("<video>"), "1 messages[0].content: expected text"),
+        (swift(videos=[]), "1 messages: 1 <video> tags for 0 files"),
+        (swift("what ?", videos=[]), "1 video: neither video nor audio is given"),
+        (swift(end=90), "1 end: 90.0 s is after the end of the file (8"),
+        (swift(start=60), "1 start: 60.0 s is after the end of the file (8"),
+        (swift(audios=["clips/talk.mp4"], videos=["clips/sound.wav"]), "1 video: "),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_cure(
+    media: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], expected: str
+) -> None:
+    assert run(media, [row])[0] == 2
+    assert problems(capsys, media)[0].startswith(expected)
+
+
+def test_a_tag_after_the_first_question_is_refused(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = swift("what ?")
+    row["messages"] += [{"role": "user", "content": "<video>and ?"}]
+    assert run(media, [row])[0] == 2
+    assert problems(capsys, media)[0].startswith("1 messages: a tag stands after the first question")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: is not an object"]),
+        ("[{]", ["is not JSON"]),
+        ('{"messages": [],\n"videos": []}', ["one object a line"]),
+        ("", ["holds no rows"]),
+    ],
+)
+def test_a_file_that_is_no_json_is_named_by_line(
+    media: Path, capsys: pytest.CaptureFixture[str], text: str, expected: list[str]
+) -> None:
+    path = media / "rows.jsonl"
+    path.write_text(text)
+    assert convert([str(path), "--out", str(media / "train.jsonl"), "--overwrite"]) == 2
+    found = problems(capsys, media)
+    assert len(found) == len(expected)
+    assert all(want in got for want, got in zip(expected, found, strict=True))
+
+
+def test_rows_of_different_types_and_blank_lines_keep_their_numbers(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = media / "rows.jsonl"
+    wrong = swift(messages=[{"role": "user", "content": [{"type": "text", "text": "q"}]}], videos="clips/talk.mp4")
+    path.write_text(f"{json.dumps(swift())}\n\n\n{json.dumps(wrong)}\n{json.dumps(swift(id=4))}\n")
+    assert convert([str(path), "--out", str(media / "mixed.jsonl")]) == 2
+    assert problems(capsys, media)[0].startswith("4 messages[0]: expected text")
+
+
+def test_some_rows_may_fail_when_allowed_and_the_report_counts_them(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = run(
+        media, [swift(), swift(), swift("what ?"), swift(videos=["clips/gone.mp4"])], "--max-failures", "0.3"
+    )
+    printed = capsys.readouterr()
+    assert code == 0
+    assert [sample.id for sample in read_manifest(out)] == ["rows-000001", "rows-000002", "rows-000003"]
+    assert "4 (3 usable, 1 failed)" in printed.out
+    assert "video with its own audio 3" in printed.out
+    assert "failures   missing 1" in printed.out
+    assert "1 rows: no tag: the stream is placed before the first question" in printed.out
+    assert "gone.mp4" in printed.err
+
+
+def test_silent_videos_pass_only_when_the_run_asks_for_no_sound(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(media, [swift(videos=["clips/silent.mp4"])], "--tracks", "video")[0] == 0
+    assert "video only 1" in capsys.readouterr().out
+
+
+def test_media_outside_the_manifests_folder_must_be_allowed(
+    media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = str(written(media, [swift()])), tmp_path / "far" / "train.jsonl"
+    assert convert([source, "--out", str(out)]) == 2
+    assert "--allow-absolute-paths" in capsys.readouterr().err
+    assert convert([source, "--out", str(out), "--allow-absolute-paths"]) == 0
+    assert read_manifest(out, allow_absolute=True)[0].video == media / "clips/talk.mp4"
+
+
+def test_a_media_root_replaces_the_folder_of_the_file(media: Path, tmp_path: Path) -> None:
+    source = written(tmp_path, [swift(videos=["talk.mp4"])])
+    out = media / "rooted.jsonl"
+    assert convert([str(source), "--out", str(out), "--media-root", str(media / "clips")]) == 0
+    assert read_manifest(out)[0].video == media / "clips/talk.mp4"
+
+
+def test_two_rows_never_share_an_id_and_a_manifest_is_never_overwritten_unasked(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(media, [swift(id="a"), swift(id="a")])[0] == 2
+    assert problems(capsys, media)[0].startswith("2 id: 'a' is used at ")
+    code, out = run(media, [swift()])
+    assert code == 0
+    assert convert([str(media / "rows.jsonl"), "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_converting_opens_no_connection(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert run(media, [swift()])[0] == 0
+
+
+def test_tags_leave_no_trace_in_the_question() -> None:
+    assert without_tags("<video>\n<audio>\nwhat ?") == "what ?"
+    assert without_tags("a <video> b") == "a b"
+    assert without_tags("x < y ?") == "x < y ?"
+
+
+def test_checking_a_good_manifest_reports_it(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = run(media, [swift(), swift(end=6)])
+    capsys.readouterr()
+    assert code == 0
+    assert check([str(out), "--decode"]) == 0
+    printed = capsys.readouterr()
+    assert "2 (2 usable, 0 failed)" in printed.out
+    assert "shortest 6.0 s" in printed.out
+    assert printed.err == ""
+
+
+def test_checking_names_files_that_went_away_or_end_early(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (media / "clips/talk.mp4").read_bytes()
+    rows = [swift(), swift(videos=["clips/lost.mp4"])]
+    (media / "clips/lost.mp4").write_bytes(whole)
+    code, out = run(media, rows)
+    assert code == 0
+    (media / "clips/lost.mp4").unlink()
+    capsys.readouterr()
+    assert check([str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"{out}:2 video: {media}/clips/lost.mp4: is not a file")
+
+
+def test_decoding_finds_a_file_whose_header_promises_more_than_it_holds(
+    media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = media / "clips" / "cut.mkv"
+    with av.open(str(media / "clips/talk.mp4")) as source, av.open(str(cut), "w") as copy:
+        streams = {stream.index: copy.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                copy.mux(packet)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    out = media / "cut.jsonl"
+    out.write_text(json.dumps({"id": "a", "video": "clips/cut.mkv", "messages": swift("what ?")["messages"]}))
+    assert check([str(out)]) == 0
+    assert check([str(out), "--decode"]) == 2
+    assert "cut.mkv" in capsys.readouterr().err
+
+
+def test_checking_tells_when_two_manifests_share_files(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = run(media, [swift()])
+    other = media / "test.jsonl"
+    other.write_text(out.read_text())
+    assert check([str(out), str(other)]) == 0
+    assert "have 1 files in common" in capsys.readouterr().out
+
+
+def test_checking_an_unreadable_manifest_names_its_lines(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = media / "wrong.jsonl"
+    path.write_text('{"id": "a"}\n{')
+    assert check([str(path)]) == 2
+    assert [line.split(":")[1].split()[0] for line in capsys.readouterr().err.splitlines()] == ["1", "1", "2"]
