@@ -1,0 +1,385 @@
+"""The memory table: what a run will need on each device, from shapes alone; nothing is loaded.
+
+Parameter, optimizer and memory rows are exact; activation and encoder rows are formulas, marked so.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from omnimem.media import Geometry, LogMel
+from omnimem.memory import Memory, Shape
+from omnimem.tokens import TOKEN_AXES
+from omnimem.tuning import LoraOptions
+
+TOGETHER = 32  # segments that pass the encoders at once
+
+
+class ShapesError(ValueError):
+    """A model configuration that cannot be read; the message says which and how to repair it."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """The decoder: grouped-query attention with biases on q, k and v, gated perceptron, RMS norms (Qwen2)."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    dim: int  # of one head
+    inner: int  # width of the perceptron
+    vocabulary: int
+    tied: bool
+
+    def projection(self, name: str) -> tuple[int, int]:
+        """(inputs, outputs) of a projection that LoRA may adapt."""
+        queries, keys = self.heads * self.dim, self.kv_heads * self.dim
+        return {
+            "q_proj": (self.width, queries),
+            "k_proj": (self.width, keys),
+            "v_proj": (self.width, keys),
+            "o_proj": (queries, self.width),
+            "gate_proj": (self.width, self.inner),
+            "up_proj": (self.width, self.inner),
+            "down_proj": (self.inner, self.width),
+        }[name]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of decoder, embeddings and head."""
+        queries, keys = self.heads * self.dim, self.kv_heads * self.dim
+        attention = (self.width + 1) * (queries + 2 * keys) + queries * self.width
+        layer = attention + 3 * self.width * self.inner + 2 * self.width
+        return self.layers * layer + self.width + (1 if self.tied else 2) * self.vocabulary * self.width
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class VisionShape:
+    """The vision tower of Qwen2.5: patches, blocks with biases, a merger of merge x merge patches."""
+
+    depth: int
+    width: int
+    inner: int
+    channels: int
+    patch: int
+    merge: int
+    temporal_patch: int
+    output: int
+
+    @property
+    def row(self) -> int:
+        """Numbers in one patch."""
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the tower with its merger."""
+        block = 4 * self.width * (self.width + 1) + 2 * self.inner * (self.width + 1)
+        block += self.width * (self.inner + 1) + 2 * self.width
+        joined = self.width * self.merge**2
+        merger = self.width + joined * (joined + 1) + self.output * (joined + 1)
+        return self.row * self.width + self.depth * block + merger
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AudioShape:
+    """The audio tower of Qwen2.5-Omni: two convolutions, Whisper's layers, a projection."""
+
+    layers: int
+    width: int
+    inner: int
+    mels: int
+    window: int  # mel frames of half an attention block
+    output: int
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the tower; its positions are computed."""
+        convolutions = self.width * (3 * self.mels + 1) + self.width * (3 * self.width + 1)
+        attention = 4 * self.width**2 + 3 * self.width  # no bias on the keys
+        perceptron = self.inner * (self.width + 1) + self.width * (self.inner + 1)
+        layer = attention + perceptron + 4 * self.width
+        return convolutions + self.layers * layer + 2 * self.width + self.output * (self.width + 1) + 2 * self.output
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What the files of a checkpoint say about its sizes and about time, without its weights."""
+
+    text: TextShape
+    vision: VisionShape
+    audio: AudioShape
+    geometry: Geometry
+    positions_per_second: float
+    trained_positions: int
+
+    @property
+    def parameters(self) -> int:
+        """All weights that are loaded: the thinker."""
+        return self.text.parameters + self.vision.parameters + self.audio.parameters
+
+    @classmethod
+    def read(cls, path: Path) -> "Shapes":
+        """From a checkpoint folder, or from one file that holds both its configurations (configs/models).
+
+        Raises ShapesError when a file is missing or describes another family.
+        """
+        try:
+            if path.is_dir():
+                names = ("preprocessor_config.json", "processor_config.json")
+                beside = next((path / name for name in names if (path / name).is_file()), path / names[0])
+                return cls.of(json.loads((path / "config.json").read_text()), json.loads(beside.read_text()))
+            table = json.loads(path.read_text())
+            return cls.of(table, table["preprocessor_config"])
+        except OSError as error:
+            raise ShapesError(
+                f"{error.filename}: cannot be read ({error.strerror}); copy it from the model's page"
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+            raise ShapesError(
+                f"{path}: describes no Qwen2.5-Omni thinker ({reason}); give a checkpoint of that family"
+            ) from error
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "Shapes":
+        """From the hub's config.json (with or without talker) and preprocessor_config.json."""
+        thinker = config.get("thinker_config", config)
+        text, vision, audio = thinker["text_config"], thinker["vision_config"], thinker["audio_config"]
+        media = {"sampling_rate": 16000, **preprocessor, **preprocessor.get("video_processor", {})}
+        media |= preprocessor.get("feature_extractor", {})
+        return cls(
+            text=TextShape(
+                layers=text["num_hidden_layers"],
+                width=text["hidden_size"],
+                heads=text["num_attention_heads"],
+                kv_heads=text["num_key_value_heads"],
+                dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                inner=text["intermediate_size"],
+                vocabulary=text["vocab_size"],
+                tied=thinker.get("tie_word_embeddings", False),
+            ),
+            vision=VisionShape(
+                depth=vision["depth"],
+                width=vision["hidden_size"],
+                inner=vision["intermediate_size"],
+                channels=vision["in_channels"],
+                patch=vision["patch_size"],
+                merge=vision["spatial_merge_size"],
+                temporal_patch=vision["temporal_patch_size"],
+                output=vision["out_hidden_size"],
+            ),
+            audio=AudioShape(
+                layers=audio["encoder_layers"],
+                width=audio["d_model"],
+                inner=audio["encoder_ffn_dim"],
+                mels=audio["num_mel_bins"],
+                window=audio["n_window"],
+                output=audio["output_dim"],
+            ),
+            geometry=Geometry(
+                patch=vision["patch_size"],
+                merge=vision["spatial_merge_size"],
+                temporal_patch=vision["temporal_patch_size"],
+                mean=tuple(media["image_mean"]),
+                std=tuple(media["image_std"]),
+                mel=LogMel(
+                    mels=media["feature_size"],
+                    hop=media["hop_length"],
+                    n_fft=media["n_fft"],
+                    rate=media["sampling_rate"],
+                ),
+                segment_seconds=float(thinker["seconds_per_chunk"]),
+            ),
+            positions_per_second=float(thinker["position_id_per_seconds"]),
+            trained_positions=text["max_position_embeddings"],
+        )
+
+    def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of one token in one layer's memory: (keys and values, side state)."""
+        shape = Shape(
+            layers=1,
+            kv_heads=self.text.kv_heads,
+            dim=self.text.dim,
+            width=self.text.width,
+            feature=feature,
+            dtype=dtype,
+            device=torch.device("meta"),
+        )
+        fields = Memory.empty(shape, batch=1).layers[0].tensors()
+        sizes = [
+            prod(size for number, size in enumerate(tensor.shape) if number != axis) * tensor.element_size()
+            for tensor, axis in zip(fields, TOKEN_AXES, strict=True)
+        ]
+        return sum(sizes[:2]), sum(sizes[2:])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a run asks of a device."""
+
+    dtype: torch.dtype  # of the frozen weights, and of keys and values
+    lora: LoraOptions
+    feature: int  # width of the redundancy feature; 0: none is kept
+    entries: int  # audio and visual slots, summed over the layers; those of full memory where a budget is "full"
+    chunk_tokens: int  # longest chunk
+    chunks: int  # of the longest stream
+    text_tokens: int  # of the stream, never evicted
+    question_tokens: int  # of all questions of a sample; answers are read by the head
+    frame: tuple[int, int]  # height and width after resizing
+    frames_per_segment: int
+    half: bool  # DeepSpeed's or autocast's bf16 / fp16
+    stage: int | None  # ZeRO stage; None: no DeepSpeed
+    ranks: int = 1
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    bytes: int
+    how: str
+    exact: bool
+
+
+def footprint(shapes: Shapes, load: Load) -> tuple[Row, ...]:
+    """The rows of the memory table, per device; their sum is an upper estimate of the peak."""
+    return (*_states(shapes, load), *_memory(shapes, load), *_activations(shapes, load), *_encoders(shapes, load))
+
+
+def _states(shapes: Shapes, load: Load) -> list[Row]:
+    """Weights, and the adapter with its gradient and AdamW's moments; ZeRO shards them over the ranks."""
+    stage, ranks, size = load.stage or 0, load.ranks, load.dtype.itemsize
+    text = shapes.text
+    adapter = text.layers * sum(load.lora.r * sum(text.projection(name)) for name in load.lora.targets)
+    working = 2 if load.half and load.stage is not None else 4
+    master = 4 if working == 2 else 0
+    base = shapes.parameters * size
+    return [
+        Row(
+            what="weights, frozen",
+            bytes=_shard(base, ranks, stage >= 3),
+            how=f"{shapes.parameters:,} x {size} B" + (f" / {ranks} ranks" if stage >= 3 else ""),
+            exact=True,
+        ),
+        Row(
+            what="LoRA weights",
+            bytes=_shard(adapter * working, ranks, stage >= 3),
+            how=f"{adapter:,} x {working} B",
+            exact=True,
+        ),
+        Row(
+            what="LoRA gradients",
+            bytes=_shard(adapter * working, ranks, stage >= 2),
+            how=f"{adapter:,} x {working} B" + (f" / {ranks} ranks" if stage >= 2 and ranks > 1 else ""),
+            exact=True,
+        ),
+        Row(
+            what="AdamW states",
+            bytes=_shard(adapter * (8 + master), ranks, stage >= 1),
+            how=f"{adapter:,} x {8 + master} B" + (f" / {ranks} ranks" if stage >= 1 and ranks > 1 else ""),
+            exact=True,
+        ),
+    ]
+
+
+def _memory(shapes: Shapes, load: Load) -> list[Row]:
+    """What the layers keep, and what stays in the graph of one stream for the backward pass."""
+    pair, side = shapes.entry(load.feature, load.dtype)
+    entries = load.entries + load.text_tokens * shapes.text.layers
+    whole = entries * (pair + side)
+    waiting = max(0, load.chunks - 1)
+    return [
+        Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
+        Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
+        Row(
+            what="memories in the graph",
+            bytes=waiting * whole,
+            how=f"{waiting} earlier chunks x memory; on the host with tuning.offload",
+            exact=False,
+        ),
+    ]
+
+
+def _activations(shapes: Shapes, load: Load) -> list[Row]:
+    """Saved tensors of the chunk that is computed again in backward, and of the answers' logits."""
+    text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
+    pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
+    token = layer_activations(text, load.lora, load.dtype, pool)
+    keys = (2 * text.kv_heads * text.dim + load.feature) * size
+    logits = load.question_tokens * text.vocabulary * (size + 8)
+    return [
+        Row(
+            what="activations of one chunk",
+            bytes=text.layers * (tokens * token + pool * keys),
+            how=f"{text.layers} layers x ({tokens:,} tokens x {token:,} B + {pool:,} keys x {keys} B)",
+            exact=False,
+        ),
+        Row(
+            what="logits of the answers",
+            bytes=logits,
+            how=f"{load.question_tokens:,} rows x {text.vocabulary:,} x {size + 8} B",
+            exact=False,
+        ),
+    ]
+
+
+def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, pool: int) -> int:
+    """Bytes per token that autograd saves in one layer whose base weights are frozen (formula; ours).
+
+    float32: the inputs of both norms, the states whose redundancy is judged (twice), and the input of the adapters,
+    which with dropout is one copy and one mask byte a projection. In the model's precision: queries and attention
+    output, a row of the mask over `pool` keys, three inner states of the perceptron.
+    """
+    size = dtype.itemsize
+    inputs = {name: text.projection(name)[0] for name in lora.targets}
+    adapted = 5 * sum(inputs.values()) if lora.dropout else 4 * sum({text.width, *inputs.values()})
+    adapted += 4 * lora.r * len(inputs)
+    return 16 * text.width + adapted + 4 * text.heads + size * (2 * text.heads * text.dim + pool + 3 * text.inner)
+
+
+def _encoders(shapes: Shapes, load: Load) -> list[Row]:
+    """The largest moment inside each tower, which runs without a graph on `TOGETHER` segments."""
+    vision, audio, size = shapes.vision, shapes.audio, load.dtype.itemsize
+    height, width = load.frame
+    grids = ceil(load.frames_per_segment / vision.temporal_patch)
+    patches = TOGETHER * grids * (height // vision.patch) * (width // vision.patch)
+    look = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
+    frames = TOGETHER * int(shapes.geometry.segment_seconds * shapes.geometry.mel.rate / shapes.geometry.mel.hop)
+    listen = frames * audio.mels * (4 + size) + frames * audio.width * (2 * size) + frames // 2 * audio.inner * 2 * size
+    return [
+        Row(what="vision tower, peak", bytes=look, how=f"{patches:,} patches of {TOGETHER} segments", exact=False),
+        Row(what="audio tower, peak", bytes=listen, how=f"{frames:,} mel frames of {TOGETHER} segments", exact=False),
+    ]
+
+
+def _shard(whole: int, ranks: int, sharded: bool) -> int:
+    return ceil(whole / ranks) if sharded else whole
+
+
+def render(rows: tuple[Row, ...]) -> str:
+    """The table as text; the encoders run before the backward pass, so only the larger of both phases counts."""
+    lines = [f"{row.what:<26}{gibibytes(row.bytes):>12}  {'' if row.exact else '~ '}{row.how}" for row in rows]
+    total = sum(row.bytes for row in rows)
+    return "\n".join([*lines, f"{'sum':<26}{gibibytes(total):>12}  ~ an upper estimate: not all rows peak together"])
+
+
+def gibibytes(count: int) -> str:
+    """Bytes for people."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.2f} {unit}"
+    return f"{count} B"
