@@ -31,6 +31,7 @@ class DataOptions:
     train: str | None = None  # the manifest
     max_failures: float = 0.01  # share of samples that may fail before the run stops
     allow_absolute_paths: bool = False  # media outside the folder of the manifest
+    cache: bool = False  # keep what the frozen encoders made of each file in .cache/encoded
 
     def __post_init__(self) -> None:
         _check_share("max_failures", self.max_failures)

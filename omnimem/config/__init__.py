@@ -14,8 +14,11 @@ from omnimem.budget import AudioVisualBudget, BudgetOptions, SharedBudget
 from omnimem.calibration import CalibrationOptions
 from omnimem.config.check import names, nearest, strict, validated
 from omnimem.config.source import ConfigError, Key, Problem, override, read
+from omnimem.data import DataOptions
+from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.stream import StreamOptions
+from omnimem.tuning import TuningOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -43,6 +46,9 @@ class RunConfig:
     stream: StreamOptions = field(default_factory=StreamOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    tuning: TuningOptions = field(default_factory=TuningOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     train: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
 
 

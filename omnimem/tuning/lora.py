@@ -62,6 +62,15 @@ class StreamedModel(PeftModel):
         """`streamed()` if given, else the model's own forward pass."""
         return super().forward(*args, **kwargs) if streamed is None else streamed()
 
+    def train(self, mode: bool = True) -> "StreamedModel":
+        """Only the adapters' dropout follows the mode: frozen encoders and base stay as in evaluation."""
+        super().train(False)
+        self.training = mode
+        for name, module in self.named_modules():
+            if "lora_dropout" in name:
+                module.training = mode
+        return self
+
 
 def add_adapter(model: PreTrainedModel, options: LoraOptions) -> StreamedModel:
     """The model with fresh adapters (B = 0, so nothing changes yet); everything else is frozen.
