@@ -142,10 +142,10 @@ def test_fewer_slots_than_a_layer_needs_are_refused(budget: str, slots: int, nee
     assert lines[0].startswith(f"command line memory.slots_per_layer: {slots} is too small; each layer needs {need}")
 
 
-def test_what_a_part_refuses_is_told_at_its_section(tmp_path: Path) -> None:
+def test_what_a_part_refuses_is_told_at_the_first_key_that_it_names(tmp_path: Path) -> None:
     text = f"{SMALL}stream:\n  min_pixels: 500\n  max_pixels: 400\n"
     (line,) = problems(tmp_path, text)
-    assert line.startswith("my.yaml:8 stream: min_pixels = 500 ")
+    assert line.startswith("my.yaml:9 stream.min_pixels: min_pixels = 500 ")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])
@@ -233,3 +233,25 @@ def test_words_that_old_yaml_took_for_something_else_stay_words(word: str, tmp_p
 
 def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:
     assert loaded(tmp_path).memory.budget == SharedBudget()
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("tuning.budgets=[8192, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'; did you mean"),
+        ("tuning.budgets=[64, 0]", "tuning.budgets: "),
+        ("tuning.lora.targets=[q_proj, q]", "tuning.lora.targets.1: expected 'q_proj', 'k_proj', 'v_proj'"),
+        ("tuning.gradient=none", "tuning.gradient: expected 'full'"),
+        ("evaluate.benchmarks=[{name: video_mme}]", "evaluate.benchmarks.0.name: expected 'recall', got 'video_mme'"),
+        (
+            "evaluate.benchmarks=[{name: recall, rot: x}]",
+            "evaluate.benchmarks.0.rot: unknown key; did you mean 'root'?",
+        ),
+        ("data.max_failures=2", "data.max_failures: max_failures = 2.0 is no share"),
+        ("calibration.streams=0", "calibration.streams: calibration.streams is 0; set it to 1 or more"),
+        ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
+    ],
+)
+def test_every_part_refuses_what_it_does_not_know(override: str, what: str, tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, overrides=[override])
+    assert line.startswith(f"command line {what}")

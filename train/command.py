@@ -17,13 +17,29 @@ from omnimem.budget import BudgetError
 from omnimem.calibration import CalibrationError
 from omnimem.comparison.load import ComparisonError
 from omnimem.config import ConfigError
+from omnimem.data import ManifestError, TooManyFailures
+from omnimem.evaluation import EvaluationError
+from omnimem.footprint import ShapesError
 from omnimem.media import MediaError
 from omnimem.run import RunError
+from omnimem.tuning import AdapterError
 
-USER_ERRORS = (BudgetError, CalibrationError, CheckpointError, ComparisonError, ConfigError, MediaError, RunError)
-GRACE = (
-    30.0  # seconds that a silent rank waits: the launcher kills rank 0, message and all, when another one ends first
+USER_ERRORS = (
+    AdapterError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    ComparisonError,
+    ConfigError,
+    EvaluationError,
+    ManifestError,
+    MediaError,
+    RunError,
+    ShapesError,
+    TooManyFailures,
 )
+# A rank that is not to speak waits before it ends: the launcher stops rank 0, message and all, once another one is gone.
+GRACE = 30.0  # seconds
 
 
 class Parser(argparse.ArgumentParser):

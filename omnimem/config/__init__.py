@@ -48,8 +48,8 @@ class RunConfig:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     tuning: TuningOptions = field(default_factory=TuningOptions)
     data: DataOptions = field(default_factory=DataOptions)
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     train: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
 def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | None = None) -> RunConfig:
@@ -98,9 +98,12 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run.name):
         yield ("name",), f"{run.name!r} cannot name a folder; use letters, digits, `.`, `_` and `-`"
     least = 1 if isinstance(run.memory.budget, SharedBudget) else 2
+    need = "one slot" if least == 1 else "one audio and one visual slot"
     if run.memory.slots_per_layer < least:
-        need = "one slot" if least == 1 else "one audio and one visual slot"
         yield ("memory", "slots_per_layer"), f"{run.memory.slots_per_layer} is too small; each layer needs {need}"
+    for number, slots in enumerate(run.tuning.budgets):
+        if slots != "full" and slots < least:
+            yield ("tuning", "budgets", number), f"{slots} is too small; each layer needs {need}"
 
 
 def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:

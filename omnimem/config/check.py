@@ -1,6 +1,7 @@
 """Settings against a schema of dataclasses: the object they describe, or a line for everything that is wrong."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -111,10 +112,14 @@ def _key(details: ErrorDetails, data: Any) -> Key:
         if isinstance(inner, dict) and part in inner:
             data = inner[part]
             key.append(part)
-    if details["type"] == "missing":
-        key.append(details["loc"][-1])
-    elif details["type"].startswith("union_tag"):
-        key.append("name")
+    match details["type"]:
+        case "missing":
+            key.append(details["loc"][-1])
+        case "union_tag_invalid" | "union_tag_not_found":
+            key.append("name")
+        case "value_error":  # of a whole section: the first of its keys that the message names
+            words = re.findall(r"\w+", details["msg"])
+            key += [word for word in words if isinstance(data, dict) and word in data][:1]
     return tuple(key)
 
 
