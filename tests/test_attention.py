@@ -1,0 +1,229 @@
+"""Attention in blocks against plain loops in float64, against autograd of a plain softmax, and against theory."""
+
+import math
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from omnimem.attention import blocked
+from omnimem.attention import reference as slow
+from omnimem.attention.blocked import MEMORY, Segments, attend, mass
+
+GROUPS = [(4, 4), (4, 2), (4, 1)]
+SIZES = [(1, 1), (1, 9), (5, 5), (7, 20), (16, 23)]  # queries, keys
+SCALE = 0.4
+
+
+def drawn(heads: int, kv_heads: int, count: int, total: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, values and a gate of two streams; logits of standard deviation about 2."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(2, heads, count, 6, generator=generator) * 2
+    keys, values = torch.randn(2, 2, kv_heads, total, 6, generator=generator).unbind()
+    return queries, keys, values, torch.randn(2, total, generator=generator)
+
+
+def plainly(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor | None) -> Tensor:
+    """Output by the loops of tests/reference.py."""
+    seen = reference.visible(queries.shape[2], keys.shape[2])
+    outputs = [
+        reference.attention(*(t[b].tolist() for t in (queries, keys, values)), SCALE, seen, g)[0]
+        for b, g in enumerate([None] * len(keys) if gate is None else gate.tolist())
+    ]
+    return torch.tensor(outputs, dtype=torch.float64)
+
+
+def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and probabilities by one softmax over a full matrix."""
+    group = queries.shape[1] // keys.shape[1]
+    wide_keys, wide_values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+    logits = SCALE * queries @ wide_keys.transpose(-1, -2) + gate[:, None, None, :]
+    seen = torch.tensor(reference.visible(queries.shape[2], keys.shape[2]))
+    weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    return weights @ wide_values, weights
+
+
+@pytest.fixture(params=[7, 1024], ids=["blocks of 7", "one block"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Blocks whose borders fall inside the queries, and one block for all."""
+    monkeypatch.setattr(blocked, "BLOCK", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_output_equals_plain_loops(block: int, heads: int, kv_heads: int, gated: bool) -> None:
+    for count, total in SIZES:
+        queries, keys, values, drawn_gate = drawn(heads, kv_heads, count, total)
+        gate = drawn_gate if gated else None
+        got = attend(queries, keys, values, scale=SCALE, gate=gate)
+        torch.testing.assert_close(got.double(), plainly(queries, keys, values, gate), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+@pytest.mark.parametrize(("query_heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_mass_equals_plain_loops(block: int, heads: str, query_heads: int, kv_heads: int, gated: bool) -> None:
+    for count, total in SIZES:
+        queries, keys, _, drawn_gate = drawn(query_heads, kv_heads, count, total)
+        gate = drawn_gate if gated else None
+        got = mass(queries, keys, scale=SCALE, gate=gate, heads=heads)
+        rows = [
+            reference.mass(queries[b].tolist(), keys[b].tolist(), SCALE, heads, gate[b].tolist() if gated else None)
+            for b in range(2)
+        ]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=2e-6)
+
+
+def test_the_package_s_own_reference_equals_the_plain_loops() -> None:
+    queries, keys, values, gate = drawn(4, 2, 7, 20)
+    seen = torch.tensor(reference.visible(7, 20)).expand(2, 7, 20)
+    output, weights = slow.attend(queries, keys, values, scale=SCALE, visible=seen, gate=gate)
+    torch.testing.assert_close(output, plainly(queries, keys, values, gate), rtol=0, atol=1e-12)
+    rows = [
+        reference.mass(queries[b].tolist(), keys[b].tolist(), SCALE, "probabilities", gate[b].tolist())
+        for b in range(2)
+    ]
+    expected = torch.tensor(rows, dtype=torch.float64)
+    torch.testing.assert_close(slow.mass_of_probabilities(weights), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+def test_mass_sums_to_the_number_of_queries(block: int, heads: str) -> None:
+    for count, total in (*SIZES, (300, 700)):
+        queries, keys, _, gate = drawn(4, 2, count, total)
+        received = mass(queries, keys, scale=SCALE, gate=gate, heads=heads).double().sum(dim=1)
+        torch.testing.assert_close(received, torch.full((2,), float(count), dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_averaging_logits_and_averaging_probabilities_are_different_measures() -> None:
+    queries, keys, _, _ = drawn(4, 2, 16, 23)
+    exact, released = (mass(queries, keys, scale=SCALE, heads=heads) for heads in ("probabilities", "logits"))
+    assert float((exact - released).abs().max()) > 0.1
+    alone, again = (mass(queries[:, :1], keys[:, :1], scale=SCALE, heads=h) for h in ("probabilities", "logits"))
+    torch.testing.assert_close(alone, again)  # with one head they are the same
+
+
+def test_gradients_of_everything_equal_autograd_of_a_plain_softmax(block: int) -> None:
+    inputs = drawn(4, 2, 16, 23)
+    cotangent = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(3))
+
+    def gradients(function, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        return list(torch.autograd.grad((function(*leaves) * cotangent.to(dtype)).sum(), leaves))
+
+    got = gradients(lambda q, k, v, g: attend(q, k, v, scale=SCALE, gate=g), torch.float32)
+    expected = gradients(lambda q, k, v, g: softmax_attention(q, k, v, g)[0], torch.float64)
+    for name, mine, theirs in zip(("queries", "keys", "values", "gate"), got, expected, strict=True):
+        assert float(theirs.abs().max()) > 0.1, name
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_gradient_of_mass_equals_autograd_of_a_plain_softmax(block: int) -> None:
+    queries, keys, values, gate = drawn(4, 2, 16, 23)
+    weight = torch.randn(2, 23, generator=torch.Generator().manual_seed(3))
+
+    def gradients(masses, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (queries, keys, gate)]
+        return list(torch.autograd.grad((masses(*leaves) * weight.to(dtype)).sum(), leaves))
+
+    got = gradients(lambda q, k, g: mass(q, k, scale=SCALE, gate=g), torch.float32)
+    expected = gradients(
+        lambda q, k, g: slow.mass_of_probabilities(softmax_attention(q, k, values.double(), g)[1]), torch.float64
+    )
+    for name, mine, theirs in zip(("queries", "keys", "gate"), got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_gate_of_log_two_counts_a_key_twice(block: int) -> None:
+    queries, keys, values, _ = drawn(4, 2, 7, 20)
+    gate = torch.zeros(2, 20)
+    gate[:, 4] = math.log(2)
+    twice = [torch.cat([t[:, :, :5], t[:, :, 4:]], dim=2) for t in (keys, values)]
+    got = attend(queries, keys, values, scale=SCALE, gate=gate)
+    torch.testing.assert_close(got, attend(queries, *twice, scale=SCALE), rtol=0, atol=2e-6)
+
+
+def test_what_a_later_key_holds_never_reaches_an_earlier_query(block: int) -> None:
+    queries, keys, values, gate = drawn(4, 2, 16, 23)
+    louder = [t.clone() for t in (keys, values, gate)]
+    louder[0][:, :, -3:] += 50
+    louder[1][:, :, -3:] += 50
+    louder[2][:, -3:] += 50
+    before = attend(queries, keys, values, scale=SCALE, gate=gate)
+    after = attend(queries, louder[0], louder[1], scale=SCALE, gate=louder[2])
+    assert torch.equal(before[:, :, :-3], after[:, :, :-3])
+    assert not torch.equal(before[:, :, -3:], after[:, :, -3:])
+
+
+def test_packed_questions_equal_each_one_alone(block: int) -> None:
+    """Nine memory keys, then three questions of 4, 1 and 6 tokens; the second stream has two and five paddings."""
+    lengths = [[4, 1, 6], [4, 2]]
+    queries, keys, values, gate = drawn(4, 2, 11, 20)
+    numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in lengths]
+    asked = torch.tensor([row + [-1] * (11 - len(row)) for row in numbers])
+    segments = Segments(queries=asked, keys=torch.cat([torch.full((2, 9), MEMORY), asked], dim=1))
+    packed = attend(queries, keys, values, scale=SCALE, gate=gate, segments=segments)
+    assert bool(packed.isfinite().all())
+    for stream, row in enumerate(lengths):
+        seen = reference.visible(11, 20, asked[stream].tolist(), segments.keys[stream].tolist())
+        loops, _ = reference.attention(
+            *(t[stream].tolist() for t in (queries, keys, values)), SCALE, seen, gate[stream].tolist()
+        )
+        torch.testing.assert_close(packed[stream].double(), torch.tensor(loops, dtype=torch.float64), rtol=0, atol=2e-6)
+        for number in range(len(row)):
+            own = (asked[stream] == number).nonzero()[:, 0]
+            of_keys = torch.cat([torch.arange(9), 9 + own])
+            alone = attend(
+                queries[stream : stream + 1, :, own],
+                keys[stream : stream + 1, :, of_keys],
+                values[stream : stream + 1, :, of_keys],
+                scale=SCALE,
+                gate=gate[stream : stream + 1, of_keys],
+            )
+            torch.testing.assert_close(packed[stream : stream + 1, :, own], alone, rtol=0, atol=2e-6)
+
+
+def test_a_question_s_continuation_sees_the_memory_and_its_own_past_only() -> None:
+    """Three memory keys, two questions of two tokens read before, now one more token of each, in the other order."""
+    queries, keys, values, _ = drawn(4, 2, 2, 9)
+    asked = torch.tensor([[1, 0]]).expand(2, 2)
+    earlier = torch.tensor([[0, 0, 1, 1]]).expand(2, 4)
+    segments = Segments(queries=asked, keys=torch.cat([torch.full((2, 3), MEMORY), earlier, asked], dim=1))
+    packed = attend(queries, keys, values, scale=SCALE, segments=segments)
+    for query, of_keys in ((0, [0, 1, 2, 5, 6, 7]), (1, [0, 1, 2, 3, 4, 8])):
+        alone = attend(queries[:, :, [query]], keys[:, :, of_keys], values[:, :, of_keys], scale=SCALE)
+        torch.testing.assert_close(packed[:, :, [query]], alone, rtol=0, atol=2e-6)
+
+
+def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block: int) -> None:
+    queries, keys, values, gate = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
+    output = attend(queries, keys, values, scale=SCALE, gate=gate.float())
+    exact = [t.float() for t in (queries, keys, values)]
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), plainly(*exact, gate.float()), rtol=0.03, atol=0.03)
+    received = mass(queries, keys, scale=SCALE, gate=gate)
+    assert received.dtype == torch.float32
+    assert torch.equal(received, mass(exact[0], exact[1], scale=SCALE, gate=gate.float()))
+
+
+def test_a_gate_of_zero_leaves_bfloat16_attention_as_it_is(block: int) -> None:
+    queries, keys, values, _ = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
+    gated = attend(queries, keys, values, scale=SCALE, gate=torch.zeros(2, 23))
+    torch.testing.assert_close(gated, attend(queries, keys, values, scale=SCALE), rtol=0.01, atol=0.01)
+
+
+def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> None:
+    """Theory (method 3): without key k and renormalised, |o' - o| = a / (1 - a) |v - o|."""
+    queries, keys, values, gate = drawn(2, 1, 3, 8)
+    seen = torch.ones(2, 3, 8, dtype=torch.bool)
+    output, weights = slow.attend(queries, keys, values, scale=SCALE, visible=seen, gate=gate)
+    for key in range(8):
+        without = seen.clone()
+        without[:, :, key] = False
+        moved, _ = slow.attend(queries, keys, values, scale=SCALE, visible=without, gate=gate)
+        share = weights[..., key]
+        distance = (values[:, :, None, key].double() - output).norm(dim=-1)
+        torch.testing.assert_close((moved - output).norm(dim=-1), share / (1 - share) * distance, rtol=1e-9, atol=1e-12)
