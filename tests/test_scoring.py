@@ -1,0 +1,174 @@
+"""Scores against plain loops, and controls against what they claim: a window, an unbiased draw, an even spread."""
+
+import math
+
+import pytest
+import reference
+import torch
+from pools import Arrival, arrivals, view_of
+from torch import Tensor
+
+from omnimem.budget import Budget
+from omnimem.memory import Memory, Shape
+from omnimem.policies import ControlOptions
+from omnimem.scoring import Perturbation, Random, Recency, Uniform
+from omnimem.scoring.hashing import uniform_of
+from omnimem.tokens import Modality, Tokens
+from omnimem.view import LayerView, Measures
+
+TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
+OMNI = (2,) * 225 + (1,) * 50  # Qwen2.5-Omni at 420 x 420
+SHAPE = Shape(layers=1, kv_heads=1, dim=1, width=1, feature=0, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def bare(layout: tuple[int, ...], first: int, count: int, batch: int = 1) -> Tokens:
+    """Tokens `first` to `first + count` of a stream that repeats `layout`, without contents."""
+    order = torch.arange(first, first + count).expand(batch, count)
+    zeros = torch.zeros(batch, count)
+    return Tokens(
+        keys=zeros[:, None, :, None],
+        values=zeros[:, None, :, None],
+        positions=order[:, None].expand(batch, 3, count),
+        modality=torch.tensor(layout, dtype=torch.int8)[order % len(layout)],
+        order=order,
+        importance=zeros,
+        novelty=zeros,
+        feature=zeros[..., :0][..., None].reshape(batch, count, 0),
+        gate=zeros,
+    )
+
+
+def streamed(name: str, layout: tuple[int, ...], count: int, slots: tuple[int, int], seed: int = 0, chunk: int = 90):
+    """What the control keeps of a stream of `count` tokens fed in chunks, one memory a chunk."""
+    policy = ControlOptions(name=name, seed=seed).build(Budget(slots=(slots,), lend=False))
+    memory, after = Memory.empty(SHAPE, 1).layers[0], []
+    for first in range(0, count, chunk):
+        fresh = bare(layout, first, min(chunk, count - first))
+        pool = memory.cat(fresh)
+        queries = torch.zeros(1, 1, fresh.count, 1)
+        memory = policy.keep(0, LayerView(pool=pool, new=fresh.count, queries=queries, scale=1.0, measures=Measures()))
+        after.append(memory)
+    return after
+
+
+def kept(memory: Tokens, kind: Modality) -> list[int]:
+    """Arrival numbers of one modality, ascending."""
+    return memory.order[0][memory.modality[0] == kind].tolist()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_psi_equals_plain_loops(sharpness: float, power: float) -> None:
+    (arrival,) = arrivals([20], batch=2)
+    view = view_of(arrival)
+    scores = Perturbation(sharpness=sharpness, novelty_power=power)(view)
+    expected = [
+        [reference.psi(float(a), float(n), sharpness, power) for a, n in zip(*row, strict=True)]
+        for row in zip(view.importance, view.novelty, strict=True)
+    ]
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scorer", [Recency(), Random(seed=3), Uniform(), Perturbation()])
+def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer: Recency | Random | Uniform | Perturbation):
+    (arrival,) = arrivals([40], batch=3)
+    together = scorer(view_of(arrival))
+    for b in range(3):
+        row = slice(b, b + 1)
+        one = Arrival(
+            queries=arrival.queries[row],
+            keys=arrival.keys[row],
+            states=arrival.states[row],
+            modality=arrival.modality[row],
+        )
+        torch.testing.assert_close(scorer(view_of(one)), together[row], rtol=1e-6, atol=0)
+
+
+def test_recency_is_a_window_of_each_modality() -> None:
+    for number, memory in enumerate(streamed("recency", TINY, 900, (7, 40))):
+        arrived = range(min(900, 90 * (number + 1)))
+        for kind, slots in ((Modality.AUDIO, 7), (Modality.VISUAL, 40)):
+            assert kept(memory, kind) == [k for k in arrived if TINY[k % 18] == kind][-slots:]
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_what_stays_does_not_depend_on_where_the_stream_was_cut(name: str) -> None:
+    ends = [streamed(name, TINY, 900, (7, 40), chunk=chunk)[-1].order.tolist() for chunk in (5, 90, 450, 900)]
+    assert all(end == ends[0] for end in ends)
+
+
+def test_random_is_repeatable_and_another_seed_is_another_draw() -> None:
+    draws = [streamed("random", TINY, 900, (7, 40), seed=seed)[-1].order.tolist() for seed in (5, 5, 6)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**31, 2**40])
+def test_random_numbers_are_uniform_and_independent_for_any_seed(seed: int) -> None:
+    """10,000 draws: chi-squared over 20 bins below the 99.99 % point, neighbours uncorrelated to 4 deviations."""
+    draws = uniform_of(torch.arange(10_000), seed)
+    assert float(draws.min()) >= 0
+    assert float(draws.max()) < 1
+    counts = torch.histc(draws, bins=20, min=0, max=1)
+    assert float(((counts - 500) ** 2 / 500).sum()) < 50.8
+    for lag in (1, 2, 18):
+        correlation = float(torch.corrcoef(torch.stack([draws[:-lag], draws[lag:]]))[0, 1])
+        assert abs(correlation) < 4 / math.sqrt(10_000)
+
+
+def test_random_keeps_old_tokens_as_often_as_new_ones() -> None:
+    """60 seeds, 72 of 360 tokens kept after 6 evictions: each tenth of the stream holds a tenth to 4 deviations."""
+    tenths = torch.zeros(10)
+    for seed in range(60):
+        memory = streamed("random", (2,), 360, (1, 72), seed=seed, chunk=60)[-1]
+        tenths += torch.histc(memory.order.float(), bins=10, min=0, max=360)
+    expected = 60 * 72 / 10
+    deviation = math.sqrt(expected * 0.9)  # without replacement it is smaller still
+    assert float((tenths - expected).abs().max()) < 4 * deviation, tenths.tolist()
+
+
+@pytest.mark.parametrize("layout", [TINY, OMNI, (2,) * 16, (2, 2, 2, 2, 1, 0)])
+def test_uniform_is_spread_evenly_at_every_length(layout: tuple[int, ...]) -> None:
+    """No gap is over 5 times the mean one, in either modality, ends of the stream included; a random draw's is 8."""
+    repeats = 200
+    number = torch.arange(len(layout) * repeats)
+    kinds = torch.tensor(layout * repeats)
+    scores = Uniform()(LayerView(**_view(bare(layout, 0, len(number)))))[0]
+    for kind in sorted({*layout} - {0}):
+        for length in (repeats // 5, repeats // 2, repeats):
+            of_kind = number[: length * len(layout)][kinds[: length * len(layout)] == kind]
+            for share in (0.1, 0.25, 0.4, 0.5, 0.75):
+                slots = int(share * len(of_kind))
+                chosen = scores[of_kind].argsort(descending=True)[:slots].sort().values
+                places = torch.cat([torch.tensor([-1]), chosen, torch.tensor([len(of_kind)])])
+                assert int(places.diff().max()) <= 5 * len(of_kind) / slots, (kind, length, share)
+
+
+def _view(pool: Tokens) -> dict[str, object]:
+    queries = torch.zeros(1, 1, pool.count, 1)
+    return {"pool": pool, "new": pool.count, "queries": queries, "scale": 1.0, "measures": Measures()}
+
+
+@pytest.mark.parametrize("layout", [TINY, (2,) * 16, (2,) * 16 + (1,) * 4, OMNI])
+def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_often(layout: tuple[int, ...]) -> None:
+    """A control that is blind to half of each frame would be easy to beat: bits reversed kept 0 to 2 times the mean."""
+    repeats = 400
+    whole = bare(layout, 0, len(layout) * repeats)
+    scores = Uniform()(LayerView(**_view(whole)))[0]
+    for kind in sorted({*layout}):
+        of_kind = whole.order[0][whole.modality[0] == kind]
+        for share in (0.25, 0.5):
+            slots = int(share * len(of_kind))
+            cells = of_kind[scores[of_kind].argsort(descending=True)[:slots]] % len(layout)
+            visits = torch.bincount(cells, minlength=len(layout))[torch.tensor(layout) == kind]
+            mean = share * repeats
+            assert 0.9 * mean <= int(visits.min()) <= int(visits.max()) <= 1.1 * mean, (kind, share, visits.tolist())
+
+
+def test_uniform_keeps_no_two_equal_scores_in_a_million_tokens() -> None:
+    order = torch.arange(0, 1_000_000, 97)
+    pool = bare((2,), 0, len(order))
+    view = LayerView(**{**_view(pool), "pool": Tokens.of([*pool.tensors()[:4], order[None], *pool.tensors()[5:]])})
+    scores: Tensor = Uniform()(view)
+    assert scores.unique().numel() == len(order)
