@@ -38,7 +38,7 @@ USER_ERRORS = (
     ShapesError,
     TooManyFailures,
 )
-# A rank that is not to speak waits before it ends: the launcher stops rank 0, message and all, once another one is gone.
+# A rank that is not to speak waits before it ends: once one is gone, the launcher stops rank 0, message and all.
 GRACE = 30.0  # seconds
 
 
