@@ -124,6 +124,6 @@ def test_a_real_process_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     )
     assert (said.returncode, said.stdout) == (2, "")
     assert [line.split(":")[0] for line in said.stderr.splitlines()] == [
-        "command line memory.slots_per_layer",
         "command line train.learning_rat",
+        "command line memory.slots_per_layer",
     ]
