@@ -91,7 +91,7 @@ def select(
     for member, count, size in pools:
         index = _top(scores, member, count)
         kept.append(index)
-        soft = temperature is not None and count < size
+        soft = temperature is not None and 0 < count < size
         gate = _straight_through(scores, member, index, temperature) if soft and temperature else None
         bias.append(torch.zeros_like(index, dtype=torch.float32) if gate is None else gate)
     index, order = torch.cat(kept, dim=1).sort(dim=1)
