@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from omnimem.comparison import DRAWS, ComparisonError, compare
-from omnimem.comparison.report import percent, points, shown
+from omnimem.comparison.load import shown
+from omnimem.comparison.report import percent, points
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,10 @@ from markupsafe import Markup
 
 Mark = Literal["circle", "ring", "diamond", "bar"]
 
-ROW = 22  # pixels
+ROW = 28  # pixels
 LEVELS = 12  # steps of opacity in a heat map
 MOST_CELLS = 96  # along one side of a heat map
+LEAST_REACH = 0.02  # of a scale of differences: 2 points
 SMOOTH = 0.04  # share of the curve under the running mean
 
 
@@ -44,9 +45,10 @@ def accuracy_scale() -> Scale:
 
 def difference_scale(values: Sequence[float]) -> Scale:
     """Symmetric about zero, wide enough for all values."""
-    step = _nice(max([abs(value) for value in values if not math.isnan(value)] + [0.02]) / 2)
-    reach = step * math.ceil(max([abs(value) for value in values if not math.isnan(value)] + [0.02]) / step - 1e-9)
-    return Scale(low=-reach, high=reach, ticks=tuple(float(tick) for tick in np.arange(-reach, reach + step / 2, step)))
+    most = max([LEAST_REACH, *(abs(value) for value in values)])
+    step = _nice(most / 3)
+    side = math.ceil(most / step - 1e-9)
+    return Scale(low=-side * step, high=side * step, ticks=tuple(tick * step for tick in range(-side, side + 1)))
 
 
 def from_zero(values: Sequence[float], ticks: int = 4) -> Scale:
@@ -105,7 +107,15 @@ def budget_bars(slots: Sequence[tuple[int, int]], *, split: bool, label: str) ->
         bars.append(f"<g><title>layer {layer}: {said}</title>{body}</g>")
     every = max(1, math.ceil(count / 12))
     below = {100 * (layer + 0.5) / count: str(layer) for layer in range(0, count, every)}
-    return _chart("".join(bars), height=height, y=_y_labels(scale, height), x=below, x_title="layer", label=label)
+    return _chart(
+        "".join(bars),
+        height=height,
+        y=_y_labels(scale, height),
+        x=below,
+        x_title="layer",
+        label=label,
+        widest=6 + 4 * count,
+    )
 
 
 def curves(
@@ -124,8 +134,9 @@ def curves(
             )
             drawn.append(f'<polyline class="{kind} {name}" points="{points}"/>')
     inner = f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none" height="{height}">{"".join(drawn)}</svg>'
-    ticks = np.linspace(first, last, 5)
-    below = {100 * (tick - first) / (last - first): f"{round(tick):,}" for tick in ticks}
+    every = max(1, round(_nice((last - first) / 6)))
+    ticks = range(math.ceil(first / every) * every, math.floor(last) + 1, every)
+    below = {100 * (tick - first) / (last - first): f"{tick:,}" for tick in ticks}
     return _chart(inner, height=height, y=_y_labels(scale, height), x=below, x_title=x_title, label=label)
 
 
@@ -170,9 +181,10 @@ def kept_over_time(kept: Kept, modality: str, *, label: str) -> Markup:
     """Right: when a token was seen or heard; down: the stream goes on; darker: more of it is still in memory."""
     tops = np.concatenate([[0.0], kept.chunk_ends[:-1]])
     cells = _cells(kept.share(), list(zip(tops, kept.chunk_ends, strict=True)), kept)
+    past = "".join(f"M0 {top:.7g}H{end:.7g}V{end:.7g}H0z" for top, end in zip(tops, kept.chunk_ends, strict=True))
     ticks = _time_ticks(kept.seconds)
-    down = [(200 * tick / kept.seconds, text) for tick, text in ticks]
-    return _heat(cells, modality, kept.seconds, kept.seconds, 200, ticks, down, label)
+    down = [(200 * tick / kept.seconds, text) for tick, text in ticks if tick < 0.97 * kept.seconds]
+    return _heat(past, cells, modality, kept.seconds, kept.seconds, 200, ticks, down, label)
 
 
 def kept_by_layer(kept: Kept, modality: str, *, label: str) -> Markup:
@@ -183,10 +195,12 @@ def kept_by_layer(kept: Kept, modality: str, *, label: str) -> Markup:
     cells = _cells(share, [(float(layer), float(layer + 1)) for layer in range(layers)], kept)
     every = max(1, math.ceil(layers / 6))
     down = [(height * (layer + 0.5) / layers, str(layer)) for layer in range(0, layers, every)]
-    return _heat(cells, modality, kept.seconds, float(layers), height, _time_ticks(kept.seconds), down, label)
+    past = f"M0 0H{kept.seconds:.7g}V{layers}H0z"
+    return _heat(past, cells, modality, kept.seconds, float(layers), height, _time_ticks(kept.seconds), down, label)
 
 
 def _heat(
+    past: str,
     cells: Mapping[int, str],
     modality: str,
     wide: float,
@@ -200,7 +214,8 @@ def _heat(
         f'<path class="{modality}" fill-opacity="{level / LEVELS:.2f}" d="{path}"/>' for level, path in cells.items()
     )
     inner = (
-        f'<svg class="heat" viewBox="0 0 {wide:g} {high:g}" preserveAspectRatio="none" height="{height}">{paths}</svg>'
+        f'<svg class="heat" viewBox="0 0 {wide:g} {high:g}" preserveAspectRatio="none" height="{height}">'
+        f'<path class="past" d="{past}"/>{paths}</svg>'
     )
     below = {100 * tick / wide: text for tick, text in ticks}
     return _chart(inner, height=height, y=down, x=below, x_title="", label=label, lines=False)
@@ -232,8 +247,9 @@ def _chart(
     x_title: str,
     label: str,
     lines: bool = True,
+    widest: int | None = None,
 ) -> Markup:
-    """Labels left and below a figure; `label` is what a screen reader says."""
+    """Labels left and below a figure, at most `widest` rem wide; `label` is what a screen reader says."""
     left = "".join(
         f'<text x="100%" dx="-6" y="{place:.1f}" dy="4" text-anchor="end">{text}</text>' for place, text in y
     )
@@ -241,8 +257,9 @@ def _chart(
     below = "".join(_x_label(place, height + 16, text) for place, text in x.items())
     below += f'<text class="title" x="50%" y="{height + 33}" text-anchor="middle">{x_title}</text>' if x_title else ""
     full = height + (38 if x_title else 20)
+    style = f' style="max-width: {widest}rem"' if widest else ""
     return Markup(
-        f'<div class="chart"><svg class="labels" height="{full}" aria-hidden="true">{left}</svg>'
+        f'<div class="chart"{style}><svg class="labels" height="{full}" aria-hidden="true">{left}</svg>'
         f'<svg class="area" height="{full}" role="img" aria-label="{Markup.escape(label)}">'
         f"{rules if lines else ''}{body}{below}</svg></div>"
     )
@@ -264,8 +281,7 @@ def _mark(mark: Mark, x: float, y: float) -> str:
 
 
 def _x_label(place: float, y: int, text: str) -> str:
-    anchor = "start" if place < 3 else "end" if place > 97 else "middle"
-    return f'<text x="{place:.2f}%" y="{y}" text-anchor="{anchor}">{text}</text>'
+    return f'<text x="{place:.2f}%" y="{y}" text-anchor="middle">{text}</text>'
 
 
 def _y_labels(scale: Scale, height: int) -> list[tuple[float, str]]:

@@ -70,6 +70,11 @@ class Arm:
     trace: Mapping[str, Any] | None
 
     @property
+    def title(self) -> str:
+        """The label as a reader would write it."""
+        return shown(self.label)
+
+    @property
     def role(self) -> Role:
         """Probes take parts of the input away, so they are shown but never paired; the reference has no budget."""
         if self.name in PROBES:
@@ -90,6 +95,12 @@ class Run:
 
 class _Problem(ValueError):
     """One line of a ComparisonError on its way up."""
+
+
+def shown(label: str) -> str:
+    """The name of an arm or of a kind as a reader would write it; a run keeps its own spelling."""
+    run, slash, name = label.rpartition("/")
+    return f"{run} / {name.replace('_', ' ')}" if slash else name.replace("_", " ")
 
 
 def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from omnimem.comparison import figures
 from omnimem.comparison.figures import Kept, Mark, Scale
-from omnimem.comparison.load import Answer, Arm, Run
+from omnimem.comparison.load import Answer, Arm, Run, shown
 from omnimem.comparison.summary import in_order
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -81,12 +81,6 @@ def size(value: float | None) -> str:
     raise AssertionError("the last unit takes everything")
 
 
-def shown(label: str) -> str:
-    """An arm's or a kind's name as a reader would write it."""
-    run, slash, name = label.rpartition("/")
-    return f"{run} / {name.replace('_', ' ')}" if slash else name.replace("_", " ")
-
-
 def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from summary["benchmarks"].items()
     if len(summary["benchmarks"]) > 1:
@@ -144,37 +138,39 @@ def _percent_axis() -> Markup:
 
 
 def _differences(summary: Mapping[str, Any]) -> View:
+    """The forest of all pairs on one scale, and each pair by kind of question on a scale of its own."""
     groups = list(_groups(summary))
-    bounds = [pair[key] for _, group in groups for pair in group["pairs"] for key in ("low", "high", "diff")]
-    of_kinds = [
-        kind[key]
-        for _, group in groups
-        for pair in group["pairs"]
-        for kind in pair["kinds"].values()
-        for key in ("low", "high", "diff")
-    ]
-    scale = figures.difference_scale([bound for bound in bounds + of_kinds if bound is not None])
-    by_pair: dict[tuple[str, str], list[View]] = {}
+    scale = _scale([pair for _, group in groups for pair in group["pairs"]])
+    forest: dict[tuple[str, str], list[View]] = {}
+    kinds: dict[tuple[str, str], list[tuple[str, View]]] = {}
     for name, group in groups:
         for pair in group["pairs"]:
-            shown_pair = pair if group is not summary["pooled"] else {**pair, "kinds": {}}
-            by_pair.setdefault((pair["a"], pair["b"]), []).append(_difference(name, shown_pair, scale))
+            key = pair["a"], pair["b"]
+            plot = _difference_plot(pair, scale, pair["verdict"].replace(" ", "-"))
+            forest.setdefault(key, []).append({"name": name, **pair, "plot": plot})
+            if group is not summary["pooled"]:
+                before = f"{name}: " if len(groups) > 1 else ""
+                kinds.setdefault(key, []).extend((before + shown(kind), one) for kind, one in pair["kinds"].items())
     return {
-        "axis": figures.axis_row({tick: points(tick) for tick in scale.ticks}, scale),
-        "pairs": [{"a": a, "b": b, "rows": rows} for (a, b), rows in by_pair.items()],
+        "axis": _points_axis(scale),
+        "pairs": [{"a": shown(a), "b": shown(b), "rows": rows} for (a, b), rows in forest.items()],
+        "kinds": [{"a": shown(a), "b": shown(b), **_difference_by_kind(named)} for (a, b), named in kinds.items()],
     }
 
 
-def _difference(name: str, pair: Mapping[str, Any], scale: Scale) -> View:
-    return {
-        "name": name,
-        **pair,
-        "plot": _difference_plot(pair, scale, pair["verdict"].replace(" ", "-")),
-        "kinds": [
-            {"name": kind, **numbers, "plot": _difference_plot(numbers, scale, "plain")}
-            for kind, numbers in pair["kinds"].items()
-        ],
-    }
+def _difference_by_kind(named: Sequence[tuple[str, View]]) -> View:
+    scale = _scale([numbers for _, numbers in named])
+    rows = [{"name": name, **numbers, "plot": _difference_plot(numbers, scale, "plain")} for name, numbers in named]
+    return {"axis": _points_axis(scale), "rows": rows}
+
+
+def _scale(pairs: Sequence[Mapping[str, Any]]) -> Scale:
+    bounds = [pair[key] for pair in pairs for key in ("low", "high", "diff")]
+    return figures.difference_scale([bound for bound in bounds if bound is not None])
+
+
+def _points_axis(scale: Scale) -> Markup:
+    return figures.axis_row({tick: points(tick).replace(".0", "") for tick in scale.ticks}, scale)
 
 
 def _difference_plot(pair: Mapping[str, Any], scale: Scale, kind: str) -> Markup:
@@ -281,7 +277,7 @@ def _training(run: Run) -> View:
         if lines
         else None,
         "temperature": figures.curves(
-            [("second", steps, temperature)],
+            [("plain", steps, temperature)],
             height=80,
             x_title="step",
             label=f"Selection temperature of {run.name} by step",
@@ -328,7 +324,7 @@ def _questions(arms: Sequence[Arm]) -> View:
 
 def _provenance(arms: Sequence[Arm]) -> View:
     """What is the same in all arms once, and what differs side by side."""
-    flat = {arm.label: dict(_flatten(arm.provenance)) | {"folder": str(arm.folder)} for arm in arms}
+    flat = {arm.label: dict(_flatten(arm.provenance)) | {"folder": _end(arm.folder)} for arm in arms}
     keys = list(dict.fromkeys(key for facts in flat.values() for key in facts))
     same, differing = [], []
     for key in keys:
@@ -345,8 +341,12 @@ def _flatten(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
         name = f"{above}.{key}" if above else str(key)
         if isinstance(value, Mapping):
             yield from _flatten(value, name)
-        else:
+        elif value is not None:
             yield name, _short(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _end(folder: Path) -> str:
+    return "/".join(folder.resolve().parts[-3:])
 
 
 def _short(text: str) -> str:

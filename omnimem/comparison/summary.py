@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from omnimem.comparison import statistics
-from omnimem.comparison.load import Answer, Arm, Sheet
+from omnimem.comparison.load import PROBES, Answer, Arm, Sheet
 from omnimem.comparison.statistics import Estimate, Resampling
 
 DIGITS = 6
-RANK = {"full_memory": 0, "training_free": 1, "tuned": 2}
+RANK = {name: place for place, name in enumerate(("full_memory", "training_free", "tuned", *PROBES))}
+OTHERS = len(RANK)
 SAME_BYTES = 0.01  # relative
 
 Key = tuple[str, str]  # benchmark, question id
@@ -22,14 +23,14 @@ Answers = Mapping[Key, Answer]
 
 def in_order(arms: Sequence[Arm]) -> list[Arm]:
     """The order of every table: full memory, training-free, tuned, others by name, then the probes."""
-    return sorted(arms, key=lambda arm: (arm.role == "probe", RANK.get(arm.name, len(RANK)), arm.label))
+    return sorted(arms, key=lambda arm: (arm.role == "probe", RANK.get(arm.name, OTHERS), arm.label))
 
 
 def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[str]) -> dict[str, Any]:
     """Accuracies, paired differences and their intervals: per benchmark, and pooled over all questions of all of them.
 
     Accuracy `official` counts parsed answers only, `strict` counts a missing answer as wrong; differences are strict,
-    over the questions that both arms were asked.
+    over the questions that both arms were asked. Videos of one name in two benchmarks are taken for one video.
     """
     arms = in_order(arms)
     names = sorted({name for arm in arms for name in arm.sheets})
@@ -218,14 +219,13 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
     notes: list[str] = []
     rivals = [arm for arm in arms if arm.role == "rival"]
     for name in sorted({name for arm in rivals for name in arm.sheets}):
-        known = {arm.label: arm.sheets[name].bytes for arm in rivals if name in arm.sheets}
-        sizes = {label: size for label, size in known.items() if size is not None}
+        sizes = {
+            arm.title: size for arm in rivals if name in arm.sheets and (size := arm.sheets[name].bytes) is not None
+        }
         if len(sizes) > 1 and max(sizes.values()) > (1 + SAME_BYTES) * min(sizes.values()):
-            most, least = max(sizes, key=lambda label: sizes[label]), min(sizes, key=lambda label: sizes[label])
-            more = sizes[most] / sizes[least] - 1
-            notes.append(
-                f"{name}: {most} holds {more:.1%} more bytes than {least}, side state included, at the same entries"
-            )
+            most, least = max(sizes, key=lambda title: sizes[title]), min(sizes, key=lambda title: sizes[title])
+            more = 100 * (sizes[most] / sizes[least] - 1)
+            notes.append(f"{name}: {most} holds {more:.1f} % more bytes than {least} at the same entries")
     return notes
 
 
