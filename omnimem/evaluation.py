@@ -82,6 +82,7 @@ class Evaluation:
         Raises TooManyFailures when more streams than `max_failures` are unreadable.
         """
         samples = benchmark.samples()[: self.options.limit]
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{benchmark.name}.jsonl"
         done = _answered(path)
         failures = Failures(samples=len(samples), max_failures=self.options.max_failures)

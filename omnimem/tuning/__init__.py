@@ -1,7 +1,7 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
 from omnimem.tuning.gradient import FullGradient
-from omnimem.tuning.lora import AdapterError, LoraOptions, StreamedModel, add_adapter, load_adapter
+from omnimem.tuning.lora import AdapterError, LoraOptions, StreamedModel, add_adapter, adapter_tensors, load_adapter, trainable
 from omnimem.tuning.losses import LossOptions, answer_loss
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, streamed_loss
@@ -16,8 +16,10 @@ __all__ = [
     "Step",
     "StreamedModel",
     "TuningOptions",
+    "adapter_tensors",
     "add_adapter",
     "answer_loss",
     "load_adapter",
     "streamed_loss",
+    "trainable",
 ]

@@ -44,18 +44,17 @@ class Plan:
 
     options: TuningOptions
     slots_per_layer: int
-    steps: int
     seed: int
 
-    def __call__(self, step: int) -> Step:
-        """What step number `step` (from 0) uses. Each run through the list of budgets is a fresh permutation of it."""
+    def __call__(self, step: int, steps: int) -> Step:
+        """What step number `step` (from 0) of `steps` uses. Each run through the list of budgets is a fresh permutation of it."""
         budgets = self.options.budgets or (self.slots_per_layer,)
         lap, place = divmod(step, len(budgets))
         order = sorted(range(len(budgets)), key=lambda number: _hash(self.seed, lap, number))
         drawn = budgets[order[place]]
         slots = None if drawn == "full" else int(drawn)
         soft = self.options.selection.softening != "hard" and slots is not None
-        progress = step / max(1, self.steps - 1)
+        progress = step / max(1, steps - 1)
         return Step(slots=slots, temperature=at(self.options.selection.temperature, progress) if soft else None)
 
 

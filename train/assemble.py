@@ -1,0 +1,59 @@
+"""From a run's configuration to its parts: backbone, feeder, budgets, policies."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from omnimem.attach import Seam
+from omnimem.backbones import Backbone
+from omnimem.budget import AudioVisualBudget, Budget, Signals
+from omnimem.config import RunConfig
+from omnimem.feeding import Feeder
+from omnimem.policy import Policy
+from omnimem.run import RunFolder
+from train.calibrate import measured_budget, training_samples
+
+Policies = Callable[[int | None], Policy]
+CACHE = Path(".cache/encoded")
+
+
+def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
+    """What turns samples into chunks; encoder outputs are kept on disk where `data.cache` says so."""
+    return Feeder(backbone, run.stream, CACHE if run.data.cache else None)
+
+
+def budget_of(run: RunConfig, seam: Seam, feeder: Feeder, folder: RunFolder) -> Budget:
+    """The run's budget: its own file if it has one already, else measured or built, and written there."""
+    if folder.budget.is_file():
+        return Budget.read(folder.budget)
+    wanted = run.memory.budget
+    if wanted.needs_signals:
+        budget = measured_budget(run, seam, feeder, training_samples(run))
+    else:
+        budget = wanted.build(seam.shape.layers, run.memory.slots_per_layer)
+    budget.write(folder.budget)
+    return budget
+
+
+def policies_of(run: RunConfig, budget: Budget) -> Policies:
+    """The run's policy at any number of slots per layer; None: full memory.
+
+    The slots in budget.json are used as they stand; another size is apportioned from the same signals.
+    """
+    options, own = run.memory.policy, run.memory.slots_per_layer
+
+    def at(slots: int | None) -> Policy:
+        if slots is None:
+            return options.build(None)
+        return options.build(budget if slots == own else resized(run, budget, slots))
+
+    return at
+
+
+def resized(run: RunConfig, budget: Budget, slots: int) -> Budget:
+    """The same allocation at another number of slots per layer."""
+    wanted = run.memory.budget
+    signals: Signals | None = budget.signals
+    if isinstance(wanted, AudioVisualBudget) and signals is not None:
+        return replace(wanted, table="calibrate").build(budget.layers, slots, signals)
+    return wanted.build(budget.layers, slots, signals)

@@ -1,0 +1,137 @@
+"""Fine-tunes a model under its memory budget, then evaluates it beside the untouched one.
+
+deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--resume auto|PATH] [--overwrite]
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from transformers import TrainingArguments
+
+from omnimem.attach import Seam, attach
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.comparison import compare
+from omnimem.config import RunConfig, dump, load
+from omnimem.data import Failures, Sample
+from omnimem.evaluation import Evaluation
+from omnimem.feeding import Feeder
+from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter
+from train.arguments import train_section
+from train.assemble import Policies, budget_of, feeder_of, policies_of
+from train.calibrate import training_samples
+from train.command import Parser, run_command
+from train.evaluate import applicable, check_benchmarks, evaluate_arms
+from train.preview import preview
+from train.trainer import StreamTrainer, callbacks_of, prepare_process, training_arguments
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check everything, then train; or, with --dry-run, show what would be done."""
+    given = _parser().parse(arguments)
+    run = load(given.config, given.overrides, train=train_section())
+    if given.dry_run:
+        preview(run)
+        return
+    start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
+    samples = training_samples(run)
+    if run.evaluate.after_training:
+        check_benchmarks(run)
+    prepare_process()
+    finetune(run, start, samples)
+
+
+def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
+    """Train, save and verify the adapter, evaluate, compare; every rank runs this."""
+    settings = training_arguments(run.train, start.folder)
+    first = settings.process_index == 0
+    if first:
+        start.open(dump(run), _provenance(run, settings))
+    backbone = load_backbone(run.model)
+    torch.nn.Module.to(backbone.model, settings.device)
+    model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
+    with attach(backbone.text_model) as seam:
+        with settings.main_process_first(local=False, desc="budget"):
+            budget = budget_of(run, seam, feeder, start.folder)
+        parts = Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies_of(run, budget))
+        trainer = trainer_of(run, start.folder, samples, parts, settings)
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        trainer.save_model(str(start.folder.adapter))
+        if first:
+            conclude(run, start.folder, parts, trainer)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What training and evaluation share: the very same objects."""
+
+    backbone: Backbone
+    model: StreamedModel
+    seam: Seam
+    feeder: Feeder
+    policies: Policies
+
+
+def trainer_of(
+    run: RunConfig, folder: RunFolder, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
+) -> StreamTrainer:
+    """The trainer of a run."""
+    return StreamTrainer(
+        model=parts.model,
+        args=settings,
+        train_dataset=samples,
+        callbacks=callbacks_of(folder, first=settings.process_index == 0),
+        seam=parts.seam,
+        feeder=parts.feeder,
+        policies=parts.policies,
+        plan=Plan(options=run.tuning, slots_per_layer=run.memory.slots_per_layer, seed=settings.seed),
+        failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
+    )
+
+
+def conclude(run: RunConfig, folder: RunFolder, parts: Parts, trainer: StreamTrainer) -> None:
+    """Verify what was saved, note it in run.json, and evaluate all arms if the config says so."""
+    tensors = adapter_tensors(folder.adapter)
+    update_json(
+        folder.record,
+        adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)},
+        failed_samples=trainer.failures.reasons,
+        steps=trainer.state.global_step,
+    )
+    print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
+    if not run.evaluate.after_training:
+        return
+    evaluation = Evaluation(seam=parts.seam, feeder=parts.feeder, options=run.evaluate)
+    evaluate_arms(run, evaluation, parts.policies, folder, applicable(run, tuned=True), parts.model)
+    compare([folder.path], folder.comparison)
+    print(f"report: {folder.comparison / 'report.html'}", flush=True)
+
+
+def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:
+    base = Path(run.model.path)
+    digests = {
+        "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
+        "data": sha256(Path(run.data.train)) if run.data.train else None,
+    }
+    found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
+    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show settings, a sample, budget and memory; no training"
+    )
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--overwrite", action="store_true", help="start anew; the old run folder is moved to <name>.1")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
