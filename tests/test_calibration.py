@@ -1,14 +1,18 @@
 """Calibration against plain loops over what each layer saw, its limits, and its figures."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import cut, text_model, whole_stream
+from thinkers import write_folder
 
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
 from omnimem.attach import attach
-from omnimem.budget import AudioVisualBudget, Budget, SharedBudget, Signals, SplitBudget
+from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SharedBudget, Signals, SplitBudget
 from omnimem.calibration import (
     CalibrationError,
     CalibrationOptions,
@@ -24,6 +28,7 @@ from omnimem.policy import Policy
 from omnimem.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.view import LayerView
+from train.calibrate import main
 
 LENGTHS = [16, 16, 16, 16, 16, 16]
 KINDS = {"all": (1, 2), "audio": (1,), "visual": (2,)}
@@ -194,3 +199,73 @@ def test_a_shared_budget_draws_one_bar_a_layer(tmp_path: Path) -> None:
     budget = SharedBudget().build(3, 9)
     assert [path.name for path in save_figures(budget, tmp_path)] == ["budget.svg"]
     assert [bar.get_height() for bar in draw_budget(budget).axes[0].patches] == [9, 9, 9]
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random thinker, two streams of 12 s and a config: 18 tokens a grid, chunks of 4 s."""
+    folder = tmp_path_factory.mktemp("run")
+    write_folder(folder / "model", rates="tiny")
+    lines = []
+    for seed in (1, 2):
+        write_mp4(draw_world(seed, 12), folder / f"{seed}.mp4")
+        messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "red"}]
+        lines.append(json.dumps({"id": f"s{seed}", "video": f"{seed}.mp4", "messages": messages}) + "\n")
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "a.yaml").write_text(
+        "name: a\n"
+        f"model: {{path: {folder / 'model'}}}\n"
+        "stream: {chunk_tokens: 36}\n"
+        "memory: {slots_per_layer: 9, budget: {name: audio_visual, visual_audio_ratio: 2, layer_temperature: 1}}\n"
+        "calibration: {streams: 2, skip_chunks: 1}\n"
+        f"data: {{train: {folder / 'train.jsonl'}}}\n"
+    )
+    return folder
+
+
+def test_the_command_measures_the_training_streams_and_writes_budget_and_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["--config", str(folder / "a.yaml")])
+    budget = Budget.read(tmp_path / "runs" / "a" / "budget.json")
+    assert budget.total == 2 * 9
+    assert budget.signals is not None
+    assert (budget.signals.streams, budget.signals.chunks) == (2, 4)  # 12 s are 3 chunks, the first is skipped
+    assert budget.provenance["streams"] == ["s1", "s2"]
+    names = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
+    assert names == {"budget.json", "budget.svg", "signals.svg"}
+    assert "18 slots in 2 layers" in capsys.readouterr().out
+
+
+def test_the_command_writes_where_it_is_told_and_repeats_itself(folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name / "table.json" for name in ("one", "two")]
+    for file in files:
+        main(["--config", str(folder / "a.yaml"), "calibration.streams=1", "--out", str(file)])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_measured_file_serves_other_ratios_and_sizes(folder: Path, tmp_path: Path) -> None:
+    main(["--config", str(folder / "a.yaml"), "--out", str(tmp_path / "table.json")])
+    again = AudioVisualBudget(table=str(tmp_path / "table.json"), visual_audio_ratio=1.0).build(2, 20)
+    assert again.total == 40
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("calibration.skip_chunks=3", "skip_chunks: 3 .the longest has 3 chunks.; set calibration.skip_chunks below 3"),
+        ("memory.budget={name: shared}", "name: shared} has nothing to calibrate"),
+        ("stream.tracks=video", "no audio tokens to measure"),
+        ("data.train=null", "data.train names no manifest"),
+    ],
+)
+def test_settings_that_cannot_be_measured_are_refused_with_their_cure(
+    folder: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises((BudgetError, CalibrationError), match=message):
+        main(["--config", str(folder / "a.yaml"), override, "--out", str(tmp_path / "budget.json")])
+    assert not (tmp_path / "budget.json").exists()
