@@ -37,7 +37,7 @@ from omnimem.media import (
     resize,
     smart_resize,
 )
-from omnimem.media.decode import sample_by_time
+from omnimem.media.decode import contiguous, sample_by_time
 
 RECORDED = load_file(Path(__file__).parent / "recorded" / "qwen2_vl_video.safetensors")
 WHISPER = LogMel()
@@ -330,6 +330,24 @@ def test_a_stretch_of_sound_equals_that_stretch_of_the_whole(film: Path) -> None
     assert (part - whole[round(2.3 * RATE) : round(5.1 * RATE)]).abs().max() < 1e-6
 
 
+def test_a_clip_of_overlapping_codec_blocks_has_settled_at_its_start(folder: Path) -> None:
+    path = write(folder / "sound_only.m4a", samples=noise(8.1))
+    whole = read_audio(path)
+    for start in (2.05, 4.1, 5.555):
+        part = read_audio(path, start=start)
+        assert (part - whole[round(start * RATE) :]).abs().max() < 1e-6
+
+
+def test_sound_whose_clock_goes_back_is_heard_once() -> None:
+    def block(first: int, value: float) -> tuple[float, av.AudioFrame]:
+        frame = av.AudioFrame.from_ndarray(np.full((1, 1600), value, np.float32), format="fltp", layout="mono")
+        frame.sample_rate = RATE
+        return first / RATE, frame
+
+    heard = contiguous([block(0, 0.1), block(1600, 0.2), block(0, 0.9), block(3200, 0.3)], RATE)
+    assert np.concatenate(list(heard)).reshape(3, 1600).mean(axis=1).tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
 def test_holes_in_the_sound_and_a_late_start_are_silence(folder: Path) -> None:
     def with_holes(sample: int) -> int:
         return sample + RATE // 2 + (RATE if sample >= 32 * 1024 else 0)  # late, and with a second of nothing
@@ -435,6 +453,14 @@ def test_a_file_that_cannot_be_used_raises_one_named_line(
     assert str(raised.value).startswith(str(path))
     assert "\n" not in str(raised.value)
     assert capfd.readouterr().err == ""
+
+
+def test_a_truncated_box_of_more_than_32_bits_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "huge.mp4"
+    path.write_bytes(struct.pack(">I4s8s", 16, b"ftyp", b"isom") + struct.pack(">I4sQ", 1, b"mdat", 1 << 33))
+    with pytest.raises(MediaError, match="lacks its last 8589934576 bytes") as raised:
+        probe(path)
+    assert raised.value.reason == "truncated"
 
 
 def test_each_track_of_a_truncated_file_is_noticed(broken: dict[str, tuple[Path, str, str]]) -> None:
@@ -689,3 +715,11 @@ def test_a_pipe_without_a_track_or_without_media_raises_one_named_line(
         with pytest.raises(MediaError, match=r"^-: ") as raised:
             read_live(io.BytesIO(broken[name][0].read_bytes()), fps=1.0)
         assert raised.value.reason == reason
+
+
+def test_a_track_of_a_pipe_waits_while_the_other_is_read_to_its_end(film: Path) -> None:
+    frames, audio = read_live(io.BytesIO(film.read_bytes()), fps=1.0)
+    assert frames is not None
+    assert audio is not None
+    assert torch.equal(torch.cat(list(audio)), read_audio(film))
+    assert [time for time, _ in frames] == [time for time, _ in read_frames(film, fps=1.0)]
