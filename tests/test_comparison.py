@@ -15,10 +15,12 @@ from scipy import stats
 from omnimem.budget import Budget
 from omnimem.comparison import ComparisonError, compare, figures, statistics
 from train import compare as command
+from train.command import run_command
 
 KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
 SKILL = {
     "full_memory": (0.97, 0.97, 0.96),
+    "tuned_full_memory": (0.97, 0.98, 0.95),
     "training_free": (0.80, 0.84, 0.71),
     "tuned": (0.89, 0.90, 0.83),
     "recency": (0.48, 0.52, 0.41),
@@ -26,7 +28,7 @@ SKILL = {
     "vision_only": (0.95, 1 / 16, 1 / 16),
     "audio_only": (1 / 8, 0.96, 1 / 16),
 }
-ENTRIES = {"full_memory": (598.0, 598.0), "blind": (18.0, 18.0)}
+ENTRIES = {"full_memory": (598.0, 598.0), "tuned_full_memory": (598.0, 598.0), "blind": (18.0, 18.0)}
 
 
 def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchmark: str = "recall") -> Path:
@@ -72,13 +74,18 @@ def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchm
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "commit": "0123abc",
         "policy": {"name": "recency" if arm == "recency" else "omnimem"},
+        "generation": {"greedy": True, "max_new_tokens": 16},
     }
     summary["benchmarks"][benchmark] = {
         "n": len(lines),
         "peak_entries": peak,
         "answer_entries": at_answer,
         "bytes": peak * 4 * 128 * (1.0 if arm in ("recency", "full_memory", "blind") else 1.08),
-        "input": {"frames": lines[0]["frames"], "audio_seconds": lines[0]["audio_seconds"], "prompt_sha256": "b" * 64},
+        "input": {
+            "frames": videos * lines[0]["frames"],
+            "audio_seconds": videos * lines[0]["audio_seconds"],
+            "prompt_sha256": "b" * 64,
+        },
     }
     path.write_text(json.dumps(summary))
     return folder
@@ -133,8 +140,8 @@ def write_run(
                 "loss": (0.2 + 1.3 * math.exp(-3 * step / steps))
                 * (0.6 if step % 3 == 0 else 1)
                 * noise.uniform(0.7, 1.3),
-                "temperature": 0.05 + 0.95 * (1 - step / steps),
-                "slots": "full" if step % 3 == 0 else 96,
+                "temperature": 0.0 if step % 3 == 0 else 0.05 + 0.95 * (1 - step / steps),
+                "slots": -1.0 if step % 3 == 0 else 96.0,
             }
             for step in range(1, steps + 1)
         ],
@@ -273,7 +280,7 @@ def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
     recall = summary["benchmarks"]["recall"]
     assert (recall["n"], recall["clusters"]) == (54, 6)
-    assert list(recall["arms"]) == ["full_memory", "training_free", "tuned", "recency"]
+    assert list(recall["arms"]) == ["full_memory", "tuned_full_memory", "training_free", "tuned", "recency"]
     assert list(recall["probes"]) == ["blind", "vision_only", "audio_only"]
     for entry in [*recall["arms"].values(), *recall["probes"].values()]:
         assert entry.keys() >= {"official", "strict", "no_answer", "peak_entries", "answer_entries", "bytes", "kinds"}
@@ -281,7 +288,8 @@ def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
         assert entry["strict_interval"][0] <= entry["strict"] <= entry["strict_interval"][1]
     named = [(pair["a"], pair["b"]) for pair in recall["pairs"]]
     assert named[0] == ("tuned", "training_free")
-    assert len(named) == 6
+    assert len(named) == 10
+    assert named[-1] == ("tuned_full_memory", "full_memory")
     assert not {"blind", "vision_only", "audio_only"} & {name for pair in named for name in pair}
     first = recall["pairs"][0]
     assert first.keys() >= {"a", "b", "diff", "low", "high", "p_mcnemar", "verdict"}
@@ -380,11 +388,26 @@ def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str,
     assert said in problems(run, out=tmp_path / "out")
 
 
+def test_arms_with_different_generation_settings_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    path = run / "eval" / "tuned" / "summary.json"
+    path.write_text(path.read_text().replace('"max_new_tokens": 16', '"max_new_tokens": 4'))
+    assert '"max_new_tokens": 4' in problems(run, out=tmp_path / "out")
+
+
+def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned",))
+    path = run / "eval" / "tuned" / "trace.json"
+    trace = json.loads(path.read_text())
+    path.write_text(json.dumps(trace | {"chunk_ends": trace["chunk_ends"][1:]}))
+    assert "kept.audio: does not hold 32 bins a layer after each of 7 chunks" in problems(run, out=tmp_path / "out")
+
+
 def test_totals_of_frames_are_compared_where_lines_do_not_say(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     path = run / "eval" / "tuned" / "summary.json"
-    path.write_text(path.read_text().replace('"frames": 64', '"frames": 32'))
-    assert "32 and 64 frames were seen" in problems(run, out=tmp_path / "out")
+    path.write_text(path.read_text().replace('"frames": 384', '"frames": 192'))
+    assert "192 and 384 frames were seen" in problems(run, out=tmp_path / "out")
 
 
 def test_unequal_budgets_are_refused_but_full_memory_is_the_reference(tmp_path: Path) -> None:
@@ -433,16 +456,27 @@ def test_probes_alone_are_refused(tmp_path: Path) -> None:
     assert "only probes" in problems(write_run(tmp_path / "run", ("blind",)), out=tmp_path / "out")
 
 
-def test_the_command_exits_with_2_and_one_line_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "run", ("tuned", "training_free"))
-    assert command.main([str(run), "--out", str(tmp_path / "out"), "--draws", "200"]) == 0
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    """Exit code of the command."""
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments, "--draws", "200"])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(command.main)
+    return leaving.value.code
+
+
+def test_the_command_exits_with_2_and_one_line_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", ("tuned", "training_free"))
+    arguments = [str(folder), "--out", str(tmp_path / "out")]
+    assert run(arguments, monkeypatch) == 0
     assert "tuned - training free: " in capsys.readouterr().out
-    change(run / "eval" / "tuned" / "recall.jsonl", 0, frames=1)
-    assert command.main([str(run), "--out", str(tmp_path / "out"), "--draws", "200"]) == 2
+    change(folder / "eval" / "tuned" / "recall.jsonl", 0, frames=1)
+    assert run(arguments, monkeypatch) == 2
     said = capsys.readouterr().err.splitlines()
     assert "another number of frames" in said[0]
     assert "--allow-different" in said[-1]
-    assert command.main([str(run), "--out", str(tmp_path / "out"), "--draws", "200", "--allow-different"]) == 0
+    assert run([*arguments, "--allow-different"], monkeypatch) == 0
 
 
 # Page

@@ -1,34 +1,32 @@
-"""Compares arms of one or more runs: python train/compare.py runs/A [runs/B ...] --out DIR."""
+"""Compares arms of one or more runs, question by question, and writes the report.
+
+python train/compare.py DIR [DIR ...] --out DIR     # a run folder stands for all its arms, an eval folder for one
+"""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnimem.comparison import DRAWS, ComparisonError, compare
+from omnimem.comparison import DRAWS, compare
 from omnimem.comparison.load import shown
 from omnimem.comparison.report import percent, points
+from train.command import Parser, run_command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write summary.json, CSV files and report.html to --out, and print the numbers; the exit code."""
-    given = _parser().parse_args(arguments)
-    try:
-        summary = compare(
-            given.folders, given.out, allow_different=given.allow_different, draws=given.draws, seed=given.seed
-        )
-    except ComparisonError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> None:
+    """Write summary.json, the CSV files and report.html to --out, and print the numbers."""
+    given = _parser().parse(arguments)
+    summary = compare(
+        given.folders, given.out, allow_different=given.allow_different, draws=given.draws, seed=given.seed
+    )
     for line in _lines(summary):
         print(line)
     print(f"report: {given.out / 'report.html'}")
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one of its eval/ARM")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the report goes")
     parser.add_argument(
@@ -67,4 +65,4 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

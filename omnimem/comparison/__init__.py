@@ -1,6 +1,5 @@
 """Side by side: arms of one or more runs, paired question by question, in JSON, CSV and one self-contained page."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from omnimem.comparison.load import Arm, ComparisonError, Run, differences, read
 from omnimem.comparison.report import render
 from omnimem.comparison.summary import arm_rows, pair_rows, summarise, write_csv
+from omnimem.run import write_json, write_text
 
 __all__ = ["Arm", "ComparisonError", "Run", "compare", "differences", "read", "render", "summarise"]
 
@@ -28,8 +28,8 @@ def compare(
     summary = summarise(arms, draws=draws, seed=seed, warnings=different)
     page = render(summary, arms, runs)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     write_csv(out / "arms.csv", arm_rows(summary))
     write_csv(out / "pairs.csv", pair_rows(summary))
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     return summary

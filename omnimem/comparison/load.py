@@ -140,7 +140,8 @@ def differences(arms: Sequence[Arm]) -> list[str]:
     """Everything that makes the rivals unequal in input or in budget, one line each; empty when they are comparable."""
     paired = [arm for arm in arms if arm.role != "probe"]
     first, *others = paired
-    lines = [line for arm in others for line in _input_differences(first, arm)]
+    lines = [line for arm in others for line in _setting_differences(first, arm)]
+    lines += [line for arm in others for line in _input_differences(first, arm)]
     rivals = [arm for arm in paired if arm.role == "rival"]
     return lines + [line for arm in rivals[1:] for line in _budget_differences(rivals[0], arm)]
 
@@ -201,8 +202,24 @@ def _read_arm(folder: Path) -> Arm:
             for benchmark, facts in benchmarks.items()
         },
         provenance=_object(summary.get("provenance", {}), f"{path} provenance"),
-        trace=_object(_parse(trace, trace.read_text(encoding="utf-8")), str(trace)) if trace.is_file() else None,
+        trace=_read_trace(trace) if trace.is_file() else None,
     )
+
+
+def _read_trace(path: Path) -> dict[str, Any]:
+    trace = _object(_parse(path, path.read_text(encoding="utf-8")), str(path))
+    wanted = {"video", "seconds", "bin_seconds", "chunk_ends", "arrived", "kept"}
+    if wanted - trace.keys():
+        raise _Problem(f"{path} {', '.join(sorted(wanted - trace.keys()))}: missing; delete the file or evaluate again")
+    chunks = len(trace["chunk_ends"])
+    for modality in ("audio", "visual"):
+        bins, kept = len(trace["arrived"][modality]), trace["kept"][modality]
+        if len(kept) != chunks or any(len(layer) != bins for layers in kept for layer in layers):
+            raise _Problem(
+                f"{path} kept.{modality}: does not hold {bins} bins a layer after each of {chunks} chunks; "
+                "delete the file or evaluate again"
+            )
+    return trace
 
 
 def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
@@ -284,6 +301,15 @@ def _object(value: object, place: str) -> dict[str, Any]:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _setting_differences(first: Arm, arm: Arm) -> Iterator[str]:
+    a, b = arm.provenance.get("generation"), first.provenance.get("generation")
+    if a is not None and b is not None and a != b:
+        yield (
+            f"{arm.label} and {first.label}: answers were generated with {json.dumps(a)} and {json.dumps(b)}; "
+            "evaluate both with the same settings"
+        )
 
 
 def _input_differences(first: Arm, arm: Arm) -> Iterator[str]:

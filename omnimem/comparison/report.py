@@ -20,6 +20,7 @@ SHA256 = 64  # hexadecimal digits
 MARKS: dict[str, tuple[Mark, str]] = {"reference": ("ring", "reference"), "probe": ("bar", "probe")}
 STYLES = ("first", "second", "third", "fourth")  # of lines in one figure
 
+FULL = "full memory"
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -45,7 +46,7 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
         probes=[_probes(name, group, arms) for name, group in summary["benchmarks"].items() if group["probes"]],
         costs=[_costs(name, group) for name, group in summary["benchmarks"].items()],
         budgets=_budgets(runs),
-        traces=[_trace(arm, arm.trace) for arm in arms if arm.trace is not None],
+        traces=[_trace(arm, arm.trace) for arm in arms if arm.role == "rival" and arm.trace is not None],
         training=[_training(run) for run in runs if run.metrics],
         questions=_questions(rivals),
         provenance=_provenance(arms),
@@ -261,14 +262,15 @@ def _trace(arm: Arm, trace: Mapping[str, Any]) -> View:
 
 def _training(run: Run) -> View:
     """Loss by budget, since a step with full memory and one with a small budget are not the same task."""
-    budgets = sorted({str(record.get("slots", "")) for record in run.metrics}, key=lambda text: (len(text), text))
+    by_budget: dict[str, list[Mapping[str, Any]]] = {}
+    for record in run.metrics:
+        by_budget.setdefault(_budget_of(record), []).append(record)
+    budgets = sorted(by_budget, key=lambda text: (len(text), text))
     style = {budget: STYLES[min(place, len(STYLES) - 1)] for place, budget in enumerate(budgets)}
-    lines = [
-        (style[budget], *_series([record for record in run.metrics if str(record.get("slots", "")) == budget], "loss"))
-        for budget in budgets
-    ]
+    lines = [(style[budget], *_series(by_budget[budget], "loss")) for budget in budgets]
     lines = [line for line in lines if line[1]]
-    steps, temperature = _series(run.metrics, "temperature")
+    # Full memory selects nothing, so its steps have no temperature.
+    steps, temperature = _series([one for one in run.metrics if _budget_of(one) != FULL], "temperature")
     return {
         "run": run.name,
         "steps": len(run.metrics),
@@ -285,6 +287,14 @@ def _training(run: Run) -> View:
         if steps
         else None,
     }
+
+
+def _budget_of(record: Mapping[str, Any]) -> str:
+    """What a line of metrics.jsonl says of its budget; full memory is written as -1 where only numbers fit."""
+    slots = record.get("slots")
+    if isinstance(slots, int | float):
+        return f"{slots:,g} slots per layer" if slots > 0 else FULL
+    return FULL if slots == "full" else ""
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -13,8 +13,8 @@ from omnimem.comparison.load import PROBES, Answer, Arm, Sheet
 from omnimem.comparison.statistics import Estimate, Resampling
 
 DIGITS = 6
-RANK = {name: place for place, name in enumerate(("full_memory", "training_free", "tuned", *PROBES))}
-OTHERS = len(RANK)
+SHOWN = ("full_memory", "tuned_full_memory", "training_free", "tuned", "*", *PROBES)  # * stands for all others
+PAIRED = ("tuned", "training_free", "*", "tuned_full_memory", "full_memory")
 SAME_BYTES = 0.01  # relative
 
 Key = tuple[str, str]  # benchmark, question id
@@ -23,7 +23,7 @@ Answers = Mapping[Key, Answer]
 
 def in_order(arms: Sequence[Arm]) -> list[Arm]:
     """The order of every table: full memory, training-free, tuned, others by name, then the probes."""
-    return sorted(arms, key=lambda arm: (arm.role == "probe", RANK.get(arm.name, OTHERS), arm.label))
+    return sorted(arms, key=lambda arm: (_place(arm, SHOWN), arm.label))
 
 
 def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[str]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def pairs(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
     """Every two arms that may be paired: tuned before training-free before the controls before full memory."""
     paired = [arm for arm in in_order(arms) if arm.role != "probe"]
-    paired.sort(key=lambda arm: {"tuned": 0, "training_free": 1, "full_memory": 3}.get(arm.name, 2))
+    paired.sort(key=lambda arm: _place(arm, PAIRED))
     for place, a in enumerate(paired):
         for b in paired[place + 1 :]:
             yield a, b
@@ -96,6 +96,10 @@ def chance(answers: Sequence[Answer]) -> float:
     for answer in answers:
         right.setdefault(answer.kinds, set()).add(answer.answer)
     return float(np.mean([1 / len(right[answer.kinds]) for answer in answers]))
+
+
+def _place(arm: Arm, names: Sequence[str]) -> int:
+    return names.index(arm.name if arm.name in names else "*")
 
 
 def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) -> dict[str, Any]:
