@@ -472,6 +472,7 @@ def test_each_track_of_a_truncated_file_is_noticed(broken: dict[str, tuple[Path,
             read_audio(path)
         assert (video.value.reason, audio.value.reason) == ("truncated", "truncated")
         assert shown(path, fps=1.0, end=3.0) == [0, 4, 8]  # what comes before the cut can be used
+        assert len(read_audio(path, end=3.0)) == 3 * RATE
 
 
 def test_a_track_much_shorter_than_the_other_is_whole(folder: Path) -> None:
