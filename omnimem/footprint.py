@@ -242,6 +242,8 @@ class Load:
     half: bool  # DeepSpeed's or autocast's bf16 / fp16
     stage: int | None  # ZeRO stage; None: no DeepSpeed
     ranks: int = 1
+    batch: int = 1  # streams that share a pass
+    offload: bool = False  # memories of earlier chunks wait on the host
 
 
 @final
@@ -299,16 +301,16 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """What the layers keep, and what stays in the graph of one stream for the backward pass."""
     pair, side = shapes.entry(load.feature, load.dtype)
-    entries = load.entries + load.text_tokens * shapes.text.layers
+    entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
     whole = entries * (pair + side)
-    waiting = max(0, load.chunks - 1)
+    waiting = 0 if load.offload else max(0, load.chunks - 1)
     return [
         Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
         Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
         Row(
             what="memories in the graph",
             bytes=waiting * whole,
-            how=f"{waiting} earlier chunks x memory; on the host with tuning.offload",
+            how="on the host" if load.offload else f"{waiting} earlier chunks x memory; none with tuning.offload: true",
             exact=False,
         ),
     ]
@@ -320,18 +322,19 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
     keys = (2 * text.kv_heads * text.dim + load.feature) * size
-    logits = load.question_tokens * text.vocabulary * (size + 8)
+    rows = load.batch * load.question_tokens
     return [
         Row(
             what="activations of one chunk",
-            bytes=text.layers * (tokens * token + pool * keys),
-            how=f"{text.layers} layers x ({tokens:,} tokens x {token:,} B + {pool:,} keys x {keys} B)",
+            bytes=load.batch * text.layers * (tokens * token + pool * keys),
+            how=f"{text.layers} layers x ({tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B)"
+            + (f" x {load.batch} streams" if load.batch > 1 else ""),
             exact=False,
         ),
         Row(
             what="logits of the answers",
-            bytes=logits,
-            how=f"{load.question_tokens:,} rows x {text.vocabulary:,} x {size + 8} B",
+            bytes=rows * text.vocabulary * (size + 8),
+            how=f"{rows:,} rows x {text.vocabulary:,} x {size + 8} B",
             exact=False,
         ),
     ]

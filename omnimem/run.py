@@ -124,6 +124,7 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
     """How runs/<name> may be used; RunError names the cures. Nothing is changed on disk.
 
     resume: None, "auto" (the newest complete checkpoint, or the first step where there is none), or a checkpoint.
+    Rank 0 alone refuses a folder that exists: to the others it may be the one that rank 0 has just made.
     """
     folder = RunFolder(path=runs / name)
     if resume is not None and overwrite:
@@ -132,7 +133,7 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
     if resume is not None:
         checkpoint = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
         return Start(folder=folder, checkpoint=checkpoint, resumed=used)
-    if used and not overwrite:
+    if used and not overwrite and os.environ.get("RANK", "0") == "0":
         raise RunError(
             f"{folder.path} exists already; continue it with --resume auto, give the run another name with name=..., "
             f"or start anew with --overwrite, which moves it to {_free(folder.path)}"

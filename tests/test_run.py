@@ -39,6 +39,14 @@ def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
 
 
+def test_another_rank_does_not_take_the_folder_of_rank_0_for_an_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert run.plan("x", runs=tmp_path).step == 0
+
+
 def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     assert not run.plan("x", runs=tmp_path).replaces

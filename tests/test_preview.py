@@ -1,0 +1,144 @@
+"""--dry-run: what it says is what a run would do, without weights, data, network or GPU."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import thinkers
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import WorldOptions, draw_world
+from omnimem.attach import attach
+from omnimem.backbones import load_backbone
+from omnimem.config import RunConfig, load
+from omnimem.feeding import Feeder
+from omnimem.footprint import Shapes, footprint, render
+from omnimem.stream import Stream
+from omnimem.tokens import Modality
+from train import preview
+from train.arguments import train_section
+from train.preview import Missing, load_of, read_sample, skeleton_of
+
+QUESTIONS = [
+    {"role": "user", "content": "What colour is it?", "at": 5.0},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "What was said?"},
+    {"role": "assistant", "content": "river", "loss": False},
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return thinkers.write_folder(tmp_path_factory.mktemp("model") / "thinker", rates="tiny")
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, an empty cache of the hub, and a network that must not be touched."""
+
+    def refuse(*args: Any) -> NoReturn:
+        raise AssertionError("a dry run opened a connection")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(preview, "TINY", checkpoint)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    preview.preview(load("budget8k.yaml", overrides, train=train_section()))
+    return capsys.readouterr().out
+
+
+def recorded(folder: Path, checkpoint: Path, *overrides: str) -> RunConfig:
+    """A run on one real mp4 with two questions."""
+    folder.mkdir()
+    write_mp4(draw_world(3, 12, WorldOptions()), folder / "a.mp4")
+    line = {"id": "a", "video": "a.mp4", "audio": None, "messages": QUESTIONS}
+    (folder / "train.jsonl").write_text(json.dumps(line) + "\n")
+    given = [f"model={{path: {checkpoint}}}", f"data.train={folder}/train.jsonl", "stream.chunk_tokens=40"]
+    return load("budget8k.yaml", [*given, *overrides], train=train_section())
+
+
+def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_missing_listed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = shown(capsys)
+    for title in ("settings", "DeepSpeed", "sample", "budget", "memory of a device", "missing"):
+        assert f"--- {title}\n" in said
+    missing = [line for line in said.splitlines() if line.startswith("missing: ")]
+    assert [line.split(" ")[1] for line in missing] == ["weights", "training", "benchmark"]
+    assert all("; " in line for line in missing)
+    assert "approximate" in said
+    assert "[[A red circle; the word river.<|im_end|>]]" in said
+    assert "8,192 slots a layer (1,365 audio + 6,827 visual) x 28 layers = 229,376 entries" in said
+
+
+def test_tokens_of_an_unknown_minute_follow_from_the_rates_of_the_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = shown(capsys, "stream.max_pixels=176400")
+    assert "64 frames resized to 560 x 308" in said
+    assert f"{64 * 25:,} audio, {32 * 20 * 11:,} visual" in said
+
+
+def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, checkpoint: Path) -> None:
+    run = recorded(tmp_path / "data", checkpoint)
+    missing = Missing()
+    skeleton = skeleton_of(run, missing)
+    assert skeleton is not None
+    reading = read_sample(run, skeleton, missing)
+    assert (missing.lines, skeleton.approximate, reading.sample.id) == ([], False, "a")
+    backbone = load_backbone(run.model)
+    feeder = Feeder(backbone, run.stream)
+    chunks = list(feeder.chunks([feeder.open(reading.sample)]))
+    with attach(backbone.text_model) as seam:
+        stream = Stream(seam, run.memory.policy.build(None))
+        for chunk in chunks:
+            stream.feed(chunk)
+    assert tuple(reading.tokens[kind] for kind in Modality) == stream.usage.tokens_in
+    assert reading.chunks == tuple(chunk.count for chunk in chunks[1:])
+    assert len(reading.chunks) > 2
+    assert reading.last_position == stream.next_position - 1
+
+
+def test_only_answers_that_are_learned_stand_in_the_label_mask(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preview.preview(recorded(tmp_path / "data", checkpoint))
+    said = capsys.readouterr().out
+    assert "[[red<|im_end|>]]" in said
+    assert "(nothing is learned)" in said
+    assert "[[river" not in said
+    assert f"{tmp_path}/data/train.jsonl:1" in said
+
+
+def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_shown(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorded(tmp_path / "data", checkpoint, "stream.chunk_tokens=400")
+    (tmp_path / "data" / "a.mp4").write_bytes(b"no film")
+    preview.preview(run)
+    said = capsys.readouterr().out
+    assert "synthetic: 64.0 s" in said
+    assert any(line.startswith("missing: the first sample's media (") for line in said.splitlines())
+
+
+def test_a_model_of_unknown_shapes_is_listed_and_the_rest_is_still_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    said = shown(capsys, "model.path=someone/else")
+    assert "missing: shapes of someone/else" in said
+    assert "--- settings" in said
+    assert "--- memory" not in said
+
+
+def test_the_memory_table_takes_the_largest_budget_of_training(tmp_path: Path, checkpoint: Path) -> None:
+    run = recorded(tmp_path / "data", checkpoint, "tuning.budgets=[4, full]")
+    skeleton = skeleton_of(run, Missing())
+    assert skeleton is not None
+    reading = read_sample(run, skeleton, Missing())
+    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+    load = load_of(run, skeleton.shapes, reading)
+    assert (load.entries, load.stage, load.half) == (2 * media, 2, True)
+    assert "keys and values" in render(footprint(Shapes.read(checkpoint), load))
