@@ -96,8 +96,7 @@ demo() {
     [ $# -eq 0 ] || usage
     setup
     run python data_prep/synthesize.py --out data/recall
-    run deepspeed train/finetune.py --config tiny.yaml --resume auto
-    run python train/compare.py runs/tiny --out runs/tiny/compare
+    run deepspeed train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
     echo "report: $PWD/runs/tiny/compare/report.html"
 }
 
