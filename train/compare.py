@@ -32,12 +32,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--allow-different", action="store_true", help="compare although input or budget differ; the report says so"
     )
-    parser.add_argument("--draws", type=_several, default=DRAWS, help="draws of the bootstrap (%(default)s)")
+    parser.add_argument("--draws", type=_draws, default=DRAWS, help="draws of the bootstrap (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
     return parser
 
 
-def _several(text: str) -> int:
+def _draws(text: str) -> int:
     draws = int(text)
     if draws < 100:
         raise argparse.ArgumentTypeError(f"{draws} draws say nothing about a 95 % interval; give at least 100")
