@@ -32,6 +32,9 @@ PACKAGES = (
 HERE = Path(__file__).resolve().parent
 
 
+CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # what train/calibrate.py leaves for the run to use
+
+
 class RunError(ValueError):
     """The run folder cannot be used as asked; the message names the cures."""
 
@@ -129,7 +132,7 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
     folder = RunFolder(path=runs / name)
     if resume is not None and overwrite:
         raise RunError("--resume continues a run and --overwrite starts it anew; give one of them")
-    used = folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir()))
+    used = folder.path.exists() and (not folder.path.is_dir() or any(_begun(path) for path in folder.path.iterdir()))
     if resume is not None:
         checkpoint = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
         return Start(folder=folder, checkpoint=checkpoint, resumed=used)
@@ -139,6 +142,11 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
             f"or start anew with --overwrite, which moves it to {_free(folder.path)}"
         )
     return Start(folder=folder, replaces=used)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a file in a run folder belongs to a run; a calibration beforehand is part of none."""
+    return path.name not in CALIBRATED
 
 
 def provenance(*, command: Sequence[str], seed: int, sha256: Mapping[str, str | None]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from omnimem.attach import Seam
 from omnimem.backbones import Backbone
-from omnimem.budget import AudioVisualBudget, Budget, Signals
+from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Signals
 from omnimem.config import RunConfig
 from omnimem.feeding import Feeder
 from omnimem.policy import Policy
 from omnimem.run import RunFolder
-from train.calibrate import measured_budget, training_samples
+from train.calibrate import budget_settings, measured_budget, training_samples
 
 Policies = Callable[[int | None], Policy]
 CACHE = Path(".cache/encoded")
@@ -23,14 +23,24 @@ def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
 
 
 def budget_of(run: RunConfig, seam: Seam, feeder: Feeder, folder: RunFolder) -> Budget:
-    """The run's budget: its own file if it has one already, else measured or built, and written there."""
+    """The run's budget: its own file if it has one already, else measured or built, and written there.
+
+    Raises BudgetError when the file was made for other settings than the run's.
+    """
     if folder.budget.is_file():
-        return Budget.read(folder.budget)
-    wanted = run.memory.budget
-    if wanted.needs_signals:
+        budget = Budget.read(folder.budget)
+        made_for = budget.provenance.get("settings", budget_settings(run))
+        if made_for != budget_settings(run):
+            raise BudgetError(
+                f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
+                "delete the file, or give the run another name"
+            )
+        return budget
+    if run.memory.budget.needs_signals:
         budget = measured_budget(run, seam, feeder, training_samples(run))
     else:
-        budget = wanted.build(seam.shape.layers, run.memory.slots_per_layer)
+        built = run.memory.budget.build(seam.shape.layers, run.memory.slots_per_layer)
+        budget = replace(built, provenance={**built.provenance, "settings": budget_settings(run)})
     budget.write(folder.budget)
     return budget
 

@@ -66,6 +66,7 @@ def measured_budget(run: RunConfig, seam: Seam, feeder: Feeder, samples: Sequenc
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)
     provenance = {
         **budget.provenance,
+        "settings": budget_settings(run),
         "model": run.model.path,
         "policy": run.memory.policy.name,
         "chunk_tokens": run.stream.chunk_tokens,
@@ -73,6 +74,11 @@ def measured_budget(run: RunConfig, seam: Seam, feeder: Feeder, samples: Sequenc
         "streams": used,
     }
     return replace(budget, provenance=provenance)
+
+
+def budget_settings(run: RunConfig) -> str:
+    """What a budget file was made for."""
+    return f"{run.memory.slots_per_layer} slots a layer, {run.memory.budget}"
 
 
 def _streams(
