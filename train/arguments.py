@@ -62,7 +62,7 @@ def _exact(hint: Any) -> Any:
         return hint
     words = Literal[tuple(member.value for kind in enums for member in kind)]  # type: ignore[valid-type]
     others = [kind for kind in kinds if kind not in (*enums, str)]
-    return Union[(words, *others)]  # noqa: UP007 - built from a list
+    return Union[(words, *others)]
 
 
 def _refuse(reason: str) -> Callable[[Any], Any]:
