@@ -81,6 +81,7 @@ setup() { # creates .venv and installs what is missing; nothing to do while the 
             python=$(find_python)
             "$python" -m venv .venv
         fi
+        echo "launch.sh: installing what is missing into .venv (minutes, once)" >&2
         # torch first and alone: its exact pin takes a CPU build where the index offers one
         # shellcheck disable=SC2046
         run .venv/bin/python -m pip install -q $(cpu_index) "$(grep '^torch==' constraints.txt)"

@@ -1,0 +1,86 @@
+"""launch.sh: exit codes are passed on, and no process outlives it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = """#!/usr/bin/env bash
+echo "$$" >> pids
+sleep 60 & echo "$!" >> pids
+echo "$*" > arguments
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with launch.sh, and a `deepspeed` that leaves a process behind, as the real one does when killed."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def start(folder: Path, ending: str, *arguments: str) -> subprocess.Popen[str]:
+    stub = folder / "bin" / "deepspeed"
+    stub.write_text(f"{RANKS}{ending}\n")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    command = [str(folder / "launch.sh"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def running(folder: Path) -> list[int]:
+    """Which of the processes that the stub noted are still there."""
+    numbers = [int(line) for line in (folder / "pids").read_text().split()]
+    return [number for number in numbers if Path(f"/proc/{number}/cmdline").exists() and not is_zombie(number)]
+
+
+def is_zombie(number: int) -> bool:
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def until(folder: Path, lines: int) -> None:
+    """Wait until the stub has noted so many processes."""
+    for _ in range(200):
+        if (folder / "arguments").exists() and len((folder / "pids").read_text().split()) == lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the command never started")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_every_process_of_the_run(folder: Path, number: signal.Signals) -> None:
+    launched = start(folder, "wait", "finetune", "x.yaml", "a.b=[1, 2]", "name=y")
+    until(folder, 2)
+    launched.send_signal(number)
+    launched.communicate(timeout=20)
+    assert launched.returncode == 128 + number
+    assert running(folder) == []
+    assert (folder / "arguments").read_text() == "train/finetune.py --config x.yaml a.b=[1, 2] name=y\n"
+
+
+def test_the_exit_code_is_passed_on_and_ranks_left_behind_are_ended(folder: Path) -> None:
+    launched = start(folder, "exit 2", "finetune", "x.yaml")
+    launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert running(folder) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("test", "--fast"), ("finetune",), ("demo", "now")])
+def test_anything_else_shows_the_usage_and_exits_with_2(folder: Path, arguments: tuple[str, ...]) -> None:
+    launched = start(folder, "", *arguments)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert said.startswith("usage: ./launch.sh demo")
+    assert not (folder / "pids").exists()
+
+
+def test_continuous_integration_runs_the_test_command() -> None:
+    assert "exec ./launch.sh test\n" in (ROOT / ".ci" / "run").read_text()
+    for script in (ROOT / ".ci" / "run", ROOT / "launch.sh"):
+        assert os.access(script, os.X_OK)
