@@ -85,11 +85,12 @@ def test_novelty_is_judged_in_the_pool_or_once_at_arrival(of: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("neighbours", ["pool", "arrival"])
 @pytest.mark.parametrize(("of", "ends"), list(itertools.product(OF, ENDS)))
-def test_exact_duplicates_are_clamped_never_nan(dtype: torch.dtype, of: str, ends: str) -> None:
+def test_exact_duplicates_are_clamped_never_nan(dtype: torch.dtype, neighbours: str, of: str, ends: str) -> None:
     (arrival,) = arrivals([40], width=24)
     copies = arrival.states[:, :1].expand(-1, 40, -1).to(dtype)
-    view = view_of(with_states(arrival, copies), Measures(of=of, ends=ends))
+    view = view_of(with_states(arrival, copies), Measures(neighbours=neighbours, of=of, ends=ends))
     assert view.novelty.dtype == torch.float32
     assert torch.equal(view.novelty, torch.full((1, 40), FLOOR))
     assert bool((view.novelty**0.5).isfinite().all())
