@@ -8,8 +8,9 @@ pre-hook on its attention adds the current step as a keyword that reaches the fu
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, cast, final, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -96,6 +97,12 @@ class Seam:
         """Embeddings of token ids."""
         return self.text_model.get_input_embeddings()(ids)
 
+    def rotary(self, positions: Int[Tensor, "axes batch tokens"]) -> tuple[Tensor, Tensor]:
+        """cos and sin of the model's own rotary embedding, axes merged, [batch, tokens, dim]."""
+        like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+        model: Any = self.text_model
+        return model.rotary_emb(like, positions)
+
     def note_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of a decoder layer: its input is what redundancy is judged on."""
         self._states = args[0] if args else kwargs["hidden_states"]
@@ -115,8 +122,7 @@ class Seam:
 
 def shape_of(text_model: PreTrainedModel) -> Shape:
     """Sizes of the memory of a text model; the redundancy feature is the exact layer input unless a policy projects."""
-    config = text_model.config
-    weight = text_model.get_input_embeddings().weight
+    config: Any = text_model.config
     dim = config.head_dim if "head_dim" in config.to_dict() else None
     return Shape(
         layers=config.num_hidden_layers,
@@ -124,21 +130,21 @@ def shape_of(text_model: PreTrainedModel) -> Shape:
         dim=dim or config.hidden_size // config.num_attention_heads,
         width=config.hidden_size,
         feature=config.hidden_size,
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=text_model.dtype,
+        device=text_model.device,
     )
 
 
 @contextmanager
 def attach(text_model: PreTrainedModel) -> Iterator[Seam]:
     """The text model with our attention inside the block; its implementation and hooks are restored after it."""
-    before = text_model.config._attn_implementation
+    before = text_model.config._attn_implementation or "sdpa"
     AttentionInterface.register(NAME, _attention)
-    seam = Seam(text_model)
-    handles = []
+    seam, decoder = Seam(text_model), cast(Any, text_model)
+    handles: list[Any] = []
     try:
         text_model.set_attn_implementation(NAME)
-        for number, layer in enumerate(text_model.layers):
+        for number, layer in enumerate(decoder.layers):
             handles.append(layer.register_forward_pre_hook(seam.note_states, with_kwargs=True))
             handles.append(layer.self_attn.register_forward_pre_hook(seam.hand_over(number), with_kwargs=True))
         yield seam

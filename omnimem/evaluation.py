@@ -125,7 +125,7 @@ class Evaluation:
         self, arm: Arm, benchmark: Benchmark, batch: Sequence[Opened], trace: Path
     ) -> Iterator[dict[str, Any]]:
         """One line a question of the batch."""
-        stream = Stream(self.seam, arm.policy, batch=len(batch))
+        stream = self.feeder.stream(self.seam, arm.policy, batch=len(batch))
         watch = None if trace.exists() or arm.tracks is None else _Trace(batch[0], self.seam.shape.layers)
         tracks = None if arm.tracks is None else batch[0].tracks
         for numbers in play(stream, self._watched(self.feeder.chunks(batch), stream, watch), batch[0].times):

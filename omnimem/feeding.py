@@ -2,24 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omnimem.attach import Seam
 from omnimem.backbones import Backbone, Encoded, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError
+from omnimem.media import FileSource, LiveSource, MediaError, Source
+from omnimem.policy import Policy
 from omnimem.stream import PADDING, Prompt, Stream, StreamOptions
 from omnimem.tokens import Chunk
 
 IGNORED = -100
+QUESTION_ROOM = 1024  # positions kept free for a question and its answer
 
 
 @final
@@ -108,6 +111,12 @@ class Feeder:
             end=sample.end,
         )
 
+    def stream(self, seam: Seam, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
+        """An empty stream; with `positions: compact` it stays within the positions the model was trained on."""
+        compact = self.options.positions == "compact"
+        last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
+        return Stream(seam, policy, batch=batch, last_position=last, **settings)
+
     def chunks(self, batch: Sequence[Opened]) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked."""
         first = batch[0]
@@ -120,13 +129,41 @@ class Feeder:
             system=first.sample.system,
         )
 
-    def live_chunks(self, source: LiveSource) -> Iterator[Chunk]:
-        """The opening and the chunks of a stream that is still growing."""
+    def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
+        """The opening and the chunks of a file or a live stream, each decoded and encoded when it is asked for.
+
+        A chunk also ends at each of the `cuts`, in seconds, so that a question then sees nothing later.
+        Raises MediaError as `open`.
+        """
+        if not isinstance(source, Source):
+            source = FileSource(source, options=self.options.source(), geometry=self.backbone.geometry)
+        together = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
-            self.backbone.encode(source, fps=self.options.fps, together=1),
-            tracks=self.options.tracks,
+            self.backbone.encode(source, fps=self.options.fps, together=together),
+            tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
+            cuts=cuts,
         )
+
+    def answers(
+        self,
+        stream: Stream,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 16,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[str]:
+        """Greedy answers to questions about one stream as it stands; it does not remember having been asked.
+
+        `head` stands in for the backbone's own: it sees every token come.
+        """
+        rows = stream.answer(
+            self.prompt([[Turn(text=question) for question in questions]], self.options.tracks),
+            head or self.backbone.head,
+            stop=self.backbone.stop,
+            max_new_tokens=max_new_tokens,
+        )
+        return [str(self.backbone.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows[0]]
 
     def prompt(self, rows: Sequence[Sequence[Turn]], tracks: Tracks | None) -> Prompt:
         """The questions of each stream packed into one row; shorter rows are padded."""

@@ -13,6 +13,7 @@ from omnimem.attention.blocked import MEMORY, Segments, attend
 from omnimem.media import SourceOptions
 from omnimem.memory import Memory
 from omnimem.policy import Policy, projection
+from omnimem.positions import Rotary, distinct, earlier, ranks, rotate
 from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.view import LayerView
 
@@ -28,6 +29,7 @@ class StreamOptions:
     max_pixels: int = 176_400  # per frame: 420 x 420, as in the release
     min_pixels: int = 3_136
     chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
+    positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
     tracks: Literal["both", "video", "audio"] = "both"
 
     def __post_init__(self) -> None:
@@ -175,16 +177,22 @@ class Stream:
         temperature: float | None = None,
         carry: Carry = carry_directly,
         recorder: Recorder | None = None,
+        last_position: int | None = None,
     ) -> None:
-        """An empty stream; a temperature softens selection and carries its gate (training only)."""
+        """An empty stream; a temperature softens selection and carries its gate (training only).
+
+        Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (design 5).
+        """
         self.seam, self.policy, self.temperature = seam, policy, temperature
-        self.carry, self.recorder = carry, recorder
+        self.carry, self.recorder, self.last_position = carry, recorder, last_position
         self._projection = self._feature_projection()
         shape = seam.shape
         width = shape.feature if self._projection is None else self._projection.shape[1]
         self.memory = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
         self.next_position = 0
+        self.opening = 0  # positions below this belong to the text before the stream and never move
+        self.moved = 0  # by how much later tokens stand earlier than the backbone counts
         self.usage = Usage()
 
     def _feature_projection(self) -> Tensor | None:
@@ -203,6 +211,7 @@ class Stream:
 
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
+        chunk = self._placed(chunk)
         first = self.fed  # noted here: the step may run again in backward, when more has been fed
 
         def step(memory: Memory, embeddings: Tensor) -> Memory:
@@ -213,6 +222,25 @@ class Stream:
         before = self.memory.entries
         self.memory = self.carry(step, self.memory, chunk.embeddings)
         self._account(chunk, before)
+
+    def _placed(self, chunk: Chunk) -> Chunk:
+        """The chunk at the positions it will have in this stream; makes room below `last_position` if need be."""
+        if not bool((chunk.modality != Modality.TEXT).any()):
+            self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
+        if self.last_position is None:
+            return chunk
+        if int(chunk.positions.max()) - self.moved >= self.last_position:
+            end = self.opening + max(distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers)
+            self.memory = compacted(self.memory, self.opening, end, self.seam.rotary)
+            self.moved += self.next_position - end
+            self.next_position = end
+            last = int(chunk.positions.max()) - self.moved
+            if last >= self.last_position:
+                raise ValueError(
+                    f"memory and chunk reach position {last} even when compacted, the model was trained below "
+                    f"{self.last_position}; lower stream.chunk_tokens or memory.slots_per_layer"
+                )
+        return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved))
 
     def _account(self, chunk: Chunk, before: int) -> None:
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
@@ -237,8 +265,10 @@ class Stream:
             temperature=self.temperature,
             carry=self.carry,
             recorder=self.recorder,
+            last_position=self.last_position,
         )
         twin.memory, twin.fed, twin.next_position, twin.usage = self.memory, self.fed, self.next_position, self.usage
+        twin.opening, twin.moved = self.opening, self.moved
         return twin
 
     def ask(self, prompt: Prompt, before: Reading | None = None) -> Reading:
@@ -287,6 +317,18 @@ class Stream:
             [[number for number in ids if number >= 0] for ids, real in zip(row, real_row, strict=True) if real]
             for row, real_row in zip(rows, asked, strict=True)
         ]
+
+
+def compacted(memory: Memory, opening: int, end: int, rotary: Rotary) -> Memory:
+    """The memory with its audio and visual tokens at ranks that end before `end`, keys turned to match (design 5)."""
+    return Memory(layers=tuple(_compacted(layer, opening, end, rotary) for layer in memory.layers))
+
+
+def _compacted(layer: Tokens, opening: int, end: int, rotary: Rotary) -> Tokens:
+    time = ranks(layer.positions[:, 0], opening, end)
+    positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
+    cos, sin = rotary((positions - layer.positions).transpose(0, 1))
+    return replace(layer, positions=positions, keys=rotate(layer.keys, cos, sin))
 
 
 def _last_of_each(prompt: Prompt) -> tuple[Int[Tensor, "batch asked"], Int[Tensor, "batch asked"]]:

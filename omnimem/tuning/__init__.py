@@ -1,8 +1,16 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
 from omnimem.tuning.gradient import FullGradient
-from omnimem.tuning.lora import AdapterError, LoraOptions, StreamedModel, add_adapter, adapter_tensors, load_adapter, trainable
-from omnimem.tuning.losses import LossOptions, answer_loss
+from omnimem.tuning.lora import (
+    AdapterError,
+    LoraOptions,
+    StreamedModel,
+    adapter_tensors,
+    add_adapter,
+    load_adapter,
+    trainable,
+)
+from omnimem.tuning.losses import LossOptions, answer_losses
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, streamed_loss
 
@@ -18,7 +26,7 @@ __all__ = [
     "TuningOptions",
     "adapter_tensors",
     "add_adapter",
-    "answer_loss",
+    "answer_losses",
     "load_adapter",
     "streamed_loss",
     "trainable",

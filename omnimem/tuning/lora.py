@@ -1,5 +1,6 @@
 """LoRA on the text model alone, and the seam by which a trainer runs a whole stream as one forward pass."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> StreamedModel:
     """
     model.requires_grad_(False)
     try:
-        adapted = StreamedModel(model, options.config())
+        adapted = _adapted(model, options.config())
     except ValueError as error:
         raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module ({error})") from error
     for parameter in adapted.parameters():
@@ -115,7 +116,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> StreamedModel:
     tensors = adapter_tensors(folder)
     config = LoraConfig.from_pretrained(str(folder))
     try:
-        adapted = StreamedModel(model.requires_grad_(False), config)
+        adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -126,6 +127,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> StreamedModel:
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> StreamedModel:
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 by a name that is deprecated there; nothing a user could do
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return StreamedModel(model, config)
 
 
 def _foreign(folder: Path, model: PreTrainedModel, reason: str) -> AdapterError:

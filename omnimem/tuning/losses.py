@@ -20,6 +20,6 @@ class LossOptions:
             raise ValueError(f"loss.answer = {self.answer:g} must be above 0; it is what teaches the model to answer")
 
 
-def answer_loss(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the answer tokens, in float32 (release, method 2)."""
-    return F.cross_entropy(logits.float(), labels)
+def answer_losses(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Cross-entropy of each answer token, in float32 (release, method 2)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")

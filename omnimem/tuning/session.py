@@ -12,9 +12,9 @@ from omnimem.attach import Seam
 from omnimem.backbones import Turn
 from omnimem.feeding import IGNORED, Feeder, Opened, play
 from omnimem.policy import Policy
-from omnimem.stream import Carry, Stream, Usage
+from omnimem.stream import Carry, Usage
 from omnimem.tokens import Modality
-from omnimem.tuning.losses import answer_loss
+from omnimem.tuning.losses import answer_losses
 
 
 @final
@@ -37,28 +37,36 @@ def streamed_loss(
     temperature: float | None,
     carry: Carry,
 ) -> Outcome:
-    """Mean answer cross-entropy over all questions of samples of one layout, through the policy used in evaluation.
+    """Mean over streams of the mean cross-entropy of their answer tokens, through the policy used in evaluation.
 
-    Raises ValueError when no answer is to be learned.
+    A stream counts the same in a batch, in an accumulated step and on a rank of its own, however many answers it has.
+    Raises ValueError when a stream has no answer to learn from.
     """
-    started, losses, weights = time.perf_counter(), [], []
-    stream = Stream(seam, policy, batch=len(batch), temperature=temperature, carry=carry)
+    started, losses, streams = time.perf_counter(), [], []
+    stream = feeder.stream(seam, policy, batch=len(batch), temperature=temperature, carry=carry)
     for numbers in play(stream, feeder.chunks(batch), batch[0].times):
         prompt = feeder.prompt([_turns(opened, numbers) for opened in batch], batch[0].tracks)
         if prompt.labels is None or not bool((prompt.labels != IGNORED).any()):
             continue
         rows = prompt.labels != IGNORED
         hidden = stream.ask(prompt).hidden[rows]  # the head sees answer rows only
-        losses.append(answer_loss(feeder.backbone.head(hidden), prompt.labels[rows]))
-        weights.append(int(rows.sum()))
-    if not losses:
-        names = ", ".join(opened.sample.id for opened in batch)
-        raise ValueError(f"{names}: no answer to learn from; give an assistant message with loss: true")
-    loss = sum(part * weight for part, weight in zip(losses, weights, strict=True)) / sum(weights)
+        losses.append(answer_losses(feeder.backbone.head(hidden), prompt.labels[rows]))
+        streams.append(rows.nonzero()[:, 0])
+    loss = _mean_over_streams(losses, streams, batch)
     counts = stream.memory.counts()
     kept = {kind.name.lower(): sum(layer[kind] for layer in counts) for kind in Modality}
     elapsed = (time.perf_counter() - started) / max(1, stream.usage.chunks)
-    return Outcome(loss=torch.as_tensor(loss), usage=stream.usage, kept=kept, seconds_per_chunk=elapsed)
+    return Outcome(loss=loss, usage=stream.usage, kept=kept, seconds_per_chunk=elapsed)
+
+
+def _mean_over_streams(losses: Sequence[Tensor], streams: Sequence[Tensor], batch: Sequence[Opened]) -> Tensor:
+    """Mean over the streams of the mean over their rows."""
+    owners = torch.cat(streams) if streams else torch.zeros(0, dtype=torch.long)
+    counts = owners.bincount(minlength=len(batch))
+    silent = [opened.sample.id for opened, count in zip(batch, counts.tolist(), strict=True) if count == 0]
+    if silent:
+        raise ValueError(f"{', '.join(silent)}: no answer to learn from; give an assistant message with loss: true")
+    return (torch.cat(list(losses)) / counts[owners]).sum() / len(batch)
 
 
 def _turns(opened: Opened, numbers: Sequence[int]) -> list[Turn]:

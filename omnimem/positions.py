@@ -1,0 +1,52 @@
+"""Positions of kept tokens: ranks over the union of modalities, and keys turned from one place to another."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+from omnimem.tokens import Modality
+
+Rotary = Callable[[Int[Tensor, "axes batch tokens"]], tuple[Tensor, Tensor]]
+
+
+def rotate(
+    keys: Float[Tensor, "batch kv_heads tokens dim"],
+    cos: Float[Tensor, "batch tokens dim"],
+    sin: Float[Tensor, "batch tokens dim"],
+) -> Float[Tensor, "batch kv_heads tokens dim"]:
+    """Keys turned by angles: k cos + rotate_half(k) sin, in float32 (RoPE; angles add, so a difference re-places)."""
+    half = keys.shape[-1] // 2
+    exact = keys.float()
+    turned = torch.cat([-exact[..., half:], exact[..., :half]], dim=-1)
+    return (exact * cos[:, None].float() + turned * sin[:, None].float()).to(keys.dtype)
+
+
+def distinct(time: Int[Tensor, "batch tokens"], opening: int) -> int:
+    """Most distinct times from `opening` on in any stream of the batch."""
+    return max(len(row[row >= opening].unique()) for row in time)
+
+
+def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: int) -> Int[Tensor, "batch tokens"]:
+    """New times: the distinct ones from `opening` on, of both modalities, become consecutive and end before `end`.
+
+    What stands before `opening` keeps its time; audio and video of one moment stay together (ours).
+    """
+    moved = time.clone()
+    for row in range(time.shape[0]):
+        free = time[row] >= opening
+        times, place = time[row][free].unique(return_inverse=True)
+        moved[row, free] = place + (end - len(times))
+    return moved
+
+
+def earlier(
+    positions: Int[Tensor, "batch axes tokens"],
+    modality: Int8[Tensor, "batch tokens"],
+    shift: int | Int[Tensor, "batch tokens"],
+) -> Int[Tensor, "batch axes tokens"]:
+    """Positions `shift` earlier in time; rows and columns of visual tokens stay, all axes of other tokens move."""
+    back = torch.as_tensor(shift, device=positions.device).expand(modality.shape)
+    space = torch.where(modality == Modality.VISUAL, 0, back)
+    return positions - torch.stack([back, space, space], dim=1)

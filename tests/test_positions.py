@@ -1,0 +1,107 @@
+"""Compacted positions: order and company kept, attention among kept tokens as if encoded at the new places."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_equal_logits, cut, text_model, whole_stream
+
+from omnimem.attach import attach
+from omnimem.budget import Budget
+from omnimem.policies import PerturbationOptions
+from omnimem.positions import earlier, ranks, rotate
+from omnimem.stream import Prompt, Stream
+from omnimem.tokens import Chunk, Modality
+
+
+def in_a_grid(whole: Chunk) -> Chunk:
+    """The stream with rows and columns of visual tokens that do not grow with time, as real backbones lay them out."""
+    time = ((torch.arange(whole.count) + 1) // 2)[None]  # the opening's three tokens end before the stream begins
+    row, column = (torch.arange(whole.count) % size + 3 for size in (3, 2))
+    space = [torch.where(whole.modality == Modality.VISUAL, place, time) for place in (row, column)]
+    return replace(whole, positions=torch.stack([time, *space], dim=1))
+
+
+def test_ranks_are_consecutive_keep_company_and_leave_the_opening() -> None:
+    time = torch.tensor([[0, 1, 9, 9, 20, 20, 41]])
+    assert ranks(time, 2, 10).tolist() == [[0, 1, 7, 7, 8, 8, 9]]
+
+
+def test_rows_and_columns_of_visual_tokens_do_not_move() -> None:
+    positions = torch.tensor([[[7, 7], [3, 7], [2, 7]]])
+    modality = torch.tensor([[Modality.VISUAL, Modality.AUDIO]], dtype=torch.int8)
+    assert earlier(positions, modality, 5).tolist() == [[[2, 2], [3, 2], [2, 2]]]
+
+
+def test_turned_keys_equal_keys_encoded_at_the_new_place(family: str) -> None:
+    model = text_model(family)
+    keys = torch.randn(1, 2, 6, 16, generator=torch.Generator().manual_seed(0))
+    old = torch.randint(0, 50, (3, 1, 6), generator=torch.Generator().manual_seed(1))
+    new = torch.randint(0, 50, (3, 1, 6), generator=torch.Generator().manual_seed(2))
+    with attach(model) as seam:
+        encoded = rotate(keys, *seam.rotary(new))
+        turned = rotate(rotate(keys, *seam.rotary(old)), *seam.rotary(new - old))
+    assert torch.allclose(encoded, turned, atol=1e-5)
+
+
+def test_attention_logits_do_not_change_when_all_positions_shift_alike(family: str) -> None:
+    model = text_model(family)
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, 2, 6, 16, generator=generator) for _ in range(2))
+    places = torch.randint(0, 50, (3, 1, 6), generator=generator)
+    with attach(model) as seam:
+        here, there = ([rotate(x, *seam.rotary(places + shift)) for x in (queries, keys)] for shift in (0, 13))
+    assert torch.allclose(here[0] @ here[1].mT, there[0] @ there[1].mT, atol=1e-4)
+
+
+def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_original_before_it() -> None:
+    model = text_model("qwen2_5_omni")
+    chunks = cut(in_a_grid(whole_stream(96)), [3, *[12] * 7, 9])
+    policy = PerturbationOptions().build(Budget(slots=((2, 6),) * 4))
+    ids = torch.tensor([[5, 6, 7]])
+    prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
+    with attach(model) as seam:
+        plain = Stream(seam, policy)
+        early, late = Stream(seam, policy, last_position=1000), Stream(seam, policy, last_position=40)
+        for chunk in chunks:
+            for stream in (plain, early, late):
+                stream.feed(chunk)
+            assert all(int(layer.positions.max()) < 40 for layer in late.memory.layers)
+        assert late.moved > 0
+        assert late.next_position < plain.next_position
+        assert torch.equal(early.ask(prompt).hidden, plain.ask(prompt).hidden)
+        assert torch.isfinite(late.ask(prompt).hidden).all()
+
+
+def test_a_range_too_small_for_memory_and_chunk_is_refused() -> None:
+    model = text_model("qwen2_5_omni")
+    opening, first, second = cut(in_a_grid(whole_stream(63)), [3, 30, 30])
+    with attach(model) as seam:
+        stream = Stream(seam, PerturbationOptions().build(None), last_position=20)
+        stream.feed(opening)
+        stream.feed(first)
+        with pytest.raises(ValueError, match="chunk_tokens"):
+            stream.feed(second)
+
+
+def test_moving_all_tokens_alike_changes_no_answer() -> None:
+    """With every time kept, compaction only shifts; attention to the stream is relative, so answers stay."""
+    model = text_model("qwen2_5_omni")
+    whole = in_a_grid(whole_stream(60))
+    far = whole.positions.clone()
+    far[:, :, 3:] = earlier(whole.positions, whole.modality, -7)[:, :, 3:]  # a gap of 7 after the opening
+    shifted = type(whole)(embeddings=whole.embeddings, positions=far, modality=whole.modality)
+    ids = torch.tensor([[5, 6, 7]])
+    prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
+    lengths = [3, 27, 30]
+    with attach(model) as seam:
+        near = Stream(seam, PerturbationOptions().build(None))
+        moving = Stream(seam, PerturbationOptions().build(None), last_position=int(far.max()))
+        for a, b in zip(cut(whole, lengths), cut(shifted, lengths), strict=True):
+            near.feed(a)
+            moving.feed(b)
+        assert moving.moved == 7
+        later = torch.tensor([kind != Modality.TEXT for kind in near.memory.layers[0].modality[0]])
+        ours, theirs = moving.memory.layers[0].keys, near.memory.layers[0].keys
+        assert_equal_logits(ours[:, :, later], theirs[:, :, later])  # layer 0 keys depend on nothing but the place
+        assert torch.isfinite(moving.ask(prompt).hidden).all()
