@@ -89,6 +89,12 @@ fps: 2
     ]
 
 
+def test_an_unknown_section_made_by_an_override_is_told_at_the_command_line(tmp_path: Path) -> None:
+    assert problems(tmp_path, overrides=["memry.slots=3"]) == [
+        "command line memry: unknown key; did you mean 'memory'?"
+    ]
+
+
 def test_a_key_of_the_training_section_at_the_top_is_sent_home(tmp_path: Path) -> None:
     assert problems(tmp_path, overrides=["learning_rate=1e-4"]) == [
         "command line learning_rate: unknown key; did you mean train.learning_rate?"

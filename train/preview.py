@@ -151,7 +151,8 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> Reading
 def _first_sample(run: RunConfig, missing: Missing) -> Sample | None:
     manifest = run.data.train
     if manifest is None or not Path(manifest).is_file():
-        how = "make it with data_prep/convert.py from your own files, or with data_prep/synthesize.py"
+        folder = Path(manifest or "data/recall/train.jsonl").parent
+        how = f"make it with `python data_prep/synthesize.py --out {folder}`, or from your files with convert.py"
         missing.add(f"training data ({manifest or 'data.train is not set'})", how)
         return None
     return read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)[0]
@@ -232,8 +233,7 @@ def describe_sample(skeleton: Skeleton, reading: Reading) -> Iterator[str]:
         f"{width} x {height}, {source.audio_seconds_heard:.1f} s of sound"
     )
     counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in reading.tokens.items())
-    longest = max(reading.chunks, default=0)
-    yield f"tokens of the stream: {counts}; in {len(reading.chunks)} chunks, the longest of {longest:,}"
+    yield f"tokens of the stream: {counts}; longest of {len(reading.chunks)} chunks: {max(reading.chunks, default=0):,}"
     if skeleton.approximate:
         yield "approximate: the model's tokenizer is not here, text is tokenised by the tiny checkpoint's"
     trained = skeleton.shapes.trained_positions

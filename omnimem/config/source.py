@@ -34,12 +34,14 @@ class Source:
     places: dict[Key, str] = field(default_factory=dict)
 
     def place(self, key: Key) -> str:
-        """`file:line`, or `command line`, of a key or of the innermost section around it."""
+        """`file:line`, or `command line`, of a key, of one inside it, or of the innermost section around it."""
         return self.places.get(self._placed(key), self.file)
 
     def _placed(self, key: Key) -> Key:
-        """The key or the innermost section around it that was written somewhere."""
-        return next((key[:length] for length in range(len(key), 0, -1) if key[:length] in self.places), ())
+        """The key, a key inside it, or the innermost section around it: whichever was written somewhere."""
+        inner = (placed for placed in self.places if placed[: len(key)] == key)
+        outer = (key[:length] for length in range(len(key) - 1, 0, -1) if key[:length] in self.places)
+        return next(inner, next(outer, ()))
 
     def error(self, problems: Sequence[Problem]) -> ConfigError:
         """The problems in the order of the file, those of the command line last."""
