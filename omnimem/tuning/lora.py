@@ -4,14 +4,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,7 +72,7 @@ class StreamedModel(PeftModel):
         return self
 
 
-def add_adapter(model: PreTrainedModel, options: LoraOptions) -> StreamedModel:
+def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     """The model with fresh adapters (B = 0, so nothing changes yet); everything else is frozen.
 
     Raises AdapterError when no module matches the targets.
@@ -108,13 +107,13 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> StreamedModel:
+def load_adapter(model: Any, folder: Path) -> StreamedModel:
     """The model with a saved adapter, verified.
 
     Raises AdapterError when the adapter is broken or its shapes are those of another base.
     """
     tensors = adapter_tensors(folder)
-    config = LoraConfig.from_pretrained(str(folder))
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
@@ -129,14 +128,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> StreamedModel:
     return adapted.eval()
 
 
-def _adapted(model: PreTrainedModel, config: LoraConfig) -> StreamedModel:
+def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5 by a name that is deprecated there; nothing a user could do
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         return StreamedModel(model, config)
 
 
-def _foreign(folder: Path, model: PreTrainedModel, reason: str) -> AdapterError:
+def _foreign(folder: Path, model: Any, reason: str) -> AdapterError:
     return AdapterError(f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own adapter")
 
 

@@ -47,7 +47,7 @@ class Plan:
     seed: int
 
     def __call__(self, step: int, steps: int) -> Step:
-        """What step number `step` (from 0) of `steps` uses. Each run through the list of budgets is a fresh permutation of it."""
+        """What step number `step` (from 0) of `steps` uses; each lap through the list of budgets is a permutation."""
         budgets = self.options.budgets or (self.slots_per_layer,)
         lap, place = divmod(step, len(budgets))
         order = sorted(range(len(budgets)), key=lambda number: _hash(self.seed, lap, number))

@@ -61,7 +61,7 @@ def streamed_loss(
 
 def _mean_over_streams(losses: Sequence[Tensor], streams: Sequence[Tensor], batch: Sequence[Opened]) -> Tensor:
     """Mean over the streams of the mean over their rows."""
-    owners = torch.cat(streams) if streams else torch.zeros(0, dtype=torch.long)
+    owners = torch.cat(list(streams)) if streams else torch.zeros(0, dtype=torch.long)
     counts = owners.bincount(minlength=len(batch))
     silent = [opened.sample.id for opened, count in zip(batch, counts.tolist(), strict=True) if count == 0]
     if silent:
