@@ -225,7 +225,7 @@ class Stream:
 
     def _placed(self, chunk: Chunk) -> Chunk:
         """The chunk at the positions it will have in this stream; makes room below `last_position` if need be."""
-        if not bool((chunk.modality != Modality.TEXT).any()):
+        if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
         if self.last_position is None:
             return chunk
@@ -294,7 +294,12 @@ class Stream:
         stop: Sequence[int],
         max_new_tokens: int,
     ) -> list[list[list[int]]]:
-        """Greedy answers: for each stream and question the new token ids, without the stop token."""
+        """Greedy answers: for each stream and question the new token ids, without the stop token.
+
+        Raises ValueError when `max_new_tokens` is below 1.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
         reading = self.ask(prompt)
         last, offsets = _last_of_each(prompt)
         logits = head(reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1])))

@@ -73,6 +73,15 @@ def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_origin
         assert torch.isfinite(late.ask(prompt).hidden).all()
 
 
+def test_text_in_mid_stream_does_not_widen_the_opening() -> None:
+    model = text_model("qwen2_5_omni")
+    with attach(model) as seam:
+        stream = Stream(seam, PerturbationOptions().build(None), last_position=1000)
+        for chunk in cut(in_a_grid(whole_stream(14)), [3, 5, 1, 5]):
+            stream.feed(chunk)
+        assert stream.opening == 2
+
+
 def test_a_range_too_small_for_memory_and_chunk_is_refused() -> None:
     model = text_model("qwen2_5_omni")
     opening, first, second = cut(in_a_grid(whole_stream(63)), [3, 30, 30])

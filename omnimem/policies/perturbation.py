@@ -46,6 +46,12 @@ class PerturbationOptions:
     ends: Literal["present", "one"] | None = None
     feature: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("sharpness", 0), ("novelty_power", 0), ("feature", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
+
     def build(self, budget: Budget | None) -> Policy:
         """The policy at a budget; None: full memory."""
         if budget is not None and self.name == "released":
