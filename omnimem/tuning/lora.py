@@ -9,12 +9,13 @@ from typing import Any, Literal, cast, final
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 class AdapterError(ValueError):
@@ -91,12 +92,16 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter.
 
-    Raises AdapterError when they are missing, empty, not finite, or all B matrices are zero.
+    Raises AdapterError when they are missing, unreadable, empty, not finite, or all B matrices are zero.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise AdapterError(f"{folder}: {WEIGHTS} is missing; give the adapter/ folder of a finished run")
-    tensors = load_file(path)
+    for name in (SETTINGS, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder}: {name} is missing; give the adapter/ folder of a finished run")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise AdapterError(f"{path}: cannot be read ({error}); copy it again, or export it again") from error
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if not trained or any(tensor.numel() == 0 for tensor in tensors.values()):
         raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (train/export.py)")

@@ -1,0 +1,484 @@
+"""Gradient through evictions: streamed and recomputed, it equals one plain pass with masks by layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cut, text_model, whole_stream
+from episodes import (
+    IGNORED,
+    ChunkStep,
+    Episode,
+    KeptByChunk,
+    OneShot,
+    ScoresByChunk,
+    Softened,
+    mean_answer_loss,
+    one_shot_loss,
+)
+from peft import LoraConfig, inject_adapter_in_model
+from test_stream import LENGTHS, levels_of, policy_of
+from thinkers import write_folder
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from omnimem.attach import Seam, attach
+from omnimem.attention.blocked import attend
+from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn
+from omnimem.budget import SplitBudget
+from omnimem.data import Message, Sample
+from omnimem.feeding import Feeder, Heard, Opened, play
+from omnimem.memory import Memory
+from omnimem.policies import PerturbationOptions
+from omnimem.policy import Policy
+from omnimem.selection import Room, select
+from omnimem.stream import Carry, Prompt, Stream, StreamOptions, carry_directly
+from omnimem.tokens import Chunk
+from omnimem.tuning import FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
+
+
+def adapted(family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PreTrainedModel:
+    """A random text model with LoRA whose A and B are random, alone trainable; only the dropout is in training mode."""
+    model = text_model(family)
+    if family == "qwen3_omni":
+        model.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets), model)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    for module in model.modules():
+        module.training = isinstance(module, nn.Dropout)
+    return model.to(dtype)
+
+
+def chunks_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) -> list[Chunk]:
+    found = []
+    for chunk in cut(whole_stream(levels=levels_of(family), batch=batch), LENGTHS):
+        stack = chunk.deepstack
+        if stack is not None:
+            stack = replace(stack, features=tuple(level.to(dtype) for level in stack.features))
+        found.append(replace(chunk, embeddings=chunk.embeddings.to(dtype), deepstack=stack))
+    return found
+
+
+def prompt_of(seed: int, batch: int = 1) -> Prompt:
+    """Two packed questions of 5 and 3 tokens; the last two tokens of each are the answer."""
+    ids = torch.randint(5, 300, (batch, 8), generator=torch.Generator().manual_seed(seed))
+    segments, offsets = torch.tensor([[0] * 5 + [1] * 3, [0, 1, 2, 3, 4, 0, 1, 2]])[:, None].expand(-1, batch, -1)
+    labels = torch.full_like(ids, IGNORED)
+    for place in (2, 3, 5, 6):
+        labels[:, place] = ids[:, place + 1]
+    return Prompt(ids=ids, segments=segments, offsets=offsets, labels=labels)
+
+
+def episode_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) -> Episode:
+    """Five chunks, questions after the third and after the last one."""
+    return Episode(chunks=chunks_of(family, dtype, batch), asked=[(3, prompt_of(1, batch)), (5, prompt_of(2, batch))])
+
+
+def streamed_loss_of(
+    seam: Seam, episode: Episode, policy: Policy, carry: Carry, temperature: float | None = None
+) -> Tensor:
+    """The loss of an episode by feeding and asking."""
+    stream = Stream(seam, policy, batch=len(episode.chunks[0].modality), carry=carry, temperature=temperature)
+    asked = dict(episode.asked)
+    hidden = []
+    for number, chunk in enumerate(episode.chunks, start=1):
+        stream.feed(chunk)
+        if number in asked:
+            hidden.append(stream.ask(asked[number]).hidden)
+    labels = torch.cat([prompt.labels for prompt in asked.values()], dim=1)
+    return mean_answer_loss(head_of(seam.text_model)(torch.cat(hidden, dim=1)), labels)
+
+
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Embeddings as output weights."""
+    return lambda hidden: hidden @ model.get_input_embeddings().weight.T
+
+
+def gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    """Of all trainable parameters, in one row."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.cat([part.reshape(-1).double() for part in torch.autograd.grad(loss, learning)])
+
+
+def assert_same_gradient(got: Tensor, expected: Tensor, relative: float) -> None:
+    cosine = float(F.cosine_similarity(got, expected, dim=0))
+    error = float((got - expected).norm() / expected.norm())
+    assert cosine >= 0.99999, f"cosine {cosine}"
+    assert error <= relative, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_streamed_gradient_equals_one_shot_with_masks_by_layer(
+    family: str, dtype: torch.dtype, relative: float
+) -> None:
+    model, episode = adapted(family, dtype), episode_of(family, dtype)
+    noting = KeptByChunk(FullGradient())
+    with attach(model) as seam:
+        loss = streamed_loss_of(seam, episode, policy_of("omnimem"), noting)
+        got = gradient(loss, model)
+        plain = one_shot_loss(seam, head_of(model), episode, OneShot(episode, noting.kept))
+        expected = gradient(plain, model)
+    counts = [tokens.shape[1] for tokens in noting.kept[-1]]
+    assert len(set(counts)) == 4  # layers remember unequal numbers, and all have evicted
+    assert max(counts) < sum(LENGTHS)
+    torch.testing.assert_close(loss, plain, rtol=relative, atol=0)
+    assert_same_gradient(got, expected, relative)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+@pytest.mark.parametrize("preset", ["omnimem", "paper", "released"])
+def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, temperature: float) -> None:
+    """The gates are written out from their definition, over every eviction that a token survives."""
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
+    policy = policy_of(preset)
+    noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
+    with attach(model) as seam:
+        loss = streamed_loss_of(seam, episode, replace(policy, scorer=scores), noting, temperature)
+        got = gradient(loss, model)
+        power = 0.5 if preset == "released" else 1.0
+        softened = Softened(policy=policy, scores=scores.seen, temperature=temperature, novelty_power=power)
+        step = OneShot(episode, noting.kept, softened)
+        expected = gradient(one_shot_loss(seam, head_of(model), episode, step), model)
+        hard = streamed_loss_of(seam, episode, policy, FullGradient())
+        assert_same_gradient(got, expected, 1e-5)  # scores are float32
+        torch.testing.assert_close(loss, hard, rtol=1e-12, atol=0)
+        assert float((got - gradient(hard, model)).norm() / got.norm()) > 1e-3  # the scores do receive gradient
+    assert any(not torch.equal(*tokens) for tokens in noting.kept[-1])  # each stream keeps its own
+
+
+def test_scores_without_gradient_leave_the_gradient_of_hard_selection() -> None:
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
+    policy = policy_of("omnimem")
+    still = replace(policy, measures=replace(policy.measures, gradient="none"))
+    with attach(model) as seam:
+        hard = gradient(streamed_loss_of(seam, episode, policy, FullGradient()), model)
+        assert_same_gradient(gradient(streamed_loss_of(seam, episode, still, FullGradient(), 0.1), model), hard, 1e-12)
+
+
+def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
+    policy = policy_of("omnimem")
+    both = replace(policy, measures=replace(policy.measures, gradient="both"))
+    with attach(model) as seam:
+        first, second = (
+            gradient(streamed_loss_of(seam, episode, each, FullGradient(), 0.1), model) for each in (policy, both)
+        )
+    assert bool(second.isfinite().all())
+    assert float((first - second).norm() / first.norm()) > 1e-6
+
+
+def detached(step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+    """A memory without past, as for `gradient: released`."""
+    return Memory.of([tensor.detach() for tensor in step(memory, embeddings).tensors()])
+
+
+def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
+    """So the equalities above would notice a graph that is cut."""
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
+    with attach(model) as seam:
+        full, cut_off = (
+            gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), carry), model)
+            for carry in (FullGradient(), detached)
+        )
+    assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
+
+
+@pytest.mark.parametrize("temperature", [None, 0.3])
+@pytest.mark.parametrize("carry", [FullGradient(), FullGradient(offload=True)], ids=["recomputed", "offloaded"])
+def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
+    carry: FullGradient, temperature: float | None
+) -> None:
+    model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
+    found = []
+    with attach(model) as seam:
+        for way in (carry, carry_directly):
+            torch.manual_seed(5)
+            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
+            torch.manual_seed(6)  # what happens to the generator before backward does not matter
+            found.append((loss.detach(), gradient(loss, model)))
+        torch.manual_seed(7)
+        other = streamed_loss_of(seam, episode, policy_of("omnimem"), carry, temperature)
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], other)  # dropout was active
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves outside of recomputed chunks, every storage once, weights left out."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.storages: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()} if model is not None else set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                self.storages[storage.data_ptr()] = storage.nbytes()
+            return tensor  # which keeps the storage alive, so that no address comes twice
+
+        super().__init__(pack, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+def long_episode(count: int) -> Episode:
+    """So many chunks of 24 tokens of their own storages, of which the first alone holds text; a question at the end."""
+    generator = torch.Generator().manual_seed(4)
+    chunks = []
+    for number in range(count):
+        kinds = torch.tensor([0] * 4 + [2, 2, 2, 1] * 5 if number == 0 else [2, 2, 2, 1] * 6, dtype=torch.int8)
+        places = torch.arange(24 * number, 24 * number + 24).expand(1, 3, 24).contiguous()
+        embeddings = torch.randn(1, 24, 64, generator=generator)
+        chunks.append(Chunk(embeddings=embeddings, positions=places, modality=kinds[None]))
+    return Episode(chunks=chunks, asked=[(count, prompt_of(1))])
+
+
+SLOTS = ((4, 8), (2, 20), (6, 6), (1, 10))
+
+
+def saved_after(seam: Seam, count: int, carry: Carry) -> tuple[int, int]:
+    """(bytes saved when the loss is known, bytes of one memory after an eviction)."""
+    episode, policy = long_episode(count), policy_of("omnimem", SLOTS)
+    stream = Stream(seam, policy, carry=carry)
+    for chunk in episode.chunks[:2]:
+        stream.feed(chunk)
+    saved = Saved(seam.text_model)
+    with saved:
+        loss = streamed_loss_of(seam, episode, policy, carry, temperature=0.5)
+    assert loss.requires_grad
+    return saved.bytes, stream.memory.bytes
+
+
+def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone() -> None:
+    with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
+        full = {count: saved_after(seam, count, FullGradient()) for count in (4, 8, 16)}
+        stored = {count: saved_after(seam, count, carry_directly) for count in (4, 8, 16)}
+    memory = full[4][1]
+    entry = (
+        2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 3 * 4 + 1
+    )  # keys, values, feature, positions and order, three scores, kind
+    assert memory == sum(audio + visual + 4 for audio, visual in SLOTS) * entry
+    embeddings = 24 * 64 * 4
+    for few, many in ((4, 8), (8, 16)):
+        grown = full[many][0] - full[few][0]
+        assert grown == (many - few) * (memory + embeddings)
+        assert stored[many][0] - stored[few][0] > 10 * grown
+
+
+def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of every memory and the chunk's embeddings go to the host: none escapes in a container."""
+    moved = Saved()
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda pin_memory: moved)
+    episode, policy = long_episode(6), policy_of("omnimem", SLOTS)
+    memories: list[int] = []
+
+    def noting(step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+        memories.append(memory.bytes + embeddings.numel() * 4)
+        return FullGradient(offload=True)(step, memory, embeddings)
+
+    with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
+        streamed_loss_of(seam, episode, policy, noting, temperature=0.5)
+    assert len(memories) == 6
+    assert moved.bytes == sum(memories)
+
+
+# --------------------------------------------------------------------------------------------- softened selection alone
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize(
+    "room", [Room(audio=2, visual=5), Room(audio=0, visual=7, split=False)], ids=["split", "shared"]
+)
+def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: Room, temperature: float) -> None:
+    """Through attention, in float64: autograd, the formula and differences of the soft surrogate agree."""
+    generator = torch.Generator().manual_seed(11)
+    modality = torch.tensor([[0, 2, 2, 1, 2, 1, 2, 2, 1, 2, 2, 1, 2]], dtype=torch.int8)
+    count = modality.shape[1]
+    scores = torch.rand(1, count, dtype=torch.float64, generator=generator).requires_grad_()
+    queries, keys, values = torch.randn(3, 1, 2, count, 8, dtype=torch.float64, generator=generator)
+    weights = torch.randn(1, 2, count, 8, dtype=torch.float64, generator=generator)
+
+    def loss_of(index: Tensor, gate: Tensor) -> Tensor:
+        wanted = index[:, None, :, None].expand(-1, 2, -1, 8)
+        return (attend(queries[:, :, -1:], keys.gather(2, wanted), values.gather(2, wanted), scale=0.3, gate=gate)
+                * weights[:, :, -1:]).sum()  # fmt: skip
+
+    hard, soft = select(scores, modality, room), select(scores, modality, room, temperature)
+    assert soft.gate is not None
+    assert torch.equal(soft.index, hard.index)
+    assert not soft.gate.any()
+    loss = loss_of(soft.index, soft.gate)
+    assert torch.equal(loss, loss_of(hard.index, torch.zeros_like(soft.gate)))
+    (got,) = torch.autograd.grad(loss, scores)
+
+    fixed = scores.detach()[0]
+    stays = torch.zeros(count, dtype=torch.bool).index_fill(0, soft.index[0], True)
+    groups = [(modality[0] == kind) for kind in (1, 2)] if room.split else [modality[0] != 0]
+
+    def sigmoid(score: Tensor) -> Tensor:
+        """g of every token, with threshold and deviation as they are at the true scores; 0 where nothing competes."""
+        found = torch.zeros_like(score)
+        for member in groups:
+            tau = (fixed[member & stays].min() + fixed[member & ~stays].max()) / 2
+            found[member] = torch.sigmoid((score[member] - tau) / fixed[member].std(unbiased=False) / temperature)
+        return found
+
+    def surrogate(score: Tensor) -> Tensor:
+        return loss_of(soft.index, torch.log(1 + sigmoid(score) - sigmoid(fixed))[soft.index])
+
+    step = 1e-6
+    unit = torch.eye(count, dtype=torch.float64) * step
+    differences = torch.stack([(surrogate(fixed + e) - surrogate(fixed - e)) / (2 * step) for e in unit])
+    torch.testing.assert_close(got[0], differences, rtol=1e-6, atol=1e-9)
+
+    gate = soft.gate.detach().requires_grad_()
+    (of_gate,) = torch.autograd.grad(loss_of(soft.index, gate), gate)
+    g = sigmoid(fixed)
+    slope = torch.zeros(count, dtype=torch.float64)
+    for member in groups:
+        slope[member] = (g * (1 - g))[member] / fixed[member].std(unbiased=False) / temperature
+    analytic = torch.zeros(count, dtype=torch.float64).index_copy(0, soft.index[0], of_gate[0]) * slope
+    torch.testing.assert_close(got[0], analytic, rtol=1e-12, atol=0)
+    competing = stays & (modality[0] != 0)
+    assert bool((got[0][competing] != 0).all())
+    assert not got[0][~competing].any()
+
+
+# ------------------------------------------------------------------------------------ the loss that the trainer streams
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
+    """A random thinker in float64 whose text model has a trained-looking adapter."""
+    folder = write_folder(tmp_path_factory.mktemp("thinker"), rates="tiny")
+    loaded = Qwen25Omni.load(ModelOptions(path=str(folder)))
+    adapted = add_adapter(
+        loaded.model, LoraOptions(r=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "up_proj"))
+    )
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    loaded.model.double()
+    return loaded
+
+
+def opened(number: int, times: Sequence[float | None], answers: Sequence[str], seconds: int = 16) -> Opened:
+    """A stream of random encodings, 4 visual and 2 audio tokens every 2 s, with a question at each time."""
+    generator = torch.Generator().manual_seed(number)
+    segments = [
+        Encoded(
+            visual=torch.randn(1, 4, 32, generator=generator, dtype=torch.float64),
+            audio=torch.randn(1, 2, 32, generator=generator, dtype=torch.float64),
+            grid=(1, 2, 2),
+            start=float(start),
+            seconds=2.0,
+            seconds_per_grid=2.0,
+        )
+        for start in range(0, seconds, 2)
+    ]
+    messages = []
+    for time, answer in zip(times, answers, strict=True):
+        messages.append(Message(role="user", content=f"what colour was the {answer} ?", at=time))
+        messages.append(Message(role="assistant", content=answer))
+    sample = Sample(id=str(number), video=Path("x.mp4"), audio=None, messages=tuple(messages))
+    return Opened(
+        sample=sample, segments=segments, tracks="both", heard=Heard(frames=seconds, audio_seconds=float(seconds))
+    )
+
+
+def policy_at(slots: int | None) -> Policy:
+    return PerturbationOptions().build(None if slots is None else SplitBudget(visual_audio_ratio=2.0).build(2, slots))
+
+
+@torch.no_grad()
+def episode_from(seam: Seam, feeder: Feeder, batch: Sequence[Opened]) -> Episode:
+    """What the trainer streams, as chunks and prompts."""
+    chunks, asked = list(feeder.chunks(batch)), []
+    stream = Stream(seam, policy_at(None), batch=len(batch))
+    for numbers in play(stream, chunks, batch[0].times):
+        questions = [[one.sample.questions[number] for number in numbers] for one in batch]
+        turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
+        asked.append((stream.usage.chunks, feeder.prompt(turns, "both")))
+    return Episode(chunks=chunks, asked=asked)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.3])
+def test_the_trainers_loss_and_gradient_equal_one_shot(backbone: Qwen25Omni, temperature: float | None) -> None:
+    """Questions at 7 s, twice at 9 s and at the end; two streams with answers of unequal length."""
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
+    times = (7.0, 9.0, 9.0, None)
+    batch = [opened(1, times, ["red", "blue", "green", "red"]), opened(2, times, ["dark red", "red", "blue", "a b c"])]
+    policy, learning = policy_at(6), trainable(backbone.model)
+    noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
+    with attach(backbone.text_model) as seam:
+        outcome = streamed_loss(
+            seam, feeder, batch, replace(policy, scorer=scores), temperature=temperature, carry=noting
+        )
+        got = gradient(outcome.loss, backbone.model)
+        episode = episode_from(seam, feeder, batch)
+        softened = None
+        if temperature is not None:
+            softened = Softened(policy=policy, scores=scores.seen, temperature=temperature)
+        plain = one_shot_loss(seam, backbone.head, episode, OneShot(episode, noting.kept, softened))
+        expected = gradient(plain, backbone.model)
+    assert len(episode.chunks) == 6  # opening, 4, 2, 2, 4, 4 s: cut where questions are asked
+    assert [seen for seen, _ in episode.asked] == [3, 4, 6]
+    assert len(learning) == 12
+    torch.testing.assert_close(outcome.loss, plain.float(), rtol=1e-6, atol=0)  # the loss is float32 by design
+    assert_same_gradient(got, expected, 1e-6 if temperature is None else 1e-5)
+
+
+def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -> None:
+    """Loss and gradient of transformers' own forward pass over the whole prompt, with its own attention."""
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
+    batch = [opened(1, [None], ["dark red"])]
+    with attach(backbone.text_model) as seam:
+        outcome = streamed_loss(seam, feeder, batch, policy_at(None), temperature=None, carry=FullGradient())
+        got = gradient(outcome.loss, backbone.model)
+        episode = episode_from(seam, feeder, batch)
+        embeddings = episode.embeddings(seam)
+    hidden = backbone.text_model(
+        inputs_embeds=embeddings, position_ids=episode.positions.transpose(0, 1), use_cache=False
+    ).last_hidden_state
+    labels = episode.asked[0][1].labels
+    plain = mean_answer_loss(backbone.head(hidden[:, -labels.shape[1] :]), labels)
+    torch.testing.assert_close(outcome.loss, plain.float(), rtol=1e-6, atol=0)
+    assert_same_gradient(got, gradient(plain, backbone.model), 1e-6)
+
+
+def test_a_stream_counts_the_same_alone_and_in_a_batch(backbone: Qwen25Omni) -> None:
+    """However many answers it has: so batches, accumulated steps and ranks mean the same."""
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
+    streams = [opened(1, [None] * 2, ["red", "blue"]), opened(2, [None] * 2, ["dark red", "blue and a b c and d"])]
+    with attach(backbone.text_model) as seam:
+        losses = [
+            streamed_loss(seam, feeder, batch, policy_at(6), temperature=0.3, carry=FullGradient()).loss
+            for batch in (streams, streams[:1], streams[1:])
+        ]
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-6, atol=0)
+    assert abs(float((losses[1] - losses[2]).detach())) > 1e-3
+
+
+def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) -> None:
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
+    silent = opened(2, [None], ["red"])
+    question, answer = silent.sample.messages
+    silent = replace(silent, sample=replace(silent.sample, messages=(question, replace(answer, loss=False))))
+    with attach(backbone.text_model) as seam, pytest.raises(ValueError, match=r"^2: no answer to learn from"):
+        streamed_loss(
+            seam, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), temperature=None, carry=FullGradient()
+        )
