@@ -12,7 +12,7 @@ from data_prep.renderer import write_mp4
 from data_prep.worlds import WorldOptions, draw_world
 from omnimem.attach import attach
 from omnimem.backbones import load_backbone
-from omnimem.config import RunConfig, load
+from omnimem.config import ConfigError, RunConfig, load
 from omnimem.feeding import Feeder
 from omnimem.footprint import Shapes, footprint, render
 from omnimem.stream import Stream
@@ -142,3 +142,19 @@ def test_the_memory_table_takes_the_largest_budget_of_training(tmp_path: Path, c
     load = load_of(run, skeleton.shapes, reading)
     assert (load.entries, load.stage, load.half) == (2 * media, 2, True)
     assert "keys and values" in render(footprint(Shapes.read(checkpoint), load))
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("stream.fps=0.377", "stream.fps: fps = 0.377 meets no grid"),
+        ("stream.chunk_tokens=9", "stream.chunk_tokens: a seg"),
+    ],
+)
+def test_settings_that_the_checkpoints_grids_cannot_give_are_refused(
+    override: str, what: str, tmp_path: Path, checkpoint: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        preview.preview(recorded(tmp_path / "data", checkpoint, override))
+    (line,) = error.value.problems
+    assert line.startswith(what)

@@ -22,7 +22,7 @@ from omnimem.backbones import Encoded, Qwen25Omni, Turn
 from omnimem.backbones.base import Tracks
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
-from omnimem.config import CONFIGS, RunConfig, dump
+from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import Message, Sample, read_manifest
 from omnimem.feeding import IGNORED, tracks_of
 from omnimem.footprint import Load, Shapes, footprint, render
@@ -178,17 +178,28 @@ def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tens
 
 
 def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> Reading:
-    """Decode the sample and cut it as a run would; the encoders' outputs are only counted."""
+    """Decode the sample and cut it as a run would; the encoders' outputs are only counted.
+
+    Raises ConfigError when `stream` asks for something that the checkpoint's grids cannot give.
+    """
     backbone, shapes = skeleton.backbone, skeleton.shapes
+    try:
+        shapes.geometry.segment(run.stream.fps)
+    except ValueError as error:
+        raise ConfigError([f"stream.fps: {error}"]) from error
     segments: list[Segment] = list(source)
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
-    opening, *chunks = backbone.chunks(
+    cut = backbone.chunks(
         _counted(segments, shapes, run.stream.fps),
         tracks=tracks,
         chunk_tokens=run.stream.chunk_tokens,
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
     )
+    try:
+        opening, *chunks = cut
+    except ValueError as error:
+        raise ConfigError([f"stream.chunk_tokens: {error}"]) from error
     tokens = {kind: sum(int((chunk.modality == kind).sum()) for chunk in chunks) for kind in Modality}
     tokens[Modality.TEXT] += opening.count
     turns = [backbone.turn(Turn(text=q.text, answer=q.answer), tracks=tracks) for q in sample.questions]
