@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from omnimem.budget import SharedBudget
-from omnimem.config import CONFIGS, ConfigError, RunConfig, dump, load
+from omnimem.config import CONFIGS, ConfigError, RunConfig, dump, load, refuse_changes
 from train.arguments import train_section
 
 TRAIN = train_section()
@@ -134,6 +134,8 @@ def test_half_precision_can_be_asked_for_on_a_host_without_gpu(tmp_path: Path) -
 def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
+    (tmp_path / "mine.json").write_text("{")
+    assert "mine.json holds no JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
 
@@ -235,6 +237,22 @@ def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text: str,
 @pytest.mark.parametrize("word", ["no", "on", "2024-01-01", "0x10", "1e"])
 def test_words_that_old_yaml_took_for_something_else_stay_words(word: str, tmp_path: Path) -> None:
     assert loaded(tmp_path, f"name={word}").name == word
+
+
+def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) -> None:
+    run = loaded(tmp_path)
+    earlier = tmp_path / "config.yaml"
+    earlier.write_text(dump(run))
+    refuse_changes(run, earlier)
+    refuse_changes(loaded(tmp_path, "train.max_steps=9", "evaluate.limit=3"), earlier)
+    with pytest.raises(ConfigError) as error:
+        refuse_changes(loaded(tmp_path, "tuning.lora.r=8", "memory.policy={name: uniform}"), earlier)
+    assert [line.replace(str(earlier), "config.yaml") for line in error.value.problems] == [
+        "config.yaml memory.policy.name: 'recency' there, 'uniform' now; "
+        "resume with the former, or start anew with name=... or --overwrite",
+        "config.yaml tuning.lora.r: 128 there, 8 now; "
+        "resume with the former, or start anew with name=... or --overwrite",
+    ]
 
 
 def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The strict schema of a run: composes the options that stand beside each part; read from YAML and key=value."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, BudgetOptions, SharedBudget
 from omnimem.calibration import CalibrationOptions
 from omnimem.config.check import names, nearest, strict, validated
-from omnimem.config.source import ConfigError, Key, Problem, override, read
+from omnimem.config.source import ConfigError, Key, Problem, dotted, override, read
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
@@ -22,7 +23,7 @@ from omnimem.tuning import TuningOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load", "strict"]
+__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load", "refuse_changes", "strict"]
 
 
 @final
@@ -77,6 +78,30 @@ def dump(run: RunConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
 
 
+def refuse_changes(run: RunConfig, earlier: Path) -> None:
+    """Raises ConfigError when a run that is resumed would not be the one whose settings lie in the file `earlier`.
+
+    `train` and `evaluate` may change: more steps, another benchmark.
+    """
+    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (load(earlier), run))
+    keys = [key for key in dict.fromkeys([*before, *now]) if key[0] not in ("train", "evaluate")]
+    problems = [
+        f"{earlier} {dotted(key)}: {before.get(key)!r} there, {now.get(key)!r} now; resume with the former, "
+        "or start anew with name=... or --overwrite"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _flat(values: Any, at: Key = ()) -> dict[Key, Any]:
+    """Each setting by its key."""
+    if not isinstance(values, dict):
+        return {at: values}
+    return {key: value for name in values for key, value in _flat(values[name], (*at, name)).items()}
+
+
 def find(name: str, beside: Path) -> Path | None:
     """A file or folder by name: from the current folder, beside the config that names it, or in configs/."""
     candidates = (Path(name), beside / name, CONFIGS / name)
@@ -125,6 +150,15 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
         if found is None:
             known = sorted(f"deepspeed/{path.name}" for path in CONFIGS.glob("deepspeed/*.json"))
             missing.append((("train", "deepspeed"), f"no file {deepspeed}; {nearest(deepspeed, known)}"))
+        elif not _is_json_object(found):
+            missing.append((("train", "deepspeed"), f"{found} holds no JSON object; see {CONFIGS / 'deepspeed'}"))
         else:
             run = replace(run, train={**run.train, "deepspeed": str(found)})
     return run, missing
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
