@@ -1,20 +1,27 @@
 """From a run's configuration to its parts: backbone, feeder, budgets, policies."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from omnimem.attach import Seam
-from omnimem.backbones import Backbone
-from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Signals
-from omnimem.config import RunConfig
+from omnimem.backbones import Backbone, ModelOptions, load_backbone
+from omnimem.budget import Budget, BudgetError
+from omnimem.config import RunConfig, exported
+from omnimem.config.exported import Policies
 from omnimem.feeding import Feeder
-from omnimem.policy import Policy
 from omnimem.run import RunFolder
 from train.calibrate import budget_settings, measured_budget, training_samples
 
-Policies = Callable[[int | None], Policy]
 CACHE = Path(".cache/encoded")
+
+
+def placed(options: ModelOptions) -> Backbone:
+    """The checkpoint, on the GPU where there is one."""
+    backbone = load_backbone(options)
+    torch.nn.Module.to(backbone.model, "cuda" if torch.cuda.is_available() else "cpu")
+    return backbone
 
 
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
@@ -46,24 +53,10 @@ def budget_of(run: RunConfig, seam: Seam, feeder: Feeder, folder: RunFolder) -> 
 
 
 def policies_of(run: RunConfig, budget: Budget) -> Policies:
-    """The run's policy at any number of slots per layer; None: full memory.
-
-    The slots in budget.json are used as they stand; another size is apportioned from the same signals.
-    """
-    options, own = run.memory.policy, run.memory.slots_per_layer
-
-    def at(slots: int | None) -> Policy:
-        if slots is None:
-            return options.build(None)
-        return options.build(budget if slots == own else resized(run, budget, slots))
-
-    return at
+    """The run's policy at any number of slots per layer; None: full memory."""
+    return exported.policies_of(run.memory, budget)
 
 
 def resized(run: RunConfig, budget: Budget, slots: int) -> Budget:
     """The same allocation at another number of slots per layer."""
-    wanted = run.memory.budget
-    signals: Signals | None = budget.signals
-    if isinstance(wanted, AudioVisualBudget) and signals is not None:
-        return replace(wanted, table="calibrate").build(budget.layers, slots, signals)
-    return wanted.build(budget.layers, slots, signals)
+    return exported.resized(run.memory, budget, slots)

@@ -91,12 +91,17 @@ class Budget:
             ) from error
         except ValueError as error:
             raise BudgetError(f"{path}: not JSON ({error}); make it again with `python train/calibrate.py`") from error
+        return cls.of(table, path)
+
+    @classmethod
+    def of(cls, table: Any, place: Path | str = "budget") -> "Budget":
+        """The budget in what `json` made or the release lists; `place` says in an error where it stood."""
         try:
             return cls._released(table) if isinstance(table, list) else cls._own(table)
         except (BudgetError, KeyError, TypeError, ValueError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise BudgetError(
-                f"{path}: not a budget ({reason}); "
+                f"{place}: not a budget ({reason}); "
                 "expected a list of [audio, visual] or a file written by train/calibrate.py"
             ) from error
 
