@@ -107,7 +107,9 @@ def test_finetune_refuses_wrong_settings_and_missing_data(
 def test_ask_names_the_file_that_is_missing_unreadable_or_silent(
     video: str, what: str, said: Callable[..., list[str]]
 ) -> None:
-    (line,) = said(ask.main, "--model", "@model", "--video", video, "--max-pixels", "12544", "What is it?")
+    (line,) = said(
+        ask.main, "--model", "@model", "--video", video, "--max-pixels", "12544", "--slots", "8", "What is it?"
+    )
     assert what in line
     assert ";" in line
 
