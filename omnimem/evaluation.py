@@ -128,18 +128,23 @@ class Evaluation:
         stream = self.feeder.stream(self.seam, arm.policy, batch=len(batch))
         watch = None if trace.exists() or arm.tracks is None else _Trace(batch[0], self.seam.shape.layers)
         tracks = None if arm.tracks is None else batch[0].tracks
-        for numbers in play(stream, self._watched(self.feeder.chunks(batch), stream, watch), batch[0].times):
+        chunks = self._watched(self.feeder.chunks(batch), stream, watch)
+        for due in play(stream, chunks, batch[0].moments):
             started = time.perf_counter()
-            turns = [[Turn(text=opened.sample.questions[n].text) for n in numbers] for opened in batch]
+            numbers = [opened.asked(due) for opened in batch]
+            turns = [
+                [Turn(text=opened.sample.questions[number].text) for number in row]
+                for opened, row in zip(batch, numbers, strict=True)
+            ]
             answers = stream.answer(
                 self.feeder.prompt(turns, tracks),
                 self.feeder.backbone.head,
                 stop=self.feeder.backbone.stop,
                 max_new_tokens=self.options.max_new_tokens,
             )
-            each = (time.perf_counter() - started) / (len(numbers) * len(batch))
-            for opened, row in zip(batch, answers, strict=True):
-                for number, ids in zip(numbers, row, strict=True):
+            each = (time.perf_counter() - started) / sum(map(len, numbers))
+            for opened, row, asked in zip(batch, answers, numbers, strict=True):
+                for number, ids in zip(asked, row, strict=True):
                     text = str(self.feeder.backbone.tokenizer.decode(ids, skip_special_tokens=True))
                     yield self._line(benchmark, opened, number, text, stream, each)
         if watch is not None:

@@ -50,9 +50,19 @@ class Opened:
         return tuple(None if q.at is None else q.at - self.sample.start for q in self.sample.questions)
 
     @property
+    def moments(self) -> tuple[float | None, ...]:
+        """The distinct times at which something is asked, in order; None, after the end, is the last."""
+        during = sorted({time for time in self.times if time is not None})
+        return (*during, None) if None in self.times else tuple(during)
+
+    def asked(self, due: Sequence[float | None]) -> list[int]:
+        """Numbers of the questions that are asked at these moments."""
+        return [number for number, time in enumerate(self.times) if time in due]
+
+    @property
     def layout(self) -> tuple[object, ...]:
         """What samples must share to pass together."""
-        return (tuple(segment.layout for segment in self.segments), self.tracks, self.sample.system, self.times)
+        return (tuple(segment.layout for segment in self.segments), self.tracks, self.sample.system, self.moments)
 
 
 @final
@@ -125,7 +135,7 @@ class Feeder:
             tracks=first.tracks,
             chunk_tokens=self.options.chunk_tokens,
             batch=len(batch),
-            cuts=[time for time in first.times if time is not None],
+            cuts=[moment for moment in first.moments if moment is not None],
             system=first.sample.system,
         )
 
@@ -196,21 +206,20 @@ class Feeder:
         return self.cache / f"{digest.hexdigest()}.safetensors"
 
 
-def play(stream: Stream, chunks: Iterable[Chunk], times: Sequence[float | None]) -> Iterator[list[int]]:
-    """Feed the chunks, and yield the numbers of the questions to ask whenever it is time to ask some.
+def play(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]) -> Iterator[list[float | None]]:
+    """Feed the chunks, and yield the moments that have come whenever it is time to ask.
 
-    A question at a time sees the chunks that were over by then, and nothing later.
+    A question at a moment sees the chunks that were over by then, and nothing later; None comes after the end.
     """
-    waiting = [number for number, time in enumerate(times) if time is not None]
+    waiting = list(moments)
     for chunk in chunks:
-        due = [number for number in waiting if chunk.seconds > (times[number] or 0.0)]
+        due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]
         if due:
-            yield due
-            waiting = [number for number in waiting if number not in due]
+            yield list(due)
+            waiting = waiting[len(due) :]
         stream.feed(chunk)
-    rest = sorted(waiting + [number for number, time in enumerate(times) if time is None])
-    if rest:
-        yield rest
+    if waiting:
+        yield waiting
 
 
 def together(opened: Iterable[Opened], size: int) -> Iterator[list[Opened]]:

@@ -409,7 +409,8 @@ def episode_from(seam: Seam, feeder: Feeder, batch: Sequence[Opened]) -> Episode
     """What the trainer streams, as chunks and prompts."""
     chunks, asked = list(feeder.chunks(batch)), []
     stream = Stream(seam, policy_at(None), batch=len(batch))
-    for numbers in play(stream, chunks, batch[0].times):
+    for due in play(stream, chunks, batch[0].moments):
+        numbers = batch[0].asked(due)
         questions = [[one.sample.questions[number] for number in numbers] for one in batch]
         turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
         asked.append((stream.usage.chunks, feeder.prompt(turns, "both")))

@@ -44,8 +44,8 @@ def streamed_loss(
     """
     started, losses, streams = time.perf_counter(), [], []
     stream = feeder.stream(seam, policy, batch=len(batch), temperature=temperature, carry=carry)
-    for numbers in play(stream, feeder.chunks(batch), batch[0].times):
-        prompt = feeder.prompt([_turns(opened, numbers) for opened in batch], batch[0].tracks)
+    for due in play(stream, feeder.chunks(batch), batch[0].moments):
+        prompt = feeder.prompt([_turns(opened, due) for opened in batch], batch[0].tracks)
         if prompt.labels is None or not bool((prompt.labels != IGNORED).any()):
             continue
         rows = prompt.labels != IGNORED
@@ -69,10 +69,10 @@ def _mean_over_streams(losses: Sequence[Tensor], streams: Sequence[Tensor], batc
     return (torch.cat(list(losses)) / counts[owners]).sum() / len(batch)
 
 
-def _turns(opened: Opened, numbers: Sequence[int]) -> list[Turn]:
+def _turns(opened: Opened, due: Sequence[float | None]) -> list[Turn]:
     questions = opened.sample.questions
     return [
         Turn(text=questions[number].text, answer=questions[number].answer)
-        for number in numbers
+        for number in opened.asked(due)
         if questions[number].loss and questions[number].answer is not None
     ]
