@@ -5,7 +5,7 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--re
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
@@ -27,7 +27,7 @@ from train.calibrate import training_samples
 from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.preview import preview
-from train.trainer import StreamTrainer, callbacks_of, prepare_process, training_arguments
+from train.trainer import Progress, StreamTrainer, callbacks_of, prepare_process, seed_of, training_arguments
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -53,16 +53,29 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
         start.open(dump(run), _provenance(run, settings))
     backbone = load_backbone(run.model)
     torch.nn.Module.to(backbone.model, settings.device)
+    torch.manual_seed(seed_of(settings.seed, "adapter"))
     model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
     with attach(backbone.text_model) as seam:
         with settings.main_process_first(local=False, desc="budget"):
             budget = budget_of(run, seam, feeder, start.folder)
         parts = Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies_of(run, budget))
         trainer = trainer_of(run, start.folder, samples, parts, settings)
-        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        train(trainer, start, first=first)
         trainer.save_model(str(start.folder.adapter))
         if first:
-            conclude(run, start.folder, parts, trainer)
+            conclude(run, start.folder, parts)
+
+
+def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
+    """All steps that are left; how far it came and which samples failed is noted even if it is stopped."""
+    try:
+        with Progress() as progress:
+            trainer.add_callback(progress)
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    finally:
+        if first:
+            failed = [asdict(failure) for failure in trainer.failures.found]
+            update_json(start.folder.record, failed_samples=failed, steps=trainer.state.global_step)
 
 
 @final
@@ -84,7 +97,7 @@ def trainer_of(
     return StreamTrainer(
         model=parts.model,
         args=settings,
-        train_dataset=samples,
+        samples=samples,
         callbacks=callbacks_of(folder, first=settings.process_index == 0),
         seam=parts.seam,
         feeder=parts.feeder,
@@ -94,14 +107,12 @@ def trainer_of(
     )
 
 
-def conclude(run: RunConfig, folder: RunFolder, parts: Parts, trainer: StreamTrainer) -> None:
+def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
     """Verify what was saved, note it in run.json, and evaluate all arms if the config says so."""
     tensors = adapter_tensors(folder.adapter)
     update_json(
         folder.record,
         adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)},
-        failed_samples=trainer.failures.reasons,
-        steps=trainer.state.global_step,
     )
     print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
     if not run.evaluate.after_training:

@@ -1,18 +1,27 @@
 """HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
 
 import hashlib
+import importlib
+import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from types import TracebackType
+from typing import Any, Self, final
 
 import torch
-from deepspeed.ops import __compatible_ops__ as compatible_ops
+from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import Sampler
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils.logging import disable_progress_bar
 
 from omnimem.attach import Seam
 from omnimem.data import Failure, Failures, Sample
@@ -30,6 +39,24 @@ def in_a_batch(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 @final
+class EpochOrder(Sampler[int]):
+    """The samples in an order that is a function of (seed, epoch, sample id) alone.
+
+    The stock random sampler is not told its epoch when a run resumes in the middle of one with several ranks.
+    """
+
+    def __init__(self, samples: Sequence[Sample], seed: int, epoch: Callable[[], int]) -> None:
+        self.ids, self.seed, self.epoch = [sample.id for sample in samples], seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.epoch()
+        return iter(sorted(range(len(self.ids)), key=lambda place: seed_of(self.seed, number, self.ids[place])))
+
+
+@final
 class StreamTrainer(Trainer):
     """Streams each batch at the budget and temperature of its step; one backward a micro-step."""
 
@@ -37,6 +64,7 @@ class StreamTrainer(Trainer):
         self,
         *,
         model: StreamedModel,
+        samples: Sequence[Sample],
         seam: Seam,
         feeder: Feeder,
         policies: Policies,
@@ -44,14 +72,23 @@ class StreamTrainer(Trainer):
         failures: Failures,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, data_collator=in_a_batch, **kwargs)
-        self.adapted = model
+        data: Any = samples  # a sequence is all that the Trainer asks of a data set
+        super().__init__(model=model, data_collator=in_a_batch, train_dataset=data, **kwargs)
+        self.adapted, self.samples = model, samples
         self.seam, self.feeder, self.policies, self.plan = seam, feeder, policies, plan
         self.failures = failures
         self.carry = FullGradient(offload=plan.options.offload)
         self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
         self.outcomes: list[Outcome] = []
-        self._micro = 0
+        for chatty in (PrinterCallback, ProgressCallback):
+            self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """Our own order unless `train_sampling_strategy` asks for another one."""
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochOrder(self.samples, seed, lambda: int(self.state.epoch or 0))
 
     def compute_loss(
         self,
@@ -63,8 +100,6 @@ class StreamTrainer(Trainer):
         """Mean answer loss of the batch, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
-        self._micro += 1
-        torch.manual_seed(seed_of(self.args.seed, self.state.global_step, self._micro, self.args.process_index))
         return model(streamed=lambda: self._loss(opened, step))
 
     def _loss(self, opened: Sequence[Opened], step: Step) -> Tensor:
@@ -72,13 +107,14 @@ class StreamTrainer(Trainer):
             return torch.stack([parameter.sum() * 0.0 for parameter in trainable(self.adapted)]).sum()
         policy, losses, asked = self.policies(step.slots), [], 0
         for batch in together(opened, len(opened)):
+            torch.manual_seed(seed_of(self.args.seed, self.state.global_step, *(one.sample.id for one in batch)))
             outcome = streamed_loss(
                 self.seam, self.feeder, batch, policy, temperature=step.temperature, carry=self.carry
             )
             self.outcomes.append(outcome)
             losses.append(outcome.loss * len(batch))
             asked += len(batch)
-        return torch.stack(losses).sum() / asked
+        return torch.stack(losses).sum() / asked * self.plan.options.loss.answer
 
     def _opened(self, samples: Sequence[Sample]) -> list[Opened]:
         opened = []
@@ -89,23 +125,29 @@ class StreamTrainer(Trainer):
                 self.failures = self.failures.add(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return opened
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's own; the count of micro-steps starts anew with each optimizer step."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._micro = 0
-        return loss
-
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the Trainer's formula knows no streams."""
         return 0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log with what the streams of the step took."""
-        if "loss" in logs and self.outcomes:
-            logs = {**logs, **self._taken()}
-            self.outcomes = []
+        """The Trainer's log with what the streams of the step took; every rank comes here."""
+        if "loss" in logs:
+            self._share_failures()
+            if self.outcomes:
+                logs = {**logs, **self._taken()}
+                self.outcomes = []
         super().log(logs, *args, **kwargs)
+
+    def _share_failures(self) -> None:
+        """Every rank learns which samples failed on the others; rank 0 judges their share of the whole data set."""
+        if self.args.world_size == 1:
+            return
+        known = {failure.id: failure for failure in gather_object(list(self.failures.found))}
+        if self.is_world_process_zero():
+            for failure in known.values():
+                self.failures = self.failures.add(failure)
+        else:
+            self.failures = replace(self.failures, found=tuple(known.values()))
 
     def _taken(self) -> dict[str, float]:
         step = self.plan(self.state.global_step - 1, self.state.max_steps)
@@ -153,9 +195,53 @@ class MetricsLines(TrainerCallback):
         append_line(self.path, line)
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed as a function of numbers: dropout depends on (seed, step, micro-step, rank), never on what came before."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") % (1 << 63)
+@final
+class Progress(TrainerCallback):
+    """One bar with loss, budget and temperature; where stderr is no terminal, about ten lines over the whole run."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Closed after an exception too, so that its message begins a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run goes on where it was."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """The bar moves when the loss of its step is known."""
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        slots, temperature = logs.get("slots", -1), logs.get("temperature", 0)
+        shown = {"loss": f"{logs['loss']:.4g}", "slots": "full" if slots < 0 else f"{slots:g}"}
+        if temperature > 0:
+            shown["temperature"] = f"{temperature:.3g}"
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(state.global_step - self.bar.n)
+        if self.bar.disable and (state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == 1):
+            words = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {state.global_step} of {state.max_steps}: {words}", flush=True)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed as a function of its parts: a draw depends on (seed, step, sample ids), never on what came before."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
 
 
 def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
@@ -187,10 +273,19 @@ def prepare_process() -> None:
     if "RANK" not in os.environ:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        compatible_ops["deepspeed_shm_comm"] = False
+        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for before deepspeed is imported: it then says nothing about it
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+    logging.getLogger("accelerate.accelerator").addFilter(_is_news)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, which fills a log with every state of the bar
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """The Trainer accumulates by itself and tells accelerate 1 on purpose; accelerate warns about it in every run."""
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 
 def _free_port() -> int:
