@@ -1,0 +1,360 @@
+"""Exports: the same model with the same memory elsewhere, or nothing at all."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.attach import attach
+from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
+from omnimem.budget import AudioVisualBudget, Budget, Readings, Signals, SplitBudget
+from omnimem.config import ConfigError, MemoryOptions
+from omnimem.config.exported import Exported, resized
+from omnimem.feeding import Feeder
+from omnimem.policies import ControlOptions
+from omnimem.policy import Policy
+from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.tuning import AdapterError, load_adapter
+from tests.conftest import assert_equal_logits
+from tests.thinkers import write_folder
+from tests.tuned import config_of, write_adapter, write_run
+from train import export
+from train.command import run_command
+from train.export import main
+
+CHANGED = ("q_proj", "v_proj", "down_proj")  # of the text model, by tests.tuned.LORA
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_folder(tmp_path_factory.mktemp("base") / "thinker", rates="tiny")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 7}')
+    (folder / "LICENSE").write_text("yours")
+    (folder / "notes.txt").write_text("ours")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(base: Path) -> RunFolder:
+    return write_run(base.parent / "runs" / "x", base)
+
+
+@pytest.fixture(scope="module")
+def video(base: Path) -> Path:
+    path = base.parent / "video.mp4"
+    write_mp4(draw_world(3, 16), path)
+    return path
+
+
+def exported_to(out: Path, done: RunFolder, kind: str, *more: str) -> Exported:
+    main(["--run", str(done.path), "--format", kind, "--out", str(out), *more])
+    return Exported.read(out)
+
+
+@pytest.fixture(scope="module")
+def merged(done: RunFolder, base: Path) -> Path:
+    exported_to(base.parent / "merged", done, "merged")
+    return base.parent / "merged"
+
+
+@pytest.fixture(scope="module")
+def adapter(done: RunFolder, base: Path) -> Path:
+    exported_to(base.parent / "adapter", done, "adapter")
+    return base.parent / "adapter"
+
+
+@torch.no_grad()
+def heard(backbone: Backbone, exported: Exported, policy: Policy, video: Path) -> Tensor:
+    """Logits of a question after a real file, under a policy."""
+    feeder = Feeder(backbone, exported.stream)
+    with attach(backbone.text_model) as seam:
+        stream = feeder.stream(seam, policy)
+        for chunk in feeder.watch(video):
+            stream.feed(chunk)
+        return backbone.head(stream.ask(feeder.prompt([[Turn(text="what ?")]], "both")).hidden)
+
+
+def tuned(base: Path, folder: Path) -> Backbone:
+    backbone = load_backbone(ModelOptions(path=str(base)))
+    load_adapter(backbone.model, folder)
+    return backbone
+
+
+def test_merged_answers_a_file_as_base_and_adapter_do_under_the_same_memory(
+    base: Path, done: RunFolder, merged: Path, video: Path
+) -> None:
+    exported = Exported.read(merged)
+    run = config_of(base)
+    policy = run.memory.policy.build(Budget.read(done.budget))
+    expected = heard(tuned(base, done.adapter), exported, policy, video)
+    assert_equal_logits(heard(load_backbone(exported.model), exported, exported.policy, video), expected)
+    untuned = heard(load_backbone(run.model), exported, policy, video)
+    assert float((expected - untuned).abs().max()) > 0.01, "the adapter changes nothing, so nothing was shown"
+    whole = heard(tuned(base, done.adapter), exported, exported.policies(None), video)
+    assert float((expected - whole).abs().max()) > 0.01, "nothing was evicted, so no memory was shown"
+
+
+@pytest.mark.parametrize(("tied", "hub"), [(True, False), (True, True), (False, True)])
+def test_bases_as_the_hub_lays_them_out_are_merged_too(tmp_path: Path, video: Path, tied: bool, hub: bool) -> None:
+    other = write_folder(tmp_path / "base", rates="tiny", tied=tied, hub=hub, seed=4)
+    run = write_run(tmp_path / "run", other)
+    exported = exported_to(tmp_path / "out", run, "merged")
+    expected = heard(tuned(other, run.adapter), exported, exported.policy, video)
+    assert_equal_logits(heard(load_backbone(exported.model), exported, exported.policy, video), expected)
+
+
+def test_merged_weights_have_the_bases_names_and_only_the_targets_changed(base: Path, merged: Path) -> None:
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {
+        name
+        for name in before
+        if name.startswith("model.layers") and name.split(".")[-2] in CHANGED and "bias" not in name
+    }
+
+
+def test_transformers_loads_a_merged_folder_without_a_missing_key(merged: Path) -> None:
+    _, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
+    assert not any(report.values()), report
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_peft_loads_an_exported_adapter(base: Path, adapter: Path, video: Path) -> None:
+    exported = Exported.read(adapter)
+    assert exported.model.path == str(base.resolve())
+    backbone = load_backbone(exported.model)
+    PeftModel.from_pretrained(backbone.model, str(adapter)).eval()
+    expected = heard(tuned(base, adapter), exported, exported.policy, video)
+    assert_equal_logits(heard(backbone, exported, exported.policy, video), expected)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_the_bases_own_files_travel_with_the_weights(base: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    own = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "LICENSE")
+    for name in (*own, "generation_config.json"):
+        assert (folder / name).read_bytes() == (base / name).read_bytes(), name
+    assert not (folder / "notes.txt").exists()
+    assert (folder / "config.json").is_file() == (kind == "merged")
+
+
+def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFolder, merged: Path) -> None:
+    exported, run = Exported.read(merged), config_of(base)
+    assert (exported.stream, exported.memory, exported.max_new_tokens) == (run.stream, run.memory, 5)
+    assert exported.budget == Budget.read(done.budget)
+    assert exported.policy == run.memory.policy.build(Budget.read(done.budget))
+    assert exported.policies(None).budget is None
+    origin = exported.origin
+    assert (origin.kind, origin.base, origin.base_revision, origin.step) == ("merged", str(base.resolve()), None, 8)
+    assert origin.base_sha256 == sha256(base, suffixes=(".safetensors",))
+    assert origin.adapter_sha256 == sha256(done.adapter, suffixes=(".safetensors",))
+    assert origin.run == read_json(done.record)
+    assert exported.verified["difference"] <= 1e-5
+    assert exported.verified["adapter_effect"] > 0.01
+
+
+def test_a_moved_folder_is_the_same_model(merged: Path, tmp_path: Path) -> None:
+    moved = merged.rename(tmp_path / "moved")
+    try:
+        assert Exported.read(moved).model.path == str(moved)
+        load_backbone(Exported.read(moved).model)
+    finally:
+        moved.rename(merged)
+
+
+def audio_visual(layers: int) -> Signals:
+    rows = [tuple(0.3 + 0.1 * number + 0.2 * layer for layer in range(layers)) for number in range(3)]
+    readings = Readings(whole=rows[0], audio=rows[1], visual=rows[2])
+    return Signals(entropy=readings, similarity=readings)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        AudioVisualBudget(layer_temperature=0.7, clip=(0.1, 4.0)),
+        AudioVisualBudget(layer_temperature=math.inf),
+        SplitBudget(audio_share=0.3),
+    ],
+)
+def test_every_kind_of_budget_survives_and_can_be_resized(
+    merged: Path, tmp_path: Path, wanted: AudioVisualBudget | SplitBudget
+) -> None:
+    memory = MemoryOptions(budget=wanted, slots_per_layer=40, policy=ControlOptions(name="random", seed=3))
+    budget = wanted.build(2, 40, audio_visual(2))
+    replace(Exported.read(merged), memory=memory, budget=budget).write(tmp_path)
+    again = Exported.read(tmp_path)
+    assert (again.memory, again.budget) == (memory, budget)
+    assert again.policies(20).budget == wanted.build(2, 20, audio_visual(2))
+
+
+def test_a_released_table_is_resized_without_its_file(tmp_path: Path) -> None:
+    released = tmp_path / "released.json"
+    released.write_text("[[8, 24], [4, 28]]")
+    wanted = AudioVisualBudget(table=str(released))
+    memory = MemoryOptions(budget=wanted, slots_per_layer=32)
+    budget = wanted.build(2, 32)
+    expected = wanted.build(2, 16)
+    released.unlink()
+    assert resized(memory, budget, 16).slots == expected.slots == ((4, 12), (2, 14))
+
+
+def test_a_checkpoint_is_exported_by_its_step(done: RunFolder, tmp_path: Path) -> None:
+    exported = exported_to(tmp_path / "out", done, "adapter", "--checkpoint", "4")
+    assert exported.origin.step == 4
+    saved, adapter = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", done.adapter))
+    assert any(not torch.equal(saved[name], adapter[name]) for name in saved)
+
+
+def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(
+    done: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = exported_to(tmp_path / "out", done, "merged", "--dtype", "bfloat16")
+    assert exported.model.dtype == "bfloat16"
+    assert 1e-5 < exported.verified["difference"] < 0.5 * exported.verified["adapter_effect"]
+    monkeypatch.setattr(export, "LOST", 0.0)
+    with pytest.raises(
+        AdapterError, match=r"bfloat16, the adapter is lost: .*; give --dtype float32, or --format adapter"
+    ):
+        exported_to(tmp_path / "lost", done, "merged", "--dtype", "bfloat16")
+
+
+# --- nothing half-written
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_what_is_there_is_not_overwritten(done: RunFolder, tmp_path: Path, there: str) -> None:
+    kept = tmp_path / "out" if there == "file" else tmp_path / "out" / "mine.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    with pytest.raises(RunError, match=r"out exists already and is not empty; give another --out, or remove it first"):
+        exported_to(tmp_path / "out", done, "adapter")
+    assert kept.read_text() == "mine"
+
+
+def test_an_empty_folder_may_be_filled(done: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert exported_to(tmp_path / "out", done, "adapter").origin.kind == "adapter"
+
+
+def spoilt(name: str) -> Callable[..., Any]:
+    """Spoils one weight of what is saved, as a disk might."""
+    copy = export._copy_companions
+
+    def spoil(base: Path, folder: Path) -> None:
+        copy(base, folder)
+        path = next(folder.glob("*.safetensors"))
+        weights = load_file(path)
+        key = next(key for key in weights if name in key)
+        weights[key] = weights[key] * 1.01
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [("adapter", "q_proj.lora_B"), ("merged", "model.layers.1.mlp.up_proj"), ("merged", "audio_tower.conv1.weight")],
+)
+def test_an_export_that_answers_otherwise_does_not_appear(
+    done: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, weight: str
+) -> None:
+    monkeypatch.setattr(export, "_copy_companions", spoilt(weight))
+    with pytest.raises(AdapterError, match="answers otherwise than the run's weights"):
+        exported_to(tmp_path / "out", done, kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what the user may have got wrong
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, done: RunFolder, tmp_path: Path) -> None:
+    alike = write_folder(tmp_path / "other", rates="tiny", seed=9)
+    with pytest.raises(AdapterError, match=r"made for another base than .*other \(sha256 .*; give the base .* --model"):
+        exported_to(tmp_path / "out", done, "merged", "--model", str(alike))
+    copied = tmp_path / "moved"
+    base.rename(copied)
+    try:
+        exported_to(tmp_path / "out", done, "merged", "--model", str(copied))
+    finally:
+        copied.rename(base)
+
+
+def zero(b: Tensor) -> Tensor:
+    return b * 0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (zero, "was never trained (every B is zero); rerun"),
+        (lambda b: b * math.nan, "not finite; lower the learning rate"),
+        (None, "adapter_config.json is missing; give"),
+        ("cut", "cannot be read"),
+        ("empty", "the adapter is empty; save it again"),
+    ],
+)
+def test_a_broken_adapter_is_named(base: Path, tmp_path: Path, change: Any, what: str) -> None:
+    run = write_run(tmp_path / "run", base)
+    weights = run.adapter / "adapter_model.safetensors"
+    if callable(change):
+        write_adapter(base, run.adapter, change=change)
+    elif change == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif change == "empty":
+        save_file({}, weights)
+    else:
+        (run.adapter / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError) as refused:
+        exported_to(tmp_path / "out", run, "adapter")
+    assert what in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_none_or_not_that_far_is_named(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"nowhere/run\.json is missing; give --run the folder of a run"):
+        exported_to(tmp_path / "out", RunFolder(path=tmp_path / "nowhere"), "adapter")
+    run = write_run(tmp_path / "run", base)
+    with pytest.raises(RunError, match=r"no complete checkpoint 5; complete checkpoints: 4"):
+        exported_to(tmp_path / "out", run, "adapter", "--checkpoint", "5")
+    run.adapter.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        RunError, match=r"has no adapter yet; let it finish .* --checkpoint N \(complete checkpoints: 4\)"
+    ):
+        exported_to(tmp_path / "out", run, "adapter")
+
+
+def test_problems_of_omnimem_json_are_named_with_their_key(merged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it with train/export\.py"):
+        Exported.read(tmp_path)
+    table = json.loads((merged / "omnimem.json").read_text())
+    table["memory"]["slot_per_layer"] = table["memory"].pop("slots_per_layer")
+    table["budget"]["slots"][1] = [1]
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    with pytest.raises(ConfigError) as refused:
+        Exported.read(tmp_path)
+    said = str(refused.value)
+    assert "omnimem.json memory.slot_per_layer: unknown key; did you mean 'slots_per_layer'?" in said
+    assert "omnimem.json budget: budget: not a budget (layer 1 is [1], not two whole numbers [audio, visual])" in said
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", "--run", "no", "--format", "merged", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "no/run.json is missing; give --run the folder of a run of train/finetune.py\n"
