@@ -1,8 +1,9 @@
 """The one seam to transformers' attention: `with attach(text_model) as seam`, and the model is as before afterwards.
 
 An attention function is registered under a name without a mask function, so transformers builds no mask and every
-layer may see keys of its own number. A pre-hook on each decoder layer notes the residual stream that enters it; a
-pre-hook on its attention adds the current step as a keyword that reaches the function. No attribute is set on a module.
+layer may see keys of its own number. The step of a pass travels as a keyword through the decoder layers; a pre-hook
+on each adds the layer's number and its input, the residual stream. Nothing is kept between calls and no attribute is
+set on a module, so a layer that is computed again in backward sees what it saw in forward.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,11 +41,11 @@ class LayerStep(Protocol):
 @final
 @dataclass(frozen=True)
 class _Layer:
-    """What the pre-hook hands to the attention function."""
+    """What travels to the attention function; the pre-hook of each decoder layer fills in the layer."""
 
     step: LayerStep
-    number: int
-    states: Tensor
+    number: int = -1
+    states: Tensor | None = None
 
 
 def _attention(
@@ -58,7 +59,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [batch, heads, queries, dim] in, [batch, queries, heads, dim] out."""
-    layer: _Layer = kwargs[KEYWORD]
+    layer: _Layer | None = kwargs.get(KEYWORD)
+    if layer is None or layer.states is None:
+        raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
     output = layer.step(layer.number, layer.states, query, key, value, scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -70,8 +73,6 @@ class Seam:
     def __init__(self, text_model: PreTrainedModel) -> None:
         self.text_model = text_model
         self.shape = shape_of(text_model)
-        self._step: LayerStep | None = None
-        self._states: Tensor | None = None
 
     def run(
         self,
@@ -81,16 +82,12 @@ class Seam:
         deepstack: DeepStack | None = None,
     ) -> Float[Tensor, "batch queries width"]:
         """Final hidden states of one pass in which every layer's attention is `step`."""
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {KEYWORD: _Layer(step)}
         if deepstack is not None:
-            extra = {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
-        outer, self._step = self._step, step
-        try:
-            result = self.text_model(
-                inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
-            )
-        finally:
-            self._step, self._states = outer, None
+            extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
+        result = self.text_model(
+            inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
+        )
         return result.last_hidden_state
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
@@ -103,21 +100,20 @@ class Seam:
         model: Any = self.text_model
         return model.rotary_emb(like, positions)
 
-    def note_states(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of a decoder layer: its input is what redundancy is judged on."""
-        self._states = args[0] if args else kwargs["hidden_states"]
 
-    def hand_over(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Pre-hook of the attention of layer `number`."""
+def _hand_over(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """Pre-hook of decoder layer `number`: its input is what redundancy is judged on."""
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if self._step is None or self._states is None:
-                raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
-            return args, {**kwargs, KEYWORD: _Layer(self._step, number, self._states)}
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layer: _Layer | None = kwargs.get(KEYWORD)
+        if layer is None:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, KEYWORD: _Layer(layer.step, number, states)}
 
-        return hook
+    return hook
 
 
 def shape_of(text_model: PreTrainedModel) -> Shape:
@@ -145,8 +141,7 @@ def attach(text_model: PreTrainedModel) -> Iterator[Seam]:
     try:
         text_model.set_attn_implementation(NAME)
         for number, layer in enumerate(decoder.layers):
-            handles.append(layer.register_forward_pre_hook(seam.note_states, with_kwargs=True))
-            handles.append(layer.self_attn.register_forward_pre_hook(seam.hand_over(number), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(_hand_over(number), with_kwargs=True))
         yield seam
     finally:
         for handle in handles:
