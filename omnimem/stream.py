@@ -273,17 +273,28 @@ class Stream:
 
     def ask(self, prompt: Prompt, before: Reading | None = None) -> Reading:
         """Read packed questions (or, after `before`, their continuation); the memory stays as it is."""
-        reader = _ReadQuestions(self.memory, prompt.segments, before, self.temperature is not None)
+        return self.reader(prompt, before)(self.memory)
+
+    def reader(self, prompt: Prompt, before: Reading | None = None) -> Callable[[Memory], Reading]:
+        """`ask` as a function of a memory, asked where the stream is now, however often and however late it is called.
+
+        It holds no memory of its own: in training the questions are read again in backward (`tuning.gradient`).
+        """
         positions = (prompt.offsets + self.next_position)[:, None, :].expand(-1, 3, -1)
-        hidden = self.seam.run(reader, self.seam.embed(prompt.ids), positions)
-        past = () if before is None else (before,)
-        return Reading(
-            hidden=hidden,
-            segments=torch.cat([*(reading.segments for reading in past), prompt.segments], dim=1),
-            offsets=torch.cat([*(reading.offsets for reading in past), prompt.offsets], dim=1),
-            keys=reader.keys,
-            values=reader.values,
-        )
+
+        def read(memory: Memory) -> Reading:
+            step = _ReadQuestions(memory, prompt.segments, before, self.temperature is not None)
+            hidden = self.seam.run(step, self.seam.embed(prompt.ids), positions)
+            past = () if before is None else (before,)
+            return Reading(
+                hidden=hidden,
+                segments=torch.cat([*(reading.segments for reading in past), prompt.segments], dim=1),
+                offsets=torch.cat([*(reading.offsets for reading in past), prompt.offsets], dim=1),
+                keys=step.keys,
+                values=step.values,
+            )
+
+        return read
 
     @torch.no_grad()
     def answer(

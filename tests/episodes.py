@@ -15,6 +15,7 @@ from omnimem.policy import Policy
 from omnimem.scoring import AbstractScorer
 from omnimem.stream import Prompt
 from omnimem.tokens import EVICTABLE, Chunk, DeepStack
+from omnimem.tuning import Gradient
 from omnimem.view import FLOOR, LayerView, similarity
 
 IGNORED = -100
@@ -65,18 +66,41 @@ class Episode:
         return DeepStack(mask=torch.cat([*(part.mask for part in parts), *plain], dim=1), features=features)
 
 
-@final
-class KeptByChunk:
-    """A way to carry the memory that notes the arrival numbers kept after each chunk: [chunk][layer] batch x kept."""
-
-    def __init__(self, inner: Callable[[ChunkStep, Memory, Tensor], Memory]) -> None:
-        self.inner = inner
-        self.kept: list[list[Tensor]] = []
+class Stored:
+    """Plain autograd: nothing is recomputed."""
 
     def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+        return step(memory, embeddings)
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        return loss(memory)
+
+
+@final
+class CutOff(Stored):
+    """A memory without a past: gradient ends at each chunk."""
+
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+        return Memory.of([tensor.detach() for tensor in step(memory, embeddings).tensors()])
+
+
+@final
+class KeptByChunk(Stored):
+    """Notes the arrival numbers kept after each chunk, [chunk][layer] batch x kept, and bytes of what went in."""
+
+    def __init__(self, inner: Gradient) -> None:
+        self.inner = inner
+        self.kept: list[list[Tensor]] = []
+        self.bytes: list[int] = []
+
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+        self.bytes.append(memory.bytes * memory.batch + embeddings.numel() * embeddings.element_size())
         after = self.inner(step, memory, embeddings)
         self.kept.append([layer.order for layer in after.layers])
         return after
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        return self.inner.read(loss, memory)
 
 
 @final

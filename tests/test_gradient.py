@@ -9,12 +9,13 @@ import torch
 from conftest import cut, text_model, whole_stream
 from episodes import (
     IGNORED,
-    ChunkStep,
+    CutOff,
     Episode,
     KeptByChunk,
     OneShot,
     ScoresByChunk,
     Softened,
+    Stored,
     mean_answer_loss,
     one_shot_loss,
 )
@@ -35,9 +36,9 @@ from omnimem.memory import Memory
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
 from omnimem.selection import Room, select
-from omnimem.stream import Carry, Prompt, Stream, StreamOptions, carry_directly
+from omnimem.stream import Prompt, Reading, Stream, StreamOptions
 from omnimem.tokens import Chunk
-from omnimem.tuning import FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
+from omnimem.tuning import FullGradient, Gradient, LoraOptions, add_adapter, streamed_loss, trainable
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PreTrainedModel:
@@ -82,19 +83,33 @@ def episode_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) 
     return Episode(chunks=chunks_of(family, dtype, batch), asked=[(3, prompt_of(1, batch)), (5, prompt_of(2, batch))])
 
 
+def loss_of(
+    read: Callable[[Memory], Reading], head: Callable[[Tensor], Tensor], labels: Tensor
+) -> Callable[[Memory], Tensor]:
+    """batch x tokens: cross-entropy of each answer token, 0 elsewhere."""
+
+    def loss(memory: Memory) -> Tensor:
+        logits = head(read(memory).hidden)
+        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+
+    return loss
+
+
 def streamed_loss_of(
-    seam: Seam, episode: Episode, policy: Policy, carry: Carry, temperature: float | None = None
+    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, temperature: float | None = None
 ) -> Tensor:
     """The loss of an episode by feeding and asking."""
     stream = Stream(seam, policy, batch=len(episode.chunks[0].modality), carry=carry, temperature=temperature)
     asked = dict(episode.asked)
-    hidden = []
+    losses = []
     for number, chunk in enumerate(episode.chunks, start=1):
         stream.feed(chunk)
         if number in asked:
-            hidden.append(stream.ask(asked[number]).hidden)
-    labels = torch.cat([prompt.labels for prompt in asked.values()], dim=1)
-    return mean_answer_loss(head_of(seam.text_model)(torch.cat(hidden, dim=1)), labels)
+            prompt = asked[number]
+            loss = loss_of(stream.reader(prompt), head_of(seam.text_model), prompt.labels)
+            losses.append(carry.read(loss, stream.memory))
+    answers = sum((prompt.labels != IGNORED).sum(dim=1) for prompt in asked.values())
+    return (torch.cat(losses, dim=1).sum(dim=1) / answers).mean()
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -175,18 +190,13 @@ def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
     assert float((first - second).norm() / first.norm()) > 1e-6
 
 
-def detached(step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
-    """A memory without past, as for `gradient: released`."""
-    return Memory.of([tensor.detach() for tensor in step(memory, embeddings).tensors()])
-
-
 def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
     """So the equalities above would notice a graph that is cut."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     with attach(model) as seam:
         full, cut_off = (
             gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), carry), model)
-            for carry in (FullGradient(), detached)
+            for carry in (FullGradient(), CutOff())
         )
     assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
 
@@ -199,7 +209,7 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
     with attach(model) as seam:
-        for way in (carry, carry_directly):
+        for way in (carry, Stored()):
             torch.manual_seed(5)
             loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
             torch.manual_seed(6)  # what happens to the generator before backward does not matter
@@ -235,7 +245,7 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def long_episode(count: int) -> Episode:
-    """So many chunks of 24 tokens of their own storages, of which the first alone holds text; a question at the end."""
+    """So many chunks of 24 tokens of their own storages, of which the first alone holds text; questions after each."""
     generator = torch.Generator().manual_seed(4)
     chunks = []
     for number in range(count):
@@ -243,13 +253,13 @@ def long_episode(count: int) -> Episode:
         places = torch.arange(24 * number, 24 * number + 24).expand(1, 3, 24).contiguous()
         embeddings = torch.randn(1, 24, 64, generator=generator)
         chunks.append(Chunk(embeddings=embeddings, positions=places, modality=kinds[None]))
-    return Episode(chunks=chunks, asked=[(count, prompt_of(1))])
+    return Episode(chunks=chunks, asked=[(number, prompt_of(number)) for number in range(1, count + 1)])
 
 
 SLOTS = ((4, 8), (2, 20), (6, 6), (1, 10))
 
 
-def saved_after(seam: Seam, count: int, carry: Carry) -> tuple[int, int]:
+def saved_after(seam: Seam, count: int, carry: Gradient) -> tuple[int, int]:
     """(bytes saved when the loss is known, bytes of one memory after an eviction)."""
     episode, policy = long_episode(count), policy_of("omnimem", SLOTS)
     stream = Stream(seam, policy, carry=carry)
@@ -265,11 +275,10 @@ def saved_after(seam: Seam, count: int, carry: Carry) -> tuple[int, int]:
 def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone() -> None:
     with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
         full = {count: saved_after(seam, count, FullGradient()) for count in (4, 8, 16)}
-        stored = {count: saved_after(seam, count, carry_directly) for count in (4, 8, 16)}
+        stored = {count: saved_after(seam, count, Stored()) for count in (4, 8, 16)}
     memory = full[4][1]
-    entry = (
-        2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 3 * 4 + 1
-    )  # keys, values, feature, positions and order, three scores, kind
+    # keys and values; feature; positions and order; importance, novelty and gate; modality
+    entry = 2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 3 * 4 + 1
     assert memory == sum(audio + visual + 4 for audio, visual in SLOTS) * entry
     embeddings = 24 * 64 * 4
     for few, many in ((4, 8), (8, 16)):
@@ -280,19 +289,17 @@ def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone(
 
 def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of every memory and the chunk's embeddings go to the host: none escapes in a container."""
-    moved = Saved()
+    moved = Saved()  # every storage once: a question after a chunk and the next chunk share their memory
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda pin_memory: moved)
     episode, policy = long_episode(6), policy_of("omnimem", SLOTS)
-    memories: list[int] = []
-
-    def noting(step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
-        memories.append(memory.bytes + embeddings.numel() * 4)
-        return FullGradient(offload=True)(step, memory, embeddings)
-
+    noting = KeptByChunk(FullGradient(offload=True))
     with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
+        stream = Stream(seam, policy, carry=FullGradient())
+        for chunk in episode.chunks:
+            stream.feed(chunk)
         streamed_loss_of(seam, episode, policy, noting, temperature=0.5)
-    assert len(memories) == 6
-    assert moved.bytes == sum(memories)
+    assert len(noting.bytes) == 6
+    assert moved.bytes == sum(noting.bytes) + stream.memory.bytes
 
 
 # --------------------------------------------------------------------------------------------- softened selection alone
@@ -464,7 +471,7 @@ def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -
 def test_a_stream_counts_the_same_alone_and_in_a_batch(backbone: Qwen25Omni) -> None:
     """However many answers it has: so batches, accumulated steps and ranks mean the same."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
-    streams = [opened(1, [None] * 2, ["red", "blue"]), opened(2, [None] * 2, ["dark red", "blue and a b c and d"])]
+    streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
     with attach(backbone.text_model) as seam:
         losses = [
             streamed_loss(seam, feeder, batch, policy_at(6), temperature=0.3, carry=FullGradient()).loss

@@ -1,6 +1,6 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
-from omnimem.tuning.gradient import FullGradient
+from omnimem.tuning.gradient import FullGradient, Gradient
 from omnimem.tuning.lora import (
     AdapterError,
     LoraOptions,
@@ -17,6 +17,7 @@ from omnimem.tuning.session import Outcome, streamed_loss
 __all__ = [
     "AdapterError",
     "FullGradient",
+    "Gradient",
     "LoraOptions",
     "LossOptions",
     "Outcome",

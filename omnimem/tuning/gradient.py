@@ -3,13 +3,23 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnimem.memory import Memory
+from omnimem.stream import Carry
+
+
+@runtime_checkable
+class Gradient(Carry, Protocol):
+    """A way to carry the memory that also says how a loss is read from it."""
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        """`loss(memory)`."""
+        ...
 
 
 @final
@@ -17,9 +27,9 @@ from omnimem.memory import Memory
 class FullGradient:
     """`gradient: full`: keys and values stay in the graph, so the gradient through every eviction is exact.
 
-    Each chunk is computed again in backward: activations of one chunk live at a time, and between chunks only the
-    memories. With `offload` these wait on the host (`save_on_cpu`). The step takes and returns flat tensors, because
-    inputs inside containers escape autograd's hooks on saved tensors (design 6; ours).
+    Each chunk and each question is computed again in backward: activations of one chunk live at a time, and between
+    chunks only the memories. With `offload` these wait on the host (`save_on_cpu`). Steps take and return flat tensors,
+    because inputs inside containers escape autograd's hooks on saved tensors (design 6; ours).
     """
 
     offload: bool = False
@@ -33,6 +43,16 @@ class FullGradient:
         with self._saving(embeddings):
             tensors = checkpoint(flat, embeddings, *memory.tensors(), use_reentrant=False)
         return Memory.of(tensors)
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        """Questions asked on the way would each keep a copy of the memory's keys and values until backward."""
+
+        def flat(*tensors: Tensor) -> Tensor:
+            return loss(Memory.of(tensors))
+
+        tensors = memory.tensors()
+        with self._saving(tensors[0]):
+            return checkpoint(flat, *tensors, use_reentrant=False)
 
     def _saving(self, like: Tensor) -> AbstractContextManager[object]:
         return torch.autograd.graph.save_on_cpu(pin_memory=like.is_cuda) if self.offload else nullcontext()

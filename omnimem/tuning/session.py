@@ -1,7 +1,7 @@
 """One micro-step: stream a batch of samples through the policy, ask their questions, return the loss."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from omnimem.attach import Seam
 from omnimem.backbones import Turn
 from omnimem.feeding import IGNORED, Feeder, Opened, play
+from omnimem.memory import Memory
 from omnimem.policy import Policy
-from omnimem.stream import Carry, Usage
+from omnimem.stream import Reading, Usage
 from omnimem.tokens import Modality
+from omnimem.tuning.gradient import Gradient
 from omnimem.tuning.losses import answer_losses
 
 
@@ -35,7 +37,7 @@ def streamed_loss(
     policy: Policy,
     *,
     temperature: float | None,
-    carry: Carry,
+    carry: Gradient,
 ) -> Outcome:
     """Mean over streams of the mean cross-entropy of their answer tokens, through the policy used in evaluation.
 
@@ -48,15 +50,21 @@ def streamed_loss(
         prompt = feeder.prompt([_turns(opened, due) for opened in batch], batch[0].tracks)
         if prompt.labels is None or not bool((prompt.labels != IGNORED).any()):
             continue
-        rows = prompt.labels != IGNORED
-        hidden = stream.ask(prompt).hidden[rows]  # the head sees answer rows only
-        losses.append(answer_losses(feeder.backbone.head(hidden), prompt.labels[rows]))
-        streams.append(rows.nonzero()[:, 0])
+        losses.append(carry.read(_loss_of(stream.reader(prompt), prompt.labels, feeder.backbone.head), stream.memory))
+        streams.append((prompt.labels != IGNORED).nonzero()[:, 0])
     loss = _mean_over_streams(losses, streams, batch)
     counts = stream.memory.counts()
     kept = {kind.name.lower(): sum(layer[kind] for layer in counts) for kind in Modality}
     elapsed = (time.perf_counter() - started) / max(1, stream.usage.chunks)
     return Outcome(loss=loss, usage=stream.usage, kept=kept, seconds_per_chunk=elapsed)
+
+
+def _loss_of(
+    read: Callable[[Memory], Reading], labels: Tensor, head: Callable[[Tensor], Tensor]
+) -> Callable[[Memory], Tensor]:
+    """Loss of each answer token as a function of the memory; the head sees the answers' rows only."""
+    rows = labels != IGNORED
+    return lambda memory: answer_losses(head(read(memory).hidden[rows]), labels[rows])
 
 
 def _mean_over_streams(losses: Sequence[Tensor], streams: Sequence[Tensor], batch: Sequence[Opened]) -> Tensor:
