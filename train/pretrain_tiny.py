@@ -324,8 +324,8 @@ def main() -> None:
     train_towers(trainee)
     check(trainee, seconds=64, streams=32)
     train_recall(trainee, REAL)
-    accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
     save_folder(trainee.model, trainee.tokenizer, arguments.out)
+    accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
     write_card(arguments.out, seed=arguments.seed, weights=weights, accuracies=accuracies)
 
