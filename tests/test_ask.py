@@ -1,0 +1,276 @@
+"""ask.py: the answer, what it took, and the memory it was read from; files and pipes; forks at any time."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.attach import attach
+from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.budget import BudgetError, SplitBudget
+from omnimem.config import ConfigError
+from omnimem.feeding import Feeder
+from omnimem.media import LiveSource, MediaError
+from omnimem.policies import PerturbationOptions
+from omnimem.stream import StreamOptions
+from omnimem.tuning import AdapterError
+from tests.thinkers import write_folder
+from tests.tuned import write_adapter, write_run
+from train import ask, export
+from train.command import run_command
+
+QUESTION = "what colour was the star ?"
+SECONDS = 16
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("base") / "thinker", rates="tiny")
+
+
+@pytest.fixture(scope="module")
+def video(base: Path) -> Path:
+    path = base.parent / "video.mp4"
+    write_mp4(draw_world(3, SECONDS), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exports(base: Path) -> Path:
+    """The folder of a merged and an adapter export of one run."""
+    run = write_run(base.parent / "runs" / "x", base)
+    for kind in ("merged", "adapter"):
+        export.main(["--run", str(run.path), "--format", kind, "--out", str(base.parent / kind)])
+    return base.parent
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[str]:
+    capsys.readouterr()
+    ask.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out.removesuffix("\n").split("\n")  # answers of random weights hold odd characters
+
+
+def untimed(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("  seconds:")]
+
+
+# --- the answer and its memory
+
+
+def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--slots", "12", "--chunk-tokens", "36", "--max-new-tokens", "5"]
+    lines = said(capsys, "--model", base, "--video", video, *flags, QUESTION)
+    backbone = load_backbone(ModelOptions(path=str(base)))
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=36))
+    with torch.no_grad(), attach(backbone.text_model) as seam:
+        stream = feeder.stream(seam, PerturbationOptions().build(SplitBudget().build(2, 12)))
+        for chunk in feeder.watch(video):
+            stream.feed(chunk)
+        answer = feeder.answers(stream, [QUESTION], max_new_tokens=5)[0]
+    assert lines[:-1] == [
+        *answer.split("\n"),
+        "  tokens in 16 s: 16 audio + 128 visual; kept in each layer: 2 audio + 10 visual",
+        f"  memory: 24 entries in 2 layers, {stream.memory.bytes:,} bytes",
+    ]
+    reading, first, total = (float(number) for number in re.findall(r"\d+\.\d+", lines[-1]))
+    assert re.fullmatch(r"  seconds: \S+ reading, \S+ to the first token, \S+ in all", lines[-1])
+    assert 0 < first < total
+    assert 0 < reading < total
+
+
+def test_a_merged_folder_brings_its_own_memory(exports: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, "--model", exports / "merged", "--video", video, QUESTION)
+    assert "  tokens in 16 s: 16 audio + 128 visual; kept in each layer: 4 audio + 8 visual" in lines
+
+
+def test_base_and_adapter_answer_as_the_merged_folder_does(
+    base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = said(capsys, "--model", exports / "merged", "--video", video, QUESTION)
+    adapted = said(capsys, "--model", base, "--adapter", exports / "adapter", "--video", video, QUESTION)
+    untuned = said(capsys, "--model", base, "--video", video, "--slots", "12", "--max-new-tokens", "5", QUESTION)
+    assert untimed(merged) == untimed(adapted)
+    assert merged[0] != untuned[0], "the adapter changes nothing, so nothing was shown"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--slots", "24"], "8 audio + 16 visual"),
+        (["--slots", "full"], "16 audio + 128 visual"),
+        (["--policy", "recency"], "4 audio + 8 visual"),
+        (["--tracks", "video"], "0 audio + 12 visual"),
+    ],
+)
+def test_flags_replace_what_was_exported(
+    exports: Path, video: Path, capsys: pytest.CaptureFixture[str], flags: list[str], kept: str
+) -> None:
+    lines = said(capsys, "--model", exports / "merged", "--video", video, *flags, QUESTION)
+    assert any(line.endswith(f"kept in each layer: {kept}") for line in lines), lines
+
+
+def test_another_policy_keeps_other_tokens(exports: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, recent = (
+        said(capsys, "--model", exports / "merged", "--video", video, *flags, QUESTION, "what word ?", "who ?")[:3]
+        for flags in ([], ["--policy", "recency"])
+    )
+    assert own != recent
+
+
+def test_without_settings_everything_is_kept_and_that_is_said(
+    base: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    ask.main(["--model", str(base), "--video", str(video), QUESTION])
+    out, err = capsys.readouterr()
+    assert "kept in each layer: 16 audio + 128 visual" in out
+    assert f"no omnimem.json in {base}: everything is kept; --slots N keeps N tokens a layer" in err
+
+
+# --- questions at any time
+
+
+def test_each_question_at_each_time_sees_what_was_over_by_then(
+    exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = ["--at", "9.9", "--at", "4", "--at", "40"]
+    lines = said(capsys, "--model", exports / "merged", "--video", video, *times, QUESTION, "what word ?")
+    assert [line.partition(" -> ")[0] for line in lines if " -> " in line] == [
+        f"at {at} s: {question}" for at in ("4", "9.9", "40") for question in (QUESTION, "what word ?")
+    ]
+    arrived = [line.partition(";")[0] for line in lines if line.startswith("  tokens in")]
+    assert arrived == [
+        "  tokens in 4 s: 4 audio + 32 visual",
+        "  tokens in 8 s: 8 audio + 64 visual",
+        "  tokens in 16 s: 16 audio + 128 visual",
+    ]
+
+
+def test_a_question_on_the_way_leaves_the_memory_as_it_was(
+    exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--model", exports / "merged", "--chunk-tokens", "18", "--video", video]
+    often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "40", QUESTION)
+    once = said(capsys, *command, "--at", "40", QUESTION)
+    assert untimed(often)[-3:] == untimed(once)
+
+
+def asking(base: Path, tracks: str = "both") -> ask.Asking:
+    feeder = Feeder(load_backbone(ModelOptions(path=str(base))), StreamOptions(tracks=tracks))
+    return ask.Asking(feeder=feeder, questions=[QUESTION], max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base: Path) -> None:
+    shown: list[float] = []
+
+    def camera() -> Iterator[tuple[float, Tensor]]:
+        for second in range(60):
+            shown.append(float(second))
+            yield float(second), torch.full((3, 112, 112), second, dtype=torch.uint8)
+
+    plan = asking(base, "video")
+    options, geometry = plan.feeder.options.source(), plan.feeder.backbone.geometry
+    source = LiveSource(camera(), None, options=options, geometry=geometry)
+    with attach(plan.feeder.backbone.text_model) as seam:
+        stream = plan.feeder.stream(seam, PerturbationOptions().build(None))
+        replies = plan.replies(stream, source, [8.0, 20.0])
+        assert next(replies).seen == 8.0
+        assert shown[-1] <= 8 + 2 * 2, "waited for more of the stream than the segment after the question"
+        assert next(replies).seen == 20.0
+        assert list(replies) == []
+        assert shown[-1] <= 24, "read on after the last question"
+
+
+def remuxed(video: Path, path: Path) -> Path:
+    """The same packets in a container that can be read while it grows."""
+    with av.open(str(video)) as source, av.open(str(path), "w") as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream_index]
+                target.mux(packet)
+    return path
+
+
+def test_a_pipe_is_read_as_a_live_stream(
+    exports: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--model", exports / "merged", "--tracks", "video", QUESTION, "--video"]
+    expected = said(capsys, *command, video)
+    with remuxed(video, tmp_path / "live.mkv").open("rb") as pipe:
+        monkeypatch.setattr(sys, "stdin", pipe)
+        assert untimed(said(capsys, *command, "-")) == untimed(expected)
+        assert not pipe.closed
+
+
+# --- what the user may have got wrong
+
+
+def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(
+    exports: Path, video: Path, tmp_path: Path
+) -> None:
+    alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
+    with pytest.raises(AdapterError, match=r"made for another base than .*alike \(sha256"):
+        ask.main(["--model", str(alike), "--adapter", str(exports / "adapter"), "--video", str(video), QUESTION])
+
+
+def test_an_adapter_of_other_shapes_is_refused(base: Path, video: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(base, tmp_path / "adapter")
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(AdapterError, match="made for another base than"):
+        ask.main(["--model", str(base), "--adapter", str(adapter), "--video", str(video), QUESTION])
+
+
+def test_an_adapter_given_as_the_model_is_named(exports: Path, video: Path) -> None:
+    with pytest.raises(AdapterError, match=r"adapter is an adapter; give its base as --model, and this folder as"):
+        ask.main(["--model", str(exports / "adapter"), "--video", str(video), QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "what"),
+    [
+        (["--fps", "0"], ConfigError, "fps = 0 must be above 0"),
+        (["--fps", "0.123"], ConfigError, "meets no grid"),
+        (["--max-pixels", "100"], ConfigError, "min_pixels = 3136 must be in 1..max_pixels = 100"),
+        (["--slots", "1"], BudgetError, "slots_per_layer: 1 is too small"),
+        (["--video", "no.mp4"], MediaError, "no.mp4: is not a file; check the path"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(
+    base: Path, video: Path, flags: list[str], error: type[Exception], what: str
+) -> None:
+    with pytest.raises(error) as refused:
+        ask.main(["--model", str(base), "--video", str(video), *flags, QUESTION])
+    assert what in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--video", "v.mp4", "why ?"], "the following arguments are required: --model"),
+        (["--model", "m", "--video", "v.mp4"], "the following arguments are required: QUESTION"),
+        (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is no time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--at", "soon", "?"], "'soon' is no time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is no whole number above 0"),
+        (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(
+    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ask.py", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(ask.main)
+    err = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert what in err
+    assert err.count("\n") == 1
