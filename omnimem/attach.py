@@ -3,17 +3,19 @@
 An attention function is registered under a name without a mask function, so transformers builds no mask and every
 layer may see keys of its own number. The step of a pass travels as a keyword through the decoder layers; a pre-hook
 on each adds the layer's number and its input, the residual stream. Nothing is kept between calls and no attribute is
-set on a module, so a layer that is computed again in backward sees what it saw in forward.
+left on a module, so a layer that is computed again in backward sees what it saw in forward.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from omnimem.memory import Shape
@@ -70,8 +72,8 @@ def _attention(
 class Seam:
     """A text model whose layers read and write a memory of ours."""
 
-    def __init__(self, text_model: PreTrainedModel) -> None:
-        self.text_model = text_model
+    def __init__(self, text_model: PreTrainedModel, recompute_layers: bool = False) -> None:
+        self.text_model, self.recompute_layers = text_model, recompute_layers
         self.shape = shape_of(text_model)
 
     def run(
@@ -85,10 +87,25 @@ class Seam:
         extra: dict[str, Any] = {KEYWORD: _Layer(step)}
         if deepstack is not None:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
-        result = self.text_model(
-            inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
-        )
+        with self._recomputing():
+            result = self.text_model(
+                inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
+            )
         return result.last_hidden_state
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Decoder layers in training mode, which their checkpointing asks for; their parts keep their own mode."""
+        layers: list[Any] = list(cast(Any, self.text_model).layers)
+        wanted = self.recompute_layers and torch.is_grad_enabled()
+        modes = [layer.training for layer in layers]
+        for layer in layers if wanted else ():
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.training = mode
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
         """Embeddings of token ids."""
@@ -132,18 +149,26 @@ def shape_of(text_model: PreTrainedModel) -> Shape:
 
 
 @contextmanager
-def attach(text_model: PreTrainedModel) -> Iterator[Seam]:
-    """The text model with our attention inside the block; its implementation and hooks are restored after it."""
+def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> Iterator[Seam]:
+    """The text model with our attention inside the block; its implementation and hooks are restored after it.
+
+    With `recompute_layers`, activations of one layer at a time live in backward, at the price of one more forward.
+    """
     before = text_model.config._attn_implementation or "sdpa"
     AttentionInterface.register(NAME, _attention)
-    seam, decoder = Seam(text_model), cast(Any, text_model)
+    seam, decoder = Seam(text_model, recompute_layers), cast(Any, text_model)
     handles: list[Any] = []
     try:
         text_model.set_attn_implementation(NAME)
         for number, layer in enumerate(decoder.layers):
             handles.append(layer.register_forward_pre_hook(_hand_over(number), with_kwargs=True))
+            if recompute_layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         yield seam
     finally:
         for handle in handles:
             handle.remove()
+        for layer in decoder.layers if recompute_layers else ():
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func
         text_model.set_attn_implementation(before)

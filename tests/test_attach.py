@@ -31,6 +31,11 @@ class Collecting:
         return attend(queries, keys, values, scale=scale)
 
 
+def alone(layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """A layer step without a past: it may run twice and does the same."""
+    return attend(queries, keys, values, scale=scale)
+
+
 @pytest.mark.parametrize("lengths", CUTS)
 def test_chunked_attention_equals_one_shot(family: str, lengths: list[int]) -> None:
     model = text_model(family)
@@ -92,3 +97,34 @@ def test_a_direct_call_of_an_attached_model_is_refused() -> None:
     model = text_model("qwen2_5_omni")
     with attach(model), pytest.raises(RuntimeError, match=r"Seam\.run"):
         one_shot(model, whole_stream())
+
+
+def test_recomputed_layers_give_the_same_gradient_and_leave_the_model_as_it_was(family: str) -> None:
+    model = text_model(family)
+    whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
+    gradients = []
+    for recompute in (False, True):
+        weight = torch.nn.Parameter(whole.embeddings.clone())
+        with attach(model, recompute_layers=recompute) as seam:
+            seam.run(alone, weight, whole.positions, whole.deepstack).square().sum().backward()
+        assert weight.grad is not None
+        gradients.append(weight.grad)
+        assert not any(module.training for module in model.modules())
+        assert not any("gradient_checkpointing" in vars(layer) for layer in model.layers)
+    assert torch.equal(*gradients)
+
+
+def test_recomputed_layers_save_less(family: str) -> None:
+    model = text_model(family)
+    whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
+    saved = []
+    for recompute in (False, True):
+        sizes: list[int] = []
+        weight = torch.nn.Parameter(whole.embeddings.clone())
+        with (
+            attach(model, recompute_layers=recompute) as seam,
+            torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t),
+        ):
+            seam.run(alone, weight, whole.positions, whole.deepstack)
+        saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 3
