@@ -115,7 +115,10 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     path = Path(path)
     if not path.is_file():
         raise ManifestError(
-            [f"{path}: no such file; make it with data_prep/convert.py (your data) or data_prep/synthesize.py"]
+            [
+                f"{path}: no such file; make it with `python data_prep/synthesize.py --out {path.parent}` (recall), or "
+                f"with `python data_prep/convert.py YOUR_FILES --out {path}` (your data)"
+            ]
         )
     samples: list[Sample] = []
     problems: list[str] = []

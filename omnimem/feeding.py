@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnimem.attach import Seam
-from omnimem.backbones import Backbone, Encoded, Turn, collate
+from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Source
@@ -74,9 +74,14 @@ class Feeder:
     ) -> None:
         """With a cache folder, what the frozen encoders made of a file is kept there under its sha256.
 
-        `encoder` is the fingerprint of the encoders, for another feeder over the same ones.
+        `encoder` is the fingerprint of the encoders, for another feeder over the same ones. Raises LayoutError when
+        no frame grid ends with an audio block at this rate.
         """
         self.backbone, self.options, self.cache = backbone, options, cache
+        try:
+            backbone.geometry.segment(options.fps)
+        except ValueError as error:
+            raise LayoutError(f"stream.{error}") from error
         self.encoder = encoder or (fingerprint(backbone) if cache is not None else "")
 
     def open(self, sample: Sample) -> Opened:

@@ -147,7 +147,7 @@ def test_paths_leave_the_folder_only_when_allowed(manifest: Path) -> None:
 
 
 def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest: Path) -> None:
-    with pytest.raises(ManifestError, match=r"no such file; make it with data_prep/convert\.py"):
+    with pytest.raises(ManifestError, match=r"make it with `python data_prep/synthesize\.py --out .*convert\.py"):
         read_manifest(manifest)
     assert problems_of(manifest, b"") == [" holds no samples; make it again"]
 

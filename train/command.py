@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 
+from omnimem.backbones import LayoutError
 from omnimem.backbones.qwen2_5_omni import CheckpointError
 from omnimem.budget import BudgetError
 from omnimem.calibration import CalibrationError
@@ -29,6 +30,7 @@ USER_ERRORS = (
     BudgetError,
     CalibrationError,
     CheckpointError,
+    LayoutError,
     ComparisonError,
     ConfigError,
     EvaluationError,

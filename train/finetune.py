@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from omnimem.attach import Seam, attach
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, dump, load
+from omnimem.config import RunConfig, dump, load, refuse_changes
 from omnimem.data import Failures, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.feeding import Feeder
@@ -26,6 +26,7 @@ from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
 from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
+from train.export import describe
 from train.preview import preview
 from train.trainer import Progress, StreamTrainer, callbacks_of, prepare_process, seed_of, training_arguments
 
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str]) -> None:
         preview(run)
         return
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
+    if start.resumed and start.folder.config.is_file():
+        refuse_changes(run, start.folder.config)
     samples = training_samples(run)
     if run.evaluate.after_training:
         check_benchmarks(run)
@@ -55,7 +58,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
     torch.nn.Module.to(backbone.model, settings.device)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
-    with attach(backbone.text_model) as seam:
+    with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as seam:
         with settings.main_process_first(local=False, desc="budget"):
             budget = budget_of(run, seam, feeder, start.folder)
         parts = Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies_of(run, budget))
@@ -114,6 +117,7 @@ def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
         folder.record,
         adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)},
     )
+    describe(folder.path)
     print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
     if not run.evaluate.after_training:
         return

@@ -1,6 +1,6 @@
 """Backbones: the only files that know a model family."""
 
-from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Turn, collate
+from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Turn, collate
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni, load_backbone
 
-__all__ = ["Backbone", "Encoded", "ModelOptions", "Qwen25Omni", "Turn", "collate", "load_backbone"]
+__all__ = ["Backbone", "Encoded", "LayoutError", "ModelOptions", "Qwen25Omni", "Turn", "collate", "load_backbone"]

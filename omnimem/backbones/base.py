@@ -18,6 +18,10 @@ from omnimem.tokens import Chunk
 Tracks = Literal["both", "video", "audio"]
 
 
+class LayoutError(ValueError):
+    """A stream that cannot be cut as asked; the message says why and how to repair it."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -55,7 +59,7 @@ class Encoded:
 def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
     """Streams of one layout as one batch, segment by segment, as they come.
 
-    Raises ValueError when the layouts differ (length, size of the grid, tracks).
+    Raises LayoutError when the layouts differ (length, size of the grid, tracks).
     """
     if len(streams) == 1:
         yield from streams[0]
@@ -64,7 +68,7 @@ def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
         layouts = [None if segment is None else segment.layout for segment in row]
         if len(set(layouts)) != 1:
             odd = next(number for number, layout in enumerate(layouts) if layout != layouts[0])
-            raise ValueError(
+            raise LayoutError(
                 f"streams 0 and {odd} of a batch differ in layout ({layouts[0]} against {layouts[odd]}); batch streams "
                 "of equal length and frame size, or set the batch size to 1"
             )

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn
+from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
 from omnimem.media import Geometry, LogMel, Segment, patchify
 from omnimem.tokens import Chunk, Modality
 
@@ -144,7 +144,7 @@ class Qwen25Omni(Backbone):
 
     def _look(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
         """Visual tokens [1, tokens, width] and their grid for each segment."""
-        geometry, weight = self.geometry, self.text_model.get_input_embeddings().weight
+        geometry, towers = self.geometry, self._towers
         patched = [
             None
             if segment.frames is None
@@ -201,7 +201,7 @@ class Qwen25Omni(Backbone):
     ) -> Iterator[Chunk]:
         """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
 
-        Raises ValueError when a single segment is larger than `chunk_tokens`.
+        Raises LayoutError when a single segment is larger than `chunk_tokens`.
         """
         text = self._opening if system is None else _frame(self.tokenizer, system)[0]
         opening = self._text_ids(text) + _begin(tracks, self._id)
@@ -212,7 +212,7 @@ class Qwen25Omni(Backbone):
         pending: list[Encoded] = []
         for segment in segments:
             if segment.count > chunk_tokens:
-                raise ValueError(
+                raise LayoutError(
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
                     f"{chunk_tokens}; raise it, or lower stream.max_pixels or stream.fps"
                 )
