@@ -14,10 +14,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, WhisperFeatureE
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from data_prep.renderer import render_audio
-from data_prep.worlds import COLOURS, KINDS, SHAPES, TEMPLATES, VOICES, WORDS, World, WorldOptions, draw_world
+from data_prep.worlds import (
+    COLOURS,
+    KINDS,
+    SHAPES,
+    TEMPLATES,
+    VOICES,
+    WORDS,
+    Kind,
+    Question,
+    World,
+    WorldOptions,
+    draw_world,
+)
 from omnimem.media import patchify
 from train.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
-from train.tiny_batches import ANSWER_PROMPT, PREFIX, SUFFIX, attention_mask, pack_questions, stream_layout
+from train.tiny_batches import ANSWER_PROMPT, IGNORE, PREFIX, SUFFIX, attention_mask, pack_questions, stream_layout
 from train.tiny_checkpoint import SPECIAL, SYSTEM
 from train.tiny_towers import GEOMETRY, Clip, render_clips
 
@@ -133,6 +145,16 @@ def test_a_question_sees_the_stream_and_itself_alone(tokenizer: PreTrainedTokeni
         own = rows[:, 5 + block * length : 5 + (block + 1) * length]
         assert own.equal(torch.ones(length, length).tril().bool())
         assert rows.sum() == 5 * length + own.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_style_ends_a_question_at_its_key_word(tokenizer: PreTrainedTokenizerFast, kind: Kind) -> None:
+    keys = VOICES if kind == "auditory" else SHAPES
+    asked = [Question(kind=kind, text=TEMPLATES[kind].format(key=key), answer="red", key=key) for key in keys]
+    questions = pack_questions(tokenizer, [asked], "key_last")
+    assert tokenizer.convert_ids_to_tokens(questions.ids[0, :, -1].tolist()) == ["Ġ" + key for key in keys]
+    assert (questions.targets[0, :, -1] == tokenizer.convert_tokens_to_ids("red")).all()
+    assert (questions.targets[0, :, :-1] == IGNORE).all()
 
 
 def whole_model_logits(

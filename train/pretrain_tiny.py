@@ -69,28 +69,54 @@ RECALL: tuple[Stage, ...] = (
     Stage(name="32s", seconds=32, batch=16, steps=60, learning_rate=PEAK, final_rate=PEAK, goal=0.9),
     Stage(
         name="64s",
-        **{"seconds": 64, "batch": 16, "steps": 100, "learning_rate": PEAK, "final_rate": 5e-4},
-        **{"spoken_share": 0.45, "name_silent": False, "goal": 0.98},
+        seconds=64,
+        batch=16,
+        steps=100,
+        learning_rate=PEAK,
+        final_rate=5e-4,
+        goal=0.98,
+        spoken_share=0.45,
+        name_silent=False,
     ),
 )
 CHAT: tuple[Stage, ...] = (
     Stage(
         name="chat-8s",
-        **{"seconds": 8, "batch": 64, "steps": 40, "learning_rate": 1e-3, "final_rate": 1e-3, "cells": 4},
-        **{"style": "chat", "warm_up": 20},
+        seconds=8,
+        batch=64,
+        steps=40,
+        learning_rate=1e-3,
+        final_rate=1e-3,
+        warm_up=20,
+        cells=4,
+        style="chat",
     ),
     Stage(name="chat-16s", seconds=16, batch=32, steps=32, learning_rate=1e-3, final_rate=1e-3, cells=4, style="chat"),
     Stage(
         name="chat-64s",
-        **{"seconds": 64, "batch": 16, "steps": 90, "learning_rate": 1e-3, "final_rate": 1e-4, "style": "chat"},
-        **{"spoken_share": 0.45, "name_silent": False},
+        seconds=64,
+        batch=16,
+        steps=90,
+        learning_rate=1e-3,
+        final_rate=1e-4,
+        style="chat",
+        spoken_share=0.45,
+        name_silent=False,
     ),
 )
 REAL: tuple[Stage, ...] = (
     Stage(
         name="files-64s",
-        **{"seconds": 64, "batch": 8, "steps": 40, "learning_rate": 2e-4, "final_rate": 2e-5, "style": "chat"},
-        **{"spoken_share": 0.45, "name_silent": False, "warm_up": 10, "real": True},
+        seconds=64,
+        batch=8,
+        steps=40,
+        learning_rate=2e-4,
+        final_rate=2e-5,
+        warm_up=10,
+        style="chat",
+        spoken_share=0.45,
+        name_silent=False,
+        real=True,
     ),
 )
 
@@ -235,7 +261,7 @@ def mark(logits: Tensor, questions: Questions) -> dict[str, Tensor]:
 
 
 def train_recall(trainee: Trainee, stages: tuple[Stage, ...]) -> None:
-    """Stages in embedding space, with one optimizer for all of them."""
+    """Stages of the text model, with one optimizer for all of them."""
     text = [*trainee.model.get_submodule("model.language_model").parameters(), *trainee.model.lm_head.parameters()]
     parameters = [*text, *trainee.namers.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
@@ -283,8 +309,7 @@ def train_towers(trainee: Trainee) -> None:
 def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str, float]]:
     """Accuracy by kind of question on new streams, straight from the renderer ("direct") and through "mp4" files."""
     layout = stream_layout(trainee.model, trainee.tokenizer, seconds)
-    stage = Stage(**{"name": "check", "seconds": seconds, "batch": 8, "steps": 0, "learning_rate": 0, "final_rate": 0})
-    stage = replace(stage, style="chat", spoken_share=0.45, questions=10**6)
+    stage = replace(CHAT[-1], name="check", seconds=seconds, batch=8, questions=10**6)
     marks: dict[str, list[dict[str, Tensor]]] = {"direct": [], "mp4": []}
     for start in range(0, streams, stage.batch):
         rng = np.random.default_rng([trainee.seed, *b"check", seconds, start])

@@ -106,7 +106,7 @@ def pack_questions(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[
 
 def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style) -> tuple[list[int], int, int]:
     """Tokens of a question, the index of its key word and the index at which the answer is predicted."""
-    stem = question.text[: question.text.index(question.key) + len(question.key)]
+    stem = question.text[: question.text.rindex(question.key) + len(question.key)]  # "during the ring" has two rings
     key = len(tokenizer(stem).input_ids) - 1
     if style == "key_last":
         return tokenizer(stem).input_ids, key, key
