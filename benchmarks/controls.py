@@ -59,7 +59,7 @@ def at_budget(run: RunConfig, seam: Seam, feeder: Feeder, slots: int, split: str
     """All methods at one budget."""
     folder = RunFolder(path=Path("runs") / f"controls-{split}-{slots}")
     own = budget_of(run, seam, feeder, RunFolder(path=folder.path / "budget"))
-    own = own if slots == run.memory.slots_per_layer else resized(run, own, slots)
+    own = own if own.total == slots * own.layers else resized(run, own, slots)
     layers = seam.shape.layers
     budgets: dict[str, Budget] = {"_split": own, "_single": SharedBudget().build(layers, slots)}
     evaluation = Evaluation(seam=seam, feeder=feeder, options=run.evaluate)
@@ -86,14 +86,14 @@ def evaluate(evaluation: Evaluation, arm: Arm, benchmark: RecallOptions, folder:
     write_json(target / "summary.json", {"arm": arm.name, "provenance": facts, "benchmarks": table})
 
 
-def report(summary: dict[str, Any], slots: int) -> None:
-    """A row a method: accuracy by kind, and the paired difference of psi with its split to it."""
+def report(summary: dict[str, Any], slots: int, *, first: str = "psi_split") -> None:
+    """A row a method: accuracy by kind, and the paired difference of the first one to it."""
     table = summary["benchmarks"]["recall"]
     pairs = {(pair["a"], pair["b"]): pair for pair in table["pairs"]}
     print(f"recall, {slots} slots a layer, {table['n']} questions of {table['clusters']} streams; accuracy in %")
     for name, arm in sorted(table["arms"].items(), key=lambda item: -item[1]["strict"]):
         kinds = "  ".join(f"{kind} {100 * entry['strict']:5.1f}" for kind, entry in sorted(arm["kinds"].items()))
-        print(f"{name:20} {100 * arm['strict']:5.1f}  {kinds}  {versus(pairs, 'psi_split', name)}")
+        print(f"{name:20} {100 * arm['strict']:5.1f}  {kinds}  {versus(pairs, first, name)}")
 
 
 def versus(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> str:
@@ -105,7 +105,7 @@ def versus(pairs: dict[tuple[str, str], dict[str, Any]], a: str, b: str) -> str:
     else:
         return ""
     low, high = sorted((sign * pair["low"], sign * pair["high"]))
-    return f"psi_split {100 * sign * pair['diff']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{a} {100 * sign * pair['diff']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 if __name__ == "__main__":
