@@ -1,6 +1,7 @@
 """ask.py: the answer, what it took, and the memory it was read from; files and pipes; forks at any time."""
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from data_prep.renderer import write_mp4
 from data_prep.worlds import draw_world
 from omnimem.attach import attach
-from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import BudgetError, SplitBudget
 from omnimem.config import ConfigError
 from omnimem.feeding import Feeder
@@ -98,6 +99,15 @@ def test_base_and_adapter_answer_as_the_merged_folder_does(
     untuned = said(capsys, "--model", base, "--video", video, "--slots", "12", "--max-new-tokens", "5", QUESTION)
     assert untimed(merged) == untimed(adapted)
     assert merged[0] != untuned[0], "the adapter changes nothing, so nothing was shown"
+
+
+def test_a_runs_own_adapter_brings_the_runs_memory(
+    base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = exports / "runs" / "x"
+    export.describe(run)
+    own = said(capsys, "--model", base, "--adapter", run / "adapter", "--video", video, QUESTION)
+    assert untimed(own) == untimed(said(capsys, "--model", exports / "merged", "--video", video, QUESTION))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,15 @@ def test_a_pipe_is_read_as_a_live_stream(
         assert not pipe.closed
 
 
+def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports: Path, video: Path) -> None:
+    command = [sys.executable, ask.__file__, "--model", str(exports / "merged"), "--video", "-", QUESTION]
+    with subprocess.Popen(["cat", str(video)], stdout=subprocess.PIPE) as source:
+        done = subprocess.run(command, stdin=source.stdout, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("-: ")
+    assert "matroska" in done.stderr.splitlines()[-1]
+
+
 # --- what the user may have got wrong
 
 
@@ -239,7 +258,7 @@ def test_an_adapter_given_as_the_model_is_named(exports: Path, video: Path) -> N
     ("flags", "error", "what"),
     [
         (["--fps", "0"], ConfigError, "fps = 0 must be above 0"),
-        (["--fps", "0.123"], ConfigError, "meets no grid"),
+        (["--fps", "0.123"], LayoutError, "meets no grid"),
         (["--max-pixels", "100"], ConfigError, "min_pixels = 3136 must be in 1..max_pixels = 100"),
         (["--slots", "1"], BudgetError, "slots_per_layer: 1 is too small"),
         (["--video", "no.mp4"], MediaError, "no.mp4: is not a file; check the path"),

@@ -173,7 +173,8 @@ class Asking:
 
         Questions are read on a fork: the memory goes on as if nothing had been asked.
         """
-        step, seen, started = segment_seconds(self.feeder), 0.0, time.perf_counter()
+        step = self.feeder.backbone.geometry.segment(self.feeder.options.fps)[0]
+        seen, started = 0.0, time.perf_counter()
         waiting = sorted(times)
         for chunk in self.feeder.watch(source, cuts=times):
             stream.feed(chunk)
@@ -218,14 +219,6 @@ class Clock:
             logits.flatten()[0].item()  # a GPU has computed them by then
             self.first = time.perf_counter()
         return logits
-
-
-def segment_seconds(feeder: Feeder) -> float:
-    """Length of what the stream is cut into. Raises ConfigError when the frame rate meets no grid."""
-    try:
-        return feeder.backbone.geometry.segment(feeder.options.fps)[0]
-    except ValueError as error:
-        raise ConfigError([f"stream.fps: {error}"]) from error
 
 
 # --- command line

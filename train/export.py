@@ -170,6 +170,12 @@ class Heard:
     untuned: Tensor
 
 
+def describe(run: Path) -> None:
+    """Write omnimem.json into a run's own adapter, so that train/ask.py gives it the run's memory."""
+    tuned = Tuned.of(run)
+    tuned.exported("adapter", Base.of(tuned.run.model.path)).write(tuned.adapter)
+
+
 def write(tuned: Tuned, kind: Kind, folder: Path) -> Exported:
     """Fill `folder` with an export that was read back. Raises AdapterError when that is not the same model."""
     exported, heard = _saved(tuned, kind, folder)

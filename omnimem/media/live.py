@@ -77,7 +77,7 @@ class _Packets:
                 assert isinstance(frame, VideoFrame | AudioFrame)
                 self._waiting[packet.stream_index].append(frame)
         except FFmpegError as error:
-            message = f"breaks off while decoding ({error.strerror}); send it again"
+            message = f"breaks off ({error.strerror}); send it again, as mpegts, matroska, flv or fragmented mp4"
             raise MediaError(self._name, "truncated", message) from error
         return True
 
