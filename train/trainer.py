@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,8 +123,15 @@ class StreamTrainer(Trainer):
             try:
                 opened.append(self.feeder.open(sample))
             except MediaError as error:
-                self.failures = self.failures.add(Failure(id=sample.id, reason=error.reason, message=str(error)))
+                self._note(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return opened
+
+    def _note(self, failure: Failure) -> None:
+        """Noted before it is judged: the one that stops the run stands in run.json too."""
+        before = self.failures
+        if all(known.id != failure.id for known in before.found):
+            self.failures = replace(before, found=(*before.found, failure))
+            before.add(failure)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the Trainer's formula knows no streams."""
@@ -145,7 +153,7 @@ class StreamTrainer(Trainer):
         known = {failure.id: failure for failure in gather_object(list(self.failures.found))}
         if self.is_world_process_zero():
             for failure in known.values():
-                self.failures = self.failures.add(failure)
+                self._note(failure)
         else:
             self.failures = replace(self.failures, found=tuple(known.values()))
 
@@ -247,6 +255,7 @@ def seed_of(*parts: int | str) -> int:
 def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
     """transformers' arguments of a run; a host without a GPU trains on the CPU."""
     defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
+    defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
     given = {name: value for name, value in section.items() if value is not None}
     return TrainingArguments(
         **{**defaults, **given},
@@ -278,6 +287,8 @@ def prepare_process() -> None:
         # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
+    # DeepSpeed's own calls, by names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("accelerate.accelerator").addFilter(_is_news)
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, which fills a log with every state of the bar

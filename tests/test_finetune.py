@@ -1,0 +1,240 @@
+"""Fine-tuning by its entry point: resumed bit for bit, the same on ranks, accumulated or in a batch, and calm.
+
+A random thinker of two layers; six films of eight seconds, so ten steps of two samples take more than three epochs.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import pytest
+import torch
+from ranks import ROOT, Ended, command
+from safetensors.torch import load_file
+from test_bad_input import silence
+from thinkers import write_folder
+from torch import Tensor
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+SCRIPT = "train/finetune.py"
+ANSWERS = ("red", "blue and green", "a long dark yellow")
+CONFIG = """\
+name: {name}
+model: {{path: model}}
+stream: {{chunk_tokens: 36, max_pixels: 12544}}
+memory: {{slots_per_layer: 8, budget: {{name: split, visual_audio_ratio: 2}}}}
+tuning:
+  lora: {{r: 4, alpha: 8, dropout: 0.2, targets: [q_proj, v_proj, up_proj]}}
+  budgets: [8, 4, full]
+data: {{train: train.jsonl}}
+train: {{max_steps: 10, save_steps: 5, learning_rate: 1e-2, per_device_train_batch_size: 1}}
+evaluate: {{after_training: false}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint, films, manifest and config, in the folder that all runs share."""
+    place = tmp_path_factory.mktemp("finetune")
+    write_folder(place / "model", rates="tiny")
+    rows = []
+    for number in range(6):
+        write_mp4(draw_world(number, 8), place / f"{number}.mp4")
+        messages = []
+        for question in range(1 + number % 3):
+            messages.append({"role": "user", "content": f"what is {question} ?", "at": 5 if question == 1 else None})
+            messages.append({"role": "assistant", "content": ANSWERS[(number + question) % 3]})
+        rows.append({"id": f"film{number}", "video": f"{number}.mp4", "messages": messages})
+    write_manifest(place / "train.jsonl", rows)
+    (place / "broken.mp4").write_bytes(b"no film")
+    silence(place / "0.mp4", place / "silent.mp4")
+    for name in ("broken", "silent"):
+        write_manifest(place / f"{name}.jsonl", [*rows[1:], {**rows[0], "id": name, "video": f"{name}.mp4"}])
+    return place
+
+
+def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run."""
+
+    path: Path
+    ended: Ended
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """metrics.jsonl without what a clock says."""
+        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+
+    @property
+    def losses(self) -> Tensor:
+        return torch.tensor([line["loss"] for line in self.lines], dtype=torch.float64)
+
+    @property
+    def adapter(self) -> Tensor:
+        """All weights in a row."""
+        tensors = load_file(self.path / "adapter" / "adapter_model.safetensors")
+        return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.path / "run.json").read_text())
+
+
+def tune(folder: Path, name: str, *arguments: str, ranks: int = 0) -> Run:
+    """A run by plain `python`, or by so many ranks."""
+    return Run(path=folder / "runs" / name, ended=command(SCRIPT, given(folder, name, *arguments), folder, ranks=ranks))
+
+
+def given(folder: Path, name: str, *arguments: str) -> list[str]:
+    (folder / f"{name}.yaml").write_text(CONFIG.format(name=name))
+    return ["--config", f"{name}.yaml", *arguments]
+
+
+def assert_same_run(first: Run, second: Run) -> None:
+    """Bit for bit: what was measured at every step, and the adapter."""
+    assert [line["step"] for line in first.lines] == list(range(1, 11))
+    assert first.lines == second.lines
+    assert torch.equal(first.adapter, second.adapter)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "accumulation"), [("zero0", 0, 2), ("zero2", 0, 2), ("zero2", 2, 1)], ids=str
+)
+def test_a_run_resumed_after_5_of_10_steps_equals_an_unbroken_one_bit_for_bit(
+    folder: Path, stage: str, ranks: int, accumulation: int
+) -> None:
+    name = f"{stage}-{ranks}"
+    settings = (f"train.deepspeed=deepspeed/{stage}.json", f"train.gradient_accumulation_steps={accumulation}")
+    whole = tune(folder, name, *settings, ranks=ranks)
+    assert {line["slots"] for line in whole.lines} == {8, 4, -1}
+    assert len({line["learning_rate"] for line in whole.lines}) == 10
+    kept = folder / "runs" / f"{name}.whole"
+    shutil.move(whole.path, kept)
+    shutil.copytree(kept, whole.path)  # as a crash after step 7 leaves it, in the middle of a line
+    shutil.rmtree(whole.path / "checkpoint-10")
+    shutil.rmtree(whole.path / "adapter")
+    lines = (kept / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (whole.path / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    resumed = tune(folder, name, *settings, "--resume", "auto", ranks=ranks)
+    assert "step 6 of 10" in resumed.ended.outputs[0]
+    assert "step 5 of 10" not in resumed.ended.outputs[0]
+    assert_same_run(resumed, Run(path=kept, ended=whole.ended))
+    assert [earlier["steps"] for earlier in resumed.record["earlier"]] == [10]
+
+
+ZERO2 = "train.deepspeed=deepspeed/zero2.json"
+SGD = ("train.optim=sgd", "train.max_steps=6", "train.max_grad_norm=0", ZERO2)
+
+
+def test_ranks_accumulation_and_batches_mean_the_same(folder: Path) -> None:
+    """Plain SGD, so that a gradient scaled twice or not at all would show; two epochs of three steps."""
+    two = tune(folder, "ranks", *SGD, ranks=2)
+    accumulated = tune(folder, "accumulated", *SGD, "train.gradient_accumulation_steps=2")
+    still = (*SGD, "tuning.lora.dropout=0")
+    small = tune(folder, "accumulated-still", *still, "train.gradient_accumulation_steps=2")
+    batch = tune(folder, "batch", *still, "train.per_device_train_batch_size=2")
+    for first, second in ((two, accumulated), (small, batch)):
+        torch.testing.assert_close(first.losses, second.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(first.adapter, second.adapter, rtol=1e-5, atol=1e-7)
+    assert float((two.losses - small.losses).abs().max()) > 1e-4  # dropout is active, and the same on any rank
+
+
+def test_the_launcher_starts_two_ranks_that_do_the_same_and_speak_calmly(folder: Path) -> None:
+    forked = tune(folder, "forked", "train.max_steps=2", ZERO2, ranks=2)
+    said = launched(folder, "launched", "train.max_steps=2", ZERO2, ranks=2)
+    run = Run(path=folder / "runs" / "launched", ended=forked.ended)
+    assert run.lines == forked.lines
+    assert torch.equal(run.adapter, forked.adapter)
+    assert_calm(said)
+    assert said.count("step 1 of 2: loss ") == 1  # rank 0 alone speaks
+
+
+def test_the_launcher_with_one_rank_equals_plain_python(folder: Path) -> None:
+    settings = ("train.max_steps=2", "train.deepspeed=deepspeed/zero0.json", "train.gradient_accumulation_steps=2")
+    plain = tune(folder, "plain", *settings)
+    said = launched(folder, "one-rank", *settings, ranks=1)
+    run = Run(path=folder / "runs" / "one-rank", ended=plain.ended)
+    assert run.lines == plain.lines
+    assert torch.equal(run.adapter, plain.adapter)
+    assert_calm(said)
+
+
+def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
+    """What `deepspeed --num_gpus N train/finetune.py` says, the launcher's own lines left out."""
+    program = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), str(ROOT / SCRIPT)]
+    ended = subprocess.run(
+        [*program, *given(folder, name, *arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout
+    own = ("[launch.py:", "[runner.py:", "[real_accelerator.py:")
+    return "\n".join(line for line in ended.stdout.splitlines() if not any(mark in line for mark in own))
+
+
+def assert_calm(said: str) -> None:
+    """Nothing but progress and results: no warning, no dict of a log, no half-drawn bar."""
+    for line in said.splitlines():
+        assert line == "" or line.startswith(("step ", "adapter: ")), said
+
+
+def test_films_that_cannot_be_read_are_counted_and_named_on_whichever_rank(folder: Path) -> None:
+    for ranks in (0, 2):
+        settings = ("data.train=broken.jsonl", "data.max_failures=0.2", "train.max_steps=3", f"train.seed={ranks}")
+        run = tune(folder, f"broken-{ranks}", *settings, "train.gradient_accumulation_steps=2", ranks=ranks)
+        assert_calm(run.ended.outputs[0])
+        assert [line["failed_samples"] for line in run.lines][-1] == 1
+        ((failed),) = run.record["failed_samples"]
+        assert (failed["id"], failed["reason"]) == ("broken", "unreadable")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("broken", "unreadable"), ("silent", "no_audio")])
+def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder: Path, name: str, reason: str) -> None:
+    run = folder / "runs" / f"failing-{name}"
+    arguments = given(folder, run.name, f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6")
+    (said,) = command(SCRIPT, arguments, folder, fails=True).outputs
+    problem, verdict = [line for line in said.splitlines() if not line.startswith("step ")]
+    assert problem.startswith(f"{name}: {reason}; ")
+    assert verdict == (
+        "1 of 6 samples failed, more than max_failures = 0.1; repair or remove them (data_prep/check.py lists all), "
+        "or raise data.max_failures"
+    )
+    record = json.loads((run / "run.json").read_text())
+    assert [failed["id"] for failed in record["failed_samples"]] == [name]
+
+
+def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder: Path) -> None:
+    steps = ("train.max_steps=1", "train.save_steps=5")
+    fresh = tune(folder, "used", *steps, "--resume", "auto")  # nothing to resume: from the first step
+    assert [line["step"] for line in fresh.lines] == [1]
+    (said,) = command(SCRIPT, given(folder, "used", *steps), folder, fails=True).outputs
+    assert said == (
+        "runs/used exists already; continue it with --resume auto, give the run another name with name=..., "
+        "or start anew with --overwrite, which moves it to runs/used.1\n"
+    )
+    shutil.rmtree(fresh.path / "checkpoint-1")
+    again = tune(folder, "used", *steps, "--resume", "auto")  # no checkpoint left: from the first step, nothing twice
+    assert [line["step"] for line in again.lines] == [1]
+    assert len(again.record["earlier"]) == 1
+    anew = tune(folder, "used", *steps, "--overwrite")
+    assert anew.record["earlier"] == []
+    assert (folder / "runs" / "used.1" / "adapter").is_dir()
+    assert torch.equal(anew.adapter, again.adapter)
