@@ -1,0 +1,154 @@
+"""What was found: facts, checks and measurements, written after every section so that nothing is lost."""
+
+import platform
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from accelerator.clock import GIB, release
+from omnimem.run import provenance, write_json, write_text
+
+PACKAGES = ("triton", "jaxtyping", "nvidia-cudnn-cu13")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A number that must not exceed its bound; without a bound it is only reported."""
+
+    name: str
+    dtype: str
+    found: float
+    bound: float | None
+
+    @property
+    def ok(self) -> bool:
+        """NaN is never fine."""
+        return self.bound is None or self.found <= self.bound
+
+
+@final
+class Record:
+    """Grows section by section; `gpu.json` and `gpu.md` always hold what there is so far."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], deadline: float) -> None:
+        self.folder, self.facts, self.deadline = folder, facts, deadline
+        self.checks: list[Check] = []
+        self.rows: list[dict[str, Any]] = []
+        self.sections: dict[str, dict[str, Any]] = {}
+
+    def check(self, name: str, dtype: torch.dtype, found: float, bound: float | None) -> None:
+        """Note a comparison."""
+        self.checks.append(Check(name=name, dtype=str(dtype).removeprefix("torch."), found=found, bound=bound))
+
+    def measured(self, section: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note measurements, one row an arm."""
+        self.rows += [{"section": section, "arm": arm, **row} for arm, row in rows.items()]
+
+    def section(self, name: str, work: Callable[[], None]) -> None:
+        """Do a part of the work; what goes wrong in it is noted and the parts after it still run."""
+        if time.monotonic() > self.deadline:
+            self.sections[name] = {"state": "left out", "error": "no time was left for it"}
+        else:
+            self.sections[name] = self._done(work)
+        print(f"{name}: {self.sections[name]['state']}", flush=True)
+        self.write()
+
+    @staticmethod
+    def _done(work: Callable[[], None]) -> dict[str, Any]:
+        started = time.monotonic()
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - whatever one section meets on a device never tried before, a missing kernel or a full memory, must cost no other section its result
+            trace = traceback.format_exc()
+            state: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}", "trace": trace}
+        else:
+            state = {"state": "done"}
+        release()
+        return {**state, "seconds": round(time.monotonic() - started, 2)}
+
+    @property
+    def ok(self) -> bool:
+        """Whether every section was done, every check held and every arm ran; too little memory is a finding."""
+        ran = all("error" not in row or row["out_of_memory"] for row in self.rows)
+        return (
+            ran and all(check.ok for check in self.checks) and all(s["state"] == "done" for s in self.sections.values())
+        )
+
+    def write(self) -> None:
+        """gpu.json and gpu.md."""
+        checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
+        whole = {
+            "ok": self.ok,
+            "facts": dict(self.facts),
+            "sections": self.sections,
+            "checks": checks,
+            "rows": self.rows,
+        }
+        write_json(self.folder / "gpu.json", whole)
+        write_text(self.folder / "gpu.md", self.table())
+
+    def table(self) -> str:
+        """Everything on one page."""
+        lines = [f"# {self.facts['device']}, torch {self.facts['packages'].get('torch')}", ""]
+        for name, section in self.sections.items():
+            reason = f": {section['error'].splitlines()[0]}" if "error" in section else f", {section['seconds']} s"
+            lines.append(f"- {name}: {section['state']}{reason}")
+        lines += ["", "| check | dtype | found | bound | |", "|---|---|---|---|---|"]
+        for check in self.checks:
+            bound = "" if check.bound is None else f"{check.bound:.1e}"
+            verdict = "FAILED" if not check.ok else "" if check.bound is None else "ok"
+            lines.append(f"| {check.name} | {check.dtype} | {check.found:.2e} | {bound} | {verdict} |")
+        lines += ["", "| section | arm | median ms | transient GiB | peak GiB | |", "|---|---|---|---|---|---|"]
+        return "\n".join([*lines, *(_row(row) for row in self.rows), ""])
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    numbers = [
+        _number(row.get(key), digits) for key, digits in (("median_ms", 3), ("transient_gib", 2), ("peak_gib", 2))
+    ]
+    shown = ("section", "arm", "median_ms", "fastest_ms", "slowest_ms", "repeats", "transient_gib", "peak_gib")
+    rest = ", ".join(f"{key} {_number(value, 3)}" for key, value in row.items() if key not in shown)
+    return f"| {row['section']} | {row['arm']} | {' | '.join(numbers)} | {rest} |"
+
+
+def _number(value: object, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def facts_of(device: torch.device, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hardware, versions and settings."""
+    found = provenance(command=["benchmarks/gpu.sh"], seed=0, sha256={})
+    packages = {**found["packages"], **{name: at for name in PACKAGES if (at := _version(name))}}
+    return {**found, "packages": packages, "settings": dict(settings), **_hardware(device)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    common = {"threads": torch.get_num_threads(), "float32_matmul": torch.get_float32_matmul_precision()}
+    if device.type != "cuda":
+        return {"device": f"{device.type} ({platform.machine()})", **common}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": properties.name,
+        "memory_gib": round(properties.total_memory / GIB, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **common,
+    }

@@ -1,0 +1,386 @@
+"""How fast is the device? Every arm of a table in turn, in one process, on one model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import DynamicCache, PreTrainedModel
+
+from accelerator.clock import Arm, Clock, Work, release
+from accelerator.correctness import Stored, streamed_loss
+from accelerator.models import OPENING, Sizes, questions, random_model, stretch
+from accelerator.record import Record
+from omnimem.attach import attach
+from omnimem.attention.blocked import BLOCK, attend, mass, visible
+from omnimem.budget import SplitBudget
+from omnimem.memory import Memory
+from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policy import Policy
+from omnimem.selection import Room, select
+from omnimem.stream import Prompt, Stream
+from omnimem.tokens import Chunk
+from omnimem.tuning import FullGradient, Gradient
+
+ARMS: dict[str, PolicyOptions] = {
+    "lambda 0": PerturbationOptions(sharpness=0.0),
+    "lambda 0.02": PerturbationOptions(sharpness=0.02),
+    "random": ControlOptions(name="random"),
+}
+TEMPERATURE = 0.5
+
+
+@contextmanager
+def plainly(work: Work) -> Iterator[Work]:
+    """Work that needs nothing around it."""
+    yield work
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What every measurement shares."""
+
+    record: Record
+    clock: Clock
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+
+    def measure(self, section: str, arms: Mapping[str, Arm], **facts: Callable[[float], float]) -> None:
+        """Time the arms in turn and note a row of each; `facts` are derived from the median milliseconds."""
+        rows = self.clock.side_by_side(arms)
+        for row in rows.values():
+            row |= {name: of(row["median_ms"]) for name, of in facts.items() if "median_ms" in row}
+        self.record.measured(section, rows)
+        release()
+
+    def chunk(self, first: int, count: int) -> Chunk:
+        """A stretch of the stream."""
+        return stretch(self.sizes, first, count, dtype=self.dtype, device=self.device)
+
+    def policy(self, options: PolicyOptions) -> Policy:
+        """At the slots of these sizes."""
+        return options.build(SplitBudget().build(self.sizes.layers, self.sizes.memory))
+
+    def model(self) -> PreTrainedModel:
+        """The text model."""
+        return random_model(self.sizes.text, dtype=self.dtype, device=self.device)
+
+    def head(self) -> nn.Linear:
+        """Hidden states to logits."""
+        shape = self.sizes.text["hidden_size"], self.sizes.text["vocab_size"]
+        return nn.Linear(*shape, bias=False, dtype=self.dtype, device=self.device).requires_grad_(False)
+
+
+def ceilings(bench: Bench) -> None:
+    """A matrix product and a copy: what the device can do at best."""
+    side = bench.sizes.square
+    a, b = (torch.randn(side, side, device=bench.device).to(bench.dtype) for _ in range(2))
+    bench.measure("ceiling", {"matrix product": lambda: plainly(lambda: a @ b)}, tflops=lambda ms: 2e-9 * side**3 / ms)
+    source = torch.zeros(16, side, side, dtype=bench.dtype, device=bench.device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    bench.measure("ceiling", {"copy": lambda: plainly(lambda: target.copy_(source))}, gb_s=lambda ms: 1e-6 * moved / ms)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Projections of one layer over [memory ; chunk]."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+
+    @classmethod
+    def random(cls, bench: Bench, count: int) -> "Layer":
+        """Drawn on the device."""
+        text, total = bench.sizes.text, bench.sizes.memory + count
+        heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+        dim = text["hidden_size"] // heads
+        shapes = ((1, heads, count, dim), (1, kv_heads, total, dim), (1, kv_heads, total, dim))
+        q, k, v = (torch.randn(shape, device=bench.device).to(bench.dtype) for shape in shapes)
+        return cls(queries=q, keys=k, values=v, scale=dim**-0.5)
+
+    def ways(self) -> dict[str, Callable[[], Tensor]]:
+        """Our attention and what could take its place."""
+        gate = torch.zeros(1, self.keys.shape[2], device=self.keys.device)
+        plain = (self.queries, self.keys, self.values)
+        return {
+            "ours": lambda: attend(*plain, scale=self.scale),
+            "ours, gated": lambda: attend(*plain, scale=self.scale, gate=gate),
+            "keys repeated": self._repeated,
+            "lower-right bias": self._lower_right,
+        }
+
+    def _repeated(self) -> Tensor:
+        """As ours, but with one key head per query head: the memory-efficient kernel knows no grouped heads."""
+        group = self.queries.shape[1] // self.keys.shape[1]
+        keys, values = (part.repeat_interleave(group, dim=1) for part in (self.keys, self.values))
+        count, total, blocks = self.queries.shape[2], keys.shape[2], []
+        for first in range(0, count, BLOCK):
+            last = min(first + BLOCK, count)
+            mask = visible(first, last, count, total, None, keys.device)[:, None]
+            rows = self.queries[:, :, first:last]
+            blocks.append(F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=self.scale))
+        return torch.cat(blocks, dim=2)
+
+    def _lower_right(self) -> Tensor:
+        """All queries at once; the flash kernel takes the causal mask that ends at the last key."""
+        bias: Any = causal_lower_right(self.queries.shape[2], self.keys.shape[2])
+        return F.scaled_dot_product_attention(
+            self.queries, self.keys, self.values, attn_mask=bias, scale=self.scale, enable_gqa=True
+        )
+
+    def and_back(self, way: Callable[[], Tensor]) -> None:
+        """Forward and backward."""
+        parts = (self.queries, self.keys, self.values)
+        for part in parts:
+            part.requires_grad_(True)
+        try:
+            torch.autograd.grad(way().sum(), parts)
+        finally:
+            for part in parts:
+                part.requires_grad_(False)
+
+
+def attention(bench: Bench) -> None:
+    """One layer's attention, attention mass and selection, and which kernels take our call."""
+    for count in bench.sizes.chunks:
+        layer = Layer.random(bench, count)
+        bench.record.measured(f"kernels, chunk {count}", {"our call": _kernels(layer)})
+        ways = layer.ways()
+        with torch.no_grad():
+            forward = {name: _arm(way) for name, way in ways.items()}
+            bench.measure(f"attention, chunk {count}", {**forward, **_judging(bench, layer)})
+        both = {name: _arm(partial(layer.and_back, way)) for name, way in ways.items()}
+        bench.measure(f"attention and backward, chunk {count}", both)
+
+
+def _arm(work: Work) -> Arm:
+    return lambda: plainly(work)
+
+
+def _kernels(layer: Layer) -> dict[str, Any]:
+    """Which fused kernels accept our call; none: it falls back to the one that stores all probabilities."""
+    if layer.queries.device.type != "cuda":
+        return {}
+    mask = visible(
+        0, min(BLOCK, layer.queries.shape[2]), layer.queries.shape[2], layer.keys.shape[2], None, layer.keys.device
+    )
+    call = SDPAParams(layer.queries[:, :, :BLOCK], layer.keys, layer.values, mask[:, None], 0.0, False, True)
+    return {
+        "flash": can_use_flash_attention(call),
+        "efficient": can_use_efficient_attention(call),
+        "cudnn": can_use_cudnn_attention(call),
+    }
+
+
+def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
+    """What a policy adds to a layer."""
+    total = layer.keys.shape[2]
+    tokens = bench.chunk(OPENING, total)
+    scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).room(0)
+    if not isinstance(room, Room):
+        raise TypeError("these sizes have no budget; give Sizes.memory")
+    return {
+        "mass": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale)),
+        "mass, released": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale, heads="logits")),
+        "selection": _arm(lambda: select(scores, tokens.modality, room)),
+    }
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Filled:
+    """A stream whose memories are full."""
+
+    policy: Policy
+    memory: Memory
+    fed: int
+    position: int
+
+    @classmethod
+    def of(cls, bench: Bench, model: PreTrainedModel, policy: Policy) -> "Filled":
+        """After one chunk that is longer than the memory."""
+        with torch.no_grad(), attach(model) as seam:
+            stream = Stream(seam, policy)
+            stream.feed(
+                bench.chunk(0, max(bench.sizes.memory + OPENING + bench.sizes.chunks[0], bench.sizes.chunks[-1]))
+            )
+        return cls(policy=policy, memory=stream.memory, fed=stream.fed, position=stream.next_position)
+
+    @contextmanager
+    def opened(self, model: PreTrainedModel) -> Iterator[Stream]:
+        """A stream that goes on from here."""
+        with torch.no_grad(), attach(model) as seam:
+            stream = Stream(seam, self.policy)
+            stream.memory, stream.fed, stream.next_position = self.memory, self.fed, self.position
+            yield stream
+
+    @contextmanager
+    def step(self, model: PreTrainedModel, chunk: Chunk) -> Iterator[Work]:
+        """Feeding one chunk."""
+        with self.opened(model) as stream:
+            yield lambda: stream.feed(chunk)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stock:
+    """transformers' own attention over a cache of as many tokens as our memory has slots."""
+
+    model: PreTrainedModel
+    past: tuple[tuple[Tensor, Tensor], ...]
+    position: int
+
+    @classmethod
+    def of(cls, bench: Bench, model: PreTrainedModel) -> "Stock":
+        """With random keys and values."""
+        text, count = bench.sizes.text, bench.sizes.memory
+        shape = (1, text["num_key_value_heads"], count, text["hidden_size"] // text["num_attention_heads"])
+        drawn = [torch.randn(2, *shape, device=bench.device).to(bench.dtype) for _ in range(bench.sizes.layers)]
+        return cls(model=model, past=tuple((pair[0], pair[1]) for pair in drawn), position=count)
+
+    @contextmanager
+    def step(self, chunk: Chunk) -> Iterator[Work]:
+        """Reading one chunk."""
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.past):
+            cache.update(keys, values, number)
+        model: Any = self.model
+        with torch.no_grad():
+            yield lambda: model(
+                inputs_embeds=chunk.embeddings,
+                position_ids=chunk.positions.transpose(0, 1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+
+def chunk_steps(bench: Bench) -> None:
+    """Stock against ours, at every length of chunk, with full memories."""
+    model, layers = bench.model(), bench.sizes.layers
+    stock = Stock.of(bench, model)
+    filled = {name: Filled.of(bench, model, bench.policy(options)) for name, options in ARMS.items()}
+    sizes = {name: {"state_gib": one.memory.bytes / (1 << 30)} for name, one in filled.items()}
+    bench.record.measured("memory of a stream", sizes)
+    for count in bench.sizes.chunks:
+        chunk = bench.chunk(filled["lambda 0"].fed, count)
+        arms: dict[str, Arm] = {"stock sdpa": lambda chunk=chunk: stock.step(chunk)}
+        for name, one in filled.items():
+            arms[name] = lambda one=one, chunk=chunk: one.step(model, chunk)
+        bench.measure(f"chunk of {count}", arms, ms_a_layer=lambda ms: ms / layers)
+
+
+def asking(bench: Bench) -> None:
+    """What a user waits for: a question, every further token, a whole answer."""
+    model, head, sizes = bench.model(), bench.head(), bench.sizes
+    filled = Filled.of(bench, model, bench.policy(ARMS["lambda 0"]))
+    vocabulary = sizes.text["vocab_size"]
+    stock = Stock.of(bench, model)
+    one, eight = (questions(n, sizes.question, vocabulary, bench.device) for n in (1, 8))
+    single = stretch(sizes, 0, 1, dtype=bench.dtype, device=bench.device)
+    bench.measure(
+        "asking",
+        {
+            "a question": lambda: _asked(filled, model, head, one),
+            "8 questions": lambda: _asked(filled, model, head, eight),
+            "a further token": lambda: _continued(filled, model, head, one),
+            "a further token of 8": lambda: _continued(filled, model, head, eight),
+            "a further token, stock": lambda: _stock_token(stock, head, single),
+            f"an answer of {sizes.answers} tokens": lambda: _answered(filled, model, head, one, sizes.answers),
+        },
+    )
+
+
+@contextmanager
+def _asked(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
+    with filled.opened(model) as stream:
+        yield lambda: head(stream.ask(prompt).hidden[:, -1:]).argmax(dim=-1)
+
+
+@contextmanager
+def _continued(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
+    with filled.opened(model) as stream:
+        reading = stream.ask(prompt)
+        ends = prompt.offsets == prompt.offsets.max()
+        following = Prompt(
+            ids=prompt.ids[ends][None], segments=prompt.segments[ends][None], offsets=prompt.offsets[ends][None] + 1
+        )
+        yield lambda: head(stream.ask(following, reading).hidden).argmax(dim=-1)
+
+
+@contextmanager
+def _stock_token(stock: Stock, head: nn.Module, single: Chunk) -> Iterator[Work]:
+    with stock.step(single) as step:
+
+        def work() -> Tensor:
+            result: Any = step()
+            return head(result.last_hidden_state).argmax(dim=-1)
+
+        yield work
+
+
+@contextmanager
+def _answered(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt, tokens: int) -> Iterator[Work]:
+    with filled.opened(model) as stream:
+        yield lambda: stream.answer(prompt, head, stop=[-1], max_new_tokens=tokens)
+
+
+def training(bench: Bench) -> None:
+    """Forward and backward of a stream that overflows its memory, with LoRA and softened selection."""
+    model, head, sizes = bench.model(), bench.head(), bench.sizes
+    adapters = _adapted(model, sizes.rank)
+    length = sizes.chunks[0]
+    chunks = [bench.chunk(number * length, length) for number in range(sizes.memory // length + 2)]
+    prompt = questions(1, sizes.question, sizes.text["vocab_size"], bench.device)
+    policy = bench.policy(ARMS["lambda 0.02"])
+
+    def arm(carry: Gradient, *, by_layer: bool = False) -> Arm:
+        @contextmanager
+        def opened() -> Iterator[Work]:
+            with attach(model, recompute_layers=by_layer) as seam:
+
+                def work() -> None:
+                    loss = streamed_loss(seam, policy, chunks, prompt, head, carry, TEMPERATURE)
+                    torch.autograd.grad(loss, adapters)
+
+                yield work
+
+        return opened
+
+    arms: dict[str, Arm] = {
+        "recompute": arm(FullGradient()),
+        "recompute, offload": arm(FullGradient(offload=True)),
+        "recompute by layers too": arm(FullGradient(), by_layer=True),
+        "recompute by layers too, offload": arm(FullGradient(offload=True), by_layer=True),
+        "stored": arm(Stored()),
+    }
+    bench.measure(f"training, {len(chunks)} chunks of {length}", arms, ms_a_chunk=lambda ms: ms / len(chunks))
+
+
+def _adapted(model: PreTrainedModel, rank: int) -> list[Tensor]:
+    """LoRA on q, k and v as the release has it, in float32; only that learns."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
+    inject_adapter_in_model(config, model)
+    found = []
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            found.append(parameter.requires_grad_(True))
+    return found

@@ -1,0 +1,76 @@
+"""Is this project right and fast on this machine's accelerator? Checks, then measurements, in one table.
+
+benchmarks/gpu.sh [--layers 7] [--out benchmarks/results] [--device cuda] [--small]
+
+Needs torch, transformers, peft and jaxtyping, no weights and no network. Writes gpu.json and gpu.md into the folder
+given by --out, after every section. Exit code 1: a check failed, or a part could not run; what was found is there.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerator import correctness, speed
+from accelerator.clock import Clock
+from accelerator.models import large, small
+from accelerator.record import Record, facts_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Everything, within the time given."""
+    given = _parsed(arguments)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("gpu.py: this machine has no CUDA device; use --device cpu --small to try the script", file=sys.stderr)
+        return 2
+    sizes = small() if given.small else large(given.layers)
+    clock = Clock(device=device, repeats=2 if given.small else 7, seconds=2.0 if given.small else 20.0)
+    deadline = time.monotonic() + given.seconds
+    record = Record(given.out, facts_of(device, {**vars(given), "out": str(given.out)}), deadline)
+    bench = speed.Bench(record=record, clock=clock, sizes=sizes, dtype=torch.bfloat16, device=device)
+    for name, work in _sections(bench, correctness.SMALL if given.small else correctness.LARGE).items():
+        record.section(name, work)
+    print(record.table())
+    return 0 if record.ok else 1
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (%(default)s)")
+    parser.add_argument("--layers", type=int, default=7, help="of the 7B model's 28 (%(default)s: a quarter)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script itself")
+    parser.add_argument("--seconds", type=float, default=390.0, help="no section is begun after (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _sections(bench: speed.Bench, toy: correctness.Toy) -> dict[str, Callable[[], None]]:
+    """Checks first: numbers of a device that is wrong are worth nothing."""
+    checks = {
+        "attention": correctness.attention,
+        "streaming": correctness.streaming,
+        "kept sets": correctness.kept,
+        "gradient": correctness.gradient,
+    }
+    found: dict[str, Callable[[], None]] = {}
+    for name, check in checks.items():
+        for dtype in DTYPES:
+            found[f"check of {name}, {dtype}"] = partial(check, bench.record, toy, dtype, bench.device)
+    measurements = {
+        "ceilings": speed.ceilings,
+        "chunk steps": speed.chunk_steps,
+        "asking": speed.asking,
+        "training": speed.training,
+        "attention": speed.attention,
+    }
+    return found | {f"speed of {name}": partial(measure, bench) for name, measure in measurements.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
