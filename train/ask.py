@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from omnimem.attach import attach
-from omnimem.backbones import ModelOptions
+from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.config import ConfigError
 from omnimem.config.exported import FILE, Exported, policies_of
@@ -29,7 +29,6 @@ from omnimem.policy import Policy
 from omnimem.stream import Stream, StreamOptions
 from omnimem.tokens import EVICTABLE, Modality
 from omnimem.tuning import AdapterError, load_adapter
-from train.assemble import placed
 from train.command import Parser, run_command
 from train.export import Base
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     """Read the stream, ask, print answers and what they took."""
     given = _parser().parse(arguments)
     exported = recorded(given.model, given.adapter)
-    backbone = placed(model_of(given, exported))
+    backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
         load_adapter(backbone.model, given.adapter)
         if exported is not None:

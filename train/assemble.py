@@ -3,10 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from omnimem.attach import Seam
-from omnimem.backbones import Backbone, ModelOptions, load_backbone
+from omnimem.backbones import Backbone
 from omnimem.budget import Budget, BudgetError
 from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
@@ -15,13 +13,6 @@ from omnimem.run import RunFolder
 from train.calibrate import budget_settings, measured_budget, training_samples
 
 CACHE = Path(".cache/encoded")
-
-
-def placed(options: ModelOptions) -> Backbone:
-    """The checkpoint, on the GPU where there is one."""
-    backbone = load_backbone(options)
-    torch.nn.Module.to(backbone.model, "cuda" if torch.cuda.is_available() else "cpu")
-    return backbone
 
 
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
+from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, Exported, Origin
 from omnimem.run import RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError, load_adapter
-from train.assemble import placed
 from train.command import Parser, run_command
 from train.probe import Probe, difference
 
@@ -187,7 +187,7 @@ def write(tuned: Tuned, kind: Kind, folder: Path) -> Exported:
 
 def _saved(tuned: Tuned, kind: Kind, folder: Path) -> tuple[Exported, Heard]:
     """Save weights and all that goes with them; what they should answer."""
-    backbone = placed(tuned.run.model)
+    backbone = load_backbone(tuned.run.model)
     base = Base.of(tuned.run.model.path)
     exported = tuned.exported(kind, base)
     probe = Probe(backbone, exported)
@@ -208,7 +208,7 @@ def _saved(tuned: Tuned, kind: Kind, folder: Path) -> tuple[Exported, Heard]:
 def _read_back(folder: Path, heard: Heard) -> dict[str, float | int]:
     """What the saved model answers, compared."""
     exported = Exported.read(folder)
-    backbone = placed(exported.model)
+    backbone = load_backbone(exported.model)
     if exported.origin.kind == "adapter":
         load_adapter(backbone.model, folder)
     probe = Probe(backbone, exported)

@@ -54,8 +54,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
     first = settings.process_index == 0
     if first:
         start.open(dump(run), _provenance(run, settings))
-    backbone = load_backbone(run.model)
-    torch.nn.Module.to(backbone.model, settings.device)
+    backbone = load_backbone(run.model, settings.device)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
     with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as seam:

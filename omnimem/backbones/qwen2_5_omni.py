@@ -387,6 +387,12 @@ def _preprocessor(path: str) -> dict[str, Any]:
     raise CheckpointError(f"{path}: preprocessor_config.json is missing; copy it from the model's hub page")
 
 
-def load_backbone(options: ModelOptions) -> Backbone:
-    """The checkpoint at `options.path`; Qwen2.5-Omni is the family that can be loaded from media."""
-    return Qwen25Omni.load(options)
+def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
+    """The checkpoint at `options.path`, frozen, on `device` (None: the GPU where there is one).
+
+    Qwen2.5-Omni is the family that can be loaded from media. Raises CheckpointError when a file is missing.
+    """
+    backbone = Qwen25Omni.load(options)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(backbone.model.requires_grad_(False), place)
+    return backbone
