@@ -43,7 +43,7 @@ def in_a_batch(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 class EpochOrder(Sampler[int]):
     """The samples in an order that is a function of (seed, epoch, sample id) alone.
 
-    The stock random sampler is not told its epoch when a run resumes in the middle of one with several ranks.
+    The stock random sampler's order hangs on row numbers and on whichever seed was set last in the process.
     """
 
     def __init__(self, samples: Sequence[Sample], seed: int, epoch: Callable[[], int]) -> None:
