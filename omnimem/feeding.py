@@ -92,7 +92,7 @@ class Feeder:
         tracks = tracks_of(sample, self.options.tracks)
         path = self._cached(sample, tracks)
         if path is not None and path.is_file():
-            return _restored(sample, path, tracks)
+            return _restored(sample, path, tracks, self.backbone.device)
         source = self._source(sample, tracks)
         segments = list(self.backbone.encode(source, fps=self.options.fps))
         if not segments:
@@ -273,13 +273,14 @@ def _store(opened: Opened, path: Path) -> None:
     part.replace(path)
 
 
-def _restored(sample: Sample, path: Path, tracks: Tracks) -> Opened:
+def _restored(sample: Sample, path: Path, tracks: Tracks, device: torch.device) -> Opened:
+    """The sample as `open` made it, on the device where it would be made."""
     with safe_open(path, framework="pt") as file:
         metadata, names = file.metadata(), set(file.keys())
         segments = []
         for number, (grid, start, seconds, spacing) in enumerate(json.loads(metadata["segments"])):
             parts = [
-                file.get_tensor(f"{number}.{name}") if f"{number}.{name}" in names else None
+                file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
                 for name in ("visual", "audio")
             ]
             segments.append(

@@ -1,6 +1,6 @@
 """What benchmarks/gpu.py checks and measures on a device.
 
-`omnimem.media` imports PyAV, which a machine lent for its accelerator may lack; nothing is decoded here, so where it is
+`omnimem.media` imports PyAV, which a machine set up for kernels may lack; nothing is decoded here, so where it is
 missing an empty stand-in takes its place.
 """
 

@@ -1,0 +1,144 @@
+"""Nothing mixes tensors of two devices: every path runs on a GPU that is only pretended."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cut, text_model, whole_stream
+from episodes import Stored
+from pretend import GPU, PretendedGPU
+from test_stream import LENGTHS, POLICIES, policy_of, prompt_of
+from thinkers import write_folder
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.attach import attach
+from omnimem.backbones import Backbone, ModelOptions, load_backbone
+from omnimem.budget import SplitBudget
+from omnimem.calibration import CalibrationOptions, Recorder
+from omnimem.data import Message, Question, Sample
+from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
+from omnimem.feeding import Feeder
+from omnimem.policies import PerturbationOptions
+from omnimem.policy import Policy
+from omnimem.stream import Stream, StreamOptions
+from omnimem.tuning import LoraOptions, add_adapter, streamed_loss
+
+SECONDS = 8
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedGPU]:
+    with PretendedGPU() as pretended:
+        yield pretended
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
+    write_mp4(draw_world(3, SECONDS), path)
+    return path
+
+
+@pytest.fixture
+def backbone(tmp_path: Path, gpu: PretendedGPU) -> Backbone:
+    """A tiny thinker on the pretended device."""
+    found = load_backbone(ModelOptions(path=str(write_folder(tmp_path / "thinker", rates="tiny"))))
+    torch.nn.Module.to(found.model, GPU)
+    return found
+
+
+def sample(video: Path, number: int, at: float | None = None) -> Sample:
+    """The video with one question."""
+    messages = (Message(role="user", content="what colour ?", at=at), Message(role="assistant", content="red"))
+    return Sample(id=f"sample{number}", video=video, audio=None, messages=messages, meta={})
+
+
+def policy_at(backbone: Backbone, slots: int = 12) -> Policy:
+    layers = backbone.text_model.config.num_hidden_layers
+    return PerturbationOptions().build(SplitBudget().build(layers, slots))
+
+
+class Asked:
+    """A benchmark of given samples; whatever is written counts as an answer."""
+
+    name = "asked"
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = list(samples)
+
+    def samples(self) -> list[Sample]:
+        return self._samples
+
+    def extract(self, prediction: str) -> str | None:
+        return prediction
+
+    def correct(self, question: Question, extracted: str) -> bool:
+        return question.answer == extracted
+
+
+def test_the_pretended_device_refuses_what_a_real_one_refuses(gpu: PretendedGPU) -> None:
+    there = torch.ones(3, device="cuda")
+    assert (there + 1).device == there[1:].device == torch.zeros_like(there).device == GPU
+    assert torch.ones(3).device == there.cpu().device == torch.device("cpu")
+    assert (there * torch.tensor(2.0)).device == GPU
+    for mix in (lambda: there + torch.ones(3), lambda: torch.cat([there, torch.ones(3)])):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mix()
+
+
+@pytest.mark.parametrize(("policy", "last_position"), [(name, None) for name in POLICIES] + [("omnimem", 40)])
+def test_a_stream_stays_on_its_device(policy: str, last_position: int | None, gpu: PretendedGPU) -> None:
+    model = text_model("qwen2_5_omni")
+    torch.nn.Module.to(model, GPU)
+    output = model.get_input_embeddings().weight
+    with torch.no_grad(), attach(model) as seam:
+        stream = Stream(seam, policy_of(policy), last_position=last_position)
+        for chunk in cut(whole_stream(), LENGTHS):
+            places = {"positions": chunk.positions.to(GPU), "modality": chunk.modality.to(GPU)}
+            stream.feed(replace(chunk, embeddings=chunk.embeddings.to(GPU), **places))
+        prompt = prompt_of([[[5, 6, 7], [8, 9]]])
+        tensors = {"ids": prompt.ids.to(GPU), "segments": prompt.segments.to(GPU), "offsets": prompt.offsets.to(GPU)}
+        answers = stream.answer(replace(prompt, **tensors), lambda h: h @ output.T, stop=[3], max_new_tokens=3)
+    assert len(answers[0]) == 2
+    assert {tensor.device for tensor in stream.memory.tensors()} == {GPU}
+
+
+@pytest.mark.parametrize("tracks", ["both", "video", "audio", None])
+def test_an_evaluation_runs_on_the_models_device(
+    tracks: str | None, backbone: Backbone, video: Path, tmp_path: Path
+) -> None:
+    """Two samples share a pass, though the second one comes from the cache; one question comes on the way."""
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=40, positions="compact"), tmp_path / "cache")
+    samples = [sample(video, 0), sample(video, 1), sample(video, 2, at=4.0)]
+    with attach(backbone.text_model) as seam:
+        options = EvaluateOptions(batch_size=2, max_new_tokens=3)
+        evaluation = Evaluation(seam=seam, feeder=feeder, options=options)
+        arm = Arm(name="arm", policy=policy_at(backbone), tracks=tracks)
+        assert evaluation.run(arm, Asked(samples), tmp_path / "out")["n"] == 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_streamed_loss_lies_on_the_models_device(
+    cached: bool, backbone: Backbone, video: Path, tmp_path: Path
+) -> None:
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=40), tmp_path / "cache" if cached else None)
+    add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0)).train()
+    with attach(backbone.text_model) as seam:
+        batch = [feeder.open(sample(video, number, at=4.0)) for number in range(2)]
+        policy = policy_at(backbone)
+        loss = streamed_loss(seam, feeder, batch, policy, temperature=0.5, carry=Stored()).loss
+    assert loss.device == GPU
+
+
+def test_calibration_measures_on_the_models_device(backbone: Backbone, video: Path) -> None:
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=40))
+    with torch.no_grad(), attach(backbone.text_model) as seam:
+        recorder = Recorder(seam.shape.layers, CalibrationOptions(streams=1, skip_chunks=1))
+        recorder.begin()
+        stream = feeder.stream(seam, policy_at(backbone), recorder=recorder)
+        for chunk in feeder.chunks([feeder.open(sample(video, 0))]):
+            stream.feed(chunk)
+    assert recorder.signals().streams == 1
