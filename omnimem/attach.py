@@ -6,7 +6,7 @@ on each adds the layer's number and its input, the residual stream. Nothing is k
 left on a module, so a layer that is computed again in backward sees what it saw in forward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, final, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -27,7 +28,10 @@ KEYWORD = "omnimem_layer"
 
 @runtime_checkable
 class LayerStep(Protocol):
-    """What happens in a layer's attention: sees the layer's input and projections, returns the attention output."""
+    """What happens in a layer's attention: sees the layer's input and projections, returns the attention output.
+
+    `memory` is what `Seam.run` was given for the layer, flat; a step that is recomputed in backward holds none itself.
+    """
 
     def __call__(
         self,
@@ -37,6 +41,7 @@ class LayerStep(Protocol):
         keys: Float[Tensor, "batch kv_heads queries dim"],
         values: Float[Tensor, "batch kv_heads queries dim"],
         scale: float,
+        *memory: Tensor,
     ) -> Float[Tensor, "batch heads queries dim"]: ...
 
 
@@ -46,6 +51,7 @@ class _Layer:
     """What travels to the attention function; the pre-hook of each decoder layer fills in the layer."""
 
     step: LayerStep
+    memories: Mapping[int, tuple[Tensor, ...]]  # by layer
     number: int = -1
     states: Tensor | None = None
 
@@ -64,7 +70,8 @@ def _attention(
     layer: _Layer | None = kwargs.get(KEYWORD)
     if layer is None or layer.states is None:
         raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
-    output = layer.step(layer.number, layer.states, query, key, value, scaling)
+    memory = layer.memories.get(layer.number, ())
+    output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -82,9 +89,10 @@ class Seam:
         embeddings: Float[Tensor, "batch queries width"],
         positions: Int[Tensor, "batch axes queries"],
         deepstack: DeepStack | None = None,
+        memories: Sequence[tuple[Tensor, ...]] = (),
     ) -> Float[Tensor, "batch queries width"]:
-        """Final hidden states of one pass in which every layer's attention is `step`."""
-        extra: dict[str, Any] = {KEYWORD: _Layer(step)}
+        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory."""
+        extra: dict[str, Any] = {KEYWORD: _Layer(step, dict(enumerate(memories)))}
         if deepstack is not None:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
         with self._recomputing():
@@ -128,9 +136,35 @@ def _hand_over(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, An
         if layer is None:
             return None
         states = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, KEYWORD: _Layer(layer.step, number, states)}
+        return args, {**kwargs, KEYWORD: _Layer(layer.step, layer.memories, number, states)}
 
     return hook
+
+
+def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) -> Any:
+    """Decoder layer `number` by torch's checkpoint, with every tensor that it reads as an argument.
+
+    A tensor in a closure escapes the hooks on saved tensors: inside a recomputed chunk it would stay until the end of
+    backward, for every layer of every chunk.
+    """
+    keywords = dict(layer_forward.keywords)
+    layer: _Layer = keywords.pop(KEYWORD)
+    step, inner, fixed = layer.step, layer_forward.func, layer_forward.args
+    memory = layer.memories.get(number, ())
+    held = len(memory)  # the closure knows their number, not the tensors
+    leaves, structure = tree_flatten((rest, keywords))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def again(states: Tensor, *tensors: Tensor) -> Any:
+        values = list(plain)
+        for place, tensor in zip(places, tensors[held:], strict=True):
+            values[place] = tensor
+        others, named = tree_unflatten(values, structure)
+        given = _Layer(step, {number: tensors[:held]}, number, states)
+        return inner(*fixed, states, *others, **named, **{KEYWORD: given})
+
+    return checkpoint(again, states, *memory, *(leaves[place] for place in places), use_reentrant=False)
 
 
 def shape_of(text_model: PreTrainedModel) -> Shape:
@@ -164,7 +198,7 @@ def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> It
             handles.append(layer.register_forward_pre_hook(_hand_over(number), with_kwargs=True))
             if recompute_layers:
                 layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                layer._gradient_checkpointing_func = partial(_recompute, number)
         yield seam
     finally:
         for handle in handles:

@@ -71,40 +71,69 @@ def carry_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, emb
 
 
 @final
-class _ReadChunk:
-    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it."""
+@dataclass(frozen=True, kw_only=True)
+class _Manner:
+    """What a stream does with every chunk. It holds no memory: a step that waits in the graph for backward must not
+    hold on to what the graph produced, or neither is ever freed.
+    """
 
-    def __init__(self, stream: "Stream", memory: Memory, chunk: Chunk, first: int) -> None:
-        self.stream, self.memory, self.chunk, self.first = stream, memory, chunk, first
-        self.kept: dict[int, Tokens] = {}
+    policy: Policy
+    temperature: float | None
+    recorder: Recorder | None
+    projection: Tensor | None
+
+    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
+        """What redundancy of these states is judged on."""
+        return states if self.projection is None else states @ self.projection
+
+
+@final
+class _ReadChunk:
+    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it.
+
+    Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
+    """
+
+    def __init__(self, manner: _Manner, positions: Tensor, modality: Tensor, first: int) -> None:
+        self.manner, self.positions, self.modality, self.first = manner, positions, modality, first
+        self._kept: dict[int, Tokens] | None = {}
 
     def __call__(
-        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
-        stream = self.stream
-        pool = self.memory.layers[layer].cat(self._fresh(states, keys, values))
-        gate = pool.gate if stream.temperature is not None else None
+        manner = self.manner
+        pool = Tokens.of(memory).cat(self._fresh(states, keys, values))
+        gate = pool.gate if manner.temperature is not None else None
         output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
-        view = LayerView(pool=pool, new=self.chunk.count, queries=queries, scale=scale, measures=stream.policy.measures)
-        if stream.recorder is not None:
-            stream.recorder(layer, view)
-        self.kept[layer] = stream.policy.keep(layer, view, stream.temperature)
+        view = LayerView(
+            pool=pool, new=self.modality.shape[1], queries=queries, scale=scale, measures=manner.policy.measures
+        )
+        if manner.recorder is not None:
+            manner.recorder(layer, view)
+        kept = manner.policy.keep(layer, view, manner.temperature)
+        if self._kept is not None:
+            self._kept[layer] = kept
         return output
+
+    def hand_over(self) -> Memory:
+        """What every layer kept; the step forgets it."""
+        kept, self._kept = self._kept or {}, None
+        return Memory(layers=tuple(kept[layer] for layer in sorted(kept)))
 
     def _fresh(self, states: Tensor, keys: Tensor, values: Tensor) -> Tokens:
         """The chunk as this layer will remember it."""
-        batch, count = self.chunk.modality.shape
+        batch, count = self.modality.shape
         zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
         arrival = torch.arange(count, device=keys.device) + self.first
         return Tokens(
             keys=keys,
             values=values,
-            positions=self.chunk.positions,
-            modality=self.chunk.modality,
+            positions=self.positions,
+            modality=self.modality,
             order=arrival.expand(batch, count),
             importance=zeros,
             novelty=zeros,
-            feature=self.stream.feature(states),
+            feature=self.manner.feature(states),
             gate=zeros,
         )
 
@@ -113,15 +142,15 @@ class _ReadChunk:
 class _ReadQuestions:
     """A layer step: packed questions attend to the memory and to their own segment; the memory stays as it is."""
 
-    def __init__(self, memory: Memory, segments: Tensor, before: "Reading | None", gated: bool) -> None:
-        self.memory, self.segments, self.before, self.gated = memory, segments, before, gated
+    def __init__(self, segments: Tensor, before: "Reading | None", gated: bool) -> None:
+        self.segments, self.before, self.gated = segments, before, gated
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def __call__(
-        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
-        kept = self.memory.layers[layer]
+        kept = Tokens.of(memory)
         asked = self.segments
         if self.before is not None:
             keys = torch.cat([self.before.keys[layer], keys], dim=2)
@@ -185,9 +214,11 @@ class Stream:
         """
         self.seam, self.policy, self.temperature = seam, policy, temperature
         self.carry, self.recorder, self.last_position = carry, recorder, last_position
-        self._projection = self._feature_projection()
-        shape = seam.shape
-        width = shape.feature if self._projection is None else self._projection.shape[1]
+        self._manner = _Manner(
+            policy=policy, temperature=temperature, recorder=recorder, projection=self._feature_projection()
+        )
+        shape, matrix = seam.shape, self._manner.projection
+        width = shape.feature if matrix is None else matrix.shape[1]
         self.memory = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
         self.next_position = 0
@@ -205,19 +236,17 @@ class Stream:
             return None
         return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
 
-    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
-        """What redundancy of these states is judged on."""
-        return states if self._projection is None else states @ self._projection
-
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
         chunk = self._placed(chunk)
-        first = self.fed  # noted here: the step may run again in backward, when more has been fed
+        seam, manner = self.seam, self._manner
+        # noted here: the step may run again in backward, when more has been fed; till then it holds no embeddings
+        first, positions, modality, deepstack = self.fed, chunk.positions, chunk.modality, chunk.deepstack
 
         def step(memory: Memory, embeddings: Tensor) -> Memory:
-            reader = _ReadChunk(self, memory, chunk, first)
-            self.seam.run(reader, embeddings, chunk.positions, chunk.deepstack)
-            return Memory(layers=tuple(reader.kept[layer] for layer in range(len(memory.layers))))
+            reader = _ReadChunk(manner, positions, modality, first)
+            seam.run(reader, embeddings, positions, deepstack, _by_layer(memory))
+            return reader.hand_over()
 
         before = self.memory.entries
         self.memory = self.carry(step, self.memory, chunk.embeddings)
@@ -282,9 +311,11 @@ class Stream:
         """
         positions = (prompt.offsets + self.next_position)[:, None, :].expand(-1, 3, -1)
 
+        seam, gated = self.seam, self.temperature is not None
+
         def read(memory: Memory) -> Reading:
-            step = _ReadQuestions(memory, prompt.segments, before, self.temperature is not None)
-            hidden = self.seam.run(step, self.seam.embed(prompt.ids), positions)
+            step = _ReadQuestions(prompt.segments, before, gated)
+            hidden = seam.run(step, seam.embed(prompt.ids), positions, memories=_by_layer(memory))
             past = () if before is None else (before,)
             return Reading(
                 hidden=hidden,
@@ -333,6 +364,11 @@ class Stream:
             [[number for number in ids if number >= 0] for ids, real in zip(row, real_row, strict=True) if real]
             for row, real_row in zip(rows, asked, strict=True)
         ]
+
+
+def _by_layer(memory: Memory) -> list[tuple[Tensor, ...]]:
+    """The flat tensors of each layer."""
+    return [layer.tensors() for layer in memory.layers]
 
 
 def compacted(memory: Memory, opening: int, end: int, rotary: Rotary) -> Memory:

@@ -1,5 +1,7 @@
 """Gradient through evictions: streamed and recomputed, it equals one plain pass with masks by layer."""
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -490,3 +492,25 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) ->
         streamed_loss(
             seam, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), temperature=None, carry=FullGradient()
         )
+
+
+def test_a_step_leaves_nothing_behind(backbone: Qwen25Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that waits in the graph and holds what the graph produced is never freed: 60 MB a step were once lost."""
+    made: list[weakref.ref[Memory]] = []
+    feeder, start = Feeder(backbone, StreamOptions(chunk_tokens=12)), Feeder.stream
+    streams: list[Stream] = []
+
+    def noted(*args: object, **kwargs: object) -> Stream:
+        streams.append(start(*args, **kwargs))  # pyright: ignore[reportArgumentType]
+        return streams[-1]
+
+    monkeypatch.setattr(Feeder, "stream", noted)
+    with attach(backbone.text_model) as seam:
+        batch, carry = [opened(1, (None,), ["red"])], FullGradient()
+        outcome = streamed_loss(seam, feeder, batch, policy_at(6), temperature=0.3, carry=carry)
+        made.append(weakref.ref(streams[0].memory))
+        outcome.loss.backward()
+        del outcome
+        streams.clear()
+        gc.collect()
+    assert made[0]() is None
