@@ -56,10 +56,14 @@ def attend(
     dim, count, total = queries.shape[-1], queries.shape[2], keys.shape[2]
     if gate is not None:
         queries, keys, values = _with_gate(queries, keys, values, gate, scale)
+    alone = count == 1 and segments is None
+    if not alone and queries.device.type != "cpu":
+        # With a mask, the kernels of GPUs that share keys among heads fall back to queries x keys in full.
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     blocks = []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
-        alone = count == 1 and segments is None
         mask = None if alone else visible(first, last, count, total, segments, queries.device)[:, None]
         blocks.append(
             F.scaled_dot_product_attention(
