@@ -115,10 +115,10 @@ class _ReadChunk:
             self._kept[layer] = kept
         return output
 
-    def hand_over(self) -> Memory:
-        """What every layer kept; the step forgets it."""
-        kept, self._kept = self._kept or {}, None
-        return Memory(layers=tuple(kept[layer] for layer in sorted(kept)))
+    def hand_over(self) -> dict[int, Tokens]:
+        """What every layer kept; the step forgets it, and notes no more: a layer may be recomputed alone."""
+        kept, self._kept = self._kept, None
+        return kept or {}
 
     def _fresh(self, states: Tensor, keys: Tensor, values: Tensor) -> Tokens:
         """The chunk as this layer will remember it."""
@@ -144,8 +144,7 @@ class _ReadQuestions:
 
     def __init__(self, segments: Tensor, before: "Reading | None", gated: bool) -> None:
         self.segments, self.before, self.gated = segments, before, gated
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self._read: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
@@ -156,7 +155,8 @@ class _ReadQuestions:
             keys = torch.cat([self.before.keys[layer], keys], dim=2)
             values = torch.cat([self.before.values[layer], values], dim=2)
             asked = torch.cat([self.before.segments, asked], dim=1)
-        self.keys[layer], self.values[layer] = keys, values
+        if self._read is not None:
+            self._read[layer] = keys, values
         open_to_all = torch.full_like(kept.order, MEMORY)
         zeros = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float32, device=keys.device)
         return attend(
@@ -167,6 +167,11 @@ class _ReadQuestions:
             gate=torch.cat([kept.gate, zeros], dim=1) if self.gated else None,
             segments=Segments(queries=self.segments, keys=torch.cat([open_to_all, asked], dim=1)),
         )
+
+    def hand_over(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the questions in every layer; the step forgets them, and notes no more."""
+        read, self._read = self._read, None
+        return read or {}
 
 
 @final
@@ -245,8 +250,11 @@ class Stream:
 
         def step(memory: Memory, embeddings: Tensor) -> Memory:
             reader = _ReadChunk(manner, positions, modality, first)
-            seam.run(reader, embeddings, positions, deepstack, _by_layer(memory))
-            return reader.hand_over()
+            try:
+                seam.run(reader, embeddings, positions, deepstack, _by_layer(memory))
+            finally:  # a recomputation ends by an exception, as soon as backward has what it needs
+                kept = reader.hand_over()
+            return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
 
         before = self.memory.entries
         self.memory = self.carry(step, self.memory, chunk.embeddings)
@@ -315,14 +323,17 @@ class Stream:
 
         def read(memory: Memory) -> Reading:
             step = _ReadQuestions(prompt.segments, before, gated)
-            hidden = seam.run(step, seam.embed(prompt.ids), positions, memories=_by_layer(memory))
+            try:
+                hidden = seam.run(step, seam.embed(prompt.ids), positions, memories=_by_layer(memory))
+            finally:  # as for chunks
+                pairs = step.hand_over()
             past = () if before is None else (before,)
             return Reading(
                 hidden=hidden,
                 segments=torch.cat([*(reading.segments for reading in past), prompt.segments], dim=1),
                 offsets=torch.cat([*(reading.offsets for reading in past), prompt.offsets], dim=1),
-                keys=step.keys,
-                values=step.values,
+                keys={layer: keys for layer, (keys, _) in pairs.items()},
+                values={layer: values for layer, (_, values) in pairs.items()},
             )
 
         return read

@@ -203,21 +203,22 @@ def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
     assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
 
 
-@pytest.mark.parametrize("temperature", [None, 0.3])
+@pytest.mark.parametrize("temperature", [None, 0.3], ids=["hard", "soft"])
+@pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
 @pytest.mark.parametrize("carry", [FullGradient(), FullGradient(offload=True)], ids=["recomputed", "offloaded"])
 def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
-    carry: FullGradient, temperature: float | None
+    carry: FullGradient, by_layer: bool, temperature: float | None
 ) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
-    with attach(model) as seam:
-        for way in (carry, Stored()):
+    for way, layers in ((carry, by_layer), (Stored(), False)):
+        with attach(model, recompute_layers=layers) as seam:
             torch.manual_seed(5)
             loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
             torch.manual_seed(6)  # what happens to the generator before backward does not matter
             found.append((loss.detach(), gradient(loss, model)))
-        torch.manual_seed(7)
-        other = streamed_loss_of(seam, episode, policy_of("omnimem"), carry, temperature)
+            torch.manual_seed(7)
+            other = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], other)  # dropout was active

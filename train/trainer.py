@@ -112,7 +112,7 @@ class StreamTrainer(Trainer):
             outcome = streamed_loss(
                 self.seam, self.feeder, batch, policy, temperature=step.temperature, carry=self.carry
             )
-            self.outcomes.append(outcome)
+            self.outcomes.append(replace(outcome, loss=outcome.loss.detach()))  # kept until the next log
             losses.append(outcome.loss * len(batch))
             asked += len(batch)
         return torch.stack(losses).sum() / asked * self.plan.options.loss.answer
