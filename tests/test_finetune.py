@@ -112,13 +112,19 @@ def assert_same_run(first: Run, second: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ranks", "accumulation"), [("zero0", 0, 2), ("zero2", 0, 2), ("zero2", 2, 1)], ids=str
+    ("stage", "ranks", "accumulation", "recompute"),
+    [("zero0", 0, 2, "chunk"), ("zero2", 0, 2, "layer"), ("zero2", 2, 1, "chunk")],
+    ids=str,
 )
 def test_a_run_resumed_after_5_of_10_steps_equals_an_unbroken_one_bit_for_bit(
-    folder: Path, stage: str, ranks: int, accumulation: int
+    folder: Path, stage: str, ranks: int, accumulation: int, recompute: str
 ) -> None:
     name = f"{stage}-{ranks}"
-    settings = (f"train.deepspeed=deepspeed/{stage}.json", f"train.gradient_accumulation_steps={accumulation}")
+    settings = (
+        f"train.deepspeed=deepspeed/{stage}.json",
+        f"train.gradient_accumulation_steps={accumulation}",
+        f"tuning.recompute={recompute}",
+    )
     whole = tune(folder, name, *settings, ranks=ranks)
     assert {line["slots"] for line in whole.lines} == {8, 4, -1}
     assert len({line["learning_rate"] for line in whole.lines}) == 10
@@ -132,8 +138,12 @@ def test_a_run_resumed_after_5_of_10_steps_equals_an_unbroken_one_bit_for_bit(
     resumed = tune(folder, name, *settings, "--resume", "auto", ranks=ranks)
     assert "step 6 of 10" in resumed.ended.outputs[0]
     assert "step 5 of 10" not in resumed.ended.outputs[0]
-    assert_same_run(resumed, Run(path=kept, ended=whole.ended))
+    unbroken = Run(path=kept, ended=whole.ended)
+    assert_same_run(resumed, unbroken)
     assert [earlier["steps"] for earlier in resumed.record["earlier"]] == [10]
+    again = tune(folder, name, *settings, "--resume", "auto", ranks=ranks)  # nothing is left to do
+    assert "step " not in again.ended.outputs[0]
+    assert_same_run(again, unbroken)
 
 
 ZERO2 = "train.deepspeed=deepspeed/zero2.json"
@@ -219,6 +229,17 @@ def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder: Path, nam
     )
     record = json.loads((run / "run.json").read_text())
     assert [failed["id"] for failed in record["failed_samples"]] == [name]
+
+
+def test_a_manifest_with_a_stream_that_teaches_nothing_is_refused(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    rows[1]["messages"] = [message for message in rows[1]["messages"] if message["role"] == "user"]
+    write_manifest(folder / "silent-row.jsonl", rows)
+    arguments = given(folder, "nothing", "data.train=silent-row.jsonl")
+    (said,) = command(SCRIPT, arguments, folder, fails=True).outputs
+    assert said == (
+        "silent-row.jsonl:2 messages: no answer to learn; add an assistant message (loss: true), or remove the line\n"
+    )
 
 
 def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder: Path) -> None:

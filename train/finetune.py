@@ -5,6 +5,7 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--re
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
@@ -16,7 +17,7 @@ from omnimem.attach import Seam, attach
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.comparison import compare
 from omnimem.config import RunConfig, dump, load, refuse_changes
-from omnimem.data import Failures, Sample
+from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.feeding import Feeder
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
@@ -28,7 +29,15 @@ from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
 from train.preview import preview
-from train.trainer import Progress, StreamTrainer, callbacks_of, prepare_process, seed_of, training_arguments
+from train.trainer import (
+    Finished,
+    Progress,
+    StreamTrainer,
+    callbacks_of,
+    prepare_process,
+    seed_of,
+    training_arguments,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,10 +51,19 @@ def main(arguments: Sequence[str]) -> None:
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
     samples = training_samples(run)
+    check_answers(samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
     prepare_process()
     finetune(run, start, samples)
+
+
+def check_answers(samples: Sequence[Sample]) -> None:
+    """Raises ManifestError when a stream teaches nothing: no question of it has an answer to learn."""
+    silent = [s for s in samples if not any(q.loss and q.answer is not None for q in s.questions)]
+    if silent:
+        what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
+        raise ManifestError([f"{sample.origin} {what}" for sample in silent])
 
 
 def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
@@ -61,7 +79,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
         with settings.main_process_first(local=False, desc="budget"):
             budget = budget_of(run, seam, feeder, start.folder)
         parts = Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies_of(run, budget))
-        trainer = trainer_of(run, start.folder, samples, parts, settings)
+        trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_model(str(start.folder.adapter))
         if first:
@@ -71,7 +89,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
 def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
     """All steps that are left; how far it came and which samples failed is noted even if it is stopped."""
     try:
-        with Progress() as progress:
+        with suppress(Finished), Progress() as progress:
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     finally:
@@ -93,14 +111,14 @@ class Parts:
 
 
 def trainer_of(
-    run: RunConfig, folder: RunFolder, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
+    run: RunConfig, start: Start, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
 ) -> StreamTrainer:
     """The trainer of a run."""
     return StreamTrainer(
         model=parts.model,
         args=settings,
         samples=samples,
-        callbacks=callbacks_of(folder, first=settings.process_index == 0),
+        callbacks=callbacks_of(start, first=settings.process_index == 0),
         seam=parts.seam,
         feeder=parts.feeder,
         policies=parts.policies,

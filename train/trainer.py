@@ -28,7 +28,7 @@ from omnimem.attach import Seam
 from omnimem.data import Failure, Failures, Sample
 from omnimem.feeding import Feeder, Opened, together
 from omnimem.media import MediaError
-from omnimem.run import RunFolder, append_line
+from omnimem.run import RunFolder, Start, append_line
 from omnimem.tokens import Modality
 from omnimem.tuning import FullGradient, Outcome, Plan, Step, StreamedModel, streamed_loss, trainable
 from train.assemble import Policies
@@ -247,6 +247,20 @@ class Progress(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}: {words}", flush=True)
 
 
+class Finished(Exception):
+    """All steps are done."""
+
+
+@final
+class EndOfRun(TrainerCallback):
+    """Raises Finished where a resumed run has no step left, its weights loaded: the Trainer would take one more."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Every rank comes here."""
+        if state.global_step >= state.max_steps:
+            raise Finished
+
+
 def seed_of(*parts: int | str) -> int:
     """A seed as a function of its parts: a draw depends on (seed, step, sample ids), never on what came before."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
@@ -266,10 +280,13 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     )
 
 
-def callbacks_of(folder: RunFolder, *, first: bool) -> list[TrainerCallback]:
-    """metrics.jsonl and, on the first process, TensorBoard's event files."""
-    tensorboard = [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))] if first else []
-    return [MetricsLines(folder.metrics), *tensorboard]
+def callbacks_of(start: Start, *, first: bool) -> list[TrainerCallback]:
+    """metrics.jsonl and, on the first process, TensorBoard's event files, without what a resumed run will do again."""
+    found: list[TrainerCallback] = [EndOfRun(), MetricsLines(start.folder.metrics)]
+    if first:
+        writer = SummaryWriter(str(start.folder.tensorboard), purge_step=start.step + 1 if start.step else None)
+        found.append(TensorBoardCallback(writer))
+    return found
 
 
 def prepare_process() -> None:
