@@ -29,7 +29,7 @@ def command(script: str, arguments: Sequence[str], folder: Path, *, ranks: int =
     """`python SCRIPT ARGUMENTS` in `folder`; with ranks, as the launcher starts them; all must end with 0, or 2."""
     SERVER.set_forkserver_preload(["train.finetune"])
     processes, logs = [], []
-    port = _free_port()
+    port = free_port()
     for rank in range(max(1, ranks)):
         environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if ranks:
@@ -73,7 +73,8 @@ def _wait(processes: Sequence[ForkServerProcess]) -> None:
         process.join()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

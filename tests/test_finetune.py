@@ -14,7 +14,7 @@ from typing import Any, final
 
 import pytest
 import torch
-from ranks import ROOT, Ended, command
+from ranks import ROOT, Ended, command, free_port
 from safetensors.torch import load_file
 from test_bad_input import silence
 from thinkers import write_folder
@@ -185,9 +185,9 @@ def test_the_launcher_with_one_rank_equals_plain_python(folder: Path) -> None:
 
 def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
     """What `deepspeed --num_gpus N train/finetune.py` says, the launcher's own lines left out."""
-    program = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), str(ROOT / SCRIPT)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
     ended = subprocess.run(
-        [*program, *given(folder, name, *arguments)],
+        [*launcher, "--master_port", str(free_port()), str(ROOT / SCRIPT), *given(folder, name, *arguments)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

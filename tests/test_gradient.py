@@ -98,10 +98,11 @@ def loss_of(
 
 
 def streamed_loss_of(
-    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, temperature: float | None = None
+    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, temperature: float | None = None, **settings: int
 ) -> Tensor:
     """The loss of an episode by feeding and asking."""
-    stream = Stream(seam, policy, batch=len(episode.chunks[0].modality), carry=carry, temperature=temperature)
+    batch = len(episode.chunks[0].modality)
+    stream = Stream(seam, policy, batch=batch, carry=carry, temperature=temperature, **settings)
     asked = dict(episode.asked)
     losses = []
     for number, chunk in enumerate(episode.chunks, start=1):
@@ -222,6 +223,17 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], other)  # dropout was active
+
+
+def test_gradient_passes_through_positions_that_move_up() -> None:
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
+    found = []
+    for way, last in ((FullGradient(), 40), (Stored(), 40), (Stored(), 1000)):
+        with attach(model) as seam:
+            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, 0.3, last_position=last)
+            found.append(gradient(loss, model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[1], found[2], rtol=1e-3)  # they did move
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
