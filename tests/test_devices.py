@@ -43,11 +43,16 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def backbone(tmp_path: Path, gpu: PretendedGPU) -> Backbone:
-    """A tiny thinker on the pretended device."""
-    found = load_backbone(ModelOptions(path=str(write_folder(tmp_path / "thinker", rates="tiny"))))
-    torch.nn.Module.to(found.model, GPU)
-    return found
+def loaded(tmp_path: Path) -> Backbone:
+    """A tiny thinker, loaded before anything is pretended: inside, transformers leaves its buffers unset."""
+    return load_backbone(ModelOptions(path=str(write_folder(tmp_path / "thinker", rates="tiny"))))
+
+
+@pytest.fixture
+def backbone(loaded: Backbone, gpu: PretendedGPU) -> Backbone:
+    """The tiny thinker on the pretended device."""
+    torch.nn.Module.to(loaded.model, GPU)
+    return loaded
 
 
 def sample(video: Path, number: int, at: float | None = None) -> Sample:
