@@ -204,9 +204,17 @@ def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
     assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
 
 
+WAYS = {
+    "recomputed": FullGradient(),
+    "offloaded": FullGradient(offload=True),
+    "kept": FullGradient(recompute=False),
+    "kept, offloaded": FullGradient(recompute=False, offload=True),
+}
+
+
 @pytest.mark.parametrize("temperature", [None, 0.3], ids=["hard", "soft"])
 @pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
-@pytest.mark.parametrize("carry", [FullGradient(), FullGradient(offload=True)], ids=["recomputed", "offloaded"])
+@pytest.mark.parametrize("carry", WAYS.values(), ids=WAYS)
 def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
     carry: FullGradient, by_layer: bool, temperature: float | None
 ) -> None:

@@ -78,7 +78,7 @@ class StreamTrainer(Trainer):
         self.adapted, self.samples = model, samples
         self.seam, self.feeder, self.policies, self.plan = seam, feeder, policies, plan
         self.failures = failures
-        self.carry = FullGradient(offload=plan.options.offload)
+        self.carry = FullGradient(offload=plan.options.offload, recompute=plan.options.recompute != "none")
         self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
         self.outcomes: list[Outcome] = []
         for chatty in (PrinterCallback, ProgressCallback):

@@ -17,7 +17,7 @@ class TuningOptions:
 
     lora: LoraOptions = field(default_factory=LoraOptions)
     gradient: Literal["full"] = "full"
-    recompute: Literal["chunk", "layer"] = "chunk"  # layer: activations of one layer live, for one more forward pass
+    recompute: Literal["none", "chunk", "layer"] = "chunk"  # what of the activations lives: all, a chunk, a layer of it
     offload: bool = False  # memories wait on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     budgets: tuple[int | Literal["full"], ...] = ()  # slots per layer, one drawn a step; empty: memory.slots_per_layer
