@@ -25,19 +25,13 @@ from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter
 from train.arguments import train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
+from train.callbacks import Finished, Progress, callbacks_of
 from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
 from train.preview import preview
-from train.trainer import (
-    Finished,
-    Progress,
-    StreamTrainer,
-    callbacks_of,
-    prepare_process,
-    seed_of,
-    training_arguments,
-)
+from train.process import prepare_process
+from train.trainer import StreamTrainer, seed_of, training_arguments
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,34 +1,22 @@
 """HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
 
 import hashlib
-import importlib
-import logging
-import os
-import socket
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils.logging import disable_progress_bar
 
 from omnimem.attach import Seam
 from omnimem.data import Failure, Failures, Sample
 from omnimem.feeding import Feeder, Opened, together
 from omnimem.media import MediaError
-from omnimem.run import RunFolder, Start, append_line
+from omnimem.run import RunFolder
 from omnimem.tokens import Modality
 from omnimem.tuning import FullGradient, Outcome, Plan, Step, StreamedModel, streamed_loss, trainable
 from train.assemble import Policies
@@ -175,92 +163,6 @@ class StreamTrainer(Trainer):
         return taken
 
 
-@final
-class MetricsLines(TrainerCallback):
-    """metrics.jsonl: one line a logged step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Nested where TensorBoard's names have a slash."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        line: dict[str, Any] = {"step": state.global_step}
-        for name, value in logs.items():
-            group, _, member = name.partition("/")
-            if member:
-                line.setdefault(group, {})[member] = value
-            else:
-                line[name] = value
-        append_line(self.path, line)
-
-
-@final
-class Progress(TrainerCallback):
-    """One bar with loss, budget and temperature; where stderr is no terminal, about ten lines over the whole run."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Closed after an exception too, so that its message begins a line of its own."""
-        if self.bar is not None:
-            self.bar.close()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run goes on where it was."""
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None
-            )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """The bar moves when the loss of its step is known."""
-        if self.bar is None or not logs or "loss" not in logs:
-            return
-        slots, temperature = logs.get("slots", -1), logs.get("temperature", 0)
-        shown = {"loss": f"{logs['loss']:.4g}", "slots": "full" if slots < 0 else f"{slots:g}"}
-        if temperature > 0:
-            shown["temperature"] = f"{temperature:.3g}"
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
-        if self.bar.disable and (state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == 1):
-            words = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {state.global_step} of {state.max_steps}: {words}", flush=True)
-
-
-class Finished(Exception):
-    """All steps are done."""
-
-
-@final
-class EndOfRun(TrainerCallback):
-    """Raises Finished where a resumed run has no step left, its weights loaded: the Trainer would take one more."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Every rank comes here."""
-        if state.global_step >= state.max_steps:
-            raise Finished
-
-
 def seed_of(*parts: int | str) -> int:
     """A seed as a function of its parts: a draw depends on (seed, step, sample ids), never on what came before."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
@@ -278,45 +180,3 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
-
-
-def callbacks_of(start: Start, *, first: bool) -> list[TrainerCallback]:
-    """metrics.jsonl and, on the first process, TensorBoard's event files, without what a resumed run will do again."""
-    found: list[TrainerCallback] = [EndOfRun(), MetricsLines(start.folder.metrics)]
-    if first:
-        writer = SummaryWriter(str(start.folder.tensorboard), purge_step=start.step + 1 if start.step else None)
-        found.append(TensorBoardCallback(writer))
-    return found
-
-
-def prepare_process() -> None:
-    """Environment of plain `python` (one rank, a free port), and of a host without a GPU.
-
-    On the CPU DeepSpeed would compile a shared-memory op for minutes, and a run killed meanwhile leaves a lock that
-    every later one waits for; gloo does without it.
-    """
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for before deepspeed is imported: it then says nothing about it
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-        # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
-        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-
-    # DeepSpeed's own calls, by names that torch 2.13 has renamed
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    logging.getLogger("accelerate.accelerator").addFilter(_is_news)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, which fills a log with every state of the bar
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """The Trainer accumulates by itself and tells accelerate 1 on purpose; accelerate warns about it in every run."""
-    return "Gradient accumulation steps mismatch" not in record.getMessage()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,0 +1,44 @@
+"""A process of a run: its environment, its number among the ranks, what it need not say."""
+
+import importlib
+import logging
+import os
+import socket
+import sys
+import warnings
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+
+def prepare_process() -> None:
+    """Environment of plain `python` (one rank, a free port), and of a host without a GPU.
+
+    On the CPU DeepSpeed would compile a shared-memory op for minutes, and a run killed meanwhile leaves a lock that
+    every later one waits for; gloo does without it.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for before deepspeed is imported: it then says nothing about it
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+        # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+    # DeepSpeed's own calls, by names that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(_is_news)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, which fills a log with every state of the bar
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """The Trainer accumulates by itself and tells accelerate 1 on purpose; accelerate warns about it in every run."""
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
