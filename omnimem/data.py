@@ -50,6 +50,16 @@ class Message:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Item:
+    """What a benchmark knows of a question beside its text."""
+
+    id: str
+    options: tuple[str, ...] = ()  # of a multiple choice, without their letters; () where any word may be the answer
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # axis -> labels, several of a multi-label
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """A user message with its answer."""
 
@@ -59,6 +69,7 @@ class Question:
     at: float | None
     kind: str  # from meta["kinds"]; "" where the manifest names none
     loss: bool
+    item: Item
 
 
 @final
@@ -73,6 +84,7 @@ class Sample:
     end: float | None = None  # None: the end of the file
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    items: tuple[Item, ...] = ()  # one a question, in their order; () where a manifest names none
     origin: str = field(default="", compare=False)  # file:line
 
     @property
@@ -87,14 +99,25 @@ class Sample:
         found: list[Question] = []
         for message in self.messages:
             if message.role == "user":
-                kind = kinds[len(found)] if len(found) < len(kinds) else ""
+                number = len(found)
+                kind = kinds[number] if number < len(kinds) else ""
                 asked = Question(
-                    index=len(found), text=message.content, answer=None, at=message.at, kind=kind, loss=False
+                    index=number,
+                    text=message.content,
+                    answer=None,
+                    at=message.at,
+                    kind=kind,
+                    loss=False,
+                    item=self.items[number] if self.items else self._item(number, kind),
                 )
                 found.append(asked)
             elif message.role == "assistant":
                 found[-1] = replace(found[-1], answer=message.content, loss=message.loss)
         return tuple(found)
+
+    def _item(self, number: int, kind: str) -> Item:
+        """Of a question of a manifest: named after the stream and its place, its kind the only category."""
+        return Item(id=f"{self.id}#{number}", categories={"kind": (kind,)} if kind else {})
 
 
 @final

@@ -83,7 +83,7 @@ class Evaluation:
         """
         samples = benchmark.samples()[: self.options.limit]
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{benchmark.name}.jsonl"
+        path = folder / f"{benchmark.label}.jsonl"
         done = _answered(path)
         failures = Failures(samples=len(samples), max_failures=self.options.max_failures)
         waiting = [sample for sample in samples if any(_id(sample, q.index) not in done for q in sample.questions)]
@@ -92,7 +92,7 @@ class Evaluation:
             for line in self._answers(arm, benchmark, batch, trace=folder / "trace.json"):
                 if line["id"] not in done:
                     append_line(path, line)
-        write_json(folder / f"{benchmark.name}.failures.json", [vars(failure) for failure in notes])
+        write_json(folder / f"{benchmark.label}.failures.json", [vars(failure) for failure in notes])
         return summarise(list(_answered(path, {s.id for s in samples}).values()), failed=notes)
 
     def _opened(
@@ -164,7 +164,7 @@ class Evaluation:
         self, benchmark: Benchmark, opened: Opened, number: int, text: str, stream: Stream, seconds: float
     ) -> dict[str, Any]:
         question = opened.sample.questions[number]
-        extracted = benchmark.extract(text)
+        verdict = benchmark.judge(question, text)
         layers = self.seam.shape.layers
         _, audio, visual = stream.usage.tokens_in
         counts = stream.memory.counts()
@@ -175,8 +175,10 @@ class Evaluation:
             "prompt_sha256": _sha(self.feeder.prompt_text(opened.sample, question.text)),
             "answer": question.answer or "",
             "prediction": text,
-            "correct": extracted is not None and benchmark.correct(question, extracted),
-            "parsed": extracted is not None,
+            "correct": verdict.correct,
+            "parsed": verdict.answer is not None,
+            "counted": verdict.counted,
+            "bare": verdict.bare,
             "kind": question.kind,
             "tokens_in": {"audio": audio, "visual": visual},
             "kept": {kind.name.lower(): sum(layer[kind] for layer in counts) / layers for kind in EVICTABLE},
@@ -236,7 +238,7 @@ class _Trace:
 
 
 def summarise(lines: Sequence[Mapping[str, Any]], *, failed: Sequence[Failure] = ()) -> dict[str, Any]:
-    """Accuracies and costs of an arm on a benchmark: `official` over parsed answers, `strict` over all questions."""
+    """Accuracies and costs of an arm on a benchmark: `official` over counted answers, `strict` over all questions."""
     kinds = sorted({str(line["kind"]) for line in lines})
     inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
     streams = {str(line["video"]): line for line in lines}
@@ -257,12 +259,13 @@ def summarise(lines: Sequence[Mapping[str, Any]], *, failed: Sequence[Failure] =
 
 def _accuracy(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     right, parsed = sum(bool(line["correct"]) for line in lines), sum(bool(line["parsed"]) for line in lines)
-    count = len(lines)
+    count, counted = len(lines), sum(bool(line.get("counted", line["parsed"])) for line in lines)
     return {
         "n": count,
-        "official": right / parsed if parsed else 0.0,
+        "official": right / counted if counted else 0.0,
         "strict": right / count if count else 0.0,
         "no_answer": (count - parsed) / count if count else 0.0,
+        "format": sum(bool(line.get("bare", line["parsed"])) for line in lines) / count if count else 0.0,
     }
 
 

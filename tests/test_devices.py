@@ -16,6 +16,7 @@ from data_prep.renderer import write_mp4
 from data_prep.worlds import draw_world
 from omnimem.attach import attach
 from omnimem.backbones import Backbone, ModelOptions, load_backbone
+from omnimem.benchmarks import Defect, Gap, Verdict
 from omnimem.budget import SplitBudget
 from omnimem.calibration import CalibrationOptions, Recorder
 from omnimem.data import Message, Question, Sample
@@ -69,7 +70,9 @@ def policy_at(backbone: Backbone, slots: int = 12) -> Policy:
 class Asked:
     """A benchmark of given samples; whatever is written counts as an answer."""
 
-    name = "asked"
+    label = "asked"
+    rules = "anything"
+    annotations = ()
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = list(samples)
@@ -77,11 +80,14 @@ class Asked:
     def samples(self) -> list[Sample]:
         return self._samples
 
-    def extract(self, prediction: str) -> str | None:
-        return prediction
+    def gaps(self) -> list[Gap]:
+        return []
 
-    def correct(self, question: Question, extracted: str) -> bool:
-        return question.answer == extracted
+    def defects(self) -> list[Defect]:
+        return []
+
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        return Verdict(answer=prediction, correct=question.answer == prediction, counted=True, bare=True)
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses(gpu: PretendedGPU) -> None:

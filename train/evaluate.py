@@ -54,15 +54,10 @@ def check_benchmarks(run: RunConfig) -> None:
     """Raises ConfigError when no benchmark is named, or one has no data."""
     if not run.evaluate.benchmarks:
         raise ConfigError(["evaluate.benchmarks is empty; name one, such as [{name: recall, root: data/recall}]"])
-    missing = [benchmark for benchmark in run.evaluate.benchmarks if not benchmark.manifest.is_file()]
-    if missing:
-        raise ConfigError(
-            [
-                f"evaluate.benchmarks: {benchmark.manifest} is missing; make it with "
-                f"`python data_prep/synthesize.py --out {benchmark.root}`"
-                for benchmark in missing
-            ]
-        )
+    gaps = [gap for benchmark in run.evaluate.benchmarks for gap in benchmark.gaps()]
+    blocking = [gap for gap in gaps if gap.share > run.evaluate.max_failures]
+    if blocking:
+        raise ConfigError([f"evaluate.benchmarks: {gap.what} is missing; {gap.how}" for gap in blocking])
 
 
 def evaluate_arms(
@@ -80,7 +75,7 @@ def evaluate_arms(
         with _adapter_as(adapted, tuned):
             target = folder.evaluation(name)
             table = {
-                benchmark.name: evaluation.run(setting, benchmark, target, _progress(name))
+                benchmark.label: evaluation.run(setting, benchmark, target, _progress(name))
                 for benchmark in run.evaluate.benchmarks
             }
         write_json(
@@ -114,7 +109,11 @@ def _provenance(run: RunConfig, folder: RunFolder | None) -> dict[str, Any]:
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
         "adapter": sha256(folder.adapter, suffixes=(".safetensors",)) if folder and folder.adapter.is_dir() else None,
-        **{benchmark.name: sha256(benchmark.manifest) for benchmark in run.evaluate.benchmarks},
+        **{
+            f"{benchmark.label}/{file.name}": sha256(file)
+            for benchmark in run.evaluate.benchmarks
+            for file in benchmark.annotations
+        },
     }
     options = run.evaluate
     return {

@@ -85,9 +85,8 @@ def preview(run: RunConfig) -> None:
         rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, reading))
         _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
-        if not benchmark.manifest.is_file():
-            how = f"make it with `python data_prep/synthesize.py --out {benchmark.root}`"
-            missing.add(f"benchmark {benchmark.name} ({benchmark.manifest})", how)
+        for gap in benchmark.gaps():
+            missing.add(f"benchmark {benchmark.label} ({gap.what})", gap.how)
     _section("missing", missing.lines)
 
 

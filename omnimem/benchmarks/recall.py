@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
+from omnimem.benchmarks.base import Defect, Gap, Verdict
 from omnimem.data import Question, Sample, read_manifest
 
 
@@ -18,9 +19,30 @@ class RecallOptions:
     split: str = "test"
 
     @property
+    def label(self) -> str:
+        """Of the result files."""
+        return self.name
+
+    @property
+    def rules(self) -> str:
+        """The first word counts; a prediction without a word is no answer."""
+        return "first_word"
+
+    @property
     def manifest(self) -> Path:
         """The file that lists the streams."""
         return Path(self.root) / f"{self.split}.jsonl"
+
+    @property
+    def annotations(self) -> tuple[Path, ...]:
+        """The manifest."""
+        return (self.manifest,)
+
+    def gaps(self) -> list[Gap]:
+        """The manifest, where it is not there."""
+        if self.manifest.is_file():
+            return []
+        return [Gap(what=f"{self.manifest}", how=f"make it with `python data_prep/synthesize.py --out {self.root}`")]
 
     def samples(self) -> list[Sample]:
         """All streams of the split, in the order of the manifest.
@@ -29,11 +51,18 @@ class RecallOptions:
         """
         return read_manifest(self.manifest)
 
-    def extract(self, prediction: str) -> str | None:
-        """The first word, in lower case; None where there is no word."""
-        words = re.findall(r"[^\W_]+", prediction.lower())
-        return words[0] if words else None
+    def defects(self) -> list[Defect]:
+        """None: what is wrong with a manifest is an error."""
+        return []
 
-    def correct(self, question: Question, extracted: str) -> bool:
-        """Whether the word is the answer."""
-        return question.answer is not None and extracted == question.answer.strip().lower()
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        """The first word in lower case, compared with the answer."""
+        words = re.findall(r"[^\W_]+", prediction.lower())
+        answer = words[0] if words else None
+        right = None if question.answer is None else question.answer.strip().lower()
+        return Verdict(
+            answer=answer,
+            correct=answer is not None and answer == right,
+            counted=answer is not None,
+            bare=len(words) == 1,
+        )
