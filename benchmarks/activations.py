@@ -34,12 +34,13 @@ from omnimem.memory import Memory
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
 from omnimem.run import write_json
+from omnimem.selection import Softness
 from omnimem.stream import Prompt, Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient, Gradient, answer_losses
 
 QUESTION = 16  # tokens
-TEMPERATURE = 0.5
+SOFTNESS = Softness(temperature=0.5)
 
 
 @final
@@ -194,7 +195,7 @@ def backward(model: PreTrainedModel, policy: Policy, way: Way, chunks: Iterator[
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.get_input_embeddings().weight
     with attach(model, recompute_layers=way.by_layer) as seam:
-        stream = Stream(seam, policy, temperature=TEMPERATURE, carry=way.gradient)
+        stream = Stream(seam, policy, softness=SOFTNESS, carry=way.gradient)
         for chunk in chunks:
             stream.feed(chunk)
         read, memory = stream.reader(prompt), stream.memory

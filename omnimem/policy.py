@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.scoring import AbstractScorer
-from omnimem.selection import Room, select
+from omnimem.selection import Room, Softness, select
 from omnimem.tokens import Tokens
 from omnimem.view import LayerView, Measures
 
@@ -34,13 +34,13 @@ class Policy:
         audio, visual = self.budget.layer(layer)
         return Room(audio=audio, visual=visual, split=self.budget.split, lend=self.budget.lend)
 
-    def keep(self, layer: int, view: LayerView, temperature: float | None = None) -> Tokens:
-        """The layer's memory after the chunk in `view`; with a temperature, selection is softened (training)."""
+    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
+        """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
         room = self.room(layer)
         if room is None:
             return view.pool
         pool = self._observed(view)
-        selected = select(self.scorer(view), view.modality, room, temperature)
+        selected = select(self.scorer(view), view.modality, room, softness)
         kept = pool.gather(selected.index)
         return kept if selected.gate is None else replace(kept, gate=kept.gate + selected.gate)
 

@@ -1,5 +1,6 @@
 """Which tokens of a pool stay: hard top-k per modality, and the temperature-softened form of it used in training."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -8,8 +9,18 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from omnimem.tokens import EVICTABLE, Modality
+from omnimem.view import ScoreGradient
 
 Softening = Literal["hard", "straight_through"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Softness:
+    """How one training step softens selection; where there is none, selection is hard."""
+
+    temperature: float  # in standard deviations of the scores
+    gradient: ScoreGradient = "redundancy"  # which part of the score is to learn
 
 
 @final
@@ -45,6 +56,15 @@ class TemperatureOptions:
         if self.start <= 0 or self.end <= 0:
             raise ValueError(f"temperature start = {self.start} and end = {self.end} must both be above 0")
 
+    def at(self, progress: float) -> float:
+        """T at a fraction of the run: `start` throughout, or from `start` at 0 to `end` at 1."""
+        done = min(1.0, max(0.0, progress))
+        if self.schedule == "constant":
+            return self.start
+        if self.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +73,12 @@ class SelectionOptions:
 
     softening: Softening = "straight_through"
     temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
+
+    def at(self, progress: float) -> Softness | None:
+        """How a step at a fraction of the run selects; None: hard."""
+        if self.softening == "hard":
+            return None
+        return Softness(temperature=self.temperature.at(progress))
 
 
 def taken(available: dict[Modality, int], room: Room) -> dict[Modality, int]:
@@ -75,7 +101,7 @@ def select(
     scores: Float[Tensor, "batch tokens"],
     modality: Int8[Tensor, "batch tokens"],
     room: Room,
-    temperature: float | None = None,
+    softness: Softness | None = None,
 ) -> Selected:
     """All text and the highest scores per modality (or of both together, unsplit); ties go to the most recent token.
 
@@ -84,6 +110,7 @@ def select(
     gradient of g; z is the score standardised within the layer and modality, tau the midpoint between the last kept
     and the first dropped score (design 7; ours).
     """
+    temperature = None if softness is None else softness.temperature
     available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
     pools = _pools(modality, available, room)
     kept = [_all_of(modality == Modality.TEXT, available[Modality.TEXT])]

@@ -14,6 +14,7 @@ from omnimem.media import SourceOptions
 from omnimem.memory import Memory
 from omnimem.policy import Policy, projection
 from omnimem.positions import Rotary, distinct, earlier, ranks, rotate
+from omnimem.selection import Softness
 from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.view import LayerView
 
@@ -78,7 +79,7 @@ class _Manner:
     """
 
     policy: Policy
-    temperature: float | None
+    softness: Softness | None
     recorder: Recorder | None
     projection: Tensor | None
 
@@ -103,14 +104,20 @@ class _ReadChunk:
     ) -> Tensor:
         manner = self.manner
         pool = Tokens.of(memory).cat(self._fresh(states, keys, values))
-        gate = pool.gate if manner.temperature is not None else None
+        softness = manner.softness
+        gate = None if softness is None else pool.gate
         output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
         view = LayerView(
-            pool=pool, new=self.modality.shape[1], queries=queries, scale=scale, measures=manner.policy.measures
+            pool=pool,
+            new=self.modality.shape[1],
+            queries=queries,
+            scale=scale,
+            measures=manner.policy.measures,
+            gradient="none" if softness is None else softness.gradient,
         )
         if manner.recorder is not None:
             manner.recorder(layer, view)
-        kept = manner.policy.keep(layer, view, manner.temperature)
+        kept = manner.policy.keep(layer, view, softness)
         if self._kept is not None:
             self._kept[layer] = kept
         return output
@@ -208,19 +215,19 @@ class Stream:
         policy: Policy,
         *,
         batch: int = 1,
-        temperature: float | None = None,
+        softness: Softness | None = None,
         carry: Carry = carry_directly,
         recorder: Recorder | None = None,
         last_position: int | None = None,
     ) -> None:
-        """An empty stream; a temperature softens selection and carries its gate (training only).
+        """An empty stream; a softness softens selection and carries its gate (training only).
 
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (design 5).
         """
-        self.seam, self.policy, self.temperature = seam, policy, temperature
+        self.seam, self.policy, self.softness = seam, policy, softness
         self.carry, self.recorder, self.last_position = carry, recorder, last_position
         self._manner = _Manner(
-            policy=policy, temperature=temperature, recorder=recorder, projection=self._feature_projection()
+            policy=policy, softness=softness, recorder=recorder, projection=self._feature_projection()
         )
         shape, matrix = seam.shape, self._manner.projection
         width = shape.feature if matrix is None else matrix.shape[1]
@@ -299,7 +306,7 @@ class Stream:
             self.seam,
             self.policy,
             batch=self.memory.batch,
-            temperature=self.temperature,
+            softness=self.softness,
             carry=self.carry,
             recorder=self.recorder,
             last_position=self.last_position,
@@ -319,7 +326,7 @@ class Stream:
         """
         positions = (prompt.offsets + self.next_position)[:, None, :].expand(-1, 3, -1)
 
-        seam, gated = self.seam, self.temperature is not None
+        seam, gated = self.seam, self.softness is not None
 
         def read(memory: Memory) -> Reading:
             step = _ReadQuestions(prompt.segments, before, gated)

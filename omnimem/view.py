@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from omnimem.attention import blocked
 from omnimem.tokens import Tokens
 
+ScoreGradient = Literal["redundancy", "both", "none"]
+
 FLOOR = (
     1e-6  # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
 )
@@ -28,7 +30,6 @@ class Measures:
     of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
     ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
     feature: int | None = None  # width of the fixed random projection redundancy is judged on; None: the exact state
-    gradient: Literal["redundancy", "both", "none"] = "redundancy"  # what of the score carries gradient in training
 
 
 @final
@@ -44,6 +45,7 @@ class LayerView:
     queries: Float[Tensor, "batch heads queries dim"]  # of the chunk, after RoPE
     scale: float
     measures: Measures
+    gradient: ScoreGradient = "redundancy"  # what of the score carries gradient, where gradient is wanted at all
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:
@@ -58,7 +60,7 @@ class LayerView:
     @cached_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
         """Attention received from the chunk's queries (sum over queries, mean over heads), float32."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.measures.gradient == "both"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             return blocked.mass(
                 self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads
             )
@@ -77,7 +79,7 @@ class LayerView:
     @cached_property
     def novelty(self) -> Float[Tensor, "batch tokens"]:
         """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
-        if self.measures.gradient == "none":
+        if self.gradient == "none":
             with torch.no_grad():
                 return self._novelty()
         return self._novelty()

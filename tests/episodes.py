@@ -211,7 +211,7 @@ class OneShot:
         return torch.stack(rows)
 
     def slope(self, softened: Softened, states: Tensor, pool: Tensor) -> Tensor:
-        """1 in value, with the relative gradient of the score: through its novelty alone, as Measures.gradient says."""
+        """1 in value, with the relative gradient of the score: through its novelty alone, as Softness.gradient says."""
         measures, streamed = softened.policy.measures, states[:, : self.streamed]
         if measures.neighbours == "arrival":
             parts = [1 - similarity(streamed[:, s], self.modality[:, s], measures) for s in self.spans]

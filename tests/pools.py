@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omnimem.tokens import Tokens
-from omnimem.view import LayerView, Measures
+from omnimem.view import LayerView, Measures, ScoreGradient
 
 SCALE = 0.35
 LAYOUT = (0, 2, 2, 2, 1, 2, 2, 1, 2)  # text, audio and visual tokens as they arrive, over and over
@@ -64,7 +64,11 @@ def tokens_of(arrival: Arrival, fed: int = 0) -> Tokens:
 
 
 def view_of(
-    arrival: Arrival, measures: Measures | None = None, memory: Tokens | None = None, fed: int = 0
+    arrival: Arrival,
+    measures: Measures | None = None,
+    memory: Tokens | None = None,
+    fed: int = 0,
+    gradient: ScoreGradient = "redundancy",
 ) -> LayerView:
     """What a scorer sees when `arrival` meets `memory`."""
     fresh = tokens_of(arrival, fed)
@@ -74,6 +78,7 @@ def view_of(
         queries=arrival.queries,
         scale=SCALE,
         measures=measures or Measures(),
+        gradient=gradient,
     )
 
 

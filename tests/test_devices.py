@@ -24,6 +24,7 @@ from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
 from omnimem.feeding import Feeder
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
+from omnimem.selection import Softness
 from omnimem.stream import Stream, StreamOptions
 from omnimem.tuning import LoraOptions, add_adapter, streamed_loss
 
@@ -140,7 +141,7 @@ def test_a_streamed_loss_lies_on_the_models_device(
     with attach(backbone.text_model) as seam:
         batch = [feeder.open(sample(video, number, at=4.0)) for number in range(2)]
         policy = policy_at(backbone)
-        loss = streamed_loss(seam, feeder, batch, policy, temperature=0.5, carry=Stored()).loss
+        loss = streamed_loss(seam, feeder, batch, policy, softness=Softness(temperature=0.5), carry=Stored()).loss
     assert loss.device == GPU
 
 

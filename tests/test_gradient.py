@@ -37,7 +37,7 @@ from omnimem.feeding import Feeder, Heard, Opened, play
 from omnimem.memory import Memory
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
-from omnimem.selection import Room, select
+from omnimem.selection import Room, Softness, select
 from omnimem.stream import Prompt, Reading, Stream, StreamOptions
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient, Gradient, LoraOptions, add_adapter, streamed_loss, trainable
@@ -98,11 +98,11 @@ def loss_of(
 
 
 def streamed_loss_of(
-    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, temperature: float | None = None, **settings: int
+    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, softness: Softness | None = None, **settings: int
 ) -> Tensor:
     """The loss of an episode by feeding and asking."""
     batch = len(episode.chunks[0].modality)
-    stream = Stream(seam, policy, batch=batch, carry=carry, temperature=temperature, **settings)
+    stream = Stream(seam, policy, batch=batch, carry=carry, softness=softness, **settings)
     asked = dict(episode.asked)
     losses = []
     for number, chunk in enumerate(episode.chunks, start=1):
@@ -159,7 +159,9 @@ def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, tempe
     policy = policy_of(preset)
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
     with attach(model) as seam:
-        loss = streamed_loss_of(seam, episode, replace(policy, scorer=scores), noting, temperature)
+        loss = streamed_loss_of(
+            seam, episode, replace(policy, scorer=scores), noting, Softness(temperature=temperature)
+        )
         got = gradient(loss, model)
         power = 0.5 if preset == "released" else 1.0
         softened = Softened(policy=policy, scores=scores.seen, temperature=temperature, novelty_power=power)
@@ -175,19 +177,21 @@ def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, tempe
 def test_scores_without_gradient_leave_the_gradient_of_hard_selection() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     policy = policy_of("omnimem")
-    still = replace(policy, measures=replace(policy.measures, gradient="none"))
+    still = Softness(temperature=0.1, gradient="none")
     with attach(model) as seam:
         hard = gradient(streamed_loss_of(seam, episode, policy, FullGradient()), model)
-        assert_same_gradient(gradient(streamed_loss_of(seam, episode, still, FullGradient(), 0.1), model), hard, 1e-12)
+        assert_same_gradient(
+            gradient(streamed_loss_of(seam, episode, policy, FullGradient(), still), model), hard, 1e-12
+        )
 
 
 def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    policy = policy_of("omnimem")
-    both = replace(policy, measures=replace(policy.measures, gradient="both"))
+    parts = (Softness(temperature=0.1), Softness(temperature=0.1, gradient="both"))
     with attach(model) as seam:
         first, second = (
-            gradient(streamed_loss_of(seam, episode, each, FullGradient(), 0.1), model) for each in (policy, both)
+            gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), FullGradient(), part), model)
+            for part in parts
         )
     assert bool(second.isfinite().all())
     assert float((first - second).norm() / first.norm()) > 1e-6
@@ -212,22 +216,22 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [None, 0.3], ids=["hard", "soft"])
+@pytest.mark.parametrize("softness", [None, Softness(temperature=0.3)], ids=["hard", "softened"])
 @pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
 @pytest.mark.parametrize("carry", WAYS.values(), ids=WAYS)
 def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
-    carry: FullGradient, by_layer: bool, temperature: float | None
+    carry: FullGradient, by_layer: bool, softness: Softness | None
 ) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
     for way, layers in ((carry, by_layer), (Stored(), False)):
         with attach(model, recompute_layers=layers) as seam:
             torch.manual_seed(5)
-            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
+            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, softness)
             torch.manual_seed(6)  # what happens to the generator before backward does not matter
             found.append((loss.detach(), gradient(loss, model)))
             torch.manual_seed(7)
-            other = streamed_loss_of(seam, episode, policy_of("omnimem"), way, temperature)
+            other = streamed_loss_of(seam, episode, policy_of("omnimem"), way, softness)
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], other)  # dropout was active
@@ -238,7 +242,9 @@ def test_gradient_passes_through_positions_that_move_up() -> None:
     found = []
     for way, last in ((FullGradient(), 40), (Stored(), 40), (Stored(), 1000)):
         with attach(model) as seam:
-            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, 0.3, last_position=last)
+            loss = streamed_loss_of(
+                seam, episode, policy_of("omnimem"), way, Softness(temperature=0.3), last_position=last
+            )
             found.append(gradient(loss, model))
     assert torch.equal(found[0], found[1])
     assert not torch.allclose(found[1], found[2], rtol=1e-3)  # they did move
@@ -290,7 +296,7 @@ def saved_after(seam: Seam, count: int, carry: Gradient) -> tuple[int, int]:
         stream.feed(chunk)
     saved = Saved(seam.text_model)
     with saved:
-        loss = streamed_loss_of(seam, episode, policy, carry, temperature=0.5)
+        loss = streamed_loss_of(seam, episode, policy, carry, softness=Softness(temperature=0.5))
     assert loss.requires_grad
     return saved.bytes, stream.memory.bytes
 
@@ -320,7 +326,7 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
         stream = Stream(seam, policy, carry=FullGradient())
         for chunk in episode.chunks:
             stream.feed(chunk)
-        streamed_loss_of(seam, episode, policy, noting, temperature=0.5)
+        streamed_loss_of(seam, episode, policy, noting, softness=Softness(temperature=0.5))
     assert len(noting.bytes) == 6
     assert moved.bytes == sum(noting.bytes) + stream.memory.bytes
 
@@ -346,7 +352,7 @@ def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: Room, 
         return (attend(queries[:, :, -1:], keys.gather(2, wanted), values.gather(2, wanted), scale=0.3, gate=gate)
                 * weights[:, :, -1:]).sum()  # fmt: skip
 
-    hard, soft = select(scores, modality, room), select(scores, modality, room, temperature)
+    hard, soft = select(scores, modality, room), select(scores, modality, room, Softness(temperature=temperature))
     assert soft.gate is not None
     assert torch.equal(soft.index, hard.index)
     assert not soft.gate.any()
@@ -455,10 +461,9 @@ def test_the_trainers_loss_and_gradient_equal_one_shot(backbone: Qwen25Omni, tem
     batch = [opened(1, times, ["red", "blue", "green", "red"]), opened(2, times, ["dark red", "red", "blue", "a b c"])]
     policy, learning = policy_at(6), trainable(backbone.model)
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
+    softness = None if temperature is None else Softness(temperature=temperature)
     with attach(backbone.text_model) as seam:
-        outcome = streamed_loss(
-            seam, feeder, batch, replace(policy, scorer=scores), temperature=temperature, carry=noting
-        )
+        outcome = streamed_loss(seam, feeder, batch, replace(policy, scorer=scores), softness=softness, carry=noting)
         got = gradient(outcome.loss, backbone.model)
         episode = episode_from(seam, feeder, batch)
         softened = None
@@ -478,7 +483,7 @@ def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     batch = [opened(1, [None], ["dark red"])]
     with attach(backbone.text_model) as seam:
-        outcome = streamed_loss(seam, feeder, batch, policy_at(None), temperature=None, carry=FullGradient())
+        outcome = streamed_loss(seam, feeder, batch, policy_at(None), softness=None, carry=FullGradient())
         got = gradient(outcome.loss, backbone.model)
         episode = episode_from(seam, feeder, batch)
         embeddings = episode.embeddings(seam)
@@ -497,7 +502,9 @@ def test_a_stream_counts_the_same_alone_and_in_a_batch(backbone: Qwen25Omni) -> 
     streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
     with attach(backbone.text_model) as seam:
         losses = [
-            streamed_loss(seam, feeder, batch, policy_at(6), temperature=0.3, carry=FullGradient()).loss
+            streamed_loss(
+                seam, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=FullGradient()
+            ).loss
             for batch in (streams, streams[:1], streams[1:])
         ]
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-6, atol=0)
@@ -511,7 +518,7 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) ->
     silent = replace(silent, sample=replace(silent.sample, messages=(question, replace(answer, loss=False))))
     with attach(backbone.text_model) as seam, pytest.raises(ValueError, match=r"^2: no answer to learn from"):
         streamed_loss(
-            seam, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), temperature=None, carry=FullGradient()
+            seam, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), softness=None, carry=FullGradient()
         )
 
 
@@ -528,7 +535,7 @@ def test_a_step_leaves_nothing_behind(backbone: Qwen25Omni, monkeypatch: pytest.
     monkeypatch.setattr(Feeder, "stream", noted)
     with attach(backbone.text_model) as seam:
         batch, carry = [opened(1, (None,), ["red"])], FullGradient()
-        outcome = streamed_loss(seam, feeder, batch, policy_at(6), temperature=0.3, carry=carry)
+        outcome = streamed_loss(seam, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=carry)
         made.append(weakref.ref(streams[0].memory))
         outcome.loss.backward()
         del outcome

@@ -12,6 +12,7 @@ from omnimem.attention import blocked
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policy import Policy, projection
+from omnimem.selection import Softness
 from omnimem.tokens import Modality
 from omnimem.view import LayerView, Measures
 
@@ -19,12 +20,12 @@ LENGTHS = [18, 7, 25, 1, 30, 12]
 SLOTS = [(4, 9), (1, 3), (9, 4)]  # audio, visual; audio falls short of 9 until the last chunks
 
 
-def run(policy: Policy, chunks, temperature: float | None = None):
+def run(policy: Policy, chunks, softness: Softness | None = None):
     """The memory of layer 0 after each chunk."""
     memory, fed, after = None, 0, []
     for chunk in chunks:
         view = view_of(chunk, policy.measures, memory, fed)
-        memory = policy.keep(0, view, temperature)
+        memory = policy.keep(0, view, softness)
         fed += view.new
         after.append(memory)
     return after
@@ -186,7 +187,7 @@ def test_straight_through_keeps_what_hard_selection_keeps(preset: str) -> None:
     policy = options.build(Budget(slots=((4, 9),)))
     hard = run(policy, chunks)
     for temperature in (1.0, 0.05, 1e-4, 0.0):
-        soft = run(policy, chunks, temperature)
+        soft = run(policy, chunks, Softness(temperature=temperature))
         for a, b in zip(hard, soft, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
@@ -196,7 +197,7 @@ def test_a_gate_keeps_the_gradient_of_every_eviction_it_survived() -> None:
     chunks = arrivals([20, 20], layout=(2,))
     leaf = chunks[0].states.clone().requires_grad_()
     policy = PerturbationOptions(name="paper", sharpness=0.0).build(Budget(slots=((1, 9),), lend=False))
-    after = run(policy, [with_states(chunks[0], leaf), chunks[1]], temperature=1.0)
+    after = run(policy, [with_states(chunks[0], leaf), chunks[1]], softness=Softness(temperature=1.0))
     survivors = [k for k in after[1].order[0].tolist() if k < 20]
     assert survivors
     first = {int(k): n for n, k in enumerate(after[0].order[0])}
@@ -209,7 +210,7 @@ def test_a_gate_keeps_the_gradient_of_every_eviction_it_survived() -> None:
     once, twice = slope(after[0].gate[0, first[token]]), slope(after[1].gate[0, last[token]])
     memory = after[0].gather(torch.arange(9)[None])
     detached = replace(memory, gate=memory.gate.detach())
-    again = policy.keep(0, view_of(chunks[1], policy.measures, detached, fed=20), 1.0)
+    again = policy.keep(0, view_of(chunks[1], policy.measures, detached, fed=20), Softness(temperature=1.0))
     torch.testing.assert_close(twice, once + slope(again.gate[0, last[token]]))
     assert float(once.abs().max()) > 1e-3
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from omnimem.selection import Room, TemperatureOptions, select, taken
+from omnimem.selection import Room, Softness, TemperatureOptions, select, taken
 from omnimem.tokens import Modality
 
 QUICK = settings(max_examples=120, deadline=None)
@@ -111,7 +111,7 @@ def test_a_modality_exceeds_its_slots_only_by_what_the_other_lends(
 @QUICK
 def test_straight_through_keeps_what_hard_selection_keeps_behind_gates_of_zero(case: Case, temperature: float) -> None:
     hard = select(case.scores, case.modality, case.room)
-    soft = select(case.scores.requires_grad_(), case.modality, case.room, temperature)
+    soft = select(case.scores.requires_grad_(), case.modality, case.room, Softness(temperature=temperature))
     assert hard.gate is None
     assert torch.equal(hard.index, soft.index)
     assert soft.gate is not None
@@ -128,7 +128,7 @@ def test_the_gradient_of_the_gate_equals_finite_differences(scores: list[float],
     count = min(room, len(scores) - 1)
     leaf = torch.tensor([scores], dtype=torch.float64).requires_grad_()
     kinds = torch.full((1, len(scores)), int(VISUAL), dtype=torch.int8)
-    selected = select(leaf, kinds, Room(audio=0, visual=count), temperature)
+    selected = select(leaf, kinds, Room(audio=0, visual=count), Softness(temperature=temperature))
     kept = selected.index[0].tolist()
     weights = torch.linspace(1, 2, count, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((selected.gate[0] * weights).sum(), leaf)
@@ -146,7 +146,9 @@ def test_scores_are_standardised_within_their_modality() -> None:
 
     def slopes(spread: float) -> Tensor:
         leaf = torch.cat([audio, spread * visual])[None].requires_grad_()
-        return torch.autograd.grad(select(leaf, kinds, Room(audio=4, visual=4), 0.3).gate.sum(), leaf)[0]
+        return torch.autograd.grad(
+            select(leaf, kinds, Room(audio=4, visual=4), Softness(temperature=0.3)).gate.sum(), leaf
+        )[0]
 
     once, ten = slopes(1.0), slopes(10.0)
     torch.testing.assert_close(once[:, :10], ten[:, :10])
@@ -155,7 +157,7 @@ def test_scores_are_standardised_within_their_modality() -> None:
 
 def test_the_gate_s_gradient_is_largest_for_the_token_nearest_to_the_threshold() -> None:
     leaf = torch.tensor([[3.0, 0.2, 1.5, -0.1, 0.9, -2.0]]).requires_grad_()
-    selected = select(leaf, torch.full((1, 6), 2, dtype=torch.int8), Room(audio=0, visual=3), 0.3)
+    selected = select(leaf, torch.full((1, 6), 2, dtype=torch.int8), Room(audio=0, visual=3), Softness(temperature=0.3))
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert selected.index.tolist() == [[0, 2, 4]]
     assert float(gradient[0, 4]) > float(gradient[0, 2]) > float(gradient[0, 0]) > 0
@@ -165,7 +167,7 @@ def test_the_gate_s_gradient_is_largest_for_the_token_nearest_to_the_threshold()
 def test_text_and_pools_that_fit_carry_no_gradient() -> None:
     leaf = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     kinds = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2, 0]], dtype=torch.int8)
-    selected = select(leaf, kinds, Room(audio=2, visual=2), 1.0)
+    selected = select(leaf, kinds, Room(audio=2, visual=2), Softness(temperature=1.0))
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert torch.equal(gradient[0, [0, 1, 2, 3, 8]], torch.zeros(5))
     assert int((gradient != 0).sum()) == 2
@@ -188,7 +190,9 @@ def test_equal_scores_fall_to_the_most_recent(case: Case) -> None:
 @pytest.mark.parametrize("value", [1e-6, 0.0, 1.0])
 def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
     leaf = torch.full((1, 12), value, dtype=dtype).requires_grad_()
-    selected = select(leaf, torch.full((1, 12), 2, dtype=torch.int8), Room(audio=0, visual=5), 0.05)
+    selected = select(
+        leaf, torch.full((1, 12), 2, dtype=torch.int8), Room(audio=0, visual=5), Softness(temperature=0.05)
+    )
     assert selected.index.tolist() == [list(range(7, 12))]
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert bool(selected.gate.isfinite().all())
@@ -209,17 +213,17 @@ def test_unsplit_modalities_compete_and_split_ones_do_not() -> None:
     assert select(scores, kinds, Room(audio=1, visual=2)).index.tolist() == [[0, 4, 5]]
 
 
-@pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
-def test_rooms_that_crash_the_release_are_served(temperature: float | None) -> None:
+@pytest.mark.parametrize("softness", [None, Softness(temperature=0.0), Softness(temperature=1.0)])
+def test_rooms_that_crash_the_release_are_served(softness: Softness | None) -> None:
     """Method 8.9: no audio token, an audio room of 0, text alone, and a batch of 2."""
     scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     text, visual = (torch.full((2, 6), kind, dtype=torch.int8) for kind in (0, 2))
     mixed = torch.tensor([[1, 2, 2, 1, 2, 0]] * 2, dtype=torch.int8)
-    assert select(scores, visual, Room(audio=3, visual=2, lend=False), temperature).index.shape == (2, 2)
-    assert select(scores, visual, Room(audio=3, visual=2), temperature).index.shape == (2, 5)
-    assert select(scores, mixed, Room(audio=0, visual=2, lend=False), temperature).index.shape == (2, 3)
-    assert select(scores, text, Room(audio=1, visual=1), temperature).index.tolist() == [list(range(6))] * 2
-    assert select(scores[:, :0], text[:, :0], Room(audio=1, visual=1), temperature).index.shape == (2, 0)
+    assert select(scores, visual, Room(audio=3, visual=2, lend=False), softness).index.shape == (2, 2)
+    assert select(scores, visual, Room(audio=3, visual=2), softness).index.shape == (2, 5)
+    assert select(scores, mixed, Room(audio=0, visual=2, lend=False), softness).index.shape == (2, 3)
+    assert select(scores, text, Room(audio=1, visual=1), softness).index.tolist() == [list(range(6))] * 2
+    assert select(scores[:, :0], text[:, :0], Room(audio=1, visual=1), softness).index.shape == (2, 0)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (1.0, 0.0), (-1.0, 0.1)])

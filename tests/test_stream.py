@@ -13,6 +13,7 @@ from omnimem.attach import Seam, attach
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policy import Policy
+from omnimem.selection import Softness
 from omnimem.stream import PADDING, Prompt, Stream
 from omnimem.tokens import Chunk, DeepStack, Modality
 from omnimem.view import LayerView
@@ -326,7 +327,7 @@ def test_softened_selection_streams_what_hard_selection_streams(temperature: flo
     chunks = cut(whole_stream(batch=2), LENGTHS)
     with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
         hard = fed(seam, policy_of("omnimem"), chunks)
-        soft = fed(seam, policy_of("omnimem"), chunks, temperature=temperature)
+        soft = fed(seam, policy_of("omnimem"), chunks, softness=Softness(temperature=temperature))
         assert orders(hard) == orders(soft)
         prompt = prompt_of([[[5, 6], [7]]] * 2)
         assert_equal_logits(soft.ask(prompt).hidden, hard.ask(prompt).hidden)

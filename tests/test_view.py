@@ -129,11 +129,11 @@ def test_gradient_flows_through_the_parts_of_the_score_that_are_asked_for(asked:
     leaves = replace(
         arrival, queries=arrival.queries.clone().requires_grad_(), states=arrival.states.clone().requires_grad_()
     )
-    view = view_of(leaves, Measures(gradient=asked))
+    view = view_of(leaves, gradient=asked)
     assert view.novelty.requires_grad == (asked in ("redundancy", "both"))
     assert view.importance.requires_grad == (asked == "both")
     with torch.no_grad():
-        assert not view_of(leaves, Measures(gradient="both")).importance.requires_grad
+        assert not view_of(leaves, gradient="both").importance.requires_grad
 
 
 def test_the_gradient_of_novelty_equals_finite_differences_of_the_loops() -> None:
@@ -154,7 +154,7 @@ def test_the_gradient_of_novelty_equals_finite_differences_of_the_loops() -> Non
 
 def test_a_view_has_no_place_for_a_question() -> None:
     """All that a scorer can reach is the pool, the chunk's own queries and how they are measured."""
-    assert {field.name for field in fields(LayerView)} == {"pool", "new", "queries", "scale", "measures"}
+    assert {field.name for field in fields(LayerView)} == {"pool", "new", "queries", "scale", "measures", "gradient"}
 
 
 def test_a_view_of_a_batch_equals_the_views_of_its_streams() -> None:

@@ -86,7 +86,7 @@ class StreamTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Mean answer loss of the batch, the whole stream inside one forward pass of the engine."""
+        """Mean loss of the batch, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
         return model(streamed=lambda: self._loss(opened, step))
@@ -98,12 +98,19 @@ class StreamTrainer(Trainer):
         for batch in together(opened, len(opened)):
             torch.manual_seed(seed_of(self.args.seed, self.state.global_step, *(one.sample.id for one in batch)))
             outcome = streamed_loss(
-                self.seam, self.feeder, batch, policy, temperature=step.temperature, carry=self.carry
+                self.seam,
+                self.feeder,
+                batch,
+                policy,
+                softness=step.softness,
+                carry=self.carry,
+                losses=self.plan.options.loss.losses,
+                model=self.adapted,
             )
             self.outcomes.append(replace(outcome, loss=outcome.loss.detach()))  # kept until the next log
             losses.append(outcome.loss * len(batch))
             asked += len(batch)
-        return torch.stack(losses).sum() / asked * self.plan.options.loss.answer
+        return torch.stack(losses).sum() / asked
 
     def _opened(self, samples: Sequence[Sample]) -> list[Opened]:
         opened = []
@@ -150,7 +157,7 @@ class StreamTrainer(Trainer):
         count, layers = len(self.outcomes), self.seam.shape.layers
         taken: dict[str, float] = {
             "slots": float(step.slots if step.slots is not None else -1),
-            "temperature": step.temperature or 0.0,
+            "temperature": step.softness.temperature if step.softness else 0.0,
             "entries": max(outcome.usage.kept_entries for outcome in self.outcomes) / layers,
             "bytes": float(max(outcome.usage.bytes for outcome in self.outcomes)),
             "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in self.outcomes) / count,

@@ -19,7 +19,7 @@ from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
 from omnimem.policy import Policy
 from omnimem.scoring import AbstractScorer
-from omnimem.selection import select
+from omnimem.selection import Softness, select
 from omnimem.stream import Prompt, Stream
 from omnimem.tokens import EVICTABLE, Chunk
 from omnimem.tuning import FullGradient, Gradient
@@ -287,7 +287,7 @@ def streamed_loss(
     temperature: float,
 ) -> Tensor:
     """Cross-entropy of the answers asked after the stream."""
-    stream = Stream(seam, policy, carry=carry, temperature=temperature)
+    stream = Stream(seam, policy, carry=carry, softness=Softness(temperature=temperature))
     for chunk in chunks:
         stream.feed(chunk)
     reader, labels = stream.reader(prompt), prompt.labels

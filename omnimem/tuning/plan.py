@@ -1,11 +1,10 @@
 """What each step of a run uses: budget and temperature, as functions of (seed, step) alone."""
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from omnimem.selection import SelectionOptions, TemperatureOptions
+from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
 
@@ -32,10 +31,10 @@ class TuningOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The budget and temperature of one optimizer step; slots None: full memory."""
+    """The budget and softness of one optimizer step; slots None: full memory; softness None: hard selection."""
 
     slots: int | None
-    temperature: float | None
+    softness: Softness | None
 
 
 @final
@@ -54,20 +53,8 @@ class Plan:
         order = sorted(range(len(budgets)), key=lambda number: _hash(self.seed, lap, number))
         drawn = budgets[order[place]]
         slots = None if drawn == "full" else int(drawn)
-        soft = self.options.selection.softening != "hard" and slots is not None
-        progress = step / max(1, steps - 1)
-        return Step(slots=slots, temperature=at(self.options.selection.temperature, progress) if soft else None)
-
-
-def at(options: TemperatureOptions, progress: float) -> float:
-    """Temperature at a fraction of the run: start -> end."""
-    start, end = options.start, options.end
-    done = min(1.0, max(0.0, progress))
-    if options.schedule == "constant":
-        return start
-    if options.schedule == "cosine":
-        done = (1 - math.cos(math.pi * done)) / 2
-    return start + (end - start) * done
+        softness = None if slots is None else self.options.selection.at(step / max(1, steps - 1))
+        return Step(slots=slots, softness=softness)
 
 
 def _hash(*numbers: int) -> bytes:

@@ -13,6 +13,7 @@ from omnimem.backbones import Turn
 from omnimem.feeding import IGNORED, Feeder, Opened, play
 from omnimem.memory import Memory
 from omnimem.policy import Policy
+from omnimem.selection import Softness
 from omnimem.stream import Reading, Usage
 from omnimem.tokens import Modality
 from omnimem.tuning.gradient import Gradient
@@ -36,7 +37,7 @@ def streamed_loss(
     batch: Sequence[Opened],
     policy: Policy,
     *,
-    temperature: float | None,
+    softness: Softness | None,
     carry: Gradient,
 ) -> Outcome:
     """Mean over streams of the mean cross-entropy of their answer tokens, through the policy used in evaluation.
@@ -45,7 +46,7 @@ def streamed_loss(
     Raises ValueError when a stream has no answer to learn from.
     """
     started, losses, streams = time.perf_counter(), [], []
-    stream = feeder.stream(seam, policy, batch=len(batch), temperature=temperature, carry=carry)
+    stream = feeder.stream(seam, policy, batch=len(batch), softness=softness, carry=carry)
     for due in play(stream, feeder.chunks(batch), batch[0].moments):
         prompt = feeder.prompt([_turns(opened, due) for opened in batch], batch[0].tracks)
         if prompt.labels is None or not bool((prompt.labels != IGNORED).any()):
