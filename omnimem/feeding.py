@@ -55,6 +55,11 @@ class Opened:
         during = sorted({time for time in self.times if time is not None})
         return (*during, None) if None in self.times else tuple(during)
 
+    @property
+    def tokens(self) -> int:
+        """Audio and visual tokens of the stream."""
+        return sum(segment.count for segment in self.segments)
+
     def asked(self, due: Sequence[float | None]) -> list[int]:
         """Numbers of the questions that are asked at these moments."""
         return [number for number, time in enumerate(self.times) if time in due]
@@ -132,13 +137,16 @@ class Feeder:
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         return Stream(seam, policy, batch=batch, last_position=last, **settings)
 
-    def chunks(self, batch: Sequence[Opened]) -> Iterator[Chunk]:
-        """The opening and the chunks of samples of one layout, cut where questions are asked."""
+    def chunks(self, batch: Sequence[Opened], chunk_tokens: int | None = None) -> Iterator[Chunk]:
+        """The opening and the chunks of samples of one layout, cut where questions are asked.
+
+        `chunk_tokens` stands in for that of the options; what the encoders made is the same at any size.
+        """
         first = batch[0]
         return self.backbone.chunks(
             collate([opened.segments for opened in batch]),
             tracks=first.tracks,
-            chunk_tokens=self.options.chunk_tokens,
+            chunk_tokens=chunk_tokens or self.options.chunk_tokens,
             batch=len(batch),
             cuts=[moment for moment in first.moments if moment is not None],
             system=first.sample.system,

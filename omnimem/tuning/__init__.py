@@ -10,18 +10,22 @@ from omnimem.tuning.lora import (
     load_adapter,
     trainable,
 )
-from omnimem.tuning.losses import LossOptions, answer_losses
+from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, streamed_loss
 
 __all__ = [
+    "AbstractLoss",
     "AdapterError",
+    "AnswerLoss",
     "FullGradient",
+    "FullMemoryKL",
     "Gradient",
     "LoraOptions",
     "LossOptions",
     "Outcome",
     "Plan",
+    "Rows",
     "Step",
     "StreamedModel",
     "TuningOptions",

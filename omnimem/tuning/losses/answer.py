@@ -1,23 +1,24 @@
-"""What is minimised."""
+"""Cross-entropy of the answers."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnimem.tuning.losses.base import AbstractLoss, Rows
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """Weights of the losses."""
+class AnswerLoss(AbstractLoss):
+    """-log q(token) of each answer token and of the token that ends the answer (release, method 2)."""
 
-    answer: float = 1.0
+    name: ClassVar[str] = "answer"
 
-    def __post_init__(self) -> None:
-        if self.answer <= 0:
-            raise ValueError(f"loss.answer = {self.answer:g} must be above 0; it is what teaches the model to answer")
+    def __call__(self, rows: Rows) -> Float[Tensor, " rows"]:
+        return answer_losses(rows.logits, rows.labels)
 
 
 def answer_losses(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
