@@ -32,6 +32,7 @@ class Memory:
     """What every layer remembers of the streams of one batch; empty at the start of a stream."""
 
     layers: tuple[Tokens, ...]
+    note: object = None  # what the stream's carry wrote for itself (tuning.gradient); no part of what is remembered
 
     @classmethod
     def empty(cls, shape: Shape, batch: int) -> "Memory":
@@ -61,6 +62,10 @@ class Memory:
         """A memory from the flat tensors of `tensors()`."""
         rows = (tensors[first : first + FIELDS] for first in range(0, len(tensors), FIELDS))
         return cls(layers=tuple(Tokens.of(row) for row in rows))
+
+    def detached(self) -> "Memory":
+        """The same values, without a past."""
+        return Memory.of([tensor.detach() for tensor in self.tensors()])
 
     @property
     def batch(self) -> int:

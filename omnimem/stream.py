@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from omnimem.attach import Seam
@@ -15,7 +15,7 @@ from omnimem.memory import Memory
 from omnimem.policy import Policy, projection
 from omnimem.positions import Rotary, distinct, earlier, ranks, rotate
 from omnimem.selection import Softness
-from omnimem.tokens import Chunk, Modality, Tokens
+from omnimem.tokens import Chunk, DeepStack, Modality, Tokens
 from omnimem.view import LayerView
 
 PADDING = -1  # segment of padding in a packed pass
@@ -73,7 +73,7 @@ def carry_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, emb
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class _Manner:
+class Manner:
     """What a stream does with every chunk. It holds no memory: a step that waits in the graph for backward must not
     hold on to what the graph produced, or neither is ever freed.
     """
@@ -95,7 +95,7 @@ class _ReadChunk:
     Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
     """
 
-    def __init__(self, manner: _Manner, positions: Tensor, modality: Tensor, first: int) -> None:
+    def __init__(self, manner: Manner, positions: Tensor, modality: Tensor, first: int) -> None:
         self.manner, self.positions, self.modality, self.first = manner, positions, modality, first
         self._kept: dict[int, Tokens] | None = {}
 
@@ -143,6 +143,58 @@ class _ReadChunk:
             feature=self.manner.feature(states),
             gate=zeros,
         )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Compaction:
+    """Kept audio and visual tokens move up to ranks that end before `end`, their keys turned to match (design 5)."""
+
+    opening: int  # positions below this stay
+    end: int
+
+    def __call__(self, memory: Memory, rotary: Rotary) -> Memory:
+        """The memory at its new positions."""
+        return Memory(layers=tuple(self._of(layer, rotary) for layer in memory.layers))
+
+    def _of(self, layer: Tokens, rotary: Rotary) -> Tokens:
+        time = ranks(layer.positions[:, 0], self.opening, self.end)
+        positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
+        cos, sin = rotary((positions - layer.positions).transpose(0, 1))
+        return replace(layer, positions=positions, keys=rotate(layer.keys, cos, sin))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChunkStep:
+    """Reading a chunk as a function of the memory and the chunk's embeddings.
+
+    It holds neither of them: it waits in the graph and may run again in backward, when more has been fed.
+    """
+
+    seam: Seam
+    manner: Manner
+    positions: Int[Tensor, "batch axes tokens"]
+    modality: Int8[Tensor, "batch tokens"]
+    deepstack: DeepStack | None
+    first: int  # arrival number of the chunk's first token
+    compaction: Compaction | None = None  # before the chunk is read
+
+    def __call__(self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"]) -> Memory:
+        """Every layer attends to its memory and the chunk, then keeps its budget."""
+        if self.compaction is not None:
+            memory = self.compaction(memory, self.seam.rotary)
+        reader = _ReadChunk(self.manner, self.positions, self.modality, self.first)
+        try:
+            self.seam.run(reader, embeddings, self.positions, self.deepstack, _by_layer(memory))
+        finally:  # a recomputation ends by an exception, as soon as backward has what it needs
+            kept = reader.hand_over()
+        return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
+
+
+def _by_layer(memory: Memory) -> list[tuple[Tensor, ...]]:
+    """The flat tensors of each layer."""
+    return [layer.tensors() for layer in memory.layers]
 
 
 @final
@@ -226,7 +278,7 @@ class Stream:
         """
         self.seam, self.policy, self.softness = seam, policy, softness
         self.carry, self.recorder, self.last_position = carry, recorder, last_position
-        self._manner = _Manner(
+        self._manner = Manner(
             policy=policy, softness=softness, recorder=recorder, projection=self._feature_projection()
         )
         shape, matrix = seam.shape, self._manner.projection
@@ -250,32 +302,30 @@ class Stream:
 
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
-        chunk = self._placed(chunk)
-        seam, manner = self.seam, self._manner
-        # noted here: the step may run again in backward, when more has been fed; till then it holds no embeddings
-        first, positions, modality, deepstack = self.fed, chunk.positions, chunk.modality, chunk.deepstack
-
-        def step(memory: Memory, embeddings: Tensor) -> Memory:
-            reader = _ReadChunk(manner, positions, modality, first)
-            try:
-                seam.run(reader, embeddings, positions, deepstack, _by_layer(memory))
-            finally:  # a recomputation ends by an exception, as soon as backward has what it needs
-                kept = reader.hand_over()
-            return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
-
+        chunk, compaction = self._placed(chunk)
+        step = ChunkStep(
+            seam=self.seam,
+            manner=self._manner,
+            positions=chunk.positions,
+            modality=chunk.modality,
+            deepstack=chunk.deepstack,
+            first=self.fed,
+            compaction=compaction,
+        )
         before = self.memory.entries
         self.memory = self.carry(step, self.memory, chunk.embeddings)
         self._account(chunk, before)
 
-    def _placed(self, chunk: Chunk) -> Chunk:
-        """The chunk at the positions it will have in this stream; makes room below `last_position` if need be."""
+    def _placed(self, chunk: Chunk) -> tuple[Chunk, "Compaction | None"]:
+        """The chunk at the positions it will have in this stream, and how room is made below `last_position` first."""
         if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
         if self.last_position is None:
-            return chunk
+            return chunk, None
+        compaction = None
         if int(chunk.positions.max()) - self.moved >= self.last_position:
             end = self.opening + max(distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers)
-            self.memory = compacted(self.memory, self.opening, end, self.seam.rotary)
+            compaction = Compaction(opening=self.opening, end=end)
             self.moved += self.next_position - end
             self.next_position = end
             last = int(chunk.positions.max()) - self.moved
@@ -284,7 +334,7 @@ class Stream:
                     f"memory and chunk reach position {last} even when compacted, the model was trained below "
                     f"{self.last_position}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
-        return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved))
+        return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved)), compaction
 
     def _account(self, chunk: Chunk, before: int) -> None:
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
@@ -382,23 +432,6 @@ class Stream:
             [[number for number in ids if number >= 0] for ids, real in zip(row, real_row, strict=True) if real]
             for row, real_row in zip(rows, asked, strict=True)
         ]
-
-
-def _by_layer(memory: Memory) -> list[tuple[Tensor, ...]]:
-    """The flat tensors of each layer."""
-    return [layer.tensors() for layer in memory.layers]
-
-
-def compacted(memory: Memory, opening: int, end: int, rotary: Rotary) -> Memory:
-    """The memory with its audio and visual tokens at ranks that end before `end`, keys turned to match (design 5)."""
-    return Memory(layers=tuple(_compacted(layer, opening, end, rotary) for layer in memory.layers))
-
-
-def _compacted(layer: Tokens, opening: int, end: int, rotary: Rotary) -> Tokens:
-    time = ranks(layer.positions[:, 0], opening, end)
-    positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
-    cos, sin = rotary((positions - layer.positions).transpose(0, 1))
-    return replace(layer, positions=positions, keys=rotate(layer.keys, cos, sin))
 
 
 def _last_of_each(prompt: Prompt) -> tuple[Int[Tensor, "batch asked"], Int[Tensor, "batch asked"]]:

@@ -142,20 +142,30 @@ class OneShot:
 
     A token of chunk c sees what its layer kept after chunk c - 1 and the past of its own chunk; a question what was
     kept when it was asked and the past of its own segment. Keys carry the gate of softened selection, if there is one.
+    What the first `constant` chunks left (keys, values, states, gates) carries no gradient.
     """
 
-    def __init__(self, episode: Episode, kept: list[list[Tensor]], softened: Softened | None = None) -> None:
-        self.episode, self.kept, self.softened = episode, kept, softened
+    def __init__(
+        self, episode: Episode, kept: list[list[Tensor]], softened: Softened | None = None, constant: int = 0
+    ) -> None:
+        self.episode, self.kept, self.softened, self.constant = episode, kept, softened, constant
         self.spans, self.modality = episode.spans, episode.modality
         self.streamed = self.spans[-1].stop
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
+        keys, values, states = (self.cut(part, axis) for part, axis in ((keys, 2), (values, 2), (states, 1)))
         group = queries.shape[1] // keys.shape[1]
         wide_keys, wide_values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
         logits = queries @ wide_keys.transpose(-1, -2) * scale + self.bias(layer, states)[:, None]
         return logits.softmax(dim=-1) @ wide_values
+
+    def cut(self, tensor: Tensor, axis: int) -> Tensor:
+        """The tensor, without gradient for the tokens of the constant chunks."""
+        first = self.spans[self.constant - 1].stop if self.constant else 0
+        past, present = tensor.split([first, tensor.shape[axis] - first], dim=axis)
+        return torch.cat([past.detach(), present], dim=axis)
 
     def bias(self, layer: int, states: Tensor) -> Tensor:
         """batch x queries x keys: minus infinity where a key is not seen, else its gate."""
@@ -186,7 +196,8 @@ class OneShot:
         found = [states.new_zeros(len(states), self.streamed)]
         for number in range(len(self.spans)):
             added = 0 if self.softened is None else self.added(self.softened, number, layer, states)
-            found.append(found[-1] + added)
+            after = found[-1] + added
+            found.append(after.detach() if number < self.constant else after)
         return found
 
     def added(self, softened: Softened, number: int, layer: int, states: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
-from omnimem.tuning.gradient import FullGradient, Gradient
+from omnimem.tuning.gradient import FullGradient, Gradient, HorizonGradient
 from omnimem.tuning.lora import (
     AdapterError,
     LoraOptions,
@@ -21,6 +21,7 @@ __all__ = [
     "FullGradient",
     "FullMemoryKL",
     "Gradient",
+    "HorizonGradient",
     "LoraOptions",
     "LossOptions",
     "Outcome",

@@ -1,0 +1,6 @@
+"""Gradient modes: what the memory carries through the graph, and how far gradient flows back; one a file."""
+
+from omnimem.tuning.gradient.full import FullGradient, Gradient
+from omnimem.tuning.gradient.horizon import HorizonGradient
+
+__all__ = ["FullGradient", "Gradient", "HorizonGradient"]
