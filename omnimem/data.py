@@ -85,6 +85,7 @@ class Sample:
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     items: tuple[Item, ...] = ()  # one a question, in their order; () where a manifest names none
+    cluster: str = ""  # what samples cut from one recording share: their answers are not independent; "": the id
     origin: str = field(default="", compare=False)  # file:line
 
     @property

@@ -49,6 +49,10 @@ class EvaluateOptions:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit} must be at least 1; leave it out for all streams")
+        labels = Counter(benchmark.label for benchmark in self.benchmarks)
+        for label in labels:
+            if labels[label] > 1:
+                raise ValueError(f"benchmarks: {label} is named {labels[label]} times; keep one, or change its options")
 
 
 @final

@@ -42,6 +42,15 @@ class Gap:
     share: float = 1.0  # of the samples that cannot be read without it
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """How much there is of a benchmark as published."""
+
+    videos: int
+    questions: int
+
+
 @runtime_checkable
 class Benchmark(Protocol):
     """A benchmark in a folder of the user's, under one setting of its options.
@@ -74,7 +83,8 @@ class Benchmark(Protocol):
         """One sample a stream with all questions about it, in a fixed order.
 
         A question's text is the whole prompt; `at` is its time in the file; `item` holds its id, options and
-        categories. Raises ManifestError with every problem.
+        categories. Samples cut from one recording share a `cluster`: statistics go by it. Raises ManifestError with
+        every problem.
         """
         ...
 

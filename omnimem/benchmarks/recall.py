@@ -29,6 +29,11 @@ class RecallOptions:
         return "first_word"
 
     @property
+    def published(self) -> None:
+        """As many streams as were rendered."""
+        return
+
+    @property
     def manifest(self) -> Path:
         """The file that lists the streams."""
         return Path(self.root) / f"{self.split}.jsonl"
