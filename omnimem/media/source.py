@@ -1,7 +1,7 @@
 """Sources: a file or a live stream in segments that end on frame grids and on the audio encoder's block."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import count, islice
@@ -15,7 +15,7 @@ from torch import Tensor
 from omnimem.media.container import CODEC_FILLING, MediaError
 from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel
-from omnimem.media.pixels import resize, smart_resize
+from omnimem.media.pixels import MAX_ASPECT_RATIO, resize, smart_resize
 
 LONGEST_SEGMENT = 60  # audio blocks; a frame rate that needs more to meet the grid is refused
 
@@ -143,8 +143,9 @@ def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "fr
 class FileSource(Source):
     """The segments of a file: frames decoded as they are asked for, mel of the whole clip normalised at once.
 
-    `audio_path` replaces the file's own audio track. Iterating raises MediaError: `no_video` or `no_audio` when a
-    track that `options.tracks` asks for is missing, and all others of `read_frames` and `read_audio`.
+    `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum instead,
+    as of a live stream: then no segment depends on what is heard after it. Iterating raises MediaError: `no_video` or
+    `no_audio` when a track that `options.tracks` asks for is missing, and all others of `read_frames` and `read_audio`.
     """
 
     def __init__(
@@ -156,23 +157,32 @@ class FileSource(Source):
         geometry: Geometry,
         start: float = 0.0,
         end: float | None = None,
+        causal: bool = False,
     ) -> None:
         super().__init__(options, geometry)
         self.path, self.audio_path = Path(path), Path(audio_path or path)
-        self.start, self.end = start, end
+        self.start, self.end, self.causal = start, end, causal
 
     def _pictures(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         for _, frame in read_frames(self.path, fps=self.options.fps, start=self.start, end=self.end):
+            height, width = frame.shape[1:]
+            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                message = f"frames of {width}x{height} are narrower than 1:{MAX_ASPECT_RATIO}; crop the video first"
+                raise MediaError(self.path, "unreadable", message)
             yield frame
 
     def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
         mel = self.geometry.mel
         blocks = read_audio_blocks(self.audio_path, rate=mel.rate, start=self.start, end=self.end)
-        whole = mel.clip_of(blocks)
-        if not whole.numel():
+        pieces = _as_heard(mel, blocks, mel_frames) if self.causal else mel.clip_of(blocks).split(mel_frames, dim=1)
+        empty = True
+        for piece in pieces:
+            if piece.numel():
+                empty = False
+                yield piece
+        if empty:
             message = f"audio is shorter than one mel frame ({mel.hop / mel.rate:g} s); choose a longer clip"
             raise MediaError(self.audio_path, "empty", message)
-        yield from whole.split(mel_frames, dim=1)
 
 
 @final
@@ -213,11 +223,16 @@ class LiveSource(Source):
             before = time
 
     def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
-        mel = self.geometry.mel.running()
-        for samples in self._audio:
-            mel.feed(samples)
-            while mel.ready >= mel_frames:
-                yield mel.take(mel_frames)
-        mel.end()
-        while mel.ready:
-            yield mel.take(min(mel_frames, mel.ready))
+        return _as_heard(self.geometry.mel, self._audio, mel_frames)
+
+
+def _as_heard(mel: LogMel, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+    """Pieces of `mel_frames`, each as soon as it has been heard, normalised by the maximum up to its end."""
+    running = mel.running()
+    for samples in blocks:
+        running.feed(samples)
+        while running.ready >= mel_frames:
+            yield running.take(mel_frames)
+    running.end()
+    while running.ready:
+        yield running.take(min(mel_frames, running.ready))

@@ -1,0 +1,169 @@
+"""Decoding ahead gives what decoding here gives; bad files and lost processes are named."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.media import FileSource, Geometry, LogMel, MediaError, Segment, SourceOptions
+from omnimem.media.ahead import DecoderLost, Decoders
+
+GEOMETRY = Geometry(
+    patch=14,
+    merge=2,
+    temporal_patch=2,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    mel=LogMel(mels=64, hop=4000, n_fft=4096),
+    segment_seconds=2.0,
+)
+SECONDS = (8, 12, 6, 10)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("films")
+    paths = [folder / f"{number}.mp4" for number in range(len(SECONDS))]
+    for number, (path, seconds) in enumerate(zip(paths, SECONDS, strict=True)):
+        write_mp4(draw_world(number, seconds), path)
+    return paths
+
+
+def source(path: Path, *, causal: bool = False, end: float | None = None) -> FileSource:
+    return FileSource(path, options=SourceOptions(max_pixels=12544), geometry=GEOMETRY, end=end, causal=causal)
+
+
+def same(ours: list[Segment], theirs: list[Segment]) -> bool:
+    """Whether two lists of segments are equal to the bit."""
+    return len(ours) == len(theirs) and all(
+        (a.start, a.seconds) == (b.start, b.seconds)
+        and torch.equal(torch.as_tensor(a.frames), torch.as_tensor(b.frames))
+        and torch.equal(torch.as_tensor(a.mel), torch.as_tensor(b.mel))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_segments_come_in_order_and_equal_those_decoded_here(files: list[Path], workers: int) -> None:
+    jobs: list[tuple[int, FileSource | None]] = [(number, source(path)) for number, path in enumerate(files)]
+    jobs.insert(2, (99, None))
+    with Decoders(workers, ahead=2) as decoders:
+        seen = [(job, None if segments is None else list(segments)) for job, segments in decoders.read(jobs)]
+    assert [job for job, _ in seen] == [0, 1, 99, 2, 3]
+    assert seen[2][1] is None
+    assert all(same(segments, list(source(files[job]))) for job, segments in seen if segments is not None)
+
+
+def test_a_bad_file_is_its_own_error_and_the_next_one_is_read(files: list[Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(files[1].read_bytes()[:-2000])
+    gone = tmp_path / "gone.mp4"
+    jobs: list[tuple[str, FileSource | None]] = [(path.name, source(path)) for path in (cut, gone, files[0])]
+    reasons, read = {}, {}
+    with Decoders(1) as decoders:
+        for name, segments in decoders.read(jobs):
+            try:
+                read[name] = list(segments or ())
+            except MediaError as error:
+                reasons[name] = (error.reason, str(error))
+    assert same(read["0.mp4"], list(source(files[0])))
+    assert {name: reason for name, (reason, _) in reasons.items()} == {"cut.mp4": "truncated", "gone.mp4": "missing"}
+    assert reasons["gone.mp4"][1] == f"{gone}: is not a file; check the path"
+
+
+def test_segments_left_unread_do_not_reach_the_next_file(files: list[Path]) -> None:
+    jobs: list[tuple[int, FileSource | None]] = [(number, source(path)) for number, path in enumerate(files)]
+    first = []
+    with Decoders(1, ahead=1) as decoders:
+        for _, segments in decoders.read(jobs):
+            first.append(next(iter(segments or ())))
+    assert same(first, [next(iter(source(path))) for path in files])
+
+
+def ahead_of(decoders: Decoders, files: list[Path]) -> Iterator[tuple[int, list[Segment]]]:
+    jobs: list[tuple[int, FileSource | None]] = [(number, source(path)) for number, path in enumerate(files)]
+    for number, segments in decoders.read(jobs):
+        yield number, list(segments or ())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL])
+def test_a_process_that_is_killed_is_an_error_that_names_the_file(
+    files: list[Path], how: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Decoders(1, ahead=1) as decoders:
+        reading = ahead_of(decoders, files)
+        assert next(reading)[0] == 0
+        os.kill(decoders.processes[0], how)  # it waits with the first segments of the second file
+        with pytest.raises(DecoderLost, match=rf"1\.mp4: the process that decoded it was killed by {how.name}"):
+            list(reading)
+
+
+def test_a_process_ends_when_its_reader_is_gone(files: list[Path]) -> None:
+    with Decoders(2, ahead=1) as decoders:
+        reading = ahead_of(decoders, files)
+        next(reading)
+        processes = list(decoders.processes)
+        for decoder in decoders._decoders:  # as if this process had been killed
+            decoder.connection.close()
+        for _ in range(100):
+            if not any(_runs(process) for process in processes):
+                return
+            time.sleep(0.1)
+        pytest.fail("decoding processes outlive their reader")
+
+
+def _runs(process: int) -> bool:
+    """Whether a child has not ended yet (an ended one that nobody waited for is a zombie)."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_is_heard_later_changes_no_causal_segment(tmp_path: Path) -> None:
+    """A bang near the end: without it the segments before are the same to the bit, but as parts of a whole clip not."""
+    quiet, loud = tmp_path / "quiet.wav", tmp_path / "loud.wav"
+    hum = 1e-3 * np.random.default_rng(0).standard_normal(16000 * 12).astype(np.float32)
+    write_wav(quiet, hum)
+    hum[16000 * 10 :] = 0.9 * np.sign(np.sin(np.arange(32000)))
+    write_wav(loud, hum)
+    options = SourceOptions(tracks="audio")
+    for causal in (True, False):
+        a, b = (list(FileSource(p, options=options, geometry=GEOMETRY, causal=causal)) for p in (quiet, loud))
+        equal = [torch.equal(torch.as_tensor(x.mel), torch.as_tensor(y.mel)) for x, y in zip(a, b, strict=True)]
+        assert equal[:4] == [causal] * 4
+        assert not equal[-1]
+
+
+def test_frames_too_narrow_for_the_model_are_a_bad_file(tmp_path: Path) -> None:
+    path = tmp_path / "strip.mp4"
+    write_strip(path)
+    with pytest.raises(MediaError, match="frames of 604x2 are narrower than 1:200; crop the video first") as caught:
+        list(FileSource(path, options=SourceOptions(tracks="video"), geometry=GEOMETRY))
+    assert caught.value.reason == "unreadable"
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    """Mono, 16 kHz, 32-bit floats."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("pcm_f32le", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+        frame.sample_rate = 16000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+def write_strip(path: Path) -> None:
+    """A film of 604 x 2 pixels."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 604, 2, "yuv420p"
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(np.zeros((2, 604, 3), np.uint8), format="rgb24")
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
