@@ -116,7 +116,12 @@ def trainer_of(
         seam=parts.seam,
         feeder=parts.feeder,
         policies=parts.policies,
-        plan=Plan(options=run.tuning, slots_per_layer=run.memory.slots_per_layer, seed=settings.seed),
+        plan=Plan(
+            options=run.tuning,
+            slots_per_layer=run.memory.slots_per_layer,
+            chunk_tokens=run.stream.chunk_tokens,
+            seed=settings.seed,
+        ),
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
     )
 

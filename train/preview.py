@@ -279,16 +279,17 @@ def describe_budget(run: RunConfig, shapes: Shapes, reading: Reading) -> Iterato
     yield f"{slots:,} slots a layer ({share}) x {layers} layers = {budget.total:,} entries"
     media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
     yield f"of the {media:,} audio and visual tokens of this sample {min(1, slots / max(1, media)):.1%} are kept"
-    if run.tuning.budgets:
-        yield f"slots a layer in training, one drawn a step: {', '.join(map(str, run.tuning.budgets))}"
+    for what, drawn in (("slots a layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
+        if drawn:
+            listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
+            yield f"{what} in training, one drawn a step: {listed}"
 
 
 def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
     """What the run asks of a device, with the sample taken for its longest one."""
     measures, scorer = (built := run.memory.policy.build(None)).measures, built.scorer
     media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
-    budgets = run.tuning.budgets or (run.memory.slots_per_layer,)
-    slots = max(media if budget == "full" else int(budget) for budget in budgets)
+    slots = max(media if slots is None else slots for slots in run.tuning.slots(run.memory.slots_per_layer))
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
     batch = int(run.train.get("per_device_train_batch_size", 8))
     return Load(
@@ -296,7 +297,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         lora=run.tuning.lora,
         feature=width if scorer.needs_novelty else 0,
         entries=slots * shapes.text.layers,
-        chunk_tokens=run.stream.chunk_tokens,
+        chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(reading.chunks),
         text_tokens=reading.tokens[Modality.TEXT],
         question_tokens=reading.learned,

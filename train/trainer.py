@@ -18,7 +18,18 @@ from omnimem.feeding import Feeder, Opened, together
 from omnimem.media import MediaError
 from omnimem.run import RunFolder
 from omnimem.tokens import Modality
-from omnimem.tuning import FullGradient, Outcome, Plan, Step, StreamedModel, streamed_loss, trainable
+from omnimem.tuning import (
+    FullGradient,
+    Outcome,
+    Pass,
+    Plan,
+    Step,
+    StreamedModel,
+    running_means,
+    streamed_loss,
+    tally,
+    trainable,
+)
 from train.assemble import Policies
 
 
@@ -68,7 +79,7 @@ class StreamTrainer(Trainer):
         self.failures = failures
         self.carry = FullGradient(offload=plan.options.offload, recompute=plan.options.recompute != "none")
         self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[tuple[int, Outcome]] = []  # with the number of their step, until the next log
         for chatty in (PrinterCallback, ProgressCallback):
             self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
 
@@ -106,8 +117,9 @@ class StreamTrainer(Trainer):
                 carry=self.carry,
                 losses=self.plan.options.loss.losses,
                 model=self.adapted,
+                chunk_tokens=step.chunk_tokens,
             )
-            self.outcomes.append(replace(outcome, loss=outcome.loss.detach()))  # kept until the next log
+            self.outcomes.append((self.state.global_step, replace(outcome, loss=outcome.loss.detach())))
             losses.append(outcome.loss * len(batch))
             asked += len(batch)
         return torch.stack(losses).sum() / asked
@@ -117,6 +129,7 @@ class StreamTrainer(Trainer):
         for sample in samples:
             try:
                 opened.append(self.feeder.open(sample))
+                self.plan.check(opened[-1])
             except MediaError as error:
                 self._note(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return opened
@@ -136,8 +149,10 @@ class StreamTrainer(Trainer):
         """The Trainer's log with what the streams of the step took; every rank comes here."""
         if "loss" in logs:
             self._share_failures()
+            passes = self._passes()
+            logs = {**logs, **tally(passes), **running_means(passes, self.state.log_history)}
             if self.outcomes:
-                logs = {**logs, **self._taken()}
+                logs |= self._taken()
                 self.outcomes = []
         super().log(logs, *args, **kwargs)
 
@@ -152,21 +167,28 @@ class StreamTrainer(Trainer):
         else:
             self.failures = replace(self.failures, found=tuple(known.values()))
 
+    def _passes(self) -> list[Pass]:
+        """The losses since the last log, of all ranks."""
+        mine = [Pass.of(outcome, step=step, budget=self.plan.budget(step)) for step, outcome in self.outcomes]
+        return mine if self.args.world_size == 1 else gather_object(mine)
+
     def _taken(self) -> dict[str, float]:
         step = self.plan(self.state.global_step - 1, self.state.max_steps)
-        count, layers = len(self.outcomes), self.seam.shape.layers
+        outcomes = [outcome for _, outcome in self.outcomes]
+        count, layers = len(outcomes), self.seam.shape.layers
         taken: dict[str, float] = {
             "slots": float(step.slots if step.slots is not None else -1),
+            "chunk_tokens": float(step.chunk_tokens),
             "temperature": step.softness.temperature if step.softness else 0.0,
-            "entries": max(outcome.usage.kept_entries for outcome in self.outcomes) / layers,
-            "bytes": float(max(outcome.usage.bytes for outcome in self.outcomes)),
-            "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in self.outcomes) / count,
+            "entries": max(outcome.usage.kept_entries for outcome in outcomes) / layers,
+            "bytes": float(max(outcome.usage.bytes for outcome in outcomes)),
+            "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in outcomes) / count,
             "failed_samples": float(len(self.failures.found)),
         }
         for kind in Modality:
             name = kind.name.lower()
-            taken[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in self.outcomes) / count
-            taken[f"kept/{name}"] = sum(outcome.kept[name] for outcome in self.outcomes) / count / layers
+            taken[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in outcomes) / count
+            taken[f"kept/{name}"] = sum(outcome.kept[name] for outcome in outcomes) / count / layers
         return taken
 
 

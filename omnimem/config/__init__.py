@@ -19,7 +19,7 @@ from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.stream import StreamOptions
-from omnimem.tuning import TuningOptions
+from omnimem.tuning import BudgetRange, TuningOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -126,9 +126,16 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     need = "one slot" if least == 1 else "one audio and one visual slot"
     if run.memory.slots_per_layer < least:
         yield ("memory", "slots_per_layer"), f"{run.memory.slots_per_layer} is too small; each layer needs {need}"
-    for number, slots in enumerate(run.tuning.budgets):
-        if slots != "full" and slots < least:
-            yield ("tuning", "budgets", number), f"{slots} is too small; each layer needs {need}"
+    for key, slots in _drawn_budgets(run.tuning.budgets):
+        if slots < least:
+            yield ("tuning", "budgets", key), f"{slots} is too small; each layer needs {need}"
+
+
+def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str | int, int]]:
+    """The slots of a list, or the lower end of a range, with their keys."""
+    if isinstance(budgets, BudgetRange):
+        return [("low", budgets.low)]
+    return [(number, slots) for number, slots in enumerate(budgets) if isinstance(slots, int)]
 
 
 def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:

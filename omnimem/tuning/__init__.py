@@ -1,5 +1,6 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
+from omnimem.tuning.curriculum import BudgetRange, ChunkRange
 from omnimem.tuning.gradient import FullGradient, Gradient, HorizonGradient
 from omnimem.tuning.lora import (
     AdapterError,
@@ -13,11 +14,14 @@ from omnimem.tuning.lora import (
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, streamed_loss
+from omnimem.tuning.tally import Pass, running_means, tally
 
 __all__ = [
     "AbstractLoss",
     "AdapterError",
     "AnswerLoss",
+    "BudgetRange",
+    "ChunkRange",
     "FullGradient",
     "FullMemoryKL",
     "Gradient",
@@ -25,6 +29,7 @@ __all__ = [
     "LoraOptions",
     "LossOptions",
     "Outcome",
+    "Pass",
     "Plan",
     "Rows",
     "Step",
@@ -34,6 +39,8 @@ __all__ = [
     "add_adapter",
     "answer_losses",
     "load_adapter",
+    "running_means",
     "streamed_loss",
+    "tally",
     "trainable",
 ]

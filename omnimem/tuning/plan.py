@@ -1,10 +1,12 @@
-"""What each step of a run uses: budget and temperature, as functions of (seed, step) alone."""
+"""What each step of a run uses: budget, chunk size and temperature, as functions of (seed, step) alone."""
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+from omnimem.backbones import LayoutError
+from omnimem.feeding import Opened
 from omnimem.selection import SelectionOptions, Softness
+from omnimem.tuning.curriculum import BudgetRange, ChunkRange, in_laps, uniform
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
 
@@ -19,43 +21,85 @@ class TuningOptions:
     recompute: Literal["none", "chunk", "layer"] = "chunk"  # what of the activations lives: all, a chunk, a layer of it
     offload: bool = False  # memories wait on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
-    budgets: tuple[int | Literal["full"], ...] = ()  # slots per layer, one drawn a step; empty: memory.slots_per_layer
+    # slots per layer, drawn anew for every step; empty: memory.slots_per_layer
+    budgets: tuple[int | Literal["full"], ...] | BudgetRange = ()
+    chunk_tokens: tuple[int, ...] | ChunkRange = ()  # likewise the longest chunks; empty: stream.chunk_tokens
     loss: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
-        for slots in self.budgets:
+        for slots in () if isinstance(self.budgets, BudgetRange) else self.budgets:
             if slots != "full" and slots < 1:
                 raise ValueError(f"tuning.budgets holds {slots}; a budget is at least 1 slot per layer, or full")
+        for tokens in () if isinstance(self.chunk_tokens, ChunkRange) else self.chunk_tokens:
+            if tokens < 1:
+                raise ValueError(f"tuning.chunk_tokens holds {tokens}; a chunk has at least 1 token")
+
+    def slots(self, slots_per_layer: int) -> tuple[int | None, ...]:
+        """The budgets that steps may have, of a range its ends; None: full memory."""
+        budgets = self.budgets
+        if isinstance(budgets, BudgetRange):
+            return (budgets.low, budgets.high, None) if budgets.full else (budgets.low, budgets.high)
+        return tuple(None if slots == "full" else int(slots) for slots in budgets or (slots_per_layer,))
+
+    def chunks(self, chunk_tokens: int) -> tuple[int, int]:
+        """The smallest and the largest of the longest chunks that steps may have."""
+        sizes = self.chunk_tokens
+        if isinstance(sizes, ChunkRange):
+            return sizes.low, sizes.high
+        return min(sizes, default=chunk_tokens), max(sizes, default=chunk_tokens)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The budget and softness of one optimizer step; slots None: full memory; softness None: hard selection."""
+    """What one optimizer step uses."""
 
-    slots: int | None
-    softness: Softness | None
+    slots: int | None  # per layer; None: full memory
+    softness: Softness | None  # None: hard selection
+    chunk_tokens: int  # longest chunk
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Draws for every step; resuming needs no state."""
+    """Draws for every step, the same on every rank; resuming needs no state."""
 
     options: TuningOptions
     slots_per_layer: int
+    chunk_tokens: int  # of evaluation
     seed: int
 
     def __call__(self, step: int, steps: int) -> Step:
-        """What step number `step` (from 0) of `steps` uses; each lap through the list of budgets is a permutation."""
-        budgets = self.options.budgets or (self.slots_per_layer,)
-        lap, place = divmod(step, len(budgets))
-        order = sorted(range(len(budgets)), key=lambda number: _hash(self.seed, lap, number))
-        drawn = budgets[order[place]]
-        slots = None if drawn == "full" else int(drawn)
+        """What step number `step` (from 0) of `steps` uses."""
+        slots = self._slots(step)
         softness = None if slots is None else self.options.selection.at(step / max(1, steps - 1))
-        return Step(slots=slots, softness=softness)
+        return Step(slots=slots, softness=softness, chunk_tokens=self._chunk_tokens(step))
 
+    def budget(self, step: int) -> str:
+        """The budget of a step by the name of its curve in the metrics: its slots, the stretch of a range, or full."""
+        budgets, slots = self.options.budgets, self._slots(step)
+        if slots is None:
+            return "full"
+        return budgets.band(slots) if isinstance(budgets, BudgetRange) else f"{slots}"
 
-def _hash(*numbers: int) -> bytes:
-    return hashlib.sha256(repr(numbers).encode()).digest()
+    def check(self, opened: Opened) -> None:
+        """Raises LayoutError where a step to come may draw chunks that are too small for a segment of the stream."""
+        smallest, _ = self.options.chunks(self.chunk_tokens)
+        largest = max((segment.count for segment in opened.segments), default=0)
+        if self.options.chunk_tokens and largest > smallest:
+            raise LayoutError(
+                f"{opened.sample.id}: a segment has {largest} tokens, more than a chunk of tuning.chunk_tokens = "
+                f"{smallest}; raise it, or lower stream.max_pixels or stream.fps"
+            )
+
+    def _slots(self, step: int) -> int | None:
+        budgets = self.options.budgets
+        if isinstance(budgets, BudgetRange):
+            return budgets.at(uniform(self.seed, step, "budgets"))
+        return in_laps(self.options.slots(self.slots_per_layer), step, self.seed)
+
+    def _chunk_tokens(self, step: int) -> int:
+        sizes = self.options.chunk_tokens
+        if isinstance(sizes, ChunkRange):
+            return sizes.at(uniform(self.seed, step, "chunk_tokens"))
+        return in_laps(sizes or (self.chunk_tokens,), step, self.seed, "chunk_tokens")

@@ -1,0 +1,90 @@
+"""Sizes that are drawn anew for every step: from a list, in laps, or from a range; functions of (seed, step) alone."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+Drawn = TypeVar("Drawn")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ChunkRange:
+    """Longest chunks of a step, in tokens: any whole number from low to high, log-uniformly."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        _check_ends(self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}"
+
+    def at(self, place: float) -> int:
+        """The size at a place in [0, 1)."""
+        return log_uniform(self.low, self.high, place)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BudgetRange:
+    """Slots per layer of a step: any whole number from low to high, log-uniformly; full memory in a share of steps.
+
+    What a budget loses goes by its ratio to the stream, so 12 to 24 slots are drawn as often as 24 to 48.
+    """
+
+    low: int
+    high: int
+    full: float = 0.0  # share of the steps; without any, full memory suffers (tuning moves contents into what is kept)
+
+    def __post_init__(self) -> None:
+        _check_ends(self.low, self.high)
+        if not 0 <= self.full <= 1:
+            raise ValueError(f"full = {self.full:g} is no share of the steps; give a number from 0 to 1, such as 0.25")
+
+    def __str__(self) -> str:
+        return f"{self.low} to {self.high}" + (f", full in {self.full:.0%} of the steps" if self.full else "")
+
+    def at(self, place: float) -> int | None:
+        """The slots at a place in [0, 1); None: full memory."""
+        if place < self.full:
+            return None
+        return log_uniform(self.low, self.high, (place - self.full) / (1 - self.full))
+
+    def band(self, slots: int) -> str:
+        """The stretch between doublings of `low` that holds these slots: the curve that a step belongs to."""
+        first = self.low
+        while 2 * first <= slots:
+            first *= 2
+        last = min(2 * first - 1, self.high)
+        return f"{first}-{last}" if last > first else f"{first}"
+
+
+def log_uniform(low: int, high: int, place: float) -> int:
+    """floor(low ((high + 1) / low)^u): P(k) = log((k + 1) / k) / log((high + 1) / low) for u uniform in [0, 1)."""
+    return min(high, int(low * ((high + 1) / low) ** place))
+
+
+def uniform(*parts: int | str) -> float:
+    """A number in [0, 1) as a function of its parts."""
+    return (int.from_bytes(_hash(*parts)[:8], "big") >> 11) / 2**53
+
+
+def in_laps(choices: Sequence[Drawn], step: int, *parts: int | str) -> Drawn:
+    """The choice of a step: each lap through the list is a permutation of its own, a function of the parts."""
+    lap, place = divmod(step, len(choices))
+    order = sorted(range(len(choices)), key=lambda number: _hash(*parts, lap, number))
+    return choices[order[place]]
+
+
+def _check_ends(low: int, high: int) -> None:
+    if low < 1:
+        raise ValueError(f"low = {low} must be at least 1")
+    if high < low:
+        raise ValueError(f"high = {high} is below low = {low}; exchange them")
+
+
+def _hash(*parts: int | str) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
