@@ -108,7 +108,7 @@ def _neighbour_cosine(
     feature: Tensor, kind: Tensor | None, ends: Literal["present", "one"]
 ) -> Float[Tensor, "batch tokens"]:
     """Mean cosine to the neighbour before and after; where `kind` is given, a neighbour of another kind is missing."""
-    unit = F.normalize(feature.float(), dim=-1, eps=1e-12)
+    unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     cosine = (unit[:, :-1] * unit[:, 1:]).sum(-1)
     there = torch.ones_like(cosine) if kind is None else (kind[:, :-1] == kind[:, 1:]).float()
     border = torch.zeros_like(unit[:, :1, 0])

@@ -4,12 +4,14 @@ Queries stand at the end of the keys: query i of Q sees key j of K when j <= K -
 packed pass over several questions, when both belong to the same segment or the key belongs to the memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MEMORY = -2  # segment of keys that every query may see
@@ -94,21 +96,99 @@ def mass(
     gate: Float[Tensor, "batch keys"] | None = None,
     heads: HeadMean = "probabilities",
 ) -> Float[Tensor, "batch keys"]:
-    """Attention mass per key, float32: a_k = sum over queries of the mean over heads of A_qk (paper eq. 8).
+    """Attention mass per key, float32 (float64 of float64): a_k = sum over queries of the mean over heads of A_qk.
 
-    `logits` averages the scaled logits over the heads before one softmax per query, as the release does.
+    (Paper eq. 8.) `logits` averages the scaled logits over the heads before one softmax per query, as the release does.
+    Differentiable in queries, keys and gate: backward computes each block's softmax again, so that the graph holds
+    queries, keys and gate and nothing of queries x keys. Exact under autocast too, so that training and evaluation
+    select alike.
     """
-    count, total = queries.shape[2], keys.shape[2]
-    received = torch.zeros(keys.shape[0], total, dtype=torch.float32, device=keys.device)
-    step = max(1, BLOCK // queries.shape[1])
-    wide_keys = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).transpose(-1, -2)
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        logits = (queries[:, :, first:last].float() * scale) @ wide_keys
-        if gate is not None:
-            logits = logits + gate.float()[:, None, None, :]
-        if heads == "logits":
+    return _Mass.apply(queries, keys, gate, scale, heads)
+
+
+@final
+class _Mass(torch.autograd.Function):
+    """With A = softmax(L) and c the slope of the mass: dL_qk = A_qk (c_k - sum_j A_qj c_j) / heads.
+
+    Then dq = scale dL k, dk = scale dL^T q, and the gate's gradient is the column sum of dL.
+    """
+
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> Tensor:
+        parts = _Parts.of(queries, keys, gate, scale, heads)
+        received = torch.zeros_like(parts.keys[:, 0, :, 0])
+        with torch.autocast(queries.device.type, enabled=False):
+            for first, last in parts.blocks:
+                received += parts.weights(first, last).mean(dim=1).sum(dim=1)
+        return received
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float, HeadMean], output: Tensor) -> None:
+        *tensors, ctx.scale, ctx.heads = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, gate = ctx.saved_tensors
+        parts = _Parts.of(queries, keys, gate, ctx.scale, ctx.heads)
+        with torch.autocast(queries.device.type, enabled=False):
+            of_queries, of_keys, of_gate = parts.slopes(slope)
+        return of_queries.to(queries.dtype), of_keys.to(keys.dtype), None if gate is None else of_gate, None, None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What both passes need, in the precision of the sum; keys are not repeated for the heads that share them."""
+
+    queries: Tensor
+    keys: Tensor
+    gate: Tensor | None
+    scale: float
+    heads: HeadMean
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> "_Parts":
+        exact = torch.promote_types(queries.dtype, torch.float32)
+        bias = None if gate is None else gate.to(exact)[:, None, None, :]
+        return cls(queries=queries, keys=keys.to(exact), gate=bias, scale=scale, heads=heads)
+
+    @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First and last query of each block; all heads of a block are held at once."""
+        _, heads, count, _ = self.queries.shape
+        step = max(1, BLOCK // heads)
+        return ((first, min(first + step, count)) for first in range(0, count, step))
+
+    def scaled(self, first: int, last: int) -> Tensor:
+        """Queries of a block times the scale, [batch, kv_heads, group x queries, dim]."""
+        batch, kv_heads, _, dim = self.keys.shape
+        return (self.queries[:, :, first:last].to(self.keys.dtype) * self.scale).reshape(batch, kv_heads, -1, dim)
+
+    def weights(self, first: int, last: int) -> Tensor:
+        """A of a block, [batch, heads, queries, keys]; a single head where logits are averaged."""
+        batch, heads, count, _ = self.queries.shape
+        total = self.keys.shape[2]
+        logits = (self.scaled(first, last) @ self.keys.mT).view(batch, heads, last - first, total)
+        if self.heads == "logits":
             logits = logits.mean(dim=1, keepdim=True)
-        hidden = ~visible(first, last, count, total, None, keys.device)[:, None]
-        received = received + logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).mean(dim=1).sum(dim=1)
-    return received
+        if self.gate is not None:
+            logits += self.gate
+        hidden = ~visible(first, last, count, total, None, logits.device)[:, None]
+        return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+
+    def slopes(self, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of queries, keys and gate."""
+        batch, heads, _, dim = self.queries.shape
+        kv_heads = self.keys.shape[1]
+        of_queries, of_keys, of_gate = [], torch.zeros_like(self.keys), torch.zeros_like(slope)
+        for first, last in self.blocks:
+            weights = self.weights(first, last)
+            mean = (weights @ slope[:, None, :, None]) / heads
+            of_logits = (weights * (slope / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
+            of_logits = of_logits.expand(-1, heads, -1, -1).reshape(batch, kv_heads, -1, slope.shape[1])
+            of_queries.append((of_logits @ self.keys * self.scale).view(batch, heads, last - first, dim))
+            of_keys += of_logits.mT @ self.scaled(first, last)
+            of_gate += of_logits.sum(dim=(1, 2))
+        return torch.cat(of_queries, dim=2), of_keys, of_gate
