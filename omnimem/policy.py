@@ -40,9 +40,9 @@ class Policy:
         if room is None:
             return view.pool
         pool = self._observed(view)
-        selected = select(self.scorer(view), view.modality, room, softness)
+        selected = select(self.scorer(view), view.modality, room, softness, view.pool.gate)
         kept = pool.gather(selected.index)
-        return kept if selected.gate is None else replace(kept, gate=kept.gate + selected.gate)
+        return kept if selected.gate is None else replace(kept, gate=selected.gate)
 
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with what this chunk taught about its tokens."""

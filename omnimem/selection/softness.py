@@ -1,0 +1,85 @@
+"""How training softens selection: the options of a run, its temperature over the steps, and what one step uses."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from omnimem.view import ScoreGradient
+
+Softening = Literal["hard", "straight_through", "soft"]
+
+WIDTH = 3  # `soft` keeps at most so many times what hard selection keeps
+FULL_WIDTH = 0.2  # from this temperature on it keeps that many; below, the surplus shrinks with the temperature
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Softness:
+    """How one training step softens selection; where there is none, selection is hard."""
+
+    temperature: float  # T, in standard deviations of the scores
+    form: Literal["straight_through", "soft"] = "straight_through"
+    gradient: ScoreGradient = "redundancy"  # which part of the score is to learn
+
+    def stay(self, kept: int, size: int) -> int:
+        """How many of `size` tokens stay where hard selection keeps `kept`: kept + floor(2 kept min(1, T / 0.2)).
+
+        A count that hangs on nothing but T is the same for all streams of a batch and all ranks, and is known before.
+        At T = 0.2 a token seven T below the threshold, which weighs 1/1000, is about the last that fits: where scores
+        are bell-shaped and one in five or ten stays, twice that many lie so near.
+        """
+        if self.form == "straight_through":
+            return kept
+        return min(size, kept + int((WIDTH - 1) * kept * min(1.0, self.temperature / FULL_WIDTH)))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TemperatureOptions:
+    """T of softened selection over the steps of a run, in standard deviations of the scores."""
+
+    start: float = 1.0
+    end: float = 0.05
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf):
+            raise ValueError(f"temperature start = {self.start:g} and end = {self.end:g} must both be above 0")
+
+    def at(self, progress: float) -> float:
+        """T at a fraction of the run: `start` throughout, or from `start` at 0 to `end` at 1."""
+        done = min(1.0, max(0.0, progress))
+        if self.schedule == "constant":
+            return self.start
+        if self.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """How selection is softened in training; evaluation is always hard (design 7)."""
+
+    softening: Softening = "straight_through"
+    temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
+    gradient: Literal["redundancy", "both"] = "redundancy"  # what of the score learns; both: attention received too
+
+    def __post_init__(self) -> None:
+        if self.softening == "hard" and self.gradient == "both":
+            raise ValueError(
+                "gradient = both asks scores to learn, which softening = hard keeps from them; "
+                "choose straight_through or soft, or leave gradient out"
+            )
+
+    def at(self, progress: float) -> Softness | None:
+        """How a step at a fraction of the run selects; None: hard."""
+        if self.softening == "hard":
+            return None
+        return Softness(temperature=self.temperature.at(progress), form=self.softening, gradient=self.gradient)
+
+    def most(self, slots: int) -> int:
+        """The most entries that a training step may hold after an eviction where evaluation holds `slots`."""
+        widest = max(self.temperature.start, self.temperature.end)
+        form = "soft" if self.softening == "soft" else "straight_through"
+        return Softness(temperature=widest, form=form).stay(slots, WIDTH * slots)
