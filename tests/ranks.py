@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,8 +25,58 @@ class Ended:
     outputs: tuple[str, ...]
 
 
-def command(script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, fails: bool = False) -> Ended:
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A command that runs, one process a rank, each with a process group and a log of its own."""
+
+    processes: tuple[ForkServerProcess, ...]
+    logs: tuple[Path, ...]
+
+    @property
+    def said(self) -> str:
+        """What the first rank said so far."""
+        return self.logs[0].read_text() if self.logs[0].exists() else ""
+
+    def until(self, words: str) -> None:
+        """Wait until the first rank has said it."""
+        limit = time.monotonic() + LIMIT
+        while words not in self.said:
+            assert self.processes[0].is_alive(), self.said
+            assert time.monotonic() < limit, self.said
+            time.sleep(0.01)
+
+    def end(self) -> Ended:
+        """Wait until all have ended; when one fails or time is over, the others are ended."""
+        _wait(self.processes)
+        outputs = tuple(log.read_text() for log in self.logs)
+        return Ended(codes=tuple(process.exitcode for process in self.processes), outputs=outputs)
+
+
+def command(
+    script: str,
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int = 0,
+    fails: bool = False,
+    first: Callable[[], None] | None = None,
+) -> Ended:
     """`python SCRIPT ARGUMENTS` in `folder`; with ranks, as the launcher starts them; all must end with 0, or 2."""
+    ended = start(script, arguments, folder, ranks=ranks, first=first).end()
+    expected = 2 if fails else 0
+    assert set(ended.codes) == {expected}, "\n".join((str(ended.codes), *ended.outputs))
+    return ended
+
+
+def start(
+    script: str,
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int = 0,
+    first: Callable[[], None] | None = None,
+) -> Started:
+    """`python SCRIPT ARGUMENTS` in `folder`, not waited for; `first` is called in each process before."""
     SERVER.set_forkserver_preload(["train.finetune"])
     processes, logs = [], []
     port = free_port()
@@ -36,17 +86,22 @@ def command(script: str, arguments: Sequence[str], folder: Path, *, ranks: int =
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": "1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0"}
         logs.append(folder / f".{Path(script).stem}.{rank}.log")
-        process = SERVER.Process(target=enter, args=(script, list(arguments), str(folder), environment, str(logs[-1])))
+        logs[-1].unlink(missing_ok=True)
+        given = (script, list(arguments), str(folder), environment, str(logs[-1]), first)
+        process = SERVER.Process(target=enter, args=given)
         process.start()
         processes.append(process)
-    _wait(processes)
-    ended = Ended(codes=tuple(p.exitcode for p in processes), outputs=tuple(log.read_text() for log in logs))
-    expected = 2 if fails else 0
-    assert set(ended.codes) == {expected}, "\n".join((str(ended.codes), *ended.outputs))
-    return ended
+    return Started(processes=tuple(processes), logs=tuple(logs))
 
 
-def enter(script: str, arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
+def enter(
+    script: str,
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    log: str,
+    first: Callable[[], None] | None,
+) -> None:
     """What a forked process does: become the command."""
     os.setsid()
     os.chdir(folder)
@@ -55,6 +110,8 @@ def enter(script: str, arguments: list[str], folder: str, environment: dict[str,
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [script, *arguments]
+    if first is not None:
+        first()
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
