@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from types import UnionType
@@ -28,6 +28,7 @@ WORDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
 
 
 Schema = TypeVar("Schema")
@@ -49,8 +50,17 @@ def validated(
         grouped: dict[Key, list[ErrorDetails]] = {}
         for details in error.errors(include_url=False):
             grouped.setdefault((*at, *_key(details, data)), []).append(details)
+    grouped = {key: found for key, found in grouped.items() if not _chose_another(key, found, grouped)}
     known = {**sections(schema, data, at), **(others or {})}
     return None, [(key, _what(key, found, known)) for key, found in grouped.items()]
+
+
+def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection[Key]) -> bool:
+    """Whether the errors only say that `key` is no list (or no section), where it is a section (or list) with errors
+    inside: of two forms that a setting may have, the user chose the other one.
+    """
+    inside = any(len(other) > len(key) and other[: len(key)] == key for other in all_keys)
+    return inside and all(details["type"] in FORMS for details in found)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
