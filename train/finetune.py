@@ -29,9 +29,10 @@ from train.callbacks import Finished, Progress, callbacks_of
 from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
+from train.order import seed_of
 from train.preview import preview
 from train.process import prepare_process
-from train.trainer import StreamTrainer, seed_of, training_arguments
+from train.trainer import StreamTrainer, training_arguments
 
 
 def main(arguments: Sequence[str]) -> None:

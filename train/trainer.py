@@ -1,7 +1,6 @@
 """HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -31,29 +30,8 @@ from omnimem.tuning import (
     trainable,
 )
 from train.assemble import Policies
-
-
-def in_a_batch(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """The collator: nothing is padded, streams are decoded where the loss is computed."""
-    return {"samples": list(samples)}
-
-
-@final
-class EpochOrder(Sampler[int]):
-    """The samples in an order that is a function of (seed, epoch, sample id) alone.
-
-    The stock random sampler's order hangs on row numbers and on whichever seed was set last in the process.
-    """
-
-    def __init__(self, samples: Sequence[Sample], seed: int, epoch: Callable[[], int]) -> None:
-        self.ids, self.seed, self.epoch = [sample.id for sample in samples], seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.epoch()
-        return iter(sorted(range(len(self.ids)), key=lambda place: seed_of(self.seed, number, self.ids[place])))
+from train.delivery import delivered
+from train.order import Batching, EpochOrder, Samples, in_a_batch, seed_of
 
 
 @final
@@ -72,8 +50,7 @@ class StreamTrainer(Trainer):
         failures: Failures,
         **kwargs: Any,
     ) -> None:
-        data: Any = samples  # a sequence is all that the Trainer asks of a data set
-        super().__init__(model=model, data_collator=in_a_batch, train_dataset=data, **kwargs)
+        super().__init__(model=model, data_collator=in_a_batch, train_dataset=Samples(samples), **kwargs)
         self.adapted, self.samples = model, samples
         self.seam, self.feeder, self.policies, self.plan = seam, feeder, policies, plan
         self.failures = failures
@@ -83,12 +60,17 @@ class StreamTrainer(Trainer):
         for chatty in (PrinterCallback, ProgressCallback):
             self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Our own order unless `train_sampling_strategy` asks for another one."""
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
+    @property
+    def batching(self) -> Batching:
+        """How an epoch falls into steps."""
+        each = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        drop_last = self.args.dataloader_drop_last
+        return Batching(samples=len(self.samples), size=each * self.args.world_size, drop_last=drop_last)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochOrder(self.samples, seed, lambda: int(self.state.epoch or 0))
+        shuffled = self.args.train_sampling_strategy == "random"
+        return EpochOrder(self.samples, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
 
     def compute_loss(
         self,
@@ -97,15 +79,14 @@ class StreamTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Mean loss of the batch, the whole stream inside one forward pass of the engine."""
+        """This rank's part of the mean loss of the step, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
-        return model(streamed=lambda: self._loss(opened, step))
+        return model(streamed=lambda: delivered(self._loss(opened, step), trainable(self.adapted)))
 
     def _loss(self, opened: Sequence[Opened], step: Step) -> Tensor:
-        if not opened:  # every sample of the batch failed and is counted; the other ranks go on
-            return torch.stack([parameter.sum() * 0.0 for parameter in trainable(self.adapted)]).sum()
-        policy, losses, asked = self.policies(step.slots), [], 0
+        """Each sample weighs the same however the step is dealt out; one that failed weighs nothing."""
+        policy, losses = self.policies(step.slots), [torch.zeros((), device=self.args.device)]
         for batch in together(opened, len(opened)):
             torch.manual_seed(seed_of(self.args.seed, self.state.global_step, *(one.sample.id for one in batch)))
             outcome = streamed_loss(
@@ -121,8 +102,9 @@ class StreamTrainer(Trainer):
             )
             self.outcomes.append((self.state.global_step, replace(outcome, loss=outcome.loss.detach())))
             losses.append(outcome.loss * len(batch))
-            asked += len(batch)
-        return torch.stack(losses).sum() / asked
+        batching = self.batching  # the mean over ranks and micro-steps that follows counts places, not samples
+        filled = batching.taken(self.state.global_step) / batching.size
+        return torch.stack(losses).sum() / (self.args.per_device_train_batch_size * filled)
 
     def _opened(self, samples: Sequence[Sample]) -> list[Opened]:
         opened = []
@@ -190,11 +172,6 @@ class StreamTrainer(Trainer):
             taken[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in outcomes) / count
             taken[f"kept/{name}"] = sum(outcome.kept[name] for outcome in outcomes) / count / layers
         return taken
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed as a function of its parts: a draw depends on (seed, step, sample ids), never on what came before."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
 
 
 def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
