@@ -266,7 +266,12 @@ def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:
         ("tuning.budgets=[64, 0]", "tuning.budgets: "),
         ("tuning.lora.targets=[q_proj, q]", "tuning.lora.targets.1: expected 'q_proj', 'k_proj', 'v_proj'"),
         ("tuning.gradient=none", "tuning.gradient: expected 'full'"),
-        ("evaluate.benchmarks=[{name: video_mme}]", "evaluate.benchmarks.0.name: expected 'recall', got 'video_mme'"),
+        ("evaluate.benchmarks=[{name: video_mne}]", "evaluate.benchmarks.0.name: 'video_mne' is unknown; did you mean"),
+        (
+            "evaluate.benchmarks=[{name: lvbench, rules: lmms}]",
+            "evaluate.benchmarks.0.rules: expected 'official' or 'lmms_eval', got 'lmms'; did you mean",
+        ),
+        ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is named 2 times"),
         (
             "evaluate.benchmarks=[{name: recall, rot: x}]",
             "evaluate.benchmarks.0.rot: unknown key; did you mean 'root'?",

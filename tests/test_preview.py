@@ -69,7 +69,8 @@ def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_miss
     for title in ("settings", "DeepSpeed", "sample", "budget", "memory of a device", "missing"):
         assert f"--- {title}\n" in said
     missing = [line for line in said.splitlines() if line.startswith("missing: ")]
-    assert [line.split(" ")[1] for line in missing] == ["weights", "training", "benchmark"]
+    assert [line.split(" ")[1] for line in missing] == ["weights", "training", *["benchmark"] * 3]
+    assert "missing: benchmark lvbench (data/LVBench/video_info.meta.jsonl); get it with `hf download" in said
     assert all("; " in line for line in missing)
     assert "approximate" in said
     assert "[[A red circle; the word river.<|im_end|>]]" in said

@@ -77,7 +77,7 @@ class Reading:
         """
         filled = [string.strip() for string in strings if string.strip()]
         if len(filled) < len(strings):
-            self.defect("option_list", where, f"{len(strings) - len(filled)} empty options; left out")
+            self.defect("option_list", where, f"{len(strings) - len(filled)} of {len(strings)} options empty; left out")
         first = next((place for place, string in enumerate(filled) if _labelled(string, 0)), None)
         if first is None:
             self.defect("option_letters", where, "options without letters; added in their order")

@@ -38,7 +38,11 @@ RULES: Mapping[str, RuleSet] = {
     "lmms_eval": LMMS_EVAL,
     "vlmevalkit": RuleSet(read=rules.vlmevalkit, denominator="all"),
 }
-SECONDS: Mapping[str, tuple[float, float]] = {"short": (0, 120), "medium": (240, 900), "long": (1800, 3600)}
+SECONDS: Mapping[str, tuple[float, float]] = {
+    "short": (0.0, 120.0),
+    "medium": (240.0, 900.0),
+    "long": (1800.0, 3600.0),
+}
 AXES = ("duration", "domain", "sub_category", "task_type")
 TABLES = ("videomme/test-00000-of-00001.parquet", "test-00000-of-00001.parquet", "videomme.parquet")
 VIDEOS, SUBTITLES = ("data", "video", "videos"), ("subtitle", "subtitles")
