@@ -76,6 +76,25 @@ def _attention(
 
 
 @final
+class _Projection:
+    """A layer step that attends to nothing and notes the keys and values that it is given."""
+
+    def __init__(self) -> None:
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
+    ) -> Tensor:
+        self._pair = keys, values
+        return queries
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """The pair."""
+        assert self._pair is not None, "every attention module calls the attention function"
+        return self._pair
+
+
+@final
 class Seam:
     """A text model whose layers read and write a memory of ours."""
 
@@ -100,6 +119,27 @@ class Seam:
                 inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
             )
         return result.last_hidden_state
+
+    def project(
+        self,
+        layer: int,
+        states: Float[Tensor, "batch tokens width"],
+        positions: Int[Tensor, "batch axes tokens"],
+    ) -> tuple[Float[Tensor, "batch kv_heads tokens dim"], Float[Tensor, "batch kv_heads tokens dim"]]:
+        """Keys (after RoPE) and values that a layer makes of these inputs, with its own modules and current weights.
+
+        The layer's whole attention module runs, so that nothing of any family is known here; queries and output go
+        unused, 5 % of what the layer takes for as many tokens (computed for 7B).
+        """
+        model: Any = self.text_model
+        decoder, step = model.layers[layer], _Projection()
+        decoder.self_attn(
+            hidden_states=decoder.input_layernorm(states),
+            position_embeddings=model.rotary_emb(states, positions.transpose(0, 1)),
+            attention_mask=None,
+            **{KEYWORD: _Layer(step, {}, layer, states)},
+        )
+        return step.found()
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:

@@ -50,6 +50,7 @@ class Memory:
             novelty=torch.zeros(batch, 0, **exact),
             feature=torch.zeros(batch, 0, shape.feature, **numbers),
             gate=torch.zeros(batch, 0, **exact),
+            states=torch.zeros(batch, 0, 0, **numbers),
         )
         return cls(layers=(tokens,) * shape.layers)
 

@@ -63,7 +63,7 @@ Recorder = Callable[[int, LayerView], None]
 class Carry(Protocol):
     """How a memory passes from chunk to chunk; `tuning.gradient` has the ways that matter in training."""
 
-    def __call__(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory: ...
+    def __call__(self, step: "ChunkStep", memory: Memory, embeddings: Tensor) -> Memory: ...
 
 
 def carry_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
@@ -95,15 +95,18 @@ class _ReadChunk:
     Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
     """
 
-    def __init__(self, manner: Manner, positions: Tensor, modality: Tensor, first: int) -> None:
-        self.manner, self.positions, self.modality, self.first = manner, positions, modality, first
+    def __init__(self, manner: Manner, positions: Tensor, modality: Tensor, first: int, states: bool) -> None:
+        self.manner, self.positions, self.modality, self.first, self.states = manner, positions, modality, first, states
         self._kept: dict[int, Tokens] | None = {}
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
         manner = self.manner
-        pool = Tokens.of(memory).cat(self._fresh(states, keys, values))
+        fresh, old = self._fresh(states, keys, values), Tokens.of(memory)
+        if not old.count:
+            old = replace(old, states=fresh.states[:, :0])  # an empty memory knows not yet what is carried
+        pool = old.cat(fresh)
         softness = manner.softness
         gate = None if softness is None else pool.gate
         output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
@@ -142,6 +145,7 @@ class _ReadChunk:
             novelty=zeros,
             feature=self.manner.feature(states),
             gate=zeros,
+            states=states if self.states else states[..., :0],
         )
 
 
@@ -180,16 +184,28 @@ class ChunkStep:
     first: int  # arrival number of the chunk's first token
     compaction: Compaction | None = None  # before the chunk is read
 
-    def __call__(self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"]) -> Memory:
-        """Every layer attends to its memory and the chunk, then keeps its budget."""
+    def __call__(
+        self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
+    ) -> Memory:
+        """Every layer attends to its memory and the chunk, then keeps its budget, on demand with its layer inputs."""
         if self.compaction is not None:
             memory = self.compaction(memory, self.seam.rotary)
-        reader = _ReadChunk(self.manner, self.positions, self.modality, self.first)
+        reader = _ReadChunk(self.manner, self.positions, self.modality, self.first, states)
         try:
             self.seam.run(reader, embeddings, self.positions, self.deepstack, _by_layer(memory))
         finally:  # a recomputation ends by an exception, as soon as backward has what it needs
             kept = reader.hand_over()
         return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
+
+
+def _made_anew(tokens: Tokens, seam: Seam, layer: int) -> Tokens:
+    """The tokens with the gradient of keys and values computed from their states now, at the values that they have.
+
+    x + (y - stop(y)) is x to the bit: rounding of another matrix shape or other draws of dropout do not show.
+    """
+    keys, values = seam.project(layer, tokens.states, tokens.positions)
+    keys, values = tokens.keys + (keys - keys.detach()), tokens.values + (values - values.detach())
+    return replace(tokens, keys=keys, values=values)
 
 
 def _by_layer(memory: Memory) -> list[tuple[Tensor, ...]]:
@@ -199,16 +215,22 @@ def _by_layer(memory: Memory) -> list[tuple[Tensor, ...]]:
 
 @final
 class _ReadQuestions:
-    """A layer step: packed questions attend to the memory and to their own segment; the memory stays as it is."""
+    """A layer step: packed questions attend to the memory and to their own segment; the memory stays as it is.
 
-    def __init__(self, segments: Tensor, before: "Reading | None", gated: bool) -> None:
-        self.segments, self.before, self.gated = segments, before, gated
+    Where the memory carries layer inputs, its keys and values are made of them anew: their values are as they were,
+    and the weights that make them learn.
+    """
+
+    def __init__(self, seam: Seam, segments: Tensor, before: "Reading | None", gated: bool) -> None:
+        self.seam, self.segments, self.before, self.gated = seam, segments, before, gated
         self._read: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
         kept = Tokens.of(memory)
+        if kept.states.shape[-1]:
+            kept = _made_anew(kept, self.seam, layer)
         asked = self.segments
         if self.before is not None:
             keys = torch.cat([self.before.keys[layer], keys], dim=2)
@@ -379,7 +401,7 @@ class Stream:
         seam, gated = self.seam, self.softness is not None
 
         def read(memory: Memory) -> Reading:
-            step = _ReadQuestions(prompt.segments, before, gated)
+            step = _ReadQuestions(seam, prompt.segments, before, gated)
             try:
                 hidden = seam.run(step, seam.embed(prompt.ids), positions, memories=_by_layer(memory))
             finally:  # as for chunks

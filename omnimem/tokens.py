@@ -6,6 +6,7 @@ queries  tokens that attend
 keys     tokens attended to
 heads    query heads;  kv_heads  key-value heads
 dim      width of one head;  width  width of the residual stream;  feature  width of the redundancy feature
+states   width of the layer inputs that are carried: all of them or 0
 axes     the three axes of a position: time, height, width
 """
 
@@ -47,6 +48,9 @@ class Tokens:
     novelty: Float[Tensor, "batch tokens"]  # 1 - redundancy as judged at arrival, float32
     feature: Float[Tensor, "batch tokens feature"]  # what redundancy is judged on
     gate: Float[Tensor, "batch tokens"]
+    states: Float[
+        Tensor, "batch tokens states"
+    ]  # what entered the layer; carried where gradient asks for it, else empty
 
     @property
     def count(self) -> int:
@@ -87,7 +91,7 @@ class Tokens:
         return type(self).of([torch.cat([a, b], dim=axis) for a, b, axis in pairs])
 
 
-TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1)  # the axis of `tokens` in each field
+TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1, 1)  # the axis of `tokens` in each field
 
 
 def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -60,6 +60,7 @@ def tokens_of(arrival: Arrival, fed: int = 0) -> Tokens:
         novelty=zeros,
         feature=arrival.states,
         gate=zeros,
+        states=zeros[..., None][..., :0],
     )
 
 

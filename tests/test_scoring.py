@@ -35,6 +35,7 @@ def bare(layout: tuple[int, ...], first: int, count: int, batch: int = 1) -> Tok
         novelty=zeros,
         feature=zeros[..., :0][..., None].reshape(batch, count, 0),
         gate=zeros,
+        states=zeros[..., None][..., :0],
     )
 
 

@@ -1,7 +1,7 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange
-from omnimem.tuning.gradient import FullGradient, Gradient, HorizonGradient
+from omnimem.tuning.gradient import FullGradient, Gradient, HorizonGradient, StatesGradient
 from omnimem.tuning.lora import (
     AdapterError,
     LoraOptions,
@@ -32,6 +32,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Rows",
+    "StatesGradient",
     "Step",
     "StreamedModel",
     "TuningOptions",

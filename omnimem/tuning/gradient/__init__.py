@@ -2,5 +2,6 @@
 
 from omnimem.tuning.gradient.full import FullGradient, Gradient
 from omnimem.tuning.gradient.horizon import HorizonGradient
+from omnimem.tuning.gradient.states import StatesGradient
 
-__all__ = ["FullGradient", "Gradient", "HorizonGradient"]
+__all__ = ["FullGradient", "Gradient", "HorizonGradient", "StatesGradient"]
