@@ -1,5 +1,6 @@
-"""Policy: score, allocate, select, commit; the object used in training IS the one used in evaluation."""
+"""Policy: what layers keep after each chunk; the object used in training IS the one used in evaluation."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -13,15 +14,20 @@ from omnimem.tokens import Tokens
 from omnimem.view import LayerView, Measures
 
 
-@final
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What a layer keeps after each chunk: the highest scores of each modality within the layer's slots."""
+class Policy(ABC):
+    """What the layers keep after each chunk."""
 
     name: str
-    scorer: AbstractScorer
     budget: Budget | None  # None: full memory, nothing is evicted
     measures: Measures = field(default_factory=Measures)
+    per_head: bool = False  # every key-value head keeps tokens of its own
+    reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
+
+    @property
+    def needs_novelty(self) -> bool:
+        """Whether the feature that redundancy is judged on must be carried."""
+        return False
 
     def with_budget(self, budget: Budget | None) -> "Policy":
         """The same policy at another budget."""
@@ -29,10 +35,30 @@ class Policy:
 
     def room(self, layer: int) -> Room | None:
         """Slots of one layer; None: unlimited."""
-        if self.budget is None:
-            return None
-        audio, visual = self.budget.layer(layer)
-        return Room(audio=audio, visual=visual, split=self.budget.split, lend=self.budget.lend)
+        return None if self.budget is None else room_of(self.budget, layer)
+
+    @abstractmethod
+    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
+        """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
+
+
+def room_of(budget: Budget, layer: int) -> Room:
+    """The slots of one layer of a budget."""
+    audio, visual = budget.layer(layer)
+    return Room(audio=audio, visual=visual, split=budget.split, lend=budget.lend)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ScoredPolicy(Policy):
+    """The highest scores of each modality within the layer's slots; each layer decides by itself, in the pass."""
+
+    scorer: AbstractScorer
+
+    @property
+    def needs_novelty(self) -> bool:
+        """As the scorer does."""
+        return self.scorer.needs_novelty
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention import blocked
+from omnimem.positions import Rotary
 from omnimem.tokens import Tokens
 
 ScoreGradient = Literal["redundancy", "both", "none"]
@@ -46,6 +47,7 @@ class LayerView:
     scale: float
     measures: Measures
     gradient: ScoreGradient = "redundancy"  # what of the score carries gradient, where gradient is wanted at all
+    rotary: Rotary | None = None  # the model's own; None where no model is there
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:

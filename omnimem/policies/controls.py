@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.budget import Budget
-from omnimem.policy import Policy
+from omnimem.policy import ScoredPolicy
 from omnimem.scoring import AbstractScorer, Random, Recency, Uniform
 
 
@@ -16,11 +16,11 @@ class ControlOptions:
     name: Literal["random", "recency", "uniform"]
     seed: int = 0  # of the random control
 
-    def build(self, budget: Budget | None) -> Policy:
+    def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""
         scorers: dict[str, AbstractScorer] = {
             "random": Random(seed=self.seed),
             "recency": Recency(),
             "uniform": Uniform(),
         }
-        return Policy(name=self.name, scorer=scorers[self.name], budget=budget)
+        return ScoredPolicy(name=self.name, scorer=scorers[self.name], budget=budget)

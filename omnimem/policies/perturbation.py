@@ -5,7 +5,7 @@ from typing import Any, Literal, final
 
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
-from omnimem.policy import Policy
+from omnimem.policy import ScoredPolicy
 from omnimem.scoring import Perturbation
 from omnimem.view import Measures
 
@@ -52,14 +52,14 @@ class PerturbationOptions:
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
 
-    def build(self, budget: Budget | None) -> Policy:
+    def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""
         if budget is not None and self.name == "released":
             budget = replace(budget, lend=False)
         given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
         chosen = {**PRESETS[self.name], **given}
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
-        return Policy(
+        return ScoredPolicy(
             name=self.name,
             scorer=Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"]),
             budget=budget,
