@@ -1,6 +1,6 @@
 """Stream: feed chunks, ask questions on a fork, at any time; the same object in training and in evaluation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final, runtime_checkable
 
@@ -89,67 +89,6 @@ class Manner:
 
 
 @final
-class _ReadChunk:
-    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it.
-
-    Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
-    """
-
-    def __init__(self, manner: Manner, positions: Tensor, modality: Tensor, first: int, states: bool) -> None:
-        self.manner, self.positions, self.modality, self.first, self.states = manner, positions, modality, first, states
-        self._kept: dict[int, Tokens] | None = {}
-
-    def __call__(
-        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
-    ) -> Tensor:
-        manner = self.manner
-        fresh, old = self._fresh(states, keys, values), Tokens.of(memory)
-        if not old.count:
-            old = replace(old, states=fresh.states[:, :0])  # an empty memory knows not yet what is carried
-        pool = old.cat(fresh)
-        softness = manner.softness
-        gate = None if softness is None else pool.gate
-        output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
-        view = LayerView(
-            pool=pool,
-            new=self.modality.shape[1],
-            queries=queries,
-            scale=scale,
-            measures=manner.policy.measures,
-            gradient="none" if softness is None else softness.gradient,
-        )
-        if manner.recorder is not None:
-            manner.recorder(layer, view)
-        kept = manner.policy.keep(layer, view, softness)
-        if self._kept is not None:
-            self._kept[layer] = kept
-        return output
-
-    def hand_over(self) -> dict[int, Tokens]:
-        """What every layer kept; the step forgets it, and notes no more: a layer may be recomputed alone."""
-        kept, self._kept = self._kept, None
-        return kept or {}
-
-    def _fresh(self, states: Tensor, keys: Tensor, values: Tensor) -> Tokens:
-        """The chunk as this layer will remember it."""
-        batch, count = self.modality.shape
-        zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
-        arrival = torch.arange(count, device=keys.device) + self.first
-        return Tokens(
-            keys=keys,
-            values=values,
-            positions=self.positions,
-            modality=self.modality,
-            order=arrival.expand(batch, count),
-            importance=zeros,
-            novelty=zeros,
-            feature=self.manner.feature(states),
-            gate=zeros,
-            states=states if self.states else states[..., :0],
-        )
-
-
-@final
 @dataclass(frozen=True, kw_only=True)
 class Compaction:
     """Kept audio and visual tokens move up to ranks that end before `end`, their keys turned to match (design 5)."""
@@ -188,14 +127,101 @@ class ChunkStep:
         self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
     ) -> Memory:
         """Every layer attends to its memory and the chunk, then keeps its budget, on demand with its layer inputs."""
-        if self.compaction is not None:
-            memory = self.compaction(memory, self.seam.rotary)
-        reader = _ReadChunk(self.manner, self.positions, self.modality, self.first, states)
+        memory, reader = self.met(memory), _ReadChunk(self, states=states)
         try:
             self.seam.run(reader, embeddings, self.positions, self.deepstack, _by_layer(memory))
         finally:  # a recomputation ends by an exception, as soon as backward has what it needs
             kept = reader.hand_over()
         return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
+
+    def met(self, memory: Memory) -> Memory:
+        """The memory as the chunk meets it, at its new positions if it must move."""
+        return memory if self.compaction is None else self.compaction(memory, self.seam.rotary)
+
+    def layers(
+        self, memory: Mapping[int, Tokens], states: Float[Tensor, "batch tokens width"], *, anew: bool = False
+    ) -> tuple[Float[Tensor, "batch tokens width"], list[Tokens]]:
+        """The consecutive layers whose memory is given, alone: what they pass on, and what each kept with its inputs.
+
+        With `anew`, keys and values of the memory are made of its layer inputs, so that the weights learn from them.
+        """
+        reader = _ReadChunk(self, states=True, anew=anew)
+        flat = {layer: tokens.tensors() for layer, tokens in memory.items()}
+        try:
+            states = self.seam.layers(reader, states, self.positions, self.deepstack, flat)
+        finally:  # as above
+            kept = reader.hand_over()
+        return states, [kept[layer] for layer in memory]
+
+    def arriving(
+        self,
+        states: Float[Tensor, "batch tokens width"],
+        keys: Float[Tensor, "batch kv_heads tokens dim"],
+        values: Float[Tensor, "batch kv_heads tokens dim"],
+    ) -> Tokens:
+        """The chunk as a layer with these inputs, keys and values will remember it."""
+        batch, count = self.modality.shape
+        zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
+        arrival = torch.arange(count, device=keys.device) + self.first
+        return Tokens(
+            keys=keys,
+            values=values,
+            positions=self.positions,
+            modality=self.modality,
+            order=arrival.expand(batch, count),
+            importance=zeros,
+            novelty=zeros,
+            feature=self.manner.feature(states),
+            gate=zeros,
+            states=states[..., :0],
+        )
+
+
+@final
+class _ReadChunk:
+    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it.
+
+    Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
+    """
+
+    def __init__(self, chunk: ChunkStep, *, states: bool, anew: bool = False) -> None:
+        self.chunk, self.states, self.anew = chunk, states, anew
+        self._kept: dict[int, Tokens] | None = {}
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
+    ) -> Tensor:
+        manner, softness = self.chunk.manner, self.chunk.manner.softness
+        pool = self._pool(layer, Tokens.of(memory), states, self.chunk.arriving(states, keys, values))
+        gate = None if softness is None else pool.gate
+        output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
+        view = LayerView(
+            pool=pool,
+            new=states.shape[1],
+            queries=queries,
+            scale=scale,
+            measures=manner.policy.measures,
+            gradient="none" if softness is None else softness.gradient,
+        )
+        if manner.recorder is not None:
+            manner.recorder(layer, view)
+        kept = manner.policy.keep(layer, view, softness)
+        if self._kept is not None:
+            self._kept[layer] = kept
+        return output
+
+    def _pool(self, layer: int, old: Tokens, states: Tensor, fresh: Tokens) -> Tokens:
+        """The memory and the chunk, with layer inputs where they are carried."""
+        if self.states:
+            fresh = replace(fresh, states=states)
+            if not old.count:  # an empty memory knows not yet what is carried
+                old = replace(old, states=states[:, :0])
+        return (_made_anew(old, self.chunk.seam, layer) if self.anew else old).cat(fresh)
+
+    def hand_over(self) -> dict[int, Tokens]:
+        """What every layer kept; the step forgets it, and notes no more: a layer may be recomputed alone."""
+        kept, self._kept = self._kept, None
+        return kept or {}
 
 
 def _made_anew(tokens: Tokens, seam: Seam, layer: int) -> Tokens:
@@ -315,7 +341,7 @@ class Stream:
     def _feature_projection(self) -> Tensor | None:
         """None: the exact state; a matrix without columns where nothing judges redundancy."""
         shape, wanted = self.seam.shape, self.policy.measures.feature
-        judged = self.policy.scorer.needs_novelty and self.policy.budget is not None
+        judged = self.policy.needs_novelty and self.policy.budget is not None
         if not judged and self.recorder is None:
             wanted = 0
         if wanted is None or wanted >= shape.width:
