@@ -116,6 +116,22 @@ class Sample:
                 found[-1] = replace(found[-1], answer=message.content, loss=message.loss)
         return tuple(found)
 
+    @property
+    def times(self) -> tuple[float | None, ...]:
+        """When each question is asked, in seconds of the stream; None: after its end."""
+        return tuple(None if question.at is None else question.at - self.start for question in self.questions)
+
+    @property
+    def moments(self) -> tuple[float | None, ...]:
+        """The distinct times at which something is asked, in order; None, after the end, is the last."""
+        times = self.times
+        during = sorted({time for time in times if time is not None})
+        return (*during, None) if None in times else tuple(during)
+
+    def asked(self, due: Sequence[float | None]) -> list[int]:
+        """Numbers of the questions that are asked at these moments."""
+        return [number for number, time in enumerate(self.times) if time in due]
+
     def _item(self, number: int, kind: str) -> Item:
         """Of a question of a manifest: named after the stream and its place, its kind the only category."""
         return Item(id=f"{self.id}#{number}", categories={"kind": (kind,)} if kind else {})

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -16,12 +19,13 @@ from omnimem.attach import Seam
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Source
+from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policy import Policy
 from omnimem.stream import PADDING, Prompt, Stream, StreamOptions
 from omnimem.tokens import Chunk
 
 IGNORED = -100
+FORMAT = 2  # of the files in the cache
 QUESTION_ROOM = 1024  # positions kept free for a question and its answer
 
 
@@ -30,8 +34,33 @@ QUESTION_ROOM = 1024  # positions kept free for a question and its answer
 class Heard:
     """What was really seen and heard of a sample."""
 
-    frames: int
-    audio_seconds: float
+    frames: int = 0
+    audio_seconds: float = 0.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """An encoded segment, and what was seen and heard of the stream up to its end."""
+
+    encoded: Encoded
+    heard: Heard
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What chunks are cut from: the encoded segments of a sample, as a list or as they come."""
+
+    @property
+    def sample(self) -> Sample: ...
+
+    @property
+    def segments(self) -> Iterable[Encoded]: ...
+
+    @property
+    def tracks(self) -> Tracks | None:
+        """None: nothing of the stream is read."""
+        ...
 
 
 @final
@@ -45,15 +74,9 @@ class Opened:
     heard: Heard
 
     @property
-    def times(self) -> tuple[float | None, ...]:
-        """When each question is asked, in seconds of the stream; None: after its end."""
-        return tuple(None if q.at is None else q.at - self.sample.start for q in self.sample.questions)
-
-    @property
     def moments(self) -> tuple[float | None, ...]:
         """The distinct times at which something is asked, in order; None, after the end, is the last."""
-        during = sorted({time for time in self.times if time is not None})
-        return (*during, None) if None in self.times else tuple(during)
+        return self.sample.moments
 
     @property
     def tokens(self) -> int:
@@ -62,12 +85,17 @@ class Opened:
 
     def asked(self, due: Sequence[float | None]) -> list[int]:
         """Numbers of the questions that are asked at these moments."""
-        return [number for number, time in enumerate(self.times) if time in due]
+        return self.sample.asked(due)
 
     @property
     def layout(self) -> tuple[object, ...]:
         """What samples must share to pass together."""
-        return (tuple(segment.layout for segment in self.segments), self.tracks, self.sample.system, self.moments)
+        return layout(self.sample, self.tracks, self.segments)
+
+
+def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
+    """What samples must share to pass together."""
+    return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.moments)
 
 
 @final
@@ -94,42 +122,81 @@ class Feeder:
 
         Raises MediaError when a track that the options ask for is missing, or a file is unreadable or truncated.
         """
+        parts = list(self.read(sample))
+        segments = [part.encoded for part in parts]
         tracks = tracks_of(sample, self.options.tracks)
-        path = self._cached(sample, tracks)
+        return Opened(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
+
+    def read(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> Iterator[Part]:
+        """The segments of a sample as they come: from the cache, or decoded and encoded on the way.
+
+        `decoded` are the segments of `source(sample)` where something else reads it. Raises MediaError as `open`.
+        """
+        path = self._cached(sample)
         if path is not None and path.is_file():
-            return _restored(sample, path, tracks, self.backbone.device)
-        source = self._source(sample, tracks)
-        segments = list(self.backbone.encode(source, fps=self.options.fps))
-        if not segments:
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no sound")
-        opened = Opened(
-            sample=sample,
-            segments=segments,
-            tracks=tracks,
-            heard=Heard(frames=source.frames_seen, audio_seconds=source.audio_seconds_heard),
-        )
+            yield from _restored(path, self.backbone.device)
+            return
+        parts = self._encoded(sample, self.source(sample) if decoded is None else decoded)
         if path is not None:
-            _store(opened, path)
-        return opened
+            parts = list(parts)
+            _store(parts, path)
+        yield from parts
+
+    def _encoded(self, sample: Sample, segments: Iterable[Segment]) -> Iterator[Part]:
+        mel, total = self.backbone.geometry.mel, Heard()
+        heard: deque[Heard] = deque()
+
+        def counted() -> Iterator[Segment]:
+            nonlocal total
+            for segment in segments:
+                frames = 0 if segment.frames is None else segment.frames.shape[0]
+                seconds = 0.0 if segment.mel is None else segment.mel.shape[1] * mel.hop / mel.rate
+                total = Heard(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
+                heard.append(total)
+                yield segment
+
+        for encoded in self.backbone.encode(counted(), fps=self.options.fps):
+            yield Part(encoded=encoded, heard=heard.popleft())
+        if total == Heard():
+            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no sound")
+
+    def stored(self, sample: Sample) -> bool:
+        """Whether the cache has what the encoders made of a sample, so that nothing of it need be decoded."""
+        path = self._cached(sample)
+        return path is not None and path.is_file()
 
     def unseen(self, sample: Sample) -> Opened:
         """The sample without its stream: what a blind arm gets."""
-        return Opened(sample=sample, segments=[], tracks=None, heard=Heard(frames=0, audio_seconds=0.0))
+        return Opened(sample=sample, segments=[], tracks=None, heard=Heard())
 
     def prompt_text(self, sample: Sample, question: str) -> str:
         """The whole prompt as text, the stream left out: its sha256 says whether two arms were asked the same."""
         return self.backbone.framed(question, system=sample.system)
 
-    def _source(self, sample: Sample, tracks: Tracks) -> FileSource:
-        options = self.options.source(tracks)
+    def source(self, sample: Sample) -> FileSource:
+        """The file of a sample, as far as it is asked about.
+
+        Where questions are asked on the way, nothing that is heard later may change what they are answered from, and
+        after the last of them nothing is read. Raises MediaError as `tracks_of`.
+        """
         return FileSource(
             sample.video or sample.audio or "",
             sample.audio,
-            options=options,
+            options=self.options.source(tracks_of(sample, self.options.tracks)),
             geometry=self.backbone.geometry,
-            start=sample.start or 0.0,
-            end=sample.end,
+            start=sample.start,
+            end=self._end(sample),
+            causal=any(time is not None for time in sample.times),
         )
+
+    def _end(self, sample: Sample) -> float | None:
+        """Seconds of the file after which nothing of it is needed; None: its end."""
+        during = [time for time in sample.times if time is not None]
+        if not during or None in sample.times:
+            return sample.end
+        step = self.backbone.geometry.segment(self.options.fps)[0]
+        last = sample.start + (math.floor(max(during) / step) + 1) * step
+        return last if sample.end is None else min(last, sample.end)
 
     def stream(self, seam: Seam, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
         """An empty stream; with `positions: compact` it stays within the positions the model was trained on."""
@@ -137,18 +204,18 @@ class Feeder:
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         return Stream(seam, policy, batch=batch, last_position=last, **settings)
 
-    def chunks(self, batch: Sequence[Opened], chunk_tokens: int | None = None) -> Iterator[Chunk]:
+    def chunks(self, batch: Sequence[Readable], chunk_tokens: int | None = None) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked.
 
         `chunk_tokens` stands in for that of the options; what the encoders made is the same at any size.
         """
         first = batch[0]
         return self.backbone.chunks(
-            collate([opened.segments for opened in batch]),
+            collate([readable.segments for readable in batch]),
             tracks=first.tracks,
             chunk_tokens=chunk_tokens or self.options.chunk_tokens,
             batch=len(batch),
-            cuts=[moment for moment in first.moments if moment is not None],
+            cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
         )
 
@@ -205,11 +272,12 @@ class Feeder:
             columns += [(i, number, o, label) for i, o, label in zip(ids, offsets, labels, strict=True)]
         return torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T
 
-    def _cached(self, sample: Sample, tracks: Tracks) -> Path | None:
+    def _cached(self, sample: Sample) -> Path | None:
         if self.cache is None:
             return None
-        setting = f"{self.encoder} {self.options.source(tracks)} {sample.start} {sample.end}"
-        digest = hashlib.sha256(setting.encode())
+        source = self.source(sample)
+        span = f"{source.start} {source.end}{' causal' if source.causal else ''}"
+        digest = hashlib.sha256(f"{FORMAT} {self.encoder} {source.options} {span}".encode())
         for path in (sample.video, sample.audio):
             if path is not None:
                 if not path.is_file():
@@ -222,7 +290,8 @@ class Feeder:
 def play(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]) -> Iterator[list[float | None]]:
     """Feed the chunks, and yield the moments that have come whenever it is time to ask.
 
-    A question at a moment sees the chunks that were over by then, and nothing later; None comes after the end.
+    A question at a moment sees the chunks that were over by then, and nothing later; None comes after the end, and so
+    does a moment that the stream does not reach. After the last moment nothing is read.
     """
     waiting = list(moments)
     for chunk in chunks:
@@ -230,6 +299,8 @@ def play(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None
         if due:
             yield list(due)
             waiting = waiting[len(due) :]
+        if not waiting:
+            return
         stream.feed(chunk)
     if waiting:
         yield waiting
@@ -266,42 +337,38 @@ def fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _store(opened: Opened, path: Path) -> None:
+def _store(parts: Sequence[Part], path: Path) -> None:
     """One file a sample, renamed into place when whole."""
     tensors, table = {}, []
-    for number, segment in enumerate(opened.segments):
-        for name, part in (("visual", segment.visual), ("audio", segment.audio)):
-            if part is not None:
-                tensors[f"{number}.{name}"] = part.contiguous()
-        table.append([segment.grid, segment.start, segment.seconds, segment.seconds_per_grid])
-    heard = [opened.heard.frames, opened.heard.audio_seconds]
+    for number, part in enumerate(parts):
+        segment, heard = part.encoded, part.heard
+        for name, track in (("visual", segment.visual), ("audio", segment.audio)):
+            if track is not None:
+                tensors[f"{number}.{name}"] = track.contiguous()
+        times = [segment.start, segment.seconds, segment.seconds_per_grid]
+        table.append([segment.grid, *times, heard.frames, heard.audio_seconds])
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{torch.initial_seed()}.{id(opened)}.part")
-    save_file(tensors, part, metadata={"segments": json.dumps(table), "heard": json.dumps(heard)})
-    part.replace(path)
+    partial = path.with_suffix(f".{os.getpid()}.{id(parts)}.part")
+    save_file(tensors, partial, metadata={"segments": json.dumps(table)})
+    partial.replace(path)
 
 
-def _restored(sample: Sample, path: Path, tracks: Tracks, device: torch.device) -> Opened:
-    """The sample as `open` made it, on the device where it would be made."""
+def _restored(path: Path, device: torch.device) -> Iterator[Part]:
+    """The segments as they were made, on the device where they would be made, one after the other."""
     with safe_open(path, framework="pt") as file:
-        metadata, names = file.metadata(), set(file.keys())
-        segments = []
-        for number, (grid, start, seconds, spacing) in enumerate(json.loads(metadata["segments"])):
-            parts = [
+        names = set(file.keys())
+        for number, row in enumerate(json.loads(file.metadata()["segments"])):
+            (time, rows, columns), start, seconds, spacing, frames, audio_seconds = row
+            visual, audio = (
                 file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
                 for name in ("visual", "audio")
-            ]
-            segments.append(
-                Encoded(
-                    visual=parts[0],
-                    audio=parts[1],
-                    grid=(grid[0], grid[1], grid[2]),
-                    start=start,
-                    seconds=seconds,
-                    seconds_per_grid=spacing,
-                )
             )
-        frames, audio_seconds = json.loads(metadata["heard"])
-    return Opened(
-        sample=sample, segments=segments, tracks=tracks, heard=Heard(frames=frames, audio_seconds=audio_seconds)
-    )
+            encoded = Encoded(
+                visual=visual,
+                audio=audio,
+                grid=(time, rows, columns),
+                start=start,
+                seconds=seconds,
+                seconds_per_grid=spacing,
+            )
+            yield Part(encoded=encoded, heard=Heard(frames=frames, audio_seconds=audio_seconds))

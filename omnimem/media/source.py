@@ -143,8 +143,8 @@ def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "fr
 class FileSource(Source):
     """The segments of a file: frames decoded as they are asked for, mel of the whole clip normalised at once.
 
-    `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum instead,
-    as of a live stream: then no segment depends on what is heard after it. Iterating raises MediaError: `no_video` or
+    `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum, as
+    that of a live stream: then no segment depends on what is heard after it. Iterating raises MediaError: `no_video` or
     `no_audio` when a track that `options.tracks` asks for is missing, and all others of `read_frames` and `read_audio`.
     """
 
