@@ -1,16 +1,17 @@
-"""Looks at every file of a manifest before a run does: tracks, lengths, times of questions; prints a data report.
+"""Looks at every file of a manifest or benchmark before a run does: tracks, lengths, times; prints a data report.
 
     python data_prep/check.py data/train.jsonl [data/test.jsonl ...] [--tracks both] [--decode]
+    python data_prep/check.py --benchmark video_mme --root DIR [--set durations=[long]] [--subset] [--decode]
 
-Exit code 2 when more samples fail than --max-failures allows; each failure is a line `file:line key: what; how to
-repair`.
+Exit code 2 when more samples fail than --max-failures allows, or a benchmark is not all there; each failure is a line
+`file:line key: what; how to repair`.
 """
 
 import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,10 @@ from typing import Literal, final, get_args
 
 from tqdm import tqdm
 
+from omnimem.benchmarks import BenchmarkOptions, Defect, Gap
+from omnimem.config import ConfigError, strict
+from omnimem.config.check import validated
+from omnimem.config.source import COMMAND_LINE, Source, override
 from omnimem.data import Failure, ManifestError, Sample, read_manifest
 from omnimem.media import MediaError, MediaInfo, probe, read_audio, read_frames
 
@@ -25,6 +30,7 @@ Tracks = Literal["both", "video", "audio"]
 TRACKS: tuple[Tracks, ...] = get_args(Tracks)
 SLACK = 1.0  # seconds by which containers may disagree about the same length
 DECODED_FPS = 0.5  # frames a second that --decode looks at
+SHORTER = 0.8  # of the least length that a benchmark's video has: below it the download broke off
 
 
 @final
@@ -205,12 +211,158 @@ def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
             yield f"{first} and {second} have {len(common)} files in common, for instance {min(common)}"
 
 
+# --------------------------------------------------------------------------------------------------------- benchmarks
+
+
+@strict
+@final
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The benchmark that the command line describes."""
+
+    benchmark: BenchmarkOptions
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkReport:
+    """What of a benchmark is there: its files as a data report, its counts, categories and defects."""
+
+    files: DataReport
+    samples: tuple[Sample, ...]
+    gaps: tuple[Gap, ...]
+    defects: tuple[Defect, ...]
+    miscounted: str | None  # how the counts differ from the published ones
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that keeps a run from being comparable, a line each."""
+        lines = [failure.message for failure in self.files.failures]
+        lines += [f"missing: {gap.what}; {gap.how}" for gap in self.gaps]
+        return [*lines, *([self.miscounted] if self.miscounted else [])]
+
+    def text(self) -> str:
+        """The report; each defect is told."""
+        items = [question.item for sample in self.samples for question in sample.questions]
+        axes: dict[str, Counter[str]] = {}
+        for item in items:
+            for axis, labels in item.categories.items():
+                axes.setdefault(axis, Counter()).update(labels)
+        lines = [f"  {axis}: {_listed(Counter(dict(counts.most_common())))}" for axis, counts in axes.items()]
+        lines += [f"  defect: {defect.rule} {defect.where}: {defect.what}" for defect in self.defects]
+        return "\n".join([self.files.text(), *lines])
+
+
+def chosen(name: str, root: Path, settings: Sequence[str]) -> BenchmarkOptions:
+    """The benchmark by name and folder, with `key=value` settings; raises ConfigError."""
+    start = Source(file=COMMAND_LINE, data={"benchmark": {"name": name, "root": str(root)}})
+    source = override(start, [f"benchmark.{setting}" for setting in settings])
+    found, problems = validated(Chosen, source.data)
+    if found is None:
+        raise source.error(problems)
+    return found.benchmark
+
+
+def benchmark_report(
+    benchmark: BenchmarkOptions, *, tracks: Tracks = "both", decode: bool = False, subset: bool = False
+) -> BenchmarkReport:
+    """The report on a benchmark whose annotations are there; each file is looked at once.
+
+    Raises ManifestError when the annotations are wrong.
+    """
+    samples = benchmark.samples()
+    files: dict[tuple[Path | None, Path | None], list[Sample]] = {}
+    for sample in samples:
+        files.setdefault((sample.video, sample.audio), []).append(sample)
+    whole = {group[0].id: _whole(group) for group in files.values()}
+    made = report(f"{benchmark.label}: {benchmark.root}", whole.values(), tracks=tracks, decode=decode)
+    asked = dict(zip(whole, files.values(), strict=True))
+    return BenchmarkReport(
+        files=replace(made, findings=tuple(_lengths(finding, asked[finding.sample.id]) for finding in made.findings)),
+        samples=tuple(samples),
+        gaps=tuple(benchmark.gaps()),
+        defects=tuple(benchmark.defects()),
+        miscounted=None if subset else _miscounted(benchmark, samples, len(files)),
+    )
+
+
+def _whole(samples: Sequence[Sample]) -> Sample:
+    """A file with all questions about it, whenever they are asked."""
+    messages = tuple(replace(message, at=None) for sample in samples for message in sample.messages)
+    items = tuple(item for sample in samples for item in sample.items)
+    return replace(samples[0], start=0.0, end=None, messages=messages, items=items)
+
+
+def _lengths(finding: Finding, samples: Sequence[Sample]) -> Finding:
+    """A finding with what its length says: a file far too short is a failure, a question after its end is known."""
+    if finding.failures or finding.seconds <= 0:
+        return finding
+    sample, seconds = finding.sample, finding.seconds
+    least, most = sample.meta.get("seconds", (0.0, float("inf")))
+    if seconds < SHORTER * least:
+        what = f"{sample.video} lasts {seconds:.1f} s, but {least:.0f} s at least were expected; get it again"
+        return replace(finding, failures=(_failure(sample, "video", "too_short", what),))
+    notes = [*finding.notes]
+    if not least <= seconds <= most:
+        notes.append(f"{sample.id} lasts {seconds:.1f} s; expected were {least:.0f} to {most:.0f} s")
+    late = [
+        question.item.id
+        for each in samples
+        for question in each.questions
+        if (question.at or each.end or 0.0) > seconds + SLACK
+    ]
+    notes += [f"{name} is asked after the end of its video ({seconds:.1f} s): it sees all of it" for name in late]
+    return replace(finding, notes=tuple(notes))
+
+
+def _miscounted(benchmark: BenchmarkOptions, samples: Sequence[Sample], videos: int) -> str | None:
+    published, questions = benchmark.published, sum(len(sample.questions) for sample in samples)
+    if published is None or (published.videos, published.questions) == (videos, questions):
+        return None
+    return (
+        f"{benchmark.annotations[0]}: {videos:,} videos and {questions:,} questions, but {published.videos:,} and "
+        f"{published.questions:,} are published; download the annotations again, or give --subset"
+    )
+
+
+def check_benchmark(asked: argparse.Namespace) -> int:
+    """Exit code: 0 all there, 2 not."""
+    try:
+        benchmark = chosen(asked.benchmark, asked.root, asked.settings)
+        absent = [gap for gap in benchmark.gaps() if not all(path.is_file() for path in benchmark.annotations)]
+        if absent:
+            raise ManifestError([f"missing: {gap.what}; {gap.how}" for gap in absent])
+        made = benchmark_report(benchmark, tracks=asked.tracks, decode=asked.decode, subset=asked.subset)
+    except (ConfigError, ManifestError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(made.text())
+    for problem in made.problems:
+        print(problem, file=sys.stderr)
+    blocked = made.miscounted is not None or any(gap.share > asked.max_failures for gap in made.gaps)
+    return 2 if blocked or made.files.failed_share > asked.max_failures else 0
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with 2 when it is wrong."""
     parser = argparse.ArgumentParser(description="Check the files of manifests.", allow_abbrev=False)
-    parser.add_argument("manifests", type=Path, nargs="+")
+    parser.add_argument("manifests", type=Path, nargs="*")
+    parser.add_argument("--benchmark", metavar="NAME", help="check a benchmark's folder instead of manifests")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="the folder of the benchmark")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="an option of the benchmark"
+    )
+    parser.add_argument("--subset", action="store_true", help="fewer videos and questions than published are wanted")
     add_policy(parser)
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if bool(asked.manifests) == bool(asked.benchmark):
+        parser.error("name manifests, or --benchmark NAME --root DIR")
+    if asked.benchmark and asked.root is None:
+        parser.error("--benchmark needs --root DIR, the folder that it was downloaded to")
+    return asked
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +376,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 usable, 2 not."""
     asked = parse(arguments)
+    if asked.benchmark:
+        return check_benchmark(asked)
     manifests: dict[str, list[Sample]] = {}
     problems: list[str] = []
     for path in asked.manifests:

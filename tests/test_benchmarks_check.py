@@ -1,0 +1,124 @@
+"""data_prep/check.py says of a benchmark's folder what is there, what is not, and how to get it."""
+
+import json
+from pathlib import Path
+
+import fixtures_benchmarks as layouts
+import pytest
+
+from data_prep import check
+
+Said = tuple[int, str, list[str]]
+
+
+def checked(capsys: pytest.CaptureFixture[str], name: str, root: Path, *more: str) -> Said:
+    """Exit code, what was printed, and the lines of problems."""
+    code = check.main(["--benchmark", name, "--root", str(root), *more])
+    told = capsys.readouterr()
+    return code, told.out, told.err.splitlines()
+
+
+def test_a_whole_folder_passes_with_its_counts_categories_and_defects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told, problems = checked(capsys, "streamingbench", layouts.streamingbench(tmp_path), "--subset")
+    assert (code, problems) == (0, [])
+    assert "questions  all 8" in told
+    assert "video with its own audio 4" in told
+    assert "group: real-time visual 4, contextual 3, omni-source 1" in told
+    assert "defect: time_stamp sample_3_Source#1: 05:11:00 lies outside of [0:00:04 - 0:00:08]; asked at 8 s" in told
+
+
+def test_fewer_questions_than_published_are_refused_unless_a_subset_is_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.lvbench(tmp_path)
+    code, _, problems = checked(capsys, "lvbench", root)
+    assert code == 2
+    assert problems == [
+        f"{root}/video_info.meta.jsonl: 2 videos and 3 questions, but 103 and 1,549 are published; "
+        "download the annotations again, or give --subset"
+    ]
+
+
+def test_missing_annotations_come_with_the_command_that_gets_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, told, problems = checked(capsys, "lvomnibench", tmp_path)
+    assert (code, told) == (2, "")
+    cure = f"get it with `hf download KD-TAO/LVOmniBench --repo-type dataset --local-dir {tmp_path}`"
+    assert problems == [f"missing: {tmp_path}/data.json; {cure}"]
+
+
+def test_missing_videos_are_each_named_and_their_share_may_be_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.lvbench(tmp_path)
+    (root / "videos" / "Cm73ma6Ibcs.mp4").unlink()
+    code, told, problems = checked(capsys, "lvbench", root, "--subset")
+    assert code == 2
+    assert "2 (1 usable, 1 failed)" in told
+    assert problems[0].endswith("Cm73ma6Ibcs.mp4: is not a file; check the path")
+    assert problems[1].startswith(f"missing: 1 of 2 videos (first: {root}/videos/Cm73ma6Ibcs.mp4); save them there")
+    assert checked(capsys, "lvbench", root, "--subset", "--max-failures", "0.5")[0] == 0
+
+
+def test_a_video_much_shorter_than_it_should_be_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, problems = checked(capsys, "video_mme", layouts.video_mme(tmp_path), "--subset")
+    assert code == 2
+    assert [line.split(" video: ")[1].split("/")[-1] for line in problems] == [
+        f"vid{number}.mp4 lasts 8.0 s, but {least} s at least were expected; get it again"
+        for number, least in ((2, 240), (3, 1800))
+    ]
+    short = checked(capsys, "video_mme", tmp_path, "--subset", "--set", "durations=[short]")
+    assert short[0] == 0
+
+
+def test_a_question_after_the_end_of_its_video_is_known_and_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = layouts.own(tmp_path)
+    first, *rest = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+    layouts.write_lines(root / "questions.jsonl", [{**first, "at": 60}, *rest])
+    code, told, problems = checked(capsys, "own", root)
+    assert (code, problems) == (0, [])
+    assert "note: q1 is asked after the end of its video (8.0 s): it sees all of it" in told
+    assert "questions  all 3" in told
+    assert "rows       2 (2 usable" in told  # files, each looked at once
+
+
+def test_a_file_that_is_no_video_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = layouts.own(tmp_path)
+    (root / "b.mp4").write_bytes(b"no film")
+    code, told, problems = checked(capsys, "own", root)
+    assert code == 2
+    assert "failures   unreadable 1" in told
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--benchmark", "lvbnch"], "command line benchmark.name: 'lvbnch' is unknown; did you mean 'lvbench'?"),
+        (["--benchmark", "lvbench", "--set", "rulez=x"], "benchmark.rulez: unknown key; did you mean 'rules'?"),
+    ],
+)
+def test_what_the_command_line_has_wrong_is_told_in_a_line(
+    arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.main([*arguments, "--root", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(problem)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--benchmark", "lvbench"], ["x.jsonl", "--benchmark", "own", "--root", "."]]
+)
+def test_neither_manifest_nor_benchmark_or_both_is_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        check.main(arguments)
+    assert left.value.code == 2
