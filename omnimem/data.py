@@ -54,6 +54,7 @@ class Item:
     """What a benchmark knows of a question beside its text."""
 
     id: str
+    question: str = ""  # as it was written, without options and without the prompt around it
     options: tuple[str, ...] = ()  # of a multiple choice, without their letters; () where any word may be the answer
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # axis -> labels, several of a multi-label
 

@@ -126,7 +126,8 @@ def _asked(row: Row, origin: str, kind: Mapping[str, tuple[str, ...]], reading: 
     answer = reading.letter(row, "answer", f"{origin} {where}")
     reading.check_answer(answer, options, where)
     categories = {**labels_of(row, ["question_type"]), **kind}
-    item = Item(id=where, options=options, categories=categories)
+    alone = question[: found[0].start()].strip() if found else question
+    item = Item(id=where, question=alone, options=options, categories=categories)
     return Asked(item=item, prompt=f"{question}\nAnswer the question with the option letter", answer=answer)
 
 

@@ -109,7 +109,7 @@ def _asked(row: Row, origin: str, otherwise: str, reading: Reading) -> Asked:
     reading.check_answer(answer, options.texts, where)
     question = reading.text(row, "question", origin)
     return Asked(
-        item=Item(id=where, options=options.texts, categories=labels_of(row, AXES)),
+        item=Item(id=where, question=question, options=options.texts, categories=labels_of(row, AXES)),
         prompt=PROMPT.format(question=question, options="\n".join(options.lines)),
         answer=answer,
     )

@@ -136,7 +136,7 @@ class OwnOptions:
             categories = {}
         question = reading.text(row, "question", origin)
         return Asked(
-            item=Item(id=where, options=options.texts, categories=labels_of(categories, categories)),
+            item=Item(id=where, question=question, options=options.texts, categories=labels_of(categories, categories)),
             prompt="\n".join([question, *options.lines, self.instruction]),
             answer=answer,
             at=at,

@@ -199,7 +199,8 @@ def _questions(entry: Row, origin: str, part: str, where: str, earlier: list[str
             context = CONTEXT + "".join(earlier) if earlier else ""
             prompt = SEQUENTIAL.format(context=context, question=question, options=lines)
             earlier.append(_before(row, question, options, answer))
-        item = Item(id=name, options=options.texts, categories=_categories(part, {**entry, **row}))
+        categories = _categories(part, {**entry, **row})
+        item = Item(id=name, question=question, options=options.texts, categories=categories)
         at = _time(reading.text(row, "time_stamp", origin), str(entry.get("time")), name, reading)
         asked.append(Asked(item=item, prompt=prompt, answer=answer, at=at))
     return asked

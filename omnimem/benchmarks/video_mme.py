@@ -141,14 +141,12 @@ class VideoMMEOptions:
         )
 
     def _asked(self, row: Row, origin: str, before: str, reading: Reading) -> Asked:
-        where = reading.text(row, "question_id", origin)
+        where, question = reading.text(row, "question_id", origin), reading.text(row, "question", origin)
         options = reading.options(strings_of(row.get("options")) or [], where)
         answer = reading.letter(row, "answer", origin)
         reading.check_answer(answer, options.texts, where)
-        item = Item(id=where, options=options.texts, categories=labels_of(row, AXES))
-        return Asked(
-            item=item, prompt=before + self._prompt(reading.text(row, "question", origin), options), answer=answer
-        )
+        item = Item(id=where, question=question, options=options.texts, categories=labels_of(row, AXES))
+        return Asked(item=item, prompt=before + self._prompt(question, options), answer=answer)
 
     def _prompt(self, question: str, options: Options) -> str:
         """The task and the question; what comes before them is `_subtitles`."""

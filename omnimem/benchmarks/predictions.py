@@ -1,0 +1,214 @@
+"""Predictions that others' tools wrote, matched to the questions of a benchmark, so that our rules can judge them.
+
+lmms-eval 0.7.3: `*_samples_<task>.jsonl`, one object a line: `input` (the prompt), `filtered_resps` (the answer, its
+reasoning left out), `target`, and the value of the task's metric: an object with `question_id` and `score`
+(videomme), or true and false (lvbench). Older files hold the annotation under `doc`.
+VLMEvalKit: `<model>_Video-MME*.tsv` or .xlsx with the columns `video`, `question`, `answer` and `prediction`; its
+`_score` file also has `score`.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+from zipfile import BadZipFile
+
+from openpyxl import load_workbook
+from openpyxl.utils.exceptions import InvalidFileException
+
+from omnimem.data import ManifestError, Question, Sample
+
+SHOWN = 5  # problems of a kind
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model wrote, and whatever says to which question."""
+
+    origin: str  # file:line
+    text: str
+    question_id: str | None = None
+    video: str | None = None
+    question: str | None = None
+    prompt: str | None = None
+    answer: str | None = None  # the right one, as the file has it
+    score: bool | None = None  # the tool's own verdict
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The predictions of a file, by its suffix; raises ManifestError."""
+    readers = {".jsonl": _lmms_eval, ".tsv": _vlmevalkit_tsv, ".xlsx": _vlmevalkit_xlsx}
+    if path.suffix not in readers:
+        raise ManifestError([f"{path}: expected {', '.join(readers)}: the samples of lmms-eval or a VLMEvalKit table"])
+    if not path.is_file():
+        raise ManifestError([f"{path}: no such file; give the predictions that lmms-eval or VLMEvalKit wrote"])
+    try:
+        found = list(readers[path.suffix](path))
+    except (OSError, UnicodeDecodeError, csv.Error, BadZipFile, InvalidFileException) as error:
+        raise ManifestError([f"{path}: cannot be read ({error}); give the file as the tool wrote it"]) from error
+    if not found:
+        raise ManifestError([f"{path}: holds no predictions; run the tool with --log_samples, or give another file"])
+    return found
+
+
+def _lmms_eval(path: Path) -> Iterator[Prediction]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ManifestError([f"{origin}: is not JSON ({error}); give the file as lmms-eval wrote it"]) from error
+        if not isinstance(row, dict) or "filtered_resps" not in row:
+            raise ManifestError([f"{origin} filtered_resps: missing; give a samples file of lmms-eval (--log_samples)"])
+        text, metric, doc = row["filtered_resps"], _metric(row), row.get("doc") or {}
+        yield Prediction(
+            origin=origin,
+            text=str(text[0] if isinstance(text, list) and text else text or ""),
+            question_id=_text(metric.get("question_id") or doc.get("question_id") or doc.get("uid")),
+            video=_text(metric.get("videoID") or doc.get("videoID")),
+            question=_text(doc.get("question")),
+            prompt=_text(row.get("input")),
+            answer=_text(row.get("target")),
+            score=_score(metric.get("score")),
+        )
+
+
+def _metric(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The value of the task's metric, whose name ends with `score`, as an object."""
+    for name, value in row.items():
+        if name.endswith("score"):
+            return value if isinstance(value, dict) else {"score": value}
+    return {}
+
+
+def _vlmevalkit_tsv(path: Path) -> Iterator[Prediction]:
+    csv.field_size_limit(2**24)  # options and subtitles are longer than the default allows
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file, delimiter="\t")
+        yield from _vlmevalkit(path, table.fieldnames or [], enumerate(table, start=2))
+
+
+def _vlmevalkit_xlsx(path: Path) -> Iterator[Prediction]:
+    book = load_workbook(path, read_only=True, data_only=True)
+    try:
+        rows = book.worksheets[0].iter_rows(values_only=True)
+        header = [str(name) for name in next(rows, ())]
+        yield from _vlmevalkit(
+            path, header, ((n, dict(zip(header, row, strict=True))) for n, row in enumerate(rows, 2))
+        )
+    finally:
+        book.close()
+
+
+def _vlmevalkit(
+    path: Path, header: Sequence[str], rows: Iterator[tuple[int, Mapping[str, Any]]]
+) -> Iterator[Prediction]:
+    lacking = [name for name in ("video", "question", "answer", "prediction") if name not in header]
+    if lacking:
+        raise ManifestError([f"{path} {', '.join(lacking)}: no such column; give a Video-MME table of VLMEvalKit"])
+    for number, row in rows:
+        yield Prediction(
+            origin=f"{path}:{number}",
+            text=str(row["prediction"] or ""),
+            question_id=_text(row.get("question_id")),
+            video=_text(row["video"]),
+            question=_text(row["question"]),
+            answer=_text(row["answer"]),
+            score=_score(row.get("score")),
+        )
+
+
+def _text(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
+
+
+def _score(value: Any) -> bool | None:
+    """0 or 1, however it was written; VLMEvalKit's -1 is no verdict."""
+    try:
+        number = None if value in (None, "") else float(value)
+    except ValueError:
+        return None
+    return None if number is None or number < 0 else number == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- matching
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """Predictions by the id of their question."""
+
+    predictions: Mapping[str, Prediction]
+    missing: tuple[str, ...]  # ids of questions without one
+
+
+def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Matched:
+    """Each prediction with the question that it answers: by id, else by video and question, else by prompt.
+
+    Raises ManifestError for a prediction of no question or of several, two for one, or another right answer.
+    """
+    asked = [(sample, question) for sample in samples for question in sample.questions]
+    places = _Places(asked)
+    problems: list[str] = []
+    found: dict[str, Prediction] = {}
+    for prediction in predictions:
+        questions = places.of(prediction)
+        if len(questions) != 1:
+            several = f"{len(questions)} questions" if questions else "none of the questions"
+            problems.append(f"{prediction.origin}: belongs to {several}; give the benchmark that was evaluated")
+            continue
+        (question,) = questions
+        if prediction.answer not in (None, question.answer):
+            problems.append(
+                f"{prediction.origin}: the right answer to {question.item.id} is {prediction.answer} there, "
+                f"{question.answer} here; use the same edition of the annotations"
+            )
+        if question.item.id in found:
+            before = found[question.item.id].origin
+            problems.append(f"{prediction.origin}: answers {question.item.id} again after {before}; keep one of them")
+        found[question.item.id] = prediction
+    if problems:
+        more = [f"and {len(problems) - SHOWN} problems more"] if len(problems) > SHOWN else []
+        raise ManifestError([*problems[:SHOWN], *more])
+    missing = tuple(question.item.id for _, question in asked if question.item.id not in found)
+    return Matched(predictions=found, missing=missing)
+
+
+@final
+class _Places:
+    """Where questions are found by what a tool wrote of them."""
+
+    def __init__(self, asked: Sequence[tuple[Sample, Question]]) -> None:
+        self._asked = asked
+        self._ids = {question.item.id: question for _, question in asked}
+        self._questions: dict[tuple[str, str], list[Question]] = {}
+        self._prompts: dict[str, list[Question]] = {}
+        for sample, question in asked:
+            self._questions.setdefault((sample.id, _plain(question.item.question)), []).append(question)
+            self._prompts.setdefault(_plain(question.text), []).append(question)
+
+    def of(self, prediction: Prediction) -> list[Question]:
+        """The questions that a prediction may answer: the first way that finds any decides."""
+        if prediction.question_id in self._ids:
+            return [self._ids[prediction.question_id]]
+        if prediction.video and prediction.question:
+            return self._questions.get((prediction.video, _plain(prediction.question)), [])
+        prompt = _plain(prediction.prompt or "")
+        return self._prompts.get(prompt) or [each for _, each in self._asked if _stands_in(each, prompt)]
+
+
+def _stands_in(question: Question, prompt: str) -> bool:
+    """Whether a prompt asks this question with these options."""
+    texts = [_plain(text) for text in (question.item.question, *question.item.options)]
+    return texts[0] != "" and all(text in prompt for text in texts)
+
+
+def _plain(text: str) -> str:
+    """Text without differences in blanks."""
+    return " ".join(text.split())
