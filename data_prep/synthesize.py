@@ -1,6 +1,6 @@
 """Writes the audio-visual recall task: seeded streams as mp4 files, and a manifest a split.
 
-    python data_prep/synthesize.py --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 0
+    python data_prep/synthesize.py --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 1
 
 May be repeated: what is there is kept, what is missing is made. A folder belongs to one recipe, kept in recipe.json;
 another one is refused. The number of streams is no part of it: stream i of a split is the same in every folder.
@@ -191,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=_at_least(SLOT), default=64, help="length of a stream (default: %(default)s)")
     for split, number in zip(SPLITS, (512, 64, 80), strict=True):
         parser.add_argument(f"--{split}", type=_at_least(0), default=number, help="streams (default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="another seed, other streams (default: 0)")
+    parser.add_argument("--seed", type=_at_least(0), default=1, help="another seed, other streams (default: 1; the settings of tiny.yaml were chosen on 0)")
     parser.add_argument("--workers", type=_at_least(1), default=2, help="processes (default: %(default)s)")
     return parser.parse_args(arguments)
 
