@@ -191,7 +191,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=_at_least(SLOT), default=64, help="length of a stream (default: %(default)s)")
     for split, number in zip(SPLITS, (512, 64, 80), strict=True):
         parser.add_argument(f"--{split}", type=_at_least(0), default=number, help="streams (default: %(default)s)")
-    parser.add_argument("--seed", type=_at_least(0), default=1, help="another seed, other streams (default: 1; the settings of tiny.yaml were chosen on 0)")
+    parser.add_argument(
+        "--seed",
+        type=_at_least(0),
+        default=1,
+        help="another seed, other streams (default: 1; the settings of tiny.yaml were chosen on 0)",
+    )
     parser.add_argument("--workers", type=_at_least(1), default=2, help="processes (default: %(default)s)")
     return parser.parse_args(arguments)
 
