@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import pytest
 import thinkers
+from films import silence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 from data_prep.renderer import write_mp4
@@ -40,17 +41,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.data.fill_(0.1)
     adapted.save_pretrained(str(folder / "adapter"))
     return folder
-
-
-def silence(source: Path, target: Path) -> None:
-    """The pictures of a film without its sound."""
-    with av.open(str(source)) as read, av.open(str(target), "w") as write:
-        pictures = read.streams.video[0]
-        copied = write.add_stream_from_template(pictures)
-        for packet in read.demux(pictures):
-            if packet.dts is not None:
-                packet.stream = copied
-                write.mux(packet)
 
 
 @pytest.fixture

@@ -7,101 +7,20 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
 
 import pytest
 import torch
-from ranks import ROOT, Ended, command, free_port
-from safetensors.torch import load_file
-from test_bad_input import silence
-from thinkers import write_folder
-from torch import Tensor
-
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
+from films import SCRIPT, Run, given, tune, write_films, write_manifest
+from ranks import ROOT, command, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-SCRIPT = "train/finetune.py"
-ANSWERS = ("red", "blue and green", "a long dark yellow")
-CONFIG = """\
-name: {name}
-model: {{path: model}}
-stream: {{chunk_tokens: 36, max_pixels: 12544}}
-memory: {{slots_per_layer: 8, budget: {{name: split, visual_audio_ratio: 2}}}}
-tuning:
-  lora: {{r: 4, alpha: 8, dropout: 0.2, targets: [q_proj, v_proj, up_proj]}}
-  budgets: [8, 4, full]
-data: {{train: train.jsonl}}
-train: {{max_steps: 10, save_steps: 5, learning_rate: 1e-2, per_device_train_batch_size: 1}}
-evaluate: {{after_training: false}}
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint, films, manifest and config, in the folder that all runs share."""
-    place = tmp_path_factory.mktemp("finetune")
-    write_folder(place / "model", rates="tiny")
-    rows = []
-    for number in range(6):
-        write_mp4(draw_world(number, 8), place / f"{number}.mp4")
-        messages = []
-        for question in range(1 + number % 3):
-            messages.append({"role": "user", "content": f"what is {question} ?", "at": 5 if question == 1 else None})
-            messages.append({"role": "assistant", "content": ANSWERS[(number + question) % 3]})
-        rows.append({"id": f"film{number}", "video": f"{number}.mp4", "messages": messages})
-    write_manifest(place / "train.jsonl", rows)
-    (place / "broken.mp4").write_bytes(b"no film")
-    silence(place / "0.mp4", place / "silent.mp4")
-    for name in ("broken", "silent"):
-        write_manifest(place / f"{name}.jsonl", [*rows[1:], {**rows[0], "id": name, "video": f"{name}.mp4"}])
-    return place
-
-
-def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run."""
-
-    path: Path
-    ended: Ended
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without what a clock says."""
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
-
-    @property
-    def losses(self) -> Tensor:
-        return torch.tensor([line["loss"] for line in self.lines], dtype=torch.float64)
-
-    @property
-    def adapter(self) -> Tensor:
-        """All weights in a row."""
-        tensors = load_file(self.path / "adapter" / "adapter_model.safetensors")
-        return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return json.loads((self.path / "run.json").read_text())
-
-
-def tune(folder: Path, name: str, *arguments: str, ranks: int = 0) -> Run:
-    """A run by plain `python`, or by so many ranks."""
-    return Run(path=folder / "runs" / name, ended=command(SCRIPT, given(folder, name, *arguments), folder, ranks=ranks))
-
-
-def given(folder: Path, name: str, *arguments: str) -> list[str]:
-    (folder / f"{name}.yaml").write_text(CONFIG.format(name=name))
-    return ["--config", f"{name}.yaml", *arguments]
+    return write_films(tmp_path_factory.mktemp("finetune"))
 
 
 def assert_same_run(first: Run, second: Run) -> None:
