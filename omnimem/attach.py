@@ -120,6 +120,26 @@ class Seam:
             )
         return result.last_hidden_state
 
+    def layers(
+        self,
+        step: LayerStep,
+        states: Float[Tensor, "batch queries width"],
+        positions: Int[Tensor, "batch axes queries"],
+        deepstack: DeepStack | None,
+        memories: Mapping[int, tuple[Tensor, ...]],
+    ) -> Float[Tensor, "batch queries width"]:
+        """What consecutive layers alone, those with an entry in `memories`, make of their input: as in a whole pass."""
+        model: Any = self.text_model
+        extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: _Layer(step, memories)}
+        rotary = model.rotary_emb(states, positions.transpose(0, 1))
+        with self._recomputing():
+            for number in memories:
+                states = model.layers[number](states, attention_mask=None, position_embeddings=rotary, **extra)
+                if deepstack is not None and number < len(deepstack.features):
+                    added = deepstack.features[number].to(states.dtype)
+                    states = states.index_put((deepstack.mask,), added, accumulate=True)
+        return states
+
     def project(
         self,
         layer: int,
@@ -129,16 +149,17 @@ class Seam:
         """Keys (after RoPE) and values that a layer makes of these inputs, with its own modules and current weights.
 
         The layer's whole attention module runs, so that nothing of any family is known here; queries and output go
-        unused, 5 % of what the layer takes for as many tokens (computed for 7B).
+        unused. The generators stand afterwards where they stood: other dropout draws what it would have drawn.
         """
         model: Any = self.text_model
         decoder, step = model.layers[layer], _Projection()
-        decoder.self_attn(
-            hidden_states=decoder.input_layernorm(states),
-            position_embeddings=model.rotary_emb(states, positions.transpose(0, 1)),
-            attention_mask=None,
-            **{KEYWORD: _Layer(step, {}, layer, states)},
-        )
+        with torch.random.fork_rng(devices=[states.device] if states.is_cuda else []):
+            decoder.self_attn(
+                hidden_states=decoder.input_layernorm(states),
+                position_embeddings=model.rotary_emb(states, positions.transpose(0, 1)),
+                attention_mask=None,
+                **{KEYWORD: _Layer(step, {}, layer, states)},
+            )
         return step.found()
 
     @contextmanager

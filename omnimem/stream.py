@@ -216,7 +216,7 @@ class _ReadChunk:
             fresh = replace(fresh, states=states)
             if not old.count:  # an empty memory knows not yet what is carried
                 old = replace(old, states=states[:, :0])
-        return (_made_anew(old, self.chunk.seam, layer) if self.anew else old).cat(fresh)
+        return (_made_anew(old, self.chunk.seam, layer) if self.anew and old.count else old).cat(fresh)
 
     def hand_over(self) -> dict[int, Tokens]:
         """What every layer kept; the step forgets it, and notes no more: a layer may be recomputed alone."""

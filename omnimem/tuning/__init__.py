@@ -1,7 +1,15 @@
 """Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
 
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange
-from omnimem.tuning.gradient import FullGradient, Gradient, HorizonGradient, StatesGradient
+from omnimem.tuning.gradient import (
+    FullGradient,
+    Gradient,
+    GradientError,
+    HorizonGradient,
+    ReleasedGradient,
+    StatesGradient,
+    by_similarity,
+)
 from omnimem.tuning.lora import (
     AdapterError,
     LoraOptions,
@@ -25,12 +33,14 @@ __all__ = [
     "FullGradient",
     "FullMemoryKL",
     "Gradient",
+    "GradientError",
     "HorizonGradient",
     "LoraOptions",
     "LossOptions",
     "Outcome",
     "Pass",
     "Plan",
+    "ReleasedGradient",
     "Rows",
     "StatesGradient",
     "Step",
@@ -39,6 +49,7 @@ __all__ = [
     "adapter_tensors",
     "add_adapter",
     "answer_losses",
+    "by_similarity",
     "load_adapter",
     "running_means",
     "streamed_loss",

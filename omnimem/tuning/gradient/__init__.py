@@ -2,6 +2,15 @@
 
 from omnimem.tuning.gradient.full import FullGradient, Gradient
 from omnimem.tuning.gradient.horizon import HorizonGradient
+from omnimem.tuning.gradient.released import GradientError, ReleasedGradient, by_similarity
 from omnimem.tuning.gradient.states import StatesGradient
 
-__all__ = ["FullGradient", "Gradient", "HorizonGradient", "StatesGradient"]
+__all__ = [
+    "FullGradient",
+    "Gradient",
+    "GradientError",
+    "HorizonGradient",
+    "ReleasedGradient",
+    "StatesGradient",
+    "by_similarity",
+]

@@ -1,7 +1,7 @@
 """What the memory carries through the graph, and how far gradient flows back through it."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -42,9 +42,7 @@ class FullGradient:
         def flat(embeddings: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             return step(Memory.of(tensors), embeddings).tensors()
 
-        with self._saving(embeddings):
-            tensors = self._run(flat, embeddings, *memory.tensors())
-        return Memory.of(tensors)
+        return Memory.of(self.hold(flat, embeddings, *memory.tensors()))
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         """Questions asked on the way would each keep a copy of the memory's keys and values until backward."""
@@ -52,12 +50,10 @@ class FullGradient:
         def flat(*tensors: Tensor) -> Tensor:
             return loss(Memory.of(tensors))
 
-        tensors = memory.tensors()
-        with self._saving(tensors[0]):
-            return self._run(flat, *tensors)
+        return self.hold(flat, *memory.tensors())
 
-    def _run(self, step: Callable[..., Any], *tensors: Tensor) -> Any:
-        return checkpoint(step, *tensors, use_reentrant=False) if self.recompute else step(*tensors)
-
-    def _saving(self, like: Tensor) -> AbstractContextManager[object]:
-        return torch.autograd.graph.save_on_cpu(pin_memory=like.is_cuda) if self.offload else nullcontext()
+    def hold(self, step: Callable[..., Any], *tensors: Tensor) -> Any:
+        """`step(*tensors)`, held for backward as these settings say."""
+        saving = torch.autograd.graph.save_on_cpu(pin_memory=tensors[0].is_cuda) if self.offload else nullcontext()
+        with saving:
+            return checkpoint(step, *tensors, use_reentrant=False) if self.recompute else step(*tensors)

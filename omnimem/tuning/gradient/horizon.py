@@ -39,7 +39,7 @@ class Draws:
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Link:
+class Link:
     """A chunk as it was read, and the memory that it met."""
 
     step: Callable[[Memory, Tensor], Memory]
@@ -65,7 +65,7 @@ class HorizonGradient:
 
     def __call__(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
         """The memory after the chunk: gradient ends at the memory before it."""
-        link = _Link(step=step, embeddings=embeddings, before=replace(memory, note=None), draws=Draws.now(embeddings))
+        link = Link(step=step, embeddings=embeddings, before=replace(memory, note=None), draws=Draws.now(embeddings))
         after = self.each(step, memory.detached(), embeddings)
         links = (*_latest(memory), link)
         return replace(after, note=links[max(0, len(links) - self.chunks + 1) :])
@@ -80,7 +80,7 @@ class HorizonGradient:
         return self.each.read(loss, reached)
 
 
-def _latest(memory: Memory) -> tuple[_Link, ...]:
+def _latest(memory: Memory) -> tuple[Link, ...]:
     """The chunks to read again, oldest first."""
     match memory.note:
         case tuple() as links:

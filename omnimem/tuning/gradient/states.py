@@ -19,9 +19,8 @@ class StatesGradient:
     and values of them with the current weights.
 
     So k_proj and v_proj learn from what is retained, all other weights from the question's own pass, and the chunks run
-    without a graph: memory and loss are those of `full`, to the bit (with dropout the memory alone: what is made again
-    draws again). Scores get no gradient, so softened selection learns as hard selection does (design 6; the release
-    does so below its stop layer, method 2).
+    without a graph: memory and loss are those of `full`, to the bit. Scores get no gradient, so softened selection
+    learns as hard selection does (design 6; the release does so below its stop layer, method 2).
     """
 
     question: FullGradient = field(default_factory=FullGradient)  # how questions are kept for backward
