@@ -19,7 +19,8 @@ from data_prep.worlds import draw_world
 
 COLOURS = ("Red.", "Green.", "Blue.", "Yellow.")
 LETTERED = [f"{letter}. {colour}" for letter, colour in zip("ABCD", COLOURS, strict=True)]
-QUESTION = "Which colour has the star?"
+QUESTIONS = [f"Which colour has the {shape}?" for shape in ("star", "moon", "heart")]
+QUESTION = QUESTIONS[0]
 SUBTITLES = """1
 00:00:00,500 --> 00:00:02,000
 <font color="white" size=".72c">Hello there.</font>
@@ -73,7 +74,7 @@ def video_mme(root: Path) -> Path:
             "videoID": f"vid{number}",
             "question_id": f"{number:03}-{place}",
             "task_type": "Counting Problem" if place == 1 else "Object Recognition",
-            "question": QUESTION,
+            "question": QUESTIONS[place - 1],
             "options": LETTERED,
             "answer": answer,
         }
@@ -96,10 +97,11 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def lvbench(root: Path) -> Path:
     """Two videos, the second as video2dataset leaves it; one question of several labels, one without options."""
-    asked = "\n".join(["What year appears in the opening caption?", "(A) 1636", "(B) 1366", "(C) 1363", "(D) 1633"])
+    options = "(A) 1636\n(B) 1366\n(C) 1363\n(D) 1633"
+    first, second = (f"What year appears in the {part} caption?\n{options}" for part in ("opening", "closing"))
     questions = [
-        {"uid": "55", "question": asked, "answer": "D", "question_type": ["key information retrieval"]},
-        {"uid": "56", "question": asked, "answer": "A", "question_type": ["reasoning", "temporal grounding"]},
+        {"uid": "55", "question": first, "answer": "D", "question_type": ["key information retrieval"]},
+        {"uid": "56", "question": second, "answer": "A", "question_type": ["reasoning", "temporal grounding"]},
         {"uid": "57", "question": "What year appears?", "answer": "B", "question_type": ["summarization"]},
     ]
     info = {"fps": 4.0, "duration_minutes": 8 / 60, "resolution": {"width": 112, "height": 112}}
