@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from omnimem.tokens import Modality, Tokens
+from omnimem.tokens import ABSENT, Modality, Tokens
 
 FIELDS = len(fields(Tokens))
 
@@ -51,6 +51,7 @@ class Memory:
             feature=torch.zeros(batch, 0, shape.feature, **numbers),
             gate=torch.zeros(batch, 0, **exact),
             states=torch.zeros(batch, 0, 0, **numbers),
+            owner=torch.zeros(batch, 0, 0, dtype=torch.int8, device=shape.device),
         )
         return cls(layers=(tokens,) * shape.layers)
 
@@ -73,21 +74,37 @@ class Memory:
         """Number of streams that share the pass."""
         return self.layers[0].modality.shape[0]
 
-    def counts(self) -> list[dict[Modality, int]]:
-        """Tokens per modality of each layer; equal for all streams of the batch."""
-        return [{kind: int((layer.modality[0] == kind).sum()) for kind in Modality} for layer in self.layers]
+    def counts(self) -> list[dict[Modality, int | float]]:
+        """Tokens per modality of each layer, the mean over the streams of the batch, and over heads that differ."""
+        parts = [self.batch * layer.heads for layer in self.layers]
+        return [
+            {kind: _mean(int((layer.modality == kind).sum()), part) for kind in Modality}
+            for layer, part in zip(self.layers, parts, strict=True)
+        ]
 
     @property
-    def entries(self) -> int:
-        """Audio and visual entries per stream, summed over the layers: what the budget bounds."""
-        return sum(int((layer.modality[0] != Modality.TEXT).sum()) for layer in self.layers)
+    def entries(self) -> int | float:
+        """Audio and visual entries per stream, summed over the layers: what the budget bounds.
+
+        An entry is a key and a value of every key-value head, so a token that one head of H keeps is 1 / H.
+        """
+        return sum(_mean(int((layer.modality > 0).sum()), self.batch * layer.heads) for layer in self.layers)
 
     @property
     def bytes(self) -> int:
-        """Bytes per stream with text and all side state."""
-        return sum(layer.bytes for layer in self.layers) // self.batch
+        """Bytes per stream with text and all side state; what fills up streams that keep less is none's."""
+        return sum(int(layer.bytes * self._held(layer)) for layer in self.layers) // self.batch
 
     @property
     def key_value_bytes(self) -> int:
         """Bytes per stream of keys and values alone."""
-        return sum(layer.key_value_bytes for layer in self.layers) // self.batch
+        return sum(int(layer.key_value_bytes * self._held(layer)) for layer in self.layers) // self.batch
+
+    def _held(self, layer: Tokens) -> float:
+        """The share of a layer's places that hold something; a stream alone has no other."""
+        return 1.0 if self.batch == 1 else float((layer.modality != ABSENT).float().mean()) if layer.count else 1.0
+
+
+def _mean(total: int, parts: int) -> int | float:
+    """A whole number where it is one."""
+    return total // parts if total % parts == 0 else total / parts

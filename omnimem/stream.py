@@ -174,6 +174,7 @@ class ChunkStep:
             feature=self.manner.feature(states),
             gate=zeros,
             states=states[..., :0],
+            owner=self.modality[:, None, :][:, :0],
         )
 
 
@@ -298,8 +299,8 @@ class Reading:
 class Usage:
     """What the memory of a stream took, per stream; entries are audio and visual tokens summed over the layers."""
 
-    peak_entries: int = 0  # right before an eviction: memory and chunk
-    kept_entries: int = 0  # most after an eviction
+    peak_entries: int | float = 0  # right before an eviction: memory and chunk
+    kept_entries: int | float = 0  # most after an eviction
     bytes: int = 0  # most after an eviction: keys, values, text and side state
     tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
     chunks: int = 0
@@ -384,7 +385,7 @@ class Stream:
                 )
         return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved)), compaction
 
-    def _account(self, chunk: Chunk, before: int) -> None:
+    def _account(self, chunk: Chunk, before: int | float) -> None:
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
         pool = before + sum(arrived[1:]) * len(self.memory.layers)
         self.fed += chunk.count

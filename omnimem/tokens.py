@@ -7,6 +7,7 @@ keys     tokens attended to
 heads    query heads;  kv_heads  key-value heads
 dim      width of one head;  width  width of the residual stream;  feature  width of the redundancy feature
 states   width of the layer inputs that are carried: all of them or 0
+owners   1 where every key-value head keeps tokens of its own, else 0
 axes     the three axes of a position: time, height, width
 """
 
@@ -29,6 +30,8 @@ class Modality(IntEnum):
 
 
 EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
+ABSENT = -1  # modality of a place that holds nothing: rows that keep unequal numbers are filled up with such places
+HIDDEN = -1e4  # gate of such a place: no query sees it, in any precision
 
 
 @final
@@ -36,7 +39,8 @@ EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the 
 class Tokens:
     """What one layer remembers of some tokens: keys after RoPE, values, and what selection needs to judge them.
 
-    `gate` is the additive attention bias of softened selection: 0 for hard selection and for text.
+    `gate` is the additive attention bias of softened selection: 0 for hard selection and for text. Where every
+    key-value head keeps tokens of its own, `tokens` counts those of all heads (`omnimem.heads`).
     """
 
     keys: Float[Tensor, "batch kv_heads tokens dim"]
@@ -48,14 +52,18 @@ class Tokens:
     novelty: Float[Tensor, "batch tokens"]  # 1 - redundancy as judged at arrival, float32
     feature: Float[Tensor, "batch tokens feature"]  # what redundancy is judged on
     gate: Float[Tensor, "batch tokens"]
-    states: Float[
-        Tensor, "batch tokens states"
-    ]  # what entered the layer; carried where gradient asks for it, else empty
+    states: Float[Tensor, "batch tokens states"]  # what entered the layer, where gradient asks for it; else empty
+    owner: Int8[Tensor, "batch owners tokens"]  # the key-value head that holds a token alone; empty: all heads hold all
 
     @property
     def count(self) -> int:
         """Number of tokens per stream."""
         return self.modality.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """How many key-value heads keep tokens of their own; 1: all of them hold every token."""
+        return int(self.owner.max()) + 1 if self.owner.numel() else 1
 
     @property
     def bytes(self) -> int:
@@ -91,7 +99,7 @@ class Tokens:
         return type(self).of([torch.cat([a, b], dim=axis) for a, b, axis in pairs])
 
 
-TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1, 1)  # the axis of `tokens` in each field
+TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 2)  # the axis of `tokens` in each field
 
 
 def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -61,6 +61,7 @@ def tokens_of(arrival: Arrival, fed: int = 0) -> Tokens:
         feature=arrival.states,
         gate=zeros,
         states=zeros[..., None][..., :0],
+        owner=arrival.modality[:, None][:, :0],
     )
 
 

@@ -50,10 +50,10 @@ def chunks_of(
     values = torch.randn(batch, kv_heads, count, DIM, generator=generator)
     order = torch.arange(count).expand(batch, count)
     zeros = torch.zeros(batch, count)
-    nothing = torch.zeros(batch, count, 0)
     whole = Memory.empty(shape_of(kv_heads), batch).layers[0]
     drawn = {"keys": keys, "values": values, "positions": positions, "modality": kinds, "order": order}
-    rest = {name: zeros if tensor.ndim == 2 else nothing for name, tensor in vars(whole).items()}
+    rest = {name: zeros if tensor.ndim == 2 else zeros[..., None][..., :0] for name, tensor in vars(whole).items()}
+    rest["owner"] = kinds[:, None][:, :0]
     tokens = Tokens(**{**rest, **drawn})
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     return [

@@ -36,6 +36,7 @@ def bare(layout: tuple[int, ...], first: int, count: int, batch: int = 1) -> Tok
         feature=zeros[..., :0][..., None].reshape(batch, count, 0),
         gate=zeros,
         states=zeros[..., None][..., :0],
+        owner=torch.zeros(batch, 0, count, dtype=torch.int8),
     )
 
 

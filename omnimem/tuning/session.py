@@ -32,7 +32,7 @@ class Outcome:
     rows: dict[str, int]  # answer tokens that took part, by loss; 0: the streams are longer than the loss takes
     streams: int
     usage: Usage
-    kept: dict[str, int]  # entries at answer time by modality, per stream, summed over layers
+    kept: dict[str, int | float]  # entries at answer time by modality, per stream, summed over layers
     seconds_per_chunk: float  # the teacher's time with it
 
 
