@@ -6,7 +6,7 @@ on where questions were asked and what was evicted, and a rank whose samples all
 that returns all gradients at once the order is that of the parameters, and none is ever missing (ours).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 
-def delivered(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The same loss, whose backward gives every parameter its gradient: zeros where the loss does not know it."""
-    return _Delivery.apply(_Held(loss), *parameters)  # pyright: ignore[reportReturnType]
+def delivered(loss: Tensor, parameters: Sequence[Tensor], finish: Callable[[], None] | None = None) -> Tensor:
+    """The same loss, whose backward gives every parameter its gradient: zeros where the loss does not know it.
+
+    `finish` is called when the gradients are known.
+    """
+    return _Delivery.apply(_Held(loss, finish), *parameters)  # pyright: ignore[reportReturnType]
 
 
 @final
@@ -25,6 +28,7 @@ class _Held:
     """Hides the loss from the outer graph, where every node of the stream would run once more."""
 
     loss: Tensor | None
+    finish: Callable[[], None] | None
 
 
 @final
@@ -40,7 +44,10 @@ class _Delivery(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> Any:
         loss, ctx.held.loss = ctx.held.loss, None  # its graph is freed as it is used
-        if not loss.requires_grad:
-            return None, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
-        found = torch.autograd.grad(loss, ctx.parameters, scale, allow_unused=True, materialize_grads=True)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, ctx.parameters, scale, allow_unused=True, materialize_grads=True)
+        else:
+            found = [torch.zeros_like(parameter) for parameter in ctx.parameters]
+        if ctx.held.finish is not None:
+            ctx.held.finish()
         return None, *found
