@@ -1,0 +1,53 @@
+"""What is evaluated, and how answers are written."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, final
+
+from omnimem.benchmarks import BenchmarkOptions
+from omnimem.policy import Policy
+
+Tracks = Literal["both", "video", "audio"]
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot go on; the message says why and how to repair it."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """What is evaluated, and how answers are written."""
+
+    after_training: bool = True
+    benchmarks: tuple[BenchmarkOptions, ...] = ()
+    batch_size: int = 1  # streams of one layout that share a pass; above 1 each is held whole before it is read
+    max_new_tokens: int = 16
+    limit: int | None = None  # streams per benchmark; None: all
+    probes: bool = True  # also the blind, vision-only and audio-only arms
+    max_failures: float = 0.01  # share of streams that may be unreadable before the evaluation stops
+    processes: int = 1  # that share the work on this machine, on one GPU each where there are several
+    decoders: int = 1  # processes of each that decode ahead; 0: files are decoded where they are needed
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.decoders < 0:
+            raise ValueError(f"decoders = {self.decoders} must be 0 or more")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit = {self.limit} must be at least 1; leave it out for all streams")
+        labels = Counter(benchmark.label for benchmark in self.benchmarks)
+        for label in labels:
+            if labels[label] > 1:
+                raise ValueError(f"benchmarks: {label} is named {labels[label]} times; keep one, or change its options")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of answering; `tracks` None reads no stream at all (blind)."""
+
+    name: str
+    policy: Policy
+    tracks: Tracks | None = "both"

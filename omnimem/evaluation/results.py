@@ -1,0 +1,90 @@
+"""The lines of one arm on one benchmark, written by one process or by several at the same time.
+
+A process appends to a file of its own: `eval/<arm>/<label>.jsonl` where it works alone, else one in `parts/`. When all
+is answered the lines are folded into the first file in the order of the benchmark, so that it is the same whoever
+answered what, and in whatever order.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from omnimem.data import Sample
+from omnimem.evaluation.options import EvaluationError
+from omnimem.evaluation.share import Share
+from omnimem.run import append_line, write_text
+
+MEASURED = ("seconds", "peak_memory")  # what differs between two runs of the same question
+
+
+@final
+class Results:
+    """What is answered so far; a question of a stream that could not be read has a line that says so."""
+
+    def __init__(self, folder: Path, label: str, samples: Sequence[Sample], share: Share) -> None:
+        self.path, self._parts = folder / f"{label}.jsonl", folder / "parts"
+        self._label = label
+        self._own = self.path if share.alone else self._parts / f"{label}.{share.name}.jsonl"
+        self._order = {question.item.id: None for sample in samples for question in sample.questions}
+        self._own.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(self._own)
+
+    def answered(self) -> set[str]:
+        """Ids of the questions that have an answer; those that failed are tried again."""
+        return {line["id"] for line in self._lines() if not line.get("failed")}
+
+    def untried(self) -> list[str]:
+        """Ids of the questions that have neither an answer nor a failure."""
+        tried = {line["id"] for line in self._lines()}
+        return [key for key in self._order if key not in tried]
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines."""
+        for line in lines:
+            append_line(self._own, line)
+
+    def fold(self) -> list[dict[str, Any]]:
+        """All lines in the order of the benchmark, each question once; nobody may be writing any more."""
+        lines: dict[str, dict[str, Any]] = {}
+        for line in self._lines():
+            if line["id"] in self._order and not _answers(lines.get(line["id"])):
+                lines[line["id"]] = line
+        ordered = [lines[key] for key in self._order if key in lines]
+        write_text(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in ordered))
+        for part in self._others():
+            part.unlink()
+        if self._parts.is_dir() and not any(self._parts.iterdir()):
+            self._parts.rmdir()
+        return ordered
+
+    def _others(self) -> list[Path]:
+        return sorted(self._parts.glob(f"{self._label}.*of*.jsonl"))
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for path in (self.path, *self._others()):
+            if path.is_file():
+                yield from _read(path)
+
+
+def _answers(line: Mapping[str, Any] | None) -> bool:
+    return line is not None and not line.get("failed")
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines; the last one may be on its way."""
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path}:{number}: not JSON ({error}); delete the line") from error
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off what a process that was killed had begun to write."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        if whole[2]:
+            os.truncate(path, len(whole[0]) + len(whole[1]))

@@ -1,0 +1,89 @@
+"""eval/<arm>/summary.json: accuracies and costs of an arm on a benchmark."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from omnimem.benchmarks import Defect
+
+Line = Mapping[str, Any]
+
+
+def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:
+    """`official` over counted answers, `strict` over all questions; entries, bytes and costs over what was answered."""
+    answered = [line for line in lines if not line.get("failed")]
+    kinds = sorted({str(line["kind"]) for line in lines})
+    inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
+    streams = _streams(answered)
+    return {
+        **_accuracy(lines),
+        "kinds": {kind: _accuracy([line for line in lines if str(line["kind"]) == kind]) for kind in kinds},
+        "peak_entries": _mean(answered, "peak_entries"),
+        "answer_entries": _mean(answered, "entries"),
+        "bytes": _mean(answered, "bytes"),
+        "input": {
+            "frames": sum(int(line["frames"]) for line in streams),
+            "audio_seconds": round(sum(float(line["audio_seconds"]) for line in streams), 3),
+            "prompt_sha256": inputs,
+        },
+        "cost": _cost(answered, streams),
+        "failed": dict(Counter(str(line["failed"]) for line in lines if line.get("failed"))),
+        "defects": [vars(defect) for defect in [*defects, *_late(answered)]],
+    }
+
+
+def _streams(lines: Sequence[Line]) -> list[Line]:
+    """The last line of each stream: what was read of it in all."""
+    last: dict[str, Line] = {}
+    for line in lines:
+        if line["stream"] not in last or line["stream_seconds"] >= last[line["stream"]]["stream_seconds"]:
+            last[line["stream"]] = line
+    return list(last.values())
+
+
+def _late(lines: Sequence[Line]) -> list[Defect]:
+    return [Defect(rule="time_stamp", where=line["id"], what=line["late"]) for line in lines if line.get("late")]
+
+
+def _accuracy(lines: Sequence[Line]) -> dict[str, Any]:
+    count = len(lines)
+    right, parsed, counted, bare = (
+        sum(bool(line[key]) for line in lines) for key in ("correct", "parsed", "counted", "bare")
+    )
+    return {
+        "n": count,
+        "official": right / counted if counted else 0.0,
+        "strict": right / count if count else 0.0,
+        "no_answer": (count - parsed) / count if count else 0.0,
+        "format": bare / count if count else 0.0,
+    }
+
+
+def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:
+    """Tokens and seconds a stream; seconds of wall time per second of stream."""
+    length = sum(float(line["stream_seconds"]) for line in streams)
+    peaks = [line["peak_memory"] for line in lines if line["peak_memory"] is not None]
+
+    def mean(rows: Sequence[Line], group: str, key: str) -> float:
+        return fmean(float(row[group][key]) for row in rows) if rows else 0.0
+
+    def per_second(key: str) -> float | None:
+        return sum(float(line["seconds"][key]) for line in streams) / length if length else None
+
+    return {
+        "streams": len(streams),
+        "stream_seconds": round(length, 3),
+        "tokens_in": {kind: mean(streams, "tokens_in", kind) for kind in ("audio", "visual")},
+        "kept": {kind: mean(lines, "kept", kind) for kind in ("audio", "visual")},
+        "media_per_second": per_second("media"),
+        "reading_per_second": per_second("reading"),
+        "first_token_seconds": mean(lines, "seconds", "first_token"),
+        "answer_seconds": mean(lines, "seconds", "answer"),
+        "peak_memory": max(peaks) if peaks else None,
+    }
+
+
+def _mean(lines: Sequence[Line], key: str) -> float:
+    return fmean(float(line[key]) for line in lines) if lines else 0.0

@@ -1,0 +1,85 @@
+"""What each layer holds of each segment of one stream after each chunk; tokens counted by modality."""
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from omnimem.evaluation.intake import Intake
+from omnimem.stream import Stream
+from omnimem.tokens import EVICTABLE
+
+MOST = 192  # rows (chunks) and bins (segments); beyond, every second row is dropped and neighbouring bins are joined
+
+
+@final
+class Trace:
+    """Counts after each chunk, for a table of fixed size however long the stream is."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._chunks, self._every = 0, 1  # chunks so far; how many of them a row stands for
+        self._joined = 1  # segments in a bin
+        self._rows: list[tuple[float, dict[int, Int[Tensor, "layers bins"]]]] = []
+
+    def note(self, stream: Stream, seconds: float) -> None:
+        """Count what is left of every segment after a chunk that ended at `seconds`."""
+        self._chunks += 1
+        if self._chunks % self._every:
+            return
+        self._rows.append((seconds, self._counted(stream)))
+        if len(self._rows) >= MOST:
+            self._rows, self._every = self._rows[1::2], 2 * self._every
+
+    def _counted(self, stream: Stream) -> dict[int, Int[Tensor, "layers bins"]]:
+        while len(self._intake.arrived) > MOST * self._joined:
+            self._joined *= 2
+            self._rows = [(end, {kind: _joined(table) for kind, table in row.items()}) for end, row in self._rows]
+        edges = self._edges(stream.usage.tokens_in[0])
+        found: dict[int, Int[Tensor, "layers bins"]] = {}
+        for kind in EVICTABLE:
+            layers = []
+            for layer in stream.memory.layers:
+                mine = layer.order[0][layer.modality[0] == kind].cpu()
+                bins = torch.bucketize(mine, edges, right=True) - 1
+                layers.append(torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1])
+            found[kind] = torch.stack(layers).to(torch.int32)
+        return found
+
+    def _edges(self, opening: int) -> Int[Tensor, " edges"]:
+        """Arrival number of the first token of each bin; what came before is the opening."""
+        counts = torch.tensor([sum(each) for each in self._intake.arrived])
+        starts = torch.cat([torch.tensor([0]), counts.cumsum(0)]) + opening
+        return torch.cat([starts[: -1 : self._joined], starts[-1:]])
+
+    def json(self, stream: Stream, seconds: float) -> dict[str, Any]:
+        """The table of `eval/<arm>/trace.json` after the last chunk, which ended at `seconds`."""
+        rows = self._rows
+        if not rows or rows[-1][0] < seconds:
+            rows = [*rows, (seconds, self._counted(stream))]
+        bins = -(-len(self._intake.arrived) // self._joined)
+        return {
+            "video": self._intake.sample.id,
+            "seconds": seconds,
+            "bin_seconds": self._intake.seconds_per_segment * self._joined,
+            "chunk_ends": [end for end, _ in rows],
+            "arrived": {
+                kind.name.lower(): self._summed([arrived[place] for arrived in self._intake.arrived])
+                for place, kind in enumerate(EVICTABLE)
+            },
+            "kept": {kind.name.lower(): [_widened(row[kind], bins).tolist() for _, row in rows] for kind in EVICTABLE},
+        }
+
+    def _summed(self, counts: list[int]) -> list[int]:
+        return [sum(counts[first : first + self._joined]) for first in range(0, len(counts), self._joined)]
+
+
+def _joined(table: Int[Tensor, "layers bins"]) -> Int[Tensor, "layers half"]:
+    """Neighbouring bins as one."""
+    return _widened(table, table.shape[1] + table.shape[1] % 2).unflatten(1, (-1, 2)).sum(2).to(torch.int32)
+
+
+def _widened(table: Int[Tensor, "layers bins"], bins: int) -> Int[Tensor, "layers {bins}"]:
+    """With empty bins for what had not come yet."""
+    return torch.nn.functional.pad(table, (0, bins - table.shape[1]))
