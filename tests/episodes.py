@@ -13,8 +13,9 @@ from omnimem.attach import Seam
 from omnimem.memory import Memory
 from omnimem.policy import Policy
 from omnimem.scoring import AbstractScorer
+from omnimem.selection import taken
 from omnimem.stream import Prompt
-from omnimem.tokens import EVICTABLE, Chunk, DeepStack
+from omnimem.tokens import EVICTABLE, Chunk, DeepStack, Modality
 from omnimem.tuning import Gradient
 from omnimem.view import FLOOR, LayerView, similarity
 
@@ -134,6 +135,7 @@ class Softened:
     scores: Sequence[Tensor]  # as ScoresByChunk notes them
     temperature: float
     novelty_power: float = 1.0
+    form: str = "straight_through"
 
 
 @final
@@ -195,19 +197,18 @@ class OneShot:
         """Gate of every streamed token before each chunk, and after the last one."""
         found = [states.new_zeros(len(states), self.streamed)]
         for number in range(len(self.spans)):
-            added = 0 if self.softened is None else self.added(self.softened, number, layer, states)
-            after = found[-1] + added
+            after = found[-1]
+            if self.softened is not None and self.softened.form == "soft":
+                after = self.judged(self.softened, number, layer, states, after)
+            elif self.softened is not None:
+                after = after + self.added(self.softened, number, layer, states)
             found.append(after.detach() if number < self.constant else after)
         return found
 
     def added(self, softened: Softened, number: int, layer: int, states: Tensor) -> Tensor:
         """What the eviction after chunk `number` adds: log(1 + g - g0), g = sigmoid((z - tau) / T) of kept tokens."""
-        span, after = self.spans[number], self.kept[number][layer]
-        fresh = torch.arange(span.start, span.stop).expand(len(states), -1)
-        pool = torch.cat([self.kept[number - 1][layer], fresh], dim=1) if number else fresh
-        noted = softened.scores[number * len(self.kept[0]) + layer]
-        score = noted * self.slope(softened, states, pool)
-        rows = []
+        pool, noted, score = self.pool(softened, number, layer, states)
+        after, rows = self.kept[number][layer], []
         for b in range(len(states)):
             row, stays = states.new_zeros(self.streamed), torch.isin(pool[b], after[b])
             for kind in EVICTABLE:
@@ -220,6 +221,34 @@ class OneShot:
                 row = row.index_add(0, pool[b][kept], torch.log(1 + g - g.detach()).to(row.dtype))
             rows.append(row)
         return torch.stack(rows)
+
+    def judged(self, softened: Softened, number: int, layer: int, states: Tensor, before: Tensor) -> Tensor:
+        """Gates after chunk `number` where they are soft: log sigmoid((z - tau) / T) in place of what they were."""
+        pool, noted, score = self.pool(softened, number, layer, states)
+        room, rows = softened.policy.room(layer), []
+        for b in range(len(states)):
+            row, kinds = before[b], self.modality[b, pool[b]]
+            counts = taken({kind: int((kinds == kind).sum()) for kind in Modality}, room)
+            for kind in EVICTABLE:
+                places = (kinds == kind).nonzero()[:, 0].tolist()
+                if not 0 < counts[kind] < len(places):
+                    continue
+                ranked = sorted(places, key=lambda k: (float(noted[b, k]), k), reverse=True)
+                last, first = ranked[counts[kind] - 1 : counts[kind] + 1]
+                side = torch.tensor([1e-4 if k in ranked[: counts[kind]] else -1e-4 for k in places])
+                tau, deviation = (score[b, last] + score[b, first]) / 2, score[b, places].std(unbiased=False)
+                gate = F.logsigmoid(((score[b, places] - tau) / deviation + side) / softened.temperature)
+                row = row.index_put((pool[b, places],), gate.to(row.dtype))
+            rows.append(row)
+        return torch.stack(rows)
+
+    def pool(self, softened: Softened, number: int, layer: int, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Arrival numbers that compete after chunk `number`, their scores as noted, and with their gradient."""
+        span = self.spans[number]
+        fresh = torch.arange(span.start, span.stop).expand(len(states), -1)
+        pool = torch.cat([self.kept[number - 1][layer], fresh], dim=1) if number else fresh
+        noted = softened.scores[number * len(self.kept[0]) + layer]
+        return pool, noted, noted * self.slope(softened, states, pool)
 
     def slope(self, softened: Softened, states: Tensor, pool: Tensor) -> Tensor:
         """1 in value, with the relative gradient of the score: through its novelty alone, as Softness.gradient says."""

@@ -181,6 +181,7 @@ class Layer:
     modality: list = field(default_factory=list)
     importance: list = field(default_factory=list)
     novelty: list = field(default_factory=list)
+    gates: list = field(default_factory=list)  # 0 where selection is hard
 
     def read(self, queries, keys, features, modality, scale):
         """Append a chunk, judge the pool, evict (method 1.2, 1.6-1.8): the order of the release, in one layer."""
@@ -193,7 +194,8 @@ class Layer:
         self.features = self.features + features
         self.modality = self.modality + modality
 
-        received = mass(queries, self.keys, scale, rule["heads"])
+        self.gates = self.gates + [0.0] * new
+        received = mass(queries, self.keys, scale, rule["heads"], self.gates)
         part = 0.5 if rule["carry"] == "halve" else 1.0
         self.importance = [part * (self.importance[k] + received[k]) for k in range(old)] + received[old:]
 
@@ -203,8 +205,72 @@ class Layer:
             self.novelty = self.novelty + [1 - s for s in similarity(features, modality, self.of, rule["ends"])]
 
         scores = [psi(a, n, self.sharpness, rule["power"]) for a, n in zip(self.importance, self.novelty, strict=True)]
-        kept = select(scores, self.modality, self.audio_slots, self.visual_slots, self.split, rule["lend"])
+        kept = self.chosen(scores, rule["lend"])
         self.keys = [[head[k] for k in kept] for head in self.keys]
-        for name in ("order", "features", "modality", "importance", "novelty"):
+        for name in ("order", "features", "modality", "importance", "novelty", "gates"):
             rows = getattr(self, name)
             setattr(self, name, [rows[k] for k in kept])
+
+    def chosen(self, scores, lend):
+        """Places that stay."""
+        return select(scores, self.modality, self.audio_slots, self.visual_slots, self.split, lend)
+
+
+# ------------------------------------------------------------------------------------- softened selection, soft form
+
+
+def surplus(kept, temperature):
+    """Near-threshold tokens that stay beside `kept`: twice as many from T = 0.2 on, below in proportion to T."""
+    return math.floor(2 * kept * min(1.0, temperature / 0.2))
+
+
+def soft_gates(scores, ranked, kept, temperature):
+    """log sigmoid((z - tau) / T) of the ranked places: z standardised over all of them, tau between the last that hard
+    selection keeps and the first that it drops; a tie counts as 1e-4 deviations, and no gate is below -50."""
+    mean = math.fsum(scores[k] for k in ranked) / len(ranked)
+    deviation = max(math.sqrt(math.fsum((scores[k] - mean) ** 2 for k in ranked) / len(ranked)), 1e-6)
+    tau = (scores[ranked[kept - 1]] + scores[ranked[kept]]) / 2
+    gates = []
+    for place, k in enumerate(ranked):
+        distance = (scores[k] - tau) / deviation + (1e-4 if place < kept else -1e-4)
+        x = distance / temperature
+        gates.append(max(-50.0, min(x, 0.0) - math.log1p(math.exp(-abs(x)))))
+    return gates
+
+
+def soft_select(scores, modality, audio_slots, visual_slots, temperature, carried, split=True, lend=True):
+    """{place: gate} of what stays: text, and of each group what hard selection keeps and those next to it."""
+    of = {kind: [k for k in range(len(scores)) if modality[k] == kind] for kind in (TEXT, AUDIO, VISUAL)}
+    if split:
+        counts = shares(len(of[AUDIO]), len(of[VISUAL]), audio_slots, visual_slots, lend)
+        groups = list(zip((of[AUDIO], of[VISUAL]), counts, strict=True))
+    else:
+        both = sorted(of[AUDIO] + of[VISUAL])
+        groups = [(both, min(len(both), audio_slots + visual_slots))]
+    stay = {k: carried[k] for k in of[TEXT]}
+    for members, kept in groups:
+        ranked = best(scores, members, len(members))
+        if kept in (0, len(members)):
+            stay.update({k: carried[k] for k in ranked[:kept]})
+            continue
+        gates = soft_gates(scores, ranked, kept, temperature)
+        count = kept + surplus(kept, temperature)
+        stay.update(dict(list(zip(ranked, gates, strict=True))[:count]))
+    return dict(sorted(stay.items()))
+
+
+@dataclass
+class SoftLayer(Layer):
+    """A layer whose selection is softened: gates are judged anew at every eviction of a group."""
+
+    temperature: float = 1.0
+
+    def chosen(self, scores, lend):
+        gates = soft_select(
+            *(scores, self.modality, self.audio_slots, self.visual_slots, self.temperature, self.gates),
+            split=self.split,
+            lend=lend,
+        )
+        for k, gate in gates.items():
+            self.gates[k] = gate
+        return list(gates)

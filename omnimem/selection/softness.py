@@ -24,9 +24,9 @@ class Softness:
     def stay(self, kept: int, size: int) -> int:
         """How many of `size` tokens stay where hard selection keeps `kept`: kept + floor(2 kept min(1, T / 0.2)).
 
-        A count that hangs on nothing but T is the same for all streams of a batch and all ranks, and is known before.
-        At T = 0.2 a token seven T below the threshold, which weighs 1/1000, is about the last that fits: where scores
-        are bell-shaped and one in five or ten stays, twice that many lie so near.
+        A count that hangs on nothing but T is the same for all streams of a batch and on all ranks, and known before.
+        Why in proportion: the tokens that still weigh something lie within a few T of the threshold. Where scores are
+        bell-shaped and one in five stays, those left out below T = 0.2 weigh under three thousandths each.
         """
         if self.form == "straight_through":
             return kept
