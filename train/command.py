@@ -23,7 +23,7 @@ from omnimem.evaluation import EvaluationError
 from omnimem.footprint import ShapesError
 from omnimem.media import MediaError
 from omnimem.run import RunError
-from omnimem.tuning import AdapterError
+from omnimem.tuning import AdapterError, GradientError
 
 USER_ERRORS = (
     AdapterError,
@@ -34,6 +34,7 @@ USER_ERRORS = (
     ComparisonError,
     ConfigError,
     EvaluationError,
+    GradientError,
     ManifestError,
     MediaError,
     RunError,

@@ -21,7 +21,7 @@ from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.feeding import Feeder
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described
 from train.arguments import train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
@@ -74,6 +74,9 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
         with settings.main_process_first(local=False, desc="budget"):
             budget = budget_of(run, seam, feeder, start.folder)
         parts = Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies_of(run, budget))
+        departure = described(run.tuning, parts.policies(None), seam.shape.layers)
+        if first:
+            update_json(start.folder.record, policy_in_training=departure)
         trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_model(str(start.folder.adapter))

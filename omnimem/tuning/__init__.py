@@ -21,6 +21,7 @@ from omnimem.tuning.lora import (
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
 from omnimem.tuning.plan import Plan, Step, TuningOptions
+from omnimem.tuning.reach import described, gradient_of, policy_in_training
 from omnimem.tuning.session import Outcome, streamed_loss
 from omnimem.tuning.tally import Pass, running_means, tally
 
@@ -50,7 +51,10 @@ __all__ = [
     "add_adapter",
     "answer_losses",
     "by_similarity",
+    "described",
+    "gradient_of",
     "load_adapter",
+    "policy_in_training",
     "running_means",
     "streamed_loss",
     "tally",

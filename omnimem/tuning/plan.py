@@ -7,6 +7,7 @@ from omnimem.backbones import LayoutError
 from omnimem.feeding import Opened
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange, in_laps, uniform
+from omnimem.tuning.gradient.options import Horizon, Mode, check_settings
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
 
@@ -17,7 +18,9 @@ class TuningOptions:
     """How the model is tuned under its budget."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
-    gradient: Literal["full"] = "full"
+    gradient: Mode = "full"  # what learns from which chunk (docs/tuning.md)
+    horizon: Horizon = "all"  # full: how many chunks before a loss learn from it
+    stop_layer: int | None = None  # released, paper: chunks run the layers below it; empty: half of them
     recompute: Literal["none", "chunk", "layer"] = "chunk"  # what of the activations lives: all, a chunk, a layer of it
     offload: bool = False  # memories wait on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
@@ -27,6 +30,7 @@ class TuningOptions:
     loss: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
+        check_settings(self.gradient, self.horizon, self.stop_layer, self.selection.softening)
         for slots in () if isinstance(self.budgets, BudgetRange) else self.budgets:
             if slots != "full" and slots < 1:
                 raise ValueError(f"tuning.budgets holds {slots}; a budget is at least 1 slot per layer, or full")
