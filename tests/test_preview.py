@@ -145,6 +145,20 @@ def test_the_memory_table_takes_the_largest_budget_of_training(tmp_path: Path, c
     assert "keys and values" in render(footprint(Shapes.read(checkpoint), load))
 
 
+def test_the_memory_table_and_the_budget_say_what_soft_selection_holds(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft = "tuning.selection.softening=soft"
+    run = recorded(tmp_path / "data", checkpoint, "tuning.budgets=[4, 20]", "memory.slots_per_layer=20", soft)
+    skeleton = skeleton_of(run, Missing())
+    assert skeleton is not None
+    assert load_of(run, skeleton.shapes, read_sample(run, skeleton, Missing())).entries == 2 * 60
+    preview.preview(run)
+    said = "soft selection holds up to 60 entries a layer in training where evaluation holds 20"
+    assert said in capsys.readouterr().out
+    assert "soft selection" not in shown(capsys)
+
+
 @pytest.mark.parametrize(
     ("override", "what"),
     [

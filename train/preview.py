@@ -24,10 +24,11 @@ from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import Message, Sample, read_manifest
-from omnimem.feeding import IGNORED, tracks_of
+from omnimem.feeding import IGNORED, Heard, Opened, tracks_of
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.tokens import Modality
+from omnimem.tuning import Plan
 
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
@@ -283,13 +284,16 @@ def describe_budget(run: RunConfig, shapes: Shapes, reading: Reading) -> Iterato
         if drawn:
             listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
             yield f"{what} in training, one drawn a step: {listed}"
+    if (most := run.tuning.selection.most(slots)) > slots:
+        yield f"soft selection holds up to {most:,} entries a layer in training where evaluation holds {slots:,}"
 
 
 def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
     """What the run asks of a device, with the sample taken for its longest one."""
     measures, scorer = (built := run.memory.policy.build(None)).measures, built.scorer
     media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
-    slots = max(media if slots is None else slots for slots in run.tuning.slots(run.memory.slots_per_layer))
+    drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
+    slots = max(media if slots is None else most(slots) for slots in drawn)
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
     batch = int(run.train.get("per_device_train_batch_size", 8))
     return Load(
