@@ -113,7 +113,7 @@ def test_a_wrong_input_ends_with_exit_code_2_and_its_cure(
 def test_accuracies_follow_their_definitions() -> None:
     keys: tuple[str, ...] = ("correct", "parsed", "counted", "bare")
     rows = [(1, 1, 1, 1), (0, 1, 1, 0), (0, 0, 1, 0), (0, 0, 0, 0)]
-    lines = [dict(zip(keys, map(bool, row), strict=True)) for row in rows]
+    lines: list[dict[str, bool]] = [dict(zip(keys, map(bool, row), strict=True)) for row in rows]
     assert accuracy(lines) == {"n": 4, "official": 1 / 3, "strict": 0.25, "no_answer": 0.5, "format": 0.25}
     assert accuracy([])["strict"] == 0
 

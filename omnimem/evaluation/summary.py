@@ -2,13 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 from omnimem.benchmarks import Defect
-
-Line = Mapping[str, Any]
+from omnimem.benchmarks.accuracy import Line, accuracy, breakdown
 
 
 def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:
@@ -18,8 +17,9 @@ def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[
     inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
     streams = _streams(answered)
     return {
-        **_accuracy(lines),
-        "kinds": {kind: _accuracy([line for line in lines if str(line["kind"]) == kind]) for kind in kinds},
+        **accuracy(lines),
+        "kinds": {kind: accuracy([line for line in lines if str(line["kind"]) == kind]) for kind in kinds},
+        "categories": breakdown(lines),
         "peak_entries": _mean(answered, "peak_entries"),
         "answer_entries": _mean(answered, "entries"),
         "bytes": _mean(answered, "bytes"),
@@ -45,20 +45,6 @@ def _streams(lines: Sequence[Line]) -> list[Line]:
 
 def _late(lines: Sequence[Line]) -> list[Defect]:
     return [Defect(rule="time_stamp", where=line["id"], what=line["late"]) for line in lines if line.get("late")]
-
-
-def _accuracy(lines: Sequence[Line]) -> dict[str, Any]:
-    count = len(lines)
-    right, parsed, counted, bare = (
-        sum(bool(line[key]) for line in lines) for key in ("correct", "parsed", "counted", "bare")
-    )
-    return {
-        "n": count,
-        "official": right / counted if counted else 0.0,
-        "strict": right / count if count else 0.0,
-        "no_answer": (count - parsed) / count if count else 0.0,
-        "format": bare / count if count else 0.0,
-    }
 
 
 def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Four benchmarks in their official layouts, with real films, through a tiny model: three arms and the report."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fixtures_benchmarks as layouts
+import pytest
+import thinkers
+import tuned
+
+from omnimem.benchmarks import (
+    LVBenchOptions,
+    LVOmniBenchOptions,
+    OwnOptions,
+    StreamingBenchOptions,
+    VideoMMEOptions,
+)
+from omnimem.evaluation import EvaluateOptions
+from train import compare, evaluate
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ARMS = ("full_memory", "training_free", "tuned")
+QUESTIONS = {
+    "video_mme_subtitles": 9,
+    "lvbench_lmms_eval": 3,
+    "lvomnibench": 3,
+    "streamingbench": 8,
+    "streamingbench_sqa_60s": 2,
+    "mine": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a tiny run has been evaluated and compared."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    base = thinkers.write_folder(folder / "model", rates="tiny")
+    benchmarks = (
+        VideoMMEOptions(root=str(layouts.video_mme(folder / "video_mme")), subtitles=True),
+        LVBenchOptions(root=str(layouts.lvbench(folder / "lvbench")), rules="lmms_eval"),
+        LVOmniBenchOptions(root=str(layouts.lvomnibench(folder / "lvomnibench"))),
+        StreamingBenchOptions(root=str(layouts.streamingbench(folder / "streamingbench"))),
+        StreamingBenchOptions(root=str(folder / "streamingbench"), parts=("sqa",), context="60s"),
+        OwnOptions(root=str(layouts.own(folder / "own")), title="mine"),
+    )
+    asked = EvaluateOptions(benchmarks=benchmarks, max_new_tokens=2, probes=False)
+    run = tuned.write_run(folder / "runs" / "x", base, replace(tuned.config_of(base), evaluate=asked))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        evaluate.main(["--config", str(run.config), *(word for arm in ARMS for word in ("--arm", arm))])
+        compare.main([str(run.path), "--out", "compare", "--draws", "100"])
+    return folder
+
+
+def lines(folder: Path, arm: str, label: str) -> list[dict[str, Any]]:
+    path = folder / "runs" / "x" / "eval" / arm / f"{label}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary(folder: Path, arm: str) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "x" / "eval" / arm / "summary.json").read_text())["benchmarks"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_question_of_every_benchmark_is_answered_by_every_arm(arm: str, evaluated: Path) -> None:
+    assert {label: entry["n"] for label, entry in summary(evaluated, arm).items()} == QUESTIONS
+    for label, count in QUESTIONS.items():
+        answered = lines(evaluated, arm, label)
+        assert len({line["id"] for line in answered}) == count
+        assert not any(line.get("failed") for line in answered)
+
+
+def test_a_question_at_a_time_stamp_has_seen_and_heard_nothing_later(evaluated: Path) -> None:
+    stamped = lines(evaluated, "full_memory", "streamingbench")
+    assert {line["at"] for line in stamped} == {3.0, 4.0, 5.0, 6.0, 7.0, 8.0}
+    for line in stamped:
+        assert line["frames"] <= line["at"] + 1
+        assert line["audio_seconds"] <= line["at"]
+        assert line["stream_seconds"] <= line["at"]
+
+
+def test_questions_cut_from_one_video_count_as_one_cluster(evaluated: Path) -> None:
+    minute = lines(evaluated, "tuned", "streamingbench_sqa_60s")
+    assert [line["stream"] for line in minute] == ["sample_4_sqa@3", "sample_4_sqa@7"]
+    assert {line["video"] for line in minute} == {"sample_4_sqa"}
+    compared = json.loads((evaluated / "compare" / "summary.json").read_text())["benchmarks"]
+    assert compared["streamingbench_sqa_60s"]["clusters"] == 1
+    assert compared["streamingbench"]["clusters"] == 4
+
+
+def test_arms_are_asked_the_same_and_their_categories_are_those_of_the_benchmark(evaluated: Path) -> None:
+    for label in QUESTIONS:
+        prompts = [[line["prompt_sha256"] for line in lines(evaluated, arm, label)] for arm in ARMS]
+        assert prompts[0] == prompts[1] == prompts[2]
+    several = {line["id"]: line["categories"] for line in lines(evaluated, "tuned", "lvbench_lmms_eval")}
+    assert several["56"] == {"question_type": ["reasoning", "temporal grounding"], "video_type": ["tv"]}
+
+
+def test_the_summary_names_the_rules_and_every_defect(evaluated: Path) -> None:
+    entries = summary(evaluated, "training_free")
+    assert {label: entry["rules"] for label, entry in entries.items()} == {
+        "video_mme_subtitles": "official",
+        "lvbench_lmms_eval": "lmms_eval",
+        "lvomnibench": "official",
+        "streamingbench": "official",
+        "streamingbench_sqa_60s": "official",
+        "mine": "lmms_eval",
+    }
+    assert {defect["rule"] for defect in entries["streamingbench"]["defects"]} == {
+        "time_stamp",
+        "option_list",
+        "option_letters",
+    }
+    assert [defect["rule"] for defect in entries["lvbench_lmms_eval"]["defects"]] == ["option_list", "several_labels"]
+
+
+def test_the_summary_breaks_down_by_categories_and_by_the_stream_before_the_question(evaluated: Path) -> None:
+    entries = summary(evaluated, "tuned")
+    assert set(entries["video_mme_subtitles"]["categories"]["duration"]) == {"short", "medium", "long"}
+    assert entries["streamingbench"]["categories"]["duration"]["up to 2 min"]["n"] == 8
+    groups = {label: numbers["n"] for label, numbers in entries["streamingbench"]["categories"]["group"].items()}
+    assert groups == {"contextual": 3, "omni-source": 1, "real-time visual": 4}
+
+
+def test_the_arms_are_compared_on_all_benchmarks(evaluated: Path) -> None:
+    compared = json.loads((evaluated / "compare" / "summary.json").read_text())["benchmarks"]
+    assert {label: group["n"] for label, group in compared.items()} == QUESTIONS
+    assert all({"training_free", "tuned", "full_memory"} <= set(group["arms"]) for group in compared.values())
+    assert (evaluated / "compare" / "report.html").stat().st_size > 10_000
