@@ -1,8 +1,9 @@
 """HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from accelerate.utils import gather_object
@@ -33,6 +34,7 @@ from omnimem.tuning import (
 from train.assemble import Policies
 from train.delivery import delivered
 from train.order import Batching, EpochOrder, Samples, in_a_batch, seed_of
+from train.shards import Shards, whole
 
 
 @final
@@ -57,6 +59,7 @@ class StreamTrainer(Trainer):
         self.failures = failures
         self.carry = gradient_of(plan.options, seam.shape.layers)
         self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
+        self.shards: Shards | None = None  # under ZeRO-3
         self.outcomes: list[tuple[int, Outcome]] = []  # with the number of their step, until the next log
         for chatty in (PrinterCallback, ProgressCallback):
             self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
@@ -73,6 +76,26 @@ class StreamTrainer(Trainer):
         shuffled = self.args.train_sampling_strategy == "random"
         return EpochOrder(self.samples, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        engine, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
+            self.shards = Shards(engine, cast(Any, self.seam.text_model).layers)
+        return engine, loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-step."""
+        with self.shards.micro_step() if self.shards else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter; under ZeRO-3 peft alone would write empty tensors, and the Trainer gather the base as well."""
+        if self.shards is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole(trainable(self.adapted)):
+            if self.args.should_save:
+                self._save(output_dir)
+
     def compute_loss(
         self,
         model: Any,
@@ -83,7 +106,14 @@ class StreamTrainer(Trainer):
         """This rank's part of the mean loss of the step, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
-        return model(streamed=lambda: delivered(self._loss(opened, step), trainable(self.adapted)))
+        return model(streamed=lambda: self._delivered(opened, step))
+
+    def _delivered(self, opened: Sequence[Opened], step: Step) -> Tensor:
+        loss = self._loss(opened, step)
+        if self.shards is None:
+            return delivered(loss, trainable(self.adapted))
+        self.shards.settle()  # all ranks begin backward together
+        return delivered(loss, trainable(self.adapted), finish=self.shards.settle)
 
     def _loss(self, opened: Sequence[Opened], step: Step) -> Tensor:
         """Each sample weighs the same however the step is dealt out; one that failed weighs nothing."""
