@@ -1,5 +1,6 @@
 """From a sample to a stream: decode, encode (or take the encoders' outputs from a cache), cut, pack the questions."""
 
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -349,7 +350,11 @@ def _store(parts: Sequence[Part], path: Path) -> None:
         table.append([segment.grid, *times, heard.frames, heard.audio_seconds])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.{id(parts)}.part")
-    save_file(tensors, partial, metadata={"segments": json.dumps(table)})
+    try:
+        save_file(tensors, partial, metadata={"segments": json.dumps(table)})
+    except SafetensorError as error:  # a full disk, in its own words
+        partial.unlink(missing_ok=True)
+        raise OSError(errno.EIO, str(error), str(path)) from error
     partial.replace(path)
 
 

@@ -1,5 +1,6 @@
 """The run folder: when it may be used, what lies in it, and what the run was."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -8,12 +9,16 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
+
+from omnimem.sealed import damage
 
 PACKAGES = (
     "omnimem",
@@ -33,6 +38,8 @@ HERE = Path(__file__).resolve().parent
 
 
 CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # what train/calibrate.py leaves for the run to use
+LOCK = ".lock"
+PATIENCE = 60.0  # seconds in which a process that was asked to end may still write into its run folder
 
 
 class RunError(ValueError):
@@ -85,14 +92,24 @@ class RunFolder:
         """Results of one arm."""
         return self.path / "eval" / arm
 
+    @property
+    def partial(self) -> Path:
+        """Where a checkpoint is written until it is whole."""
+        return self.path / ".partial"
+
+    def checkpoint(self, step: int) -> Path:
+        """What is needed to go on after so many steps."""
+        return self.path / f"checkpoint-{step}"
+
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first; trainer_state.json is the last file the Trainer writes."""
-        steps = {
-            int(name[1]): path
-            for path in self.path.glob("checkpoint-*")
-            if (name := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-        }
-        return [steps[step] for step in sorted(steps)]
+        """Every folder named as a checkpoint, oldest first; `omnimem.sealed.damage` says which are whole."""
+        named = [path for path in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(named, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that were done when it was written."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 @final
@@ -104,17 +121,27 @@ class Start:
     checkpoint: Path | None = None  # None: from the first step
     resumed: bool = False
     replaces: bool = False
+    aside: tuple[Path, ...] = ()  # later checkpoints, damaged or left behind: they keep their files, not their names
+    news: str = ""  # a line about them
 
     @property
     def step(self) -> int:
         """Steps that are done already."""
-        return int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint else 0
+        return step_of(self.checkpoint) if self.checkpoint else 0
 
-    def open(self, config: str, provenance: Mapping[str, Any]) -> RunFolder:
-        """Make the folder ready on disk (one process alone does this) and write config.yaml and run.json."""
+    def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
+        """Make the folder ready on disk (one process alone does this) and write config.yaml and run.json.
+
+        From now on the folder belongs to this process. Raises RunError when another one still holds it after
+        `patience` seconds.
+        """
+        hold(self.folder, patience)
         if self.replaces:
             self.folder.path.rename(_free(self.folder.path))
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+            hold(self.folder, patience)
+        for path in self.aside:
+            path.rename(_free(path))
+        shutil.rmtree(self.folder.partial, ignore_errors=True)
         earlier = read_json(self.folder.record) if self.resumed and self.folder.record.is_file() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
         write_text(self.folder.config, config)
@@ -126,7 +153,7 @@ class Start:
 def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs: Path = Path("runs")) -> Start:
     """How runs/<name> may be used; RunError names the cures. Nothing is changed on disk.
 
-    resume: None, "auto" (the newest complete checkpoint, or the first step where there is none), or a checkpoint.
+    resume: None, "auto" (the newest whole checkpoint, or the first step where there is none), or a checkpoint.
     Rank 0 alone refuses a folder that exists: to the others it may be the one that rank 0 has just made.
     """
     folder = RunFolder(path=runs / name)
@@ -134,8 +161,8 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
         raise RunError("--resume continues a run and --overwrite starts it anew; give one of them")
     used = folder.path.exists() and (not folder.path.is_dir() or any(_begun(path) for path in folder.path.iterdir()))
     if resume is not None:
-        checkpoint = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
-        return Start(folder=folder, checkpoint=checkpoint, resumed=used)
+        start = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
+        return replace(start, resumed=used)
     if used and not overwrite and os.environ.get("RANK", "0") == "0":
         raise RunError(
             f"{folder.path} exists already; continue it with --resume auto, give the run another name with name=..., "
@@ -146,7 +173,7 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
 
 def _begun(path: Path) -> bool:
     """Whether a file in a run folder belongs to a run; a calibration beforehand is part of none."""
-    return path.name not in CALIBRATED
+    return path.name not in (*CALIBRATED, LOCK)
 
 
 def provenance(*, command: Sequence[str], seed: int, sha256: Mapping[str, str | None]) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
+    with _named(path), partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -205,8 +232,17 @@ def update_json(path: Path, **values: Any) -> None:
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line of JSON; numbers that are not finite become null."""
-    with path.open("a", encoding="utf-8") as file:
+    with _named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(dict(record)), allow_nan=False) + "\n")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which file it was: the system names none when there is no room left to write."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def keep_steps(path: Path, last: int) -> None:
@@ -224,24 +260,69 @@ def _until(line: str, last: int) -> bool:
         return False
 
 
-def _newest(folder: RunFolder) -> Path | None:
-    """The last complete checkpoint; RunError when the folder holds something else than a run."""
+def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
+    """Make a run folder where there is none, and keep other processes out of it until this one ends.
+
+    Raises RunError when another one still holds it after `patience` seconds.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would let go
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < until:
+                time.sleep(0.2)
+                continue
+            holder = os.read(lock, 20).decode()
+            raise RunError(
+                f"{folder.path} is in use by process {holder}; wait until it has ended, or set name=..."
+            ) from error
+        os.truncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
+        return
+
+
+def _newest(folder: RunFolder) -> Start:
+    """From the last whole checkpoint; RunError when the folder holds something else than a run."""
     checkpoints = folder.checkpoints()
     if not checkpoints and folder.path.is_dir() and any(folder.path.iterdir()) and not folder.record.is_file():
         raise RunError(f"{folder.path} holds no run to resume (no run.json); set name=... or use --overwrite")
-    return checkpoints[-1] if checkpoints else None
+    passed: dict[Path, str] = {}
+    for path in reversed(checkpoints):
+        what = damage(path)
+        if what is None:
+            return Start(folder=folder, checkpoint=path, aside=tuple(passed), news=_passed_over(passed, str(path)))
+        passed[path] = what
+    return Start(folder=folder, aside=tuple(passed), news=_passed_over(passed, "the first step"))
 
 
-def _chosen(folder: RunFolder, checkpoint: Path) -> Path:
-    """A checkpoint of this run by its path."""
+def _passed_over(passed: Mapping[Path, str], instead: str) -> str:
+    each = ", ".join(f"{path} ({what}; now {_free(path).name})" for path, what in passed.items())
+    return f"passed over {each}; going on from {instead}" if passed else ""
+
+
+def _chosen(folder: RunFolder, checkpoint: Path) -> Start:
+    """From a checkpoint of this run by its path; RunError when it is none, or damaged."""
     known = folder.checkpoints()
-    for path in known:
-        if path.resolve() == checkpoint.resolve():
-            return path
     if not known:
-        raise RunError(f"{checkpoint}: {folder.path} has no complete checkpoint; use --resume auto to begin it again")
+        raise RunError(f"{checkpoint}: {folder.path} has no checkpoint; use --resume auto to begin it again")
     names = ", ".join(str(path) for path in known)
-    raise RunError(f"{checkpoint} is no complete checkpoint of {folder.path}; known: {names}")
+    chosen = next((path for path in known if path.resolve() == checkpoint.resolve()), None)
+    if chosen is None:
+        raise RunError(f"{checkpoint} is no checkpoint of {folder.path}; known: {names}")
+    what = damage(chosen)
+    if what is not None:
+        raise RunError(f"{checkpoint} is damaged: {what}; use --resume auto, which takes the newest whole one")
+    later = tuple(path for path in known if step_of(path) > step_of(chosen))
+    moved = ", ".join(f"{path} (now {_free(path).name})" for path in later)
+    return Start(
+        folder=folder,
+        checkpoint=chosen,
+        aside=later,
+        news=f"left behind {moved}; going on from {chosen}" if later else "",
+    )
 
 
 def _free(path: Path) -> Path:

@@ -2,21 +2,30 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from omnimem import run
+from omnimem.sealed import damage, put, seal
 
 
-def checkpoint(folder: Path, step: int, *, complete: bool = True) -> Path:
+def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
     path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    if complete:
-        (path / "trainer_state.json").write_text("{}")
+    (path / "global_step").mkdir(parents=True)
+    (path / "trainer_state.json").write_text("{}")
+    (path / "global_step" / "weights.pt").write_bytes(bytes(range(100)))
+    if whole:
+        seal(path, step=step)
     return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def used(runs: Path, name: str = "x") -> Path:
@@ -36,7 +45,7 @@ def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_
     with pytest.raises(run.RunError, match=r"--resume auto.*name=.*--overwrite") as error:
         run.plan("x", runs=tmp_path)
     assert "\n" not in str(error.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "run.json"]
+    assert names(folder) == [".lock", "config.yaml", "run.json"]
 
 
 def test_another_rank_does_not_take_the_folder_of_rank_0_for_an_old_run(
@@ -65,13 +74,123 @@ def test_planning_changes_nothing_on_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_auto_takes_the_newest_complete_checkpoint_by_number(tmp_path: Path) -> None:
+def test_resume_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path: Path) -> None:
     folder = used(tmp_path)
     checkpoint(folder, 9)
     newest = checkpoint(folder, 10)
-    checkpoint(folder, 11, complete=False)
     start = run.plan("x", resume="auto", runs=tmp_path)
-    assert (start.checkpoint, start.step) == (newest, 10)
+    assert (start.checkpoint, start.step, start.aside, start.news) == (newest, 10, (), "")
+
+
+def shorten(path: Path) -> str:
+    file = path / "global_step" / "weights.pt"
+    file.write_bytes(file.read_bytes()[:60])
+    return "global_step/weights.pt has 60 of 100 bytes"
+
+
+def flip(path: Path) -> str:
+    file = path / "global_step" / "weights.pt"
+    whole = bytearray(file.read_bytes())
+    whole[50] ^= 1
+    file.write_bytes(whole)
+    return "global_step/weights.pt is not what was written (sha256)"
+
+
+def lose(path: Path) -> str:
+    (path / "trainer_state.json").unlink()
+    return "trainer_state.json is missing"
+
+
+def unseal(path: Path) -> str:
+    (path / "sealed.json").unlink()
+    return "sealed.json is missing"
+
+
+def garble(path: Path) -> str:
+    (path / "sealed.json").write_text('{"files": ["weights.pt"')
+    return "sealed.json cannot be read"
+
+
+@pytest.mark.parametrize("harm", [shorten, flip, lose, unseal, garble])
+def test_a_damaged_checkpoint_is_passed_over_named_and_set_aside_and_refused_by_name(
+    harm: Callable[[Path], str], tmp_path: Path
+) -> None:
+    folder = used(tmp_path)
+    older, newest = checkpoint(folder, 9), checkpoint(folder, 10)
+    what = harm(newest)
+    with pytest.raises(run.RunError, match=rf"checkpoint-10 is damaged: {re.escape(what)}; use --resume auto"):
+        run.plan("x", resume=str(newest), runs=tmp_path)
+    start = run.plan("x", resume="auto", runs=tmp_path)
+    assert (start.checkpoint, start.step) == (older, 9)
+    assert start.news == f"passed over {newest} ({what}; now checkpoint-10.1); going on from {older}"
+    start.open("name: x\n", {})
+    assert names(folder) == [".lock", "checkpoint-10.1", "checkpoint-9", "config.yaml", "run.json"]
+    assert run.plan("x", resume="auto", runs=tmp_path).news == ""
+
+
+def test_with_no_whole_checkpoint_left_a_run_says_so_and_begins_again(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    unseal(checkpoint(folder, 4))
+    start = run.plan("x", resume="auto", runs=tmp_path)
+    assert (start.checkpoint, start.step) == (None, 0)
+    assert start.news.endswith("(sealed.json is missing; now checkpoint-4.1); going on from the first step")
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    older = checkpoint(folder, 9)
+    checkpoint(folder, 10)
+    start = run.plan("x", resume=str(older), runs=tmp_path)
+    assert start.news == f"left behind {folder}/checkpoint-10 (now checkpoint-10.1); going on from {older}"
+    start.open("name: x\n", {})
+    assert run.plan("x", resume="auto", runs=tmp_path).checkpoint == older
+
+
+def test_files_added_to_a_sealed_folder_do_not_count(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 1)
+    (path / "notes.txt").touch()
+    assert damage(path) is None
+
+
+def test_a_folder_put_in_place_replaces_what_was_there(tmp_path: Path) -> None:
+    new, old = checkpoint(tmp_path / "new", 1), checkpoint(tmp_path, 1)
+    (old / "notes.txt").touch()
+    put(new, old)
+    assert damage(old) is None
+    assert not (old / "notes.txt").exists()
+    assert names(tmp_path / "new") == []
+
+
+def test_a_half_written_checkpoint_is_removed_when_the_run_goes_on(tmp_path: Path) -> None:
+    folder = used(tmp_path)
+    checkpoint(folder / ".partial", 3, whole=False)
+    run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {})
+    assert names(folder) == [".lock", "config.yaml", "run.json"]
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from omnimem import run
+run.hold(run.RunFolder(path=Path(sys.argv[1])))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path / "x"), "60"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    start = run.plan("x", runs=tmp_path)
+    with pytest.raises(run.RunError, match=rf"x is in use by process {holder.pid}; wait until it has ended"):
+        start.open("name: x\n", {}, patience=0.3)
+    assert not (tmp_path / "x" / "config.yaml").exists()
+    holder.kill()
+    start.open("name: x\n", {}, patience=10.0)
+    assert holder.wait() < 0
+    holder.stdout.close()
+    assert (tmp_path / "x" / "config.yaml").is_file()
 
 
 def test_resume_auto_without_a_checkpoint_starts_at_the_first_step(tmp_path: Path) -> None:
@@ -83,7 +202,7 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_first_step(tmp_path: Pat
 def test_resume_from_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint(used(tmp_path), 5)
     other = checkpoint(used(tmp_path, "y"), 5)
-    with pytest.raises(run.RunError, match=r"no complete checkpoint of .*x; known: .*checkpoint-5"):
+    with pytest.raises(run.RunError, match=r"is no checkpoint of .*x; known: .*checkpoint-5"):
         run.plan("x", resume=str(other), runs=tmp_path)
     assert run.plan("y", resume=str(other), runs=tmp_path).checkpoint == other
 

@@ -10,6 +10,7 @@ from omnimem.budget import SplitBudget
 from omnimem.config import MemoryOptions, RunConfig, dump
 from omnimem.evaluation import EvaluateOptions
 from omnimem.run import RunFolder, provenance, sha256, write_json, write_text
+from omnimem.sealed import seal
 from omnimem.stream import StreamOptions
 from omnimem.tuning import LoraOptions, TuningOptions, add_adapter
 
@@ -57,7 +58,8 @@ def write_run(folder: Path, base: Path, run: RunConfig | None = None, *, steps: 
 
 
 def write_checkpoint(folder: RunFolder, base: Path, step: int) -> Path:
-    """A complete checkpoint."""
+    """A whole checkpoint."""
     path = write_adapter(base, folder.path / f"checkpoint-{step}", seed=step)
     write_json(path / "trainer_state.json", {"global_step": step})
+    seal(path)
     return path

@@ -1,15 +1,17 @@
-"""The section `train`: fields and types of transformers.TrainingArguments, checked without building it."""
+"""The section `train`: fields and types of transformers.TrainingArguments, checked without building it, and our own."""
 
-from collections.abc import Callable
-from dataclasses import field, fields, make_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 from transformers import TrainingArguments
 
 from omnimem.config import strict
+
+Check = tuple[Callable[[float], bool], str]  # which numbers will do, in a test and in words
 
 OURS = {  # fields that another part decides
     "output_dir": "set by `name`: a run lives in runs/<name>",
@@ -29,6 +31,8 @@ OURS = {  # fields that another part decides
     "activation_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
     "auto_find_batch_size": "would change what a step is; set per_device_train_batch_size",
     "parallelism_config": "cannot be written in YAML; use deepspeed",
+    "save_only_model": "no run could go on from such checkpoints; train/export.py takes the adapter out of whole ones",
+    "save_on_each_node": "a checkpoint is one folder, which all nodes share; remove it",
     "push_to_hub": "nothing is uploaded; use train/export.py and upload what it writes",
 }
 FORMER = {  # names of transformers 4 that are gone
@@ -42,12 +46,66 @@ FORMER = {  # names of transformers 4 that are gone
 }
 REFUSED = {**OURS, **FORMER}
 
+ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
+FROM_0: Check = (lambda number: number >= 0, "0 or more")
+FROM_1: Check = (lambda number: number >= 1, "1 or more")
+BELOW_1: Check = (lambda number: 0 <= number < 1, "0 or more, and below 1")
+SEED: Check = (lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+EVERY: Check = (
+    lambda number: 0 < number < 1 or (number >= 1 and number == int(number)),
+    "a whole number of steps, or a share of all steps below 1",
+)
+RANGES: dict[str, Check] = {
+    "per_device_train_batch_size": FROM_1,
+    "gradient_accumulation_steps": FROM_1,
+    "max_steps": (lambda number: number >= 1 or number == -1, "1 or more, or -1 to count by num_train_epochs"),
+    "num_train_epochs": ABOVE_0,
+    "learning_rate": ABOVE_0,
+    "warmup_steps": FROM_0,
+    "weight_decay": FROM_0,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": ABOVE_0,
+    "max_grad_norm": (FROM_0[0], "0 (no clipping) or more"),
+    "save_steps": EVERY,
+    "logging_steps": EVERY,
+    "save_total_limit": FROM_1,
+    "torch_empty_cache_steps": FROM_1,
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": FROM_0,
+    "dataloader_prefetch_factor": FROM_1,
+    "ddp_timeout": FROM_1,
+    "ddp_bucket_cap_mb": FROM_1,
+    "max_bad_steps": FROM_1,
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OwnSettings:
+    """Settings of `train` that transformers does not know."""
+
+    max_bad_steps: int = 3  # steps in a row whose loss or gradient is not finite, before the run stops
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "OwnSettings":
+        """Ours in a section `train`."""
+        return cls(**{name: value for name, value in section.items() if name in own_names() and value is not None})
+
+
+def own_names() -> tuple[str, ...]:
+    """Keys of `train` that are ours."""
+    return tuple(each.name for each in fields(OwnSettings))
+
 
 def train_section() -> type:
     """A strict dataclass with a field for each setting that `train` may hold, and one for each that is refused."""
-    hints = get_type_hints(TrainingArguments)
-    allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
-    columns: list[Any] = [(name, _exact(hints[name]), field(default=None)) for name in allowed]
+    hints = {**get_type_hints(TrainingArguments), **get_type_hints(OwnSettings)}
+    theirs = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
+    kinds = {name: _exact(hints[name]) for name in (*theirs, *own_names())}
+    kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
+    columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():
         kind = Annotated[Any, BeforeValidator(_refuse(reason))]
         columns.append((name, kind, field(default=None, metadata={"refused": reason})))
@@ -63,6 +121,17 @@ def _exact(hint: Any) -> Any:
     words = Literal[tuple(member.value for kind in enums for member in kind)]  # type: ignore[valid-type]
     others = [kind for kind in kinds if kind not in (*enums, str)]
     return Union[(words, *others)]
+
+
+def _within(check: Check) -> Callable[[Any], Any]:
+    accepts, words = check
+
+    def within(value: Any) -> Any:
+        if value is not None and not accepts(value):
+            raise ValueError(f"{value:g} is out of range; give {words}")
+        return value
+
+    return within
 
 
 def _refuse(reason: str) -> Callable[[Any], Any]:

@@ -15,10 +15,11 @@ from omnimem.run import Start, append_line
 
 @final
 class MetricsLines(TrainerCallback):
-    """metrics.jsonl: one line a logged step."""
+    """metrics.jsonl: one line a logged step; `beside` is what the next one says besides numbers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.beside: Mapping[str, Any] = {}
 
     def on_log(
         self,
@@ -38,7 +39,7 @@ class MetricsLines(TrainerCallback):
                 line.setdefault(group, {})[member] = value
             else:
                 line[name] = value
-        append_line(self.path, line)
+        append_line(self.path, {**line, **self.beside})
 
 
 @final
@@ -100,8 +101,8 @@ class EndOfRun(TrainerCallback):
 
 
 def callbacks_of(start: Start, *, first: bool) -> list[TrainerCallback]:
-    """metrics.jsonl and, on the first process, TensorBoard's event files, without what a resumed run will do again."""
-    found: list[TrainerCallback] = [EndOfRun(), MetricsLines(start.folder.metrics)]
+    """The end of a resumed run and, on the first process, TensorBoard's event files, without what it will do again."""
+    found: list[TrainerCallback] = [EndOfRun()]
     if first:
         writer = SummaryWriter(str(start.folder.tensorboard), purge_step=start.step + 1 if start.step else None)
         found.append(TensorBoardCallback(writer))

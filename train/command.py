@@ -1,9 +1,11 @@
 """What every command shares: arguments, overrides anywhere, and exit codes.
 
-0 done; 2 the user's input was wrong (one line a problem, no traceback); 1 anything else.
+0 done; 2 the user's input was wrong (one line a problem, no traceback); 128 + the signal's number (143: SIGTERM, 130:
+SIGINT) stopped on request, with a checkpoint; 1 anything else.
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -24,6 +26,7 @@ from omnimem.footprint import ShapesError
 from omnimem.media import MediaError
 from omnimem.run import RunError
 from omnimem.tuning import AdapterError, GradientError
+from train.stopping import Stopped
 
 USER_ERRORS = (
     AdapterError,
@@ -41,6 +44,8 @@ USER_ERRORS = (
     ShapesError,
     TooManyFailures,
 )
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 # A rank that is not to speak waits before it ends: once one is gone, the launcher stops rank 0, message and all.
 GRACE = 30.0  # seconds
 
@@ -74,11 +79,19 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except USER_ERRORS as error:
         leave(str(error).splitlines())
+    except Stopped as stopped:
+        leave(str(stopped).splitlines(), stopped.code)
+    except OSError as error:
+        if error.errno in DISK:
+            leave([f"{error.filename}: {error.strerror}; make room or mend the disk; runs go on with --resume auto"], 1)
+        if error.errno in PLACE:
+            leave([f"{error.filename}: {error.strerror}; give a place that can be used"])
+        raise
     sys.exit(0)
 
 
-def leave(problems: Sequence[str]) -> NoReturn:
-    """Exit 2 with one line a problem, said once: by rank 0, or by whoever met it once the ranks work on their own."""
+def leave(problems: Sequence[str], code: int = 2) -> NoReturn:
+    """Exit with one line a problem, said once: by rank 0, or by whoever met it once the ranks work on their own."""
     alone = torch.distributed.is_available() and torch.distributed.is_initialized()
     if rank() == 0 or alone:
         for problem in problems:
@@ -86,7 +99,7 @@ def leave(problems: Sequence[str]) -> NoReturn:
     else:
         time.sleep(GRACE)
     sys.stderr.flush()
-    sys.exit(2)
+    sys.exit(code)
 
 
 def rank() -> int:

@@ -24,6 +24,7 @@ from omnimem.budget import Budget
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, Exported, Origin
 from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.sealed import damage
 from omnimem.tuning import AdapterError, load_adapter
 from train.command import Parser, run_command
 from train.probe import Probe, difference
@@ -120,10 +121,12 @@ class Tuned:
 def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: int | None) -> tuple[Path, int]:
     """The adapter to export, and the steps it was tuned for."""
     steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints()}
-    known = f"complete checkpoints: {', '.join(map(str, steps)) or 'none'}"
+    known = f"checkpoints: {', '.join(map(str, steps)) or 'none'}"
     if checkpoint is not None:
         if checkpoint not in steps:
-            raise RunError(f"{folder.path} has no complete checkpoint {checkpoint}; {known}")
+            raise RunError(f"{folder.path} has no checkpoint {checkpoint}; {known}")
+        if what := damage(steps[checkpoint]):
+            raise RunError(f"{steps[checkpoint]} is damaged: {what}; give another one ({known})")
         return steps[checkpoint], checkpoint
     if not folder.adapter.is_dir():
         raise RunError(

@@ -22,7 +22,7 @@ from omnimem.evaluation import Evaluation
 from omnimem.feeding import Feeder
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described
-from train.arguments import train_section
+from train.arguments import OwnSettings, train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
 from train.callbacks import Finished, Progress, callbacks_of
@@ -32,11 +32,13 @@ from train.export import describe
 from train.order import seed_of
 from train.preview import preview
 from train.process import prepare_process
+from train.stopping import follow_launcher
 from train.trainer import StreamTrainer, training_arguments
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything, then train; or, with --dry-run, show what would be done."""
+    follow_launcher()
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
     if given.dry_run:
@@ -67,6 +69,8 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
     first = settings.process_index == 0
     if first:
         start.open(dump(run), _provenance(run, settings))
+        if start.news:
+            print(start.news, flush=True)
     backbone = load_backbone(run.model, settings.device)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
@@ -79,7 +83,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
             update_json(start.folder.record, policy_in_training=departure)
         trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
-        trainer.save_model(str(start.folder.adapter))
+        trainer.save_whole(start.folder.adapter)
         if first:
             conclude(run, start.folder, parts)
 
@@ -93,7 +97,9 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
     finally:
         if first:
             failed = [asdict(failure) for failure in trainer.failures.found]
-            update_json(start.folder.record, failed_samples=failed, steps=trainer.state.global_step)
+            left_out = [asdict(bad) for bad in trainer.bad_steps.found]
+            steps = trainer.state.global_step
+            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
 
 
 @final
@@ -116,6 +122,8 @@ def trainer_of(
         model=parts.model,
         args=settings,
         samples=samples,
+        folder=start.folder,
+        max_bad_steps=OwnSettings.of(run.train).max_bad_steps,
         callbacks=callbacks_of(start, first=settings.process_index == 0),
         seam=parts.seam,
         feeder=parts.feeder,

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from omnimem.attach import Seam
@@ -31,14 +31,16 @@ from omnimem.tuning import (
     tally,
     trainable,
 )
+from train.arguments import own_names
 from train.assemble import Policies
 from train.delivery import delivered
 from train.order import Batching, EpochOrder, Samples, in_a_batch, seed_of
 from train.shards import Shards, whole
+from train.survivor import SurvivingTrainer
 
 
 @final
-class StreamTrainer(Trainer):
+class StreamTrainer(SurvivingTrainer):
     """Streams each batch at the budget and temperature of its step; one backward a micro-step."""
 
     def __init__(
@@ -106,7 +108,8 @@ class StreamTrainer(Trainer):
         """This rank's part of the mean loss of the step, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
-        return model(streamed=lambda: self._delivered(opened, step))
+        loss = model(streamed=lambda: self._delivered(opened, step))
+        return self.bad_steps.judged(loss)
 
     def _delivered(self, opened: Sequence[Opened], step: Step) -> Tensor:
         loss = self._loss(opened, step)
@@ -182,8 +185,10 @@ class StreamTrainer(Trainer):
             self.failures = replace(self.failures, found=tuple(known.values()))
 
     def _passes(self) -> list[Pass]:
-        """The losses since the last log, of all ranks."""
-        mine = [Pass.of(outcome, step=step, budget=self.plan.budget(step)) for step, outcome in self.outcomes]
+        """The losses since the last log, of all ranks, without steps that were left out."""
+        left_out = {bad.step - 1 for bad in self.bad_steps.found}
+        taken = [(step, outcome) for step, outcome in self.outcomes if step not in left_out]
+        mine = [Pass.of(outcome, step=step, budget=self.plan.budget(step)) for step, outcome in taken]
         return mine if self.args.world_size == 1 else gather_object(mine)
 
     def _taken(self) -> dict[str, float]:
@@ -210,7 +215,7 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     """transformers' arguments of a run; a host without a GPU trains on the CPU."""
     defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
     defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
-    given = {name: value for name, value in section.items() if value is not None}
+    given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     return TrainingArguments(
         **{**defaults, **given},
         output_dir=str(folder.path),
