@@ -28,7 +28,8 @@ class Trace:
         self._chunks += 1
         if self._chunks % self._every:
             return
-        self._rows.append((seconds, self._counted(stream)))
+        counted = self._counted(stream)  # may join the bins of earlier rows
+        self._rows.append((seconds, counted))
         if len(self._rows) >= MOST:
             self._rows, self._every = self._rows[1::2], 2 * self._every
 
@@ -55,9 +56,10 @@ class Trace:
 
     def json(self, stream: Stream, seconds: float) -> dict[str, Any]:
         """The table of `eval/<arm>/trace.json` after the last chunk, which ended at `seconds`."""
+        if not self._rows or self._rows[-1][0] < seconds:
+            counted = self._counted(stream)
+            self._rows.append((seconds, counted))
         rows = self._rows
-        if not rows or rows[-1][0] < seconds:
-            rows = [*rows, (seconds, self._counted(stream))]
         bins = -(-len(self._intake.arrived) // self._joined)
         return {
             "video": self._intake.sample.id,

@@ -1,0 +1,479 @@
+"""Evaluation: each stream once, the same lines whoever answers, bad files and late questions named, nothing mixed."""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from thinkers import write_folder
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.attach import Seam, attach
+from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
+from omnimem.benchmarks import Defect, Gap, Verdict
+from omnimem.budget import SplitBudget
+from omnimem.data import Item, Message, Question, Sample, TooManyFailures
+from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Share, answering, results, trace
+from omnimem.evaluation.results import MEASURED
+from omnimem.feeding import Feeder, play
+from omnimem.media import FileSource, read_audio, read_frames
+from omnimem.policies import PerturbationOptions
+from omnimem.stream import StreamOptions
+
+SECONDS = (8, 8, 12, 8, 8)
+QUESTIONS = ("what was seen ?", "what was heard ?", "which colour ?")
+Line = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("films")
+    paths = [folder / f"film{number}.mp4" for number in range(len(SECONDS))]
+    for number, (path, seconds) in enumerate(zip(paths, SECONDS, strict=True)):
+        write_mp4(draw_world(number, seconds), path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(ModelOptions(path=str(write_folder(tmp_path_factory.mktemp("model"), rates="tiny"))))
+
+
+@pytest.fixture
+def seam(backbone: Backbone) -> Iterator[Seam]:
+    with attach(backbone.text_model) as seam:
+        yield seam
+
+
+def sample(film: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS), *, name: str = "") -> Sample:
+    """A film with a question at each time."""
+    name = name or film.stem
+    turns = [
+        (
+            Message(role="user", content=QUESTIONS[number % len(QUESTIONS)], at=at),
+            Message(role="assistant", content="x"),
+        )
+        for number, at in enumerate(times)
+    ]
+    items = tuple(
+        Item(id=f"{name}/{number}", categories={"topic": ("one", "two")[: number + 1]}) for number in range(len(times))
+    )
+    return Sample(
+        id=name, video=film, audio=None, messages=tuple(m for turn in turns for m in turn), items=items, cluster="day"
+    )
+
+
+class Given:
+    """A benchmark of given samples; an even number of letters is right, none at all is no answer."""
+
+    label, rules, annotations = "given", "even", ()
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = list(samples)
+
+    def samples(self) -> list[Sample]:
+        return self._samples
+
+    def gaps(self) -> list[Gap]:
+        return []
+
+    def defects(self) -> list[Defect]:
+        return [Defect(rule="known", where="somewhere", what="handled")]
+
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        answer = prediction or None
+        return Verdict(
+            answer=answer, correct=len(prediction) % 2 == 0 and bool(prediction), counted=bool(answer), bare=True
+        )
+
+
+def evaluation(backbone: Backbone, seam: Seam, cache: Path | None = None, **options: Any) -> Evaluation:
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=40, max_pixels=12544), cache)
+    chosen = EvaluateOptions(**{"max_new_tokens": 3, "decoders": 0, **options})
+    return Evaluation(seam=seam, feeder=feeder, options=chosen)
+
+
+def arm_of(seam: Seam, slots: int | None = 12, **settings: Any) -> Arm:
+    budget = None if slots is None else SplitBudget().build(seam.shape.layers, slots)
+    return Arm(name="arm", policy=PerturbationOptions().build(budget), **settings)
+
+
+def lines_of(folder: Path) -> list[Line]:
+    """The results, without what differs from run to run."""
+    lines = [json.loads(line) for line in (folder / "given.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def kept_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without its times."""
+    return {key: value for key, value in summary.items() if key != "cost"}
+
+
+# --- once, the same, by whomever
+
+
+def test_a_stream_is_read_once_however_many_questions_and_times(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    begin = FileSource.__init__
+
+    def counted(self: FileSource, *positional: Any, **named: Any) -> None:
+        begin(self, *positional, **named)
+        pictures = self._pictures
+        self._pictures = lambda: (read.append(self.path.stem), pictures())[1]
+
+    monkeypatch.setattr(FileSource, "__init__", counted)
+    asked = [sample(films[0], (2.0, 5.0, None, None)), sample(films[1])]
+    summary = evaluation(backbone, seam).run(arm_of(seam), Given(asked), tmp_path)
+    assert read == ["film0", "film1"]
+    assert summary["n"] == 7
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_results_are_the_same_in_1_2_or_3_shards(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, size: int
+) -> None:
+    asked = Given([sample(film) for film in films])
+    judge = evaluation(backbone, seam, batch_size=size)
+    whole = judge.run(arm_of(seam), asked, tmp_path / "1")
+    for count in (2, 3):
+        folder = tmp_path / str(count)
+        items = {judge.answer(arm_of(seam), asked, folder, share=Share(index=i, count=count)) for i in range(count)}
+        assert items == {-(-len(films) // size)}
+        assert not (folder / "given.jsonl").exists()
+        assert judge.missing(asked, folder) == 0
+        assert kept_of(judge.conclude(asked, folder)) == kept_of(whole)
+        assert lines_of(folder) == lines_of(tmp_path / "1")
+        assert [path.name for path in folder.glob("parts/*")] == []
+
+
+def test_claimed_items_are_answered_once(backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path) -> None:
+    asked, judge = Given([sample(film) for film in films]), evaluation(backbone, seam)
+    judge.run(arm_of(seam), asked, tmp_path / "alone")
+    claims, shared = tmp_path / "claims", tmp_path / "shared"
+    claims.mkdir()
+    (claims / "1").touch()  # by a process that is still at it
+    first, second = (Share(index=i, count=2, claims=claims) for i in range(2))
+    judge.answer(arm_of(seam), asked, shared, share=first)
+    assert judge.missing(asked, shared) == len(QUESTIONS)
+    (claims / "1").unlink()
+    judge.answer(arm_of(seam), asked, shared, share=second)
+    parts = {path.name: len(path.read_text().splitlines()) for path in (shared / "parts").iterdir()}
+    assert parts == {"given.0of2.jsonl": 12, "given.1of2.jsonl": 3}
+    judge.conclude(asked, shared)
+    assert lines_of(shared) == lines_of(tmp_path / "alone")
+
+
+def test_decoding_ahead_and_the_cache_change_nothing(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    asked = Given([sample(film, (3.0, None)) for film in films[:3]])
+    for name, judge in {
+        "here": evaluation(backbone, seam),
+        "ahead": evaluation(backbone, seam, decoders=1),
+        "into": evaluation(backbone, seam, tmp_path / "cache"),
+        "from": evaluation(backbone, seam, tmp_path / "cache"),
+    }.items():
+        judge.run(arm_of(seam), asked, tmp_path / name)
+        assert lines_of(tmp_path / name) == lines_of(tmp_path / "here"), name
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing may catch it."""
+
+
+def dying(at: int, *, torn: bool, end: Callable[[], None]) -> Callable[[Path, Line], None]:
+    """`append_line` that ends the process at a line: before it, or in the middle of it."""
+    left = at
+
+    def append(path: Path, line: Line) -> None:
+        nonlocal left
+        text = json.dumps(line) + "\n"
+        with path.open("a") as file:
+            file.write(text if left else text[: len(text) // 2 * torn])
+        if not left:
+            end()
+        left -= 1
+
+    return append
+
+
+@pytest.mark.parametrize("trial", range(6))
+def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_comes_twice(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: int
+) -> None:
+    drawn = random.Random(trial)
+    asked = Given([sample(film) for film in films[:3]])
+    judge, at = evaluation(backbone, seam, batch_size=drawn.choice((1, 2))), drawn.randrange(9)
+    whole = kept_of(judge.run(arm_of(seam), asked, tmp_path / "whole"))
+
+    def end() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "append_line", dying(at, torn=drawn.random() < 0.5, end=end))
+        with pytest.raises(Killed):
+            judge.answer(arm_of(seam), asked, tmp_path / "cut")
+    written = (tmp_path / "cut" / "given.jsonl").read_text()
+    assert written.count("\n") == at
+    judge.answer(arm_of(seam), asked, tmp_path / "cut")
+    ids = [json.loads(line)["id"] for line in (tmp_path / "cut" / "given.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 9
+    assert kept_of(judge.conclude(asked, tmp_path / "cut")) == whole
+    assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
+
+
+# --- bad files
+
+
+@pytest.fixture
+def spoilt(films: list[Path], tmp_path: Path) -> list[Path]:
+    """Four films: the second one breaks off, the fourth is gone."""
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(films[1].read_bytes()[:-1500])
+    return [films[0], cut, films[2], tmp_path / "gone.mp4"]
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"decoders": 1}])
+def test_a_bad_file_costs_its_questions_and_says_why(
+    backbone: Backbone, seam: Seam, spoilt: list[Path], tmp_path: Path, options: dict[str, int]
+) -> None:
+    judge = evaluation(backbone, seam, max_failures=0.5, **options)
+    summary = judge.run(arm_of(seam), Given([sample(film) for film in spoilt]), tmp_path)
+    lines = lines_of(tmp_path)
+    assert [line["id"] for line in lines] == [f"{f.stem}/{n}" for f in spoilt for n in range(3)]
+    failed = {line["stream"]: (line["failed"], line["message"]) for line in lines if line.get("failed")}
+    assert {stream: reason for stream, (reason, _) in failed.items()} == {"cut": "truncated", "gone": "missing"}
+    assert failed["gone"][1] == f"{spoilt[3]}: is not a file; check the path"
+    assert summary["failed"] == {"truncated": 3, "missing": 3}
+    answered = [line for line in lines if not line.get("failed")]
+    right = sum(line["correct"] for line in answered)
+    assert summary["strict"] == right / 12
+    assert summary["official"] == right / sum(line["counted"] for line in answered)
+    assert summary["no_answer"] >= 0.5
+
+
+def test_a_file_that_breaks_off_costs_the_questions_before_that_too(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    whole = films[2].read_bytes()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(whole)
+    with broken.open("r+b") as file:  # the container is whole, its pictures are not
+        file.seek(whole.index(b"mdat") + 4 + 2 * len(whole) // 5)
+        file.write(os.urandom(len(whole) // 2))
+    asked = Given([sample(broken, (2.0, None))])
+    for size in (1, 2):
+        judge = evaluation(backbone, seam, max_failures=1.0, batch_size=size)
+        summary = judge.run(arm_of(seam), asked, tmp_path / str(size))
+        assert sum(summary["failed"].values()) == 2
+
+
+def test_more_bad_files_than_allowed_stop_the_evaluation_in_any_number_of_shards(
+    backbone: Backbone, seam: Seam, spoilt: list[Path], tmp_path: Path
+) -> None:
+    asked = Given([sample(film) for film in spoilt])
+    judge, what = evaluation(backbone, seam, max_failures=0.25), "2 of 4 samples failed, more than max_failures = 0.25"
+    with pytest.raises(TooManyFailures, match=what):
+        judge.run(arm_of(seam), asked, tmp_path / "alone")
+    for index in range(4):  # a shard of its own for each file: none of them sees too many
+        judge.answer(arm_of(seam), asked, tmp_path / "shards", share=Share(index=index, count=4))
+    with pytest.raises(TooManyFailures, match=what):
+        judge.conclude(asked, tmp_path / "shards")
+
+
+def test_a_file_that_is_there_again_is_tried_again(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    film = tmp_path / "film.mp4"
+    asked = Given([sample(films[0]), sample(film)])
+    judge = evaluation(backbone, seam, max_failures=0.5)
+    assert judge.run(arm_of(seam), asked, tmp_path / "out")["failed"] == {"missing": 3}
+    film.write_bytes(films[1].read_bytes())
+    assert judge.run(arm_of(seam), asked, tmp_path / "out")["failed"] == {}
+    assert not any(line.get("failed") for line in lines_of(tmp_path / "out"))
+
+
+# --- times
+
+
+def test_a_question_on_the_way_never_sees_what_comes_later(backbone: Backbone, seam: Seam, tmp_path: Path) -> None:
+    """Two films that are the same for eight seconds and then are not: all that is known at 5 s is the same."""
+    judge, times = evaluation(backbone, seam), (3.0, 5.0, None)
+    for name, later in (("one", 21), ("two", 22)):
+        write_joined(tmp_path / f"{name}.mp4", first=3, later=later)
+        asked = Given([sample(tmp_path / f"{name}.mp4", times, name="film")])
+        judge.run(arm_of(seam), asked, tmp_path / name)
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert one[:2] == two[:2]
+    assert [line["stream_seconds"] for line in one] == [2.0, 4.0, 16.0]
+    assert [line["frames"] for line in one] == [2, 4, 16]
+    states = [logits_at(backbone, seam, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
+    assert torch.equal(states[0][0], states[1][0])
+    assert torch.equal(states[0][1], states[1][1])
+    assert not torch.equal(states[0][2], states[1][2]), "the films end alike, so nothing was shown"
+
+
+def write_joined(path: Path, *, first: int, later: int) -> None:
+    """Eight seconds of one world, then eight louder ones of another."""
+    parts = []
+    for number, seed in enumerate((first, later)):
+        part = path.with_suffix(f".{number}.mp4")
+        write_mp4(draw_world(seed, 8), part)
+        parts.append(
+            ([frame for _, frame in read_frames(part, fps=8.0)], read_audio(part) * (0.2 if number == 0 else 1.0))
+        )
+    with av.open(str(path), "w") as file:
+        pictures, sounds = file.add_stream("mpeg4", rate=8), file.add_stream("aac", rate=16000, layout="mono")
+        pictures.width = pictures.height = parts[0][0][0].shape[1]
+        pictures.pix_fmt, pictures.gop_size = "yuv420p", 1
+        for frame in (frame for frames, _ in parts for frame in frames):
+            image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+            file.mux(pictures.encode(image))
+        file.mux(pictures.encode(None))
+        sound = torch.cat([heard[: 8 * 16000] for _, heard in parts])
+        for samples in sound.split(1024):
+            block = av.AudioFrame.from_ndarray(samples[None].numpy(), format="fltp", layout="mono")
+            block.sample_rate = 16000
+            file.mux(sounds.encode(block))
+        file.mux(sounds.encode(None))
+
+
+def logits_at(backbone: Backbone, seam: Seam, film: Path, times: Sequence[float | None]) -> list[torch.Tensor]:
+    """What the model would say at each time."""
+    judge, asked = evaluation(backbone, seam), sample(film, times)
+    feeder = judge.feeder
+    found: list[torch.Tensor] = []
+    with torch.no_grad():
+        stream = feeder.stream(seam, arm_of(seam).policy)
+        for _ in play(stream, feeder.chunks([feeder.open(asked)]), asked.moments):
+            prompt = feeder.prompt([[Turn(text="what ?")]], "both")
+            found.append(backbone.head(stream.ask(prompt).hidden))
+    return found
+
+
+def test_after_its_last_question_a_file_is_read_no_further(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    feeder = evaluation(backbone, seam).feeder
+    asked = sample(films[2], (2.0, 5.0))
+    assert feeder.source(asked).end == 6.0
+    assert feeder.source(sample(films[2], (2.0, None))).end is None
+    assert [part.heard.frames for part in feeder.read(asked)] == [2, 4, 6]
+
+
+def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    asked = Given([sample(films[0], (4.0, 8.0, 8.9, 5000.0))])
+    summary = evaluation(backbone, seam).run(arm_of(seam), asked, tmp_path)
+    lines = lines_of(tmp_path)
+    assert [line["stream_seconds"] for line in lines] == [4.0, 8.0, 8.0, 8.0]
+    assert summary["defects"] == [
+        {"rule": "known", "where": "somewhere", "what": "handled"},
+        {
+            "rule": "time_stamp",
+            "where": "film0/3",
+            "what": "asked at 5000 s of a stream that ends at 8.0 s; asked there",
+        },
+    ]
+    blind = evaluation(backbone, seam).run(arm_of(seam, tracks=None), asked, tmp_path / "blind")
+    assert len(blind["defects"]) == 1
+
+
+# --- what a line says
+
+
+def test_a_line_says_what_was_asked_seen_kept_and_spent(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    asked = Given([sample(films[2], (5.0, None))])
+    summary = evaluation(backbone, seam).run(arm_of(seam), asked, tmp_path)
+    early, late = (json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines())
+    assert (early["video"], early["stream"], early["at"]) == ("day", "film2", 5.0)
+    assert early["categories"] == {"topic": ["one"]}
+    assert early["tokens_in"] == {"audio": 4, "visual": 32}
+    assert late["tokens_in"] == {"audio": 12, "visual": 96}
+    assert (early["frames"], early["audio_seconds"]) == (4, 4.0)
+    assert sum(late["kept"].values()) == late["entries"] == 12
+    assert late["peak_entries"] > 12
+    assert 0 < early["seconds"]["reading"] < late["seconds"]["reading"]
+    assert 0 < late["seconds"]["first_token"] <= late["seconds"]["answer"]
+    cost = summary["cost"]
+    assert (cost["streams"], cost["stream_seconds"]) == (1, 12.0)
+    assert cost["reading_per_second"] == pytest.approx(late["seconds"]["reading"] / 12, abs=1e-6)
+    assert cost["peak_memory"] is None or cost["peak_memory"] > 50e6
+
+
+@pytest.mark.parametrize("at", ["end", "way"])
+def test_many_questions_at_one_time_are_answered_in_several_passes(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    times = [None if at == "end" else 4.0] * 5
+    asked = (
+        Given([sample(films[0], times), sample(films[1], [*times[:1]])])
+        if at == "end"
+        else Given([sample(films[0], times)])
+    )
+    size = 2 if at == "end" else 1
+    evaluation(backbone, seam, batch_size=size).run(arm_of(seam), asked, tmp_path / "one")
+    monkeypatch.setattr(answering, "TOGETHER", 2)
+    evaluation(backbone, seam, batch_size=size).run(arm_of(seam), asked, tmp_path / "three")
+    assert lines_of(tmp_path / "one") == lines_of(tmp_path / "three")
+
+
+def test_a_trace_counts_what_every_layer_holds(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+) -> None:
+    evaluation(backbone, seam).run(arm_of(seam), Given([sample(films[2])]), tmp_path)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["chunk_ends"] == [4.0, 8.0, 12.0]
+    assert trace["arrived"] == {"audio": [2] * 6, "visual": [16] * 6}
+    line = lines_of(tmp_path)[0]
+    for kind in ("audio", "visual"):
+        held = [sum(layer) for layer in trace["kept"][kind][-1]]
+        assert sum(held) / len(held) == line["kept"][kind]
+        assert [sum(layer[2:]) for layer in trace["kept"][kind][0]] == [0, 0]  # nothing of what is still to come
+
+
+def test_a_trace_stays_small_however_long_the_stream_is(
+    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 4 rows and bins: the table is the fine one, joined."""
+    asked = Given([sample(films[2])])
+    judge = evaluation(backbone, seam)
+    judge = replace(judge, feeder=Feeder(backbone, StreamOptions(chunk_tokens=18, max_pixels=12544)))
+    judge.run(arm_of(seam), asked, tmp_path / "fine")
+    monkeypatch.setattr(trace, "MOST", 4)
+    judge.run(arm_of(seam), asked, tmp_path / "coarse")
+    fine, coarse = (json.loads((tmp_path / name / "trace.json").read_text()) for name in ("fine", "coarse"))
+    assert (fine["bin_seconds"], coarse["bin_seconds"]) == (2.0, 4.0)
+    assert (fine["chunk_ends"], coarse["chunk_ends"]) == ([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [4.0, 8.0, 12.0])
+    for kind in ("audio", "visual"):
+        assert coarse["arrived"][kind] == [a + b for a, b in zip(*[iter(fine["arrived"][kind])] * 2, strict=True)]
+        rows = [row for end, row in zip(fine["chunk_ends"], fine["kept"][kind], strict=True) if end % 4 == 0]
+        joined = [[[a + b for a, b in zip(*[iter(layer)] * 2, strict=True)] for layer in row] for row in rows]
+        assert coarse["kept"][kind] == joined
+
+
+# --- shares
+
+
+@pytest.mark.parametrize("text", ["4/4", "a/2", "1", "-1/2", "1/0"])
+def test_a_shard_that_does_not_exist_is_named(text: str) -> None:
+    with pytest.raises(EvaluationError, match=r"shard"):
+        Share.parse(text)
+
+
+def test_shards_divide_the_items() -> None:
+    taken = [number for index in range(3) for number in range(10) if Share(index=index, count=3).takes(number)]
+    assert sorted(taken) == list(range(10))
