@@ -77,21 +77,21 @@ def _attention(
 
 @final
 class _Projection:
-    """A layer step that attends to nothing and notes the keys and values that it is given."""
+    """A layer step that attends to nothing and notes the queries, keys and values that it is given."""
 
     def __init__(self) -> None:
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
-        self._pair = keys, values
+        self._found = queries, keys, values
         return queries
 
-    def found(self) -> tuple[Tensor, Tensor]:
-        """The pair."""
-        assert self._pair is not None, "every attention module calls the attention function"
-        return self._pair
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three."""
+        assert self._found is not None, "every attention module calls the attention function"
+        return self._found
 
 
 @final
@@ -145,10 +145,14 @@ class Seam:
         layer: int,
         states: Float[Tensor, "batch tokens width"],
         positions: Int[Tensor, "batch axes tokens"],
-    ) -> tuple[Float[Tensor, "batch kv_heads tokens dim"], Float[Tensor, "batch kv_heads tokens dim"]]:
-        """Keys (after RoPE) and values that a layer makes of these inputs, with its own modules and current weights.
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+    ]:
+        """Queries, keys (both after RoPE) and values that a layer makes of these inputs, with its own modules.
 
-        The layer's whole attention module runs, so that nothing of any family is known here; queries and output go
+        The layer's whole attention module runs, so that nothing of any family is known here; its output goes
         unused. The generators stand afterwards where they stood: other dropout draws what it would have drawn.
         """
         model: Any = self.text_model

@@ -85,7 +85,7 @@ class Recorder:
         if bool((view.modality[:, -view.new :] == Modality.TEXT).all()):
             return
         self._seen[layer] += 1
-        self._count(layer, view.modality.shape[0])
+        self._count(layer, view.modality.shape[0] // view.heads)
         if self._seen[layer] <= self.options.skip_chunks:
             return
         alike = similarity(view.pool.feature, view.modality, view.measures)

@@ -1,22 +1,61 @@
 """Policy: what layers keep after each chunk; the object used in training IS the one used in evaluation."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
+from jaxtyping import Int, Int8
 from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.scoring import AbstractScorer
 from omnimem.selection import Room, Softness, select
-from omnimem.tokens import Tokens
+from omnimem.tokens import Chunk, Tokens
 from omnimem.view import LayerView, Measures
+
+
+class PolicyError(ValueError):
+    """A policy that cannot work on the streams it is given; the message says why and how to repair it."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A text that is asked of the memory after every chunk, in place of the questions that no policy may know."""
+
+    text: str | None  # None: what the chat template puts after a question
+    read: bool = True  # through all layers, as a question; False: each layer projects the embeddings as they are
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What a stream will hold, known before it is read: for baselines and bounds that are no streaming methods."""
+
+    modality: Int8[Tensor, " tokens"]  # of all tokens, in order of arrival
+    positions: Int[Tensor, "axes tokens"]
+    needles: tuple[int, ...] = ()  # arrival numbers of the tokens that hold the answers, the dearest first
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sifted:
+    """What is left of a chunk before it is read."""
+
+    chunk: Chunk
+    order: Int[Tensor, "batch tokens"]  # arrival numbers, those of the tokens that went left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """What the layers keep after each chunk."""
+    """What the layers keep after each chunk.
+
+    The cycle: a chunk may be sifted; every layer reads [memory ; chunk], and probes ask it; then each layer keeps its
+    budget of what it saw, in the pass (`keep`), or all layers settle it together after the pass, when `together`. What
+    is kept may be merged tokens, at places of its own. With `reindex` it moves up before it is read again.
+    """
 
     name: str
     budget: Budget | None  # None: full memory, nothing is evicted
@@ -29,6 +68,34 @@ class Policy(ABC):
         """Whether the feature that redundancy is judged on must be carried."""
         return False
 
+    @property
+    def together(self) -> bool:
+        """Whether no layer can decide before all have read the chunk; their pools then live until the pass ends."""
+        return False
+
+    @property
+    def pads(self) -> bool:
+        """Whether streams of a batch, or heads of a stream, may keep unequal numbers."""
+        return False
+
+    @property
+    def merges(self) -> bool:
+        """Whether some of what is kept are no tokens that arrived."""
+        return False
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """What is asked after every chunk; the view shows their queries and keys in this order."""
+        return ()
+
+    def told(self, streams: Sequence[Outline]) -> "Policy":
+        """The policy for streams of which this is known beforehand; a streaming method does not listen."""
+        return self
+
+    def sift(self, chunk: Chunk, order: Int[Tensor, "batch tokens"]) -> Sifted:
+        """What of a chunk is read at all."""
+        return Sifted(chunk=chunk, order=order)
+
     def with_budget(self, budget: Budget | None) -> "Policy":
         """The same policy at another budget."""
         return replace(self, budget=budget)
@@ -40,6 +107,10 @@ class Policy(ABC):
     @abstractmethod
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
+
+    def settle(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
+        """The memory of every layer, where they decide together."""
+        return [self.keep(layer, view, softness) for layer, view in enumerate(views)]
 
 
 def room_of(budget: Budget, layer: int) -> Room:

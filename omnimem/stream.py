@@ -1,22 +1,24 @@
 """Stream: feed chunks, ask questions on a fork, at any time; the same object in training and in evaluation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
+from torch.nn import functional as F
 
 from omnimem.attach import Seam
 from omnimem.attention.blocked import MEMORY, Segments, attend
+from omnimem.heads import of_rows, packed, query_rows, rows_of
 from omnimem.media import SourceOptions
 from omnimem.memory import Memory
-from omnimem.policy import Policy, projection
+from omnimem.policy import Policy, Probe, projection
 from omnimem.positions import Rotary, distinct, earlier, ranks, rotate
 from omnimem.selection import Softness
-from omnimem.tokens import Chunk, DeepStack, Modality, Tokens
-from omnimem.view import LayerView
+from omnimem.tokens import ABSENT, HIDDEN, Chunk, DeepStack, Modality, Tokens
+from omnimem.view import LayerView, Probed
 
 PADDING = -1  # segment of padding in a packed pass
 
@@ -82,6 +84,12 @@ class Manner:
     softness: Softness | None
     recorder: Recorder | None
     projection: Tensor | None
+    probes: tuple[Int[Tensor, " tokens"], ...] = ()  # token ids of those that the policy asks for
+
+    @property
+    def gated(self) -> bool:
+        """Whether attention must heed the gates of what is remembered."""
+        return self.softness is not None or self.policy.pads
 
     def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
         """What redundancy of these states is judged on."""
@@ -120,7 +128,7 @@ class ChunkStep:
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
     deepstack: DeepStack | None
-    first: int  # arrival number of the chunk's first token
+    order: Int[Tensor, "batch tokens"]  # arrival numbers
     compaction: Compaction | None = None  # before the chunk is read
 
     def __call__(
@@ -128,11 +136,47 @@ class ChunkStep:
     ) -> Memory:
         """Every layer attends to its memory and the chunk, then keeps its budget, on demand with its layer inputs."""
         memory, reader = self.met(memory), _ReadChunk(self, states=states)
+        embeddings, positions, deepstack = self._with_probes(embeddings)
         try:
-            self.seam.run(reader, embeddings, self.positions, self.deepstack, _by_layer(memory))
+            self.seam.run(reader, embeddings, positions, deepstack, _by_layer(memory))
         finally:  # a recomputation ends by an exception, as soon as backward has what it needs
-            kept = reader.hand_over()
+            kept, views = reader.hand_over()
+        if self.manner.policy.together:
+            kept = self._settled([views[layer] for layer in range(len(memory.layers))])
         return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
+
+    def _settled(self, views: Sequence[LayerView]) -> dict[int, Tokens]:
+        """What the layers keep, where they decide together."""
+        policy = self.manner.policy
+        kept = policy.settle(views, self.manner.softness)
+        heads = self.seam.shape.kv_heads
+        return dict(enumerate([packed(rows, heads) for rows in kept] if policy.per_head else kept))
+
+    def _with_probes(self, embeddings: Tensor) -> tuple[Tensor, Tensor, DeepStack | None]:
+        """What passes through the layers: the chunk, then the probes that are read, each placed right after it."""
+        read = [(self.embedded(ids), self.after(ids)) for probe, ids in self.asked if probe.read]
+        if not read:
+            return embeddings, self.positions, self.deepstack
+        rows, places = (torch.cat(parts, dim=axis) for parts, axis in zip(zip(*read, strict=True), (1, 2), strict=True))
+        deepstack = self.deepstack
+        if deepstack is not None:
+            plain = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
+            deepstack = replace(deepstack, mask=torch.cat([deepstack.mask, plain], dim=1))
+        return torch.cat([embeddings, rows], dim=1), torch.cat([self.positions, places], dim=2), deepstack
+
+    @property
+    def asked(self) -> list[tuple[Probe, Int[Tensor, " tokens"]]]:
+        """The probes and their token ids."""
+        return list(zip(self.manner.policy.probes, self.manner.probes, strict=True))
+
+    def embedded(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """A probe's embeddings, the same for every stream."""
+        return self.seam.embed(ids).expand(self.modality.shape[0], -1, -1)
+
+    def after(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "batch axes tokens"]:
+        """The positions that follow the chunk, one a token of a probe."""
+        places = torch.arange(len(ids), device=self.positions.device) + int(self.positions.max()) + 1
+        return places.expand(*self.positions.shape[:2], -1)
 
     def met(self, memory: Memory) -> Memory:
         """The memory as the chunk meets it, at its new positions if it must move."""
@@ -150,7 +194,7 @@ class ChunkStep:
         try:
             states = self.seam.layers(reader, states, self.positions, self.deepstack, flat)
         finally:  # as above
-            kept = reader.hand_over()
+            kept, _ = reader.hand_over()
         return states, [kept[layer] for layer in memory]
 
     def arriving(
@@ -160,19 +204,17 @@ class ChunkStep:
         values: Float[Tensor, "batch kv_heads tokens dim"],
     ) -> Tokens:
         """The chunk as a layer with these inputs, keys and values will remember it."""
-        batch, count = self.modality.shape
-        zeros = torch.zeros(batch, count, dtype=torch.float32, device=keys.device)
-        arrival = torch.arange(count, device=keys.device) + self.first
+        zeros = torch.zeros(self.modality.shape, dtype=torch.float32, device=keys.device)
         return Tokens(
             keys=keys,
             values=values,
             positions=self.positions,
             modality=self.modality,
-            order=arrival.expand(batch, count),
+            order=self.order,
             importance=zeros,
             novelty=zeros,
             feature=self.manner.feature(states),
-            gate=zeros,
+            gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if self.manner.policy.pads else zeros,
             states=states[..., :0],
             owner=self.modality[:, None, :][:, :0],
         )
@@ -180,49 +222,114 @@ class ChunkStep:
 
 @final
 class _ReadChunk:
-    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it.
+    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it, or hand over what was seen.
 
     Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
+    Probes follow the chunk: each sees [memory ; chunk] and its own past; the chunk sees none of them.
     """
 
     def __init__(self, chunk: ChunkStep, *, states: bool, anew: bool = False) -> None:
         self.chunk, self.states, self.anew = chunk, states, anew
         self._kept: dict[int, Tokens] | None = {}
+        self._views: dict[int, LayerView] = {}
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
-        manner, softness = self.chunk.manner, self.chunk.manner.softness
-        pool = self._pool(layer, Tokens.of(memory), states, self.chunk.arriving(states, keys, values))
-        gate = None if softness is None else pool.gate
-        output = attend(queries, pool.keys, pool.values, scale=scale, gate=gate)
+        chunk, manner, heads = self.chunk, self.chunk.manner, keys.shape[1]
+        policy, softness, count = manner.policy, manner.softness, chunk.modality.shape[1]
+        fresh = chunk.arriving(states[:, :count], keys[:, :, :count], values[:, :, :count])
+        pool = self._pool(layer, Tokens.of(memory), states, fresh)
+        if policy.per_head:
+            queries, (keys, values) = query_rows(queries, heads), (_own(part) for part in (keys, values))
+        gate = pool.gate if manner.gated else None
+        output = attend(queries[:, :, :count], pool.keys, pool.values, scale=scale, gate=gate)
         view = LayerView(
             pool=pool,
-            new=states.shape[1],
-            queries=queries,
+            new=count,
+            queries=queries[:, :, :count],
             scale=scale,
-            measures=manner.policy.measures,
+            measures=policy.measures,
             gradient="none" if softness is None else softness.gradient,
+            rotary=chunk.seam.rotary,
+            probes=self._probed(layer, queries, keys),
+            heads=heads if policy.per_head else 1,
         )
+        if queries.shape[2] > count:
+            output = torch.cat([output, *self._of_probes(view, gate, queries, keys, values)], dim=2)
+        self._decide(layer, view, heads)
+        return of_rows(output, heads) if policy.per_head else output
+
+    def _decide(self, layer: int, view: LayerView, heads: int) -> None:
+        """Keep the layer's budget, or leave it until all layers have read."""
+        manner = self.chunk.manner
         if manner.recorder is not None:
             manner.recorder(layer, view)
-        kept = manner.policy.keep(layer, view, softness)
+        if manner.policy.together:
+            if self._kept is not None:
+                self._views[layer] = view
+            return
+        kept = manner.policy.keep(layer, view, manner.softness)
         if self._kept is not None:
-            self._kept[layer] = kept
-        return output
+            self._kept[layer] = packed(kept, heads) if manner.policy.per_head else kept
 
     def _pool(self, layer: int, old: Tokens, states: Tensor, fresh: Tokens) -> Tokens:
-        """The memory and the chunk, with layer inputs where they are carried."""
+        """The memory and the chunk, with layer inputs where they are carried; by head where heads keep their own."""
+        if self.chunk.manner.policy.per_head:
+            heads = self.chunk.seam.shape.kv_heads
+            return rows_of(old, heads).cat(rows_of(fresh, heads))
         if self.states:
             fresh = replace(fresh, states=states)
             if not old.count:  # an empty memory knows not yet what is carried
                 old = replace(old, states=states[:, :0])
         return (_made_anew(old, self.chunk.seam, layer) if self.anew and old.count else old).cat(fresh)
 
-    def hand_over(self) -> dict[int, Tokens]:
-        """What every layer kept; the step forgets it, and notes no more: a layer may be recomputed alone."""
-        kept, self._kept = self._kept, None
-        return kept or {}
+    def _spans(self) -> Iterator[slice]:
+        """Where the probes that are read stand in the pass."""
+        first = self.chunk.modality.shape[1]
+        for probe, ids in self.chunk.asked:
+            if probe.read:
+                yield slice(first, first + len(ids))
+                first += len(ids)
+
+    def _probed(self, layer: int, queries: Tensor, keys: Tensor) -> tuple[Probed, ...]:
+        """Queries and keys of every probe in this layer."""
+        spans, found = self._spans(), []
+        for probe, ids in self.chunk.asked:
+            if probe.read:
+                span = next(spans)
+                found.append(Probed(queries=queries[:, :, span], keys=keys[:, :, span]))
+            else:
+                asking, own, _ = self.chunk.seam.project(layer, self.chunk.embedded(ids), self.chunk.after(ids))
+                if self.chunk.manner.policy.per_head:
+                    asking, own = query_rows(asking, own.shape[1]), _own(own)
+                found.append(Probed(queries=asking, keys=own))
+        return tuple(found)
+
+    def _of_probes(
+        self, view: LayerView, gate: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> Iterator[Tensor]:
+        """Attention output of the probes that are read."""
+        pool = view.pool
+        for span in self._spans():
+            own = gate if gate is None else F.pad(gate, (0, span.stop - span.start))
+            yield attend(
+                queries[:, :, span],
+                torch.cat([pool.keys, keys[:, :, span]], dim=2),
+                torch.cat([pool.values, values[:, :, span]], dim=2),
+                scale=view.scale,
+                gate=own,
+            )
+
+    def hand_over(self) -> tuple[dict[int, Tokens], dict[int, LayerView]]:
+        """What every layer kept or saw; the step forgets it, and notes no more: a layer may be recomputed alone."""
+        kept, views, self._kept, self._views = self._kept, self._views, None, {}
+        return kept or {}, views
+
+
+def _own(part: Float[Tensor, "batch kv_heads tokens dim"]) -> Float[Tensor, "rows 1 tokens dim"]:
+    """Each key-value head as a row."""
+    return part.flatten(0, 1)[:, None]
 
 
 def _made_anew(tokens: Tokens, seam: Seam, layer: int) -> Tokens:
@@ -230,7 +337,7 @@ def _made_anew(tokens: Tokens, seam: Seam, layer: int) -> Tokens:
 
     x + (y - stop(y)) is x to the bit: rounding of another matrix shape or other draws of dropout do not show.
     """
-    keys, values = seam.project(layer, tokens.states, tokens.positions)
+    _, keys, values = seam.project(layer, tokens.states, tokens.positions)
     keys, values = tokens.keys + (keys - keys.detach()), tokens.values + (values - values.detach())
     return replace(tokens, keys=keys, values=values)
 
@@ -248,8 +355,8 @@ class _ReadQuestions:
     and the weights that make them learn.
     """
 
-    def __init__(self, seam: Seam, segments: Tensor, before: "Reading | None", gated: bool) -> None:
-        self.seam, self.segments, self.before, self.gated = seam, segments, before, gated
+    def __init__(self, seam: Seam, manner: Manner, segments: Tensor, before: "Reading | None") -> None:
+        self.seam, self.manner, self.segments, self.before = seam, manner, segments, before
         self._read: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def __call__(
@@ -265,16 +372,20 @@ class _ReadQuestions:
             asked = torch.cat([self.before.segments, asked], dim=1)
         if self._read is not None:
             self._read[layer] = keys, values
+        asking, heads = self.segments, keys.shape[1]
+        if self.manner.policy.per_head:
+            kept, queries, (keys, values) = rows_of(kept, heads), query_rows(queries, heads), map(_own, (keys, values))
+            asking, asked = (part.repeat_interleave(heads, dim=0) for part in (asking, asked))
         open_to_all = torch.full_like(kept.order, MEMORY)
-        zeros = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.float32, device=keys.device)
-        return attend(
+        output = attend(
             queries,
             torch.cat([kept.keys, keys], dim=2),
             torch.cat([kept.values, values], dim=2),
             scale=scale,
-            gate=torch.cat([kept.gate, zeros], dim=1) if self.gated else None,
-            segments=Segments(queries=self.segments, keys=torch.cat([open_to_all, asked], dim=1)),
+            gate=F.pad(kept.gate, (0, keys.shape[2])) if self.manner.gated else None,
+            segments=Segments(queries=asking, keys=torch.cat([open_to_all, asked], dim=1)),
         )
+        return of_rows(output, heads) if self.manner.policy.per_head else output
 
     def hand_over(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the questions in every layer; the step forgets them, and notes no more."""
@@ -320,15 +431,26 @@ class Stream:
         carry: Carry = carry_directly,
         recorder: Recorder | None = None,
         last_position: int | None = None,
+        probes: Sequence[Int[Tensor, " tokens"]] = (),
     ) -> None:
         """An empty stream; a softness softens selection and carries its gate (training only).
 
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (design 5).
+        `probes` are the token ids of those that the policy asks for. Raises ValueError when their number differs.
         """
+        if len(probes) != len(policy.probes):
+            raise ValueError(
+                f"policy {policy.name} asks {len(policy.probes)} probes after every chunk and {len(probes)} are given; "
+                "open the stream by Feeder.stream, which has the tokenizer"
+            )
         self.seam, self.policy, self.softness = seam, policy, softness
         self.carry, self.recorder, self.last_position = carry, recorder, last_position
         self._manner = Manner(
-            policy=policy, softness=softness, recorder=recorder, projection=self._feature_projection()
+            policy=policy,
+            softness=softness,
+            recorder=recorder,
+            projection=self._feature_projection(),
+            probes=tuple(probes),
         )
         shape, matrix = seam.shape, self._manner.projection
         width = shape.feature if matrix is None else matrix.shape[1]
@@ -350,49 +472,58 @@ class Stream:
         return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
 
     def feed(self, chunk: Chunk) -> None:
-        """Read a chunk: every layer attends to its memory and the chunk, then keeps its budget."""
+        """Read a chunk: every layer attends to its memory and what the policy lets pass, then keeps its budget."""
         chunk, compaction = self._placed(chunk)
-        step = ChunkStep(
-            seam=self.seam,
-            manner=self._manner,
-            positions=chunk.positions,
-            modality=chunk.modality,
-            deepstack=chunk.deepstack,
-            first=self.fed,
-            compaction=compaction,
-        )
+        arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
+        sifted = self.policy.sift(chunk, arrival.expand(chunk.modality.shape))
+        read = sifted.chunk
         before = self.memory.entries
-        self.memory = self.carry(step, self.memory, chunk.embeddings)
-        self._account(chunk, before)
+        if read.count:
+            step = ChunkStep(
+                seam=self.seam,
+                manner=self._manner,
+                positions=read.positions,
+                modality=read.modality,
+                deepstack=read.deepstack,
+                order=sifted.order,
+                compaction=compaction,
+            )
+            self.memory = self.carry(step, self.memory, read.embeddings)
+        elif compaction is not None:
+            self.memory = compaction(self.memory, self.seam.rotary)
+        self._account(chunk, read, before)
 
     def _placed(self, chunk: Chunk) -> tuple[Chunk, "Compaction | None"]:
         """The chunk at the positions it will have in this stream, and how room is made below `last_position` first."""
         if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
-        if self.last_position is None:
-            return chunk, None
-        compaction = None
-        if int(chunk.positions.max()) - self.moved >= self.last_position:
-            end = self.opening + max(distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers)
-            compaction = Compaction(opening=self.opening, end=end)
-            self.moved += self.next_position - end
-            self.next_position = end
-            last = int(chunk.positions.max()) - self.moved
-            if last >= self.last_position:
+        limit, compaction, last = self.last_position, None, int(chunk.positions.max())
+        if self.policy.reindex or (limit is not None and last - self.moved >= limit):
+            compaction = self._compaction()
+            self.moved += self.next_position - compaction.end
+            self.next_position = compaction.end
+            if limit is not None and last - self.moved >= limit:
                 raise ValueError(
-                    f"memory and chunk reach position {last} even when compacted, the model was trained below "
-                    f"{self.last_position}; lower stream.chunk_tokens or memory.slots_per_layer"
+                    f"memory and chunk reach position {last - self.moved} even when compacted, the model was trained "
+                    f"below {limit}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
+        if not self.moved:
+            return chunk, compaction
         return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved)), compaction
 
-    def _account(self, chunk: Chunk, before: int | float) -> None:
+    def _compaction(self) -> Compaction:
+        """How what is kept moves up as far as it can."""
+        most = max(distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers)
+        return Compaction(opening=self.opening, end=self.opening + most)
+
+    def _account(self, chunk: Chunk, read: Chunk, before: int | float) -> None:
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
-        pool = before + sum(arrived[1:]) * len(self.memory.layers)
+        pool = before + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
         self.fed += chunk.count
         self.next_position = max(self.next_position, int(chunk.positions.max()) + 1)
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         self.usage = Usage(
-            peak_entries=max(self.usage.peak_entries, pool),
+            peak_entries=max(self.usage.peak_entries, int(pool) if pool == int(pool) else pool),
             kept_entries=max(self.usage.kept_entries, self.memory.entries),
             bytes=max(self.usage.bytes, self.memory.bytes),
             tokens_in=(text, audio, visual),
@@ -409,6 +540,7 @@ class Stream:
             carry=self.carry,
             recorder=self.recorder,
             last_position=self.last_position,
+            probes=self._manner.probes,
         )
         twin.memory, twin.fed, twin.next_position, twin.usage = self.memory, self.fed, self.next_position, self.usage
         twin.opening, twin.moved = self.opening, self.moved
@@ -423,12 +555,16 @@ class Stream:
 
         It holds no memory of its own: in training the questions are read again in backward (`tuning.gradient`).
         """
-        positions = (prompt.offsets + self.next_position)[:, None, :].expand(-1, 3, -1)
-
-        seam, gated = self.seam, self.softness is not None
+        seam, manner, compaction, first = self.seam, self._manner, None, self.next_position
+        if self.policy.reindex:
+            compaction = self._compaction()
+            first = compaction.end
+        positions = (prompt.offsets + first)[:, None, :].expand(-1, 3, -1)
 
         def read(memory: Memory) -> Reading:
-            step = _ReadQuestions(seam, prompt.segments, before, gated)
+            step = _ReadQuestions(seam, manner, prompt.segments, before)
+            if compaction is not None:
+                memory = compaction(memory, seam.rotary)
             try:
                 hidden = seam.run(step, seam.embed(prompt.ids), positions, memories=_by_layer(memory))
             finally:  # as for chunks

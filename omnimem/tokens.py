@@ -12,7 +12,7 @@ axes     the three axes of a position: time, height, width
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import final
 
@@ -135,3 +135,18 @@ class Chunk:
     def count(self) -> int:
         """Number of tokens per stream."""
         return self.modality.shape[1]
+
+    def gather(self, index: Int[Tensor, "batch kept"]) -> "Chunk":
+        """The tokens at `index`, each stream by its own row and every one once; deepstack features go with theirs."""
+        deepstack = self.deepstack
+        if deepstack is not None:
+            mask = deepstack.mask.gather(1, index)
+            place = (deepstack.mask.flatten().cumsum(0) - 1).view_as(deepstack.mask).gather(1, index)[mask]
+            deepstack = DeepStack(mask=mask, features=tuple(level[place] for level in deepstack.features))
+        return replace(
+            self,
+            embeddings=self.embeddings.gather(1, _expand(index, self.embeddings, 1)),
+            positions=self.positions.gather(2, _expand(index, self.positions, 2)),
+            modality=self.modality.gather(1, index),
+            deepstack=deepstack,
+        )

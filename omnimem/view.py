@@ -35,6 +35,15 @@ class Measures:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What a layer makes of a probe that stands after the chunk; both after RoPE."""
+
+    queries: Float[Tensor, "batch heads probe dim"]
+    keys: Float[Tensor, "batch kv_heads probe dim"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class LayerView:
     """The pool [memory ; chunk] of one layer, with attention mass and redundancy computed on demand.
 
@@ -48,6 +57,8 @@ class LayerView:
     measures: Measures
     gradient: ScoreGradient = "redundancy"  # what of the score carries gradient, where gradient is wanted at all
     rotary: Rotary | None = None  # the model's own; None where no model is there
+    probes: tuple[Probed, ...] = ()  # those that the policy asks for, in its order
+    heads: int = 1  # rows a stream: where key-value heads keep tokens of their own, each is a row
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from omnimem.budget import Budget
 from omnimem.policies.presets import PresetWithRelease, allotted, part, settings
-from omnimem.policies.ranked import AbstractRanking, RankedPolicy, above_all, from_end, newest
+from omnimem.policies.ranked import AbstractRanking, RankedPolicy, above_all, best, from_end, newest
 from omnimem.positions import rotate
 from omnimem.selection import Room
 from omnimem.selection.room import groups
@@ -149,15 +149,6 @@ def _extent(view: LayerView) -> tuple[int, int, int, int]:
     axes = [view.pool.positions[:, axis][visual] for axis in (1, 2)]
     (top, bottom), (left, right) = ((int(places.min()), int(places.max())) for places in axes)
     return bottom - top + 1, right - left + 1, top, left
-
-
-def best(
-    scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], count: Int[Tensor, " batch"]
-) -> Bool[Tensor, "batch tokens"]:
-    """The `count` highest members of each row; ties go to the most recent."""
-    ranked = scores.masked_fill(~member, float("-inf")).flip(1).argsort(dim=1, descending=True, stable=True)
-    place = torch.zeros_like(ranked).scatter(1, ranked, torch.arange(ranked.shape[1]).to(ranked).expand_as(ranked))
-    return member & (place.flip(1) < count[:, None])
 
 
 def smoothed(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from omnimem.budget import Budget
 from omnimem.policy import Policy, room_of
 from omnimem.selection import Room, Softness, select
-from omnimem.tokens import Modality, Tokens
+from omnimem.tokens import ABSENT, HIDDEN, Modality, Tokens
 from omnimem.view import LayerView
 
 Pooling = Literal["mean", "max"]
@@ -87,6 +87,30 @@ def oldest(member: Bool[Tensor, "batch tokens"], count: int | Tensor) -> Bool[Te
 def from_end(member: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
     """The place of each member counted from the end, the last one 1; what is no member has the place of the next."""
     return member.flip(1).cumsum(dim=1).flip(1)
+
+
+def best(
+    scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], count: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch tokens"]:
+    """The `count` highest members of each row, as many as it says for the row; ties go to the most recent."""
+    fixed = scores.detach().nan_to_num(nan=-torch.finfo(scores.dtype).max).masked_fill(~member, float("-inf"))
+    ranked = fixed.flip(1).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
+    place = torch.zeros_like(ranked).scatter(1, ranked, places).flip(1)
+    return member & (place < count[:, None])
+
+
+def left_of(pool: Tokens, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
+    """What stays of each row, in order; rows that keep less than the fullest are filled up with empty places."""
+    counts = stays.sum(dim=1, keepdim=True)
+    most = int(counts.max())
+    found = pool.gather((~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
+    there = torch.arange(most, device=stays.device) < counts
+    return replace(
+        found,
+        modality=torch.where(there, found.modality, torch.full_like(found.modality, ABSENT)),
+        gate=torch.where(there, found.gate, torch.full_like(found.gate, HIDDEN)),
+    )
 
 
 def above_all(
