@@ -244,6 +244,7 @@ class Load:
     ranks: int = 1
     batch: int = 1  # streams that share a pass
     offload: bool = False  # memories of earlier chunks wait on the host
+    teacher_tokens: int = 0  # audio and visual tokens that the teacher of a loss remembers; 0: no teacher
 
 
 @final
@@ -304,6 +305,8 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
     whole = entries * (pair + side)
     waiting = 0 if load.offload else max(0, load.chunks - 1)
+    taught = load.batch * shapes.text.layers * (load.teacher_tokens + load.text_tokens) if load.teacher_tokens else 0
+    teacher = Row(what="teacher's full memory", bytes=taught * pair, how=f"{taught:,} entries x {pair} B", exact=True)
     return [
         Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
         Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
@@ -313,6 +316,7 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
             how="on the host" if load.offload else f"{waiting} earlier chunks x memory; none with tuning.offload: true",
             exact=False,
         ),
+        *([teacher] if taught else []),
     ]
 
 

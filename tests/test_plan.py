@@ -222,12 +222,12 @@ def test_chunk_sizes_move_the_cuts_and_nothing_else_and_share_what_the_encoders_
 
 
 def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one() -> None:
-    stream = opened(7, (None,), ["red"])  # segments of 6 tokens
-    plan_of(chunk_tokens=(6, 72)).check(stream)
-    plan_of().check(stream)
+    segments = opened(7, (None,), ["red"]).segments  # of 6 tokens
+    TuningOptions().check_segments(segments)
+    TuningOptions(chunk_tokens=(6, 72)).check_segments(segments)
     for sizes in ((72, 5), ChunkRange(low=5, high=72)):
-        with pytest.raises(LayoutError, match=r"^7: a segment has 6 tokens, more than .*chunk_tokens = 5; raise it"):
-            plan_of(chunk_tokens=sizes).check(stream)
+        with pytest.raises(LayoutError, match=r"^tuning.chunk_tokens: a segment has 6 tokens, more than a chunk of 5;"):
+            TuningOptions(chunk_tokens=sizes).check_segments(segments)
 
 
 # -------------------------------------------------------------------------------------------------------- the settings
@@ -305,6 +305,8 @@ def test_a_chunk_drawn_too_small_ends_a_run_with_2_before_its_first_step(tmp_pat
     arguments = given(folder, "small", "tuning.chunk_tokens={low: 12, high: 72}", "train.max_steps=3")
     (shown,) = command(SCRIPT, arguments, folder, fails=True).outputs
     (line,) = shown.splitlines()
-    assert "a segment has 18 tokens, more than a chunk of tuning.chunk_tokens = 12; raise it" in line
+    assert line.startswith("tuning.chunk_tokens: a segment has 18 tokens, more than a chunk of 12; raise it, or lower")
+    (shown,) = command(SCRIPT, [*arguments, "--dry-run"], folder, fails=True).outputs
+    assert shown.splitlines()[-1] == line
     assert not (folder / "runs" / "small" / "metrics.jsonl").exists()
     assert json.loads((folder / "runs" / "small" / "run.json").read_text())["steps"] == 0

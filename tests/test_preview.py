@@ -159,6 +159,30 @@ def test_the_memory_table_and_the_budget_say_what_soft_selection_holds(
     assert "soft selection" not in shown(capsys)
 
 
+def test_the_memory_table_knows_ranges_and_the_teacher(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest chunk and budget of any step; the teacher's full memory, where the sample is not too long for it."""
+    ranges = ("tuning.budgets={low: 4, high: 9}", "tuning.chunk_tokens={low: 20, high: 70}")
+    for limit, taught in ((10_000, True), (10, False)):
+        loss = f"tuning.loss.full_memory_kl={{max_tokens: {limit}}}"
+        run = recorded(tmp_path / f"{limit}", checkpoint, *ranges, loss)
+        skeleton = skeleton_of(run, Missing())
+        assert skeleton is not None
+        reading = read_sample(run, skeleton, Missing())
+        media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+        load = load_of(run, skeleton.shapes, reading)
+        assert (load.entries, load.chunk_tokens, load.teacher_tokens) == (2 * 9, 70, media if taught else 0)
+        rows = {row.what: row.bytes for row in footprint(skeleton.shapes, load)}
+        pair, _ = skeleton.shapes.entry(0, load.dtype)
+        expected = load.batch * 2 * (media + reading.tokens[Modality.TEXT]) * pair
+        assert rows.get("teacher's full memory") == (expected if taught else None)
+    preview.preview(run)
+    said = capsys.readouterr().out
+    assert "slots a layer in training, one drawn a step: 4 to 9\n" in said
+    assert "chunk_tokens in training, one drawn a step: 20 to 70\n" in said
+
+
 @pytest.mark.parametrize(
     ("override", "what"),
     [

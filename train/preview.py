@@ -180,7 +180,8 @@ def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tens
 def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> Reading:
     """Decode the sample and cut it as a run would; the encoders' outputs are only counted.
 
-    Raises ConfigError when `stream` asks for something that the checkpoint's grids cannot give.
+    Raises ConfigError when `stream` asks for something that the checkpoint's grids cannot give, LayoutError when a step
+    of tuning may.
     """
     backbone, shapes = skeleton.backbone, skeleton.shapes
     try:
@@ -189,8 +190,10 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
         raise ConfigError([f"stream.fps: {error}"]) from error
     segments: list[Segment] = list(source)
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
+    encoded = list(_counted(segments, shapes, run.stream.fps))
+    run.tuning.check_segments(encoded)
     cut = backbone.chunks(
-        _counted(segments, shapes, run.stream.fps),
+        encoded,
         tracks=tracks,
         chunk_tokens=run.stream.chunk_tokens,
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
@@ -312,6 +315,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         batch=batch,
         offload=run.tuning.offload,
+        teacher_tokens=media if any(loss.needs_teacher and loss.takes(media) for loss in run.tuning.loss.losses) else 0,
     )
 
 

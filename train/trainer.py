@@ -146,7 +146,7 @@ class StreamTrainer(SurvivingTrainer):
         for sample in samples:
             try:
                 opened.append(self.feeder.open(sample))
-                self.plan.check(opened[-1])
+                self.plan.options.check_segments(opened[-1].segments)
             except MediaError as error:
                 self._note(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return opened

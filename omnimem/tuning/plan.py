@@ -1,10 +1,10 @@
 """What each step of a run uses: budget, chunk size and temperature, as functions of (seed, step) alone."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from omnimem.backbones import LayoutError
-from omnimem.feeding import Opened
+from omnimem.backbones import Encoded, LayoutError
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange, in_laps, uniform
 from omnimem.tuning.gradient.options import Horizon, Mode, check_settings
@@ -52,6 +52,15 @@ class TuningOptions:
             return sizes.low, sizes.high
         return min(sizes, default=chunk_tokens), max(sizes, default=chunk_tokens)
 
+    def check_segments(self, segments: Iterable[Encoded]) -> None:
+        """Raises LayoutError where some step may draw a chunk that is too small for a segment of the stream."""
+        smallest, largest = self.chunks(0)[0], max((segment.count for segment in segments), default=0)
+        if self.chunk_tokens and largest > smallest:
+            raise LayoutError(
+                f"tuning.chunk_tokens: a segment has {largest} tokens, more than a chunk of {smallest}; raise it, or "
+                "lower stream.max_pixels or stream.fps"
+            )
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +94,6 @@ class Plan:
         if slots is None:
             return "full"
         return budgets.band(slots) if isinstance(budgets, BudgetRange) else f"{slots}"
-
-    def check(self, opened: Opened) -> None:
-        """Raises LayoutError where a step to come may draw chunks that are too small for a segment of the stream."""
-        smallest, _ = self.options.chunks(self.chunk_tokens)
-        largest = max((segment.count for segment in opened.segments), default=0)
-        if self.options.chunk_tokens and largest > smallest:
-            raise LayoutError(
-                f"{opened.sample.id}: a segment has {largest} tokens, more than a chunk of tuning.chunk_tokens = "
-                f"{smallest}; raise it, or lower stream.max_pixels or stream.fps"
-            )
 
     def _slots(self, step: int) -> int | None:
         budgets = self.options.budgets
