@@ -7,6 +7,7 @@ answered what, and in whatever order.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -60,7 +61,8 @@ class Results:
         return ordered
 
     def _others(self) -> list[Path]:
-        return sorted(self._parts.glob(f"{self._label}.*of*.jsonl"))
+        mine = re.compile(rf"{re.escape(self._label)}\.\d+of\d+\.jsonl")
+        return sorted(path for path in self._parts.glob("*.jsonl") if mine.fullmatch(path.name))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         for path in (self.path, *self._others()):

@@ -44,7 +44,8 @@ class Trace:
             for layer in stream.memory.layers:
                 mine = layer.order[0][layer.modality[0] == kind].cpu()
                 bins = torch.bucketize(mine, edges, right=True) - 1
-                layers.append(torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1])
+                held = torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
+                layers.append((held / layer.heads).round())  # what one head of several holds alone counts as its part
             found[kind] = torch.stack(layers).to(torch.int32)
         return found
 

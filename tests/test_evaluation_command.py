@@ -1,0 +1,184 @@
+"""train/evaluate.py: ranks, helpers and shards write what one process writes; results of two settings never mix."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import SERVER, command, enter
+from test_evaluation import MEASURED, dying
+from thinkers import write_folder
+from tuned import config_of, write_adapter, write_run
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.evaluation import EvaluationError, results
+from train.team import Own
+
+SCRIPT = "train/evaluate.py"
+ARMS = ("--arm", "training_free", "--arm", "tuned", "--arm", "blind")
+CONFIG = ("--config", "runs/x/config.yaml", "train={}", "evaluate.decoders=0", "evaluate.batch_size=1")
+FILMS, ASKED = 5, 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run and a small recall set."""
+    folder = tmp_path_factory.mktemp("place")
+    base = write_folder(folder / "model", rates="tiny")
+    write_run(folder / "runs" / "x", base, config_of(base))
+    lines = []
+    for number in range(FILMS):
+        write_mp4(draw_world(number, 8), folder / f"film{number}.mp4")
+        turns = [{"role": "user", "content": f"what {n} ?"} for n in range(ASKED)]
+        answers = [{"role": "assistant", "content": "red"}] * ASKED
+        messages = [turn for pair in zip(turns, answers, strict=True) for turn in pair]
+        lines.append({"id": f"s{number}", "video": f"film{number}.mp4", "audio": None, "messages": messages})
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, tmp_path: Path) -> Path:
+    """A copy of its own."""
+    shutil.copytree(place / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(place / "runs", folder / "runs")
+    command(SCRIPT, [*CONFIG, *ARMS, benchmark(place)], folder)
+    return found(folder)
+
+
+def benchmark(place: Path) -> str:
+    return f"evaluate.benchmarks=[{{name: recall, root: {place}, split: test}}]"
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """Lines and summaries of every arm, without times; nothing else may lie there."""
+    arms = {}
+    for arm in sorted((folder / "runs" / "x" / "eval").iterdir()):
+        lines = [json.loads(line) for line in (arm / "recall.jsonl").read_text().splitlines()]
+        summary = json.loads((arm / "summary.json").read_text())["benchmarks"]["recall"]
+        summary.pop("cost")
+        expected = {"recall.jsonl", "summary.json", "setting.json"} | ({"trace.json"} if arm.name != "blind" else set())
+        assert {path.name for path in arm.iterdir()} == expected
+        kept = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+        trace = arm / "trace.json"
+        arms[arm.name] = kept, summary, json.loads(trace.read_text()) if trace.is_file() else None
+    return arms
+
+
+def test_one_process_answers_every_question_of_every_arm(alone: dict[str, Any]) -> None:
+    assert set(alone) == {"training_free", "tuned", "blind"}
+    for lines, summary, _ in alone.values():
+        assert [line["id"] for line in lines] == [f"s{film}#{n}" for film in range(FILMS) for n in range(ASKED)]
+        assert summary["n"] == FILMS * ASKED
+    assert [a["prediction"] for a in alone["tuned"][0]] != [b["prediction"] for b in alone["training_free"][0]]
+
+
+def test_ranks_of_the_launcher_share_the_work(place: Path, here: Path, alone: dict[str, Any]) -> None:
+    ended = command(SCRIPT, [*CONFIG, *ARMS, benchmark(place)], here, ranks=2)
+    assert found(here) == alone
+    assert "tuned: recall" in ended.outputs[0]
+    assert "shard 1/2 is done; every question has been asked" in ended.outputs[1]
+
+
+def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(
+    place: Path, here: Path, alone: dict[str, Any]
+) -> None:
+    arguments = [*CONFIG, *ARMS, benchmark(place)]
+    (first,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here).outputs
+    assert "shard 0/2 is done; 14 questions wait for other shards; the command without --shard draws up" in first
+    (second,) = command(SCRIPT, [*arguments, "--shard", "1/2"], here).outputs
+    assert "shard 1/2 is done; every question has been asked" in second
+    assert not list((here / "runs").rglob("summary.json"))
+    command(SCRIPT, arguments, here)
+    assert found(here) == alone
+
+
+@pytest.mark.slow
+def test_helpers_of_a_process_share_the_work(place: Path, here: Path, alone: dict[str, Any]) -> None:
+    command(SCRIPT, [*CONFIG, *ARMS, benchmark(place), "evaluate.processes=2"], here)
+    assert found(here) == alone
+
+
+def test_what_a_failing_helper_says_is_said() -> None:
+    said = r"a helper process ended with exit code 2:\n.*nowhere.yaml: no such config"
+    with pytest.raises(EvaluationError, match=said), Own(2, ["--config", "nowhere.yaml"]).work() as share:
+        assert (share.index, share.count) == (0, 2)
+
+
+def killed(at: int, torn: bool, arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
+    """The command, which ends itself by SIGKILL at its n-th line."""
+    results.append_line = dying(at, torn=torn, end=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    enter(SCRIPT, arguments, folder, environment, log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
+def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
+    place: Path, here: Path, alone: dict[str, Any], trial: int
+) -> None:
+    drawn = random.Random(trial)
+    arguments = [*CONFIG, *ARMS, benchmark(place)]
+    at, torn = drawn.randrange(3 * FILMS * ASKED), drawn.random() < 0.5
+    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = SERVER.Process(target=killed, args=(at, torn, arguments, str(here), environment, str(here / "log")))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (here / "log").read_text()
+    assert sum(path.read_bytes().count(b"\n") for path in (here / "runs").rglob("recall.jsonl")) == at
+    command(SCRIPT, arguments, here)
+    assert found(here) == alone
+
+
+# --- settings
+
+
+def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place: Path, here: Path) -> None:
+    arguments = [*CONFIG, "--arm", "tuned", "--arm", "training_free", benchmark(place)]
+    command(SCRIPT, arguments, here)
+    before = found(here)
+    write_adapter(place / "model", here / "runs" / "x" / "adapter", seed=5)
+    (refused,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here, fails=True).outputs
+    assert "eval/tuned: made with another adapter; start the command without --shard once" in refused
+    (said,) = command(SCRIPT, arguments, here).outputs
+    assert "tuned: made with another adapter; moved to runs/x/eval_earlier/tuned.1" in said
+    after = found(here)
+    assert after["training_free"] == before["training_free"]
+    assert after["tuned"][0] != before["tuned"][0]
+    assert (here / "runs/x/eval_earlier/tuned.1/summary.json").is_file()
+    (said,) = command(SCRIPT, [*arguments, "evaluate.max_new_tokens=2"], here).outputs
+    assert said.count("made with another max_new_tokens; moved to") == 2
+
+
+def test_another_benchmark_may_be_added_to_results(place: Path, here: Path) -> None:
+    arguments = [*CONFIG, "--arm", "training_free"]
+    command(SCRIPT, [*arguments, benchmark(place)], here)
+    before = (here / "runs/x/eval/training_free/recall.jsonl").read_bytes()
+    question = {"id": "q", "video": "film0.mp4", "question": "what ?", "options": ["a", "b"], "answer": "A"}
+    (place / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    both = f"{benchmark(place)[:-1]}, {{name: own, root: {place}}}]"
+    (said,) = command(SCRIPT, [*arguments, both], here).outputs
+    assert "moved" not in said
+    assert (here / "runs/x/eval/training_free/recall.jsonl").read_bytes() == before
+    summary = json.loads((here / "runs/x/eval/training_free/summary.json").read_text())
+    assert {label: entry["n"] for label, entry in summary["benchmarks"].items()} == {"recall": 10, "own": 1}
+
+
+def test_shards_do_not_each_measure_a_budget(place: Path, here: Path) -> None:
+    (here / "runs" / "x" / "budget.json").unlink()
+    arguments = [*CONFIG, "--arm", "training_free", benchmark(place), "memory.budget={name: audio_visual}"]
+    (refused,) = command(SCRIPT, [*arguments, "--shard", "1/2"], here, fails=True).outputs
+    assert "runs/x/budget.json is missing, and every shard would measure its own; make it first with" in refused
+    (refused,) = command(SCRIPT, [*arguments, "--shard", "2/2"], here, fails=True).outputs
+    assert "shard 2 of 2 does not exist; they are numbered 0/2 to 1/2" in refused
