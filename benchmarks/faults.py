@@ -1,0 +1,398 @@
+"""Kills, signals and damaged checkpoints at random times: every run must end with the weights of an unbroken one.
+
+python benchmarks/faults.py [--trials 30] [--seed 0] [--out runs/faults]
+
+Each trial trains the embedded tiny model for a few steps on short films, meets one fault, and goes on with
+`--resume auto` until it is done. It is passed when the adapter equals the unbroken run's bit for bit, metrics.jsonl
+holds every step once with the same numbers and the same samples, and no process is left behind. Processes are forked
+from one that has the imports done, with a launcher between that does as DeepSpeed's launch.py; the kills are real.
+Prints a table and writes faults.json.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any, final
+
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.run import provenance, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 8
+LIMIT = 300.0  # seconds that a run may take on a busy machine
+PATIENCE = 60.0  # seconds in which a rank must have ended once it was asked to
+RESUMES = 3
+FILES = 10  # of a checkpoint, about
+FORK = multiprocessing.get_context("fork")
+CONFIG = f"""\
+name: NAME
+model: {{path: {ROOT}/configs/models/tiny}}
+stream: {{chunk_tokens: 36, max_pixels: 12544}}
+memory: {{slots_per_layer: 8, budget: {{name: split, visual_audio_ratio: 2}}}}
+tuning:
+  lora: {{r: 4, alpha: 8, dropout: 0.2, targets: [q_proj, v_proj, up_proj]}}
+  budgets: [8, 4, full]
+data: {{train: train.jsonl}}
+train: {{max_steps: {STEPS}, save_steps: 2, save_total_limit: 2, learning_rate: 1e-2, per_device_train_batch_size: 1}}
+evaluate: {{after_training: false}}
+"""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What trains."""
+
+    ranks: int
+    deepspeed: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        return f"{self.deepspeed or 'plain'} x {self.ranks}"
+
+    @property
+    def settings(self) -> list[str]:
+        """On the command line of a run."""
+        return [f"train.deepspeed=deepspeed/{self.deepspeed}.json"] if self.deepspeed else []
+
+
+ENGINES = (
+    Engine(ranks=1),
+    Engine(ranks=2),
+    Engine(ranks=2, deepspeed="zero0"),
+    Engine(ranks=2, deepspeed="zero2"),
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A launcher with its ranks, and their run folder."""
+
+    process: ForkProcess
+    ranks: tuple[int, ...]
+    path: Path
+
+    @property
+    def launcher(self) -> int:
+        """Its number."""
+        return self.process.pid or 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that metrics.jsonl has a whole line for."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    def ended(self) -> int:
+        """Wait for the launcher; its exit code, negative for a signal."""
+        self.process.join()
+        return self.process.exitcode or 0
+
+    def orphans(self) -> list[int]:
+        """Ranks that are still there when a launcher is gone and they had the time to finish their step."""
+        limit = time.monotonic() + PATIENCE
+        while any(map(lives, self.ranks)) and time.monotonic() < limit:
+            time.sleep(0.05)
+        return [rank for rank in self.ranks if lives(rank)]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One kind of fault: when it strikes a run, and how."""
+
+    name: str
+    strikes: Callable[[Launched, random.Random], str]  # what it did, in words
+
+
+def main(arguments: Sequence[str]) -> int:
+    """All trials; 0 when every one passed."""
+    given = _parser().parse_args(arguments)
+    home = given.out.resolve()
+    prepare(home)
+    preload()
+    engines = ENGINES[: given.engines]
+    whole = {engine: unbroken(home, engine) for engine in engines}
+    draw = random.Random(given.seed)
+    trials = []
+    for number in range(given.trials):
+        fault, engine = FAULTS[number % len(FAULTS)], draw.choice(engines)
+        trials.append(trial(home, number, fault, engine, whole[engine], draw))
+        print(line_of(trials[-1]), flush=True)
+    passed = sum(not each["failed"] for each in trials)
+    print(f"{passed} of {len(trials)} trials passed")
+    facts = provenance(command=sys.argv, seed=given.seed, sha256={})
+    write_json(home / "faults.json", {"provenance": facts, "passed": passed, "trials": trials})
+    return 0 if passed == len(trials) else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- material
+
+
+def prepare(home: Path) -> None:
+    """Six films of eight seconds and their manifest."""
+    home.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(6):
+        write_mp4(draw_world(number, 8), home / f"{number}.mp4")
+        turns = [{"role": "user", "content": f"what is {number} ?"}, {"role": "assistant", "content": "red"}]
+        rows.append({"id": f"film{number}", "video": f"{number}.mp4", "messages": turns})
+    (home / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def preload() -> None:
+    """Import what every run imports; forked processes have it then."""
+    os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    importlib.import_module("deepspeed")
+    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="preloaded")
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def launch(home: Path, name: str, engine: Engine, *arguments: str) -> Launched:
+    """`finetune.py --config NAME.yaml ARGUMENTS` on so many ranks."""
+    (home / f"{name}.yaml").write_text(CONFIG.replace("NAME", name), encoding="utf-8")
+    command = ["finetune.py", "--config", f"{name}.yaml", *engine.settings, *arguments]
+    told, tell = FORK.Pipe(duplex=False)
+    launcher = FORK.Process(target=_launcher, args=(home, name, command, engine.ranks, tell))
+    launcher.start()
+    return Launched(process=launcher, ranks=tuple(told.recv()), path=home / "runs" / name)
+
+
+def _launcher(home: Path, name: str, command: list[str], count: int, tell: Connection) -> None:
+    """As launch.py: start the ranks, pass SIGTERM on, end all when one has failed."""
+    os.setsid()
+    os.chdir(home)
+    log = os.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    port = str(_free_port())
+    os.environ["OMNIMEM_LAUNCHER"] = str(os.getpid())  # as launch.sh does
+    ranks = [FORK.Process(target=_rank, args=(command, rank, count, port)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    tell.send([rank.pid for rank in ranks])
+    signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
+    failed: int | None = None
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        wait([rank.sentinel for rank in running], timeout=PATIENCE)
+        codes = [rank.exitcode for rank in ranks if rank.exitcode]
+        for rank in running if codes else ():
+            rank.terminate() if failed is None else rank.kill()
+        failed = codes[0] if codes else None
+    sys.exit(failed % 256 if failed else 0)
+
+
+def _rank(command: list[str], rank: int, count: int, port: str) -> None:
+    """Become the command."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
+    os.environ.update({**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": "0"})
+    sys.argv = command
+    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="__main__")
+
+
+def lives(number: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+def kill_rank(run: Launched, draw: random.Random) -> str:
+    """SIGKILL to one rank, at any time."""
+    at = in_a_step(run, draw)
+    rank = draw.randrange(len(run.ranks))
+    os.kill(run.ranks[rank], signal.SIGKILL)
+    return f"rank {rank} {at}"
+
+
+def kill_launcher(run: Launched, draw: random.Random) -> str:
+    """SIGKILL to the launcher; its ranks must end by themselves."""
+    at = in_a_step(run, draw)
+    os.kill(run.launcher, signal.SIGKILL)
+    return at
+
+
+def terminate(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to one rank, or to the launcher, which passes it on."""
+    at = in_a_step(run, draw)
+    chosen = draw.choice((run.launcher, *run.ranks))
+    os.kill(chosen, signal.SIGTERM)
+    return f"{'launcher' if chosen == run.launcher else f'rank {run.ranks.index(chosen)}'} {at}"
+
+
+def damage_checkpoint(run: Launched, draw: random.Random) -> str:
+    """All are killed, and a file of the newest checkpoint is cut short, or has one bit turned over."""
+    at = in_a_step(run, draw, first=3)
+    kill_all(run)
+    newest = max(run.path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    file = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    place = draw.randrange(len(content))
+    if draw.random() < 0.5:
+        what, content = "cut", content[:place]
+    else:
+        what = "bit"
+        content[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+    return f"{what} {file.relative_to(run.path)} {at}"
+
+
+def kill_while_writing(run: Launched, draw: random.Random) -> str:
+    """All are killed while a checkpoint is being written, when so many files of it have appeared."""
+    wanted, files = draw.choice((2, 4, 6)), draw.randrange(FILES)
+    partial = run.path / ".partial" / f"checkpoint-{wanted}"
+    waiting(run, lambda: len(list(partial.glob("*"))) >= files or (run.path / partial.name).exists())
+    time.sleep(draw.uniform(0.0, 0.01))
+    kill_all(run)
+    written = len(list(partial.glob("*")))
+    return f"{partial.name}, " + (f"{written} files written" if partial.exists() else "already in place")
+
+
+FAULTS = (
+    Fault(name="kill -9 of a rank", strikes=kill_rank),
+    Fault(name="kill -9 of the launcher", strikes=kill_launcher),
+    Fault(name="SIGTERM", strikes=terminate),
+    Fault(name="damaged checkpoint", strikes=damage_checkpoint),
+    Fault(name="kill -9 while a checkpoint is written", strikes=kill_while_writing),
+)
+
+
+def in_a_step(run: Launched, draw: random.Random, *, first: int = 0) -> str:
+    """Wait for a random moment of a random step."""
+    step = draw.randrange(first, STEPS)
+    waiting(run, lambda: run.steps >= step)
+    delay = draw.uniform(0.0, 0.3)
+    time.sleep(delay)
+    return f"{delay * 1e3:.0f} ms after step {step}"
+
+
+def waiting(run: Launched, until: Callable[[], bool]) -> None:
+    """Until it is so, or the run is over."""
+    limit = time.monotonic() + LIMIT
+    while not until() and lives(run.ranks[0]) and time.monotonic() < limit:
+        time.sleep(0.002)
+
+
+def kill_all(run: Launched) -> None:
+    """As when the machine goes down."""
+    for number in (run.launcher, *run.ranks):
+        if lives(number):
+            os.kill(number, signal.SIGKILL)
+
+
+# --------------------------------------------------------------------------------------------------------------- trials
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run left, without what a clock says."""
+
+    adapter: bytes
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[list[str]]:
+        """The samples of each step, in order."""
+        return [line["samples"] for line in self.lines]
+
+    @classmethod
+    def of(cls, path: Path) -> "Result":
+        """Of a run folder."""
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+        return cls(adapter=(path / "adapter" / "adapter_model.safetensors").read_bytes(), lines=kept)
+
+
+def unbroken(home: Path, engine: Engine) -> Result:
+    """The run that nothing happens to."""
+    name = f"whole-{engine.name.replace(' ', '')}"
+    shutil.rmtree(home / "runs" / name, ignore_errors=True)
+    run = launch(home, name, engine)
+    code = run.ended()
+    if code != 0:
+        raise RuntimeError(f"the unbroken run ended with {code}:\n{(home / f'{name}.log').read_text()}")
+    return Result.of(run.path)
+
+
+def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, draw: random.Random) -> dict[str, Any]:
+    """One fault, and what came of it."""
+    name, started = f"trial-{number}", time.monotonic()
+    shutil.rmtree(home / "runs" / name, ignore_errors=True)
+    log = home / f"{name}.log"
+    log.unlink(missing_ok=True)
+    run = launch(home, name, engine)
+    what = fault.strikes(run, draw)
+    codes, orphans = [run.ended()], run.orphans()
+    while codes[-1] != 0 and len(codes) <= RESUMES:
+        run = launch(home, name, engine, "--resume", "auto")
+        codes.append(run.ended())
+        orphans += run.orphans()
+    found = Result.of(run.path) if codes[-1] == 0 else Result(adapter=b"")
+    checks = {
+        "finished": codes[-1] == 0,
+        "same weights": found.adapter == whole.adapter,
+        "same samples": found.samples == whole.samples,
+        "same numbers": found.lines == whole.lines,
+        "no orphans": not orphans,
+    }
+    return {
+        "number": number,
+        "fault": fault.name,
+        "engine": engine.name,
+        "what": what,
+        "codes": codes,
+        "said": [line for line in log.read_text().splitlines() if line.startswith(("passed over", "stopped"))],
+        "failed": [name for name, holds in checks.items() if not holds],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def line_of(found: Mapping[str, Any]) -> str:
+    """A row of the table."""
+    verdict = f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "same"
+    codes = " ".join(map(str, found["codes"]))
+    return f"{found['number']:3} | {found['fault']:38} | {found['engine']:9} | {codes:9} | {verdict} | {found['what']}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=30, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times and places of the faults (%(default)s)")
+    parser.add_argument("--engines", type=int, default=len(ENGINES), help="use the first so many engines (all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"), metavar="DIR", help="%(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
