@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -21,9 +21,9 @@ from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policy import Policy
+from omnimem.policy import Outline, Policy
 from omnimem.stream import PADDING, Prompt, Stream, StreamOptions
-from omnimem.tokens import Chunk
+from omnimem.tokens import Chunk, Modality
 
 IGNORED = -100
 FORMAT = 2  # of the files in the cache
@@ -203,7 +203,27 @@ class Feeder:
         """An empty stream; with `positions: compact` it stays within the positions the model was trained on."""
         compact = self.options.positions == "compact"
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
-        return Stream(seam, policy, batch=batch, last_position=last, **settings)
+        device = self.backbone.device
+        probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.probes]
+        return Stream(seam, policy, batch=batch, last_position=last, probes=probes, **settings)
+
+    def told(self, policy: Policy, batch: Sequence[Readable]) -> Policy:
+        """The policy, told what the streams will hold where it asks to know; their segments must pass twice then."""
+        return policy.told([self.outline(readable) for readable in batch]) if policy.foretold else policy
+
+    def outline(self, readable: Readable) -> Outline:
+        """What a stream will hold: its tokens and their places, and which of them its `meta.needles` are.
+
+        A needle is [second] of sound, or [second, y, x] of a picture, from its top left corner 0, 0 to 1, 1.
+        """
+        segments, sample = list(readable.segments), readable.sample
+        chunks = self.backbone.chunks(
+            iter(segments), tracks=readable.tracks, chunk_tokens=self.options.chunk_tokens, system=sample.system
+        )
+        kinds, positions = zip(*((chunk.modality[0], chunk.positions[0]) for chunk in chunks), strict=True)
+        outline = Outline(modality=torch.cat(kinds).cpu(), positions=torch.cat(positions, dim=1).cpu())
+        needles = sample.meta.get("needles", ())
+        return replace(outline, needles=tuple(_token_at(outline, segments, needle) for needle in needles))
 
     def chunks(self, batch: Sequence[Readable], chunk_tokens: int | None = None) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked.
@@ -286,6 +306,20 @@ class Feeder:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return self.cache / f"{digest.hexdigest()}.safetensors"
+
+
+def _token_at(outline: Outline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
+    """Arrival number of the token that shows or sounds a needle."""
+    at, *place = needle
+    if not place:
+        sound = (outline.modality == Modality.AUDIO).nonzero()[:, 0]
+        return int(sound[min(len(sound) - 1, int(at * len(sound) / sum(segment.seconds for segment in segments)))])
+    visual = (outline.modality == Modality.VISUAL).nonzero()[:, 0]
+    time, *space = outline.positions[:, visual]
+    mine = time == time.unique()[int(at / segments[0].seconds_per_grid)]
+    for axis, part in zip(space, place, strict=True):
+        mine &= axis == axis.min() + int(part * int(axis.max() - axis.min() + 1))
+    return int(visual[mine][0])
 
 
 def play(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]) -> Iterator[list[float | None]]:

@@ -88,6 +88,11 @@ class Policy(ABC):
         """What is asked after every chunk; the view shows their queries and keys in this order."""
         return ()
 
+    @property
+    def foretold(self) -> bool:
+        """Whether it must be told what a stream will hold before it is read: then it is no streaming method."""
+        return False
+
     def told(self, streams: Sequence[Outline]) -> "Policy":
         """The policy for streams of which this is known beforehand; a streaming method does not listen."""
         return self

@@ -171,7 +171,7 @@ class ChunkStep:
 
     def embedded(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "batch tokens width"]:
         """A probe's embeddings, the same for every stream."""
-        return self.seam.embed(ids).expand(self.modality.shape[0], -1, -1)
+        return self.seam.embed(ids[None]).expand(self.modality.shape[0], -1, -1)
 
     def after(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "batch axes tokens"]:
         """The positions that follow the chunk, one a token of a probe."""

@@ -152,5 +152,9 @@ class Backbone(ABC):
         """The prompt as text, without the stream."""
 
     @abstractmethod
+    def probe(self, text: str | None) -> list[int]:
+        """Token ids of a text that is asked in place of questions; None: what the template puts after a question."""
+
+    @abstractmethod
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """(ids, offsets, labels) of a question that closes `tracks` (None: nothing was streamed), then is asked."""

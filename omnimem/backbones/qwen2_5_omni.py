@@ -242,6 +242,10 @@ class Qwen25Omni(Backbone):
         opening = self._opening if system is None else _frame(self.tokenizer, system)[0]
         return opening + self._closing.replace(SAMPLE, question)
 
+    def probe(self, text: str | None) -> list[int]:
+        """As it stands; or the end of the user's turn and the start of the assistant's."""
+        return self._text_ids(self._closing.partition(SAMPLE)[2] if text is None else text)
+
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """End markers of the open tracks (both at one position), the question, and the answer with its labels.
 

@@ -201,7 +201,10 @@ class Evaluation:
     ) -> Iterator[dict[str, Any]]:
         """One line a question of the batch."""
         clock, peak, first = Clock(sum(intake.gathering for intake in batch)), PeakMemory(), batch[0]
-        stream = self.feeder.stream(self.seam, arm.policy, batch=len(batch))
+        policy = arm.policy
+        if policy.foretold:
+            policy = self.feeder.told(policy, [intake.whole() for intake in batch])
+        stream = self.feeder.stream(self.seam, policy, batch=len(batch))
         watch = _Watch(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
         chunks = watch.chunks(clock.chunks(self.feeder.chunks(batch)))
         for due in play(stream, chunks, first.sample.moments):

@@ -8,7 +8,7 @@ from typing import final
 from omnimem.backbones import Encoded
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
-from omnimem.feeding import Heard, Part, layout
+from omnimem.feeding import Heard, Opened, Part, layout
 
 NEVER = 1e-6  # seconds by which ends of segments may differ that are the same
 
@@ -46,6 +46,13 @@ class Intake:
         self._parts = list(self._parts)
         self.gathering = time.perf_counter() - began
         return layout(self.sample, self.tracks, (part.encoded for part in self._parts))
+
+    def whole(self) -> Opened:
+        """The sample with all its segments, which still are to pass."""
+        self.gather()
+        parts = list(self._parts)
+        heard = parts[-1].heard if parts else Heard()
+        return Opened(sample=self.sample, segments=[part.encoded for part in parts], tracks=self.tracks, heard=heard)
 
     def heard(self, until: float) -> Heard:
         """What was seen and heard up to a time of the stream."""

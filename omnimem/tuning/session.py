@@ -87,7 +87,7 @@ def streamed_loss(
         taking = [loss for loss in taking if not loss.needs_teacher or taught]
     else:
         taught = []
-    stream = feeder.stream(seam, policy, batch=len(batch), softness=softness, carry=carry)
+    stream = feeder.stream(seam, feeder.told(policy, batch), batch=len(batch), softness=softness, carry=carry)
     values, owners = [], []
     for number, (prompt, labels) in enumerate(lesson.prompts(stream)):
         teacher = taught[number] if taught else None

@@ -1,0 +1,66 @@
+"""Merged tokens: several become one, their keys turned to one place before they are averaged."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from omnimem.positions import rotate
+from omnimem.tokens import Modality, Tokens
+from omnimem.view import LayerView
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Which tokens of a pool become which new ones."""
+
+    weights: Float[Tensor, "batch merged tokens"]  # of each source, summing to 1
+    positions: Int[Tensor, "batch axes merged"]
+    order: Int[Tensor, "batch merged"]  # arrival numbers that they stand by
+
+
+def merged(view: LayerView, merge: Merge, kind: Modality) -> Tokens:
+    """The new tokens: V = sum of w V, K = sum of w K turned from its own place to the new one.
+
+    Averaging keys after RoPE as they stand would mix phases. Differentiable in keys and values, not in the weights.
+    Raises ValueError where no model gives its rotary embedding.
+    """
+    if view.rotary is None:
+        raise ValueError("merging turns keys with the text model's rotary embedding; feed the policy by a Stream")
+    pool, weights = view.pool, merge.weights.detach()
+    keys = []
+    for number in range(weights.shape[1]):
+        way = merge.positions[:, :, number, None] - pool.positions
+        turned = rotate(pool.keys.float(), *view.rotary(way.transpose(0, 1)))
+        keys.append((turned * weights[:, number, None, :, None]).sum(dim=2))
+    values = torch.einsum("bmt,bhtd->bhmd", weights, pool.values.float())
+    return _new(pool, torch.stack(keys, dim=2), values, merge, kind)
+
+
+def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modality) -> Tokens:
+    """Tokens that nothing is known of beside their keys and values."""
+    count = merge.order.shape[1]
+    zeros = torch.zeros(merge.order.shape, dtype=torch.float32, device=pool.keys.device)
+    weights = merge.weights.detach()
+    return Tokens(
+        keys=keys.to(pool.keys.dtype),
+        values=values.to(pool.values.dtype),
+        positions=merge.positions,
+        modality=torch.full_like(merge.order, int(kind), dtype=torch.int8),
+        order=merge.order,
+        importance=zeros,
+        novelty=zeros,
+        feature=(weights @ pool.feature.float()).to(pool.feature.dtype),
+        gate=zeros,
+        states=pool.states[:, :1].expand(-1, count, -1)[:, :, :0],
+        owner=pool.owner[:, :, :1].expand(-1, -1, count)[:, :0],
+    )
+
+
+def with_merged(kept: Tokens, new: Tokens) -> Tokens:
+    """Both, in order of arrival; a merged token stands after the one whose number it has."""
+    both = kept.cat(new)
+    return both.gather(both.order.argsort(dim=1, stable=True))
