@@ -10,12 +10,14 @@ usage() {
 usage: ./launch.sh demo                         make the recall data, fine-tune, evaluate, compare (CPU, minutes)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick leaves out the slow tests
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
+                                                Ctrl-C or SIGTERM: finishes its step, writes a checkpoint; twice: at once
 TEXT
     exit 2
 }
 
 # --- processes: each step has a process group of its own, because `deepspeed` alone leaves its ranks behind when it is killed
 
+export OMNIMEM_LAUNCHER=$$ # a rank ends when this process is gone, however it went
 child=""
 
 end_group() { # $1: process group; TERM first, KILL after 10 s
@@ -27,8 +29,26 @@ end_group() { # $1: process group; TERM first, KILL after 10 s
     kill -KILL -- "-$1" 2>/dev/null || true
 }
 
-stop() { # $1: number of the signal
-    trap '' INT TERM HUP
+ranks() { # $1: process group; the processes in it that train
+    local folder fields
+    for folder in /proc/[0-9]*; do
+        read -r fields <"$folder/stat" || continue
+        read -r _ _ fields _ <<<"${fields##*) }" # state, parent, group
+        [ "$fields" != "$1" ] || ! grep -qz '^LOCAL_RANK=' "$folder/environ" || echo "${folder#/proc/}"
+    done 2>/dev/null
+}
+
+stop() { # $1: number of the signal; ranks finish their step and write a checkpoint, unless a second signal comes
+    local training
+    # shellcheck disable=SC2064 # both are known now
+    trap "end_group '$child'; exit $((128 + $1))" INT TERM HUP
+    training=$([ -z "$child" ] || ranks "$child")
+    if [ -n "$training" ]; then
+        # not to `deepspeed` itself, which would give them 30 s
+        # shellcheck disable=SC2086
+        kill -TERM $training 2>/dev/null || true
+        while [ -n "$(ranks "$child")" ]; do sleep 0.5; done
+    fi
     [ -z "$child" ] || end_group "$child"
     exit "$((128 + $1))"
 }

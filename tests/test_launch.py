@@ -64,6 +64,49 @@ def test_a_signal_ends_every_process_of_the_run(folder: Path, number: signal.Sig
     assert (folder / "arguments").read_text() == "train/finetune.py --config x.yaml a.b=[1, 2] name=y\n"
 
 
+FINISHES = """#!/usr/bin/env bash
+finish() { sleep 1; echo finished > finished; exit 143; }
+trap finish TERM
+echo "$$" >> pids
+echo rank > arguments
+while :; do sleep 0.1; done
+"""
+ENDED = 'trap "touch ended; exit 1" TERM\nLOCAL_RANK=0 ./rank & wait $!'
+
+
+def start_rank(folder: Path, body: str = FINISHES) -> subprocess.Popen[str]:
+    """launch.sh with a rank below its `deepspeed`."""
+    (folder / "rank").write_text(body)
+    (folder / "rank").chmod(0o755)
+    launched = start(folder, ENDED, "finetune", "x.yaml")
+    until(folder, 3)
+    time.sleep(0.3)  # both have set their traps
+    return launched
+
+
+def test_a_signal_lets_ranks_finish_and_leaves_the_launcher_of_deepspeed_alone(folder: Path) -> None:
+    launched = start_rank(folder)
+    launched.send_signal(signal.SIGTERM)
+    launched.communicate(timeout=20)
+    assert launched.returncode == 128 + signal.SIGTERM
+    assert (folder / "finished").exists()
+    assert not (folder / "ended").exists()
+    assert running(folder) == []
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait_for_ranks(folder: Path) -> None:
+    launched = start_rank(folder, FINISHES.replace("sleep 1", "sleep 50 & wait"))
+    launched.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert launched.poll() is None
+    launched.send_signal(signal.SIGINT)
+    launched.communicate(timeout=30)
+    assert launched.returncode == 128 + signal.SIGTERM
+    assert not (folder / "finished").exists()
+    assert running(folder) == []
+
+
 def test_the_exit_code_is_passed_on_and_ranks_left_behind_are_ended(folder: Path) -> None:
     launched = start(folder, "exit 2", "finetune", "x.yaml")
     launched.communicate(timeout=20)
