@@ -239,7 +239,7 @@ class _ReadChunk:
         chunk, manner, heads = self.chunk, self.chunk.manner, keys.shape[1]
         policy, softness, count = manner.policy, manner.softness, chunk.modality.shape[1]
         fresh = chunk.arriving(states[:, :count], keys[:, :, :count], values[:, :, :count])
-        pool = self._pool(layer, Tokens.of(memory), states, fresh)
+        pool = self._pool(layer, Tokens.of(memory), states[:, :count], fresh)
         if policy.per_head:
             queries, (keys, values) = query_rows(queries, heads), (_own(part) for part in (keys, values))
         gate = pool.gate if manner.gated else None
