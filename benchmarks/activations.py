@@ -10,7 +10,7 @@ Writes activations.json into --out (runs/activations) and prints a table.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,28 +30,17 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTh
 
 from omnimem.attach import attach
 from omnimem.budget import SplitBudget
-from omnimem.memory import Memory
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
 from omnimem.run import write_json
-from omnimem.selection import Softness
+from omnimem.selection import SelectionOptions, TemperatureOptions
 from omnimem.stream import Prompt, Stream
 from omnimem.tokens import Chunk
-from omnimem.tuning import FullGradient, Gradient, answer_losses
+from omnimem.tuning import TuningOptions, answer_losses, gradient_of, policy_in_training
 
 QUESTION = 16  # tokens
-SOFTNESS = Softness(temperature=0.5)
-
-
-@final
-class Stored:
-    """Plain autograd: everything waits for backward."""
-
-    def __call__(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
-        return step(memory, embeddings)
-
-    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
-        return loss(memory)
+SOFT = SelectionOptions(temperature=TemperatureOptions(schedule="constant", start=0.5))
+HARD = SelectionOptions(softening="hard")
 
 
 @final
@@ -60,16 +49,20 @@ class Way:
     """A way to carry the gradient."""
 
     name: str
-    gradient: Gradient
-    by_layer: bool = False
+    tuning: TuningOptions
 
 
 WAYS = (
-    Way(name="no recomputation", gradient=Stored()),
-    Way(name="full", gradient=FullGradient()),
-    Way(name="full, by layer", gradient=FullGradient(), by_layer=True),
-    Way(name="full, offload", gradient=FullGradient(offload=True)),
-    Way(name="full, offload, by layer", gradient=FullGradient(offload=True), by_layer=True),
+    Way(name="no recomputation", tuning=TuningOptions(recompute="none", selection=SOFT)),
+    Way(name="full", tuning=TuningOptions(selection=SOFT)),
+    Way(name="full, by layer", tuning=TuningOptions(recompute="layer", selection=SOFT)),
+    Way(name="full, offload", tuning=TuningOptions(offload=True, selection=SOFT)),
+    Way(name="full, offload, by layer", tuning=TuningOptions(offload=True, recompute="layer", selection=SOFT)),
+    Way(name="full, horizon 1", tuning=TuningOptions(horizon=1, selection=SOFT)),
+    Way(name="full, horizon 2", tuning=TuningOptions(horizon=2, selection=SOFT)),
+    Way(name="states", tuning=TuningOptions(gradient="states", selection=SOFT)),
+    Way(name="released", tuning=TuningOptions(gradient="released", selection=HARD)),
+    Way(name="paper", tuning=TuningOptions(gradient="paper", selection=HARD)),
 )
 
 
@@ -194,13 +187,15 @@ def backward(model: PreTrainedModel, policy: Policy, way: Way, chunks: Iterator[
     prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=ids)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.get_input_embeddings().weight
-    with attach(model, recompute_layers=way.by_layer) as seam:
-        stream = Stream(seam, policy, softness=SOFTNESS, carry=way.gradient)
+    tuning = way.tuning
+    with attach(model, recompute_layers=tuning.recompute == "layer") as seam:
+        carry = gradient_of(tuning, seam.shape.layers)
+        stream = Stream(seam, policy_in_training(tuning, policy), softness=tuning.selection.at(0.0), carry=carry)
         for chunk in chunks:
             stream.feed(chunk)
         read, memory = stream.reader(prompt), stream.memory
         size = memory.bytes
-        loss = way.gradient.read(lambda kept: answer_losses((read(kept).hidden @ weights.T)[0], labels[0]), memory)
+        loss = carry.read(lambda kept: answer_losses((read(kept).hidden @ weights.T)[0], labels[0]), memory)
         del stream, memory
         torch.autograd.grad(loss.mean(), learning)
     return size
@@ -258,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {name: value for name, value in vars(given).items() if name != "out"}
     write_json(given.out / "activations.json", {"settings": settings, "rows": [asdict(row) for row in rows]})
     print(json.dumps(settings))
-    print(f"one memory: {rows[-1].memory / 1e6:.3f} MB; left alive: {max(row.left for row in rows)} bytes")
+    print(f"one memory: {rows[0].memory / 1e6:.3f} MB; left alive: {max(row.left for row in rows)} bytes")
     print(table(rows))
 
 

@@ -16,6 +16,7 @@ from omnimem.media import Geometry, LogMel
 from omnimem.memory import Memory, Shape
 from omnimem.tokens import TOKEN_AXES
 from omnimem.tuning import LoraOptions
+from omnimem.tuning.gradient.options import Horizon, Mode
 
 TOGETHER = 32  # segments that pass the encoders at once
 
@@ -243,6 +244,9 @@ class Load:
     stage: int | None  # ZeRO stage; None: no DeepSpeed
     ranks: int = 1
     batch: int = 1  # streams that share a pass
+    gradient: Mode = "full"
+    horizon: Horizon = "all"
+    stop_layer: int = 0  # of released and paper
     offload: bool = False  # memories of earlier chunks wait on the host
     teacher_tokens: int = 0  # audio and visual tokens that the teacher of a loss remembers; 0: no teacher
 
@@ -303,21 +307,43 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """What the layers keep, and what stays in the graph of one stream for the backward pass."""
     pair, side = shapes.entry(load.feature, load.dtype)
     entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
-    whole = entries * (pair + side)
-    waiting = 0 if load.offload else max(0, load.chunks - 1)
+    inputs = _inputs(shapes, load, entries)
     taught = load.batch * shapes.text.layers * (load.teacher_tokens + load.text_tokens) if load.teacher_tokens else 0
     teacher = Row(what="teacher's full memory", bytes=taught * pair, how=f"{taught:,} entries x {pair} B", exact=True)
     return [
         Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
         Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
-        Row(
-            what="memories in the graph",
-            bytes=waiting * whole,
-            how="on the host" if load.offload else f"{waiting} earlier chunks x memory; none with tuning.offload: true",
-            exact=False,
-        ),
+        *([inputs] if inputs.bytes else []),
+        _waiting(shapes, load, entries * (pair + side), inputs.bytes),
         *([teacher] if taught else []),
     ]
+
+
+def _inputs(shapes: Shapes, load: Load, entries: int) -> Row:
+    """The layer inputs that kept tokens carry, so that keys and values can be made of them again."""
+    carrying = {"states": shapes.text.layers, "released": load.stop_layer + 1, "paper": load.stop_layer + 1}
+    layers, size = carrying.get(load.gradient, 0), shapes.text.width * load.dtype.itemsize
+    held = entries * layers // shapes.text.layers
+    return Row(what="memory: layer inputs", bytes=held * size, how=f"{held:,} entries x {size:,} B", exact=False)
+
+
+def _waiting(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
+    """What earlier chunks leave for backward."""
+    name, earlier = "memories in the graph", max(0, load.chunks - 1)
+    if load.gradient == "full" and load.horizon != "all":
+        within = min(earlier, load.horizon - 1)
+        return Row(what=name, bytes=within * memory, how=f"{within} chunks within tuning.horizon x memory", exact=False)
+    if load.gradient == "states":
+        return Row(what=name, bytes=0, how="none: chunks leave no graph", exact=True)
+    if load.offload:
+        return Row(what=name, bytes=0, how="on the host", exact=False)
+    if load.gradient == "full":
+        how = f"{earlier} earlier chunks x memory; none with tuning.offload: true"
+        return Row(what=name, bytes=earlier * memory, how=how, exact=False)
+    layer = memory // shapes.text.layers + inputs // (load.stop_layer + 1)
+    chunk = load.batch * load.chunk_tokens * shapes.text.width * load.dtype.itemsize
+    how = f"{earlier} earlier chunks x (one layer's memory and input); none with tuning.offload: true"
+    return Row(what=name, bytes=earlier * (layer + chunk), how=how, exact=False)
 
 
 def _activations(shapes: Shapes, load: Load) -> list[Row]:

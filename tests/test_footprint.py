@@ -136,6 +136,26 @@ def test_memories_wait_in_the_graph_for_every_earlier_chunk() -> None:
     assert (one["memories in the graph"].bytes, five["memories in the graph"].bytes) == (0, 4 * memory)
 
 
+def test_what_waits_hangs_on_how_far_gradient_reaches() -> None:
+    """Layer inputs of 7B are 3584 wide in bf16; a chunk has LOAD's tokens."""
+    load = replace(LOAD, chunks=5)
+    full = rows_of(load)
+    memory = full["memory: keys and values"].bytes + full["memory: side state"].bytes
+    horizon = {number: rows_of(replace(load, horizon=number)) for number in (1, 3, 9)}
+    assert [horizon[number]["memories in the graph"].bytes for number in (1, 3, 9)] == [0, 2 * memory, 4 * memory]
+    states = rows_of(replace(load, gradient="states"))
+    assert states["memories in the graph"].bytes == 0
+    tokens = full["memory: keys and values"].bytes // (2 * 4 * 128 * 2)
+    assert states["memory: layer inputs"].bytes == tokens * 3584 * 2
+    released = rows_of(replace(load, gradient="released", stop_layer=14))
+    assert released["memory: layer inputs"].bytes == tokens // 28 * 15 * 3584 * 2
+    layer = memory // 28 + tokens // 28 * 3584 * 2
+    assert released["memories in the graph"].bytes == 4 * (layer + load.chunk_tokens * 3584 * 2)
+    assert "memory: layer inputs" not in full
+    offloaded = rows_of(replace(load, gradient="released", stop_layer=14, offload=True))
+    assert offloaded["memories in the graph"].bytes == 0
+
+
 def chunk(tokens: int, width: int, first: int) -> Chunk:
     """A random chunk with audio and visual tokens."""
     generator = torch.Generator().manual_seed(first)

@@ -29,6 +29,8 @@ from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.tokens import Modality
 from omnimem.tuning import Plan
+from omnimem.tuning.gradient.options import HALF_WAY
+from omnimem.tuning.reach import stop_layer_of
 
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
@@ -314,6 +316,9 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         stage=_stage(run),
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         batch=batch,
+        gradient=run.tuning.gradient,
+        horizon=run.tuning.horizon,
+        stop_layer=stop_layer_of(run.tuning, shapes.text.layers) if run.tuning.gradient in HALF_WAY else 0,
         offload=run.tuning.offload,
         teacher_tokens=media if any(loss.needs_teacher and loss.takes(media) for loss in run.tuning.loss.losses) else 0,
     )

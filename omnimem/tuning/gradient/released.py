@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnimem.attach import Seam
@@ -75,7 +75,7 @@ class ReleasedGradient:
         entering, top = self._learned(step, {stop - 1: before.layers[stop - 1]}, states)
         kept = [*kept, *(Tokens.of([tensor.detach() for tensor in tokens.tensors()]) for tokens in top)]
         pool = _pool(step, before.layers[stop], entering)
-        carrier = by_similarity(step.manner.policy).keep(stop, _unread(pool, step))
+        carrier = _cut(pool, by_similarity(step.manner.policy).keep(stop, _unread(pool, step)))
         link = Link(step=step, embeddings=embeddings, before=before, draws=draws) if self.whole_last_chunk else None
         layers = (*kept, carrier, *before.layers[stop + 1 :])
         return Memory(layers=layers, note=_Last(step=step, pool=pool, link=link))
@@ -127,9 +127,8 @@ class ReleasedGradient:
                 states, mine = _sequence(seam, manner, layer, tokens, states, fresh)
                 kept.append(mine)
                 if layer == self.stop_layer:
-                    index = torch.searchsorted(tokens.order.contiguous(), mine.order)
-                    tokens = tokens.gather(index)
-                    states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+                    states = _cut(replace(tokens, states=states), mine).states
+                    tokens = tokens.gather(_places(tokens, mine))
             return Memory(layers=tuple(kept)).tensors()
 
         return Memory.of(self.each.hold(flat, *pool.tensors())).layers
@@ -192,4 +191,16 @@ def _pool(step: ChunkStep, carrier: Tokens, entering: Float[Tensor, "batch token
 def _unread(pool: Tokens, step: ChunkStep) -> LayerView:
     """The pool of a layer that is not run: its redundancy alone can be judged."""
     measures, new = step.manner.policy.measures, step.modality.shape[1]
-    return LayerView(pool=pool, new=new, queries=pool.keys, scale=1.0, measures=measures, gradient="none")
+    bare = replace(pool, states=pool.states[..., :0])
+    return LayerView(pool=bare, new=new, queries=pool.keys, scale=1.0, measures=measures, gradient="none")
+
+
+def _places(pool: Tokens, kept: Tokens) -> Int[Tensor, "batch kept"]:
+    """Where kept tokens stood in the pool: both are in order of arrival."""
+    return torch.searchsorted(pool.order.contiguous(), kept.order.contiguous())
+
+
+def _cut(pool: Tokens, kept: Tokens) -> Tokens:
+    """The kept tokens with their states of the pool; unlike `gather`, an index saves no pool for backward."""
+    rows = torch.arange(pool.states.shape[0], device=pool.states.device)[:, None]
+    return replace(kept, states=pool.states[rows, _places(pool, kept)])
