@@ -78,6 +78,7 @@ RANGES: dict[str, Check] = {
     "ddp_timeout": FROM_1,
     "ddp_bucket_cap_mb": FROM_1,
     "max_bad_steps": FROM_1,
+    "step_timeout_seconds": (FROM_0[0], "0 (no limit) or more"),
 }
 
 
@@ -87,6 +88,7 @@ class OwnSettings:
     """Settings of `train` that transformers does not know."""
 
     max_bad_steps: int = 3  # steps in a row whose loss or gradient is not finite, before the run stops
+    step_timeout_seconds: float = 1800.0  # of a micro-step, or of a checkpoint, before the run ends; 0: no limit
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "OwnSettings":
@@ -104,6 +106,7 @@ def train_section() -> type:
     hints = {**get_type_hints(TrainingArguments), **get_type_hints(OwnSettings)}
     theirs = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     kinds = {name: _exact(hints[name]) for name in (*theirs, *own_names())}
+    kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are not known beforehand
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():

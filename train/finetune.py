@@ -4,24 +4,26 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--re
 """
 
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, cast, final
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omnimem.attach import Seam, attach
 from omnimem.backbones import Backbone, load_backbone
+from omnimem.budget import BudgetError
 from omnimem.comparison import compare
 from omnimem.config import RunConfig, dump, load, refuse_changes
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.feeding import Feeder
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
 from train.arguments import OwnSettings, train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
@@ -30,10 +32,13 @@ from train.command import Parser, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
 from train.order import seed_of
+from train.portable import refuse_other_batch
 from train.preview import preview
-from train.process import prepare_process
+from train.process import prepare_process, world_size
+from train.shards import stage_of, whole
 from train.stopping import follow_launcher
 from train.trainer import StreamTrainer, training_arguments
+from train.watch import Watch
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -47,12 +52,25 @@ def main(arguments: Sequence[str]) -> None:
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
+    if start.checkpoint is not None:
+        refuse_other_batch(start.checkpoint, run.train, world_size())
+    check_budget(run, start)
     samples = training_samples(run)
     check_answers(samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
     prepare_process()
     finetune(run, start, samples)
+
+
+def check_budget(run: RunConfig, start: Start) -> None:
+    """Raises BudgetError when a budget is to be measured where no process holds the whole model."""
+    measured = start.folder.budget.is_file() and not start.replaces
+    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
+        raise BudgetError(
+            "memory.budget: under ZeRO-3 no process holds the whole model that would be measured; run "
+            f"train/calibrate.py with this config before, which writes {start.folder.budget}"
+        )
 
 
 def check_answers(samples: Sequence[Sample]) -> None:
@@ -73,7 +91,11 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
             print(start.news, flush=True)
     backbone = load_backbone(run.model, settings.device)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
-    model, feeder = add_adapter(backbone.model, run.tuning.lora), feeder_of(run, backbone)
+    decoder = set(backbone.text_model.parameters())
+    encoders = [each for each in backbone.model.parameters() if each not in decoder]
+    model = add_adapter(backbone.model, run.tuning.lora)
+    with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
+        feeder = feeder_of(run, backbone)  # looks at the encoders, where it keeps what they make
     with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as seam:
         with settings.main_process_first(local=False, desc="budget"):
             budget = budget_of(run, seam, feeder, start.folder)
@@ -84,7 +106,10 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
         trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_whole(start.folder.adapter)
-        if first:
+        if first and stage_of(run.train) != 3:
+            conclude(run, start.folder, parts)
+    if first and stage_of(run.train) == 3:
+        with reloaded(run, start.folder, parts.policies) as parts:
             conclude(run, start.folder, parts)
 
 
@@ -118,12 +143,15 @@ def trainer_of(
     run: RunConfig, start: Start, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
 ) -> StreamTrainer:
     """The trainer of a run."""
+    own = OwnSettings.of(run.train)
     return StreamTrainer(
         model=parts.model,
         args=settings,
         samples=samples,
+        layers=cast(Any, parts.backbone.text_model).layers,
         folder=start.folder,
-        max_bad_steps=OwnSettings.of(run.train).max_bad_steps,
+        max_bad_steps=own.max_bad_steps,
+        watch=Watch(own.step_timeout_seconds, settings.process_index),
         callbacks=callbacks_of(start, first=settings.process_index == 0),
         seam=parts.seam,
         feeder=parts.feeder,
@@ -136,6 +164,16 @@ def trainer_of(
         ),
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
     )
+
+
+@contextmanager
+def reloaded(run: RunConfig, folder: RunFolder, policies: Policies) -> Iterator[Parts]:
+    """The model once more, whole, with the adapter: ZeRO-3 has left each rank a part."""
+    unset_hf_deepspeed_config()
+    backbone = load_backbone(run.model)
+    model, feeder = load_adapter(backbone.model, folder.adapter), feeder_of(run, backbone)
+    with attach(backbone.text_model) as seam:
+        yield Parts(backbone=backbone, model=model, seam=seam, feeder=feeder, policies=policies)
 
 
 def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:

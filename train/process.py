@@ -33,6 +33,11 @@ def prepare_process() -> None:
         disable_progress_bar()  # transformers' own, which fills a log with every state of the bar
 
 
+def world_size() -> int:
+    """Number of processes that the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """The Trainer accumulates by itself and tells accelerate 1 on purpose; accelerate warns about it in every run."""
     return "Gradient accumulation steps mismatch" not in record.getMessage()

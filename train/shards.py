@@ -11,15 +11,26 @@ Sharded are the frozen matrices of the decoder layers. All else (encoders, embed
 while a micro-step runs.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
+
+from train.agreement import highest
+
+
+def stage_of(section: Mapping[str, Any]) -> int | None:
+    """The ZeRO stage that a section `train` asks for; None: no DeepSpeed."""
+    settings = section.get("deepspeed")
+    if isinstance(settings, str):
+        settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+    return settings.get("zero_optimization", {}).get("stage", 0) if settings else None
 
 
 @final
@@ -63,9 +74,7 @@ class Shards:
 
     def _agreed(self, wish: int) -> int:
         """The highest wish of all ranks, granted; it is kept by those whose wish it was."""
-        highest = torch.tensor(wish, device=self.device)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        agreed = int(highest)
+        agreed = highest(wish, self.device)
         if agreed:
             gather(self.layers[agreed - 1])
             self._held = agreed - 1
@@ -80,13 +89,13 @@ class Shards:
 
 
 @contextmanager
-def whole(parameters: Sequence[Any]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has dealt out are whole; every rank enters it."""
+def whole(parameters: Sequence[Any], *, changed: bool = False) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has dealt out are whole; every rank enters it, and changes them alike or not."""
     gather(parameters)
     try:
         yield
     finally:
-        release(parameters)
+        release(parameters, changed=changed)
 
 
 def gather(parameters: Sequence[Any]) -> None:
@@ -95,10 +104,10 @@ def gather(parameters: Sequence[Any]) -> None:
         parameters[0].all_gather(param_list=list(parameters))
 
 
-def release(parameters: Sequence[Any]) -> None:
+def release(parameters: Sequence[Any], *, changed: bool = False) -> None:
     """Each rank keeps its part alone."""
     if parameters:
-        parameters[0].partition(param_list=list(parameters))
+        parameters[0].partition(param_list=list(parameters), has_been_updated=changed)
 
 
 def _linear(shards: Shards, number: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

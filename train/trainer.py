@@ -1,14 +1,12 @@
 """HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -29,25 +27,21 @@ from omnimem.tuning import (
     running_means,
     streamed_loss,
     tally,
-    trainable,
 )
 from train.arguments import own_names
 from train.assemble import Policies
-from train.delivery import delivered
-from train.order import Batching, EpochOrder, Samples, in_a_batch, seed_of
-from train.shards import Shards, whole
-from train.survivor import SurvivingTrainer
+from train.dealt import DealtTrainer
+from train.order import seed_of
 
 
 @final
-class StreamTrainer(SurvivingTrainer):
+class StreamTrainer(DealtTrainer):
     """Streams each batch at the budget and temperature of its step; one backward a micro-step."""
 
     def __init__(
         self,
         *,
         model: StreamedModel,
-        samples: Sequence[Sample],
         seam: Seam,
         feeder: Feeder,
         policies: Policies,
@@ -55,48 +49,14 @@ class StreamTrainer(SurvivingTrainer):
         failures: Failures,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, data_collator=in_a_batch, train_dataset=Samples(samples), **kwargs)
-        self.adapted, self.samples = model, samples
+        super().__init__(model=model, **kwargs)
         self.seam, self.feeder, self.policies, self.plan = seam, feeder, policies, plan
         self.failures = failures
         self.carry = gradient_of(plan.options, seam.shape.layers)
         self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
-        self.shards: Shards | None = None  # under ZeRO-3
         self.outcomes: list[tuple[int, Outcome]] = []  # with the number of their step, until the next log
         for chatty in (PrinterCallback, ProgressCallback):
             self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
-
-    @property
-    def batching(self) -> Batching:
-        """How an epoch falls into steps."""
-        each = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        drop_last = self.args.dataloader_drop_last
-        return Batching(samples=len(self.samples), size=each * self.args.world_size, drop_last=drop_last)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        shuffled = self.args.train_sampling_strategy == "random"
-        return EpochOrder(self.samples, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        engine, loader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
-            self.shards = Shards(engine, cast(Any, self.seam.text_model).layers)
-        return engine, loader
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of a micro-step."""
-        with self.shards.micro_step() if self.shards else nullcontext():
-            return super().training_step(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter; under ZeRO-3 peft alone would write empty tensors, and the Trainer gather the base as well."""
-        if self.shards is None:
-            super().save_model(output_dir, _internal_call)
-            return
-        with whole(trainable(self.adapted)):
-            if self.args.should_save:
-                self._save(output_dir)
 
     def compute_loss(
         self,
@@ -108,15 +68,9 @@ class StreamTrainer(SurvivingTrainer):
         """This rank's part of the mean loss of the step, the whole stream inside one forward pass of the engine."""
         step = self.plan(self.state.global_step, self.state.max_steps)
         opened = self._opened(inputs["samples"])
-        loss = model(streamed=lambda: self._delivered(opened, step))
+        self.watch.doing("in its streams")
+        loss = model(streamed=lambda: self.delivered(self._loss(opened, step)))
         return self.bad_steps.judged(loss)
-
-    def _delivered(self, opened: Sequence[Opened], step: Step) -> Tensor:
-        loss = self._loss(opened, step)
-        if self.shards is None:
-            return delivered(loss, trainable(self.adapted))
-        self.shards.settle()  # all ranks begin backward together
-        return delivered(loss, trainable(self.adapted), finish=self.shards.settle)
 
     def _loss(self, opened: Sequence[Opened], step: Step) -> Tensor:
         """Each sample weighs the same however the step is dealt out; one that failed weighs nothing."""
@@ -137,9 +91,7 @@ class StreamTrainer(SurvivingTrainer):
             )
             self.outcomes.append((self.state.global_step, replace(outcome, loss=outcome.loss.detach())))
             losses.append(outcome.loss * len(batch))
-        batching = self.batching  # the mean over ranks and micro-steps that follows counts places, not samples
-        filled = batching.taken(self.state.global_step) / batching.size
-        return torch.stack(losses).sum() / (self.args.per_device_train_batch_size * filled)
+        return torch.stack(losses).sum() * self.share
 
     def _opened(self, samples: Sequence[Sample]) -> list[Opened]:
         opened = []
