@@ -24,11 +24,10 @@ from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import Message, Sample, read_manifest
-from omnimem.feeding import IGNORED, Heard, Opened, tracks_of
+from omnimem.feeding import IGNORED, tracks_of
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.tokens import Modality
-from omnimem.tuning import Plan
 from omnimem.tuning.gradient.options import HALF_WAY
 from omnimem.tuning.reach import stop_layer_of
 
@@ -295,7 +294,8 @@ def describe_budget(run: RunConfig, shapes: Shapes, reading: Reading) -> Iterato
 
 def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
     """What the run asks of a device, with the sample taken for its longest one."""
-    measures, scorer = (built := run.memory.policy.build(None)).measures, built.scorer
+    policy = run.memory.policy.build(None)
+    measures = policy.measures
     media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
     slots = max(media if slots is None else most(slots) for slots in drawn)
@@ -304,7 +304,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
     return Load(
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
-        feature=width if scorer.needs_novelty else 0,
+        feature=width if policy.needs_novelty else 0,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(reading.chunks),
