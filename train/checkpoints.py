@@ -12,7 +12,7 @@ from omnimem.run import RunFolder
 from omnimem.sealed import put, seal
 from train.stopping import Stopped
 
-CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")  # torch.save says no more than these where a disk is full
+CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")  # how torch.save says that a disk is full
 
 
 @contextmanager
@@ -62,6 +62,6 @@ def _explained(folder: RunFolder, place: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error).splitlines()[0]
+    if isinstance(error, RuntimeError):
+        return "the disk took only a part of a file"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

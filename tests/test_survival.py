@@ -1,0 +1,260 @@
+"""Runs that survive: asked to stop, spoiled by numbers that are not finite, short of disk, with damaged checkpoints."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from films import SCRIPT, given, tune, write_films
+from ranks import ROOT, Ended, command, start
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import train.trainer
+from omnimem.sealed import damage
+from train.bad_steps import BadSteps
+from train.stopping import Interruption
+
+ZERO2 = "train.deepspeed=deepspeed/zero2.json"
+STEPS = ("train.max_steps=6", "train.save_steps=100")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint, films, manifest and config, in the folder that all runs share."""
+    return write_films(tmp_path_factory.mktemp("survival"))
+
+
+# -------------------------------------------------------------------------------------------------------- without a run
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+
+def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments: TrainingArguments) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    control, interruption = TrainerControl(), Interruption()
+    with interruption:
+        interruption.on_step_end(arguments, TrainerState(), control)
+        assert not control.should_training_stop
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        interruption.on_step_end(arguments, TrainerState(), control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert interruption.agreed == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
+    number: float, arguments: TrainingArguments
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    control, state = TrainerControl(), TrainerState()
+    with BadSteps(2) as bad:
+        bad.on_train_begin(arguments, state, control, model=model)
+
+        def step(factor: float, sample: str) -> None:
+            bad.begin([sample])
+            loss = bad.judged(model(torch.ones(3)).square().sum() * factor)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.global_step += 1
+            bad.on_step_end(arguments, state, control)
+
+        step(1.0, "good")
+        kept = _copy(model, optimizer)
+        step(number, "spoiled")
+        assert not control.should_training_stop
+        assert all(torch.equal(a, b) for a, b in zip(kept, _copy(model, optimizer), strict=True))
+        step(1.0, "good")
+        assert not all(torch.equal(a, b) for a, b in zip(kept, _copy(model, optimizer), strict=True))
+        assert [(each.step, each.samples) for each in bad.found] == [(2, ("spoiled",))]
+        step(number, "spoiled")
+        assert not bad.too_many  # one in a row
+        step(number, "again")
+        assert bad.too_many
+        assert control.should_training_stop
+    step_after = torch.optim.SGD(model.parameters(), lr=0.1)  # no hook is left behind
+    model(torch.ones(3)).sum().backward()
+    before = model.weight.detach().clone()
+    step_after.step()
+    assert not torch.equal(before, model.weight)
+
+
+def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:
+    """A run whose last rank gets a signal in its third step."""
+    running = start(SCRIPT, given(folder, name, *STEPS, *arguments), folder, ranks=ranks)
+    running.until("step 2 of 6")
+    os.kill(running.processes[-1].pid or 0, number)
+    for process in running.processes:
+        process.join()
+    codes = tuple(process.exitcode for process in running.processes)
+    return Ended(codes=codes, outputs=tuple(log.read_text() for log in running.logs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("number", "ranks", "engine"), [(signal.SIGINT, 0, ()), (signal.SIGTERM, 2, (ZERO2,))], ids=["int", "term"]
+)
+def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
+    folder: Path, number: signal.Signals, ranks: int, engine: tuple[str, ...]
+) -> None:
+    name = f"stopped-{ranks}"
+    ended = stopped(folder, name, number, *engine, ranks=ranks)
+    assert set(ended.codes) == {128 + number}
+    path = folder / "runs" / name
+    (checkpoint,) = path.glob("checkpoint-*")
+    assert damage(checkpoint) is None
+    step = int(checkpoint.name.rpartition("-")[2])
+    last = ended.outputs[0].splitlines()[-1]
+    assert last == f"stopped after step {step}; go on from runs/{name}/{checkpoint.name} with --resume auto"
+    assert not (path / "adapter").exists()
+    resumed = tune(folder, name, *STEPS, *engine, "--resume", "auto", ranks=ranks)
+    whole = tune(folder, f"whole-{ranks}", *STEPS, *engine, ranks=ranks)
+    assert resumed.lines == whole.lines
+    assert torch.equal(resumed.adapter, whole.adapter)
+
+
+class Poison(torch.autograd.Function):
+    """Finite forward, a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * float("nan")
+
+
+def poison_film2() -> None:
+    """Film 2 spoils its gradient, in the process that calls this."""
+    sound = train.trainer.streamed_loss
+
+    def spoiled(seam: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        outcome = sound(seam, feeder, batch, *rest, **options)
+        if all(opened.sample.id != "film2" for opened in batch):
+            return outcome
+        return replace(outcome, loss=Poison.apply(outcome.loss))
+
+    train.trainer.streamed_loss = spoiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "engine"), [(0, ()), (2, (ZERO2,))], ids=["plain", "zero2 x 2"])
+def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_every_rank(
+    folder: Path, ranks: int, engine: tuple[str, ...]
+) -> None:
+    steps = ("train.max_steps=4", "train.save_steps=1")
+    arguments = given(folder, name := f"poisoned-{ranks}", *steps, *engine)
+    command(SCRIPT, arguments, folder, ranks=ranks, first=poison_film2)
+    path = folder / "runs" / name
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (bad,) = [line for line in lines if "film2" in line["samples"]]
+    assert bad["left_out"] == ["film2"]
+    assert bad["loss"] is None
+    assert all(line["loss"] is not None and not line["left_out"] for line in lines if line is not bad)
+    record = json.loads((path / "run.json").read_text())
+    assert record["left_out_steps"] == [{"step": bad["step"], "samples": ["film2"]}]
+    learned = [load_file(path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2, 3, 4)]
+    for step in (2, 3, 4):
+        same = all(torch.equal(learned[step - 1][key], learned[step - 2][key]) for key in learned[0])
+        assert same == (step == bad["step"])
+    if ranks:
+        assert bad["step"] == 1  # nothing was learned yet: every B is zero
+        assert not any(tensor.any() for key, tensor in learned[0].items() if "lora_B" in key)
+
+
+@pytest.mark.slow
+def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samples(folder: Path) -> None:
+    arguments = given(folder, "diverged", "train.learning_rate=1e30", "train.max_bad_steps=2", "train.max_grad_norm=0")
+    ended = start(SCRIPT, arguments, folder).end()
+    assert ended.codes == (1,)
+    last = ended.outputs[0].splitlines()[-1]
+    assert last.startswith("2 steps in a row, the last of them ")
+    assert "gave numbers that are not finite, with film" in last
+    assert "; lower train.learning_rate or look at these samples; go on from runs/diverged/checkpoint-" in last
+    assert "Traceback" not in ended.outputs[0]
+
+
+def small_files() -> None:
+    """No file may grow beyond 20 kB, as on a full disk: a checkpoint's optimizer does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_whole(folder: Path) -> None:
+    tune(folder, "full", "train.max_steps=2", "train.save_steps=2")
+    more = ("train.max_steps=4", "train.save_steps=2", "--resume", "auto")
+    ended = start(SCRIPT, given(folder, "full", *more), folder, first=small_files).end()
+    assert ended.codes == (1,)
+    last = ended.outputs[0].splitlines()[-1]
+    assert last.startswith("runs/full/checkpoint-4 could not be written (")
+    assert (
+        "MB free); runs/full/checkpoint-2 is whole; make room or mend the disk, then go on with --resume auto" in last
+    )
+    assert "Traceback" not in ended.outputs[0]
+    path = folder / "runs" / "full"
+    assert [each.name for each in path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert damage(path / "checkpoint-2") is None
+    finished = tune(folder, "full", *more)
+    assert [line["step"] for line in finished.lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder: Path) -> None:
+    path = folder / "runs" / "deaf"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text("{}")
+    (path / "metrics.jsonl").symlink_to("/dev/full")
+    ended = start(SCRIPT, given(folder, "deaf", *STEPS, "--resume", "auto"), folder).end()
+    assert ended.codes == (1,)
+    (line,) = [line for line in ended.outputs[0].splitlines() if not line.startswith("step ")]
+    what = "No space left on device; make room or mend the disk; runs go on with --resume auto"
+    assert line == f"runs/deaf/metrics.jsonl: {what}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_random_faults_leave_the_weights_of_an_unbroken_run(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "faults.py")]
+    arguments = ["--trials", "3", "--engines", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert (found["passed"], len(found["trials"])) == (3, 3)
+    assert all(each["codes"][-1] == 0 for each in found["trials"])
