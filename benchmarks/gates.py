@@ -1,30 +1,36 @@
-"""What a gate and a score that learn cost in memory: saved for backward, and alive at the peak, beside the naive way.
+"""What gates and scores that learn cost: bytes saved for backward and alive, beside the naive way; and a whole step.
 
-python benchmarks/gates.py [--queries 256 512 1024 2048] [--keys 3] [--heads 8] [--kv-heads 2] [--dim 64]
+python benchmarks/gates.py [--queries 256 512 1024 2048] [--keys 3] [--heads 8] [--kv-heads 2] [--dim 64] [--chunks 16]
 
 Attention whose gate (an additive bias by key) learns: ours, a further dimension of the head; naive, a bias of
 queries x keys through torch's own attention; and without a gate. Attention mass: ours, a function whose backward
 computes each block again; naive, a softmax that autograd stores. Keys are `--keys` times the queries, as where a chunk
 meets its memory. Every tensor alive is counted at every operation of forward and backward, inputs and gradients
-included; bytes saved are storages that the graph holds, inputs included. Writes gates.json into --out (runs/gates),
-prints a table.
+included; bytes saved are storages that the graph holds, inputs included. Then one training step of a random text
+model (that of activations.py) under each form of selection: bytes alive at the peak, of one memory, and CPU seconds.
+Writes gates.json into --out (runs/gates), prints two tables.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
+import activations
 import torch
 from activations import counting
 from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import attend, mass, visible
+from omnimem.budget import SplitBudget
+from omnimem.policies import PerturbationOptions
 from omnimem.run import write_json
+from omnimem.selection import SelectionOptions, TemperatureOptions
+from omnimem.tuning import TuningOptions
 
 Operation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -123,6 +129,61 @@ def drawn(queries: int, keys: int, heads: int, kv_heads: int, dim: int) -> list[
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
+# ------------------------------------------------------------------------------------------------------- a whole step
+
+SLOTS, CHUNK_TOKENS, WIDTH, LAYERS = 32, 64, 128, 4
+WARM = TemperatureOptions(schedule="constant", start=1.0)
+SELECTIONS = {
+    "hard": SelectionOptions(softening="hard"),
+    "straight_through": SelectionOptions(temperature=WARM),
+    "straight_through, both": SelectionOptions(temperature=WARM, gradient="both"),
+    "soft": SelectionOptions(softening="soft", temperature=WARM),
+    "soft, both": SelectionOptions(softening="soft", temperature=WARM, gradient="both"),
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stream forward and backward under a form of selection."""
+
+    selection: str
+    peak: int  # bytes alive at once above the model
+    memory: int  # bytes of one memory
+    seconds: float  # of the CPU, the least of three
+
+
+def steps(chunks: int) -> Iterator[Step]:
+    """Every form of selection, side by side; chunks recomputed in backward."""
+    model = activations.text_model(WIDTH, LAYERS)
+    policy = PerturbationOptions().build(SplitBudget(visual_audio_ratio=5.0).build(LAYERS, SLOTS))
+    ways = [activations.Way(name=name, tuning=TuningOptions(selection=s)) for name, s in SELECTIONS.items()]
+    activations.measure(model, policy, ways[0], 1, CHUNK_TOKENS)  # what the first pass alone makes is left out
+    spent: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(3):
+        for way in ways:
+            torch.manual_seed(1)
+            started = time.process_time()
+            activations.backward(model, policy, way, activations.chunks_of(chunks, CHUNK_TOKENS, WIDTH))
+            spent[way.name].append(time.process_time() - started)
+    for way in ways:
+        row = activations.measure(model, policy, way, chunks, CHUNK_TOKENS)
+        seconds = round(min(spent[way.name]), 3)
+        yield Step(selection=way.name, peak=row.peak, memory=row.memory, seconds=seconds)
+
+
+def step_table(found: Sequence[Step]) -> str:
+    """Each form of selection, seconds also as a ratio to hard selection."""
+    lines = ["| selection | peak MB | one memory MB | CPU s | to hard |", "|---|---|---|---|---|"]
+    for step in found:
+        sizes = f"{step.peak / 1e6:.2f} | {step.memory / 1e6:.3f}"
+        lines.append(f"| {step.selection} | {sizes} | {step.seconds:.2f} | x {step.seconds / found[0].seconds:.2f} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
 def table(rows: Sequence[Row]) -> str:
     """MB saved and, after a slash, alive at the peak; the growth from the second-largest size to the largest."""
     counts = sorted({row.queries for row in rows})
@@ -145,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--dim", type=int, default=64, help="of a head (%(default)s)")
+    parser.add_argument("--chunks", type=int, default=16, help="of the stream of a whole step (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/gates"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -152,12 +214,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for queries in given.queries:
         inputs = drawn(queries, given.keys * queries, given.heads, given.kv_heads, given.dim)
         rows += [measure(way, inputs) for way in WAYS]
+    found = list(steps(given.chunks))
     settings = {name: value for name, value in vars(given).items() if name != "out"}
-    write_json(given.out / "gates.json", {"settings": settings, "rows": [asdict(row) for row in rows]})
+    measured = {"rows": [asdict(row) for row in rows], "steps": [asdict(step) for step in found]}
+    write_json(given.out / "gates.json", {"settings": settings, **measured})
     print(json.dumps(settings))
     inputs = {row.queries: row.inputs / 1e6 for row in rows}
     print("queries, keys, values and gate: " + ", ".join(f"{size:.2f} MB" for size in inputs.values()))
     print(table(rows))
+    print(step_table(found))
 
 
 if __name__ == "__main__":

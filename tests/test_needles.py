@@ -187,3 +187,12 @@ def test_the_ways_compared_compute_the_same(gates: ModuleType) -> None:
             found.append([output, *(slope for slope in slopes if slope is not None)])
         for mine, theirs in zip(*found, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_soft_step_holds_three_memories_and_a_straight_through_one_what_a_hard_one_holds(gates: ModuleType) -> None:
+    found = {step.selection: step for step in gates.steps(2)}
+    hard = found["hard"]
+    for name, step in found.items():
+        assert step.memory == (3 if name.startswith("soft") else 1) * hard.memory
+        assert step.seconds > 0
+    assert found["soft"].peak > found["straight_through"].peak > hard.peak
