@@ -10,6 +10,7 @@ usage() {
 usage: ./launch.sh demo                         make the recall data, fine-tune, evaluate, compare (CPU, minutes)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick leaves out the slow tests
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
+                                                with deepspeed's own options, such as --num_gpus 2 or --hostfile FILE
                                                 Ctrl-C or SIGTERM: finishes its step, writes a checkpoint; twice: at once
 TEXT
     exit 2
@@ -117,7 +118,7 @@ demo() {
     [ $# -eq 0 ] || usage
     setup
     run python data_prep/synthesize.py --out data/recall
-    run deepspeed train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
+    run deepspeed --master_port "$(free_port)" train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
     echo "report: $PWD/runs/tiny/compare/report.html"
 }
 
@@ -147,16 +148,46 @@ tests() {
     echo "all checks passed"
 }
 
+# deepspeed's own options, with a value and without
+valued=" -H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators --node_rank --master_addr \
+    --master_port --launcher --launcher_args --ssh_port --bind_core_list "
+plain=" --no_ssh --no_ssh_check --force_multi --bind_cores_to_rank "
+
+free_port() { # at deepspeed's own, 29500, two runs on one machine would meet
+    python3 -c 'import socket; probe = socket.socket(); probe.bind(("", 0)); print(probe.getsockname()[1])'
+}
+
 finetune() {
     [ $# -ge 1 ] || usage
-    local config=$1
+    local config=$1 launcher=() script=()
     shift
+    while [ $# -gt 0 ]; do
+        if [[ $1 == -* && $plain$valued == *" ${1%%=*} "* ]]; then
+            launcher+=("$1")
+            if [[ $1 != *=* && $valued == *" $1 "* ]]; then
+                [ $# -ge 2 ] || usage
+                launcher+=("$2")
+                shift
+            fi
+        else
+            script+=("$1")
+        fi
+        shift
+    done
     [ ! -x .venv/bin/deepspeed ] || activate
     if ! command -v deepspeed >/dev/null; then
         echo "launch.sh: deepspeed is not installed; run ./launch.sh test --quick once, or: pip install -c constraints.txt -e ." >&2
         exit 2
     fi
-    run deepspeed train/finetune.py --config "$config" "$@"
+    case " ${launcher[*]-} " in
+        *" --master_port"*) ;;
+        *" --no_ssh "*)
+            echo "launch.sh: --no_ssh starts the ranks of one node; give every node the same --master_addr and --master_port" >&2
+            exit 2
+            ;;
+        *) launcher+=(--master_port "$(free_port)") ;;
+    esac
+    run deepspeed "${launcher[@]}" train/finetune.py --config "$config" ${script[@]+"${script[@]}"}
 }
 
 [ $# -ge 1 ] || usage

@@ -44,6 +44,13 @@ def is_zombie(number: int) -> bool:
     return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def given(folder: Path) -> tuple[int, str]:
+    """The port that `deepspeed` was told, and its other arguments."""
+    words = (folder / "arguments").read_text().split()
+    place = words.index("--master_port")
+    return int(words[place + 1]), " ".join((*words[:place], *words[place + 2 :]))
+
+
 def until(folder: Path, lines: int) -> None:
     """Wait until the stub has noted so many processes."""
     for _ in range(200):
@@ -61,7 +68,44 @@ def test_a_signal_ends_every_process_of_the_run(folder: Path, number: signal.Sig
     launched.communicate(timeout=20)
     assert launched.returncode == 128 + number
     assert running(folder) == []
-    assert (folder / "arguments").read_text() == "train/finetune.py --config x.yaml a.b=[1, 2] name=y\n"
+    assert given(folder)[1] == "train/finetune.py --config x.yaml a.b=[1, 2] name=y"
+
+
+def test_two_runs_on_one_machine_get_ports_of_their_own(folder: Path) -> None:
+    ports = set()
+    for _ in range(2):
+        start(folder, "", "finetune", "x.yaml").communicate(timeout=20)
+        ports.add(given(folder)[0])
+    assert len(ports) == 2
+    assert 29500 not in ports
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            ("--hostfile", "nodes", "--resume", "auto"),
+            "--hostfile nodes train/finetune.py --config x.yaml --resume auto",
+        ),
+        (("a.b=1", "--num_gpus=2", "--dry-run"), "--num_gpus=2 train/finetune.py --config x.yaml a.b=1 --dry-run"),
+        (("--force_multi", "a.b=1"), "--force_multi train/finetune.py --config x.yaml a.b=1"),
+    ],
+)
+def test_the_launchers_own_options_stand_before_the_script(folder: Path, before: tuple[str, ...], after: str) -> None:
+    start(folder, "", "finetune", "x.yaml", *before).communicate(timeout=20)
+    assert given(folder)[1] == after
+
+
+def test_a_node_started_by_itself_must_know_the_port_of_all(folder: Path) -> None:
+    node = ("finetune", "x.yaml", "--hostfile", "nodes", "--no_ssh", "--node_rank", "1", "--master_addr", "10.0.0.1")
+    launched = start(folder, "", *node)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert said == (
+        "launch.sh: --no_ssh starts the ranks of one node; give every node the same --master_addr and --master_port\n"
+    )
+    start(folder, "", *node, "--master_port", "4711").communicate(timeout=20)
+    assert given(folder)[0] == 4711
 
 
 FINISHES = """#!/usr/bin/env bash
