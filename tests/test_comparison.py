@@ -18,6 +18,7 @@ from train import compare as command
 from train.command import run_command
 
 KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
+AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
 SKILL = {
     "full_memory": (0.97, 0.97, 0.96),
     "tuned_full_memory": (0.97, 0.98, 0.95),
@@ -60,8 +61,14 @@ def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchm
                     "correct": correct,
                     "parsed": parsed,
                     "kind": kind,
+                    "categories": {"kind": [kind], "place": ["early" if place < 5 else "late"], "all": ["same"]},
+                    "counted": parsed,
+                    "bare": parsed and place % 4 > 0,
                     "frames": 0 if arm == "blind" else 64,
                     "audio_seconds": 0.0 if arm == "blind" else 64.0,
+                    "stream_seconds": 0.0 if arm == "blind" else 64.0 if video % 2 == 0 else 400.0,
+                    "peak_entries": ENTRIES.get(arm, (146.0, 96.0))[0],
+                    "entries": ENTRIES.get(arm, (146.0, 96.0))[1],
                 }
             )
     write_lines(folder / f"{benchmark}.jsonl", lines)
@@ -86,6 +93,19 @@ def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchm
             "audio_seconds": videos * lines[0]["audio_seconds"],
             "prompt_sha256": "b" * 64,
         },
+        "cost": {
+            "streams": videos,
+            "stream_seconds": 64.0 * videos,
+            "tokens_in": {"audio": 64.0, "visual": 512.0},
+            "kept": {"audio": 8.0, "visual": at_answer - 8.0},
+            "media_per_second": 0.002,
+            "reading_per_second": peak * 1e-5,
+            "first_token_seconds": peak * 1e-4,
+            "answer_seconds": peak * 1.5e-4,
+            "peak_memory": int(4e8 + peak * 1e5),
+        },
+        "rules": "first_word",
+        "defects": [{"rule": "time_stamp", "where": "test-00000/00", "what": "asked after the end"}],
     }
     path.write_text(json.dumps(summary))
     return folder
@@ -284,7 +304,7 @@ def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
     assert list(recall["probes"]) == ["blind", "vision_only", "audio_only"]
     for entry in [*recall["arms"].values(), *recall["probes"].values()]:
         assert entry.keys() >= {"official", "strict", "no_answer", "peak_entries", "answer_entries", "bytes", "kinds"}
-        assert set(entry["kinds"]) == set(KINDS)
+        assert set(entry["kinds"]) == AXES
         assert entry["strict_interval"][0] <= entry["strict"] <= entry["strict_interval"][1]
     named = [(pair["a"], pair["b"]) for pair in recall["pairs"]]
     assert named[0] == ("tuned", "training_free")
@@ -293,7 +313,7 @@ def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
     assert not {"blind", "vision_only", "audio_only"} & {name for pair in named for name in pair}
     first = recall["pairs"][0]
     assert first.keys() >= {"a", "b", "diff", "low", "high", "p_mcnemar", "verdict"}
-    assert set(first["kinds"]) == set(KINDS)
+    assert set(first["kinds"]) == AXES
     strict = recall["arms"]
     assert first["diff"] == pytest.approx(strict["tuned"]["strict"] - strict["training_free"]["strict"], abs=2e-6)
     assert first["n"] * first["diff"] == pytest.approx(first["a_only"] - first["b_only"], abs=1e-3)
@@ -305,7 +325,8 @@ def test_official_accuracy_counts_parsed_answers_and_strict_counts_all(tmp_path:
     folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
     path = folder / "recall.jsonl"
     for place in range(6):
-        change(path, place, correct=place < 3, parsed=place < 4, prediction="x" if place < 4 else None)
+        read = place < 4
+        change(path, place, correct=place < 3, parsed=read, counted=read, prediction="x" if read else None)
     entry = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["arms"]["tuned"]
     assert (entry["official"], entry["strict"]) == (0.75, 0.5)
     assert entry["no_answer"] == pytest.approx(1 / 3, abs=1e-6)
@@ -345,21 +366,54 @@ def test_the_csv_files_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
     with (tmp_path / "pairs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     pairs = summary["benchmarks"]["recall"]["pairs"]
-    assert len(rows) == len(pairs) * (1 + len(KINDS))
+    assert len(rows) == len(pairs) * (1 + len(AXES))
     assert [float(row["diff"]) for row in rows if row["kind"] == "all"] == [pair["diff"] for pair in pairs]
     with (tmp_path / "arms.csv").open(newline="") as file:
         arms = list(csv.DictReader(file))
-    assert len(arms) == len(SKILL) * (1 + len(KINDS))
+    assert len(arms) == len(SKILL) * (1 + len(AXES))
     assert float(arms[0]["strict_low"]) == summary["benchmarks"]["recall"]["arms"]["full_memory"]["strict_interval"][0]
 
 
 def test_chance_is_one_over_the_different_right_answers_of_a_kind(tmp_path: Path) -> None:
     folder = write_arm(tmp_path / "run", "tuned", videos=40, per_kind=4)
     recall = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]
-    assert {kind: facts["chance"] for kind, facts in recall["kinds"].items()} == {
-        kind: 1 / answers for kind, answers in KINDS.items()
-    }
+    assert {kind: recall["kinds"][kind]["chance"] for kind in KINDS} == {kind: 1 / n for kind, n in KINDS.items()}
     assert recall["chance"] == pytest.approx((1 / 8 + 1 / 16 + 1 / 16) / 3, abs=1e-6)
+
+
+def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
+    path = folder / "recall.jsonl"
+    for place in range(6):  # a rule set that counts an answer that cannot be read, but not a stream that was not read
+        fields = {"parsed": place < 4, "correct": place < 2, "counted": place < 5, "bare": place < 3}
+        change(path, place, **fields, **({"failed": "missing"} if place == 5 else {}))
+    entry = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["arms"]["tuned"]
+    numbers = (entry["official"], entry["strict"], entry["no_answer"], entry["format"], entry["failed"])
+    assert numbers == pytest.approx((2 / 5, 2 / 6, 2 / 6, 3 / 6, 1), abs=1e-6)
+
+
+def test_questions_are_counted_under_every_axis_that_divides_them(tmp_path: Path) -> None:
+    recall = compare([write_run(tmp_path / "demo")], tmp_path, draws=200)["benchmarks"]["recall"]
+    assert set(recall["kinds"]) == AXES
+    blind = recall["probes"]["blind"]["kinds"]  # reads no stream, but is asked the same
+    assert blind["duration: 2 to 10 min"]["n"] == recall["arms"]["tuned"]["kinds"]["duration: 2 to 10 min"]["n"] == 27
+    assert recall["kinds"]["place: early"]["n"] + recall["kinds"]["place: late"]["n"] == recall["n"]
+
+
+def test_chance_of_a_multiple_choice_is_one_over_its_options(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
+    for place in range(6):
+        change(folder / "recall.jsonl", place, options=4 if place < 3 else 2)
+    assert compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["chance"] == 0.375
+
+
+def test_costs_reach_summary_and_csv(tmp_path: Path) -> None:
+    summary = compare([write_run(tmp_path / "demo")], tmp_path, draws=200)
+    arms = summary["benchmarks"]["recall"]["arms"]
+    assert arms["full_memory"]["cost"]["reading_per_second"] == pytest.approx(598e-5)
+    with (tmp_path / "arms.csv").open(newline="") as file:
+        row = next(row for row in csv.DictReader(file) if (row["arm"], row["kind"]) == ("full_memory", "all"))
+    assert (row["tokens_in_visual"], row["kept_audio"], row["reading_per_second"]) == ("512.0", "8.0", "0.00598")
 
 
 # Refusals
@@ -369,15 +423,17 @@ def test_arms_with_different_prompts_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     change(run / "eval" / "tuned" / "recall.jsonl", 4, prompt_sha256="c" * 64)
     said = problems(run, out=tmp_path / "out")
-    assert "1 question has another prompt (first: test-00000/04)" in said
+    assert "1 question has another prompt (first: test-00000/04: cccccccccccc and " in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"frames": 63}, "another number of frames"),
-        ({"audio_seconds": 60.0}, "other seconds of audio"),
+        ({"frames": 63}, "1 question has another number of frames (first: test-00000/00: 63 and 64)"),
+        ({"audio_seconds": 60.0}, "1 question has other seconds of audio (first: test-00000/00: 60 and 64)"),
+        ({"stream_seconds": 60.0}, "another length of stream read before it (first: test-00000/00: 60 and 64)"),
+        ({"failed": "truncated"}, "another outcome of reading its stream (first: test-00000/00: truncated and read)"),
         ({"answer": "other"}, "another right answer"),
         ({"id": "new"}, "2 questions only one of them answered"),
     ],
@@ -386,6 +442,25 @@ def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str,
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     change(run / "eval" / "tuned" / "recall.jsonl", 0, **fields)
     assert said in problems(run, out=tmp_path / "out")
+
+
+def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    change(run / "eval" / "tuned" / "recall.jsonl", 1, entries=97.0)
+    change(run / "eval" / "tuned" / "recall.jsonl", 2, entries=95.0)
+    assert "entries at answer time of test-00000/01 are 97 and 96, not the same budget" in problems(
+        run, out=tmp_path / "out"
+    )
+
+
+def test_arms_that_read_streams_differently_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    for arm, fps in (("tuned", 1.0), ("training_free", 2.0)):
+        path = run / "eval" / arm / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["provenance"]["reading"] = {"fps": fps}
+        path.write_text(json.dumps(summary))
+    assert 'streams were read with {"fps": 1.0} and {"fps": 2.0}' in problems(run, out=tmp_path / "out")
 
 
 def test_arms_with_different_generation_settings_are_refused(tmp_path: Path) -> None:
@@ -526,8 +601,9 @@ def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:
 
 def test_the_page_has_a_section_for_each_thing_promised(page: str) -> None:
     wanted = ("accuracy", "differences", "kinds", "probes", "memory", "kept", "training", "questions", "provenance")
-    assert set(wanted) <= set(Page(page).ids)
-    assert page.count('class="area"') == 1 + 3 * 4 + 2  # budget, four panels a trace, loss and temperature
+    assert {*wanted, "durations", "cost", "data-notes"} <= set(Page(page).ids)
+    assert page.count('class="area"') == 1 + 1 + 3 * 4 + 2  # durations, budget, four panels a trace, loss, temperature
+    assert "time stamp: 1" in page
 
 
 def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import SERVER, command, enter
+from ranks import command, start
 from test_evaluation import MEASURED, dying
 from thinkers import write_folder
 from tuned import config_of, write_adapter, write_run
@@ -117,10 +118,9 @@ def test_what_a_failing_helper_says_is_said() -> None:
         assert (share.index, share.count) == (0, 2)
 
 
-def killed(at: int, torn: bool, arguments: list[str], folder: str, environment: dict[str, str], log: str) -> None:
-    """The command, which ends itself by SIGKILL at its n-th line."""
+def kill_at(at: int, torn: bool) -> None:
+    """Have this process end itself by SIGKILL at its n-th line."""
     results.append_line = dying(at, torn=torn, end=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    enter(SCRIPT, arguments, folder, environment, log)
 
 
 @pytest.mark.slow
@@ -131,11 +131,8 @@ def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     drawn = random.Random(trial)
     arguments = [*CONFIG, *ARMS, benchmark(place)]
     at, torn = drawn.randrange(3 * FILMS * ASKED), drawn.random() < 0.5
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = SERVER.Process(target=killed, args=(at, torn, arguments, str(here), environment, str(here / "log")))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, (here / "log").read_text()
+    (code,) = start(SCRIPT, arguments, here, first=partial(kill_at, at, torn)).end().codes
+    assert code == -signal.SIGKILL
     assert sum(path.read_bytes().count(b"\n") for path in (here / "runs").rglob("recall.jsonl")) == at
     command(SCRIPT, arguments, here)
     assert found(here) == alone

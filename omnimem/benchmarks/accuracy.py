@@ -39,7 +39,7 @@ def breakdown(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, float | in
         for axis, labels in categories_of(line).items():
             for label in labels:
                 groups.setdefault(axis, {}).setdefault(label, []).append(line)
-    return {axis: {label: accuracy(found[label]) for label in _ordered(found)} for axis, found in groups.items()}
+    return {axis: {label: accuracy(found[label]) for label in ordered(found)} for axis, found in groups.items()}
 
 
 def categories_of(line: Line) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def categories_of(line: Line) -> dict[str, list[str]]:
     return given
 
 
-def _ordered(labels: Iterable[str]) -> list[str]:
+def ordered(labels: Iterable[str]) -> list[str]:
     """By name; durations from short to long."""
     order = ("short", "medium", "long", *(label for _, label in LENGTHS))
     return sorted(labels, key=lambda label: (order.index(label) if label in order else len(order), label))

@@ -89,6 +89,52 @@ def axis_row(labels: Mapping[float, str], scale: Scale) -> Markup:
     return Markup(f'<svg class="interval axis" height="16" aria-hidden="true">{texts}</svg>')
 
 
+def bar_row(scale: Scale, value: float | None, *, kind: str = "plain") -> Markup:
+    """A bar from zero over the grid of the scale."""
+    width = 0.0 if value is None else scale.at(value)
+    return Markup(
+        f'<svg class="interval {kind}" height="{ROW}" aria-hidden="true">{_grid(scale, ROW)}'
+        f'<rect class="bar" x="0" y="{ROW / 2 - 6:g}" width="{width}%" height="12" rx="2"/></svg>'
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """One line of a chart over a few named places: a value with its interval at each, None where there is none."""
+
+    style: str
+    values: Sequence[tuple[float, Sequence[float | None]] | None]
+
+
+def over_places(lines: Sequence[Points], places: Sequence[str], *, x_title: str, label: str) -> Markup:
+    """Accuracies with their intervals at named places from left to right; lines stand a little apart."""
+    height, scale = 200, accuracy_scale()
+    drawn: list[str] = []
+    for number, line in enumerate(lines):
+        apart = (number - (len(lines) - 1) / 2) * min(2.4, 36 / len(places) / max(1, len(lines)))
+        path: list[tuple[float, float]] = []
+        for place, point in enumerate(line.values):
+            if point is None:
+                continue
+            x = 100 * (place + 0.5) / len(places) + apart
+            y, (low, high) = _height(scale, point[0], height), point[1]
+            if low is not None and high is not None:
+                ends = f'y1="{_height(scale, low, height):.1f}" y2="{_height(scale, high, height):.1f}"'
+                drawn.append(f'<line class="whisker {line.style}" x1="{x:.2f}%" x2="{x:.2f}%" {ends}/>')
+            drawn.append(f'<circle class="mark {line.style}" cx="{x:.2f}%" cy="{y:.1f}" r="4.5"/>')
+            path.append((x, y))
+        for (x1, y1), (x2, y2) in pairwise(path):
+            drawn.append(f'<line class="link {line.style}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+    below = {100 * (place + 0.5) / len(places): text for place, text in enumerate(places)}
+    left = [(_height(scale, tick, height), f"{100 * tick:.0f} %") for tick in scale.ticks]
+    return _chart("".join(drawn), height=height, y=left, x=below, x_title=x_title, label=label)
+
+
+def _height(scale: Scale, value: float, height: int) -> float:
+    return height - height * scale.at(value) / 100
+
+
 def budget_bars(slots: Sequence[tuple[int, int]], *, split: bool, label: str) -> Markup:
     """Stacked bars by layer: audio below, visual above; one plain bar where both share a pool."""
     height, count = 190, len(slots)

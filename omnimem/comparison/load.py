@@ -3,19 +3,23 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
+from omnimem.benchmarks.accuracy import DURATION, categories_of
 from omnimem.budget import Budget, BudgetError
 
 Role = Literal["rival", "reference", "probe"]
 
 PROBES = ("blind", "vision_only", "audio_only")
 REFERENCE = "full_memory"
+KIND = "kind"  # the axis whose labels stand by themselves
+MEASURES = ("frames", "audio_seconds", "stream_seconds", "peak_entries", "entries")
 SAME_ENTRIES = 0.001  # relative: entries are means over questions, printed with few digits
-SAME_SECONDS = 0.001  # seconds of audio a question
+SAME_SECONDS = 0.01  # of audio, a question
+SECONDS_DIGITS = 2
 
 
 class ComparisonError(ValueError):
@@ -33,15 +37,22 @@ class Answer:
 
     id: str
     video: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # what it is counted under: a kind, or `axis: label`
     question: str
+    options: int  # of a multiple choice; 0: any word may be the answer
     answer: str
     prediction: str
     parsed: bool
+    counted: bool  # in the denominator of the official accuracy
+    bare: bool  # the prediction is an answer and nothing else
     correct: bool
+    failed: str | None  # why its stream could not be read
     prompt_sha256: str
     frames: float | None
     audio_seconds: float | None
+    stream_seconds: float | None  # of the stream that had been read
+    peak_entries: float | None
+    entries: float | None
 
 
 @final
@@ -55,6 +66,9 @@ class Sheet:
     bytes: float | None
     frames: float | None
     audio_seconds: float | None
+    cost: Mapping[str, Any]  # tokens, seconds, memory (omnimem.evaluation.summary)
+    defects: Sequence[Mapping[str, Any]]
+    rules: str | None
 
 
 @final
@@ -125,7 +139,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
                     runs[run_folder] = _read_run(run_folder)
             except _Problem as problem:
                 problems.append(str(problem))
-    arms = _labelled(list(found.values()))
+    arms = _with_durations(_labelled(list(found.values())))
     if not problems and all(arm.role == "probe" for arm in arms):
         problems.append(
             f"{', '.join(str(folder) for folder in folders)}: nothing to compare, since only probes "
@@ -239,6 +253,9 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         bytes=_number(facts.get("bytes")),
         frames=_number(given.get("frames")),
         audio_seconds=_number(given.get("audio_seconds")),
+        cost=_object(facts.get("cost", {}), f"{path} cost"),
+        defects=facts.get("defects", []),
+        rules=facts.get("rules"),
     )
 
 
@@ -247,20 +264,80 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
     missing = [key for key in keys if key not in record]
     if missing:
         raise _Problem(f"{place} {', '.join(missing)}: missing; evaluate the arm again with this version")
-    kind, prediction = record["kind"], record["prediction"]
+    prediction, parsed = record["prediction"], bool(record["parsed"])
     return Answer(
         id=str(record["id"]),
         video=str(record["video"]),
-        kinds=tuple(str(one) for one in kind) if isinstance(kind, list) else (str(kind),),
+        kinds=_kinds(record),
         question=str(record.get("question") or ""),
+        options=int(record.get("options", 0)),
         answer=str(record["answer"]),
         prediction="" if prediction is None else str(prediction),
-        parsed=bool(record["parsed"]),
-        correct=bool(record["correct"]) and bool(record["parsed"]),
+        parsed=parsed,
+        counted=bool(record.get("counted", parsed)),
+        bare=bool(record.get("bare", parsed)),
+        correct=bool(record["correct"]) and parsed,
+        failed=record.get("failed"),
         prompt_sha256=str(record["prompt_sha256"]),
-        frames=_number(record.get("frames")),
-        audio_seconds=_number(record.get("audio_seconds")),
+        **{key: _number(record.get(key)) for key in MEASURES},
     )
+
+
+def _kinds(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a question is counted under: its kind by its name, the labels of every other axis as `axis: label`."""
+    kind = record["kind"]
+    named = [str(one) for one in (kind if isinstance(kind, list) else [kind]) if one]
+    axes = {axis: labels for axis, labels in record.get("categories", {}).items() if axis != KIND}
+    return tuple(dict.fromkeys([*named, *(_under(axis, str(label)) for axis in axes for label in axes[axis])]))
+
+
+def _under(axis: str, label: str) -> str:
+    return f"{axis}: {label}"
+
+
+def axis_of(kind: str) -> str:
+    """The axis that a kind belongs to."""
+    axis, colon, _ = kind.partition(": ")
+    return axis if colon else KIND
+
+
+def _with_durations(arms: Sequence[Arm]) -> list[Arm]:
+    """Every question also under its duration where the benchmark names none; axes that divide nothing left out.
+
+    The duration is the longest that any arm read up to the question: probes may have read nothing.
+    """
+    seconds: dict[tuple[str, str], float] = {}
+    for arm in arms:
+        for name, sheet in arm.sheets.items():
+            for answer in sheet.answers.values():
+                key = name, answer.id
+                seconds[key] = max(seconds.get(key, 0.0), answer.stream_seconds or 0.0)
+    kinds = {
+        (name, answer.id): _with_duration(answer, seconds[name, answer.id])
+        for arm in arms
+        for name, sheet in arm.sheets.items()
+        for answer in sheet.answers.values()
+    }
+    divided: dict[tuple[str, str], set[str]] = {}
+    for (name, _), found in kinds.items():
+        for kind in found:
+            divided.setdefault((name, axis_of(kind)), set()).add(kind)
+
+    def arranged(name: str, sheet: Sheet) -> Sheet:
+        answers = {}
+        for key, answer in sheet.answers.items():
+            kept = [k for k in kinds[name, key] if axis_of(k) == KIND or len(divided[name, axis_of(k)]) > 1]
+            answers[key] = replace(answer, kinds=tuple(kept))
+        return replace(sheet, answers=answers)
+
+    return [replace(arm, sheets={name: arranged(name, sheet) for name, sheet in arm.sheets.items()}) for arm in arms]
+
+
+def _with_duration(answer: Answer, seconds: float) -> tuple[str, ...]:
+    if not seconds or any(axis_of(kind) == DURATION for kind in answer.kinds):
+        return answer.kinds
+    (label,) = categories_of({"stream_seconds": seconds})[DURATION]
+    return (*answer.kinds, _under(DURATION, label))
 
 
 def _read_run(folder: Path) -> Run:
@@ -304,12 +381,13 @@ def _number(value: object) -> float | None:
 
 
 def _setting_differences(first: Arm, arm: Arm) -> Iterator[str]:
-    a, b = arm.provenance.get("generation"), first.provenance.get("generation")
-    if a is not None and b is not None and a != b:
-        yield (
-            f"{arm.label} and {first.label}: answers were generated with {json.dumps(a)} and {json.dumps(b)}; "
-            "evaluate both with the same settings"
-        )
+    for key, what in (("generation", "answers were generated"), ("reading", "streams were read")):
+        a, b = arm.provenance.get(key), first.provenance.get(key)
+        if a is not None and b is not None and a != b:
+            yield (
+                f"{arm.label} and {first.label}: {what} with {json.dumps(a)} and {json.dumps(b)}; "
+                "evaluate both with the same settings"
+            )
 
 
 def _input_differences(first: Arm, arm: Arm) -> Iterator[str]:
@@ -332,18 +410,15 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
             "finish or repeat the evaluation"
         )
     pairs = [(a.answers[key], b.answers[key]) for key in shared]
-    for what, differing in (
-        ("another prompt", [one.id for one, two in pairs if one.prompt_sha256 != two.prompt_sha256]),
-        ("another right answer or video", [one.id for one, two in pairs if _asked(one) != _asked(two)]),
-        ("another number of frames", [one.id for one, two in pairs if _differ(one.frames, two.frames, 0.0)]),
-        (
-            "other seconds of audio",
-            [one.id for one, two in pairs if _differ(one.audio_seconds, two.audio_seconds, SAME_SECONDS)],
-        ),
-    ):
+    for what, said in FIELDS.items():
+        differing = [(one, two) for one, two in pairs if said(one) != said(two)]
         if differing:
+            one, two = differing[0]
             verb = "has" if len(differing) == 1 else "have"
-            yield f"{where}: {_count(len(differing), 'question')} {verb} {what} (first: {differing[0]}); {again}"
+            yield (
+                f"{where}: {_count(len(differing), 'question')} {verb} {what} "
+                f"(first: {one.id}: {said(one)} and {said(two)}); {again}"
+            )
     if _differ(a.frames, b.frames, 0.0):
         yield f"{where}: {a.frames:g} and {b.frames:g} frames were seen; {again}"
     if _differ(a.audio_seconds, b.audio_seconds, SAME_SECONDS * len(shared)):
@@ -351,25 +426,52 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
 
 
 def _budget_differences(first: Arm, arm: Arm) -> Iterator[str]:
+    """Means over questions, then question by question: equal means can hide unequal budgets."""
+    cure = "evaluate both with the same memory.slots_per_layer and budget"
     for name in sorted(set(first.sheets) & set(arm.sheets)):
         a, b = arm.sheets[name], first.sheets[name]
+        where = f"{arm.label} and {first.label}: {name}"
         for what, one, two in (
             ("peak entries", a.peak_entries, b.peak_entries),
             ("entries at answer time", a.answer_entries, b.answer_entries),
         ):
             if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two)):
-                yield (
-                    f"{arm.label} and {first.label}: {name}: {what} are {one:g} and {two:g}, not the same budget; "
-                    "evaluate both with the same memory.slots_per_layer and budget"
-                )
+                yield f"{where}: {what} are {one:g} and {two:g}, not the same budget; {cure}"
+                break
+        else:
+            yield from (f"{where}: {line}, not the same budget; {cure}" for line in _entry_differences(a, b))
 
 
-def _asked(answer: Answer) -> tuple[str, str]:
-    return answer.answer, answer.video
+def _entry_differences(a: Sheet, b: Sheet) -> Iterator[str]:
+    pairs = [(a.answers[key], b.answers[key]) for key in sorted(set(a.answers) & set(b.answers))]
+    for what, entries in (
+        ("peak entries", [(one.peak_entries, two.peak_entries) for one, two in pairs]),
+        ("entries at answer time", [(one.entries, two.entries) for one, two in pairs]),
+    ):
+        differing = [
+            f"{what} of {pair[0].id} are {one:g} and {two:g}"
+            for pair, (one, two) in zip(pairs, entries, strict=True)
+            if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two))
+        ]
+        yield from differing[:1]
 
 
 def _differ(a: float | None, b: float | None, tolerance: float) -> bool:
     return a is not None and b is not None and abs(a - b) > tolerance
+
+
+def _said(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".")
+
+
+FIELDS: Mapping[str, Callable[[Answer], str]] = {
+    "another prompt": lambda answer: answer.prompt_sha256[:12],
+    "another right answer or video": lambda answer: f"{answer.answer!r} of {answer.video}",
+    "another outcome of reading its stream": lambda answer: answer.failed or "read",
+    "another number of frames": lambda answer: _said(answer.frames, 0),
+    "other seconds of audio": lambda answer: _said(answer.audio_seconds, SECONDS_DIGITS),
+    "another length of stream read before it": lambda answer: _said(answer.stream_seconds, SECONDS_DIGITS),
+}
 
 
 def _count(number: int, noun: str) -> str:

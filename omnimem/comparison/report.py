@@ -1,23 +1,29 @@
 """compare/report.html: the summary as one self-contained page, with every question and both its answers."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from omnimem.benchmarks.accuracy import DURATION, ordered
 from omnimem.comparison import figures
-from omnimem.comparison.figures import Kept, Mark, Scale
-from omnimem.comparison.load import Answer, Arm, Run, shown
+from omnimem.comparison.figures import Kept, Mark, Points, Scale
+from omnimem.comparison.load import Answer, Arm, Run, axis_of, shown
 from omnimem.comparison.summary import in_order
 
 TEMPLATE = Path(__file__).with_name("report.html")
-LONGEST_PREDICTION = 600  # characters shown of one prediction
+LONGEST_TEXT = 1200  # characters shown of one question or prediction
 LONGEST_VALUE = 160  # characters shown of one line of provenance
 SHA256 = 64  # hexadecimal digits
 MARKS: dict[str, tuple[Mark, str]] = {"reference": ("ring", "reference"), "probe": ("bar", "probe")}
+COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("reading_per_second", "text model, per second of stream", lambda value: seconds(value)),
+    ("first_token_seconds", "from the question to the first token", lambda value: seconds(value)),
+    ("peak_memory", "most memory in use", lambda value: size(value)),
+)
 STYLES = ("first", "second", "third", "fourth")  # of lines in one figure
 
 FULL = "full memory"
@@ -30,7 +36,14 @@ View = dict[str, Any]
 def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run]) -> str:
     """The whole page; needs no network, no script for anything but searching the list of questions."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "points": points, "shown": shown, "size": size, "count": count}
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "shown": shown,
+        "size": size,
+        "count": count,
+        "seconds": seconds,
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     arms = in_order(arms)
     rivals = [arm for arm in arms if arm.role != "probe"]
@@ -44,7 +57,10 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
         differences=_differences(summary),
         kinds=[_kinds(name, group, rivals) for name, group in summary["benchmarks"].items()],
         probes=[_probes(name, group, arms) for name, group in summary["benchmarks"].items() if group["probes"]],
-        costs=[_costs(name, group) for name, group in summary["benchmarks"].items()],
+        durations=[view for name, group in _groups(summary) if (view := _durations(name, group, rivals))],
+        memory=[_memory(name, group) for name, group in summary["benchmarks"].items()],
+        costs=[view for name, group in summary["benchmarks"].items() if (view := _costs(name, group, arms))],
+        data=[view for name, group in summary["benchmarks"].items() if (view := _data(name, group, arms))],
         budgets=_budgets(runs),
         traces=[_trace(arm, arm.trace) for arm in arms if arm.role == "rival" and arm.trace is not None],
         training=[_training(run) for run in runs if run.metrics],
@@ -66,12 +82,12 @@ def points(value: float | None) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
 
 
-def count(value: float | None) -> str:
+def count(value: float | int | None) -> str:
     """A number of entries or frames, with a decimal only where there is one."""
     return UNKNOWN if value is None else f"{value:,.1f}".removesuffix(".0")
 
 
-def size(value: float | None) -> str:
+def size(value: float | int | None) -> str:
     """Bytes in the unit that suits them."""
     if value is None:
         return UNKNOWN
@@ -117,6 +133,7 @@ def _accuracy(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
         "n": group["n"],
         "clusters": group["clusters"],
         "chance": group["chance"],
+        "rules": group.get("rules"),
         "rows": [
             {"label": arm.label, **entries[arm.label], "plot": _accuracy_plot(arm, entries[arm.label], group["chance"])}
             for arm in arms
@@ -179,20 +196,36 @@ def _difference_plot(pair: Mapping[str, Any], scale: Scale, kind: str) -> Markup
 
 
 def _kinds(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
-    return {"name": name, "kinds": [_kind(kind, facts, group["arms"], arms) for kind, facts in group["kinds"].items()]}
+    """Every kind of question, by axis."""
+    axes = [
+        {
+            "axis": view["axis"],
+            "kinds": [
+                _kind(one["label"], one["key"], group["kinds"][one["key"]], group["arms"], arms)
+                for one in view["kinds"]
+            ],
+        }
+        for view in _by_axis(list(group["kinds"]))
+    ]
+    return {"name": name, "axes": axes}
 
 
 def _probes(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
     """Probes beside the full memory, which sees what they lack."""
     entries = group["arms"] | group["probes"]
     few = [arm for arm in arms if arm.role == "probe"] + [arm for arm in arms if arm.name == "full_memory"][:1]
-    return {"name": name, "kinds": [_kind(kind, facts, entries, few) for kind, facts in group["kinds"].items()]}
+    first = _by_axis(list(group["kinds"]))[:1]
+    kinds = [(one["label"], one["key"]) for view in first for one in view["kinds"]]
+    return {
+        "name": name,
+        "kinds": [_kind(label, key, group["kinds"][key], entries, few) for label, key in kinds],
+    }
 
 
-def _kind(kind: str, facts: Mapping[str, Any], entries: Mapping[str, Any], arms: Sequence[Arm]) -> View:
+def _kind(label: str, kind: str, facts: Mapping[str, Any], entries: Mapping[str, Any], arms: Sequence[Arm]) -> View:
     with_it = [arm for arm in arms if arm.label in entries and kind in entries[arm.label]["kinds"]]
     return {
-        "name": kind,
+        "name": label,
         **facts,
         "rows": [
             {
@@ -205,11 +238,87 @@ def _kind(kind: str, facts: Mapping[str, Any], entries: Mapping[str, Any], arms:
     }
 
 
-def _costs(name: str, group: Mapping[str, Any]) -> View:
+def _durations(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
+    """Accuracy of each arm against the duration of the stream; None where all are of one."""
+    kinds = [kind for kind in group["kinds"] if axis_of(kind) == DURATION]
+    if len(kinds) < 2:
+        return None
+    kinds = [f"{DURATION}: {label}" for label in ordered(kind.partition(": ")[2] for kind in kinds)]
+    drawn = [arm for arm in arms if arm.label in group["arms"]]
+    lines = []
+    for number, arm in enumerate(drawn):
+        entries = group["arms"][arm.label]["kinds"]
+        found = [entries.get(kind) for kind in kinds]
+        values = [None if one is None else (one["strict"], one["strict_interval"]) for one in found]
+        lines.append(Points(style=STYLES[number % len(STYLES)], values=values))
+    places = [kind.partition(": ")[2] for kind in kinds]
+    return {
+        "name": name,
+        "counts": [(place, group["kinds"][kind]["n"]) for place, kind in zip(places, kinds, strict=True)],
+        "legend": [{"style": line.style, "label": arm.label} for line, arm in zip(lines, drawn, strict=True)],
+        "chart": figures.over_places(
+            lines, places, x_title="duration of the stream", label=f"Accuracy on {name} against duration"
+        ),
+    }
+
+
+def _memory(name: str, group: Mapping[str, Any]) -> View:
     return {
         "name": name,
         "rows": [{"label": label, **entry} for label, entry in (group["arms"] | group["probes"]).items()],
     }
+
+
+def _costs(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
+    """What each arm took; None where nobody measured."""
+    entries = group["arms"] | group["probes"]
+    costs = {arm.label: entries[arm.label]["cost"] for arm in arms if entries.get(arm.label, {}).get("cost")}
+    if not costs:
+        return None
+    return {
+        "name": name,
+        "rows": [{"label": label, **cost} for label, cost in costs.items()],
+        "figures": [_cost_figure(title, key, write, costs) for key, title, write in COSTS],
+    }
+
+
+def _cost_figure(title: str, key: str, write: Callable[[float | None], str], costs: Mapping[str, Any]) -> View:
+    values = {label: None if cost[key] is None else float(cost[key]) for label, cost in costs.items()}
+    scale = figures.from_zero([value for value in values.values() if value is not None])
+    return {
+        "title": title,
+        "rows": [
+            {"label": label, "value": write(value), "plot": figures.bar_row(scale, value)}
+            for label, value in values.items()
+        ],
+    }
+
+
+def _data(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
+    """What is wrong with the data: streams that could not be read, and defects of the annotations, by rule."""
+    lost: dict[tuple[str, str], list[str]] = {}
+    for arm in arms:
+        sheet = arm.sheets.get(name)
+        for answer in sheet.answers.values() if sheet else ():
+            if answer.failed:
+                lost.setdefault((answer.id, answer.failed), []).append(shown(arm.label))
+    rules: dict[str, list[Mapping[str, Any]]] = {}
+    for defect in group["defects"]:
+        rules.setdefault(defect["rule"], []).append(defect)
+    if not lost and not rules:
+        return None
+    return {
+        "name": name,
+        "lost": [{"id": key, "reason": reason, "arms": labels} for (key, reason), labels in lost.items()],
+        "rules": [{"rule": rule.replace("_", " "), "found": found} for rule, found in sorted(rules.items())],
+    }
+
+
+def seconds(value: float | int | None) -> str:
+    """A time in the unit that suits it."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _budgets(runs: Sequence[Run]) -> list[View]:
@@ -303,7 +412,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 def _questions(arms: Sequence[Arm]) -> View:
-    """All questions with what every arm answered, compact: o is 1 right, 0 wrong, 2 no answer, 3 not asked."""
+    """All questions with what every arm answered, compact: o is an index of OUTCOMES in the page's script."""
     asked: dict[tuple[str, str], Answer] = {}
     for arm in arms:
         for name, sheet in arm.sheets.items():
@@ -318,18 +427,43 @@ def _questions(arms: Sequence[Arm]) -> View:
                 "i": answer.id,
                 "v": answer.video,
                 "k": list(answer.kinds),
-                "q": answer.question,
+                "q": _cut(answer.question, LONGEST_TEXT),
                 "g": answer.answer,
-                "p": ["" if one is None else _cut(one.prediction, LONGEST_PREDICTION) for one in given],
-                "o": [3 if one is None else 1 if one.correct else 0 if one.parsed else 2 for one in given],
+                "p": ["" if one is None else _cut(one.prediction or one.failed or "", LONGEST_TEXT) for one in given],
+                "o": [_outcome(one) for one in given],
             }
         )
     return {
         "arms": [shown(arm.label) for arm in arms],
         "benchmarks": sorted({row["b"] for row in rows}),
-        "kinds": sorted({kind for row in rows for kind in row["k"]}),
+        "axes": _by_axis(sorted({kind for row in rows for kind in row["k"]})),
         "rows": rows,
     }
+
+
+def _outcome(answer: Answer | None) -> int:
+    """0 wrong, 1 right, 2 no answer, 3 not asked, 4 not read."""
+    if answer is None:
+        return 3
+    if answer.failed:
+        return 4
+    return 1 if answer.correct else 0 if answer.parsed else 2
+
+
+def _by_axis(kinds: Sequence[str]) -> list[View]:
+    """Kinds by their axis, the labels in the order of their axis."""
+    axes: dict[str, list[str]] = {}
+    for kind in kinds:
+        axes.setdefault(axis_of(kind), []).append(kind)
+    return [
+        {"axis": axis, "kinds": [{"key": key, "label": key.removeprefix(f"{axis}: ")} for key in _in_order(axis, keys)]}
+        for axis, keys in axes.items()
+    ]
+
+
+def _in_order(axis: str, keys: Sequence[str]) -> list[str]:
+    labels = {key.removeprefix(f"{axis}: "): key for key in keys}
+    return [labels[label] for label in ordered(labels)]
 
 
 def _provenance(arms: Sequence[Arm]) -> View:

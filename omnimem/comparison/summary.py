@@ -1,6 +1,7 @@
 """compare/summary.json and its CSV files: every number of a comparison, computed once and shown by the report."""
 
 import csv
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from omnimem.comparison import statistics
-from omnimem.comparison.load import PROBES, Answer, Arm, Sheet
+from omnimem.comparison.load import KIND, PROBES, Answer, Arm, Sheet, axis_of
 from omnimem.comparison.statistics import Estimate, Resampling
 
 DIGITS = 6
 SHOWN = ("full_memory", "tuned_full_memory", "training_free", "tuned", "*", *PROBES)  # * stands for all others
 PAIRED = ("tuned", "training_free", "*", "tuned_full_memory", "full_memory")
 SAME_BYTES = 0.01  # relative
+SPLIT = ("tokens_in", "kept")  # by modality
 
 Key = tuple[str, str]  # benchmark, question id
 Answers = Mapping[Key, Answer]
@@ -41,6 +43,9 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
             for arm in arms:
                 if arm.label in entry:
                     entry[arm.label] |= _cost(arm.sheets[name])
+        sheets = [arm.sheets[name] for arm in arms if name in arm.sheets]
+        group["rules"] = next((sheet.rules for sheet in sheets if sheet.rules), None)
+        group["defects"] = _defects(sheets)
     pooled = _group(arms, tuple(names), draws=draws, seed=seed)
     _adjust([pooled])
     return {
@@ -91,11 +96,15 @@ def pairs(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
 
 
 def chance(answers: Sequence[Answer]) -> float:
-    """Mean over questions of 1 / (number of different right answers among the questions of the same kind)."""
+    """Mean over questions of 1 / options; without options 1 / (different right answers among questions of its kind)."""
     right: dict[tuple[str, ...], set[str]] = {}
     for answer in answers:
-        right.setdefault(answer.kinds, set()).add(answer.answer)
-    return float(np.mean([1 / len(right[answer.kinds]) for answer in answers]))
+        right.setdefault(_kind_of(answer), set()).add(answer.answer)
+    return float(np.mean([1 / (answer.options or len(right[_kind_of(answer)])) for answer in answers]))
+
+
+def _kind_of(answer: Answer) -> tuple[str, ...]:
+    return tuple(kind for kind in answer.kinds if axis_of(kind) == KIND)
 
 
 def _place(arm: Arm, names: Sequence[str]) -> int:
@@ -152,8 +161,8 @@ def _arm(resampling: Resampling, answers: Answers) -> dict[str, Any]:
 def _accuracy(resampling: Resampling, answers: Sequence[Answer]) -> dict[str, Any]:
     videos = [answer.video for answer in answers]
     correct = np.array([answer.correct for answer in answers], dtype=np.float64)
-    parsed = np.array([answer.parsed for answer in answers], dtype=np.float64)
-    official = statistics.ratio(resampling, videos, correct, parsed, lowest=0.0)
+    counted = np.array([answer.counted for answer in answers], dtype=np.float64)
+    official = statistics.ratio(resampling, videos, correct * counted, counted, lowest=0.0)
     strict = statistics.ratio(resampling, videos, correct, np.ones_like(correct), lowest=0.0)
     return {
         "n": len(answers),
@@ -162,7 +171,9 @@ def _accuracy(resampling: Resampling, answers: Sequence[Answer]) -> dict[str, An
         "official_interval": _bounds(official),
         "strict": _rounded(strict.value),
         "strict_interval": _bounds(strict),
-        "no_answer": _rounded(1 - float(parsed.mean())),
+        "no_answer": _rounded(float(np.mean([not answer.parsed for answer in answers]))),
+        "format": _rounded(float(np.mean([answer.bare for answer in answers]))),
+        "failed": sum(answer.failed is not None for answer in answers),
     }
 
 
@@ -208,14 +219,21 @@ def _adjust(groups: Sequence[dict[str, Any]]) -> None:
             pair["verdict"] = statistics.verdict(low, high, float(adjusted))
 
 
-def _cost(sheet: Sheet) -> dict[str, float | None]:
+def _cost(sheet: Sheet) -> dict[str, Any]:
     return {
         "peak_entries": sheet.peak_entries,
         "answer_entries": sheet.answer_entries,
         "bytes": sheet.bytes,
         "frames": sheet.frames,
         "audio_seconds": sheet.audio_seconds,
+        "cost": dict(sheet.cost) or None,
     }
+
+
+def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
+    """Of all arms, each once: what is wrong with the data is wrong for all of them."""
+    found = {json.dumps(dict(defect), sort_keys=True): dict(defect) for sheet in sheets for defect in sheet.defects}
+    return list(found.values())
 
 
 def _notes(arms: Sequence[Arm]) -> list[str]:
@@ -244,6 +262,8 @@ def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in numbers.items():
         if isinstance(value, list):
             flat |= {key.replace("interval", "low"): value[0], key.replace("interval", "high"): value[1]}
+        elif isinstance(value, Mapping) and key != "kinds":
+            flat |= {f"{key}_{name}" if key in SPLIT else name: one for name, one in _flat(value).items()}
         elif key not in ("kinds", "a", "b"):
             flat[key] = value
     return flat

@@ -190,6 +190,7 @@ class Evaluation:
             "question": question.text,
             "prompt_sha256": _sha(self.feeder.prompt_text(sample, question.text)),
             "answer": question.answer or "",
+            "options": len(question.item.options),
             "kind": question.kind,
             "categories": {axis: list(labels) for axis, labels in question.item.categories.items()},
             "at": question.at,
