@@ -1,6 +1,6 @@
 """Positions of kept tokens: ranks over the union of modalities, and keys turned from one place to another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -23,21 +23,22 @@ def rotate(
     return (exact * cos[:, None].float() + turned * sin[:, None].float()).to(keys.dtype)
 
 
-def distinct(time: Int[Tensor, "batch tokens"], opening: int) -> int:
-    """Most distinct times from `opening` on in any stream of the batch."""
-    return max(len(row[row >= opening].unique()) for row in time)
+def distinct(time: Int[Tensor, "batch tokens"], opening: int) -> list[int]:
+    """How many distinct times from `opening` on there are in each stream."""
+    return [len(row[row >= opening].unique()) for row in time]
 
 
-def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: int) -> Int[Tensor, "batch tokens"]:
+def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: Sequence[int]) -> Int[Tensor, "batch tokens"]:
     """New times: the distinct ones from `opening` on, of both modalities, become consecutive and end before `end`.
 
-    What stands before `opening` keeps its time; audio and video of one moment stay together (ours).
+    Each stream of a batch has an end of its own. What stands before `opening` keeps its time; audio and video of one
+    moment stay together (ours).
     """
     moved = time.clone()
     for row in range(time.shape[0]):
         free = time[row] >= opening
         times, place = time[row][free].unique(return_inverse=True)
-        moved[row, free] = place + (end - len(times))
+        moved[row, free] = place + (end[row] - len(times))
     return moved
 
 

@@ -102,7 +102,7 @@ class Compaction:
     """Kept audio and visual tokens move up to ranks that end before `end`, their keys turned to match (design 5)."""
 
     opening: int  # positions below this stay
-    end: int
+    end: tuple[int, ...]  # of each stream, the same in all layers
 
     def __call__(self, memory: Memory, rotary: Rotary) -> Memory:
         """The memory at its new positions."""
@@ -175,8 +175,9 @@ class ChunkStep:
 
     def after(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "batch axes tokens"]:
         """The positions that follow the chunk, one a token of a probe."""
-        places = torch.arange(len(ids), device=self.positions.device) + int(self.positions.max()) + 1
-        return places.expand(*self.positions.shape[:2], -1)
+        last = self.positions.amax(dim=(1, 2))[:, None]
+        places = last + 1 + torch.arange(len(ids), device=last.device)
+        return places[:, None].expand(-1, self.positions.shape[1], -1)
 
     def met(self, memory: Memory) -> Memory:
         """The memory as the chunk meets it, at its new positions if it must move."""
@@ -456,9 +457,9 @@ class Stream:
         width = shape.feature if matrix is None else matrix.shape[1]
         self.memory = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
-        self.next_position = 0
+        self._next = (0,) * batch  # position that follows what was fed, of each stream
+        self._moved = (0,) * batch  # by how much later tokens stand earlier than the backbone counts
         self.opening = 0  # positions below this belong to the text before the stream and never move
-        self.moved = 0  # by how much later tokens stand earlier than the backbone counts
         self.usage = Usage()
 
     def _feature_projection(self) -> Tensor | None:
@@ -470,6 +471,16 @@ class Stream:
         if wanted is None or wanted >= shape.width:
             return None
         return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
+
+    @property
+    def next_position(self) -> int:
+        """The position that follows what was fed; of a batch the furthest."""
+        return max(self._next)
+
+    @property
+    def moved(self) -> int:
+        """By how much later tokens stand earlier than the backbone counts; of a batch the most."""
+        return max(self._moved)
 
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and what the policy lets pass, then keeps its budget."""
@@ -498,29 +509,32 @@ class Stream:
         if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
         limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        if self.policy.reindex or (limit is not None and last - self.moved >= limit):
+        if self.policy.reindex or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
-            self.moved += self.next_position - compaction.end
-            self.next_position = compaction.end
-            if limit is not None and last - self.moved >= limit:
+            ways = zip(self._moved, self._next, compaction.end, strict=True)
+            self._moved, self._next = tuple(moved + old - new for moved, old, new in ways), compaction.end
+            reached = last - min(self._moved)
+            if limit is not None and reached >= limit:
                 raise ValueError(
-                    f"memory and chunk reach position {last - self.moved} even when compacted, the model was trained "
-                    f"below {limit}; lower stream.chunk_tokens or memory.slots_per_layer"
+                    f"memory and chunk reach position {reached} even when compacted, the model was trained below "
+                    f"{limit}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
-        if not self.moved:
+        if not any(self._moved):
             return chunk, compaction
-        return replace(chunk, positions=earlier(chunk.positions, chunk.modality, self.moved)), compaction
+        back = torch.tensor(self._moved, device=chunk.positions.device)[:, None].expand(chunk.modality.shape)
+        return replace(chunk, positions=earlier(chunk.positions, chunk.modality, back)), compaction
 
     def _compaction(self) -> Compaction:
-        """How what is kept moves up as far as it can."""
-        most = max(distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers)
-        return Compaction(opening=self.opening, end=self.opening + most)
+        """How what is kept moves up as far as it can, each stream by itself."""
+        times = [distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers]
+        return Compaction(opening=self.opening, end=tuple(self.opening + max(row) for row in zip(*times, strict=True)))
 
     def _account(self, chunk: Chunk, read: Chunk, before: int | float) -> None:
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
         pool = before + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
         self.fed += chunk.count
-        self.next_position = max(self.next_position, int(chunk.positions.max()) + 1)
+        ends = chunk.positions.amax(dim=(1, 2)).tolist()
+        self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         self.usage = Usage(
             peak_entries=max(self.usage.peak_entries, int(pool) if pool == int(pool) else pool),
@@ -542,8 +556,8 @@ class Stream:
             last_position=self.last_position,
             probes=self._manner.probes,
         )
-        twin.memory, twin.fed, twin.next_position, twin.usage = self.memory, self.fed, self.next_position, self.usage
-        twin.opening, twin.moved = self.opening, self.moved
+        twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
+        twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
         return twin
 
     def ask(self, prompt: Prompt, before: Reading | None = None) -> Reading:
@@ -555,11 +569,12 @@ class Stream:
 
         It holds no memory of its own: in training the questions are read again in backward (`tuning.gradient`).
         """
-        seam, manner, compaction, first = self.seam, self._manner, None, self.next_position
+        seam, manner, compaction, first = self.seam, self._manner, None, self._next
         if self.policy.reindex:
             compaction = self._compaction()
             first = compaction.end
-        positions = (prompt.offsets + first)[:, None, :].expand(-1, 3, -1)
+        starts = torch.tensor(first, device=prompt.offsets.device)[:, None]
+        positions = (prompt.offsets + starts)[:, None, :].expand(-1, 3, -1)
 
         def read(memory: Memory) -> Reading:
             step = _ReadQuestions(seam, manner, prompt.segments, before)

@@ -302,7 +302,7 @@ def test_heads_that_keep_their_own_move_together_and_keys_are_those_of_the_new_p
             _, keys, _ = seam.project(0, whole.embeddings[:, rows.order[head]], rows.positions[head : head + 1])
             assert float((keys[0, head] - rows.keys[head, 0]).abs().max()) < 1e-4
         times = moved.positions[0, 0][moved.positions[0, 0] >= stream.opening].unique()
-        end = stream._compaction().end
+        (end,) = stream._compaction().end
         assert times.tolist() == list(range(end - len(times), end))  # of both modalities and of all heads
 
 

@@ -24,7 +24,7 @@ def in_a_grid(whole: Chunk) -> Chunk:
 
 def test_ranks_are_consecutive_keep_company_and_leave_the_opening() -> None:
     time = torch.tensor([[0, 1, 9, 9, 20, 20, 41]])
-    assert ranks(time, 2, 10).tolist() == [[0, 1, 7, 7, 8, 8, 9]]
+    assert ranks(time, 2, [10]).tolist() == [[0, 1, 7, 7, 8, 8, 9]]
 
 
 def test_rows_and_columns_of_visual_tokens_do_not_move() -> None:

@@ -1,0 +1,269 @@
+"""Every policy in the same stream: budget, order, determinism, forks, batches, precision, gradient."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_equal_logits, text_model
+from rows import layout
+from torch import Tensor
+
+from omnimem.attach import Seam, attach
+from omnimem.budget import Budget
+from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies.h2o import H2OOptions
+from omnimem.policies.hermes import HermesOptions
+from omnimem.policies.infinipot_v import InfiniPotVOptions
+from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.keydiff import KeyDiffOptions
+from omnimem.policies.lava import LavaOptions
+from omnimem.policies.oracle import OracleOptions
+from omnimem.policies.pyramidkv import PyramidKVOptions
+from omnimem.policies.recent_frames import RecentFramesOptions
+from omnimem.policies.recursive_uniform import RecursiveUniformOptions
+from omnimem.policies.similarity import SimilarityOptions
+from omnimem.policies.snapkv import SnapKVOptions
+from omnimem.policies.streaming_llm import StreamingLLMOptions
+from omnimem.policies.streammem import StreamMemOptions
+from omnimem.policies.value_norm import ValueNormOptions
+from omnimem.policy import Outline, Policy
+from omnimem.stream import PADDING, Prompt, Stream
+from omnimem.tokens import Chunk, Modality
+from omnimem.tuning import FullGradient
+
+LENGTHS = [3, 30, 1, 31, 9, 31]  # the opening, then cuts anywhere
+STEPS = 12
+SPLIT = Budget(slots=((4, 10), (2, 7), (3, 9), (3, 10)))  # 48 in all
+LAYERS, KV_HEADS = 4, 2
+
+OPTIONS: dict[str, PolicyOptions] = {
+    "omnimem": PerturbationOptions(),
+    "similarity": SimilarityOptions(),
+    "similarity_released": SimilarityOptions(preset="as_released"),
+    "random": ControlOptions(name="random", preset="as_published"),
+    "recency": ControlOptions(name="recency"),
+    "uniform": ControlOptions(name="uniform"),
+    "recursive_uniform": RecursiveUniformOptions(),
+    "input_uniform": InputUniformOptions(),
+    "input_uniform_split": InputUniformOptions(preset="shared_split"),
+    "recent_frames": RecentFramesOptions(),
+    "recent_frames_split": RecentFramesOptions(preset="shared_split"),
+    "streaming_llm": StreamingLLMOptions(),
+    "streaming_llm_split": StreamingLLMOptions(preset="shared_split"),
+    "value_norm": ValueNormOptions(),
+    "value_norm_layer": ValueNormOptions(per_head=False),
+    "value_norm_split": ValueNormOptions(preset="shared_split"),
+    "keydiff": KeyDiffOptions(),
+    "h2o": H2OOptions(),
+    "h2o_split": H2OOptions(preset="shared_split"),
+    "snapkv": SnapKVOptions(),
+    "snapkv_released": SnapKVOptions(preset="as_released"),
+    "snapkv_split": SnapKVOptions(preset="shared_split"),
+    "pyramidkv": PyramidKVOptions(),
+    "pyramidkv_split": PyramidKVOptions(preset="shared_split"),
+    "lava": LavaOptions(),
+    "lava_released": LavaOptions(preset="as_released"),
+    "lava_split": LavaOptions(preset="shared_split"),
+    "infinipot_v": InfiniPotVOptions(),
+    "infinipot_v_released": InfiniPotVOptions(preset="as_released"),
+    "infinipot_v_reindexed": InfiniPotVOptions(reindex=True, keys="unrotated"),
+    "infinipot_v_split": InfiniPotVOptions(preset="shared_split"),
+    "streammem": StreamMemOptions(),
+    "streammem_plain": StreamMemOptions(frame_filter=False, prototypes=False),
+    "streammem_heads": StreamMemOptions(frame_filter=False, per_head=True),
+    "streammem_split": StreamMemOptions(preset="shared_split"),
+    "hermes": HermesOptions(),
+    "hermes_released": HermesOptions(preset="as_released"),
+    "hermes_reindexed": HermesOptions(reindex=True),
+    "hermes_split": HermesOptions(preset="shared_split"),
+    "oracle": OracleOptions(),
+}
+NAMES = sorted(OPTIONS)
+FEWER = {"input_uniform", "recent_frames"}  # what fits into no whole frame stays empty
+
+
+def whole_stream(batch: int = 1, seed: int = 1, still: bool = False) -> Chunk:
+    """Frames of 2 x 3 cells with two tokens of sound each; every third frame repeats the one before nearly."""
+    table = layout(STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(batch, len(table), 64, generator=generator)
+    for k, (kind, _) in enumerate(table):
+        if kind == 2 and k > 20 and (k // 8) % 3 == 2:
+            embeddings[:, k] = embeddings[:, k - 8] + 0.05 * embeddings[:, k]
+    if still:
+        embeddings = embeddings[:, :1].expand_as(embeddings).clone()
+    kinds = torch.tensor([kind for kind, _ in table], dtype=torch.int8)
+    places = torch.tensor([place for _, place in table]).T
+    return Chunk(
+        embeddings=embeddings,
+        positions=places.expand(batch, 3, -1),
+        modality=kinds.expand(batch, -1),
+    )
+
+
+def cut(whole: Chunk) -> list[Chunk]:
+    chunks, first = [], 0
+    for length in LENGTHS:
+        index = torch.arange(first, first + length).expand(whole.modality.shape[0], -1)
+        chunks.append(whole.gather(index))
+        first += length
+    assert first == whole.count
+    return chunks
+
+
+def row_of(chunk: Chunk, row: int) -> Chunk:
+    one = slice(row, row + 1)
+    parts = (chunk.embeddings[one], chunk.positions[one], chunk.modality[one])
+    return replace(chunk, **dict(zip(("embeddings", "positions", "modality"), parts, strict=True)))
+
+
+def policy_of(name: str, whole: Chunk | None = None) -> Policy:
+    """The policy at SPLIT, told of the stream where it asks for that."""
+    whole = whole_stream() if whole is None else whole
+    policy = OPTIONS[name].build(SPLIT)
+    needles = [(40 + row, 12, 70) for row in range(whole.modality.shape[0])]
+    return policy.told([Outline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles])
+
+
+def opened(seam: Seam, policy: Policy, batch: int = 1, **settings: Any) -> Stream:
+    probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(policy.probes)]
+    return Stream(seam, policy, batch=batch, probes=probes, **settings)
+
+
+def fed(seam: Seam, policy: Policy, chunks: Sequence[Chunk], **settings: Any) -> Stream:
+    stream = opened(seam, policy, len(chunks[0].modality), **settings)
+    for chunk in chunks:
+        stream.feed(chunk)
+    return stream
+
+
+def prompt_of(batch: int = 1) -> Prompt:
+    ids = torch.tensor([[5, 6, 7, 8, 9]]).expand(batch, -1)
+    segments = torch.tensor([[0, 0, 0, 1, 1]]).expand(batch, -1)
+    return Prompt(ids=ids, segments=segments, offsets=torch.tensor([[0, 1, 2, 0, 1]]).expand(batch, -1))
+
+
+def by_row(tokens, row: int = 0) -> list[list[tuple[int, int]]]:
+    """(arrival number, modality) of what each head holds; one list where all heads hold the same."""
+    owner = tokens.owner[row, 0] if tokens.owner.shape[1] else torch.zeros_like(tokens.modality[row])
+    pairs = list(zip(tokens.order[row].tolist(), tokens.modality[row].tolist(), owner.tolist(), strict=True))
+    return [[(k, kind) for k, kind, head in pairs if head == h and kind >= 0] for h in range(tokens.heads)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is_kept(name: str) -> None:
+    policy, whole = policy_of(name), whole_stream()
+    text = set((whole.modality[0] == Modality.TEXT).nonzero()[:, 0].tolist())
+    rooms = [policy.room(layer) for layer in range(LAYERS)]
+    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+        stream, seen, before = opened(seam, policy), 0, 0
+        for chunk in cut(whole):
+            stream.feed(chunk)
+            seen += chunk.count
+            fresh = int((chunk.modality > 0).sum())
+            held = []
+            for tokens in stream.memory.layers:
+                rows = by_row(tokens)
+                assert all([k for k, kind in row if not kind] == sorted(k for k in text if k < seen) for row in rows)
+                for row in rows:
+                    numbers = [k for k, _ in row]
+                    assert numbers == sorted(numbers)
+                    assert policy.merges or len(set(numbers)) == len(numbers)
+                held.append(sum(kind > 0 for row in rows for _, kind in row) / len(rows))
+            slots = [room.audio + room.visual for room in rooms]
+            if name.startswith(("lava", "pyramidkv")):
+                assert sum(held) <= SPLIT.total
+            else:
+                assert all(mine <= most for mine, most in zip(held, slots, strict=True)), (held, slots)
+            assert sum(held) == pytest.approx(stream.memory.entries)
+            if name.split("_split")[0] not in FEWER and not name.startswith("streammem"):
+                assert sum(held) == pytest.approx(min(SPLIT.total, before + LAYERS * fresh), abs=LAYERS)
+            before = sum(held)
+        if name.split("_split")[0] not in FEWER and name != "similarity_released":
+            assert stream.memory.entries == pytest.approx(SPLIT.total)
+        elif name != "similarity_released":
+            assert SPLIT.total / 3 < stream.memory.entries <= SPLIT.total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_alone(name: str) -> None:
+    policy, chunks = policy_of(name), cut(whole_stream())
+    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+        quiet, asked = fed(seam, policy, chunks), opened(seam, policy)
+        for number, chunk in enumerate(chunks):
+            asked.ask(prompt_of())
+            if number == 3:
+                twin = asked.fork()
+                for later in reversed(chunks[3:]):
+                    twin.feed(later)
+            asked.feed(chunk)
+        assert all(torch.equal(a, b) for a, b in zip(quiet.memory.tensors(), asked.memory.tensors(), strict=True))
+        assert quiet.usage == asked.usage
+        assert torch.equal(quiet.ask(prompt_of()).hidden, asked.ask(prompt_of()).hidden)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_keeps_in_a_batch_what_it_keeps_alone(name: str) -> None:
+    whole = whole_stream(batch=2)
+    chunks = cut(whole)
+    policy = policy_of(name, whole)
+    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+        together = fed(seam, policy, chunks)
+        hidden = together.ask(prompt_of(2)).hidden
+        sizes = []
+        for row in range(2):
+            alone = fed(seam, _alone(policy, row), [row_of(chunk, row) for chunk in chunks])
+            for mine, both in zip(alone.memory.layers, together.memory.layers, strict=True):
+                assert by_row(mine) == by_row(both, row)
+            assert_equal_logits(hidden[row : row + 1], alone.ask(prompt_of()).hidden)
+            sizes.append((alone.memory.bytes, alone.memory.entries))
+        assert together.memory.bytes == pytest.approx(sum(size for size, _ in sizes) / 2, abs=LAYERS)
+        assert together.memory.entries == pytest.approx(sum(size for _, size in sizes) / 2)
+
+
+def _alone(policy: Policy, row: int) -> Policy:
+    """The oracle knows each stream of a batch by its place."""
+    needles = getattr(policy, "needles", None)
+    return policy if needles is None else replace(policy, needles=needles[row : row + 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(name: str) -> None:
+    model, policy = text_model("qwen2_5_omni").to(torch.bfloat16), policy_of(name)
+    for still in (False, True):
+        whole = whole_stream(still=still)
+        chunks = cut(replace(whole, embeddings=whole.embeddings.to(torch.bfloat16)))
+        with attach(model) as seam, torch.no_grad():
+            stream = fed(seam, policy, chunks)
+            hidden = stream.ask(prompt_of()).hidden
+        assert bool(hidden.isfinite().all())
+        for tokens in stream.memory.layers:
+            assert all(bool(tensor.isfinite().all()) for tensor in tokens.tensors())
+            assert tokens.keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "recency"), "recency"])
+def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name: str) -> None:
+    policy, chunks = policy_of(name), cut(whole_stream())
+    found: list[list[Tensor]] = []
+    for recompute, layers in ((False, False), (True, False), (True, True)):
+        model = text_model("qwen2_5_omni").requires_grad_(True)
+        with attach(model, recompute_layers=layers) as seam:
+            carry = FullGradient(recompute=recompute)
+            stream = fed(seam, policy, chunks, carry=carry)
+            loss = carry.read(
+                lambda memory, stream=stream: stream.reader(prompt_of())(memory).hidden.pow(2).mean(), stream.memory
+            )
+            loss.backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    first, *others = found
+    assert all(bool(grad.isfinite().all()) for grad in first)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_every_policy_of_the_config_is_tried_here() -> None:
+    tried = {type(options) for options in OPTIONS.values()}
+    assert tried == set(PolicyOptions.__args__)
+    assert PADDING < 0
