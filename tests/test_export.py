@@ -330,9 +330,7 @@ def test_a_run_that_is_none_or_not_that_far_is_named(base: Path, tmp_path: Path)
     with pytest.raises(RunError, match=r"no checkpoint 5; checkpoints: 4"):
         exported_to(tmp_path / "out", run, "adapter", "--checkpoint", "5")
     run.adapter.rename(tmp_path / "elsewhere")
-    with pytest.raises(
-        RunError, match=r"has no adapter yet; let it finish .* --checkpoint N \(checkpoints: 4\)"
-    ):
+    with pytest.raises(RunError, match=r"has no adapter yet; let it finish .* --checkpoint N \(checkpoints: 4\)"):
         exported_to(tmp_path / "out", run, "adapter")
 
 

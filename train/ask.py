@@ -138,7 +138,7 @@ class Reply:
     arrived: dict[Modality, int]
     kept: dict[Modality, float]  # a layer, on average
     layers: int
-    entries: int
+    entries: int | float  # heads that keep tokens of their own count in parts
     bytes: int
     reading: float  # seconds that it took to read the stream up to the question
     first: float  # seconds from the question to the first token
