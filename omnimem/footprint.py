@@ -233,6 +233,7 @@ class Load:
     dtype: torch.dtype  # of the frozen weights, and of keys and values
     lora: LoraOptions
     feature: int  # width of the redundancy feature; 0: none is kept
+    per_head: bool = False  # every key-value head keeps tokens of its own, each with side state and an owner of a byte
     entries: int  # audio and visual slots, summed over the layers; those of full memory where a budget is "full"
     chunk_tokens: int  # longest chunk
     chunks: int  # of the longest stream
@@ -306,6 +307,7 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """What the layers keep, and what stays in the graph of one stream for the backward pass."""
     pair, side = shapes.entry(load.feature, load.dtype)
+    side = shapes.text.kv_heads * (side + 1) if load.per_head else side
     entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
     inputs = _inputs(shapes, load, entries)
     taught = load.batch * shapes.text.layers * (load.teacher_tokens + load.text_tokens) if load.teacher_tokens else 0

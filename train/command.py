@@ -24,6 +24,7 @@ from omnimem.data import ManifestError, TooManyFailures
 from omnimem.evaluation import EvaluationError
 from omnimem.footprint import ShapesError
 from omnimem.media import MediaError
+from omnimem.policy import PolicyError
 from omnimem.run import RunError
 from omnimem.tuning import AdapterError, GradientError
 from train.stopping import Stopped
@@ -40,6 +41,7 @@ USER_ERRORS = (
     GradientError,
     ManifestError,
     MediaError,
+    PolicyError,
     RunError,
     ShapesError,
     TooManyFailures,

@@ -305,6 +305,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
         feature=width if policy.needs_novelty else 0,
+        per_head=policy.per_head,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(reading.chunks),

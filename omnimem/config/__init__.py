@@ -18,8 +18,10 @@ from omnimem.config.source import ConfigError, Key, Problem, dotted, override, r
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
+from omnimem.policy import ScoredPolicy
 from omnimem.stream import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
+from omnimem.tuning.gradient.options import HALF_WAY
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -129,6 +131,15 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     for key, slots in _drawn_budgets(run.tuning.budgets):
         if slots < least:
             yield ("tuning", "budgets", key), f"{slots} is too small; each layer needs {need}"
+    policy, mode = run.memory.policy.build(None), run.tuning.gradient
+    if mode == "states" and (policy.per_head or policy.merges):
+        what = "keeps other tokens in every head" if policy.per_head else "merges tokens"
+        yield (
+            ("tuning", "gradient"),
+            f"states makes keys anew from the input of each token, and policy {policy.name} {what}; set it to full",
+        )
+    if mode in HALF_WAY and not isinstance(policy, ScoredPolicy):
+        yield ("tuning", "gradient"), f"{mode} selects by similarity, not by policy {policy.name}; set it to full"
 
 
 def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str | int, int]]:
