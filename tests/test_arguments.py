@@ -1,0 +1,64 @@
+"""The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
+
+from pathlib import Path
+
+import pytest
+
+from omnimem.config import ConfigError, RunConfig, load
+from train.arguments import OwnSettings, train_section
+
+SECTION = train_section()
+COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
+EVERY = "give a whole number of steps, or a share of all steps below 1"
+
+
+def loaded(tmp_path: Path, *overrides: str) -> RunConfig:
+    """A config with these settings."""
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    return load(tmp_path / "x.yaml", overrides, train=SECTION)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("per_device_train_batch_size", "0", COUNT),
+        ("gradient_accumulation_steps", "-1", COUNT),
+        ("max_steps", "0", "give 1 or more, or -1 to count by num_train_epochs"),
+        ("num_train_epochs", "0", "give a number above 0"),
+        ("learning_rate", "-0.1", "give a number above 0"),
+        ("learning_rate", ".nan", "give a number above 0"),
+        ("warmup_steps", "-1", "give 0 or more"),
+        ("weight_decay", "-0.5", "give 0 or more"),
+        ("adam_beta2", "1", SHARE),
+        ("max_grad_norm", "-1", "give 0 (no clipping) or more"),
+        ("save_steps", "0", EVERY),
+        ("save_steps", "2.5", EVERY),
+        ("logging_steps", "-3", EVERY),
+        ("save_total_limit", "0", COUNT),
+        ("seed", "-1", "give a whole number from 0 to 4294967295"),
+        ("max_bad_steps", "0", COUNT),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_with_its_cure(name: str, value: str, cure: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        loaded(tmp_path, f"train.{name}={value}")
+    shown = {".nan": "nan"}.get(value, value)
+    assert str(error.value) == f"command line train.{name}: {shown} is out of range; {cure}"
+
+
+@pytest.mark.parametrize("setting", ["save_steps=0.25", "save_steps=2", "max_steps=-1", "warmup_steps=0.1"])
+def test_what_transformers_means_by_shares_and_minus_one_is_taken(setting: str, tmp_path: Path) -> None:
+    assert loaded(tmp_path, f"train.{setting}").train
+
+
+def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path: Path) -> None:
+    assert OwnSettings.of(loaded(tmp_path, "train.max_bad_steps=7").train).max_bad_steps == 7
+    assert OwnSettings.of(loaded(tmp_path).train) == OwnSettings()
+    with pytest.raises(ConfigError, match=r"train\.max_bad_step: unknown key; did you mean 'max_bad_steps'\?"):
+        loaded(tmp_path, "train.max_bad_step=7")
+
+
+@pytest.mark.parametrize("name", ["save_only_model", "save_on_each_node"])
+def test_settings_that_would_make_checkpoints_useless_are_refused_with_a_reason(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{name}: .*checkpoint"):
+        loaded(tmp_path, f"train.{name}=true")
