@@ -191,7 +191,7 @@ def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path: Path) -> None
 def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None:
     text = SMALL.replace("{name: recency}", "{name: omnimem, sharpness: 0.1}")
     assert problems(tmp_path, text, ["memory.policy.name=uniform"]) == [
-        "my.yaml:4 memory.policy.sharpness: unknown key; known: name, seed"
+        "my.yaml:4 memory.policy.sharpness: unknown key; known: name, preset, seed"
     ]
     assert loaded(tmp_path, "memory.policy={name: uniform}", text=text).memory.policy.name == "uniform"
 
