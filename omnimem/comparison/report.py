@@ -24,7 +24,7 @@ COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("first_token_seconds", "from the question to the first token", lambda value: seconds(value)),
     ("peak_memory", "most memory in use", lambda value: size(value)),
 )
-STYLES = ("first", "second", "third", "fourth")  # of lines in one figure
+STYLES = ("first", "second", "third", "fourth", "fifth", "sixth")  # of lines in one figure
 
 FULL = "full memory"
 UNKNOWN = "\N{EN DASH}"
@@ -57,7 +57,7 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
         differences=_differences(summary),
         kinds=[_kinds(name, group, rivals) for name, group in summary["benchmarks"].items()],
         probes=[_probes(name, group, arms) for name, group in summary["benchmarks"].items() if group["probes"]],
-        durations=[view for name, group in _groups(summary) if (view := _durations(name, group, rivals))],
+        durations=[view for name, group in summary["benchmarks"].items() if (view := _durations(name, group, rivals))],
         memory=[_memory(name, group) for name, group in summary["benchmarks"].items()],
         costs=[view for name, group in summary["benchmarks"].items() if (view := _costs(name, group, arms))],
         data=[view for name, group in summary["benchmarks"].items() if (view := _data(name, group, arms))],
@@ -239,23 +239,24 @@ def _kind(label: str, kind: str, facts: Mapping[str, Any], entries: Mapping[str,
 
 
 def _durations(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
-    """Accuracy of each arm against the duration of the stream; None where all are of one."""
+    """Accuracy of the first arms against the duration of the stream; None where all are of one."""
     kinds = [kind for kind in group["kinds"] if axis_of(kind) == DURATION]
     if len(kinds) < 2:
         return None
     kinds = [f"{DURATION}: {label}" for label in ordered(kind.partition(": ")[2] for kind in kinds)]
-    drawn = [arm for arm in arms if arm.label in group["arms"]]
+    drawn = [arm for arm in arms if arm.label in group["arms"]][: len(STYLES)]
     lines = []
-    for number, arm in enumerate(drawn):
+    for style, arm in zip(STYLES, drawn, strict=False):
         entries = group["arms"][arm.label]["kinds"]
         found = [entries.get(kind) for kind in kinds]
         values = [None if one is None else (one["strict"], one["strict_interval"]) for one in found]
-        lines.append(Points(style=STYLES[number % len(STYLES)], values=values))
+        lines.append(Points(style=style, values=values))
     places = [kind.partition(": ")[2] for kind in kinds]
     return {
         "name": name,
         "counts": [(place, group["kinds"][kind]["n"]) for place, kind in zip(places, kinds, strict=True)],
         "legend": [{"style": line.style, "label": arm.label} for line, arm in zip(lines, drawn, strict=True)],
+        "left_out": len(group["arms"]) - len(drawn),
         "chart": figures.over_places(
             lines, places, x_title="duration of the stream", label=f"Accuracy on {name} against duration"
         ),
