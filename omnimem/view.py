@@ -47,7 +47,7 @@ class Probed:
 class LayerView:
     """The pool [memory ; chunk] of one layer, with attention mass and redundancy computed on demand.
 
-    importance, redundancy and novelty are float32 and clamped to >= 1e-6 whatever the precision of the model.
+    importance, redundancy and novelty are float32 (float64 of a float64 model) and clamped to >= 1e-6.
     """
 
     pool: Tokens  # memory followed by the chunk; importance and novelty of the chunk are still 0
@@ -72,7 +72,7 @@ class LayerView:
 
     @cached_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
-        """Attention received from the chunk's queries (sum over queries, mean over heads), float32."""
+        """Attention received from the chunk's queries (sum over queries, mean over heads)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             return blocked.mass(
                 self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads
@@ -108,7 +108,7 @@ class LayerView:
 def similarity(
     feature: Float[Tensor, "batch tokens feature"], modality: Int8[Tensor, "batch tokens"], measures: Measures
 ) -> Float[Tensor, "batch tokens"]:
-    """s_k = (cos(k-1, k) + cos(k, k+1)) / 2 in float32, in list order or among tokens of one modality."""
+    """s_k = (cos(k-1, k) + cos(k, k+1)) / 2 in float32 or more, in list order or among tokens of one modality."""
     if measures.of == "sequence":
         return _neighbour_cosine(feature, None, measures.ends)
     grouped = modality.to(torch.long).argsort(dim=1, stable=True)

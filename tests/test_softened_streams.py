@@ -18,7 +18,7 @@ from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tokens import Modality
-from omnimem.tuning import FullGradient
+from omnimem.tuning import FullGradient, TuningOptions, gradient_of
 
 VANISHING = 1e-6
 
@@ -94,6 +94,23 @@ def test_soft_gradient_equals_one_shot_with_gates(preset: str, temperature: floa
         hard = gradient(streamed_loss_of(seam, episode, policy, FullGradient()), model)
     assert float((got - hard).norm() / hard.norm()) > 1e-2
     assert any(not torch.equal(*tokens) for tokens in noting.kept[-1])  # each stream keeps its own
+
+
+@pytest.mark.parametrize(
+    "way",
+    [TuningOptions(horizon=1), TuningOptions(gradient="states"), TuningOptions(offload=True)],
+    ids=["horizon", "states", "offload"],
+)
+def test_every_gradient_mode_reads_a_soft_memory_alike(way: TuningOptions) -> None:
+    """The gates have values, so the loss is that of plain autograd under soft selection, whoever learns."""
+    model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32)
+    carries = (gradient_of(way, 4), Stored())
+    with attach(model) as seam:
+        losses = [streamed_loss_of(seam, episode, policy_of("omnimem"), carry, soft(0.5)) for carry in carries]
+        hard = streamed_loss_of(seam, episode, policy_of("omnimem"), Stored())
+        assert bool(gradient(losses[0], model).isfinite().all())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    assert abs(float((losses[1] - hard).detach())) > 1e-4
 
 
 @pytest.mark.parametrize("part", ["redundancy", "both"])
