@@ -228,5 +228,5 @@ def test_rooms_that_crash_the_release_are_served(softness: Softness | None) -> N
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (1.0, 0.0), (-1.0, 0.1)])
 def test_a_temperature_of_zero_or_below_is_refused(start: float, end: float) -> None:
-    with pytest.raises(ValueError, match="must both be above 0"):
+    with pytest.raises(ValueError, match="must both be finite numbers above 0"):
         TemperatureOptions(start=start, end=end)

@@ -44,7 +44,10 @@ class TemperatureOptions:
 
     def __post_init__(self) -> None:
         if not (0 < self.start < math.inf and 0 < self.end < math.inf):
-            raise ValueError(f"temperature start = {self.start:g} and end = {self.end:g} must both be above 0")
+            raise ValueError(
+                f"temperature start = {self.start:g} and end = {self.end:g} must both be finite numbers above 0; "
+                "the defaults are 1 and 0.05"
+            )
 
     def at(self, progress: float) -> float:
         """T at a fraction of the run: `start` throughout, or from `start` at 0 to `end` at 1."""
