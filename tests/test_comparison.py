@@ -250,6 +250,58 @@ def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_never_goes_do
     assert math.isnan(adjusted[2])
 
 
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "statistics.json").read_text())
+
+
+def test_mcnemar_and_holm_equal_those_of_statsmodels() -> None:
+    for only_a, only_b, expected in RECORDED["mcnemar"]:
+        a = np.array([True] * only_a + [False] * only_b + [True] * 9)
+        b = np.array([False] * only_a + [True] * only_b + [True] * 9)
+        assert statistics.mcnemar_exact(a, b) == pytest.approx(expected, rel=1e-9)
+    for raw, expected in RECORDED["holm"]:
+        assert statistics.holm(np.array(raw)) == pytest.approx(expected, rel=1e-9)
+
+
+def clustered(seed: int, videos: int, most: int) -> tuple[list[str], list[float]]:
+    """The draws of tests/recorded/statistics.py."""
+    generator = np.random.default_rng(seed)
+    names: list[str] = []
+    values: list[float] = []
+    for video in range(videos):
+        lean = 0.1 * generator.standard_normal()
+        for _ in range(int(generator.integers(1, most + 1))):
+            names.append(f"v{video}")
+            values.append(float(np.sign(round(generator.uniform(-0.6, 0.65) + lean))))
+    return names, values
+
+
+def test_the_standard_error_is_the_cluster_robust_one_of_statsmodels() -> None:
+    for seed, videos, most, expected in RECORDED["clustered"]:
+        names, values = clustered(seed, videos, most)
+        resampling = statistics.resample(names, draws=10_000, seed=9)
+        ours = statistics.ratio(resampling, names, np.array(values), np.ones(len(values)), lowest=-1.0)
+        assert ours.value == pytest.approx(expected["mean"])
+        assert ours.error == pytest.approx(expected["error"], rel=0.03)  # 10,000 draws: 0.7 % of noise
+
+
+def test_the_interval_of_several_benchmarks_pooled_covers_the_truth_too() -> None:
+    """Videos with 3 questions beside videos with 15, as Video-MME and LVBench have them; other effects in each."""
+    generator, sets = np.random.default_rng(11), 2000
+    videos, each, effects = (100, 35), (3, 15), (0.10, 0.02)
+    numerators, denominators = [], []
+    for count, questions, effect in zip(videos, each, effects, strict=True):
+        lean = 0.12 * generator.standard_normal((count, sets, 1))
+        uniform = generator.random((count, sets, questions))
+        up, down = np.clip(0.15 + effect / 2 + lean, 0, 1), np.clip(0.15 - effect / 2 - lean, 0, 1)
+        numerators.append(((uniform < up).astype(float) - (uniform > 1 - down)).sum(2))
+        denominators.append(np.full((count, sets), float(questions)))
+    numerator, denominator = np.concatenate(numerators), np.concatenate(denominators)
+    truth = float(numerator.sum() / denominator.sum())  # of 2,000 sets: 45 times closer than one set is
+    weights = statistics.resample([str(video) for video in range(sum(videos))], draws=1000, seed=12).weights
+    low, high = statistics.interval(statistics.ratio_draws(weights, numerator, denominator), sum(videos))
+    assert 0.93 <= float(((low <= truth) & (truth <= high)).mean()) <= 0.97
+
+
 def test_a_difference_of_the_minimum_detectable_size_is_found_in_80_of_100_cases() -> None:
     error, clusters = 0.02, 40
     true = statistics.minimum_detectable(error, clusters)
