@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from films import SCRIPT, given, tune, write_films
-from ranks import ROOT, Ended, command, start
+from ranks import Ended, command, start
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -245,16 +243,3 @@ def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder: 
     (line,) = [line for line in ended.outputs[0].splitlines() if not line.startswith("step ")]
     what = "No space left on device; make room or mend the disk; runs go on with --resume auto"
     assert line == f"runs/deaf/metrics.jsonl: {what}"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_random_faults_leave_the_weights_of_an_unbroken_run(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "benchmarks" / "faults.py")]
-    arguments = ["--trials", "3", "--engines", "1", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = json.loads((tmp_path / "faults.json").read_text())
-    assert (found["passed"], len(found["trials"])) == (3, 3)
-    assert all(each["codes"][-1] == 0 for each in found["trials"])

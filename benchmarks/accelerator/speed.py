@@ -26,7 +26,6 @@ from accelerator.record import Record
 from omnimem.attach import attach
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
-from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
 from omnimem.policy import Policy
 from omnimem.selection import Room, select
@@ -209,10 +208,7 @@ def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
 class Filled:
     """A stream whose memories are full."""
 
-    policy: Policy
-    memory: Memory
-    fed: int
-    position: int
+    stream: Stream
 
     @classmethod
     def of(cls, bench: Bench, model: PreTrainedModel, policy: Policy) -> "Filled":
@@ -222,15 +218,13 @@ class Filled:
             stream.feed(
                 bench.chunk(0, max(bench.sizes.memory + OPENING + bench.sizes.chunks[0], bench.sizes.chunks[-1]))
             )
-        return cls(policy=policy, memory=stream.memory, fed=stream.fed, position=stream.next_position)
+        return cls(stream=stream)
 
     @contextmanager
     def opened(self, model: PreTrainedModel) -> Iterator[Stream]:
         """A stream that goes on from here."""
-        with torch.no_grad(), attach(model) as seam:
-            stream = Stream(seam, self.policy)
-            stream.memory, stream.fed, stream.next_position = self.memory, self.fed, self.position
-            yield stream
+        with torch.no_grad(), attach(model):
+            yield self.stream.fork()
 
     @contextmanager
     def step(self, model: PreTrainedModel, chunk: Chunk) -> Iterator[Work]:
@@ -277,7 +271,7 @@ def chunk_steps(bench: Bench) -> None:
     model, layers = bench.model(), bench.sizes.layers
     stock = Stock.of(bench, model)
     filled = {name: Filled.of(bench, model, bench.policy(options)) for name, options in ARMS.items()}
-    sizes = {name: {"state_gib": one.memory.bytes / (1 << 30)} for name, one in filled.items()}
+    sizes = {name: {"state_gib": one.stream.memory.bytes / (1 << 30)} for name, one in filled.items()}
     bench.record.measured("memory of a stream", sizes)
     for count in bench.sizes.chunks:
         chunk = bench.chunk(filled["lambda 0"].fed, count)
