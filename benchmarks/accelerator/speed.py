@@ -274,7 +274,7 @@ def chunk_steps(bench: Bench) -> None:
     sizes = {name: {"state_gib": one.stream.memory.bytes / (1 << 30)} for name, one in filled.items()}
     bench.record.measured("memory of a stream", sizes)
     for count in bench.sizes.chunks:
-        chunk = bench.chunk(filled["lambda 0"].fed, count)
+        chunk = bench.chunk(filled["lambda 0"].stream.fed, count)
         arms: dict[str, Arm] = {"stock sdpa": lambda chunk=chunk: stock.step(chunk)}
         for name, one in filled.items():
             arms[name] = lambda one=one, chunk=chunk: one.step(model, chunk)
