@@ -9,7 +9,8 @@ import torch
 from conftest import FAMILIES
 from episodes import Episode
 from released import SlowRelease
-from test_gradient import WAYS, adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
+from test_gradient import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
+from test_gradient_horizon import HELD
 from test_stream import UNEQUAL, policy_of
 from torch import Tensor, nn
 
@@ -99,8 +100,7 @@ def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["released", "paper"])
-@pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
-@pytest.mark.parametrize("each", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("each", "by_layer"), HELD.values(), ids=HELD)
 def test_every_way_of_keeping_gives_the_same_bits_with_dropout(each: FullGradient, by_layer: bool, whole: bool) -> None:
     model = adapted("qwen2_5_omni", torch.float32, dropout=0.3)
     episode = episode_of("qwen2_5_omni", torch.float32, batch=2)

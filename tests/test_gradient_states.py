@@ -8,7 +8,6 @@ import torch
 from conftest import FAMILIES
 from episodes import CutOff, Episode, KeptByChunk, OneShot, one_shot_loss
 from test_gradient import (
-    WAYS,
     adapted,
     assert_same_gradient,
     episode_of,
@@ -17,6 +16,7 @@ from test_gradient import (
     loss_of,
     streamed_loss_of,
 )
+from test_gradient_horizon import HELD
 from test_stream import policy_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -91,8 +91,7 @@ def test_gradient_equals_one_shot_with_constant_states(family: str, batch: int) 
 
 
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.3)], ids=["hard", "soft"])
-@pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
-@pytest.mark.parametrize("question", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("question", "by_layer"), HELD.values(), ids=HELD)
 def test_every_way_of_keeping_the_question_gives_the_same_bits(
     question: FullGradient, by_layer: bool, softness: Softness | None
 ) -> None:
