@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +22,7 @@ from data_prep.worlds import draw_world
 from omnimem.attach import attach
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import AudioVisualBudget, Budget, Readings, Signals, SplitBudget
+from omnimem.comparison import compare
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.exported import Exported, resized
 from omnimem.feeding import Feeder
@@ -28,9 +31,11 @@ from omnimem.policy import Policy
 from omnimem.run import RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError, load_adapter
 from tests.conftest import assert_equal_logits
+from tests.test_comparison import write_arm
 from tests.thinkers import write_folder
 from tests.tuned import config_of, write_adapter, write_run
 from train import export
+from train.card import TASK, card
 from train.command import run_command
 from train.export import main
 
@@ -229,6 +234,69 @@ def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(
         AdapterError, match=r"bfloat16, the adapter is lost: .*; give --dtype float32, or --format adapter"
     ):
         exported_to(tmp_path / "lost", done, "merged", "--dtype", "bfloat16")
+
+
+# --- the card
+
+
+def front_of(card: str) -> dict[str, Any]:
+    """The YAML before the text."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def code_of(card: str) -> str:
+    return card.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_the_card_is_one_that_the_hub_reads_and_its_code_runs(
+    base: Path, video: Path, kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    card = (folder / "README.md").read_text()
+    read = ModelCard(card).data
+    assert (read.library_name, read.pipeline_tag) == ("transformers" if kind == "merged" else "peft", TASK)
+    assert "lora" not in read.tags if kind == "merged" else "lora" in read.tags
+    assert str(base.parent) not in card, "a path of this machine means nothing elsewhere"
+    assert "base_model" not in front_of(card)
+    assert "These weights were not evaluated" in card
+    assert sha256(base, suffixes=(".safetensors",)) in card
+    assert "| slots per layer | 12, 24 over 2 layers |" in card
+    code = code_of(card).replace("DIR", repr(str(folder))).replace("FILE", repr(str(video)))
+    exec(compile(code, "card", "exec"), {})
+    assert len(capsys.readouterr().out.strip()) > 2
+
+
+def test_a_base_of_the_hub_is_named_in_the_front_matter(merged: Path, adapter: Path, done: RunFolder) -> None:
+    for folder, relation in ((merged, "finetune"), (adapter, "adapter")):
+        exported = Exported.read(folder)
+        exported = replace(exported, origin=replace(exported.origin, base="Qwen/Qwen2.5-Omni-7B"))
+        front = front_of(card(exported, "name", done))
+        assert (front["base_model"], front["base_model_relation"]) == ("Qwen/Qwen2.5-Omni-7B", relation)
+
+
+def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", base)
+    for arm in ("full_memory", "training_free", "tuned"):
+        write_arm(run.path, arm)
+    path = run.evaluation("tuned") / "summary.json"
+    compare([run.path], run.comparison, draws=200)
+    exported_to(tmp_path / "another", run, "adapter")
+    assert "These weights were not evaluated" in (tmp_path / "another" / "README.md").read_text()
+    evaluated = json.loads(path.read_text())
+    evaluated["provenance"]["sha256"] = {"adapter": sha256(run.adapter, suffixes=(".safetensors",))}
+    path.write_text(json.dumps(evaluated))
+    exported_to(tmp_path / "same", run, "adapter")
+    text = (tmp_path / "same" / "README.md").read_text()
+    recall = read_json(run.comparison / "summary.json")["benchmarks"]["recall"]
+    (found,) = ModelCard(text).data.eval_results
+    assert found.dataset_name == "recall"
+    assert found.metric_value == pytest.approx(100 * recall["arms"]["tuned"]["strict"], abs=0.01)
+    pair = next(p for p in recall["pairs"] if (p["a"], p["b"]) == ("tuned", "training_free"))
+    assert f"- tuned against untouched on recall: {100 * pair['diff']:+.1f} points" in text.replace("\u2212", "-")
+    assert f": {pair['verdict']}\n" in text
+    exported_to(tmp_path / "checkpoint", run, "adapter", "--checkpoint", "4")
+    assert "These weights were not evaluated" in (tmp_path / "checkpoint" / "README.md").read_text()
 
 
 # --- nothing half-written

@@ -23,9 +23,10 @@ from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, Exported, Origin
-from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.run import RunError, RunFolder, read_json, sha256, write_text
 from omnimem.sealed import damage
 from omnimem.tuning import AdapterError, load_adapter
+from train.card import CARD, card
 from train.command import Parser, run_command
 from train.probe import Probe, difference
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     tuned = Tuned.of(given.run, checkpoint=given.checkpoint, base=given.model, dtype=given.dtype)
     with written_whole(given.out) as folder:
         exported = write(tuned, given.format, folder)
+        write_text(folder / CARD, card(exported, given.out.resolve().name, RunFolder(path=given.run)))
     print("verified: " + ", ".join(f"{name} {value:.3g}" for name, value in exported.verified.items()))
     print(f"{given.format}: {given.out}")
 
