@@ -122,7 +122,7 @@ def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
 def assert_calm(said: str) -> None:
     """Nothing but progress and results: no warning, no dict of a log, no half-drawn bar."""
     for line in said.splitlines():
-        assert line == "" or line.startswith(("step ", "adapter: ")), said
+        assert line == "" or line.startswith(("preflight: ", "step ", "adapter: ")), said
 
 
 def test_films_that_cannot_be_read_are_counted_and_named_on_whichever_rank(folder: Path) -> None:
@@ -138,7 +138,8 @@ def test_films_that_cannot_be_read_are_counted_and_named_on_whichever_rank(folde
 @pytest.mark.parametrize(("name", "reason"), [("broken", "unreadable"), ("silent", "no_audio")])
 def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder: Path, name: str, reason: str) -> None:
     run = folder / "runs" / f"failing-{name}"
-    arguments = given(folder, run.name, f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6")
+    settings = (f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6", "--skip-preflight")
+    arguments = given(folder, run.name, *settings)
     (said,) = command(SCRIPT, arguments, folder, fails=True).outputs
     problem, verdict = [line for line in said.splitlines() if not line.startswith("step ")]
     assert problem.startswith(f"{name}: {reason}; ")

@@ -6,6 +6,7 @@ import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,18 @@ from ranks import Ended, command, start
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from tuned import LORA, config_of
 
 import train.trainer
+from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.config import ConfigError, RunConfig
+from omnimem.data import DataOptions, TooManyFailures, read_manifest
 from omnimem.sealed import damage
+from omnimem.tuning import AdapterError, StreamedModel, add_adapter
+from train import preflight
 from train.bad_steps import BadSteps
+from train.finetune import saves_of
+from train.preflight import check_data, check_run
 from train.stopping import Interruption
 
 ZERO2 = "train.deepspeed=deepspeed/zero2.json"
@@ -104,6 +113,88 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
 def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     states = [value for state in optimizer.state.values() for value in state.values()]
     return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
+
+
+@pytest.fixture(scope="module")
+def tuned_model(folder: Path) -> StreamedModel:
+    return add_adapter(load_backbone(ModelOptions(path=str(folder / "model"))).model, LORA)
+
+
+def run_of(folder: Path, **tuning: Any) -> RunConfig:
+    """A run over the six films."""
+    run = config_of(folder / "model")
+    data = DataOptions(train=str(folder / "train.jsonl"), max_failures=0.2)
+    return replace(run, data=data, tuning=replace(run.tuning, **tuning))
+
+
+def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder: Path) -> None:
+    samples = read_manifest(folder / "broken.jsonl")
+    line, longest = check_data(run_of(folder), samples)
+    assert line == "data: 6 samples opened, 40 s of streams with pictures and sound (5); 1 unreadable"
+    assert longest.id != "broken"
+    gone = [replace(sample, video=folder / "gone.mp4") for sample in samples[:2]]
+    with pytest.raises(TooManyFailures, match="2 of 6 samples failed"):
+        check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
+
+
+def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROBED", 3)
+    samples = read_manifest(folder / "train.jsonl")
+    assert check_data(run_of(folder), samples)[0].startswith("data: 3 of 6 samples opened, 24 s")
+    unopened = [*samples[:1], replace(samples[1], video=folder / "gone.mp4"), *samples[2:]]
+    assert check_data(run_of(folder), unopened)[0].endswith("; 1 missing")
+
+
+def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
+    folder: Path, tuned_model: StreamedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, disk = check_run(run_of(folder), tuned_model, folder, 3)
+    assert adapter.startswith("adapter: 6 modules (q_proj 2, v_proj 2, down_proj 2), ")
+    assert disk.startswith("disk: 4 x ")
+    lora = replace(LORA, targets=(*LORA.targets, "k_proj"))
+    with pytest.raises(AdapterError, match="k_proj match no module of this model; matched: q_proj, v_proj, down_proj"):
+        list(check_run(run_of(folder, lora=lora), tuned_model, folder, 3))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"0\.0 MB are free; make room, or set train\.save_total_limit"):
+        list(check_run(run_of(folder), tuned_model, folder, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "saves"),
+    [
+        ({"max_steps": 7, "save_steps": 3}, 3),  # after 3, 6, and the last one
+        ({"num_train_epochs": 2, "save_steps": 4, "per_device_train_batch_size": 2}, 2),  # 6 steps
+        ({"num_train_epochs": 2, "save_steps": 0.25, "per_device_train_batch_size": 1}, 4),
+        ({"num_train_epochs": 3, "save_strategy": "epoch"}, 3),
+        ({"max_steps": 7, "save_strategy": "no"}, 0),
+    ],
+)
+def test_the_preflight_knows_how_many_checkpoints_come(settings: dict[str, Any], saves: int, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+    assert saves_of(arguments, 6) == saves
+
+
+def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder: Path) -> None:
+    backbone = load_backbone(ModelOptions(path=str(folder / "model")))
+    for layer in backbone.text_model.layers:
+        del layer.mlp.gate_proj
+    with pytest.raises(AdapterError, match=r"gate_proj match no module; there are: down_proj, k_proj, o_proj"):
+        add_adapter(backbone.model, replace(LORA, targets=("gate_proj",)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
+    steps = ("train.max_steps=3",)
+    looked, blind = tune(folder, "looked", *steps), tune(folder, "blind", *steps, "--skip-preflight")
+    said = [line for line in looked.ended.outputs[0].splitlines() if line.startswith("preflight: ")]
+    assert [line.split()[1] for line in said] == ["data:", "adapter:", "disk:", "step:"]
+    assert "at full memory" in said[-1]
+    assert "preflight" not in blind.ended.outputs[0]
+    assert looked.lines == blind.lines
+    assert torch.equal(looked.adapter, blind.adapter)
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

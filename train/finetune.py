@@ -1,18 +1,21 @@
 """Fine-tunes a model under its memory budget, then evaluates it beside the untouched one.
 
 deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--resume auto|PATH] [--overwrite]
+    [--skip-preflight]
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import SaveStrategy
 
 from omnimem.attach import Seam, attach
 from omnimem.backbones import Backbone, load_backbone
@@ -28,11 +31,12 @@ from train.arguments import OwnSettings, train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
 from train.callbacks import Finished, Progress, callbacks_of
-from train.command import Parser, run_command
+from train.command import Parser, rank, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
 from train.order import seed_of
 from train.portable import refuse_other_batch
+from train.preflight import check_data, check_run, rehearse
 from train.preview import preview
 from train.process import prepare_process, world_size
 from train.shards import stage_of, whole
@@ -59,8 +63,12 @@ def main(arguments: Sequence[str]) -> None:
     check_answers(samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
+    longest = None
+    if rank() == 0 and not given.skip_preflight:
+        line, longest = check_data(run, samples)
+        tell(line)
     prepare_process()
-    finetune(run, start, samples)
+    finetune(run, start, samples, longest)
 
 
 def check_budget(run: RunConfig, start: Start) -> None:
@@ -81,8 +89,16 @@ def check_answers(samples: Sequence[Sample]) -> None:
         raise ManifestError([f"{sample.origin} {what}" for sample in silent])
 
 
-def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
-    """Train, save and verify the adapter, evaluate, compare; every rank runs this."""
+def tell(line: str) -> None:
+    """Say what the preflight found."""
+    print(f"preflight: {line}", flush=True)
+
+
+def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None) -> None:
+    """Train, save and verify the adapter, evaluate, compare; every rank runs this.
+
+    `longest` is the sample to rehearse with, on the first rank; None: no preflight.
+    """
     settings = training_arguments(run.train, start.folder)
     first = settings.process_index == 0
     if first:
@@ -103,6 +119,8 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
         departure = described(run.tuning, parts.policies(None), seam.shape.layers)
         if first:
             update_json(start.folder.record, policy_in_training=departure)
+        if longest is not None:
+            rehearsed(run, start.folder, parts, longest, saves_of(settings, len(samples)))
         trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_whole(start.folder.adapter)
@@ -111,6 +129,38 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample]) -> None:
     if first and stage_of(run.train) == 3:
         with reloaded(run, start.folder, parts.policies) as parts:
             conclude(run, start.folder, parts)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What training and evaluation share: the very same objects."""
+
+    backbone: Backbone
+    model: StreamedModel
+    seam: Seam
+    feeder: Feeder
+    policies: Policies
+
+
+def rehearsed(run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, saves: int) -> None:
+    """The part of the preflight that needs the model; under ZeRO-3 no rank alone can take a step."""
+    for line in check_run(run, parts.model, folder.path, saves):
+        tell(line)
+    if stage_of(run.train) == 3:
+        tell("step: not tried, since under ZeRO-3 no process holds the whole model")
+    else:
+        tell(rehearse(run, parts.seam, parts.feeder, parts.policies, parts.model, longest))
+
+
+def saves_of(settings: TrainingArguments, samples: int) -> int:
+    """How many checkpoints a run writes, were none removed."""
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    lap = ceil(samples / batch)
+    steps = settings.max_steps if settings.max_steps > 0 else ceil(lap * settings.num_train_epochs)
+    share = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
+    every = {"no": inf, "epoch": lap, "steps": max(1, share)}[SaveStrategy(settings.save_strategy).value]
+    return ceil(steps / every)
 
 
 def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
@@ -125,18 +175,6 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             left_out = [asdict(bad) for bad in trainer.bad_steps.found]
             steps = trainer.state.global_step
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What training and evaluation share: the very same objects."""
-
-    backbone: Backbone
-    model: StreamedModel
-    seam: Seam
-    feeder: Feeder
-    policies: Policies
 
 
 def trainer_of(
@@ -210,6 +248,7 @@ def _parser() -> Parser:
         "--dry-run", action="store_true", help="show settings, a sample, budget and memory; no training"
     )
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--skip-preflight", action="store_true", help="train at once, without a look at data and disk")
     parser.add_argument("--overwrite", action="store_true", help="start anew; the old run folder is moved to <name>.1")
     return parser
 

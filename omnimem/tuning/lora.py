@@ -1,5 +1,6 @@
 """LoRA on the text model alone, and the seam by which a trainer runs a whole stream as one forward pass."""
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, whichever level transformers keeps it at
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -49,7 +51,7 @@ class LoraOptions:
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
-            target_modules=rf".*language_model\.layers\.\d+\.({'|'.join(places)})",
+            target_modules=rf"{LAYERS}({'|'.join(places)})",
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -82,11 +84,18 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     try:
         adapted = _adapted(model, options.config())
     except ValueError as error:
-        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module ({error})") from error
+        there = ", ".join(_projections(model)) or "none"
+        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module; there are: {there}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # the optimizer's own precision, whatever the base's
     return adapted
+
+
+def _projections(model: nn.Module) -> list[str]:
+    """Names of the projections in the layers of the text model."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear if re.match(LAYERS, name)})
 
 
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
