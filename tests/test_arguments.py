@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from omnimem.config import ConfigError, RunConfig, load
+from omnimem.run import RunFolder
 from train.arguments import OwnSettings, train_section
+from train.trainer import training_arguments
 
 SECTION = train_section()
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
@@ -56,6 +58,30 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
     assert OwnSettings.of(loaded(tmp_path).train) == OwnSettings()
     with pytest.raises(ConfigError, match=r"train\.max_bad_step: unknown key; did you mean 'max_bad_steps'\?"):
         loaded(tmp_path, "train.max_bad_step=7")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
+        ({"optim_args": "x"}, "not enough values to unpack"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set when"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, object], what: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=what) as error:
+        training_arguments(settings, RunFolder(path=tmp_path))
+    assert len(error.value.problems) == 1
+    assert str(error.value).startswith("train: ")
+
+
+@pytest.mark.parametrize("setting", ["torch_compile=true", "use_liger_kernel=true", "fsdp=true", "save_strategy=best"])
+def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        loaded(tmp_path, f"train.{setting}")
+    assert str(error.value).startswith(f"command line train.{setting.partition('=')[0]}: ")
+    assert len(error.value.problems) == 1
 
 
 @pytest.mark.parametrize("name", ["save_only_model", "save_on_each_node"])

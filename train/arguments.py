@@ -33,6 +33,11 @@ OURS = {  # fields that another part decides
     "parallelism_config": "cannot be written in YAML; use deepspeed",
     "save_only_model": "no run could go on from such checkpoints; train/export.py takes the adapter out of whole ones",
     "save_on_each_node": "a checkpoint is one folder, which all nodes share; remove it",
+    "torch_compile": "each chunk of a stream has a shape of its own; remove it",
+    "use_liger_kernel": "it replaces the parts of the model that streams attach to; remove it",
+    "fsdp": "use deepspeed: deepspeed/zero3.json shares out the weights too",
+    "fsdp_config": "use deepspeed: deepspeed/zero3.json shares out the weights too",
+    "accelerator_config": "ranks are dealt their samples by this project; remove it",
     "push_to_hub": "nothing is uploaded; use train/export.py and upload what it writes",
 }
 FORMER = {  # names of transformers 4 that are gone
@@ -107,6 +112,7 @@ def train_section() -> type:
     theirs = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     kinds = {name: _exact(hints[name]) for name in (*theirs, *own_names())}
     kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are not known beforehand
+    kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # `best` would need an evaluation during training
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():

@@ -7,10 +7,11 @@ from typing import Any, final
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from omnimem.attach import Seam
+from omnimem.config import ConfigError
 from omnimem.data import Failure, Failures, Sample
 from omnimem.feeding import Feeder, Opened, together
 from omnimem.media import MediaError
@@ -164,14 +165,30 @@ class StreamTrainer(DealtTrainer):
 
 
 def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
-    """transformers' arguments of a run; a host without a GPU trains on the CPU."""
+    """transformers' arguments of a run; a host without a GPU trains on the CPU.
+
+    Raises ConfigError when transformers refuses them.
+    """
     defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
     defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
-    return TrainingArguments(
-        **{**defaults, **given},
-        output_dir=str(folder.path),
-        remove_unused_columns=False,
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-    )
+    try:
+        arguments = TrainingArguments(
+            **{**defaults, **given},
+            output_dir=str(folder.path),
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        )
+        _try_recipe(arguments)
+    except (ValueError, TypeError, ImportError) as error:  # do not go together, or cannot be had on this machine
+        raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
+    return arguments
+
+
+def _try_recipe(arguments: TrainingArguments) -> None:
+    """Optimizer and schedule once in the small: their own options are looked at only when they are built."""
+    Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    options: Any = arguments.lr_scheduler_kwargs
+    get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
