@@ -17,6 +17,8 @@ from omnimem.config import RunConfig, load
 from omnimem.data import Failure, Failures, Sample, read_manifest
 from omnimem.feeding import Feeder
 from omnimem.media import MediaError
+from omnimem.policies import PerturbationOptions
+from omnimem.policy import ScoredPolicy
 from omnimem.run import RunFolder
 from omnimem.tokens import Chunk
 from train.arguments import train_section
@@ -49,7 +51,9 @@ def training_samples(run: RunConfig) -> list[Sample]:
 def measured_budget(run: RunConfig, seam: Seam, feeder: Feeder, samples: Sequence[Sample]) -> Budget:
     """The run's audio-visual budget, from signals measured under its own policy at its own size.
 
-    While they are measured every layer keeps the same number of tokens, split by the ratio alone.
+    A policy that is more than a score of each layer (heads of their own, probes, merged tokens) keeps no pool that
+    could be measured alike: the signals are then those under ours. While they are measured every layer keeps the same
+    number of tokens, split by the ratio alone.
     """
     wanted = run.memory.budget
     if not isinstance(wanted, AudioVisualBudget):
@@ -62,13 +66,15 @@ def measured_budget(run: RunConfig, seam: Seam, feeder: Feeder, samples: Sequenc
     used: list[str] = []
     with tqdm(total=run.calibration.streams, desc="calibration", unit="stream", disable=None) as bar:
         streams = _streams(samples, feeder, run.data.max_failures, used, bar)
-        signals = calibrate(seam, run.memory.policy.build(even), streams, run.calibration)
+        own = run.memory.policy.build(even)
+        policy = own if isinstance(own, ScoredPolicy) else PerturbationOptions().build(even)
+        signals = calibrate(seam, policy, streams, run.calibration)
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)
     provenance = {
         **budget.provenance,
         "settings": budget_settings(run),
         "model": run.model.path,
-        "policy": run.memory.policy.name,
+        "policy": policy.name,
         "chunk_tokens": run.stream.chunk_tokens,
         "skip_chunks": run.calibration.skip_chunks,
         "streams": used,
