@@ -75,8 +75,10 @@ class Progress(TrainerCallback):
         """The bar moves when the loss of its step is known."""
         if self.bar is None or not logs or "loss" not in logs:
             return
-        slots, temperature = logs.get("slots", -1), logs.get("temperature", 0)
-        shown = {"loss": f"{logs['loss']:.4g}", "slots": "full" if slots < 0 else f"{slots:g}"}
+        slots, temperature = logs.get("slots"), logs.get("temperature", 0)
+        shown = {"loss": f"{logs['loss']:.4g}"}
+        if slots is not None:  # none where every sample of the step failed
+            shown["slots"] = "full" if slots < 0 else f"{slots:g}"
         if temperature > 0:
             shown["temperature"] = f"{temperature:.3g}"
         self.bar.set_postfix(shown, refresh=False)
