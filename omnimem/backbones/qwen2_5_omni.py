@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Int
@@ -20,6 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniAudioEncoder,
+    Qwen2_5OmniThinkerTextModel,
+    Qwen2_5OmniVisionEncoder,
+)
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
@@ -29,6 +34,7 @@ from omnimem.tokens import Chunk, Modality
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 SAMPLE = "\x00"  # stands for the question while the template is rendered
 IGNORED = -100
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class CheckpointError(ValueError):
@@ -96,7 +102,7 @@ class Qwen25Omni(Backbone):
 
     @property
     def text_model(self) -> PreTrainedModel:
-        return self.model.model.language_model
+        return _part(self.model, Qwen2_5OmniThinkerTextModel)
 
     @property
     def _towers(self) -> Any:
@@ -109,8 +115,8 @@ class Qwen25Omni(Backbone):
 
     def encoder_weights(self) -> Iterator[Tensor]:
         """Vision tower, then audio tower."""
-        for tower in (self.model.model.visual, self.model.model.audio_tower):
-            yield from tower.state_dict().values()
+        for tower in (Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder):
+            yield from _part(self.model, tower).state_dict().values()
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -400,3 +406,9 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone
+
+
+def _part(model: nn.Module, kind: type[Part]) -> Part:
+    """The one module of a class: transformers 5.21 moved the parts of a thinker one level down."""
+    (found,) = (module for module in model.modules() if isinstance(module, kind))
+    return found
