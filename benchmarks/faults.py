@@ -3,10 +3,10 @@
 python benchmarks/faults.py [--trials 30] [--seed 0] [--out runs/faults]
 
 Each trial trains the embedded tiny model for a few steps on short films, meets one fault, and goes on with
-`--resume auto` until it is done. It is passed when the adapter equals the unbroken run's bit for bit, metrics.jsonl
-holds every step once with the same numbers and the same samples, and no process is left behind. Processes are forked
-from one that has the imports done, with a launcher between that does as DeepSpeed's launch.py; the kills are real.
-Prints a table and writes faults.json.
+`--resume auto` until it is done. It is passed when 0 was said only once the adapter was there and described in
+run.json, the adapter equals the unbroken run's bit for bit, metrics.jsonl holds every step once with the same numbers
+and the same samples, and no process is left behind. Processes are forked from one that has the imports done, with a
+launcher between that does as DeepSpeed's launch.py; the kills are real. Prints tables and writes faults.json.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
@@ -30,7 +32,7 @@ from typing import Any, final
 
 from data_prep.renderer import write_mp4
 from data_prep.worlds import draw_world
-from omnimem.run import provenance, write_json
+from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
@@ -38,6 +40,7 @@ LIMIT = 300.0  # seconds that a run may take on a busy machine
 PATIENCE = 60.0  # seconds in which a rank must have ended once it was asked to
 RESUMES = 3
 FILES = 10  # of a checkpoint, about
+LAST_MOMENTS = ("metrics.jsonl", f".partial/checkpoint-{STEPS}", f"checkpoint-{STEPS}", ".partial/adapter", "adapter")
 FORK = multiprocessing.get_context("fork")
 CONFIG = f"""\
 name: NAME
@@ -103,7 +106,8 @@ class Launched:
     def ended(self) -> int:
         """Wait for the launcher; its exit code, negative for a signal."""
         self.process.join()
-        return self.process.exitcode or 0
+        assert self.process.exitcode is not None
+        return self.process.exitcode
 
     def orphans(self) -> list[int]:
         """Ranks that are still there when a launcher is gone and they had the time to finish their step."""
@@ -136,6 +140,7 @@ def main(arguments: Sequence[str]) -> int:
         fault, engine = FAULTS[number % len(FAULTS)], draw.choice(engines)
         trials.append(trial(home, number, fault, engine, whole[engine], draw))
         print(line_of(trials[-1]), flush=True)
+    print("\n".join(("", *summary(trials, "fault"), "", *summary(trials, "engine"), "")))
     passed = sum(not each["failed"] for each in trials)
     print(f"{passed} of {len(trials)} trials passed")
     facts = provenance(command=sys.argv, seed=given.seed, sha256={})
@@ -191,14 +196,29 @@ def _launcher(home: Path, name: str, command: list[str], count: int, tell: Conne
         rank.start()
     tell.send([rank.pid for rank in ranks])
     signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
-    failed: int | None = None
-    while running := [rank for rank in ranks if rank.exitcode is None]:
+    sys.exit(outcome(ranks) % 256)
+
+
+def outcome(ranks: Sequence[ForkProcess]) -> int:
+    """Wait for all ranks, and end the others once one has failed; its code, 0 when none did.
+
+    A rank lets go of its sentinel before it can be waited for: its code may be there only at a second look.
+    """
+    while (running := [rank for rank in ranks if rank.exitcode is None]) and not failure(ranks):
         wait([rank.sentinel for rank in running], timeout=PATIENCE)
-        codes = [rank.exitcode for rank in ranks if rank.exitcode]
-        for rank in running if codes else ():
-            rank.terminate() if failed is None else rank.kill()
-        failed = codes[0] if codes else None
-    sys.exit(failed % 256 if failed else 0)
+    code = failure(ranks)
+    for rank in running:
+        rank.terminate()
+    for rank in running:
+        rank.join(PATIENCE)
+        rank.kill()
+        rank.join()
+    return code
+
+
+def failure(ranks: Sequence[ForkProcess]) -> int:
+    """The code of a rank that has failed; 0: none has so far."""
+    return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
 
 
 def _rank(command: list[str], rank: int, count: int, port: str) -> None:
@@ -231,23 +251,30 @@ def kill_rank(run: Launched, draw: random.Random) -> str:
     """SIGKILL to one rank, at any time."""
     at = in_a_step(run, draw)
     rank = draw.randrange(len(run.ranks))
-    os.kill(run.ranks[rank], signal.SIGKILL)
+    strike(run.ranks[rank], signal.SIGKILL)
     return f"rank {rank} {at}"
 
 
 def kill_launcher(run: Launched, draw: random.Random) -> str:
     """SIGKILL to the launcher; its ranks must end by themselves."""
     at = in_a_step(run, draw)
-    os.kill(run.launcher, signal.SIGKILL)
+    strike(run.launcher, signal.SIGKILL)
     return at
 
 
 def terminate(run: Launched, draw: random.Random) -> str:
     """SIGTERM to one rank, or to the launcher, which passes it on."""
     at = in_a_step(run, draw)
-    chosen = draw.choice((run.launcher, *run.ranks))
-    os.kill(chosen, signal.SIGTERM)
-    return f"{'launcher' if chosen == run.launcher else f'rank {run.ranks.index(chosen)}'} {at}"
+    return f"{strike_one(run, draw)} {at}"
+
+
+def terminate_at_the_end(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to one rank, or to the launcher, when little or nothing is left to stop."""
+    moment = run.path / draw.choice(LAST_MOMENTS)
+    waiting(run, lambda: run.steps >= STEPS - 1 and (moment.exists() or (run.path / moment.name).exists()))
+    delay = draw.uniform(0.0, 0.03)
+    time.sleep(delay)
+    return f"{strike_one(run, draw)} {delay * 1e3:.0f} ms after {moment.relative_to(run.path)}"
 
 
 def damage_checkpoint(run: Launched, draw: random.Random) -> str:
@@ -282,6 +309,7 @@ FAULTS = (
     Fault(name="kill -9 of a rank", strikes=kill_rank),
     Fault(name="kill -9 of the launcher", strikes=kill_launcher),
     Fault(name="SIGTERM", strikes=terminate),
+    Fault(name="SIGTERM at the end", strikes=terminate_at_the_end),
     Fault(name="damaged checkpoint", strikes=damage_checkpoint),
     Fault(name="kill -9 while a checkpoint is written", strikes=kill_while_writing),
 )
@@ -306,8 +334,20 @@ def waiting(run: Launched, until: Callable[[], bool]) -> None:
 def kill_all(run: Launched) -> None:
     """As when the machine goes down."""
     for number in (run.launcher, *run.ranks):
-        if lives(number):
-            os.kill(number, signal.SIGKILL)
+        strike(number, signal.SIGKILL)
+
+
+def strike_one(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to the launcher or to one of the ranks; to which."""
+    chosen = draw.choice((run.launcher, *run.ranks))
+    strike(chosen, signal.SIGTERM)
+    return "launcher" if chosen == run.launcher else f"rank {run.ranks.index(chosen)}"
+
+
+def strike(number: int, kind: signal.Signals) -> None:
+    """A signal to a process, which may have ended."""
+    with suppress(ProcessLookupError):
+        os.kill(number, kind)
 
 
 # --------------------------------------------------------------------------------------------------------------- trials
@@ -318,7 +358,8 @@ def kill_all(run: Launched) -> None:
 class Result:
     """What a run left, without what a clock says."""
 
-    adapter: bytes
+    adapter: bytes = b""  # none
+    described: bool = False  # whether run.json knows these very weights
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -326,12 +367,24 @@ class Result:
         """The samples of each step, in order."""
         return [line["samples"] for line in self.lines]
 
+    @property
+    def taken(self) -> Counter[str]:
+        """How often each sample was."""
+        return Counter(sample for step in self.samples for sample in step)
+
     @classmethod
     def of(cls, path: Path) -> "Result":
         """Of a run folder."""
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
-        return cls(adapter=(path / "adapter" / "adapter_model.safetensors").read_bytes(), lines=kept)
+        adapter, record = RunFolder(path=path).adapter, RunFolder(path=path).record
+        if not adapter.is_dir():
+            return cls(lines=kept)
+        return cls(
+            adapter=(adapter / "adapter_model.safetensors").read_bytes(),
+            described=read_json(record).get("adapter", {}).get("sha256") == sha256(adapter, suffixes=(".safetensors",)),
+            lines=kept,
+        )
 
 
 def unbroken(home: Path, engine: Engine) -> Result:
@@ -358,9 +411,10 @@ def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, 
         run = launch(home, name, engine, "--resume", "auto")
         codes.append(run.ended())
         orphans += run.orphans()
-    found = Result.of(run.path) if codes[-1] == 0 else Result(adapter=b"")
+    found = Result.of(run.path) if codes[-1] == 0 else Result()
     checks = {
         "finished": codes[-1] == 0,
+        "described": found.described,
         "same weights": found.adapter == whole.adapter,
         "same samples": found.samples == whole.samples,
         "same numbers": found.lines == whole.lines,
@@ -374,6 +428,9 @@ def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, 
         "codes": codes,
         "said": [line for line in log.read_text().splitlines() if line.startswith(("passed over", "stopped"))],
         "failed": [name for name, holds in checks.items() if not holds],
+        "lost": (whole.taken - found.taken).total(),
+        "repeated": (found.taken - whole.taken).total(),
+        "orphans": len(orphans),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -383,6 +440,19 @@ def line_of(found: Mapping[str, Any]) -> str:
     verdict = f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "same"
     codes = " ".join(map(str, found["codes"]))
     return f"{found['number']:3} | {found['fault']:38} | {found['engine']:9} | {codes:9} | {verdict} | {found['what']}"
+
+
+def summary(trials: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """A table with a row for each fault, or each engine."""
+    rows = [f"| {key} | trials | passed | same weights | samples lost | samples repeated | orphans |"]
+    rows.append("|---" * 7 + "|")
+    for name in sorted({each[key] for each in trials}):
+        these = [each for each in trials if each[key] == name]
+        passed = sum(not each["failed"] for each in these)
+        same = sum("same weights" not in each["failed"] for each in these)
+        sums = (sum(each[what] for each in these) for what in ("lost", "repeated", "orphans"))
+        rows.append("| " + " | ".join(map(str, (name, len(these), passed, same, *sums))) + " |")
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,9 +5,10 @@ import os
 import resource
 import signal
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
@@ -108,6 +109,40 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     before = model.weight.detach().clone()
     step_after.step()
     assert not torch.equal(before, model.weight)
+
+
+@final
+class Late:
+    """A rank that has gone and whose code is there only at a later look, as the kernel has it on a busy machine."""
+
+    def __init__(self, code: int, looks: int) -> None:
+        self.sentinel, other = os.pipe()
+        os.close(other)
+        self.code, self.looks = code, looks
+
+    @property
+    def exitcode(self) -> int | None:
+        self.looks -= 1
+        return self.code if self.looks < 0 else None
+
+    def join(self, seconds: float | None = None) -> None:
+        """Nothing to wait for, and nothing to end."""
+
+    terminate = kill = join
+
+
+@pytest.mark.parametrize("looks", range(8))
+def test_trials_of_faults_see_every_exit_code_however_late_it_comes(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    outcome = import_module("faults").outcome
+    stopped, done = 143, 0
+    for codes in ((stopped,), (done, stopped), (stopped, stopped), (done, done)):
+        ranks = [Late(code, looks) for code in codes]
+        assert outcome(ranks) == max(codes)
+        for rank in ranks:
+            os.close(rank.sentinel)
 
 
 def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
