@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from tuned import LORA, config_of
 
+import train.dealt
+import train.finetune
 import train.trainer
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import DataOptions, TooManyFailures, read_manifest
+from omnimem.run import sha256
 from omnimem.sealed import damage
 from omnimem.tuning import AdapterError, StreamedModel, add_adapter
 from train import preflight
@@ -65,10 +69,11 @@ def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments:
 
 
 def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
-    with Interruption() as interruption:
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:  # at its end: nobody granted it
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.asked == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -268,6 +273,89 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
     whole = tune(folder, f"whole-{ranks}", *STEPS, *engine, ranks=ranks)
     assert resumed.lines == whole.lines
     assert torch.equal(resumed.adapter, whole.adapter)
+
+
+def ask_in_last_checkpoint() -> None:
+    """The last rank gets SIGTERM when the end of its last step is behind it, in the process that calls this."""
+    sound = train.dealt.write_portable
+
+    def asked(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
+        if step == 6 and os.environ.get("RANK", "0") == str(layout.ranks - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        sound(folder, state, layout, step, schedule)
+
+    train.dealt.write_portable = asked
+
+
+def ask_at_the_end_of_training() -> None:
+    """SIGTERM between the end of the last step and the ranks' last question."""
+    sound = train.finetune.StreamTrainer._require_end
+
+    def asked(trainer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sound(trainer)
+
+    train.finetune.StreamTrainer._require_end = asked
+
+
+def ask_after_agreement() -> None:
+    """SIGTERM when the ranks have asked each other for the last time."""
+    sound = train.finetune.StreamTrainer._require_end
+
+    def asked(trainer: Any) -> None:
+        sound(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train.finetune.StreamTrainer._require_end = asked
+
+
+def ask_before_adapter() -> None:
+    """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
+    sound = train.finetune.StreamTrainer.save_whole
+
+    def asked(trainer: Any, place: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sound(trainer, place)
+
+    train.finetune.StreamTrainer.save_whole = asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("moment", "ranks", "code"),
+    [
+        (ask_in_last_checkpoint, 0, 143),
+        (ask_in_last_checkpoint, 2, 143),
+        (ask_after_agreement, 0, -15),
+        (ask_before_adapter, 0, -15),
+    ],
+)
+def test_a_run_asked_to_stop_at_its_very_end_says_so_and_has_only_its_adapter_to_write(
+    folder: Path, moment: Callable[[], None], ranks: int, code: int
+) -> None:
+    name = f"{moment.__name__}-{ranks}"
+    ended = start(SCRIPT, given(folder, name, *STEPS), folder, ranks=ranks, first=moment).end()
+    assert set(ended.codes) == {code}, ended.outputs
+    path = folder / "runs" / name
+    assert not (path / "adapter").exists()
+    assert damage(path / "checkpoint-6") is None
+    resumed = tune(folder, name, *STEPS, "--resume", "auto", ranks=ranks)
+    assert resumed.lines == tune(folder, f"{name}-whole", *STEPS, ranks=ranks).lines
+    record = json.loads((path / "run.json").read_text())
+    assert record["adapter"]["sha256"] == sha256(path / "adapter", suffixes=(".safetensors",))
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_very_end(folder: Path) -> None:
+    arguments = given(folder, "kept-none", "train.max_steps=6", "train.save_strategy=no")
+    ended = start(SCRIPT, arguments, folder, first=ask_at_the_end_of_training).end()
+    assert ended.codes == (143,), ended.outputs
+    assert [each.name for each in (folder / "runs" / "kept-none").glob("checkpoint-*")] == ["checkpoint-6"]
+    said = ended.outputs[0].splitlines()[-1]
+    assert said == "stopped after step 6; go on from runs/kept-none/checkpoint-6 with --resume auto"
+    resumed = tune(folder, "kept-none", "train.max_steps=6", "--resume", "auto")
+    assert torch.equal(resumed.adapter, tune(folder, "kept-none-whole", "train.max_steps=6").adapter)
 
 
 class Poison(torch.autograd.Function):

@@ -6,7 +6,7 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--re
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -30,7 +30,7 @@ from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, de
 from train.arguments import OwnSettings, train_section
 from train.assemble import Policies, budget_of, feeder_of, policies_of
 from train.calibrate import training_samples
-from train.callbacks import Finished, Progress, callbacks_of
+from train.callbacks import Progress, callbacks_of
 from train.command import Parser, rank, run_command
 from train.evaluate import applicable, check_benchmarks, evaluate_arms
 from train.export import describe
@@ -166,7 +166,7 @@ def saves_of(settings: TrainingArguments, samples: int) -> int:
 def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
     """All steps that are left; how far it came and which samples failed is noted even if it is stopped."""
     try:
-        with suppress(Finished), Progress() as progress:
+        with Progress() as progress:
             trainer.add_callback(progress)
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     finally:

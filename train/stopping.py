@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, final
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from train.agreement import highest
@@ -45,10 +46,16 @@ class Interruption(TrainerCallback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """A process on its way out stays deaf to signals: a launcher signals all ranks once the first has gone."""
-        if kind is not Stopped:
-            for number, handler in self.former.items():
-                signal.signal(number, handler)
+        """A process on its way out stays deaf to signals: a launcher signals all ranks once the first has gone.
+
+        A request that came too late for all ranks to hear of it goes to whoever was asked before: it is never lost.
+        """
+        if kind is Stopped:
+            return
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+        if kind is None and self.asked and not self.agreed:
+            os.kill(os.getpid(), self.asked)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
@@ -57,9 +64,13 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Every rank comes here."""
-        self.agreed = highest(self.asked, args.device)
-        if self.agreed:
+        if self.agree(args.device):
             control.should_save = control.should_training_stop = True
+
+    def agree(self, device: torch.device) -> int:
+        """The signal that the ranks stop for, 0: none; every rank must ask."""
+        self.agreed = highest(self.asked, device)
+        return self.agreed
 
 
 def follow_launcher() -> None:

@@ -12,7 +12,7 @@ from transformers import Trainer
 from omnimem.data import Sample
 from omnimem.run import RunFolder
 from train.bad_steps import BadSteps, without
-from train.callbacks import MetricsLines
+from train.callbacks import Finished, MetricsLines
 from train.checkpoints import rotate, written_by_all
 from train.stopping import Interruption, Stopped
 
@@ -34,8 +34,12 @@ class SurvivingTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's. Raises Stopped after a checkpoint when the run was asked to end, or must not go on."""
+        output = None
         with self.bad_steps, self.interruption:
-            output = super().train(*args, **kwargs)
+            try:
+                output = super().train(*args, **kwargs)
+            except Finished:
+                self._saved = self.state.global_step
             self._require_end()
         return output
 
@@ -87,11 +91,15 @@ class SurvivingTrainer(Trainer):
         return self._output
 
     def _require_end(self) -> None:
-        """Raises Stopped on every rank, with words on the first, where training did not come to its end."""
+        """Raises Stopped on every rank, with words on the first, where training did not come to its end.
+
+        Or where it did and a signal came meanwhile, as its last checkpoint was written: hours of evaluation may follow.
+        """
         step, interruption, bad = self.state.global_step, self.interruption, self.bad_steps
         onwards = f"go on from {self.folder.checkpoint(step)} with --resume auto"
-        if not bad.too_many and not interruption.agreed:
+        if not bad.too_many and not interruption.agreed and not interruption.agree(self.args.device):
             return
+        self._save_checkpoint(self.model_wrapped, None)  # after the last step there need not be one
         code, what = 128 + interruption.agreed, f"stopped after step {step}"
         if bad.too_many:
             names = ", ".join(dict.fromkeys(name for each in bad.found[-bad.in_a_row :] for name in each.samples))
