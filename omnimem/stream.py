@@ -84,7 +84,7 @@ class Manner:
     softness: Softness | None
     recorder: Recorder | None
     projection: Tensor | None
-    probes: tuple[Int[Tensor, " tokens"], ...] = ()  # token ids of those that the policy asks for
+    probes: tuple[Int[Tensor, " _"], ...] = ()  # token ids of those that the policy asks for
 
     @property
     def gated(self) -> bool:
@@ -165,7 +165,7 @@ class ChunkStep:
         return torch.cat([embeddings, rows], dim=1), torch.cat([self.positions, places], dim=2), deepstack
 
     @property
-    def asked(self) -> list[tuple[Probe, Int[Tensor, " tokens"]]]:
+    def asked(self) -> list[tuple[Probe, Int[Tensor, " _"]]]:
         """The probes and their token ids."""
         return list(zip(self.manner.policy.probes, self.manner.probes, strict=True))
 
@@ -432,7 +432,7 @@ class Stream:
         carry: Carry = carry_directly,
         recorder: Recorder | None = None,
         last_position: int | None = None,
-        probes: Sequence[Int[Tensor, " tokens"]] = (),
+        probes: Sequence[Int[Tensor, " _"]] = (),
     ) -> None:
         """An empty stream; a softness softens selection and carries its gate (training only).
 
