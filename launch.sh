@@ -69,6 +69,22 @@ run() { # a command in a process group of its own; returns its exit code
     return "$status"
 }
 
+unfinished="" # a file that the first rank of this machine removes when it has come to its end
+trap '[ -z "$unfinished" ] || rm -f "$unfinished"' EXIT
+
+train() { # deepspeed, whose 0 is not taken for granted: it says 0 as well when its own launch.py was killed
+    unfinished=$(mktemp)
+    OMNIMEM_UNFINISHED=$unfinished run deepspeed "$@" || return
+    case " $* " in
+        *" --no_ssh "*) ;;
+        *" --hostfile"* | *" -H "*) return ;; # other machines do not know of the file
+    esac
+    if [ -e "$unfinished" ]; then
+        echo "launch.sh: deepspeed was stopped before training came to its end; go on with --resume auto" >&2
+        return 1
+    fi
+}
+
 # --- installation
 
 find_python() {
@@ -118,7 +134,7 @@ demo() {
     [ $# -eq 0 ] || usage
     setup
     run python data_prep/synthesize.py --out data/recall
-    run deepspeed --master_port "$(free_port)" train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
+    train --master_port "$(free_port)" train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
     echo "report: $PWD/runs/tiny/compare/report.html"
 }
 
@@ -187,7 +203,7 @@ finetune() {
             ;;
         *) launcher+=(--master_port "$(free_port)") ;;
     esac
-    run deepspeed "${launcher[@]}" train/finetune.py --config "$config" ${script[@]+"${script[@]}"}
+    train "${launcher[@]}" train/finetune.py --config "$config" ${script[@]+"${script[@]}"}
 }
 
 [ $# -ge 1 ] || usage

@@ -10,6 +10,7 @@ import pytest
 from omnimem.config import ConfigError
 from train import command
 from train.command import Parser, run_command
+from train.stopping import Stopped
 
 
 def parser() -> Parser:
@@ -70,6 +71,36 @@ def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys: pyte
 
 def test_a_command_that_ends_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(capsys, None) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "error", "told"),
+    [("0", None, True), ("1", None, False), ("0", ConfigError(["x"]), False), ("0", Stopped("y", 143), False)],
+)
+def test_the_first_rank_of_a_machine_tells_launch_sh_when_its_command_came_to_its_end(
+    local_rank: str,
+    error: Exception | None,
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.touch()
+    monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    outcome(capsys, error)
+    assert unfinished.exists() != told
+
+
+def test_help_is_an_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.touch()
+    monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))
+    with pytest.raises(SystemExit) as leaving:
+        parser().parse(["--help"])
+    assert leaving.value.code == 0
+    assert not unfinished.exists()
 
 
 def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:

@@ -158,6 +158,29 @@ def test_the_exit_code_is_passed_on_and_ranks_left_behind_are_ended(folder: Path
     assert running(folder) == []
 
 
+@pytest.mark.parametrize(
+    ("ending", "options", "code"),
+    [
+        ("", (), 1),
+        ('rm "$OMNIMEM_UNFINISHED"', (), 0),
+        ("", ("--hostfile", "nodes"), 0),
+        ("", ("--hostfile", "nodes", "--no_ssh", "--master_port", "4711"), 1),
+    ],
+)
+def test_a_deepspeed_that_says_0_before_the_first_rank_of_the_machine_came_to_its_end_is_not_believed(
+    folder: Path, ending: str, options: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one does so when its launch.py is killed; of other machines nothing is known."""
+    monkeypatch.setenv("TMPDIR", str(temporary := folder / "temporary"))
+    temporary.mkdir()
+    launched = start(folder, ending, "finetune", "x.yaml", *options)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == code
+    words = "launch.sh: deepspeed was stopped before training came to its end; go on with --resume auto\n"
+    assert said == (words if code else "")
+    assert list(temporary.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("test", "--fast"), ("finetune",), ("demo", "now")])
 def test_anything_else_shows_the_usage_and_exits_with_2(folder: Path, arguments: tuple[str, ...]) -> None:
     launched = start(folder, "", *arguments)

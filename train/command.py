@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -70,6 +71,12 @@ class Parser(argparse.ArgumentParser):
         """The arguments; `overrides` may stand between options."""
         return self.parse_intermixed_args(list(arguments))
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help: that is an end as well."""
+        if status == 0:
+            done()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         """Leave with exit code 2 and one line."""
         leave([f"{self.prog}: {message}; see {self.prog} --help"])
@@ -89,7 +96,14 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if error.errno in PLACE:
             leave([f"{error.filename}: {error.strerror}; give a place that can be used"])
         raise
+    done()
     sys.exit(0)
+
+
+def done() -> None:
+    """Tell `launch.sh` that the command came to its end: the 0 of the launcher between them may mean something else."""
+    if (unfinished := os.environ.get("OMNIMEM_UNFINISHED")) and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def leave(problems: Sequence[str], code: int = 2) -> NoReturn:
