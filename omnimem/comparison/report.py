@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from omnimem.benchmarks.accuracy import DURATION, ordered
@@ -15,6 +15,7 @@ from omnimem.comparison.load import Answer, Arm, Run, axis_of, shown
 from omnimem.comparison.summary import in_order
 
 TEMPLATE = Path(__file__).with_name("report.html")
+STYLE = Path(__file__).with_name("style.css")
 LONGEST_TEXT = 1200  # characters shown of one question or prediction
 LONGEST_VALUE = 160  # characters shown of one line of provenance
 SHA256 = 64  # hexadecimal digits
@@ -35,16 +36,7 @@ View = dict[str, Any]
 
 def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run]) -> str:
     """The whole page; needs no network, no script for anything but searching the list of questions."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "percent": percent,
-        "points": points,
-        "shown": shown,
-        "size": size,
-        "count": count,
-        "seconds": seconds,
-    }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = template_of(TEMPLATE)
     arms = in_order(arms)
     rivals = [arm for arm in arms if arm.role != "probe"]
     names = list(summary["benchmarks"])
@@ -67,6 +59,26 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
         questions=_questions(rivals),
         provenance=_provenance(arms),
     )
+
+
+def template_of(page: Path) -> Template:
+    """A page with the style sheet that all pages share, and with what writes numbers."""
+    environment = Environment(
+        loader=FileSystemLoader([page.parent, STYLE.parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "shown": shown,
+        "size": size,
+        "count": count,
+        "seconds": seconds,
+    }
+    return environment.get_template(page.name)
 
 
 def percent(value: float | None) -> str:

@@ -1,0 +1,459 @@
+"""The inspector: what its book says is what the memory holds, its map is the layout's, its page shows exactly that."""
+
+import base64
+import gzip
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, final
+
+import av
+import numpy as np
+import pytest
+import torch
+from thinkers import write_folder
+from tuned import write_adapter
+
+from data_prep.renderer import render_frames, write_mp4
+from data_prep.synthesize import Stream as Recipe
+from data_prep.synthesize import manifest_line
+from data_prep.worlds import World, draw_world
+from omnimem.attach import Seam, attach
+from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.budget import Budget
+from omnimem.data import ManifestError, Sample, read_manifest
+from omnimem.feeding import Feeder
+from omnimem.inspection import Holding, Reading, Side, follow, read, render
+from omnimem.inspection.ledger import NEVER, UNREAD
+from omnimem.inspection.reading import check_needles
+from omnimem.media import read_audio
+from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies.hermes import HermesOptions
+from omnimem.policies.infinipot_v import InfiniPotVOptions
+from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.lava import LavaOptions
+from omnimem.policies.oracle import OracleOptions
+from omnimem.policies.snapkv import SnapKVOptions
+from omnimem.policies.streammem import StreamMemOptions
+from omnimem.stream import StreamOptions
+from omnimem.tokens import Modality, Tokens
+from train import show_memory
+from train.command import run_command
+
+SECONDS = 16
+BUDGET = Budget(slots=((4, 7), (3, 10)))
+NEEDLES = [[3.0], [9.5], [4.0, 0.3, 0.8], [12.0, 0.9, 0.1]]
+POLICIES: dict[str, PolicyOptions] = {
+    "omnimem": PerturbationOptions(),
+    "snapkv": SnapKVOptions(),
+    "lava": LavaOptions(),
+    "hermes": HermesOptions(),
+    "hermes_reindexed": HermesOptions(reindex=True),
+    "infinipot_v_reindexed": InfiniPotVOptions(reindex=True, keys="unrotated"),
+    "streammem": StreamMemOptions(threshold=0.5),
+    "streammem_prototypes": StreamMemOptions(frame_filter=False),
+    "streammem_heads": StreamMemOptions(frame_filter=False, per_head=True),
+    "input_uniform": InputUniformOptions(),
+    "oracle": OracleOptions(),
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A random thinker, and one stream of the recall task."""
+
+    folder: Path
+    world: World
+    feeder: Feeder
+    sample: Sample
+    reading: Reading
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("inspected")
+    world = draw_world(1, SECONDS)
+    write_mp4(world, folder / "one.mp4")
+    line = {**manifest_line(Recipe(id="one", world=world)), "video": "one.mp4"}
+    line["meta"] |= {"needles": NEEDLES}
+    (folder / "test.jsonl").write_text(f"{json.dumps(line)}\n")
+    (sample,) = read_manifest(folder / "test.jsonl")
+    backbone = load_backbone(ModelOptions(path=str(write_folder(folder / "model", rates="tiny"))))
+    feeder = Feeder(backbone, StreamOptions(chunk_tokens=40))
+    return Bench(folder=folder, world=world, feeder=feeder, sample=sample, reading=read(feeder, sample))
+
+
+def followed(bench: Bench, name: str) -> Holding:
+    with attach(bench.feeder.backbone.text_model) as seam:
+        return follow(bench.feeder, seam, POLICIES[name].build(BUDGET), bench.reading.opened)
+
+
+def memories(bench: Bench, seam: Seam, name: str) -> list[list[Tokens]]:
+    """What each layer holds after every chunk of a stream that nobody watches."""
+    policy = bench.feeder.told(POLICIES[name].build(BUDGET), [bench.reading.opened])
+    stream, found = bench.feeder.stream(seam, policy), []
+    with torch.no_grad():
+        for chunk in bench.feeder.chunks([bench.reading.opened]):
+            stream.feed(chunk)
+            found.append(list(stream.memory.layers))
+    return found
+
+
+def by_head(tokens: Tokens, heads: int) -> list[list[int]]:
+    """Places of the entries of each head, those that hold nothing left out."""
+    owner = tokens.owner[0, 0] if tokens.owner.shape[1] else torch.zeros_like(tokens.modality[0])
+    there = tokens.modality[0] >= 0
+    return [((owner == head) & there).nonzero()[:, 0].tolist() for head in range(heads)]
+
+
+# --- the book
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_held_after_each_chunk_are_the_memorys_own_arrival_numbers(bench: Bench, name: str) -> None:
+    holding = followed(bench, name)
+    with attach(bench.feeder.backbone.text_model) as seam:
+        found = memories(bench, seam, name)
+    heads = holding.last.shape[1]
+    assert len(found) == len(holding.ends)
+    for chunk, layers in enumerate(found):
+        held = holding.held(chunk)
+        for layer, tokens in enumerate(layers):
+            for head, places in enumerate(by_head(tokens, heads)):
+                alive = [one for one in holding.merged if one.first <= chunk <= one.last]
+                merged = [one.order for one in alive if (one.layer, one.head) == (layer, head)]
+                book = Counter(np.flatnonzero(held[layer, head]).tolist()) + Counter(merged)
+                assert book == Counter(tokens.order[0][places].tolist())
+    assert bool(holding.merged) == (name.startswith(("hermes", "streammem")))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_held_and_merged_entries_count_as_the_memory_counts(bench: Bench, name: str) -> None:
+    holding = followed(bench, name)
+    kinds = np.zeros(bench.reading.tokens, np.int64)
+    for grid in bench.reading.grids:
+        kinds[grid.tokens] = Modality.VISUAL
+    kinds[bench.reading.sounds.tokens] = Modality.AUDIO
+    heads = holding.last.shape[1]
+    for chunk, layers in enumerate(holding.counts):
+        held = holding.held(chunk)
+        for layer, counts in enumerate(layers):
+            for kind in Modality:
+                merged = [one for one in holding.merged if one.layer == layer and one.modality == kind]
+                alive = sum(one.first <= chunk <= one.last for one in merged)
+                assert counts[kind] == pytest.approx((held[layer][:, kinds == kind].sum() + alive) / heads)
+
+
+def test_merged_entries_are_those_that_stand_where_no_token_of_their_number_stood(bench: Bench) -> None:
+    positions = bench.feeder.outline(bench.reading.opened).positions
+    holding = followed(bench, "streammem_prototypes")
+    with attach(bench.feeder.backbone.text_model) as seam:
+        found = memories(bench, seam, "streammem_prototypes")
+    for chunk, layers in enumerate(found):
+        for layer, tokens in enumerate(layers):
+            moved = (tokens.positions[0] != positions[:, tokens.order[0]]).any(dim=0)
+            alive = [one for one in holding.merged if one.layer == layer and one.first <= chunk <= one.last]
+            assert sorted(one.order for one in alive) == sorted(tokens.order[0][moved].tolist())
+
+
+@pytest.mark.parametrize("name", ["hermes", "hermes_reindexed"])
+def test_hermes_merges_in_its_deep_layer_alone_and_turned_keys_merge_nothing(bench: Bench, name: str) -> None:
+    holding = followed(bench, name)
+    assert {one.layer for one in holding.merged} == {holding.last.shape[0] - 1}
+    chunks = Counter(one.first for one in holding.merged)
+    assert set(chunks.values()) == {1}
+
+
+def test_what_was_sifted_out_was_never_read_and_what_was_read_has_a_last_chunk_or_none(bench: Bench) -> None:
+    uniform, plain = followed(bench, "input_uniform"), followed(bench, "omnimem")
+    policy = bench.feeder.told(POLICIES["input_uniform"].build(BUDGET), [bench.reading.opened])
+    text = bench.reading.tokens - len(bench.reading.sounds.tokens) - sum(len(g.tokens) for g in bench.reading.grids)
+    read_tokens = {*range(text), *getattr(policy, "chosen")}  # noqa: B009 - a field of that policy alone
+    assert set(np.flatnonzero(uniform.last[0, 0] != UNREAD).tolist()) == read_tokens
+    assert (plain.last >= NEVER).all()
+    assert (plain.last == NEVER).any()
+    assert ((plain.last == NEVER) | (plain.last >= plain.arrival)).all()
+
+
+# --- the map
+
+
+def test_every_token_of_the_stream_is_shown_once_where_its_position_says(bench: Bench) -> None:
+    outline, reading = bench.feeder.outline(bench.reading.opened), bench.reading
+    shown = np.concatenate([*(grid.tokens for grid in reading.grids), reading.sounds.tokens])
+    assert sorted(shown.tolist()) == torch.nonzero(outline.modality > 0)[:, 0].tolist()
+    base = int(outline.positions[0, outline.modality > 0].min())
+    for grid in reading.grids:
+        rows, columns = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
+        places = outline.positions[:, grid.tokens] - base
+        assert (places[0] == int(grid.start)).all()  # one position a second
+        assert places[1].tolist() == rows.tolist()
+        assert places[2].tolist() == columns.tolist()
+    assert (outline.positions[0, reading.sounds.tokens] - base).tolist() == reading.sounds.starts.tolist()
+    assert reading.sounds.ends[:-1].tolist() == reading.sounds.starts[1:].tolist()
+    assert (reading.grids[0].start, reading.grids[-1].end) == (0.0, SECONDS)
+    assert float(reading.sounds.ends[-1]) == pytest.approx(SECONDS)
+
+
+def test_needles_are_the_tokens_of_their_second_and_cell(bench: Bench) -> None:
+    reading = bench.reading
+    for (at, *place), token in zip(NEEDLES, reading.needles, strict=True):
+        if place:
+            (grid,) = (grid for grid in reading.grids if grid.start <= at < grid.end)
+            cell = int(place[0] * grid.rows) * grid.columns + int(place[1] * grid.columns)
+            assert grid.tokens[cell] == token
+        else:
+            sounds = reading.sounds
+            assert sounds.tokens[(sounds.starts <= at) & (at < sounds.ends)].tolist() == [token]
+
+
+def test_the_small_pictures_are_the_frames_of_their_moment(bench: Bench) -> None:
+    frames = render_frames(bench.world)
+    pictures = [picture for grid in bench.reading.grids for picture in grid.pictures]
+    assert len(pictures) == len(frames)
+    for picture, frame in zip(pictures, frames, strict=True):
+        decoder: Any = av.CodecContext.create("mjpeg", "r")
+        (decoded,) = [*decoder.decode(av.Packet(picture)), *decoder.decode(None)][:1]
+        shown = decoded.to_ndarray(format="rgb24").transpose(2, 0, 1).astype(int)
+        assert np.abs(shown - frame.astype(int)).mean() < 12  # two lossy codecs apart
+    others = [np.abs(frames[0].astype(int) - frame.astype(int)).mean() for frame in frames[2:]]
+    assert min(others) > 1
+
+
+def test_the_waveform_is_the_largest_amplitude_of_each_bin(bench: Bench) -> None:
+    sounds, rate = bench.reading.sounds, bench.feeder.backbone.geometry.mel.rate
+    samples = read_audio(bench.folder / "one.mp4", rate=rate).abs()
+    wide = round(sounds.bin_seconds * rate)
+    loudest = [float(samples[first : first + wide].max()) for first in range(0, len(sounds.peaks) * wide, wide)]
+    assert sounds.peaks.tolist() == pytest.approx([255 * peak / max(loudest) for peak in loudest], abs=0.51)
+    assert len(sounds.peaks) * sounds.bin_seconds == pytest.approx(SECONDS, abs=sounds.bin_seconds)
+
+
+@pytest.mark.parametrize(("tracks", "grids", "sounds"), [("video", SECONDS // 2, 0), ("audio", 0, SECONDS)])
+def test_a_stream_of_one_track_is_shown_as_such(bench: Bench, tracks: Any, grids: int, sounds: int) -> None:
+    feeder = Feeder(bench.feeder.backbone, replace(bench.feeder.options, tracks=tracks))
+    reading = read(feeder, replace(bench.sample, meta={}))
+    assert (len(reading.grids), len(reading.sounds.tokens)) == (grids, sounds)
+    with attach(feeder.backbone.text_model) as seam:
+        holdings = [
+            follow(feeder, seam, POLICIES[name].build(BUDGET), reading.opened) for name in ("omnimem", "snapkv")
+        ]
+    assert unpacked(page_of(reading, holdings), "cells", "<i4").size == sum(len(grid.tokens) for grid in reading.grids)
+
+
+# --- the page
+
+
+class Page(HTMLParser):
+    """Tags are closed in order; attributes and text of the scripts are collected."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "input", "br", "img", "link"):
+            self.open.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+
+def page_of(reading: Reading, holdings: Sequence[Holding]) -> dict[str, Any]:
+    return Page(whole_page(reading, holdings)).data
+
+
+def whole_page(reading: Reading, holdings: Sequence[Holding]) -> str:
+    left, right = (
+        Side(label=label, facts={"policy": label, "file": "<one>"}, holding=holding, budget=BUDGET)
+        for label, holding in zip(("a", "b & c"), holdings, strict=True)
+    )
+    return render(reading, (left, right))
+
+
+def unpacked(data: dict[str, Any], key: str, kind: str) -> np.ndarray:
+    return np.frombuffer(gzip.decompress(base64.b64decode(data[key])), kind)
+
+
+def test_the_page_holds_exactly_what_was_read_and_held(bench: Bench) -> None:
+    reading, holdings = bench.reading, [followed(bench, "streammem_heads"), followed(bench, "omnimem")]
+    data = page_of(reading, holdings)
+    for side, holding in zip(data["sides"], holdings, strict=True):
+        assert side["heads"] == holding.last.shape[1]
+        assert np.array_equal(unpacked(side, "last", "<i2").reshape(holding.last.shape), holding.last)
+        assert side["merged"] == [[o.layer, o.head, o.order, o.modality, o.first, o.last] for o in holding.merged]
+        assert side["counts"] == [[[layer[kind] for kind in Modality] for layer in row] for row in holding.counts]
+        assert side["slots"] == [list(slots) for slots in BUDGET.slots]
+    assert (data["ends"], data["came"]) == (list(holdings[0].ends), holdings[0].came.tolist())
+    assert unpacked(data, "cells", "<i4").tolist() == [token for grid in reading.grids for token in grid.tokens]
+    assert unpacked(data["sounds"], "tokens", "<i4").tolist() == reading.sounds.tokens.tolist()
+    assert unpacked(data["sounds"], "starts", "<f4").tolist() == reading.sounds.starts.tolist()
+    assert unpacked(data["sounds"], "ends", "<f4").tolist() == reading.sounds.ends.tolist()
+    assert unpacked(data["sounds"], "peaks", "u1").tolist() == reading.sounds.peaks.tolist()
+    pictures = [picture for grid in reading.grids for picture in grid.pictures]
+    assert [base64.b64decode(text) for text in data["pictures"]] == pictures
+    assert data["needles"] == list(reading.needles)
+    asked = {(question.text, question.answer): span for question, span in _evidence(bench.sample)}
+    assert {(m["question"], m["answer"]): [m["start"], m["end"]] for m in data["marks"]} == asked
+    assert [mark["start"] for mark in data["marks"]] == sorted(mark["start"] for mark in data["marks"])
+
+
+def _evidence(sample: Sample) -> Sequence[tuple[Any, list[int]]]:
+    assert len(sample.questions) > 1
+    return list(zip(sample.questions, sample.meta["evidence"], strict=True))
+
+
+def test_the_page_is_whole_by_itself_and_asks_nobody_for_anything(bench: Bench) -> None:
+    text = whole_page(bench.reading, [followed(bench, "omnimem"), followed(bench, "snapkv")])
+    page = Page(text)
+    assert page.open == []
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:") in (
+        page.attributes
+    )
+    assert [value for name, value in page.attributes if name in ("href", "src", "srcset", "action")] == ["#main"]
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
+    assert "b &amp; c" in text
+    assert "&lt;one&gt;" in text
+
+
+# --- the command
+
+CONFIG = """\
+name: x
+model: {path: model}
+stream: {chunk_tokens: 40, max_pixels: 12544}
+memory: {policy: {name: omnimem, sharpness: 0.5}, slots_per_layer: 8, budget: {name: split, visual_audio_ratio: 2}}
+"""
+
+
+@pytest.fixture
+def place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (bench.folder / "x.yaml").write_text(CONFIG)
+    monkeypatch.chdir(bench.folder)
+    return bench.folder
+
+
+def shown(place: Path, *arguments: str) -> dict[str, Any]:
+    show_memory.main(["--config", "x.yaml", *arguments, "--out", "out/page.html"])
+    return Page((place / "out/page.html").read_text()).data
+
+
+def test_two_policies_of_a_file_are_shown_side_by_side(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = shown(place, "--video", "one.mp4", "--policies", "omnimem", "{name: snapkv, preset: shared_split}")
+    assert [side["label"] for side in data["sides"]] == ["omnimem", "snapkv"]
+    assert data["marks"] == []
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("omnimem: 8 entries a layer after 16 s, of ")
+    assert out[-1].startswith("wrote out/page.html (")
+    assert not (place / "runs").exists()
+
+
+def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(place: Path) -> None:
+    data = shown(place, "--manifest", "test.jsonl", "--id", "one", "--right", "memory.slots_per_layer=12")
+    assert [side["label"] for side in data["sides"]] == ["omnimem, 8 slots", "omnimem, 12 slots"]
+    held = [sum(sum(layer[1:]) for layer in side["counts"][-1]) for side in data["sides"]]
+    assert held == [2 * 8, 2 * 12]
+    assert len(data["marks"]) > 1
+
+
+def test_an_adapter_may_tune_one_side_alone(place: Path) -> None:
+    write_adapter(place / "model", place / "adapter")
+    plain = shown(place, "--video", "one.mp4", "--policies", "omnimem", "snapkv")
+    data = shown(place, "--video", "one.mp4", "--adapter", "adapter", "--tuned", "right")
+    assert [side["label"] for side in data["sides"]] == ["omnimem, untouched", "omnimem, tuned"]
+    assert data["sides"][0]["last"] == plain["sides"][0]["last"] != data["sides"][1]["last"]
+
+
+VIDEO = ("--video", "one.mp4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "one of the arguments --video --manifest is required"),
+        (VIDEO, "both sides are the same; give two policies, "),
+        ((*VIDEO, "--policies", "omnimem"), "argument --policies: expected 2 arguments"),
+        ((*VIDEO, "--policies", "omnimem", "omnimem"), "both sides are the same"),
+        (
+            (*VIDEO, "--policies", "omnimem", "snapkw"),
+            "memory.policy.name: 'snapkw' is unknown; did you mean 'snapkv'?",
+        ),
+        ((*VIDEO, "--policies", "omnimem", "{name: lava"), "command line memory.policy: not valid YAML"),
+        ((*VIDEO, "--right", "stream.fps=2"), "only memory.* and stream.positions may differ"),
+        ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),
+        ((*VIDEO, "--policies", "omnimem", "oracle"), "policy oracle must be told which tokens hold the answers"),
+        ((*VIDEO, "--policies", "omnimem", "snapkv", "--adapter", "none"), "none: adapter_config.json is missing"),
+        (("--video", "two.mp4", "--policies", "omnimem", "snapkv"), "two.mp4: is not a file; check the path"),
+        (("--manifest", "test.jsonl", "--id", "two"), "test.jsonl: no stream has the id 'two'; the first is 'one'"),
+        (("--manifest", "none.jsonl", "--policies", "omnimem", "snapkv"), "none.jsonl: no such file"),
+        (
+            (*VIDEO, "--policies", "omnimem", "snapkv", "memory.budget={name: audio_visual}"),
+            "data.train names no manifest; calibration measures the first training streams",
+        ),
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(
+    place: Path,
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extra = ("--right", "memory.slots_per_layer=12") if "--id" in arguments else ()
+    command = ["show_memory.py", "--config", "x.yaml", *arguments, *extra, "--out", "refused/page.html"]
+    monkeypatch.setattr("sys.argv", command)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        run_command(show_memory.main)
+    err = [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
+    assert leaving.value.code == 2
+    assert len(err) == 1
+    assert said in err[0]
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({"evidence": [[1, 2]]}, "test.jsonl:1 meta.evidence: expected [start, end] in seconds for each of "),
+        ({"evidence": "soon"}, "meta.evidence: expected [start, end]"),
+        (
+            {"needles": [[1, 2]]},
+            "meta.needles: expected [second] or [second, y, x], y and x from 0 to below 1, got [1, 2]",
+        ),
+        ({"needles": [[1, 0.5, 1.0]]}, "got [1, 0.5, 1.0]"),
+        ({"needles": [["1"]]}, "got ['1']"),
+    ],
+)
+def test_marks_that_are_none_are_refused(bench: Bench, meta: dict[str, Any], said: str) -> None:
+    with pytest.raises(ManifestError) as refused:
+        read(bench.feeder, replace(bench.sample, meta=meta))
+    assert said in str(refused.value)
+    check_needles(replace(bench.sample, meta={"needles": NEEDLES}))
+
+
+def test_under_recency_the_latest_sounds_are_lit_and_no_others(bench: Bench) -> None:
+    recency = ControlOptions(name="recency").build(BUDGET)
+    with attach(bench.feeder.backbone.text_model) as seam:
+        holding = follow(bench.feeder, seam, recency, bench.reading.opened)
+    last = len(holding.ends) - 1
+    sounds = bench.reading.sounds.tokens
+    assert np.flatnonzero(holding.held(last)[0, 0][sounds]).tolist() == list(range(len(sounds) - 4, len(sounds)))
