@@ -1,6 +1,9 @@
 """Attention in blocks against plain loops in float64, against autograd of a plain softmax, and against theory."""
 
 import math
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import reference
@@ -227,3 +230,35 @@ def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> Non
         share = weights[..., key]
         distance = (values[:, :, None, key].double() - output).norm(dim=-1)
         torch.testing.assert_close((moved - output).norm(dim=-1), share / (1 - share) * distance, rtol=1e-9, atol=1e-12)
+
+
+# --- the kernels of a GPU, run by Triton's interpreter
+
+
+@pytest.fixture(scope="module")
+def fused() -> ModuleType:
+    """The kernels, where Triton can be had; read past the hook that checks shapes, whose decorators are no kernels."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this machine")
+    spec = spec_from_file_location("kernels", Path(blocked.__file__).with_name("fused.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (1, 40), (37, 37), (33, 90), (70, 71)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_kernels_mass_is_that_of_the_blocks(fused: ModuleType, count: int, total: int, gated: bool) -> None:
+    """Sizes below, at and beyond the borders of the kernels' blocks of queries (32) and keys (32)."""
+    queries, keys, _, gate = drawn(4, 2, count, total)
+    found = fused.mass(queries, keys, scale=SCALE, gate=gate if gated else None)
+    expected = mass(queries.double(), keys.double(), scale=SCALE, gate=gate if gated else None)
+    torch.testing.assert_close(found, expected.float(), rtol=2e-6, atol=2e-6)
+    assert found.dtype == torch.float32
+
+
+def test_the_kernels_take_heads_of_any_width_and_half_precision(fused: ModuleType) -> None:
+    queries, keys = (torch.randn(1, heads, 40, 24, generator=torch.Generator().manual_seed(1)) for heads in (2, 1))
+    found = fused.mass(queries.half(), keys.half(), scale=SCALE)
+    torch.testing.assert_close(found, mass(queries.half(), keys.half(), scale=SCALE), rtol=2e-6, atol=2e-6)

@@ -1,1 +1,1 @@
-"""Attention output and attention mass per key: `reference` is slow and obvious, `blocked` runs on any device."""
+"""Attention output and mass per key: `reference` is slow and obvious, `blocked` runs anywhere, `fused` on GPUs."""

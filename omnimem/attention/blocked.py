@@ -4,8 +4,11 @@ Queries stand at the end of the keys: query i of Q sees key j of K when j <= K -
 packed pass over several questions, when both belong to the same segment or the key belongs to the memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, final
 
 import torch
@@ -13,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 MEMORY = -2  # segment of keys that every query may see
 BLOCK = 1024  # queries at a time: bounds the mask to BLOCK x keys
@@ -59,6 +63,12 @@ def attend(
     if gate is not None:
         queries, keys, values = _with_gate(queries, keys, values, gate, scale)
     alone = count == 1 and segments is None
+    if queries.device.type == "cuda" and segments is None and queries.dtype in (torch.float16, torch.bfloat16):
+        # The flash kernel knows this very mask; beside one that is written out it takes half the time (LOG.md).
+        bias: Any = None if alone else causal_lower_right(count, total)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)[
+            ..., :dim
+        ]
     if not alone and queries.device.type != "cpu":
         # With a mask, the kernels of GPUs that share keys among heads fall back to queries x keys in full.
         group = queries.shape[1] // keys.shape[1]
@@ -106,6 +116,18 @@ def mass(
     return _Mass.apply(queries, keys, gate, scale, heads)
 
 
+@cache
+def _triton() -> bool:
+    """Whether there is a compiler for our kernels; torch for CUDA brings it along."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _fused() -> Callable[..., Tensor]:
+    """The kernels, looked for only where they can run."""
+    return import_module("omnimem.attention.fused").mass
+
+
 @final
 class _Mass(torch.autograd.Function):
     """With A = softmax(L) and c the slope of the mass: dL_qk = A_qk (c_k - sum_j A_qj c_j) / heads.
@@ -115,6 +137,8 @@ class _Mass(torch.autograd.Function):
 
     @staticmethod
     def forward(queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> Tensor:
+        if heads == "probabilities" and queries.device.type == "cuda" and queries.dtype != torch.float64 and _triton():
+            return _fused()(queries, keys, scale=scale, gate=gate)
         parts = _Parts.of(queries, keys, gate, scale, heads)
         received = torch.zeros_like(parts.keys[:, 0, :, 0])
         with torch.autocast(queries.device.type, enabled=False):
@@ -156,9 +180,9 @@ class _Parts:
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """First and last query of each block; all heads of a block are held at once."""
+        """First and last query of each block; all heads of a block are held at once, or the one that is their mean."""
         _, heads, count, _ = self.queries.shape
-        step = max(1, BLOCK // heads)
+        step = max(1, BLOCK // (1 if self.heads == "logits" else heads))
         return ((first, min(first + step, count)) for first in range(0, count, step))
 
     def scaled(self, first: int, last: int) -> Tensor:
@@ -170,13 +194,21 @@ class _Parts:
         """A of a block, [batch, heads, queries, keys]; a single head where logits are averaged."""
         batch, heads, count, _ = self.queries.shape
         total = self.keys.shape[2]
-        logits = (self.scaled(first, last) @ self.keys.mT).view(batch, heads, last - first, total)
         if self.heads == "logits":
-            logits = logits.mean(dim=1, keepdim=True)
+            logits = self._mean_logits(first, last)
+        else:
+            logits = (self.scaled(first, last) @ self.keys.mT).view(batch, heads, last - first, total)
         if self.gate is not None:
             logits += self.gate
         hidden = ~visible(first, last, count, total, None, logits.device)[:, None]
         return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+
+    def _mean_logits(self, first: int, last: int) -> Tensor:
+        """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads side by side."""
+        batch, kv_heads, _, dim = self.keys.shape
+        grouped = self.scaled(first, last).view(batch, kv_heads, -1, last - first, dim).sum(dim=2)
+        beside = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
+        return (beside @ self.keys.transpose(1, 2).flatten(2).mT)[:, None]
 
     def slopes(self, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient of queries, keys and gate."""

@@ -1,0 +1,106 @@
+"""Attention mass on a GPU in two Triton kernels: no logit ever leaves the chip.
+
+The first finds the log-sum-exp of every query, the second sums over the queries what each key receives. A block of keys
+belongs to one program, so nothing is added in an order that changes from run to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+ROWS, COLUMNS = 128, 64  # queries and keys of a block
+
+
+def mass(
+    queries: Float[Tensor, "batch heads queries dim"],
+    keys: Float[Tensor, "batch kv_heads keys dim"],
+    *,
+    scale: float,
+    gate: Float[Tensor, "batch keys"] | None = None,
+) -> Float[Tensor, "batch keys"]:
+    """a_k = sum over queries of the mean over heads of softmax(scale q k + gate), float32, bottom-right causal.
+
+    (Paper eq. 8.) Products of 16-bit numbers are exact in float32, and float32 is multiplied as such, never as TF32.
+    """
+    batch, heads, count, dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    exact = {"dtype": torch.float32, "device": queries.device}
+    sums = torch.empty(batch, heads, count, **exact)
+    received = torch.empty(batch, heads, total, **exact)
+    bias = received if gate is None else gate.to(torch.float32).contiguous()  # any pointer, where there is no gate
+    rows, columns = (ROWS, COLUMNS) if queries.dtype != torch.float32 else (ROWS // 4, COLUMNS // 2)
+    shape = (queries.contiguous(), keys.contiguous(), bias, sums)
+    sizes = (scale, heads, heads // kv_heads, count, total, dim)
+    settings = {
+        "WIDTH": max(16, triton.next_power_of_2(dim)),
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "GATED": gate is not None,
+    }
+    with torch.cuda.device(queries.device) if queries.is_cuda else torch.no_grad():
+        _normalise[(triton.cdiv(count, rows), batch * heads)](*shape, *sizes, **settings)
+        _receive[(triton.cdiv(total, columns), batch * heads)](*shape, received, *sizes, **settings)
+    return received.mean(dim=1)
+
+
+@triton.jit
+def _logits(q, k, gates, columns, total, scale, GATED: tl.constexpr):
+    """Of a block of queries [ROWS, WIDTH] and one of keys [WIDTH, COLUMNS]."""
+    logits = tl.dot(q, k, input_precision="ieee") * scale
+    if GATED:
+        logits += tl.load(gates + columns, mask=columns < total, other=0.0)[None, :]
+    return logits
+
+
+@triton.jit
+def _normalise(
+    q_all, k_all, gate_all, sums, scale, heads, group, count, total, dim,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """log sum_k exp(logit) of ROWS queries of one head."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    kv_row = batch * (heads // group) + head // group
+    places, across = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    asked = (places[:, None] < count) & (across[None, :] < dim)
+    q = tl.load(q_all + (row * count + places[:, None]) * dim + across[None, :], mask=asked, other=0.0)
+    limit = places + total - count  # the last key that each query sees
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    for first in range(0, tl.minimum(total, (tl.program_id(0) + 1) * ROWS + total - count), COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        there = (columns[None, :] < total) & (across[:, None] < dim)
+        k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + across[:, None], mask=there, other=0.0)
+        logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
+        logits = tl.where(columns[None, :] <= limit[:, None], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        weight = weight * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        top = higher
+    tl.store(sums + row * count + places, top + tl.log(weight), mask=places < count)
+
+
+@triton.jit
+def _receive(
+    q_all, k_all, gate_all, sums, received, scale, heads, group, count, total, dim,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """sum_q exp(logit - log sum) of COLUMNS keys under one head, over the queries that see them."""
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // heads, row % heads
+    kv_row = batch * (heads // group) + head // group
+    columns, across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
+    there = (columns[None, :] < total) & (across[:, None] < dim)
+    k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + across[:, None], mask=there, other=0.0)
+    gathered = tl.zeros([COLUMNS], tl.float32)
+    earliest = tl.maximum(0, tl.program_id(0) * COLUMNS - (total - count)) // ROWS * ROWS
+    for first in range(earliest, count, ROWS):
+        places = first + tl.arange(0, ROWS)
+        asked = (places[:, None] < count) & (across[None, :] < dim)
+        q = tl.load(q_all + (row * count + places[:, None]) * dim + across[None, :], mask=asked, other=0.0)
+        logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
+        sum_of = tl.load(sums + row * count + places, mask=places < count, other=float("inf"))
+        seen = (columns[None, :] <= places[:, None] + total - count) & (places[:, None] < count)
+        gathered += tl.sum(tl.exp(tl.where(seen, logits - sum_of[:, None], float("-inf"))), 0)
+    tl.store(received + row * total + columns, gathered, mask=columns < total)
