@@ -658,6 +658,22 @@ def test_the_page_has_a_section_for_each_thing_promised(page: str) -> None:
     assert "time stamp: 1" in page
 
 
+def test_differences_by_kind_stand_under_their_benchmark_and_axis_and_one_video_has_no_interval(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for arm in ("tuned", "training_free"):
+        write_arm(run, arm, videos=4, benchmark="many")
+        write_arm(run, arm, videos=1, benchmark="single")
+    compare([run], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    differences = page.split('id="differences"')[1].split("</section>")[0]
+    parts: dict[str, list[str]] = {"many": [], "single": []}
+    for part in differences.split("<h4>")[1:]:
+        parts[part.split(" <small>")[0]].append(part.split("</ol>")[0])
+    assert all(any("by kind</small>" in part for part in found) for found in parts.values())
+    assert all("one video" in part and " to " not in part for part in parts["single"])
+    assert not any("one video" in part for part in parts["many"])
+
+
 def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -18,6 +18,7 @@ from markupsafe import Markup
 Mark = Literal["circle", "ring", "diamond", "bar"]
 
 ROW = 28  # pixels
+BLEED = 40  # pixels that lines go on above and below a row: its place may be higher, where they are cut off
 LEVELS = 12  # steps of opacity in a heat map
 MOST_CELLS = 96  # along one side of a heat map
 LEAST_REACH = 0.02  # of a scale of differences: 2 points
@@ -69,10 +70,10 @@ def interval_row(
     reference: float | None = None,
 ) -> Markup:
     """A mark with its interval over the grid of the scale; `reference` is a tick of its own (chance, or zero)."""
-    parts = [_grid(scale, ROW)]
+    parts = [_grid(scale)]
     if reference is not None:
         x = scale.at(reference)
-        parts.append(f'<line class="reference" x1="{x}%" x2="{x}%" y1="1" y2="{ROW - 1}"/>')
+        parts.append(f'<line class="reference" x1="{x}%" x2="{x}%" y1="{-BLEED}" y2="{ROW + BLEED}"/>')
     low, high = bounds
     if low is not None and high is not None:
         parts.append(
@@ -93,7 +94,7 @@ def bar_row(scale: Scale, value: float | None, *, kind: str = "plain") -> Markup
     """A bar from zero over the grid of the scale."""
     width = 0.0 if value is None else scale.at(value)
     return Markup(
-        f'<svg class="interval {kind}" height="{ROW}" aria-hidden="true">{_grid(scale, ROW)}'
+        f'<svg class="interval {kind}" height="{ROW}" aria-hidden="true">{_grid(scale)}'
         f'<rect class="bar" x="0" y="{ROW / 2 - 6:g}" width="{width}%" height="12" rx="2"/></svg>'
     )
 
@@ -311,9 +312,9 @@ def _chart(
     )
 
 
-def _grid(scale: Scale, height: int) -> str:
+def _grid(scale: Scale) -> str:
     return "".join(
-        f'<line class="grid" x1="{scale.at(tick)}%" x2="{scale.at(tick)}%" y1="0" y2="{height}"/>'
+        f'<line class="grid" x1="{scale.at(tick)}%" x2="{scale.at(tick)}%" y1="{-BLEED}" y2="{ROW + BLEED}"/>'
         for tick in scale.ticks
     )
 

@@ -179,8 +179,7 @@ def _differences(summary: Mapping[str, Any]) -> View:
             plot = _difference_plot(pair, scale, pair["verdict"].replace(" ", "-"))
             forest.setdefault(key, []).append({"name": name, **pair, "plot": plot})
             if group is not summary["pooled"]:
-                before = f"{name}: " if len(groups) > 1 else ""
-                kinds.setdefault(key, []).extend((before + shown(kind), one) for kind, one in pair["kinds"].items())
+                kinds.setdefault(key, []).append((name if len(groups) > 1 else "", pair["kinds"]))
     return {
         "axis": _points_axis(scale),
         "pairs": [{"a": shown(a), "b": shown(b), "rows": rows} for (a, b), rows in forest.items()],
@@ -188,10 +187,23 @@ def _differences(summary: Mapping[str, Any]) -> View:
     }
 
 
-def _difference_by_kind(named: Sequence[tuple[str, View]]) -> View:
-    scale = _scale([numbers for _, numbers in named])
-    rows = [{"name": name, **numbers, "plot": _difference_plot(numbers, scale, "plain")} for name, numbers in named]
-    return {"axis": _points_axis(scale), "rows": rows}
+def _difference_by_kind(named: Sequence[tuple[str, Mapping[str, View]]]) -> View:
+    """One part for each benchmark and axis, all on one scale."""
+    scale = _scale([numbers for _, kinds in named for numbers in kinds.values()])
+    parts = [
+        {
+            "name": name,
+            "by": view["axis"],
+            "rows": [
+                {"name": one["label"], **numbers, "plot": _difference_plot(numbers, scale, "plain")}
+                for one in view["kinds"]
+                if (numbers := kinds[one["key"]])
+            ],
+        }
+        for name, kinds in named
+        for view in _by_axis(list(kinds))
+    ]
+    return {"axis": _points_axis(scale), "parts": parts}
 
 
 def _scale(pairs: Sequence[Mapping[str, Any]]) -> Scale:
