@@ -19,6 +19,7 @@ from typing import Any
 from omnimem.attach import Seam, attach
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
+from omnimem.comparison.report import size
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import ManifestError, Sample, read_manifest
 from omnimem.feeding import Feeder
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     write_text(given.out, render(reading, (left, right)))
     for side in (left, right):
         print(said(side, reading))
-    print(f"wrote {given.out} ({given.out.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {given.out} ({size(given.out.stat().st_size)})")
 
 
 # --- settings

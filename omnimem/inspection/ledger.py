@@ -5,7 +5,7 @@ after chunk c when it came with c or earlier and its number is at least c.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
@@ -78,14 +78,14 @@ class Ledger:
 
     def arrive(self, layer: int, view: LayerView) -> None:
         """The tokens of a chunk as a layer reads them, before it decides what it keeps."""
-        fresh = view.pool.gather(torch.arange(view.pool.count - view.new, view.pool.count).expand(len(view.order), -1))
-        there = (fresh.modality[0] != ABSENT).cpu().numpy()
-        order = fresh.order[0].cpu().numpy()[there]
+        first = view.pool.count - view.new
+        there = (view.modality[0, first:] != ABSENT).cpu().numpy()
+        order = view.order[0, first:].cpu().numpy()[there]
         self._last[layer][:, order] = NEVER
         if self._values is not None:
-            rows = [_bits(row) for row in fresh.values] if view.heads > 1 else [_bits(fresh.values[0])]
-            for head, bits in enumerate(rows):
-                self._values[layer, head, order] = bits[there]
+            values = view.pool.values[:, :, first:]
+            for head, row in enumerate(values if view.heads > 1 else values[:1]):
+                self._values[layer, head, order] = _bits(row)[there]
 
     def note(self, memory: Memory, came: int, seconds: float) -> None:
         """What is held after a chunk that ended at `seconds`, when so many tokens have come in all."""
@@ -131,6 +131,8 @@ def follow(feeder: Feeder, seam: Seam, policy: Policy, opened: Opened) -> Holdin
 
     Raises PolicyError when the policy asks for what the sample does not tell.
     """
+    if not policy.needs_novelty:  # a stream that is recorded carries what redundancy is judged on, needed or not
+        policy = replace(policy, measures=replace(policy.measures, feature=0))
     outline = feeder.outline(opened)
     ledger = Ledger(policy, seam.shape, len(outline.modality))
     stream = feeder.stream(seam, feeder.told(policy, [opened]), recorder=ledger.arrive)

@@ -82,6 +82,7 @@ def _data(reading: Reading, sides: Sequence[Side]) -> dict[str, Any]:
             for mark in sorted(reading.marks, key=lambda mark: (mark.start, mark.end))
         ],
         "needles": list(reading.needles),
+        "heard": len(sounds.tokens),
         "sides": [_side(side) for side in sides],
     }
 
