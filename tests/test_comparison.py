@@ -14,6 +14,7 @@ from scipy import stats
 
 from omnimem.budget import Budget
 from omnimem.comparison import ComparisonError, compare, figures, statistics
+from omnimem.comparison.report import points
 from train import compare as command
 from train.command import run_command
 
@@ -604,6 +605,24 @@ def test_the_command_exits_with_2_and_one_line_a_problem(
     assert "another number of frames" in said[0]
     assert "--allow-different" in said[-1]
     assert run([*arguments, "--allow-different"], monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("not comparable: ")
+    assert "another number of frames" in printed.err
+    tuned = next(line for line in printed.out.splitlines() if line.startswith("  tuned  "))
+    assert tuned.count(",") == 2, "an interval and the two places; the page has the other axes"
+
+
+def test_the_command_tells_all_benchmarks_pooled_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arm in ("tuned", "training_free"):
+        for benchmark in ("one", "two"):
+            write_arm(tmp_path / "run", arm, benchmark=benchmark)
+    out = tmp_path / "out"
+    assert run([str(tmp_path / "run"), "--out", str(out)], monkeypatch) == 0
+    (pair,) = json.loads((out / "summary.json").read_text())["pooled"]["pairs"]
+    pooled = capsys.readouterr().out.split("all benchmarks pooled: ")[1]
+    assert f"tuned - training free: {points(pair['diff'])} points" in pooled
 
 
 # Page

@@ -4,12 +4,13 @@ python train/compare.py DIR [DIR ...] --out DIR     # a run folder stands for al
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omnimem.comparison import DRAWS, compare
-from omnimem.comparison.load import shown
+from omnimem.comparison.load import axis_of, shown
 from omnimem.comparison.report import percent, points
 from train.command import Parser, run_command
 
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     for line in _lines(summary):
         print(line)
+    for line in summary["different"]:
+        print(_red(f"not comparable: {line}"), file=sys.stderr)
     print(f"report: {given.out / 'report.html'}")
 
 
@@ -44,24 +47,41 @@ def _draws(text: str) -> int:
     return draws
 
 
-def _lines(summary: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    for name, group in summary["benchmarks"].items():
-        lines.append(
-            f"{name}: {group['n']:,} questions, {group['clusters']:,} videos, chance {percent(group['chance'])} %"
-        )
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Each benchmark, and all of them pooled where there are several."""
+    groups = dict(summary["benchmarks"])
+    if len(groups) > 1:
+        groups["all benchmarks pooled"] = summary["pooled"]
+    for name, group in groups.items():
+        yield f"{name}: {group['n']:,} questions, {group['clusters']:,} videos, chance {percent(group['chance'])} %"
+        kinds = _fewest(group["kinds"]) if name in summary["benchmarks"] else []
         for label, entry in (group["arms"] | group["probes"]).items():
             low, high = entry["strict_interval"]
-            kinds = ", ".join(f"{shown(kind)} {percent(numbers['strict'])}" for kind, numbers in entry["kinds"].items())
-            lines.append(
-                f"  {shown(label):24} {percent(entry['strict']):>5} % [{percent(low)}, {percent(high)}]  {kinds}"
-            )
+            found = f"{percent(entry['strict']):>5} % [{percent(low)}, {percent(high)}]"
+            yield f"  {shown(label):24} {found}  {_parts(entry['kinds'], kinds)}".rstrip()
         for pair in group["pairs"]:
-            lines.append(
+            yield (
                 f"  {shown(pair['a'])} - {shown(pair['b'])}: {points(pair['diff'])} points "
                 f"[{points(pair['low'])}, {points(pair['high'])}]: {pair['verdict']}"
             )
-    return lines
+
+
+def _parts(entries: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """Accuracies of an arm by kind."""
+    found = [(kind.rpartition(": ")[2], entries[kind]["strict"]) for kind in kinds if kind in entries]
+    return ", ".join(f"{shown(kind)} {percent(strict)}" for kind, strict in found)
+
+
+def _fewest(kinds: Iterable[str]) -> list[str]:
+    """The kinds of one axis: that with the fewest, for a line has little room; the report shows all."""
+    axes: dict[str, list[str]] = {}
+    for kind in kinds:
+        axes.setdefault(axis_of(kind), []).append(kind)
+    return min((found for found in axes.values() if len(found) > 1), key=len, default=[])
+
+
+def _red(text: str) -> str:
+    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() else text
 
 
 if __name__ == "__main__":
