@@ -81,7 +81,8 @@ def _failure(sample: Sample, key: str, reason: str, what: str) -> Failure:
 
 
 def _missing_tracks(sample: Sample, tracks: Tracks, video: bool, audio: bool) -> Iterator[Failure]:
-    if not video and tracks != "audio":
+    """As streams read them: a sample that names no video is heard only, unless pictures alone are asked for."""
+    if not video and (tracks == "video" or (tracks == "both" and sample.video is not None)):
         what = f"{sample.video} has no video track" if sample.video else "no video is given"
         yield _failure(sample, "video", "no_video", f"{what}; give another file, or use --tracks audio")
     if not audio and tracks != "video":

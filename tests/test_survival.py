@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, final
+from typing import Any, cast, final
 
 import pytest
 import torch
@@ -69,10 +69,14 @@ def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments:
 
 
 def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
-    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:  # at its end: nobody granted it
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.asked == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    def interrupted() -> None:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.asked == signal.SIGINT
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+    with pytest.raises(KeyboardInterrupt):  # nobody granted it, so it goes to whom it would have gone
+        interrupted()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
@@ -177,6 +181,15 @@ def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder
         check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
 
 
+def test_the_preflight_takes_for_readable_what_training_does(folder: Path) -> None:
+    samples = read_manifest(folder / "train.jsonl")
+    heard = replace(samples[1], video=None, audio=folder / "1.mp4")
+    late = replace(samples[2], messages=(replace(samples[2].messages[0], at=100.0), *samples[2].messages[1:]))
+    line, _ = check_data(run_of(folder), [samples[0], heard, late])
+    what = "pictures and sound (2), sound only (1); all can be read"
+    assert line == f"data: 3 samples opened, 24 s of streams with {what}"
+
+
 def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +231,7 @@ def test_the_preflight_knows_how_many_checkpoints_come(settings: dict[str, Any],
 
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder: Path) -> None:
     backbone = load_backbone(ModelOptions(path=str(folder / "model")))
-    for layer in backbone.text_model.layers:
+    for layer in cast(Any, backbone.text_model).layers:
         del layer.mlp.gate_proj
     with pytest.raises(AdapterError, match=r"gate_proj match no module; there are: down_proj, k_proj, o_proj"):
         add_adapter(backbone.model, replace(LORA, targets=("gate_proj",)))
@@ -291,9 +304,9 @@ def ask_at_the_end_of_training() -> None:
     """SIGTERM between the end of the last step and the ranks' last question."""
     sound = train.finetune.StreamTrainer._require_end
 
-    def asked(trainer: Any) -> None:
+    def asked(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        sound(trainer)
+        sound(self)
 
     train.finetune.StreamTrainer._require_end = asked
 
@@ -302,8 +315,8 @@ def ask_after_agreement() -> None:
     """SIGTERM when the ranks have asked each other for the last time."""
     sound = train.finetune.StreamTrainer._require_end
 
-    def asked(trainer: Any) -> None:
-        sound(trainer)
+    def asked(self: Any) -> None:
+        sound(self)
         os.kill(os.getpid(), signal.SIGTERM)
 
     train.finetune.StreamTrainer._require_end = asked
@@ -313,9 +326,9 @@ def ask_before_adapter() -> None:
     """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
     sound = train.finetune.StreamTrainer.save_whole
 
-    def asked(trainer: Any, place: Path) -> None:
+    def asked(self: Any, place: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        sound(trainer, place)
+        sound(self, place)
 
     train.finetune.StreamTrainer.save_whole = asked
 

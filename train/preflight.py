@@ -10,7 +10,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -19,6 +21,7 @@ from omnimem.attach import Seam
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.feeding import Feeder
+from omnimem.media.container import Reason
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 from train.assemble import Policies
 
@@ -53,8 +56,10 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
 
 
 def _looked_at(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
+    """As training would find it: times that are odd do not stop it, `data_prep/check.py` tells of them."""
     if probe:
-        return inspect(sample, tracks=run.stream.tracks)
+        finding = inspect(sample, tracks=run.stream.tracks)
+        return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
     gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
     missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
     return Finding(sample=sample, failures=tuple(missing))
