@@ -1,0 +1,195 @@
+"""One run however it is dealt out: ranks with long and short streams at every ZeRO stage, on other ranks, two nodes.
+
+A random thinker; three films of 5 chunks, and beside them one of 2, one that is heard only, one that cannot be read.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from films import SCRIPT, Run, given, tune, write_films, write_manifest
+from ranks import ROOT, free_port, start
+
+import train.trainer
+from data_prep.renderer import write_mp4
+from data_prep.worlds import draw_world
+from omnimem.run import RunError, write_json
+from train.portable import FACTS, Layout, refuse_other_batch
+
+LONG = {"film0": 20, "film2": 20, "film4": 20}  # seconds; the others have 8
+MIXED = ("data.train=mixed.jsonl", "data.max_failures=0.2")
+SGD = ("train.optim=sgd", "train.max_grad_norm=0.5", "train.max_steps=3")
+SIX = ("train.max_steps=6", "train.save_steps=3")
+ACCUMULATED = "train.gradient_accumulation_steps=2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint, films, manifests and config, in the folder that all runs share."""
+    place = write_films(tmp_path_factory.mktemp("scale"))
+    for name, seconds in LONG.items():
+        number = int(name.removeprefix("film"))
+        write_mp4(draw_world(number, seconds), place / f"{number}.mp4")
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    rows[3] |= {"video": None, "audio": "3.mp4"}
+    rows[5] |= {"video": "silent.mp4"}
+    write_manifest(place / "mixed.jsonl", rows)
+    return place
+
+
+@pytest.fixture(scope="module")
+def accumulated(folder: Path) -> Run:
+    """The same global batches on one process, without DeepSpeed."""
+    return tune(folder, "accumulated", *MIXED, *SGD, ACCUMULATED)
+
+
+# ---------------------------------------------------------------------------------------------- streams of every length
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
+def test_ranks_with_5_and_2_chunks_without_pictures_or_unread_equal_one_rank_at_every_stage(
+    folder: Path, accumulated: Run, stage: str | None
+) -> None:
+    """Clipped, and plain SGD, so that a norm or a gradient of another size would show."""
+    engine = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
+    dealt = tune(folder, f"dealt-{stage}", *MIXED, *SGD, *engine, ranks=2)
+    assert [line["samples"] for line in dealt.lines] == [line["samples"] for line in accumulated.lines]
+    torch.testing.assert_close(dealt.losses, accumulated.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(dealt.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
+    assert [each["id"] for each in dealt.record["failed_samples"]] == ["film5"]
+
+
+@pytest.mark.slow
+def test_the_samples_are_as_mixed_as_the_test_above_says(accumulated: Run) -> None:
+    steps = [frozenset(line["samples"]) for line in accumulated.lines]
+    assert any(len(step & LONG.keys()) == 1 for step in steps)
+    assert all(len(step) == 2 for step in steps)
+    assert set().union(*steps) == {f"film{number}" for number in range(6)}
+    assert max(line["grad_norm"] for line in accumulated.lines) > 0.5  # something is clipped
+
+
+# ------------------------------------------------------------------------------------------------------ on other ranks
+
+
+def engine(ranks: int, stage: str | None) -> tuple[str, ...]:
+    """Settings for two samples a step."""
+    dealt = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
+    return (*dealt, *(() if ranks == 2 else (ACCUMULATED,)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> Run:
+    """Six steps of AdamW on one process."""
+    return tune(folder, "unbroken", *SIX, *engine(0, None))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "zero2"), (0, None)), ((0, None), (2, "zero3")), ((2, "zero3"), (2, "zero0")), ((0, "zero0"), (2, None))],
+    ids=str,
+)
+def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(
+    folder: Path, unbroken: Run, before: tuple[int, str | None], after: tuple[int, str | None]
+) -> None:
+    name = "moved-" + "-".join(map(str, (*before, *after)))
+    tune(folder, name, *SIX, *engine(*before), ranks=before[0])
+    checkpoint = f"runs/{name}/checkpoint-3"
+    moved = tune(folder, name, *SIX, *engine(*after), "--resume", checkpoint, ranks=after[0])
+    assert "step 3 of 6" not in moved.ended.outputs[0]
+    assert [line["samples"] for line in moved.lines] == [line["samples"] for line in unbroken.lines]
+    torch.testing.assert_close(moved.losses, unbroken.losses, rtol=1e-5, atol=0)
+
+
+def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_fits(tmp_path: Path) -> None:
+    layout = Layout(ranks=2, stage=2, batch=1, accumulated=2, optimizer="adamw_torch", precision="fp32")
+    write_json(tmp_path / FACTS, {"layout": asdict(layout)})
+    refuse_other_batch(tmp_path, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, ranks=1)
+    with pytest.raises(RunError, match=r"2 ranks x 1 x 2 .* set train\.gradient_accumulation_steps=4$"):
+        refuse_other_batch(tmp_path, {"per_device_train_batch_size": 1}, ranks=1)
+    with pytest.raises(RunError, match=r"whose product divides 4$"):
+        refuse_other_batch(tmp_path, {"per_device_train_batch_size": 1}, ranks=3)
+
+
+# ------------------------------------------------------------------------------------------------------------ time-out
+
+
+def stick_on_the_second_rank() -> None:
+    """The second rank never comes back from its second stream, in the process that calls this."""
+    sound, streams = train.trainer.streamed_loss, []
+
+    def stuck(*given: Any, **options: Any) -> Any:
+        streams.append(None)
+        if os.environ["RANK"] == "1" and len(streams) == 2:
+            time.sleep(600)
+        return sound(*given, **options)
+
+    train.trainer.streamed_loss = stuck
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_was_where(folder: Path) -> None:
+    settings = ("train.max_steps=3", "train.step_timeout_seconds=12", "train.deepspeed=deepspeed/zero2.json")
+    ended = start(SCRIPT, given(folder, "stuck", *settings), folder, ranks=2, first=stick_on_the_second_rank).end()
+    assert ended.codes == (1, 1), ended.outputs
+    line = json.loads((folder / "runs" / "stuck" / "metrics.jsonl").read_text().splitlines()[0])
+    known = {f"film{number}" for number in range(6)} - set(line["samples"])
+    cure = "for more than 12 s; look at the sample, or raise train.step_timeout_seconds"
+    places = ("in backward, the update, or waiting for other ranks", "in its streams")
+    for number, (output, place) in enumerate(zip(ended.outputs, places, strict=True)):
+        rank, sample, where = output.splitlines()[-1].split(", ", 2)
+        assert rank == f"rank {number}"
+        assert sample.removeprefix("step 2: ") in known
+        assert where.startswith(f"{place} {cure}")
+
+
+# ------------------------------------------------------------------------------------------------------------ two nodes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_nodes_of_a_hostfile_equal_two_ranks_of_one(folder: Path) -> None:
+    """A launch.sh and a `deepspeed` for each node, on loopback, over one folder."""
+    settings = ("train.max_steps=2", "train.deepspeed=deepspeed/zero2.json")
+    shutil.copy(ROOT / "launch.sh", folder)
+    (folder / "train").symlink_to(ROOT / "train")
+    (folder / "nodes").write_text("first slots=1\nsecond slots=1\n")
+    given(folder, "nodes")
+    join = ("--hostfile", "nodes", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    nodes = [
+        subprocess.Popen(
+            ["./launch.sh", "finetune", "nodes.yaml", *settings, *join, "--node_rank", str(number)],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=300)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.send_signal(signal.SIGTERM)
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    assert ["step 2 of 2" in each for each in said] == [True, False]  # the first rank of all speaks
+    forked = tune(folder, "one-node", *settings, ranks=2)
+    run = replace(forked, path=folder / "runs" / "nodes")
+    assert run.lines == forked.lines
+    assert torch.equal(run.adapter, forked.adapter)
+    assert run.record["world_size"] == 2
