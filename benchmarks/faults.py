@@ -80,6 +80,7 @@ ENGINES = (
     Engine(ranks=2),
     Engine(ranks=2, deepspeed="zero0"),
     Engine(ranks=2, deepspeed="zero2"),
+    Engine(ranks=2, deepspeed="zero3"),
 )
 
 
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str]) -> int:
     draw = random.Random(given.seed)
     trials = []
     for number in range(given.trials):
-        fault, engine = FAULTS[number % len(FAULTS)], draw.choice(engines)
+        fault, engine = FAULTS[number % len(FAULTS)], engines[number // len(FAULTS) % len(engines)]
         trials.append(trial(home, number, fault, engine, whole[engine], draw))
         print(line_of(trials[-1]), flush=True)
     print("\n".join(("", *summary(trials, "fault"), "", *summary(trials, "engine"), "")))
