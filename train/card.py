@@ -64,13 +64,13 @@ def _index(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _intro(exported: Exported, name: str) -> Iterator[str]:
     origin = exported.origin
-    what = "merged weights" if origin.kind == "merged" else "a LoRA adapter"
+    what = "the merged weights" if origin.kind == "merged" else "the LoRA adapter"
     yield f"# {name}"
     yield ""
     yield (
         f"{_named(origin.base)}, fine-tuned with OmniMem to answer questions about audio-visual streams of any length "
-        f"from a key-value memory of fixed size. This folder holds {what}, and in `{FILE}` the memory they were tuned "
-        "for. Loaded without OmniMem they keep everything, like any other model."
+        f"from a key-value memory of fixed size. This folder holds {what}, and in `{FILE}` the memory of the tuning. "
+        "Loaded without OmniMem, the model keeps everything, like any other."
     )
 
 
@@ -141,7 +141,7 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
     yield "Strict accuracy in % (a missing answer is wrong), with 95 % intervals clustered by video."
     for label, group in results["benchmarks"].items():
         yield ""
-        asked = f"{group['n']:,} questions about {group['clusters']:,} videos, chance {percent(group['chance'])}"
+        asked = f"{group['n']:,} questions about {group['clusters']:,} videos, chance {percent(group['chance'])} %"
         yield f"**{label}**: {asked}"
         yield ""
         yield "| | accuracy | peak entries a layer | at answer | memory |"
