@@ -25,6 +25,7 @@ from data_prep.worlds import World, draw_world
 from omnimem.attach import Seam, attach
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
+from omnimem.config import ConfigError
 from omnimem.data import ManifestError, Sample, read_manifest
 from omnimem.feeding import Feeder
 from omnimem.inspection import Holding, Reading, Side, follow, read, render
@@ -428,6 +429,11 @@ def test_a_refusal_is_one_line_and_exit_code_2(
     assert len(err) == 1
     assert said in err[0]
     assert not (place / "refused").exists()
+
+
+def test_a_folder_is_no_page(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out: \. is a folder; name a file in it, such as memory.html"):
+        show_memory.main(["--config", "x.yaml", *VIDEO, "--policies", "omnimem", "snapkv", "--out", "."])
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,10 @@ def main(arguments: Sequence[str]) -> None:
 def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
     """The settings of both sides.
 
-    Raises ConfigError when they are the same, or differ in what both sides must share.
+    Raises ConfigError when they are the same, or differ in what both sides must share, and when --out is no file.
     """
+    if given.out.is_dir():
+        raise ConfigError([f"--out: {given.out} is a folder; name a file in it, such as {given.out / 'memory.html'}"])
     section = train_section()
     own = load(given.config, given.overrides, train=section)
     policies = given.policies or (None, None)
