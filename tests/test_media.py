@@ -556,6 +556,29 @@ def test_the_mel_of_segments_is_the_mel_of_the_clip(film: Path) -> None:
         assert {piece.shape[1] for piece in pieces[:-1]} == {200}
 
 
+def test_no_more_of_the_mel_is_held_of_a_long_file_than_of_a_short_one(folder: Path) -> None:
+    largest = []
+    for seconds in (40, 160):
+        path = write(folder / f"{seconds}.wav", samples=0.1 * noise(seconds), codec="pcm_s16le")
+        segments = FileSource(path, options=SourceOptions(tracks="audio"), geometry=geometry(WHISPER))
+        mels = [segment.mel for segment in segments if segment.mel is not None]
+        assert sum(mel.shape[1] for mel in mels) == 100 * seconds
+        largest.append(max(mel.untyped_storage().nbytes() for mel in mels))
+    assert largest[1] < 1.5 * largest[0], "a segment is a view of what was made with it: a block, not the clip"
+
+
+def test_a_clip_in_pieces_is_the_clip_and_its_loudest_value_is_that_of_all_blocks() -> None:
+    samples = noise(7.3) * torch.linspace(0.2, 1.0, int(7.3 * RATE))  # the maximum comes late
+    blocks = samples.split(9001)
+    maximum = WHISPER.loudest(blocks)
+    whole = WHISPER.clip(samples)
+    assert float((maximum + 4) / 4) == pytest.approx(float(whole.max()), abs=1e-6)
+    pieces = list(WHISPER.pieces(blocks, maximum, 150))
+    assert [piece.shape[1] for piece in pieces] == [150] * 4 + [130]
+    assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-5
+    assert WHISPER.loudest([]) == float("-inf")
+
+
 def test_a_clip_begins_its_own_clock(film: Path) -> None:
     whole = list(FileSource(film, options=SourceOptions(tracks="video"), geometry=geometry()))
     clip = list(FileSource(film, options=SourceOptions(tracks="video"), geometry=geometry(), start=4.0, end=7.0))

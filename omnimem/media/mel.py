@@ -1,6 +1,6 @@
 """Log-mel spectrogram in torch, equal to WhisperFeatureExtractor, for whole clips and for streams that still grow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -59,17 +59,37 @@ class LogMel:
         Equal to WhisperFeatureExtractor(padding="longest", truncation=False); clips shorter than half a window,
         which that refuses, are continued with silence.
         """
-        return self.clip_of([samples])
+        log = torch.cat(list(self._logs([samples])), dim=1)
+        return normalise(log, _loudest([log]))
 
-    def clip_of(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, "{self.mels} mel_frames"]:
-        """The same of a clip that comes in blocks: its samples are not held together."""
-        running, pieces = self.running(), []
+    def loudest(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
+        """log10 power of the loudest value of a clip that comes in blocks; they are not held together."""
+        return _loudest(self._logs(blocks))
+
+    def pieces(
+        self, blocks: Iterable[Float[Tensor, " _"]], maximum: Float[Tensor, ""], mel_frames: int
+    ) -> Iterator[Float[Tensor, "{self.mels} _"]]:
+        """`clip` in pieces of `mel_frames`, the last one may be shorter, given the clip's `loudest`.
+
+        An hour of 128 mels is 184 MB; read twice, it takes none of them.
+        """
+        held = torch.empty(self.mels, 0)
+        for log in self._logs(blocks):
+            held = torch.cat([held, normalise(log, maximum)], dim=1)
+            while held.shape[1] >= mel_frames:
+                yield held[:, :mel_frames]
+                held = held[:, mel_frames:]
+        if held.shape[1]:
+            yield held
+
+    def _logs(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, "{self.mels} _"]]:
+        """The spectrogram of a clip before normalisation, as far as it is heard after each block."""
+        running = self.running()
         for samples in blocks:
             running.feed(samples)
-            pieces.append(running.take_log(running.ready))
+            yield running.take_log(running.ready)
         running.end()
-        log = torch.cat([*pieces, running.take_log(running.ready)], dim=1)
-        return normalise(log, running.maximum)
+        yield running.take_log(running.ready)
 
     def running(self) -> "RunningMel":
         """The same spectrogram for a stream whose maximum is not known yet."""
@@ -95,8 +115,13 @@ class LogMel:
         return torch.cat(blocks, dim=1)
 
 
+def _loudest(logs: Iterable[Float[Tensor, "mels _"]]) -> Float[Tensor, ""]:
+    """Of nothing at all: minus infinity."""
+    return torch.stack([torch.tensor(float("-inf")), *(log.max() for log in logs if log.numel())]).max()
+
+
 def normalise(log: Float[Tensor, "mels mel_frames"], maximum: Float[Tensor, ""]) -> Float[Tensor, "mels mel_frames"]:
-    """Whisper's range, in place, for an hour is large: nothing lower than 8 below the maximum, then (x + 4) / 4."""
+    """Whisper's range, in place: nothing lower than 8 below the maximum, then (x + 4) / 4."""
     return torch.maximum(log, maximum - DYNAMIC_RANGE, out=log).add_(4.0).div_(4.0)
 
 

@@ -141,7 +141,7 @@ def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "fr
 
 @final
 class FileSource(Source):
-    """The segments of a file: frames decoded as they are asked for, mel of the whole clip normalised at once.
+    """The segments of a file, decoded as they are asked for; the sound is read twice, first for the maximum of its mel.
 
     `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum, as
     that of a live stream: then no segment depends on what is heard after it. Iterating raises MediaError: `no_video` or
@@ -173,8 +173,10 @@ class FileSource(Source):
 
     def _sounds(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
         mel = self.geometry.mel
-        blocks = read_audio_blocks(self.audio_path, rate=mel.rate, start=self.start, end=self.end)
-        pieces = _as_heard(mel, blocks, mel_frames) if self.causal else mel.clip_of(blocks).split(mel_frames, dim=1)
+        if self.causal:
+            pieces = _as_heard(mel, self._heard(), mel_frames)
+        else:
+            pieces = mel.pieces(self._heard(), mel.loudest(self._heard()), mel_frames)
         empty = True
         for piece in pieces:
             if piece.numel():
@@ -183,6 +185,11 @@ class FileSource(Source):
         if empty:
             message = f"audio is shorter than one mel frame ({mel.hop / mel.rate:g} s); choose a longer clip"
             raise MediaError(self.audio_path, "empty", message)
+
+    def _heard(self) -> Iterator[Float[Tensor, " samples"]]:
+        """The sound from its beginning, in blocks."""
+        rate = self.geometry.mel.rate
+        return read_audio_blocks(self.audio_path, rate=rate, start=self.start, end=self.end)
 
 
 @final
