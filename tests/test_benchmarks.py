@@ -331,6 +331,14 @@ def test_the_parts_of_streamingbench_are_chosen_by_name(roots: dict[str, str]) -
 # ---------------------------------------------------------------------------------------------------------------- own
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_ends_of_lines_that_json_lets_stand_do_not_cut_a_question(end: str, tmp_path: Path) -> None:
+    root = layouts.own(tmp_path)
+    rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+    layouts.write_lines(root / "questions.jsonl", [rows[0] | {"question": f"first{end}second?"}, *rows[1:]])
+    assert f"first{end}second?" in OwnOptions(root=str(root)).samples()[0].questions[0].text
+
+
 def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path: Path) -> None:
     root = layouts.own(tmp_path)
     rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]

@@ -111,6 +111,12 @@ def test_older_samples_are_known_by_the_annotation_in_them(lvbench: str, tmp_pat
     assert [*found.predictions] == ["57", "55", "56"]
 
 
+def test_a_prediction_with_the_ends_of_lines_that_json_lets_stand_is_read_whole(lvbench: str, tmp_path: Path) -> None:
+    said = "C\u2028because\x85of it"  # as lmms-eval writes it: ensure_ascii=False
+    file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [{"filtered_resps": [said]}])
+    assert said in {one.text for one in found_in(file, LVBenchOptions(root=lvbench)).predictions.values()}
+
+
 def test_questions_without_a_prediction_are_named(lvbench: str, tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(LMMS_LVBENCH.read_text().splitlines()[0] + "\n")

@@ -208,7 +208,7 @@ def read_lines(path: Path) -> list[tuple[str, Row]]:
     rows: list[tuple[str, Row]] = []
     problems: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
     for number, line in enumerate(lines, start=1):

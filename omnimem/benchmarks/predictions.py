@@ -55,7 +55,7 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _lmms_eval(path: Path) -> Iterator[Prediction]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         origin = f"{path}:{number}"
