@@ -11,6 +11,7 @@ from train.trainer import training_arguments
 
 SECTION = train_section()
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
+STAGE_2 = {"zero_optimization": {"stage": 2}}
 EVERY = "give a whole number of steps, or a share of all steps below 1"
 
 
@@ -67,6 +68,11 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"optim_args": "x"}, "not enough values to unpack"),
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set when"),
+        ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
+        ({"report_to": "wandb"}, r"report_to: TensorBoard's event files and metrics\.jsonl are always written"),
+        ({"deepspeed": {"zero_optimization": {"stage": 7}}}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
+        ({"deepspeed": {"zero_optimization": {"stag": 2}}}, r"zero_optimization\.stag: Extra inputs are not"),
+        ({"deepspeed": {**STAGE_2, "train_batch_size": 64}}, "ds train_batch_size=64 vs hf train_batch_size .*=8"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, object], what: str, tmp_path: Path) -> None:
@@ -76,7 +82,10 @@ def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, objec
     assert str(error.value).startswith("train: ")
 
 
-@pytest.mark.parametrize("setting", ["torch_compile=true", "use_liger_kernel=true", "fsdp=true", "save_strategy=best"])
+@pytest.mark.parametrize(
+    "setting",
+    ["torch_compile=true", "use_liger_kernel=true", "fsdp=true", "save_strategy=best", "label_smoothing_factor=0.1"],
+)
 def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         loaded(tmp_path, f"train.{setting}")

@@ -107,7 +107,7 @@ def test_a_key_of_the_training_section_at_the_top_is_sent_home(tmp_path: Path) -
         ("train.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
         ("train.learning_rate=high", "expected a number, got 'high'"),
         ("train.bf16=yes", "expected true or false, got 'yes'"),
-        ("train.save_strategy=step", "expected 'no', 'steps', 'epoch' or 'best', got 'step'; did you mean 'steps'?"),
+        ("train.save_strategy=step", "expected 'no', 'steps' or 'epoch', got 'step'; did you mean 'steps'?"),
         ("train.report_to=3", "expected a word or a list, got 3"),
         ("train.output_dir=out", "set by `name`: a run lives in runs/<name>"),
         (

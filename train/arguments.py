@@ -38,6 +38,10 @@ OURS = {  # fields that another part decides
     "fsdp": "use deepspeed: deepspeed/zero3.json shares out the weights too",
     "fsdp_config": "use deepspeed: deepspeed/zero3.json shares out the weights too",
     "accelerator_config": "ranks are dealt their samples by this project; remove it",
+    "ignore_data_skip": "a resumed run would take samples twice and leave others out; remove it",
+    "label_smoothing_factor": "a loss is the whole of what `tuning.loss` says; remove it",
+    "neftune_noise_alpha": "noise that no seed of the step decides would differ in a resumed run; remove it",
+    "use_cpu": "a host without a GPU trains on the CPU; beside a GPU, set CUDA_VISIBLE_DEVICES to nothing",
     "push_to_hub": "nothing is uploaded; use train/export.py and upload what it writes",
 }
 FORMER = {  # names of transformers 4 that are gone
@@ -46,7 +50,7 @@ FORMER = {  # names of transformers 4 that are gone
     "logging_dir": "gone in transformers 5; event files lie in runs/<name>/tb",
     "evaluation_strategy": "gone in transformers 5; set evaluate.after_training instead",
     "group_by_length": "gone in transformers 5; set train_sampling_strategy",
-    "no_cuda": "gone in transformers 5; set use_cpu",
+    "no_cuda": "gone in transformers 5; set CUDA_VISIBLE_DEVICES to nothing",
     "save_safetensors": "gone in transformers 5; weights are always safetensors",
 }
 REFUSED = {**OURS, **FORMER}

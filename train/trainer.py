@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, final
 
 import torch
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -173,6 +175,8 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     try:
+        if "report_to" in given:
+            raise ValueError("report_to: TensorBoard's event files and metrics.jsonl are always written")
         arguments = TrainingArguments(
             **{**defaults, **given},
             output_dir=str(folder.path),
@@ -181,6 +185,7 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
             use_cpu=not torch.cuda.is_available(),
         )
         _try_recipe(arguments)
+        _try_engine(arguments)
     except (ValueError, TypeError, ImportError) as error:  # do not go together, or cannot be had on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
@@ -192,3 +197,23 @@ def _try_recipe(arguments: TrainingArguments) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     options: Any = arguments.lr_scheduler_kwargs
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+
+
+def _try_engine(arguments: TrainingArguments) -> None:
+    """What DeepSpeed says of its settings, and of half precision, only when the engine is built."""
+    if arguments.fp16 and not torch.cuda.is_available():
+        raise ValueError("fp16 needs a GPU; bf16 does not")
+    settings = arguments.hf_deepspeed_config
+    if settings is None:
+        return
+    if settings.mismatches:
+        each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
+        raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes ours)')
+    given = settings.config.get("zero_optimization", {})
+    known = {name: value for name, value in given.items() if value != "auto"}
+    theirs = import_module("deepspeed.runtime.zero.config")  # only now: `prepare_process` says for which device
+    try:
+        theirs.DeepSpeedZeroConfig(**known)
+    except ValidationError as error:
+        each = (f"zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError(f"{arguments.deepspeed}: {', '.join(each)}") from error

@@ -37,6 +37,8 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"lora.r = {self.r} must be at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha = {self.alpha:g} must be above 0: it scales what the adapter adds")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout:g} must be in [0, 1)")
         if not self.targets:
