@@ -82,6 +82,11 @@ def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, objec
     assert str(error.value).startswith("train: ")
 
 
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"deepspeed": STAGE_2}])
+def test_settings_that_go_together_are_taken(settings: dict[str, object], tmp_path: Path) -> None:
+    assert training_arguments(settings, RunFolder(path=tmp_path)).output_dir == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     "setting",
     ["torch_compile=true", "use_liger_kernel=true", "fsdp=true", "save_strategy=best", "label_smoothing_factor=0.1"],

@@ -203,9 +203,9 @@ def _try_engine(arguments: TrainingArguments) -> None:
     """What DeepSpeed says of its settings, and of half precision, only when the engine is built."""
     if arguments.fp16 and not torch.cuda.is_available():
         raise ValueError("fp16 needs a GPU; bf16 does not")
-    settings = arguments.hf_deepspeed_config
-    if settings is None:
+    if not arguments.deepspeed:
         return
+    settings = arguments.hf_deepspeed_config
     if settings.mismatches:
         each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
         raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes ours)')
