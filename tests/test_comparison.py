@@ -693,6 +693,16 @@ def test_differences_by_kind_stand_under_their_benchmark_and_axis_and_one_video_
     assert not any("one video" in part for part in parts["many"])
 
 
+def test_one_video_is_said_to_say_nothing_about_others(tmp_path: Path) -> None:
+    for arm in ("tuned", "training_free"):
+        write_arm(tmp_path / "run", arm, videos=1)
+    compare([tmp_path / "run"], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    assert "2 arms,\n9 questions about 1 video of recall." in page
+    assert "points; one video says nothing about others." in page
+    assert "would show here" not in page
+
+
 def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from omnimem.comparison.load import shown
-from omnimem.comparison.report import count, percent, points, size
+from omnimem.comparison.report import count, many, percent, points, size
 from omnimem.config.exported import FILE, Exported
 from omnimem.run import RunFolder, read_json
 
@@ -141,8 +141,8 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
     yield "Strict accuracy in % (a missing answer is wrong), with 95 % intervals clustered by video."
     for label, group in results["benchmarks"].items():
         yield ""
-        asked = f"{group['n']:,} questions about {group['clusters']:,} videos, chance {percent(group['chance'])} %"
-        yield f"**{label}**: {asked}"
+        asked = f"{many(group['n'], 'question')} about {many(group['clusters'], 'video')}"
+        yield f"**{label}**: {asked}, chance {percent(group['chance'])} %"
         yield ""
         yield "| | accuracy | peak entries a layer | at answer | memory |"
         yield "|---|---|---|---|---|"

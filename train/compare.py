@@ -11,7 +11,7 @@ from typing import Any
 
 from omnimem.comparison import DRAWS, compare
 from omnimem.comparison.load import axis_of, shown
-from omnimem.comparison.report import percent, points
+from omnimem.comparison.report import many, percent, points
 from train.command import Parser, run_command
 
 
@@ -53,7 +53,8 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if len(groups) > 1:
         groups["all benchmarks pooled"] = summary["pooled"]
     for name, group in groups.items():
-        yield f"{name}: {group['n']:,} questions, {group['clusters']:,} videos, chance {percent(group['chance'])} %"
+        asked = f"{many(group['n'], 'question')}, {many(group['clusters'], 'video')}"
+        yield f"{name}: {asked}, chance {percent(group['chance'])} %"
         kinds = _fewest(group["kinds"]) if name in summary["benchmarks"] else []
         for label, entry in (group["arms"] | group["probes"]).items():
             low, high = entry["strict_interval"]

@@ -76,6 +76,7 @@ def template_of(page: Path) -> Template:
         "shown": shown,
         "size": size,
         "count": count,
+        "many": many,
         "seconds": seconds,
     }
     return environment.get_template(page.name)
@@ -97,6 +98,11 @@ def points(value: float | None) -> str:
 def count(value: float | int | None) -> str:
     """A number of entries or frames, with a decimal only where there is one."""
     return UNKNOWN if value is None else f"{value:,.1f}".removesuffix(".0")
+
+
+def many(number: int, thing: str) -> str:
+    """1 video, 2 videos."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def size(value: float | int | None) -> str:
@@ -126,7 +132,9 @@ def _sentences(summary: Mapping[str, Any]) -> list[View]:
 def _sentence(name: str, pair: Mapping[str, Any]) -> View:
     a, b = shown(pair["a"]), shown(pair["b"])
     between = f"{points(pair['low'])} to {points(pair['high'])}"
-    if pair["verdict"] == "not resolved":
+    if pair["low"] is None:
+        text = f"{a} against {b} on {name}: {points(pair['diff'])} points; one video says nothing about others"
+    elif pair["verdict"] == "not resolved":
         least = percent(pair["minimum_detectable"])
         text = (
             f"{a} against {b} on {name}: {points(pair['diff'])} points ({between}); "
