@@ -144,8 +144,8 @@ class Start:
         shutil.rmtree(self.folder.partial, ignore_errors=True)
         earlier = read_json(self.folder.record) if self.resumed and self.folder.record.is_file() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
+        write_json(self.folder.record, {**provenance, "earlier": history})  # first: it makes the folder a run's
         write_text(self.folder.config, config)
-        write_json(self.folder.record, {**provenance, "earlier": history})
         keep_steps(self.folder.metrics, self.step)
         return self.folder
 
@@ -172,8 +172,11 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
 
 
 def _begun(path: Path) -> bool:
-    """Whether a file in a run folder belongs to a run; a calibration beforehand is part of none."""
-    return path.name not in (*CALIBRATED, LOCK)
+    """Whether a file in a run folder belongs to a run.
+
+    A calibration beforehand is part of none, nor is what was not written to its end, whose name begins with a dot.
+    """
+    return path.name not in CALIBRATED and not path.name.startswith(".")
 
 
 def provenance(*, command: Sequence[str], seed: int, sha256: Mapping[str, str | None]) -> dict[str, Any]:
@@ -208,11 +211,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with _named(path), partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with _named(path), partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -287,7 +293,8 @@ def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
 def _newest(folder: RunFolder) -> Start:
     """From the last whole checkpoint; RunError when the folder holds something else than a run."""
     checkpoints = folder.checkpoints()
-    if not checkpoints and folder.path.is_dir() and any(folder.path.iterdir()) and not folder.record.is_file():
+    begun = folder.path.is_dir() and any(_begun(path) for path in folder.path.iterdir())
+    if not checkpoints and begun and not folder.record.is_file():
         raise RunError(f"{folder.path} holds no run to resume (no run.json); set name=... or use --overwrite")
     passed: dict[Path, str] = {}
     for path in reversed(checkpoints):

@@ -61,6 +61,36 @@ def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
     assert not run.plan("x", runs=tmp_path).replaces
 
 
+@pytest.mark.parametrize("broken", ["run.json", "config.yaml"])
+def test_a_run_that_ended_while_its_folder_was_made_goes_on_with_resume_auto(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = run.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == broken:
+            path.with_name(f".{path.name}.77").write_text(text[:3])  # what kill -9 leaves
+            raise OSError(28, "No space left on device", str(path))
+        sound(path, text)
+
+    monkeypatch.setattr(run, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        used(tmp_path)
+    monkeypatch.setattr(run, "write_text", sound)
+    run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {"seed": 1})
+    assert {"config.yaml", "run.json"} <= set(names(tmp_path / "x"))
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.json"):
+        run.write_text(tmp_path / "x.json", "{}")
+    assert names(tmp_path) == []
+
+
 def test_overwrite_moves_the_old_run_to_the_next_free_number(tmp_path: Path) -> None:
     for seed in range(3):
         run.plan("x", overwrite=True, runs=tmp_path).open("name: x\n", {"seed": seed})
