@@ -103,12 +103,18 @@ def test_help_is_an_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not unfinished.exists()
 
 
-def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
-    def main(arguments: Sequence[str]) -> None:
-        raise ValueError("a bug")
+def raised(error: Exception) -> None:
+    """A command that raises `error`."""
 
+    def main(arguments: Sequence[str]) -> None:
+        raise error
+
+    run_command(main)
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="a bug"):
-        run_command(main)
+        raised(ValueError("a bug"))
 
 
 def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(
@@ -119,6 +125,18 @@ def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(
     monkeypatch.setattr(command.time, "sleep", waited.append)
     assert outcome(capsys, ConfigError(["x"])) == (2, [])
     assert waited == [command.GRACE]
+
+
+def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: True)
+    lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:44958")
+    monkeypatch.setenv("RANK", "1")
+    assert outcome(capsys, lost) == (1, ["rank 1: lost another rank, which may have said why"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="closed by peer"):  # the first one has nobody to speak for it
+        raised(lost)
 
 
 @pytest.mark.parametrize("kind", command.USER_ERRORS, ids=lambda kind: kind.__name__)

@@ -49,6 +49,8 @@ USER_ERRORS = (
 )
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+# How gloo and NCCL say that another rank has ended, which the first one tells in words of ours.
+GONE = ("closed by peer", "reset by peer", "remote process exited")
 # A rank that is not to speak waits before it ends: once one is gone, the launcher stops rank 0, message and all.
 GRACE = 30.0  # seconds
 
@@ -95,6 +97,10 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
             leave([f"{error.filename}: {error.strerror}; make room or mend the disk; runs go on with --resume auto"], 1)
         if error.errno in PLACE:
             leave([f"{error.filename}: {error.strerror}; give a place that can be used"])
+        raise
+    except RuntimeError as error:
+        if rank() and any(words in str(error) for words in GONE):
+            leave([f"rank {rank()}: lost another rank, which may have said why"], 1)
         raise
     done()
     sys.exit(0)
