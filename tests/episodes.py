@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from omnimem.attach import Seam
 from omnimem.memory import Memory
-from omnimem.policy import Policy
-from omnimem.scoring import AbstractScorer
+from omnimem.policy import Policy, ScoredPolicy
+from omnimem.scoring import AbstractScorer, Covered
 from omnimem.selection import taken
 from omnimem.stream import Prompt
 from omnimem.tokens import EVICTABLE, Chunk, DeepStack, Modality
@@ -107,7 +107,10 @@ class KeptByChunk(Stored):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ScoresByChunk(AbstractScorer):
-    """A scorer that notes its scores, chunk after chunk and layer after layer; recomputed ones follow at the end."""
+    """A scorer that notes its scores, chunk after chunk and layer after layer; recomputed ones follow at the end.
+
+    Each note is the score and, behind it, what it was before it was discounted by what better tokens hold.
+    """
 
     inner: AbstractScorer
     seen: list[Tensor] = field(default_factory=list)
@@ -122,7 +125,8 @@ class ScoresByChunk(AbstractScorer):
 
     def __call__(self, view: LayerView) -> Tensor:
         scores = self.inner(view)
-        self.seen.append(scores.detach())
+        plain = self.inner.inner(view) if isinstance(self.inner, Covered) else scores
+        self.seen.append(torch.stack([scores.detach(), plain.detach()]))
         return scores
 
 
@@ -247,8 +251,30 @@ class OneShot:
         span = self.spans[number]
         fresh = torch.arange(span.start, span.stop).expand(len(states), -1)
         pool = torch.cat([self.kept[number - 1][layer], fresh], dim=1) if number else fresh
-        noted = softened.scores[number * len(self.kept[0]) + layer]
-        return pool, noted, noted * self.slope(softened, states, pool)
+        noted, plain = softened.scores[number * len(self.kept[0]) + layer]
+        slope = self.slope(softened, states, pool) * self.slope_of_coverage(softened, states, pool, plain)
+        return pool, noted, noted * slope
+
+    def slope_of_coverage(self, softened: Softened, states: Tensor, pool: Tensor, plain: Tensor) -> Tensor:
+        """1 in value, with the relative gradient of what each token says that no better one does."""
+        scorer = cast(ScoredPolicy, softened.policy).scorer
+        if not isinstance(scorer, Covered):
+            return torch.ones_like(plain)
+        rows = []
+        for b in range(len(states)):
+            kinds, alone = self.modality[b, pool[b]], [states.new_ones(())] * len(pool[b])
+            for kind in EVICTABLE:
+                members = (kinds == kind).nonzero()[:, 0].tolist()
+                units = F.normalize(states[b, pool[b][members]], dim=-1)
+                units = units - units.mean(dim=0)
+                for place, k in enumerate(members):
+                    better = [i for i, j in enumerate(members) if (plain[b, j], j) > (plain[b, k], k)]
+                    if better:
+                        cosines = F.cosine_similarity(units[place], units[better], dim=-1)
+                        alone[k] = (1 - cosines.max()).clamp_min(FLOOR)
+            rows.append(torch.stack(alone))
+        found = torch.stack(rows)
+        return (found / found.detach()) ** scorer.power
 
     def slope(self, softened: Softened, states: Tensor, pool: Tensor) -> Tensor:
         """1 in value, with the relative gradient of the score: through its novelty alone, as Softness.gradient says."""

@@ -12,8 +12,24 @@ TEXT, AUDIO, VISUAL = 0, 1, 2
 FLOOR = 1e-6  # below it, novelty and importance count as equal (exact duplicates)
 
 PRESETS = {
-    "paper": {"heads": "probabilities", "carry": "sum", "when": "pool", "ends": "present", "power": 1.0, "lend": True},
-    "released": {"heads": "logits", "carry": "halve", "when": "pool", "ends": "one", "power": 0.5, "lend": False},
+    "paper": {
+        "heads": "probabilities",
+        "carry": "sum",
+        "when": "pool",
+        "ends": "present",
+        "power": 1.0,
+        "lend": True,
+        "coverage": 0,
+    },
+    "released": {
+        "heads": "logits",
+        "carry": "halve",
+        "when": "pool",
+        "ends": "one",
+        "power": 0.5,
+        "lend": False,
+        "coverage": 0,
+    },
     "omnimem": {
         "heads": "probabilities",
         "carry": "sum",
@@ -21,6 +37,7 @@ PRESETS = {
         "ends": "present",
         "power": 1.0,
         "lend": True,
+        "coverage": 0.5,
     },
 }
 
@@ -111,6 +128,21 @@ def similarity(features, modality, of, ends):
 def psi(importance, novelty, sharpness, power):
     """psi = a^lambda (1 - s)^gamma (eq. 10; gamma 1/2 in the release)."""
     return max(importance, FLOOR) ** sharpness * max(novelty, FLOOR) ** power
+
+
+def uncovered(features, modality, scores, centred):
+    """1 - largest cosine to a token of its modality that scores higher, or equally and came later; 2 without one."""
+    count, found = len(scores), [1.0] * len(scores)
+    for kind in (1, 2):
+        members = [k for k in range(count) if modality[k] == kind]
+        units = {k: [x / math.sqrt(dot(features[k], features[k])) for x in features[k]] for k in members}
+        if centred:
+            mean = [sum(column) / len(members) for column in zip(*units.values(), strict=True)]
+            units = {k: [x - m for x, m in zip(unit, mean, strict=True)] for k, unit in units.items()}
+        for k in members:
+            better = [j for j in members if (scores[j], j) > (scores[k], k)]
+            found[k] = max(FLOOR, 1 - max((cosine(units[k], units[j]) for j in better), default=-1.0))
+    return found
 
 
 def best(scores, members, count):
@@ -205,6 +237,9 @@ class Layer:
             self.novelty = self.novelty + [1 - s for s in similarity(features, modality, self.of, rule["ends"])]
 
         scores = [psi(a, n, self.sharpness, rule["power"]) for a, n in zip(self.importance, self.novelty, strict=True)]
+        if rule["coverage"]:
+            alone = uncovered(self.features, self.modality, scores, centred=True)
+            scores = [score * part ** rule["coverage"] for score, part in zip(scores, alone, strict=True)]
         kept = self.chosen(scores, rule["lend"])
         self.keys = [[head[k] for k in kept] for head in self.keys]
         for name in ("order", "features", "modality", "importance", "novelty", "gates"):

@@ -15,6 +15,7 @@ from thinkers import write_folder
 from data_prep.renderer import write_mp4
 from data_prep.worlds import draw_world
 from omnimem.attach import attach
+from omnimem.attention import blocked
 from omnimem.backbones import Backbone, ModelOptions, load_backbone
 from omnimem.benchmarks import Defect, Gap, Verdict
 from omnimem.budget import SplitBudget
@@ -32,7 +33,9 @@ SECONDS = 8
 
 
 @pytest.fixture
-def gpu() -> Iterator[PretendedGPU]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
+    """No kernel could run on it."""
+    monkeypatch.setattr(blocked, "fused_mass", lambda: None)
     with PretendedGPU() as pretended:
         yield pretended
 

@@ -148,14 +148,16 @@ def test_copies_of_one_needle_are_redundant_in_the_pool_but_not_as_they_arrived(
         states = hay.repeat(1, 4, 1) + 1e-3 * torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(2))
         states[:, 1] = needle
         chunks.append(with_states(chunk, states))
-    policy = PerturbationOptions(name="omnimem", sharpness=0.0).build(Budget(slots=((1, 2),), lend=False))
-    memory = run(policy, chunks)[1]
+    options = PerturbationOptions(name="omnimem", sharpness=0.0, coverage=0.0)
+    memory = run(options.build(Budget(slots=((1, 2),), lend=False)), chunks)[1]
     assert memory.order[0].tolist() == [1, 5]
     pooled, frozen = (
         view_of(chunks[2], Measures(neighbours=neighbours), memory, fed=8) for neighbours in ("pool", "arrival")
     )
     assert float(pooled.novelty[0, 0]) < 1e-5
     assert float(frozen.novelty[0, :2].min()) > 0.9
+    once = run(replace(options, coverage=0.5).build(Budget(slots=((1, 2),), lend=False)), chunks)
+    assert [int((memory.order[0] % 4 == 1).sum()) for memory in once] == [1, 1, 1]  # of copies one stays, and only one
 
 
 @pytest.mark.parametrize("name", ["random", "recency", "uniform"])

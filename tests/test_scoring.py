@@ -11,10 +11,10 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
-from omnimem.scoring import Perturbation, Random, Recency, Uniform
+from omnimem.scoring import AbstractScorer, Covered, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.tokens import Modality, Tokens
-from omnimem.view import LayerView, Measures
+from omnimem.view import FLOOR, LayerView, Measures
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
 OMNI = (2,) * 225 + (1,) * 50  # Qwen2.5-Omni at 420 x 420
@@ -72,8 +72,10 @@ def test_psi_equals_plain_loops(sharpness: float, power: float) -> None:
     torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("scorer", [Recency(), Random(seed=3), Uniform(), Perturbation()])
-def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer: Recency | Random | Uniform | Perturbation):
+@pytest.mark.parametrize(
+    "scorer", [Recency(), Random(seed=3), Uniform(), Perturbation(), Covered(inner=Perturbation())]
+)
+def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer: AbstractScorer):
     (arrival,) = arrivals([40], batch=3)
     together = scorer(view_of(arrival))
     for b in range(3):
@@ -174,3 +176,49 @@ def test_uniform_keeps_no_two_equal_scores_in_a_million_tokens() -> None:
     view = LayerView(**{**_view(pool), "pool": Tokens.of([*pool.tensors()[:4], order[None], *pool.tensors()[5:]])})
     scores: Tensor = Uniform()(view)
     assert scores.unique().numel() == len(order)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("block", [5, 1024])
+def test_coverage_equals_plain_loops(centred: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(covered, "BLOCK", block)
+    (arrival,) = arrivals([24], batch=2)
+    view, inner = view_of(arrival), Perturbation(sharpness=0.5)
+    scores = inner(view)
+    found = Covered(inner=inner, power=0.7, centred=centred)(view)
+    for b in range(2):
+        row = scores[b].double().tolist()
+        alone = reference.uncovered(arrival.states[b].tolist(), arrival.modality[b].tolist(), row, centred)
+        expected = [score * part**0.7 for score, part in zip(row, alone, strict=True)]
+        torch.testing.assert_close(found[b].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_tokens_only_the_newest_keeps_its_score() -> None:
+    """Copies of one event: the best one is worth as much as without them, the others nothing beside it."""
+    (arrival,) = arrivals([18])
+    visual = (arrival.modality[0] == Modality.VISUAL).nonzero()[:, 0].tolist()
+    states = arrival.states.clone()
+    states[:, visual[2:5]] = states[:, visual[2:3]]
+    scores = torch.ones(1, 18)
+    found = covered.uncovered(states, arrival.modality, scores)[0]
+    assert (found[visual[2:4]] == FLOOR).all()
+    assert found[visual[4]] > 0.1
+    assert found[visual[-1]] == 2.0
+    assert (found[arrival.modality[0] == Modality.TEXT] == 1).all()
+
+
+def test_what_all_tokens_share_does_not_count_as_covered() -> None:
+    (arrival,) = arrivals([30])
+    scores = torch.rand(1, 30, generator=torch.Generator().manual_seed(0))
+    shared = torch.nn.functional.normalize(arrival.states, dim=-1) + 50 * torch.ones(12)
+    near = covered.uncovered(shared, arrival.modality, scores, centred=False)
+    assert near[0][arrival.modality[0] > 0].median() < 1e-3
+    assert covered.uncovered(shared, arrival.modality, scores)[0][arrival.modality[0] > 0].median() > 0.1
+
+
+def test_coverage_carries_gradient_to_both_tokens_and_equals_differences() -> None:
+    """In float64 by central differences; which token is nearest does not change on the way."""
+    states = torch.randn(1, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    modality = torch.tensor([[2, 2, 1, 2, 1, 2, 0]], dtype=torch.int8)
+    scores = torch.linspace(1, 2, 7, dtype=torch.float64)[None]
+    assert torch.autograd.gradcheck(lambda x: covered.uncovered(x, modality, scores), (states,))

@@ -117,15 +117,9 @@ def mass(
 
 
 @cache
-def _triton() -> bool:
-    """Whether there is a compiler for our kernels; torch for CUDA brings it along."""
-    return find_spec("triton") is not None
-
-
-@cache
-def _fused() -> Callable[..., Tensor]:
-    """The kernels, looked for only where they can run."""
-    return import_module("omnimem.attention.fused").mass
+def fused_mass() -> Callable[..., Tensor] | None:
+    """The kernels of `omnimem.attention.fused`, imported only on a GPU; None without Triton, which comes with CUDA."""
+    return import_module("omnimem.attention.fused").mass if find_spec("triton") else None
 
 
 @final
@@ -137,8 +131,9 @@ class _Mass(torch.autograd.Function):
 
     @staticmethod
     def forward(queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> Tensor:
-        if heads == "probabilities" and queries.device.type == "cuda" and queries.dtype != torch.float64 and _triton():
-            return _fused()(queries, keys, scale=scale, gate=gate)
+        on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
+        if heads == "probabilities" and on_gpu and (kernels := fused_mass()) is not None:
+            return kernels(queries, keys, scale=scale, gate=gate)
         parts = _Parts.of(queries, keys, gate, scale, heads)
         received = torch.zeros_like(parts.keys[:, 0, :, 0])
         with torch.autocast(queries.device.type, enabled=False):

@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
 from omnimem.policy import ScoredPolicy
-from omnimem.scoring import Perturbation
+from omnimem.scoring import Covered, Perturbation
 from omnimem.view import Measures
 
 PAPER: dict[str, Any] = {
@@ -18,9 +18,11 @@ PAPER: dict[str, Any] = {
     "of": "sequence",
     "ends": "present",
     "feature": None,
+    "coverage": 0.0,
+    "centred": True,
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
-OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival"}
+OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival", "coverage": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released": RELEASED}
 
 
@@ -33,7 +35,8 @@ class PerturbationOptions:
     released  what the authors' code does: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s),
               a missing neighbour counts as cosine 1, no lending between modalities (method 1.6-1.8 and 8)
     omnimem   our default: the printed score with redundancy judged once, at arrival, so that copies of one needle do
-              not become neighbours in the pool and fall together
+              not become neighbours in the pool and fall together; and discounted by what a better token already holds
+              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy stays and not three
     """
 
     name: Literal["omnimem", "paper", "released"] = "omnimem"
@@ -45,9 +48,11 @@ class PerturbationOptions:
     of: Literal["sequence", "modality"] | None = None
     ends: Literal["present", "one"] | None = None
     feature: int | None = None
+    coverage: float | None = None
+    centred: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("sharpness", 0), ("novelty_power", 0), ("feature", 1)):
+        for name, least in (("sharpness", 0), ("novelty_power", 0), ("coverage", 0), ("feature", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
@@ -59,9 +64,14 @@ class PerturbationOptions:
         given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
         chosen = {**PRESETS[self.name], **given}
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
+        scorer = Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"])
         return ScoredPolicy(
             name=self.name,
-            scorer=Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"]),
+            scorer=_covered(scorer, chosen) if chosen["coverage"] else scorer,
             budget=budget,
             measures=Measures(**measured),
         )
+
+
+def _covered(scorer: Perturbation, chosen: dict[str, Any]) -> Covered:
+    return Covered(inner=scorer, power=chosen["coverage"], centred=chosen["centred"])

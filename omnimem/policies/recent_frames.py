@@ -9,8 +9,9 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.policies.presets import Preset, allotted
 from omnimem.policy import Policy, room_of
+from omnimem.scoring.order import highest
 from omnimem.selection import Softness
-from omnimem.selection.room import groups, highest, text_of
+from omnimem.selection.room import groups, text_of
 from omnimem.tokens import Modality, Tokens
 from omnimem.view import LayerView
 

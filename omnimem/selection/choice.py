@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from omnimem.scoring.order import highest
 from omnimem.selection import gates
-from omnimem.selection.room import Group, Room, groups, highest, text_of
+from omnimem.selection.room import Group, Room, groups, text_of
 from omnimem.selection.softness import Softness
 
 

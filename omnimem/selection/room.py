@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
 from omnimem.tokens import EVICTABLE, Modality
@@ -67,16 +67,3 @@ def text_of(modality: Int8[Tensor, "batch tokens"]) -> Int[Tensor, "batch text"]
     """Indices of the text tokens, ascending."""
     text = modality == Modality.TEXT
     return text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(text[0].sum())]
-
-
-def highest(
-    scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], count: int
-) -> Int[Tensor, "batch count"]:
-    """Indices of the `count` highest members, in falling order; ties go to the most recent token.
-
-    A stable sort from the newest to the oldest breaks ties. A NaN can only come from a NaN of the model itself; it
-    ranks last instead of first, where top-k would put it.
-    """
-    ranked = scores.detach().nan_to_num(nan=-torch.finfo(scores.dtype).max).masked_fill(~member, float("-inf"))
-    newest_first = ranked.flip(1).argsort(dim=1, descending=True, stable=True)
-    return scores.shape[1] - 1 - newest_first[:, :count]

@@ -1,0 +1,96 @@
+"""What a better token already holds is not lost with this one (ours)."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int, Int8
+from torch import Tensor
+from torch.nn import functional as F
+
+from omnimem.scoring.base import AbstractScorer
+from omnimem.scoring.order import highest
+from omnimem.tokens import EVICTABLE
+from omnimem.view import FLOOR, LayerView
+
+BLOCK = 1024  # tokens compared with all better ones at a time
+ALONE = -1.0  # cosine to a better token where there is none
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Covered(AbstractScorer):
+    """psi_k (1 - c_k)^beta, c_k = max cos(h_k - m, h_j - m) over the tokens j of k's modality with psi_j > psi_k.
+
+    h is the redundancy feature at length 1 and m its mean over the modality in the pool, so that what all tokens share
+    counts for nothing. A score alone keeps every copy of an event, or drops them all; this keeps the best copy and
+    discounts the others. The best token of a modality has no better one: c = -1. Ties count as in selection: the more
+    recent token is the better one. One pass, no loop over tokens: in order of psi each looks at those before it.
+    """
+
+    inner: AbstractScorer
+    power: float = 0.5  # beta
+    centred: bool = True  # False: m = 0
+
+    @property
+    def needs_importance(self) -> bool:
+        """As the score inside."""
+        return self.inner.needs_importance
+
+    @property
+    def needs_novelty(self) -> bool:
+        """Always: the feature is what tokens are compared by."""
+        return True
+
+    def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
+        scores = self.inner(view)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and view.gradient != "none"):
+            return scores * uncovered(view.pool.feature, view.modality, scores, centred=self.centred) ** self.power
+
+
+def uncovered(
+    feature: Float[Tensor, "batch tokens feature"],
+    modality: Int8[Tensor, "batch tokens"],
+    scores: Float[Tensor, "batch tokens"],
+    *,
+    centred: bool = True,
+) -> Float[Tensor, "batch tokens"]:
+    """1 - c_k, clamped to >= 1e-6; 1 for text, which competes with nobody.
+
+    Which better token is nearest is found without gradient; the cosine to it carries gradient to both.
+    """
+    unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
+    found = torch.ones_like(scores)
+    for kind in EVICTABLE:
+        member = modality == kind
+        sizes = member.sum(dim=1, keepdim=True)  # in one pool of both modalities streams may hold unequal numbers
+        if (size := int(sizes.max())) == 0:
+            continue
+        order = highest(scores, member, size)  # members first
+        there = torch.arange(size, device=order.device) < sizes
+        ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
+        if centred:
+            mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
+            ranked = F.normalize(ranked - mean, dim=-1, eps=1e-12)
+        near = nearest_before(ranked.detach().to(feature.dtype))
+        cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
+        cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
+        alone = (1 - cosine).clamp_min(FLOOR).to(found.dtype)
+        found = found.scatter(1, order, torch.where(there, alone, found.gather(1, order)))
+    return found
+
+
+@torch.no_grad()
+def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor, "batch members"]:
+    """For each the place of the most alike of those before it, the first one if several; 0 for the first.
+
+    In blocks of rows, so that members x members is never held.
+    """
+    places = torch.arange(ranked.shape[1], device=ranked.device)
+    found = []
+    for first in range(0, len(places), BLOCK):
+        rows = places[first : first + BLOCK]
+        alike = ranked[:, rows] @ ranked[:, : rows[-1] + 1].mT
+        later: Bool[Tensor, "rows columns"] = places[: rows[-1] + 1] >= rows[:, None]
+        found.append(alike.masked_fill(later, float("-inf")).argmax(dim=-1))
+    return torch.cat(found, dim=1)
