@@ -1,0 +1,227 @@
+"""Every memory policy in one streaming loop at the same entries, on the recall task, training-free; and ablations.
+
+python benchmarks/policies.py --config tiny.yaml [--study policies]... [--split calibration] [--slots N]...
+    [--root data/recall]... [--model DIR]... [--policy ARM]... [--reference omnimem] [--quick] [key=value ...]
+
+Studies: policies (every rival as published and with our audio-visual split), ablations (the paper's table 4), ratio
+(table 3), sharpness and temperature (figure 5), chunks, neighbours, budgets. Each runs at every number of slots (the
+config's unless given), in every world (--root, made with another --seed of data_prep/synthesize.py) and on every base
+model. What is answered stays answered; streams are encoded once where data.cache is set. Writes runs/policies/<study>/
+with one line a question for every arm, table.json and accuracy_by_bytes.svg, and prints the table: accuracy by kind,
+entries, bytes with text and side state, and the paired difference to the reference, clustered by stream. An arm whose
+peak or answer-time entries are not those of the reference is refused.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+from policy_table import Sheet, shown, table, write
+from studies import QUICK, STUDIES, Trial
+
+from data_prep.worlds import CELLS, GRID, TOKEN_SECONDS, Event, WorldOptions, draw_world
+from omnimem.attach import Seam, attach
+from omnimem.backbones import load_backbone
+from omnimem.benchmarks import RecallOptions, Verdict
+from omnimem.benchmarks.base import Defect, Gap
+from omnimem.budget import AudioVisualBudget, Signals
+from omnimem.config import ConfigError, RunConfig, load
+from omnimem.data import Question, Sample
+from omnimem.evaluation import Arm, Evaluation, EvaluationError
+from omnimem.feeding import Feeder
+from omnimem.policies.oracle import OracleOptions
+from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
+from train.arguments import train_section
+from train.assemble import budget_of, feeder_of
+from train.command import Parser, run_command
+from train.evaluate import check_benchmarks
+
+OUT = Path("runs/policies")
+QUICK_STREAMS = 8
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Needled:
+    """Recall streams that also say where their answers lie, as the world they are drawn from knows."""
+
+    inner: RecallOptions
+
+    @property
+    def label(self) -> str:
+        return self.inner.label
+
+    @property
+    def rules(self) -> str:
+        return self.inner.rules
+
+    @property
+    def annotations(self) -> tuple[Path, ...]:
+        return self.inner.annotations
+
+    def gaps(self) -> list[Gap]:
+        return self.inner.gaps()
+
+    def samples(self) -> list[Sample]:
+        recipe = json.loads((Path(self.inner.root) / "recipe.json").read_text())
+        options = WorldOptions(**recipe["options"])
+        return [
+            replace(sample, meta={**sample.meta, "needles": tuple(needles(sample.meta, options))})
+            for sample in self.inner.samples()
+        ]
+
+    def defects(self) -> list[Defect]:
+        return self.inner.defects()
+
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        return self.inner.judge(question, prediction)
+
+
+def needles(meta: Mapping[str, Any], options: WorldOptions) -> Iterator[tuple[float, ...]]:
+    """One copy of everything that is asked about: words first, since two kinds of question need them, then symbols."""
+    world = draw_world(int(meta["seed"]), int(meta["seconds"]), options)
+    asked = {question.key for question in world.questions}
+    events = [event for event in world.events if event.shape in asked]
+    during = {event.utterance.at for event in events if event.utterance is not None}
+    heard = [utterance.at for utterance in world.utterances if utterance.voice in asked or utterance.at in during]
+    yield from ((float(at),) for at in sorted(heard, key=lambda at: at not in during))
+    yield from (longest(event) for event in events)
+
+
+def longest(event: Event) -> tuple[float, float, float]:
+    """A second and the middle of the cell in which a symbol stays longest within one visual token."""
+    places = [(second // TOKEN_SECONDS, cell) for second, cell in zip(event.span, event.cells, strict=True)]
+    token, cell = max(places, key=places.count)
+    row, column = divmod(cell % CELLS, GRID)
+    return float(token * TOKEN_SECONDS), (row + 0.5) / GRID, (column + 0.5) / GRID
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate the arms of each study in every setting, then write and print its table."""
+    given = _parser().parse(arguments)
+    run = load(given.config, given.overrides, train=train_section())
+    if given.quick:
+        run = replace(run, evaluate=replace(run.evaluate, limit=QUICK_STREAMS))
+    runs = [_setting(run, model, root, given.split) for model in given.model or [None] for root in given.root or [None]]
+    for one in runs:
+        check_benchmarks(one)
+    chosen = {study: _arms(study, given.policy, given.quick) for study in given.study or ["policies"]}
+    sheets: dict[str, list[Sheet]] = {study: [] for study in chosen}
+    for one in runs:
+        backbone = load_backbone(one.model)
+        with attach(backbone.text_model) as seam:
+            feeder = feeder_of(one, backbone)
+            for study, trials in chosen.items():
+                for slots in given.slots or [one.memory.slots_per_layer]:
+                    sheets[study] += evaluated(one, seam, feeder, study, trials, slots)
+    for study, trials in chosen.items():
+        reference = given.reference if given.reference in trials else next(iter(trials))
+        rows = table(sheets[study], reference)
+        write(rows, OUT / study, _facts(given, runs, reference))
+        print("\n".join([f"{study}, {given.split} split", *shown(rows, reference)]))
+        print(f"wrote {OUT / study / 'table.json'} and {OUT / study / 'accuracy_by_bytes.svg'}\n", flush=True)
+
+
+def evaluated(
+    run: RunConfig, seam: Seam, feeder: Feeder, study: str, trials: Mapping[str, Trial], slots: int
+) -> Iterator[Sheet]:
+    """The answers of every arm in one setting; those that are there are kept."""
+    benchmark = run.evaluate.benchmarks[0]
+    model, root = Path(run.model.path).name, benchmark.root
+    place = f"{model}-{Path(root).name}-{benchmark.split}-{slots}"
+    signals = _signals(run, seam, feeder, OUT / "signals" / f"{model}-{Path(root).name}")
+    digests = {"base": sha256(Path(run.model.path), suffixes=(".safetensors",)), "data": sha256(benchmark.manifest)}
+    for name, trial in trials.items():
+        budget = trial.allocate(run.memory.budget, seam.shape.layers, slots, signals)
+        options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
+        mine = Feeder(feeder.backbone, options, feeder.cache, encoder=feeder.encoder)
+        evaluation = Evaluation(seam=seam, feeder=mine, options=run.evaluate)
+        told = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
+        target = RunFolder(path=OUT / study / place).evaluation(name)
+        _same(target, {"trial": repr(trial), "slots": [list(pair) for pair in budget.slots], "sha256": digests})
+        entry = evaluation.run(Arm(name=name, policy=trial.policy.build(budget)), told, target)
+        facts = provenance(command=["benchmarks/policies.py"], seed=0, sha256=digests)
+        write_json(target / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {told.label: entry}})
+        streams = {sample.id for sample in told.samples()[: run.evaluate.limit]}
+        lines = target / f"{told.label}.jsonl"
+        yield Sheet.read(lines, streams, arm=name, model=model, root=root, slots=slots, fewer=trial.fewer)
+        print(f"{place} {name}: {entry['strict']:.1%} of {entry['n']}", flush=True)
+
+
+def _same(target: Path, settings: dict[str, Any]) -> None:
+    """Raises EvaluationError where the answers in a folder were made with other settings."""
+    place = target / "settings.json"
+    if place.is_file() and read_json(place) != settings:
+        raise EvaluationError(f"{target}: its answers were made with other settings ({place}); move the folder away")
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(place, settings)
+
+
+def _signals(run: RunConfig, seam: Seam, feeder: Feeder, folder: Path) -> Signals:
+    """What calibration measures of the model at the config's own size, once a model and world."""
+    budget = run.memory.budget if isinstance(run.memory.budget, AudioVisualBudget) else AudioVisualBudget()
+    calibrating = replace(run, memory=replace(run.memory, budget=replace(budget, table="calibrate")))
+    found = budget_of(calibrating, seam, feeder, RunFolder(path=folder)).signals
+    assert found is not None, "a calibrated budget has signals"
+    return found
+
+
+def _setting(run: RunConfig, model: str | None, root: str | None, split: str) -> RunConfig:
+    """The run on another base and in another world."""
+    (benchmark,) = run.evaluate.benchmarks
+    if not isinstance(benchmark, RecallOptions):
+        raise ConfigError([f"evaluate.benchmarks: {benchmark.name} has no worlds; this script knows recall alone"])
+    moved = replace(benchmark, split=split, root=root or benchmark.root)
+    return replace(
+        run,
+        model=replace(run.model, path=model or run.model.path),
+        evaluate=replace(run.evaluate, benchmarks=(moved,)),
+    )
+
+
+def _arms(study: str, wanted: Sequence[str] | None, quick: bool) -> dict[str, Trial]:
+    """The arms of a study, or those asked for."""
+    trials = STUDIES[study]
+    names = wanted or ([name for name in trials if name in QUICK] if quick and study == "policies" else list(trials))
+    unknown = [name for name in names if name not in trials]
+    if unknown:
+        raise ConfigError([f"--policy {name}: no arm of study {study}; known: {', '.join(trials)}" for name in unknown])
+    return {name: trials[name] for name in trials if name in names}
+
+
+def _facts(given: Any, runs: Sequence[RunConfig], reference: str) -> dict[str, Any]:
+    """What the table was made of: bases, worlds with their seeds, sizes."""
+    recipes = {}
+    for run in runs:
+        root = run.evaluate.benchmarks[0].root
+        recipe = Path(root) / "recipe.json"
+        recipes[root] = json.loads(recipe.read_text()) if recipe.is_file() else None
+    return {
+        "split": given.split,
+        "limit": runs[0].evaluate.limit,
+        "chunk_tokens": runs[0].stream.chunk_tokens,
+        "reference": reference,
+        "models": sorted({run.model.path for run in runs}),
+        "worlds": recipes,
+        "provenance": provenance(command=["benchmarks/policies.py"], seed=0, sha256={}),
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    parser.add_argument("--study", action="append", choices=STUDIES, help="may be repeated (policies)")
+    parser.add_argument("--split", default="calibration", help="split of the recall task (%(default)s)")
+    parser.add_argument("--slots", type=int, action="append", help="slots per layer; may be repeated (the config's)")
+    parser.add_argument("--root", action="append", metavar="DIR", help="a recall world; may be repeated (the config's)")
+    parser.add_argument("--model", action="append", metavar="DIR", help="a base; may be repeated (the config's)")
+    parser.add_argument("--policy", action="append", metavar="ARM", help="an arm to evaluate; may be repeated (all)")
+    parser.add_argument("--reference", default="omnimem", metavar="ARM", help="what is paired with (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"a first answer: {QUICK_STREAMS} streams, few arms")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

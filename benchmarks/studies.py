@@ -1,0 +1,163 @@
+"""What benchmarks/policies.py tries: each study is a list of arms, each a policy at a budget, cut into chunks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+from omnimem.budget import AudioVisualBudget, Budget, BudgetOptions, SharedBudget, Signals, SplitBudget
+from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies.h2o import H2OOptions
+from omnimem.policies.hermes import HermesOptions
+from omnimem.policies.infinipot_v import InfiniPotVOptions
+from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.keydiff import KeyDiffOptions
+from omnimem.policies.lava import LavaOptions
+from omnimem.policies.oracle import OracleOptions
+from omnimem.policies.pyramidkv import PyramidKVOptions
+from omnimem.policies.recent_frames import RecentFramesOptions
+from omnimem.policies.recursive_uniform import RecursiveUniformOptions
+from omnimem.policies.similarity import SimilarityOptions
+from omnimem.policies.snapkv import SnapKVOptions
+from omnimem.policies.streaming_llm import StreamingLLMOptions
+from omnimem.policies.streammem import StreamMemOptions
+from omnimem.policies.value_norm import ValueNormOptions
+
+SHARED, SPLIT = "as_published", "shared_split"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One arm; without a budget of its own it has the run's."""
+
+    policy: PolicyOptions
+    budget: BudgetOptions | None = None
+    pooled: bool = False  # layers as the budget has them, audio and visual tokens in one pool
+    chunk_tokens: int | None = None
+    fewer: bool = False  # may hold fewer entries than the others: it leaves slots empty, or reads less
+
+    def allocate(self, given: BudgetOptions, layers: int, slots: int, signals: Signals) -> Budget:
+        """The slots of this arm."""
+        budget = (self.budget or given).build(layers, slots, signals)
+        if not self.pooled:
+            return budget
+        return replace(budget, slots=tuple((0, sum(pair)) for pair in budget.slots), split=False)
+
+
+def both(name: str, options: Any, **settings: Any) -> dict[str, Trial]:
+    """As published, and with our audio-visual split."""
+    return {
+        name: Trial(policy=options(preset=SHARED, **settings)),
+        f"{name}_split": Trial(policy=options(preset=SPLIT, **settings)),
+    }
+
+
+def _psi(**settings: Any) -> Trial:
+    return Trial(policy=PerturbationOptions(**settings))
+
+
+def _avba(ratio: float = 2.0, temperature: float = 0.2) -> AudioVisualBudget:
+    return AudioVisualBudget(visual_audio_ratio=ratio, layer_temperature=temperature)
+
+
+def _controls() -> dict[str, Trial]:
+    rows = {}
+    for name in ("recency", "uniform"):
+        rows |= {name: Trial(policy=ControlOptions(name=name, preset=SHARED))}
+        rows |= {f"{name}_split": Trial(policy=ControlOptions(name=name))}
+    for seed in range(3):
+        rows[f"random_{seed}"] = Trial(policy=ControlOptions(name="random", preset=SHARED, seed=seed))
+        rows[f"random_{seed}_split"] = Trial(policy=ControlOptions(name="random", seed=seed))
+    return rows
+
+
+def _fewer(rows: Mapping[str, Trial]) -> dict[str, Trial]:
+    return {name: replace(trial, fewer=True) for name, trial in rows.items()}
+
+
+POLICIES: dict[str, Trial] = {
+    "omnimem": _psi(),
+    "omnimem_pool": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+    "psi": _psi(coverage=0.0),
+    "psi_pool": Trial(policy=PerturbationOptions(coverage=0.0), budget=SharedBudget()),
+    "paper": _psi(name="paper"),
+    "released": replace(_psi(name="released"), fewer=True),  # lends nothing
+    **both("similarity", SimilarityOptions),
+    **_controls(),
+    **both("recursive_uniform", RecursiveUniformOptions),
+    **_fewer(both("input_uniform", InputUniformOptions)),
+    **_fewer(both("recent_frames", RecentFramesOptions)),
+    **both("streaming_llm", StreamingLLMOptions),
+    **both("value_norm", ValueNormOptions),
+    **both("keydiff", KeyDiffOptions),
+    **both("h2o", H2OOptions),
+    **both("snapkv", SnapKVOptions),
+    "snapkv_released": Trial(policy=SnapKVOptions(preset="as_released")),
+    **both("pyramidkv", PyramidKVOptions),
+    **both("lava", LavaOptions),
+    "lava_released": Trial(policy=LavaOptions(preset="as_released")),
+    **both("infinipot_v", InfiniPotVOptions),
+    "infinipot_v_released": Trial(policy=InfiniPotVOptions(preset="as_released")),
+    "infinipot_v_reindexed": Trial(policy=InfiniPotVOptions(reindex=True)),
+    **_fewer(both("streammem", StreamMemOptions)),  # the frame filter lets less be read
+    **both("streammem_unfiltered", StreamMemOptions, frame_filter=False),
+    **both("hermes", HermesOptions),
+    "hermes_released": Trial(policy=HermesOptions(preset="as_released")),
+    "hermes_reindexed": Trial(policy=HermesOptions(reindex=True)),
+    **both("oracle", OracleOptions),
+}
+STUDIES: dict[str, dict[str, Trial]] = {
+    "policies": POLICIES,
+    "ablations": {  # the paper's table 4, under its own score and under ours
+        "full": _psi(),
+        "no_split": Trial(policy=PerturbationOptions(), pooled=True),
+        "no_avba": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+        "similarity_only": _psi(sharpness=0.0),
+        "no_coverage": _psi(coverage=0.0),
+        "coverage_not_centred": _psi(centred=False),
+        "coverage_power_1": _psi(coverage=1.0),
+        "neighbours_in_pool": _psi(neighbours="pool"),
+        "paper_with_coverage": _psi(name="paper", coverage=0.5),
+        "paper_full": _psi(name="paper"),
+        "paper_no_split": Trial(policy=PerturbationOptions(name="paper"), pooled=True),
+        "paper_no_avba": Trial(policy=PerturbationOptions(name="paper"), budget=SharedBudget()),
+        "paper_similarity_only": _psi(name="paper", sharpness=0.0),
+    },
+    "ratio": {  # table 3, at equal entries
+        "no_split": Trial(policy=PerturbationOptions(), pooled=True),
+        **{
+            f"r_{r:g}": Trial(policy=PerturbationOptions(), budget=_avba(ratio=r))
+            for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+        },
+    },
+    "sharpness": {f"lambda_{value:g}": _psi(sharpness=value) for value in (0.0, 0.02, 0.1, 0.2, 0.5, 1.0)},
+    "temperature": {
+        f"T_{value:g}": Trial(policy=PerturbationOptions(), budget=_avba(temperature=value))
+        for value in (0.1, 0.2, 0.5, 1.0, 2.0, math.inf)
+    },
+    "chunks": {
+        f"chunk_{tokens}": Trial(policy=PerturbationOptions(), chunk_tokens=tokens, fewer=True)  # peaks differ
+        for tokens in (144, 72, 36, 18)
+    },
+    "neighbours": {
+        "arrival": _psi(),
+        "pool": _psi(neighbours="pool"),
+        "arrival_same_modality": _psi(of="modality"),
+        "pool_same_modality": _psi(neighbours="pool", of="modality"),
+    },
+    "budgets": {
+        "shared": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+        **{
+            f"split_r{r:g}": Trial(policy=PerturbationOptions(), budget=SplitBudget(visual_audio_ratio=r))
+            for r in (0.5, 1.0, 2.0, 5.0)
+        },
+        **{
+            f"avba_r{r:g}_T{t:g}": Trial(policy=PerturbationOptions(), budget=_avba(ratio=r, temperature=t))
+            for r in (1.0, 2.0, 5.0)
+            for t in (0.2, 1.0, math.inf)
+        },
+    },
+}
+Study = Literal["policies", "ablations", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"]
+QUICK: tuple[str, ...] = ("omnimem", "omnimem_pool", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")
