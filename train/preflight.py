@@ -102,7 +102,8 @@ def rehearse(
 ) -> str:
     """One sample through forward and backward at the largest budget and chunk size; what that took.
 
-    Raises ConfigError when memory does not suffice, MediaError when the sample cannot be read after all.
+    Raises ConfigError when memory does not suffice, MediaError when the sample cannot be read after all, LayoutError
+    when a chunk size that may be drawn is too small for it.
     """
     drawn = run.tuning.slots(run.memory.slots_per_layer)
     slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
@@ -114,13 +115,15 @@ def rehearse(
     training, started = model.training, time.perf_counter()
     if cards:
         torch.cuda.reset_peak_memory_stats(device)
+    opened = feeder.open(sample)
+    run.tuning.check_segments(opened.segments)
     try:
         with torch.random.fork_rng(cards):
             model.train()
             outcome = streamed_loss(
                 seam,
                 feeder,
-                [feeder.open(sample)],
+                [opened],
                 policy_in_training(run.tuning, policies(slots)),
                 softness=softness,
                 carry=gradient_of(run.tuning, seam.shape.layers),
