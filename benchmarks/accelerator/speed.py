@@ -36,6 +36,8 @@ from omnimem.tuning import FullGradient, Gradient
 ARMS: dict[str, PolicyOptions] = {
     "lambda 0": PerturbationOptions(sharpness=0.0),
     "lambda 0.02": PerturbationOptions(sharpness=0.02),
+    "lambda 0.02, feature 128": PerturbationOptions(sharpness=0.02, feature=128),  # as budget8k.yaml has it
+    "lambda 0.02, no coverage": PerturbationOptions(sharpness=0.02, feature=128, coverage=0.0),
     "random": ControlOptions(name="random"),
 }
 TEMPERATURE = 0.5
@@ -343,7 +345,7 @@ def training(bench: Bench) -> None:
     length = sizes.chunks[0]
     chunks = [bench.chunk(number * length, length) for number in range(sizes.memory // length + 2)]
     prompt = questions(1, sizes.question, sizes.text["vocab_size"], bench.device)
-    policy = bench.policy(ARMS["lambda 0.02"])
+    policy = bench.policy(ARMS["lambda 0.02, feature 128"])
 
     def arm(carry: Gradient, *, by_layer: bool = False) -> Arm:
         @contextmanager
