@@ -11,6 +11,7 @@ from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
 from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.k_center import KCenterOptions
 from omnimem.policies.keydiff import KeyDiffOptions
 from omnimem.policies.lava import LavaOptions
 from omnimem.policies.oracle import OracleOptions
@@ -91,6 +92,7 @@ POLICIES: dict[str, Trial] = {
     **both("streaming_llm", StreamingLLMOptions),
     **both("value_norm", ValueNormOptions),
     **both("keydiff", KeyDiffOptions),
+    **both("k_center", KCenterOptions),
     **both("h2o", H2OOptions),
     **both("snapkv", SnapKVOptions),
     "snapkv_released": Trial(policy=SnapKVOptions(preset="as_released")),

@@ -120,6 +120,28 @@ def key_difference(row, slots, depth):
     return scores
 
 
+def farthest_first(row, slots, depth):
+    points = [
+        [x for part in (row.keys, row.values) for head in part for x in (y / norm(head[k]) for y in head[k])]
+        for k in range(row.count)
+    ]
+    scores = [0.0] * row.count
+    for members, kept in contests(row, slots):
+        chosen = []
+        while len(chosen) < kept:
+            far = {
+                k: min(
+                    (sum((x - y) ** 2 for x, y in zip(points[k], points[j], strict=True)) for j in chosen), default=0
+                )
+                for k in members
+                if k not in chosen
+            }
+            chosen.append(max(far, key=lambda k: (far[k], k)))
+        for place, k in enumerate(chosen):
+            scores[k] = float(kept - place)
+    return scores
+
+
 def raised(row, scores, inside):
     top = max(scores) + 1
     return [top if k in inside else scores[k] for k in range(row.count)]

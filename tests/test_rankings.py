@@ -12,6 +12,7 @@ from rows import chunks_of, evictable, kept_by, row_of, view_after
 from omnimem.budget import Budget
 from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions, TemporalAndValue, slot_cells, true_cells
+from omnimem.policies.k_center import KCenterOptions
 from omnimem.policies.keydiff import KeyDiffOptions
 from omnimem.policies.pyramidkv import Pyramid, PyramidKVOptions
 from omnimem.policies.ranked import RankedPolicy
@@ -34,6 +35,7 @@ CELLS = {"slot": slot_cells, "true": true_cells}
 RIVALS: dict[str, tuple[Callable[..., object], Callable[..., list[float]]]] = {
     "value_norm": (ValueNormOptions, loops.value_norm),
     "keydiff": (KeyDiffOptions, loops.key_difference),
+    "k_center": (KCenterOptions, loops.farthest_first),
     "h2o": (H2OOptions, loops.heavy_hitters),
     "h2o_observers": (
         partial(H2OOptions, recent_share=0.25, per_observer=True),

@@ -17,6 +17,7 @@ from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
 from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.k_center import KCenterOptions
 from omnimem.policies.keydiff import KeyDiffOptions
 from omnimem.policies.lava import LavaOptions
 from omnimem.policies.oracle import OracleOptions
@@ -56,6 +57,8 @@ OPTIONS: dict[str, PolicyOptions] = {
     "value_norm_layer": ValueNormOptions(per_head=False),
     "value_norm_split": ValueNormOptions(preset="shared_split"),
     "keydiff": KeyDiffOptions(),
+    "k_center": KCenterOptions(),
+    "k_center_heads_split": KCenterOptions(preset="shared_split", per_head=True),
     "h2o": H2OOptions(),
     "h2o_split": H2OOptions(preset="shared_split"),
     "snapkv": SnapKVOptions(),

@@ -5,6 +5,7 @@ from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
 from omnimem.policies.input_uniform import InputUniformOptions
+from omnimem.policies.k_center import KCenterOptions
 from omnimem.policies.keydiff import KeyDiffOptions
 from omnimem.policies.lava import LavaOptions
 from omnimem.policies.oracle import OracleOptions
@@ -25,6 +26,7 @@ PolicyOptions = (
     | HermesOptions
     | InfiniPotVOptions
     | InputUniformOptions
+    | KCenterOptions
     | KeyDiffOptions
     | LavaOptions
     | OracleOptions
