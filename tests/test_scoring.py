@@ -13,7 +13,7 @@ from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
 from omnimem.scoring import AbstractScorer, Covered, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
-from omnimem.tokens import Modality, Tokens
+from omnimem.tokens import ABSENT, Modality, Tokens
 from omnimem.view import FLOOR, LayerView, Measures
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
@@ -191,6 +191,29 @@ def test_coverage_equals_plain_loops(centred: bool, block: int, monkeypatch: pyt
         alone = reference.uncovered(arrival.states[b].tolist(), arrival.modality[b].tolist(), row, centred)
         expected = [score * part**0.7 for score, part in zip(row, alone, strict=True)]
         torch.testing.assert_close(found[b].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
+
+
+def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:
+    """In one pool of both modalities: many and one, none and all, and places that hold nothing."""
+    (arrival,) = arrivals([20], batch=4)
+    modality = torch.full((4, 20), int(Modality.VISUAL), dtype=torch.int8)
+    modality[0, ::2], modality[1, 7], modality[3, 12:] = Modality.AUDIO, Modality.AUDIO, ABSENT
+    scores = torch.rand(4, 20, generator=torch.Generator().manual_seed(3))
+    found = covered.uncovered(arrival.states, modality, scores)
+    for b in range(4):
+        there = modality[b] != ABSENT
+        alone = covered.uncovered(arrival.states[b : b + 1, there], modality[b : b + 1, there], scores[b : b + 1, there])
+        torch.testing.assert_close(found[b, there], alone[0])
+        assert (found[b, ~there] == 1).all()
+    assert found[1, 7] == 2
+
+
+def test_under_autocast_the_same_tokens_are_found_nearest() -> None:
+    ranked = torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(4))
+    plain = covered.nearest_before(ranked)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(covered.nearest_before(ranked), plain)
+    assert not torch.equal(covered.nearest_before(ranked.bfloat16()), plain)
 
 
 def test_of_equal_tokens_only_the_newest_keeps_its_score() -> None:

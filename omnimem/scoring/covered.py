@@ -26,6 +26,7 @@ class Covered(AbstractScorer):
     counts for nothing. A score alone keeps every copy of an event, or drops them all; this keeps the best copy and
     discounts the others. The best token of a modality has no better one: c = -1. Ties count as in selection: the more
     recent token is the better one. One pass, no loop over tokens: in order of psi each looks at those before it.
+    The score inside must not be negative.
     """
 
     inner: AbstractScorer
@@ -57,7 +58,8 @@ def uncovered(
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which competes with nobody.
 
-    Which better token is nearest is found without gradient; the cosine to it carries gradient to both.
+    Which better token is nearest is found without gradient, in the precision of the feature (in bfloat16 cosines are
+    told apart from 0.004 on); the cosine to it is float32 or more and carries gradient to both.
     """
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
@@ -84,13 +86,15 @@ def uncovered(
 def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor, "batch members"]:
     """For each the place of the most alike of those before it, the first one if several; 0 for the first.
 
-    In blocks of rows, so that members x members is never held.
+    In blocks of rows, so that members x members is never held. The same under autocast, so that training and
+    evaluation select alike.
     """
     places = torch.arange(ranked.shape[1], device=ranked.device)
     found = []
     for first in range(0, len(places), BLOCK):
         rows = places[first : first + BLOCK]
-        alike = ranked[:, rows] @ ranked[:, : rows[-1] + 1].mT
+        with torch.autocast(ranked.device.type, enabled=False):
+            alike = ranked[:, rows] @ ranked[:, : rows[-1] + 1].mT
         later: Bool[Tensor, "rows columns"] = places[: rows[-1] + 1] >= rows[:, None]
         found.append(alike.masked_fill(later, float("-inf")).argmax(dim=-1))
     return torch.cat(found, dim=1)
