@@ -202,7 +202,9 @@ def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:
     found = covered.uncovered(arrival.states, modality, scores)
     for b in range(4):
         there = modality[b] != ABSENT
-        alone = covered.uncovered(arrival.states[b : b + 1, there], modality[b : b + 1, there], scores[b : b + 1, there])
+        alone = covered.uncovered(
+            arrival.states[b : b + 1, there], modality[b : b + 1, there], scores[b : b + 1, there]
+        )
         torch.testing.assert_close(found[b, there], alone[0])
         assert (found[b, ~there] == 1).all()
     assert found[1, 7] == 2
