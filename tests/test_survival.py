@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -29,7 +30,7 @@ from omnimem.data import DataOptions, TooManyFailures, read_manifest
 from omnimem.run import sha256
 from omnimem.sealed import damage
 from omnimem.tuning import AdapterError, StreamedModel, add_adapter
-from train import preflight
+from train import preflight, stopping
 from train.bad_steps import BadSteps
 from train.finetune import saves_of
 from train.preflight import check_data, check_run
@@ -51,6 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def arguments(tmp_path: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+
+def test_a_launcher_that_ended_before_a_rank_was_ready_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at who it is and the look at its command line there is time to end."""
+    ended, sent = start_and_end(), []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(stopping, "_parent", lambda number: ended)
+    monkeypatch.setattr(os, "kill", lambda number, asked: sent.append((number, asked)))
+    stopping.follow_launcher()
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def start_and_end() -> int:
+    """The number of a process that is over."""
+    done = subprocess.Popen(["true"])
+    done.wait()
+    return done.pid
 
 
 def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments: TrainingArguments) -> None:

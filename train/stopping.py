@@ -82,7 +82,7 @@ def follow_launcher() -> None:
         return
     try:
         ends = [os.pidfd_open(number) for number in launchers()]
-    except ProcessLookupError:  # it ended before this process was ready
+    except (ProcessLookupError, FileNotFoundError):  # it ended before this process was ready
         os.kill(os.getpid(), signal.SIGTERM)
         return
     if ends:
