@@ -60,8 +60,9 @@ def adopt(out: Path, video: Path, questions: Sequence[str]) -> Path:
         raise MediaError(video, "missing", "is not there; give --video a file")
     (out / "videos").mkdir(parents=True, exist_ok=True)
     link = out / "videos" / video.name
-    link.unlink(missing_ok=True)
-    link.symlink_to(video.resolve())
+    if link.resolve() != video.resolve():  # a file of an earlier run may be given again
+        link.unlink(missing_ok=True)
+        link.symlink_to(video.resolve())
     messages = [{"role": "user", "content": question, "at": None} for question in questions]
     _write_manifest(out, {"id": video.stem, "video": f"videos/{video.name}", "messages": messages})
     return video

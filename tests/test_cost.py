@@ -80,6 +80,18 @@ def test_a_wrong_command_line_is_refused_before_anything_is_measured(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_an_earlier_run_may_be_given_again(script: ModuleType, tmp_path: Path) -> None:
+    film = tmp_path / "videos" / "film.mp4"
+    film.parent.mkdir()
+    film.write_bytes(b"film")
+    for given in (film, film, tmp_path / "other" / "film.mp4"):
+        if given is not film:
+            given.parent.mkdir()
+            given.write_bytes(b"other")
+        script.adopt(tmp_path, given, ["What?"])
+        assert film.read_bytes() == given.read_bytes()
+
+
 @pytest.mark.slow
 def test_arms_are_measured_on_a_file_of_ones_own_and_drawn(tmp_path: Path) -> None:
     film, script = tmp_path / "film.mp4", ROOT / "benchmarks" / "cost.py"
