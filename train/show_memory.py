@@ -66,8 +66,13 @@ def main(arguments: Sequence[str]) -> None:
 def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
     """The settings of both sides.
 
-    Raises ConfigError when they are the same, or differ in what both sides must share, and when --out is no file.
+    Raises ConfigError when they are the same, or differ in what both sides must share, when --out is no file, and when
+    an argument says something of another one that is not given.
     """
+    if given.tuned is not None and given.adapter is None:
+        raise ConfigError([f"--tuned {given.tuned}: nothing tunes that side; give --adapter DIR, or leave --tuned out"])
+    if given.id is not None and given.manifest is None:
+        raise ConfigError([f"--id {given.id}: names a stream of a manifest; give --manifest FILE in place of --video"])
     if given.out.is_dir():
         raise ConfigError([f"--out: {given.out} is a folder; name a file in it, such as {given.out / 'memory.html'}"])
     section = train_section()
