@@ -16,7 +16,7 @@ from omnimem.media import Geometry, LogMel
 from omnimem.memory import Memory, Shape
 from omnimem.tokens import TOKEN_AXES
 from omnimem.tuning import LoraOptions
-from omnimem.tuning.gradient.options import Horizon, Mode
+from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 
 TOGETHER = 32  # segments that pass the encoders at once
 
@@ -245,6 +245,7 @@ class Load:
     stage: int | None  # ZeRO stage; None: no DeepSpeed
     ranks: int = 1
     batch: int = 1  # streams that share a pass
+    recompute: Recompute = "chunk"
     gradient: Mode = "full"
     horizon: Horizon = "all"
     stop_layer: int = 0  # of released and paper
@@ -349,18 +350,32 @@ def _waiting(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
 
 
 def _activations(shapes: Shapes, load: Load) -> list[Row]:
-    """Saved tensors of the chunk that is computed again in backward, and of the answers' logits."""
+    """Saved tensors of what lives at once in backward (`tuning.recompute`), and of the answers' logits."""
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
     keys = (2 * text.kv_heads * text.dim + load.feature) * size
     rows = load.batch * load.question_tokens
+    layer, entering = tokens * token + pool * keys, tokens * text.width * size
+    one = f"{tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B"
+    what, held, how = {
+        "none": (
+            "of all chunks",
+            load.chunks * text.layers * layer,
+            f"{load.chunks} chunks x {text.layers} layers x ({one})",
+        ),
+        "chunk": ("of one chunk", text.layers * layer, f"{text.layers} layers x ({one})"),
+        "layer": (
+            "of one layer",
+            layer + text.layers * entering,
+            f"{one} + {text.layers} inputs of {gibibytes(entering)}",
+        ),
+    }[load.recompute]
     return [
         Row(
-            what="activations of one chunk",
-            bytes=load.batch * text.layers * (tokens * token + pool * keys),
-            how=f"{text.layers} layers x ({tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B)"
-            + (f" x {load.batch} streams" if load.batch > 1 else ""),
+            what=f"activations {what}",
+            bytes=load.batch * held,
+            how=f"({how}) x {load.batch} streams" if load.batch > 1 else how,
             exact=False,
         ),
         Row(
@@ -377,13 +392,15 @@ def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, po
 
     float32: the inputs of both norms, the states whose redundancy is judged (twice), and the input of the adapters,
     which with dropout is one copy and one mask byte a projection. In the model's precision: queries and attention
-    output, a row of the mask over `pool` keys, three inner states of the perceptron.
+    output, three inner states of the perceptron, and in float32 a row of the mask over `pool` keys, which the kernels
+    of 16 bits do without.
     """
     size = dtype.itemsize
+    mask = pool if size == 4 else 0
     inputs = {name: text.projection(name)[0] for name in lora.targets}
     adapted = 5 * sum(inputs.values()) if lora.dropout else 4 * sum({text.width, *inputs.values()})
     adapted += 4 * lora.r * len(inputs)
-    return 16 * text.width + adapted + 4 * text.heads + size * (2 * text.heads * text.dim + pool + 3 * text.inner)
+    return 16 * text.width + adapted + 4 * text.heads + size * (2 * text.heads * text.dim + mask + 3 * text.inner)
 
 
 def _encoders(shapes: Shapes, load: Load) -> list[Row]:

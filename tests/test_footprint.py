@@ -18,8 +18,10 @@ from omnimem.policies import PerturbationOptions
 from omnimem.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import LoraOptions, add_adapter
+from omnimem.tuning.gradient.options import Recompute
 from train.tiny_checkpoint import build_tokenizer
 
+ROOT = Path(__file__).parents[1]
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
 LORA = LoraOptions(r=8, alpha=16.0)
 LOAD = Load(
@@ -201,6 +203,21 @@ def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
     token = layer_activations(text_shape, lora, torch.float32, 2 * tokens)
     formula = layers * (tokens * token + 2 * tokens * (2 * 2 * width // 8 + width) * 4)
     assert sum(saved.values()) == pytest.approx(formula, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "arm"), [("none", "stored"), ("chunk", "recompute"), ("layer", "recompute by layers too")]
+)
+def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute: Recompute, arm: str) -> None:
+    """benchmarks/results: 7 of the 7B model's layers, 8,192 slots, 6 chunks of 2,048 tokens, LoRA 128, no dropout."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "h200-2026-11-26.json").read_text())["rows"]
+    (measured,) = (row for row in rows if row["section"].startswith("training, 6 chunks") and row["arm"] == arm)
+    lora = LoraOptions(r=128, alpha=256.0, dropout=0.0)
+    load = replace(LOAD, entries=7 * 8192, chunk_tokens=2048, chunks=6, recompute=recompute, lora=lora)
+    shapes = Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
+    found = footprint(replace(shapes, text=replace(shapes.text, layers=7)), load)
+    table = sum(row.bytes for row in found if row.what.startswith(("activations", "memories in the graph")))
+    assert table / 2**30 == pytest.approx(measured["transient_gib"], rel=0.25)
 
 
 def test_the_table_shows_every_row_and_marks_formulas() -> None:

@@ -317,6 +317,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         stage=_stage(run),
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         batch=batch,
+        recompute=run.tuning.recompute,
         gradient=run.tuning.gradient,
         horizon=run.tuning.horizon,
         stop_layer=stop_layer_of(run.tuning, shapes.text.layers) if run.tuning.gradient in HALF_WAY else 0,

@@ -7,7 +7,7 @@ from typing import Literal, final
 from omnimem.backbones import Encoded, LayoutError
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange, in_laps, uniform
-from omnimem.tuning.gradient.options import Horizon, Mode, check_settings
+from omnimem.tuning.gradient.options import Horizon, Mode, Recompute, check_settings
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
 
@@ -21,7 +21,7 @@ class TuningOptions:
     gradient: Mode = "full"  # what learns from which chunk (docs/tuning.md)
     horizon: Horizon = "all"  # full: how many chunks before a loss learn from it
     stop_layer: int | None = None  # released, paper: chunks run the layers below it; empty: half of them
-    recompute: Literal["none", "chunk", "layer"] = "chunk"  # what of the activations lives: all, a chunk, a layer of it
+    recompute: Recompute = "chunk"  # what of the activations lives at once
     offload: bool = False  # memories wait on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     # slots per layer, drawn anew for every step; empty: memory.slots_per_layer

@@ -4,6 +4,9 @@ from typing import Literal
 
 Mode = Literal["full", "states", "released", "paper"]
 Horizon = int | Literal["all"]
+Recompute = Literal[
+    "none", "chunk", "layer"
+]  # what of the activations lives at once: all, those of a chunk, of a layer
 HALF_WAY: tuple[Mode, ...] = ("released", "paper")  # chunks run the layers below `stop_layer` alone
 
 
