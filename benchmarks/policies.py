@@ -1,7 +1,7 @@
 """Every memory policy in one streaming loop at the same entries, on the recall task, training-free; and ablations.
 
 python benchmarks/policies.py --config tiny.yaml [--study policies]... [--split calibration] [--slots N]...
-    [--root data/recall]... [--model DIR]... [--policy ARM]... [--reference omnimem] [--quick] [key=value ...]
+    [--root data/recall]... [--model DIR]... [--policy ARM]... [--reference ARM] [--quick] [key=value ...]
 
 Studies: policies (every rival as published and with our audio-visual split), ablations (the paper's table 4), ratio
 (table 3), sharpness and temperature (figure 5), chunks, neighbours, budgets. Each runs at every number of slots (the
@@ -12,9 +12,11 @@ entries, bytes with text and side state, and the paired difference to the refere
 peak or answer-time entries are not those of the reference is refused.
 """
 
+import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
                 for slots in given.slots or [one.memory.slots_per_layer]:
                     sheets[study] += evaluated(one, seam, feeder, study, trials, slots)
     for study, trials in chosen.items():
-        reference = given.reference if given.reference in trials else next(iter(trials))
+        reference = _reference(given.reference, trials)
         rows = table(sheets[study], reference)
         write(rows, OUT / study, _facts(given, runs, reference))
         print("\n".join([f"{study}, {given.split} split", *shown(rows, reference)]))
@@ -131,8 +133,8 @@ def evaluated(
     benchmark = run.evaluate.benchmarks[0]
     model, root = Path(run.model.path).name, benchmark.root
     place = f"{model}-{Path(root).name}-{benchmark.split}-{slots}"
-    signals = _signals(run, seam, feeder, OUT / "signals" / f"{model}-{Path(root).name}")
     digests = {"base": sha256(Path(run.model.path), suffixes=(".safetensors",)), "data": sha256(benchmark.manifest)}
+    signals = _signals(run, seam, feeder, digests["base"])
     for name, trial in trials.items():
         budget = trial.allocate(run.memory.budget, seam.shape.layers, slots, signals)
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
@@ -140,9 +142,12 @@ def evaluated(
         evaluation = Evaluation(seam=seam, feeder=mine, options=run.evaluate)
         told = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
         target = RunFolder(path=OUT / study / place).evaluation(name)
-        _same(target, {"trial": repr(trial), "slots": [list(pair) for pair in budget.slots], "sha256": digests})
-        entry = evaluation.run(Arm(name=name, policy=trial.policy.build(budget)), told, target)
-        facts = provenance(command=["benchmarks/policies.py"], seed=0, sha256=digests)
+        policy = trial.policy.build(budget)
+        made_with = {"policy": repr(replace(policy, budget=None)), "stream": asdict(options), "sha256": digests}
+        made_with |= {"slots": [list(pair) for pair in budget.slots], "max_new_tokens": run.evaluate.max_new_tokens}
+        _same(target, made_with)
+        entry = evaluation.run(Arm(name=name, policy=policy), told, target)
+        facts = provenance(command=sys.argv, seed=0, sha256=digests)
         write_json(target / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {told.label: entry}})
         streams = {sample.id for sample in told.samples()[: run.evaluate.limit]}
         lines = target / f"{told.label}.jsonl"
@@ -159,11 +164,14 @@ def _same(target: Path, settings: dict[str, Any]) -> None:
     write_json(place, settings)
 
 
-def _signals(run: RunConfig, seam: Seam, feeder: Feeder, folder: Path) -> Signals:
-    """What calibration measures of the model at the config's own size, once a model and world."""
+def _signals(run: RunConfig, seam: Seam, feeder: Feeder, base: str) -> Signals:
+    """What calibration measures of the model at the config's own size and under its policy; once, and kept."""
     budget = run.memory.budget if isinstance(run.memory.budget, AudioVisualBudget) else AudioVisualBudget()
     calibrating = replace(run, memory=replace(run.memory, budget=replace(budget, table="calibrate")))
-    found = budget_of(calibrating, seam, feeder, RunFolder(path=folder)).signals
+    measured = (base, sha256(Path(run.data.train)) if run.data.train else None, asdict(run.stream))
+    under = (repr(run.memory.policy.build(None)), run.memory.slots_per_layer, asdict(run.calibration))
+    key = hashlib.sha256(repr((measured, under)).encode()).hexdigest()[:16]
+    found = budget_of(calibrating, seam, feeder, RunFolder(path=OUT / "signals" / key)).signals
     assert found is not None, "a calibrated budget has signals"
     return found
 
@@ -191,6 +199,13 @@ def _arms(study: str, wanted: Sequence[str] | None, quick: bool) -> dict[str, Tr
     return {name: trials[name] for name in trials if name in names}
 
 
+def _reference(wanted: str | None, trials: Mapping[str, Trial]) -> str:
+    """What is paired with: the arm asked for, or the first one."""
+    if wanted is not None and wanted not in trials:
+        raise ConfigError([f"--reference {wanted}: no arm of this run; there are: {', '.join(trials)}"])
+    return wanted or next(iter(trials))
+
+
 def _facts(given: Any, runs: Sequence[RunConfig], reference: str) -> dict[str, Any]:
     """What the table was made of: bases, worlds with their seeds, sizes."""
     recipes = {}
@@ -205,7 +220,7 @@ def _facts(given: Any, runs: Sequence[RunConfig], reference: str) -> dict[str, A
         "reference": reference,
         "models": sorted({run.model.path for run in runs}),
         "worlds": recipes,
-        "provenance": provenance(command=["benchmarks/policies.py"], seed=0, sha256={}),
+        "provenance": provenance(command=sys.argv, seed=0, sha256={}),
     }
 
 
@@ -218,7 +233,7 @@ def _parser() -> Parser:
     parser.add_argument("--root", action="append", metavar="DIR", help="a recall world; may be repeated (the config's)")
     parser.add_argument("--model", action="append", metavar="DIR", help="a base; may be repeated (the config's)")
     parser.add_argument("--policy", action="append", metavar="ARM", help="an arm to evaluate; may be repeated (all)")
-    parser.add_argument("--reference", default="omnimem", metavar="ARM", help="what is paired with (%(default)s)")
+    parser.add_argument("--reference", metavar="ARM", help="what is paired with (the study's first arm)")
     parser.add_argument("--quick", action="store_true", help=f"a first answer: {QUICK_STREAMS} streams, few arms")
     return parser
 

@@ -26,7 +26,7 @@ from omnimem.comparison import compare
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.exported import Exported, resized
 from omnimem.feeding import Feeder
-from omnimem.policies import ControlOptions
+from omnimem.policies import ControlOptions, PerturbationOptions, perturbation
 from omnimem.policy import Policy
 from omnimem.run import RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError, load_adapter
@@ -158,7 +158,8 @@ def test_the_bases_own_files_travel_with_the_weights(base: Path, kind: str, requ
 
 def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFolder, merged: Path) -> None:
     exported, run = Exported.read(merged), config_of(base)
-    assert (exported.stream, exported.memory, exported.max_new_tokens) == (run.stream, run.memory, 5)
+    written_out = replace(run.memory, policy=run.memory.policy.written_out())
+    assert (exported.stream, exported.memory, exported.max_new_tokens) == (run.stream, written_out, 5)
     assert exported.budget == Budget.read(done.budget)
     assert exported.policy == run.memory.policy.build(Budget.read(done.budget))
     assert exported.policies(None).budget is None
@@ -169,6 +170,13 @@ def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFold
     assert origin.run == read_json(done.record)
     assert exported.verified["difference"] <= 1e-5
     assert exported.verified["adapter_effect"] > 0.01
+
+
+def test_an_export_means_the_same_when_a_preset_changes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Exported.read(adapter).policy
+    monkeypatch.setitem(perturbation.PRESETS, "omnimem", {**perturbation.OURS, "coverage": 0.9, "sharpness": 0.7})
+    assert Exported.read(adapter).policy == before
+    assert PerturbationOptions().build(before.budget) != before
 
 
 def test_a_moved_folder_is_the_same_model(merged: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def _memory(exported: Exported) -> Iterator[str]:
     yield ""
     yield "| | |"
     yield "|---|---|"
-    yield f"| policy | `{memory.policy.name}` |"
+    given = {name: value for name, value in asdict(memory.policy).items() if name != "name" and value is not None}
+    yield f"| policy | `{memory.policy.name}`" + "".join(f", {name} {value}" for name, value in given.items()) + " |"
     yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {budget.layers} layers |"
     if budget.split:
         audio, visual = ([layer[place] for layer in budget.slots] for place in (0, 1))

@@ -21,8 +21,9 @@ from transformers.utils import cached_file
 
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
-from omnimem.config import RunConfig, load
+from omnimem.config import MemoryOptions, RunConfig, load
 from omnimem.config.exported import HERE, Exported, Origin
+from omnimem.policies import PerturbationOptions
 from omnimem.run import RunError, RunFolder, read_json, sha256, write_text
 from omnimem.sealed import damage
 from omnimem.tuning import AdapterError, load_adapter
@@ -67,6 +68,12 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{given.format}: {given.out}")
 
 
+def _written_out(memory: MemoryOptions) -> MemoryOptions:
+    """The same memory in words that mean the same when a preset changes."""
+    policy = memory.policy
+    return replace(memory, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else memory
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
@@ -105,7 +112,7 @@ class Tuned:
         return Exported(
             model=replace(run.model, path=path),
             stream=run.stream,
-            memory=run.memory,
+            memory=_written_out(run.memory),
             budget=self.budget,
             max_new_tokens=run.evaluate.max_new_tokens,
             origin=Origin(

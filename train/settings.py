@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Settings:
             "adapter": self._adapter if tuned else None,
             "stream": {**asdict(run.stream), "tracks": arm.tracks},
             "memory": None if whole else {**asdict(run.memory), "sha256": sha256(self.folder.budget)},
+            "policy": None if whole else repr(replace(arm.policy, budget=None)),  # what its preset means now
             "max_new_tokens": run.evaluate.max_new_tokens,
             "benchmarks": self._benchmarks,
         }

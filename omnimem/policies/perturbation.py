@@ -58,12 +58,19 @@ class PerturbationOptions:
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
 
+    def _chosen(self) -> dict[str, Any]:
+        given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        return {**PRESETS[self.name], **given}
+
+    def written_out(self) -> "PerturbationOptions":
+        """The same with every value of the preset given, so that it means the same when a preset changes."""
+        return replace(self, **self._chosen())
+
     def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""
         if budget is not None and self.name == "released":
             budget = replace(budget, lend=False)
-        given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
-        chosen = {**PRESETS[self.name], **given}
+        chosen = self._chosen()
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
         scorer = Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"])
         return ScoredPolicy(
