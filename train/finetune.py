@@ -120,7 +120,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
         if first:
             update_json(start.folder.record, policy_in_training=departure)
         if longest is not None:
-            rehearsed(run, start.folder, parts, longest, saves_of(settings, len(samples)))
+            rehearsed(run, start.folder, parts, longest, settings, saves_of(settings, len(samples)))
         trainer = trainer_of(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_whole(start.folder.adapter)
@@ -143,14 +143,17 @@ class Parts:
     policies: Policies
 
 
-def rehearsed(run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, saves: int) -> None:
+def rehearsed(
+    run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, settings: TrainingArguments, saves: int
+) -> None:
     """The part of the preflight that needs the model; under ZeRO-3 no rank alone can take a step."""
     for line in check_run(run, parts.model, folder.path, saves):
         tell(line)
     if stage_of(run.train) == 3:
         tell("step: not tried, since under ZeRO-3 no process holds the whole model")
     else:
-        tell(rehearse(run, parts.seam, parts.feeder, parts.policies, parts.model, longest))
+        batch = settings.per_device_train_batch_size
+        tell(rehearse(run, parts.seam, parts.feeder, parts.policies, parts.model, longest, batch))
 
 
 def saves_of(settings: TrainingArguments, samples: int) -> int:

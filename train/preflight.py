@@ -98,9 +98,9 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
 
 
 def rehearse(
-    run: RunConfig, seam: Seam, feeder: Feeder, policies: Policies, model: StreamedModel, sample: Sample
+    run: RunConfig, seam: Seam, feeder: Feeder, policies: Policies, model: StreamedModel, sample: Sample, batch: int
 ) -> str:
-    """One sample through forward and backward at the largest budget and chunk size; what that took.
+    """So many of one sample through forward and backward at the largest budget and chunk size; what that took.
 
     Raises ConfigError when memory does not suffice, MediaError when the sample cannot be read after all, LayoutError
     when a chunk size that may be drawn is too small for it.
@@ -109,6 +109,7 @@ def rehearse(
     slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
     chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
     softness = None if slots is None else run.tuning.selection.at(0.0)
+    shown = f"{sample.id}, the longest one," + (f" {batch} times" if batch > 1 else "")
     budget = "full memory" if slots is None else f"{slots:,} slots a layer"
     device = next(iter(trainable(model))).device
     cards = [device] if device.type == "cuda" else []
@@ -123,7 +124,7 @@ def rehearse(
             outcome = streamed_loss(
                 seam,
                 feeder,
-                [opened],
+                [opened] * batch,
                 policy_in_training(run.tuning, policies(slots)),
                 softness=softness,
                 carry=gradient_of(run.tuning, seam.shape.layers),
@@ -133,14 +134,17 @@ def rehearse(
             )
             torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
     except torch.OutOfMemoryError as error:
-        what = f"{sample.id} at {budget} does not fit on {device} ({str(error).splitlines()[0]})"
-        cure = "lower tuning.budgets or stream.chunk_tokens, set tuning.recompute: layer or tuning.offload: true"
+        what = f"{shown} at {budget} does not fit on {device} ({str(error).splitlines()[0]})"
+        cure = (
+            "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "
+            "layer or tuning.offload: true"
+        )
         raise ConfigError([f"{what}; {cure}"]) from error
     finally:
         model.train(training)
     states = STATES * sum(parameter.numel() for parameter in trainable(model))
     took = f"{time.perf_counter() - started:.1f} s, peak memory {_peak(device) / 1e6:,.0f} MB"
-    return f"step: {sample.id}, the longest one, at {budget}: {took}, optimizer {states / 1e6:,.1f} MB besides"
+    return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB besides"
 
 
 def _peak(device: torch.device) -> float:

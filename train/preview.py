@@ -27,6 +27,8 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.feeding import IGNORED, tracks_of
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
+from omnimem.policy import ScoredPolicy
+from omnimem.scoring import Covered
 from omnimem.tokens import Modality
 from omnimem.tuning.gradient.options import HALF_WAY
 from omnimem.tuning.reach import stop_layer_of
@@ -305,6 +307,9 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
         feature=width if policy.needs_novelty else 0,
+        covered=isinstance(policy, ScoredPolicy)
+        and isinstance(policy.scorer, Covered)
+        and run.tuning.selection.softening != "hard",
         per_head=policy.per_head,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],

@@ -180,10 +180,7 @@ def _kernels(layer: Layer) -> dict[str, Any]:
     """Which fused kernels accept our call; none: it falls back to the one that stores all probabilities."""
     if layer.queries.device.type != "cuda":
         return {}
-    mask = visible(
-        0, min(BLOCK, layer.queries.shape[2]), layer.queries.shape[2], layer.keys.shape[2], None, layer.keys.device
-    )
-    call = SDPAParams(layer.queries[:, :, :BLOCK], layer.keys, layer.values, mask[:, None], 0.0, False, True)
+    call = SDPAParams(layer.queries, layer.keys, layer.values, None, 0.0, False, True)
     return {
         "flash": can_use_flash_attention(call),
         "efficient": can_use_efficient_attention(call),

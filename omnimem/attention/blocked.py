@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
@@ -63,9 +64,8 @@ def attend(
     if gate is not None:
         queries, keys, values = _with_gate(queries, keys, values, gate, scale)
     alone = count == 1 and segments is None
-    if queries.device.type == "cuda" and segments is None and queries.dtype in (torch.float16, torch.bfloat16):
-        # The flash kernel knows this very mask; beside one that is written out it takes half the time (LOG.md).
-        bias: Any = None if alone else causal_lower_right(count, total)
+    if not alone and segments is None and _flash(queries, keys, values):
+        bias: Any = causal_lower_right(count, total)  # takes half the time of a mask that is written out (LOG.md)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)[
             ..., :dim
         ]
@@ -84,6 +84,13 @@ def attend(
         )
     output = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
     return output[..., :dim]
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the flash kernel takes these; it alone knows the lower-right causal mask and shared keys."""
+    if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, False, True))
 
 
 def _with_gate(

@@ -14,6 +14,7 @@ from omnimem.tokens import EVICTABLE
 from omnimem.view import FLOOR, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
+NOISE = 0.05  # length of what sets a token apart from the mean, below which its direction learns nothing
 ALONE = -1.0  # cosine to a better token where there is none
 
 
@@ -73,13 +74,21 @@ def uncovered(
         ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
-            ranked = F.normalize(ranked - mean, dim=-1, eps=1e-12)
+            ranked = _turned(ranked - mean)
         near = nearest_before(ranked.detach().to(feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
         alone = (1 - cosine).clamp_min(FLOOR).to(found.dtype)
         found = found.scatter(1, order, torch.where(there, alone, found.gather(1, order)))
     return found
+
+
+def _turned(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
+    """What sets tokens apart, at length 1; where that is next to nothing (silence, a still picture) it is noise, and
+    its direction learns nothing: the gradient goes with 1 / length.
+    """
+    unit = F.normalize(apart, dim=-1, eps=1e-12)
+    return torch.where(apart.detach().norm(dim=-1, keepdim=True) < NOISE, unit.detach(), unit)
 
 
 @torch.no_grad()
