@@ -156,7 +156,7 @@ tests() {
     check ruff format --check
     check pyright
     check lint-imports
-    check python -m pytest ${selection[@]+"${selection[@]}"}
+    check python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} # files that share a fixture stay together
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"
         exit 1

@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENS, WIDTH, LAYERS, SLOTS = 24, 64, 2, 12
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[Any]]:
     """By way: streams of 4, 8 and 12 chunks of one size, measured by benchmarks/activations.py."""

@@ -221,6 +221,7 @@ def test_a_pipe_is_read_as_a_live_stream(
         assert not pipe.closed
 
 
+@pytest.mark.slow
 def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports: Path, video: Path) -> None:
     command = [sys.executable, ask.__file__, "--model", str(exports / "merged"), "--video", "-", QUESTION]
     with subprocess.Popen(["cat", str(video)], stdout=subprocess.PIPE) as source:

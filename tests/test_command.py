@@ -160,6 +160,7 @@ run_command(main)
 """
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
     script = tmp_path / "say.py"
     script.write_text(SCRIPT)

@@ -121,6 +121,7 @@ def test_a_stream_stays_on_its_device(policy: str, last_position: int | None, gp
     assert {tensor.device for tensor in stream.memory.tensors()} == {GPU}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracks", ["both", "video", "audio", None])
 def test_an_evaluation_runs_on_the_models_device(
     tracks: str | None, backbone: Backbone, video: Path, tmp_path: Path

@@ -137,6 +137,7 @@ def test_a_stream_is_read_once_however_many_questions_and_times(
     assert summary["n"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_results_are_the_same_in_1_2_or_3_shards(
     backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, size: int
@@ -172,6 +173,7 @@ def test_claimed_items_are_answered_once(backbone: Backbone, seam: Seam, films: 
     assert lines_of(shared) == lines_of(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_decoding_ahead_and_the_cache_change_nothing(
     backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
 ) -> None:

@@ -26,6 +26,9 @@ CONFIG = ("--config", "runs/x/config.yaml", "train={}", "evaluate.decoders=0", "
 FILMS, ASKED = 5, 2
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run and a small recall set."""
@@ -106,7 +109,6 @@ def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(
     assert found(here) == alone
 
 
-@pytest.mark.slow
 def test_helpers_of_a_process_share_the_work(place: Path, here: Path, alone: dict[str, Any]) -> None:
     command(SCRIPT, [*CONFIG, *ARMS, benchmark(place), "evaluate.processes=2"], here)
     assert found(here) == alone
@@ -123,7 +125,6 @@ def kill_at(at: int, torn: bool) -> None:
     results.append_line = dying(at, torn=torn, end=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(10))
 def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     place: Path, here: Path, alone: dict[str, Any], trial: int

@@ -111,6 +111,7 @@ def test_merged_answers_a_file_as_base_and_adapter_do_under_the_same_memory(
     assert float((expected - whole).abs().max()) > 0.01, "nothing was evicted, so no memory was shown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "hub"), [(True, False), (True, True), (False, True)])
 def test_bases_as_the_hub_lays_them_out_are_merged_too(tmp_path: Path, video: Path, tied: bool, hub: bool) -> None:
     other = write_folder(tmp_path / "base", rates="tiny", tied=tied, hub=hub, seed=4)
@@ -231,6 +232,7 @@ def test_a_checkpoint_is_exported_by_its_step(done: RunFolder, tmp_path: Path) -
     assert any(not torch.equal(saved[name], adapter[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(
     done: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.3)], ids=["hard", "softened"])
 @pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
 @pytest.mark.parametrize("carry", WAYS.values(), ids=WAYS)
@@ -301,6 +302,7 @@ def saved_after(seam: Seam, count: int, carry: Gradient) -> tuple[int, int]:
     return saved.bytes, stream.memory.bytes
 
 
+@pytest.mark.slow
 def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone() -> None:
     with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
         full = {count: saved_after(seam, count, FullGradient()) for count in (4, 8, 16)}

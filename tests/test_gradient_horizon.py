@@ -70,6 +70,7 @@ def test_gradient_reaches_as_many_chunks_back_as_the_horizon_says(family: str) -
         assert_same_gradient(gradient(loss, model), cut_gradient(seam, episode, kept, None, 2), 1e-12)
 
 
+@pytest.mark.slow
 def test_every_chunk_within_the_horizon_adds_some_of_the_full_gradient() -> None:
     """A horizon of 4 takes in all that the first of both questions has seen, one of 5 all there is."""
     model, episode, found = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni"), []

@@ -189,6 +189,7 @@ def test_the_ways_compared_compute_the_same(gates: ModuleType) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_soft_step_holds_three_memories_and_a_straight_through_one_what_a_hard_one_holds(gates: ModuleType) -> None:
     found = {step.selection: step for step in gates.steps(2)}
     hard = found["hard"]

@@ -67,6 +67,7 @@ drawn = [(plan(step, 30), plan.budget(step)) for plan in plans for step in range
 """
 
 
+@pytest.mark.slow
 def test_another_rank_with_another_hash_seed_draws_alike() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", f"{DRAW}\nprint(drawn)"],

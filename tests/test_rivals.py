@@ -247,6 +247,7 @@ def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(name: s
             assert tokens.keys.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name != "recency"), "recency"])
 def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name: str) -> None:
     policy, chunks = policy_of(name), cut(whole_stream())
