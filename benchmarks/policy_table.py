@@ -17,6 +17,7 @@ from omnimem.run import write_json
 
 SAME = 0.001  # relative: entries are means over questions
 DRAWS = 10_000
+NAMED = 16  # of the figure's lines; those below are grey
 
 
 @final
@@ -138,13 +139,17 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     arms = sorted(best, key=lambda arm: (-best[arm], arm))
     for number, arm in enumerate(arms):
         points = sorted((row["bytes"] / 1024, 100 * row["accuracy"]) for row in rows if row["arm"] == arm)
-        style = ("-", "--", ":", "-.")[number // 10 % 4]
-        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=f"C{number % 10}", label=arm)
+        named = number < NAMED
+        style = {"color": f"C{number % 10}", "label": arm, "zorder": 3} if named else {"color": "0.85", "zorder": 1}
+        line = "-" if number < 10 or not named else "--"
+        axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, **style)
+    if len(arms) > NAMED:
+        axes.plot([], [], color="0.85", marker="o", markersize=3, label=f"{len(arms) - NAMED} others, in table.json")
     axes.set_xscale("log")
     axes.set_xlabel("KiB a stream, text and side state included")
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
-    drawing.legend(loc="outside right upper", frameon=False, fontsize=6)
+    drawing.legend(loc="outside right upper", frameon=False, fontsize=8)
     with mpl.rc_context({"svg.hashsalt": "omnimem"}):
         drawing.savefig(path, metadata={"Date": None})
 
