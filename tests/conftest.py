@@ -1,6 +1,7 @@
 """Tiny random backbones: real transformers classes, random weights, no network."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels as plain Python; chosen when Triton is imported
@@ -23,6 +24,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 from omnimem.tokens import Chunk, DeepStack, Modality
 
 torch.set_num_threads(1)
+# What the shell that started the tests ignores (Ctrl-C in the background, a hang-up under nohup) no child could heed.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni")
 SIZES = {

@@ -31,14 +31,7 @@ def start(folder: Path, ending: str, *arguments: str) -> subprocess.Popen[str]:
     stub.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     command = [str(folder / "launch.sh"), *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE, preexec_fn=heeding_hang_up
-    )
-
-
-def heeding_hang_up() -> None:
-    """A shell cannot trap what was ignored when it began, as SIGHUP is where the tests themselves run under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
 
 
 def running(folder: Path) -> list[int]:
