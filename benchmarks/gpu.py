@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> int:
     sizes = small() if given.small else large(given.layers)
     clock = Clock(device=device, repeats=2 if given.small else 7, seconds=2.0 if given.small else 20.0)
     deadline = time.monotonic() + given.seconds
-    record = Record(given.out, facts_of(device, {**vars(given), "out": str(given.out)}), deadline)
+    record = Record(
+        given.out, facts_of(device, {name: value for name, value in vars(given).items() if name != "out"}), deadline
+    )
     bench = speed.Bench(record=record, clock=clock, sizes=sizes, dtype=torch.bfloat16, device=device)
     for name, work in _sections(bench, correctness.SMALL if given.small else correctness.LARGE).items():
         record.section(name, work)

@@ -205,6 +205,12 @@ def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
     assert sum(saved.values()) == pytest.approx(formula, rel=0.2)
 
 
+def test_coverage_that_learns_keeps_its_features_for_backward() -> None:
+    """20 bytes for each number of the feature of each token of the pool, in every layer of the chunk."""
+    plain, covered = (rows_of(replace(LOAD, covered=each))["activations of one chunk"].bytes for each in (False, True))
+    assert covered - plain == 28 * (16_384 + 8_192) * 128 * 20
+
+
 @pytest.mark.parametrize(
     ("recompute", "arm"), [("none", "stored"), ("chunk", "recompute"), ("layer", "recompute by layers too")]
 )

@@ -241,6 +241,17 @@ def test_what_all_tokens_share_does_not_count_as_covered() -> None:
     assert covered.uncovered(shared, arrival.modality, scores)[0][arrival.modality[0] > 0].median() > 0.1
 
 
+def test_what_is_next_to_the_mean_learns_nothing_from_its_direction() -> None:
+    """Of a still picture what is left after centring is noise, whose gradient would go with 1 / its length."""
+    noise = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(3))
+    modality, scores = torch.full((1, 9), 2, dtype=torch.int8), torch.linspace(1, 2, 9)[None]
+    for apart, learns in ((1e-4, False), (1.0, True)):
+        states = (torch.ones(6) + apart * noise).requires_grad_()
+        (slope,) = torch.autograd.grad(covered.uncovered(states, modality, scores).sum(), states)
+        assert bool((slope != 0).any()) == learns
+        assert float(slope.abs().max()) < 10
+
+
 def test_coverage_carries_gradient_to_both_tokens_and_equals_differences() -> None:
     """In float64 by central differences; which token is nearest does not change on the way."""
     states = torch.randn(1, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)

@@ -4,9 +4,7 @@ from typing import Literal
 
 Mode = Literal["full", "states", "released", "paper"]
 Horizon = int | Literal["all"]
-Recompute = Literal[
-    "none", "chunk", "layer"
-]  # what of the activations lives at once: all, those of a chunk, of a layer
+Recompute = Literal["none", "chunk", "layer"]  # whose activations live at once: all, a chunk's, a layer's
 HALF_WAY: tuple[Mode, ...] = ("released", "paper")  # chunks run the layers below `stop_layer` alone
 
 
