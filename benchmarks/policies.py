@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, final
 
 from policy_table import Sheet, shown, table, write
-from studies import QUICK, STUDIES, Trial
+from studies import QUICK, SPLIT_OF_ALL, STUDIES, Trial
 
 from data_prep.worlds import CELLS, GRID, TOKEN_SECONDS, Event, WorldOptions, draw_world
 from omnimem.attach import Seam, attach
@@ -33,6 +33,7 @@ from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import Question, Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError
 from omnimem.feeding import Feeder
+from omnimem.policies import PerturbationOptions
 from omnimem.policies.oracle import OracleOptions
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
 from train.arguments import train_section
@@ -136,7 +137,7 @@ def evaluated(
     digests = {"base": sha256(Path(run.model.path), suffixes=(".safetensors",)), "data": sha256(benchmark.manifest)}
     signals = _signals(run, seam, feeder, digests["base"])
     for name, trial in trials.items():
-        budget = trial.allocate(run.memory.budget, seam.shape.layers, slots, signals)
+        budget = trial.allocate(_split(run), seam.shape.layers, slots, signals)
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
         mine = Feeder(feeder.backbone, options, feeder.cache, encoder=feeder.encoder)
         evaluation = Evaluation(seam=seam, feeder=mine, options=run.evaluate)
@@ -155,6 +156,11 @@ def evaluated(
         print(f"{place} {name}: {entry['strict']:.1%} of {entry['n']}", flush=True)
 
 
+def _split(run: RunConfig) -> AudioVisualBudget:
+    """The audio-visual split that every method is given: the config's own where it has one."""
+    return run.memory.budget if isinstance(run.memory.budget, AudioVisualBudget) else SPLIT_OF_ALL
+
+
 def _same(target: Path, settings: dict[str, Any]) -> None:
     """Raises EvaluationError where the answers in a folder were made with other settings."""
     place = target / "settings.json"
@@ -165,11 +171,11 @@ def _same(target: Path, settings: dict[str, Any]) -> None:
 
 
 def _signals(run: RunConfig, seam: Seam, feeder: Feeder, base: str) -> Signals:
-    """What calibration measures of the model at the config's own size and under its policy; once, and kept."""
-    budget = run.memory.budget if isinstance(run.memory.budget, AudioVisualBudget) else AudioVisualBudget()
-    calibrating = replace(run, memory=replace(run.memory, budget=replace(budget, table="calibrate")))
+    """What calibration measures of the model at the config's own size and under psi, whose split it is; kept."""
+    budget, psi = replace(_split(run), table="calibrate"), PerturbationOptions()
+    calibrating = replace(run, memory=replace(run.memory, budget=budget, policy=psi))
     measured = (base, sha256(Path(run.data.train)) if run.data.train else None, asdict(run.stream))
-    under = (repr(run.memory.policy.build(None)), run.memory.slots_per_layer, asdict(run.calibration))
+    under = (repr(psi), run.memory.slots_per_layer, asdict(run.calibration))
     key = hashlib.sha256(repr((measured, under)).encode()).hexdigest()[:16]
     found = budget_of(calibrating, seam, feeder, RunFolder(path=OUT / "signals" / key)).signals
     assert found is not None, "a calibrated budget has signals"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from omnimem.budget import AudioVisualBudget, Budget, BudgetOptions, SharedBudget, Signals, SplitBudget
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
@@ -30,7 +30,7 @@ SHARED, SPLIT = "as_published", "shared_split"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One arm; without a budget of its own it has the run's."""
+    """One arm; without a budget of its own it has our audio-visual split."""
 
     policy: PolicyOptions
     budget: BudgetOptions | None = None
@@ -38,9 +38,9 @@ class Trial:
     chunk_tokens: int | None = None
     fewer: bool = False  # may hold fewer entries than the others: it leaves slots empty, or reads less
 
-    def allocate(self, given: BudgetOptions, layers: int, slots: int, signals: Signals) -> Budget:
+    def allocate(self, split: AudioVisualBudget, layers: int, slots: int, signals: Signals) -> Budget:
         """The slots of this arm."""
-        budget = (self.budget or given).build(layers, slots, signals)
+        budget = (self.budget or split).build(layers, slots, signals)
         if not self.pooled:
             return budget
         return replace(budget, slots=tuple((0, sum(pair)) for pair in budget.slots), split=False)
@@ -56,6 +56,11 @@ def both(name: str, options: Any, **settings: Any) -> dict[str, Trial]:
 
 def _psi(**settings: Any) -> Trial:
     return Trial(policy=PerturbationOptions(**settings))
+
+
+def _ours(**settings: Any) -> Trial:
+    """Our score by our budget rule: one pool of audio and visual tokens, every layer alike."""
+    return Trial(policy=DistinctOptions(**settings), budget=SharedBudget())
 
 
 def _avba(ratio: float = 2.0, temperature: float = 0.2) -> AudioVisualBudget:
@@ -77,7 +82,12 @@ def _fewer(rows: Mapping[str, Trial]) -> dict[str, Trial]:
     return {name: replace(trial, fewer=True) for name, trial in rows.items()}
 
 
+SPLIT_OF_ALL = _avba()  # chosen on calibration streams, for psi; where the config has no audio-visual budget of its own
 POLICIES: dict[str, Trial] = {
+    "distinct": _ours(),
+    "distinct_split": Trial(policy=DistinctOptions()),
+    "distinct_heads": _ours(per_head=True),
+    "distinct_heads_split": Trial(policy=DistinctOptions(per_head=True)),
     "omnimem": _psi(),
     "omnimem_pool": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
     "psi": _psi(coverage=0.0),
@@ -111,35 +121,41 @@ POLICIES: dict[str, Trial] = {
 }
 STUDIES: dict[str, dict[str, Trial]] = {
     "policies": POLICIES,
-    "ablations": {  # the paper's table 4, under its own score and under ours
-        "full": _psi(),
-        "no_split": Trial(policy=PerturbationOptions(), pooled=True),
-        "no_avba": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
-        "similarity_only": _psi(sharpness=0.0),
-        "no_coverage": _psi(coverage=0.0),
-        "coverage_not_centred": _psi(centred=False),
-        "coverage_power_1": _psi(coverage=1.0),
-        "neighbours_in_pool": _psi(neighbours="pool"),
-        "paper_with_coverage": _psi(name="paper", coverage=0.5),
+    "ablations": {  # each part of ours; and the paper's table 4, under its own score and under psi as we run it
+        "full": _ours(),
+        "split": Trial(policy=DistinctOptions()),
+        "split_alike": Trial(policy=DistinctOptions(), budget=_avba(temperature=math.inf)),
+        "pool_of_avba_layers": Trial(policy=DistinctOptions(), pooled=True),
+        "own_tokens_by_head": _ours(per_head=True),
+        "no_coverage": _ours(coverage=0.0),
+        "coverage_power_1": _ours(coverage=1.0),
+        "coverage_not_centred": _ours(centred=False),
+        "coverage_of_inputs": _ours(compared="inputs"),
+        "psi_instead": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+        "no_score": Trial(policy=KCenterOptions()),
+        "psi_full": _psi(),
+        "psi_no_split": Trial(policy=PerturbationOptions(), pooled=True),
+        "psi_similarity_only": _psi(sharpness=0.0),
+        "psi_no_coverage": _psi(coverage=0.0),
         "paper_full": _psi(name="paper"),
         "paper_no_split": Trial(policy=PerturbationOptions(name="paper"), pooled=True),
         "paper_no_avba": Trial(policy=PerturbationOptions(name="paper"), budget=SharedBudget()),
         "paper_similarity_only": _psi(name="paper", sharpness=0.0),
+        "paper_with_coverage": _psi(name="paper", coverage=0.5),
     },
     "ratio": {  # table 3, at equal entries
-        "no_split": Trial(policy=PerturbationOptions(), pooled=True),
+        "no_split": _ours(),
         **{
-            f"r_{r:g}": Trial(policy=PerturbationOptions(), budget=_avba(ratio=r))
-            for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+            f"r_{r:g}": Trial(policy=DistinctOptions(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
         },
     },
     "sharpness": {f"lambda_{value:g}": _psi(sharpness=value) for value in (0.0, 0.02, 0.1, 0.2, 0.5, 1.0)},
     "temperature": {
-        f"T_{value:g}": Trial(policy=PerturbationOptions(), budget=_avba(temperature=value))
+        f"T_{value:g}": Trial(policy=DistinctOptions(), budget=_avba(temperature=value))
         for value in (0.1, 0.2, 0.5, 1.0, 2.0, math.inf)
     },
     "chunks": {
-        f"chunk_{tokens}": Trial(policy=PerturbationOptions(), chunk_tokens=tokens, fewer=True)  # peaks differ
+        f"chunk_{tokens}": replace(_ours(), chunk_tokens=tokens, fewer=True)  # peaks differ
         for tokens in (144, 72, 36, 18)
     },
     "neighbours": {
@@ -149,17 +165,17 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "pool_same_modality": _psi(neighbours="pool", of="modality"),
     },
     "budgets": {
-        "shared": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+        "shared": _ours(),
         **{
-            f"split_r{r:g}": Trial(policy=PerturbationOptions(), budget=SplitBudget(visual_audio_ratio=r))
+            f"split_r{r:g}": Trial(policy=DistinctOptions(), budget=SplitBudget(visual_audio_ratio=r))
             for r in (0.5, 1.0, 2.0, 5.0)
         },
         **{
-            f"avba_r{r:g}_T{t:g}": Trial(policy=PerturbationOptions(), budget=_avba(ratio=r, temperature=t))
+            f"avba_r{r:g}_T{t:g}": Trial(policy=DistinctOptions(), budget=_avba(ratio=r, temperature=t))
             for r in (1.0, 2.0, 5.0)
             for t in (0.2, 1.0, math.inf)
         },
     },
 }
 Study = Literal["policies", "ablations", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"]
-QUICK: tuple[str, ...] = ("omnimem", "omnimem_pool", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")
+QUICK: tuple[str, ...] = ("distinct", "omnimem", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")

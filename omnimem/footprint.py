@@ -234,7 +234,7 @@ class Load:
     dtype: torch.dtype  # of the frozen weights, and of keys and values
     lora: LoraOptions
     feature: int  # width of the redundancy feature; 0: none is kept
-    covered: bool = False  # the score learns from what better tokens hold
+    covered: int = 0  # width of what coverage compares, where the score learns from it
     per_head: bool = False  # every key-value head keeps tokens of its own, each with side state and an owner of a byte
     entries: int  # audio and visual slots, summed over the layers; those of full memory where a budget is "full"
     chunk_tokens: int  # longest chunk
@@ -356,7 +356,7 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
-    keys = (2 * text.kv_heads * text.dim + load.feature) * size + (COVERAGE * load.feature if load.covered else 0)
+    keys = (2 * text.kv_heads * text.dim + load.feature) * size + COVERAGE * load.covered
     rows = load.batch * load.question_tokens
     layer, entering = tokens * token + pool * keys, tokens * text.width * size
     one = f"{tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B"

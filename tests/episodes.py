@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from omnimem.attach import Seam
 from omnimem.memory import Memory
 from omnimem.policy import Policy, ScoredPolicy
-from omnimem.scoring import AbstractScorer, Covered
+from omnimem.scoring import AbstractScorer, Covered, KeyDifference
 from omnimem.selection import taken
 from omnimem.stream import Prompt
 from omnimem.tokens import EVICTABLE, Chunk, DeepStack, Modality
@@ -157,11 +157,13 @@ class OneShot:
         self.episode, self.kept, self.softened, self.constant = episode, kept, softened, constant
         self.spans, self.modality = episode.spans, episode.modality
         self.streamed = self.spans[-1].stop
+        self.cache: tuple[Tensor, Tensor] | None = None  # keys and values of the layer that is read
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float
     ) -> Tensor:
         keys, values, states = (self.cut(part, axis) for part, axis in ((keys, 2), (values, 2), (states, 1)))
+        self.cache = keys, values
         group = queries.shape[1] // keys.shape[1]
         wide_keys, wide_values = (part.repeat_interleave(group, dim=1) for part in (keys, values))
         logits = queries @ wide_keys.transpose(-1, -2) * scale + self.bias(layer, states)[:, None]
@@ -260,12 +262,14 @@ class OneShot:
         scorer = cast(ScoredPolicy, softened.policy).scorer
         if not isinstance(scorer, Covered):
             return torch.ones_like(plain)
-        rows = []
+        held, rows = states, []
+        if scorer.compared == "values":
+            held = self.cached[1].transpose(1, 2).flatten(2)
         for b in range(len(states)):
             kinds, alone = self.modality[b, pool[b]], [states.new_ones(())] * len(pool[b])
             for kind in EVICTABLE:
                 members = (kinds == kind).nonzero()[:, 0].tolist()
-                units = F.normalize(states[b, pool[b][members]], dim=-1)
+                units = F.normalize(held[b, pool[b][members]], dim=-1)
                 units = units - units.mean(dim=0)
                 for place, k in enumerate(members):
                     better = [i for i, j in enumerate(members) if (plain[b, j], j) > (plain[b, k], k)]
@@ -276,8 +280,27 @@ class OneShot:
         found = torch.stack(rows)
         return (found / found.detach()) ** scorer.power
 
+    @property
+    def cached(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the layer that is read."""
+        assert self.cache is not None
+        return self.cache
+
+    def slope_of_keys(self, pool: Tensor) -> Tensor:
+        """1 in value, with the relative gradient of how unlike the mean key each key of the pool is."""
+        units = F.normalize(self.cached[0].transpose(1, 2), dim=-1)
+        found = []
+        for row, places in zip(units, pool, strict=True):
+            cosines = F.cosine_similarity(row[places], row[places].mean(dim=0, keepdim=True), dim=-1)
+            found.append((1 - cosines.mean(dim=1)).clamp_min(FLOOR))
+        score = torch.stack(found)
+        return score / score.detach()
+
     def slope(self, softened: Softened, states: Tensor, pool: Tensor) -> Tensor:
         """1 in value, with the relative gradient of the score: through its novelty alone, as Softness.gradient says."""
+        scorer = cast(ScoredPolicy, softened.policy).scorer
+        if isinstance(scorer.inner if isinstance(scorer, Covered) else scorer, KeyDifference):
+            return self.slope_of_keys(pool)
         measures, streamed = softened.policy.measures, states[:, : self.streamed]
         if measures.neighbours == "arrival":
             parts = [1 - similarity(streamed[:, s], self.modality[:, s], measures) for s in self.spans]

@@ -7,7 +7,7 @@ Scores are lists, one number a place; who stays are lists of places, ascending.
 import math
 from dataclasses import dataclass, replace
 
-from reference import AUDIO, TEXT, VISUAL, best, cosine, dot, shares, softmax
+from reference import AUDIO, FLOOR, TEXT, VISUAL, best, cosine, dot, shares, softmax, uncovered
 
 
 @dataclass
@@ -118,6 +118,13 @@ def key_difference(row, slots, depth):
         for k in range(row.count):
             scores[k] -= cosine(unit[k], anchor) / len(row.keys)
     return scores
+
+
+def distinct(row, slots, depth, power=0.5, centred=True):
+    scores = [max(FLOOR, 1 + score) for score in key_difference(row, slots, depth)]
+    held = [[x for head in row.values for x in head[k]] for k in range(row.count)]
+    alone = uncovered(held, row.kinds, scores, centred)
+    return [score * part**power for score, part in zip(scores, alone, strict=True)]
 
 
 def farthest_first(row, slots, depth):

@@ -15,12 +15,13 @@ from data_prep.renderer import write_mp4
 from data_prep.worlds import draw_world
 from omnimem.attach import attach
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
-from omnimem.budget import BudgetError, SplitBudget
+from omnimem.budget import Budget
 from omnimem.config import ConfigError
 from omnimem.feeding import Feeder
 from omnimem.media import LiveSource, MediaError
-from omnimem.policies import PerturbationOptions
+from omnimem.policies import DistinctOptions, PerturbationOptions
 from omnimem.stream import StreamOptions
+from omnimem.tokens import Modality
 from omnimem.tuning import AdapterError
 from tests.thinkers import write_folder
 from tests.tuned import write_adapter, write_run
@@ -71,13 +72,15 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
     backbone = load_backbone(ModelOptions(path=str(base)))
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=36))
     with torch.no_grad(), attach(backbone.text_model) as seam:
-        stream = feeder.stream(seam, PerturbationOptions().build(SplitBudget().build(2, 12)))
+        stream = feeder.stream(seam, DistinctOptions().build(Budget.shared(2, 12)))
         for chunk in feeder.watch(video):
             stream.feed(chunk)
         answer = feeder.answers(stream, [QUESTION], max_new_tokens=5)[0]
+    audio, visual = (sum(row[kind] for row in stream.memory.counts()) / 2 for kind in (Modality.AUDIO, Modality.VISUAL))
+    assert audio + visual == 12
     assert lines[:-1] == [
         *answer.split("\n"),
-        "  tokens in 16 s: 16 audio + 128 visual; kept in each layer: 2 audio + 10 visual",
+        f"  tokens in 16 s: 16 audio + 128 visual; kept in each layer: {audio:g} audio + {visual:g} visual",
         f"  memory: 24 entries in 2 layers, {stream.memory.bytes:,} bytes",
     ]
     reading, first, total = (float(number) for number in re.findall(r"\d+\.\d+", lines[-1]))
@@ -261,7 +264,6 @@ def test_an_adapter_given_as_the_model_is_named(exports: Path, video: Path) -> N
         (["--fps", "0"], ConfigError, "fps = 0 must be above 0"),
         (["--fps", "0.123"], LayoutError, "meets no grid"),
         (["--max-pixels", "100"], ConfigError, "min_pixels = 3136 must be in 1..max_pixels = 100"),
-        (["--slots", "1"], BudgetError, "slots_per_layer: 1 is too small"),
         (["--video", "no.mp4"], MediaError, "no.mp4: is not a file; check the path"),
     ],
 )

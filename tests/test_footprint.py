@@ -207,7 +207,7 @@ def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
 
 def test_coverage_that_learns_keeps_its_features_for_backward() -> None:
     """20 bytes for each number of the feature of each token of the pool, in every layer of the chunk."""
-    plain, covered = (rows_of(replace(LOAD, covered=each))["activations of one chunk"].bytes for each in (False, True))
+    plain, covered = (rows_of(replace(LOAD, covered=each))["activations of one chunk"].bytes for each in (0, 128))
     assert covered - plain == 28 * (16_384 + 8_192) * 128 * 20
 
 

@@ -152,7 +152,7 @@ def test_streamed_gradient_equals_one_shot_with_masks_by_layer(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
-@pytest.mark.parametrize("preset", ["omnimem", "paper", "released"])
+@pytest.mark.parametrize("preset", ["distinct", "omnimem", "paper", "released"])
 def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, temperature: float) -> None:
     """The gates are written out from their definition, over every eviction that a token survives."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)

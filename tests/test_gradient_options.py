@@ -60,6 +60,9 @@ def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: Gr
          "least 1: chunks run the layers below it"),
         (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through means nothing "
          "with gradient: released, whose selection does not learn; set it to hard"),
+        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
+         "paper carries one choice of tokens for all heads, and policy distinct keeps other tokens in every head; "
+         "set it to full"),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], line: str) -> None:

@@ -44,7 +44,7 @@ def test_every_policy_is_chosen_by_name_and_survives_being_written_and_read(name
     assert load(tmp_path / "again.yaml") == run
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "omnimem"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("distinct", "omnimem")])
 def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: Path) -> None:
     line = refused(tmp_path, name, "memory.policy.preset=as_publishd")
     assert line.startswith("command line memory.policy.preset: expected 'as_published'")
@@ -66,6 +66,8 @@ def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: 
         ("hermes", "smoothing=[0.1, 0.3, 4.0]", "policy.smoothing = [0.1, 0.3, 4.0] must lie between 0 and 1"),
         ("hermes", "deep=1.0", "policy.deep = 1 must lie between 0 and 1"),
         ("recent_frames", "frames=0", "policy.frames = 0 must be at least 1"),
+        ("distinct", "coverage=-0.5", "policy.coverage = -0.5 must be at least 0"),
+        ("distinct", "compared=keys", "expected 'inputs' or 'values', got 'keys'"),
         ("keydiff", "window=3", "unknown key; known: name, preset, per_head"),
     ],
 )
@@ -108,7 +110,7 @@ def test_presets_spend_the_same_slots_as_one_pool_or_in_the_given_split(options:
     budget = options.build(given).budget
     assert budget is not None
     assert budget.total == given.total
-    if options.name not in ("omnimem", "similarity"):
+    if options.name not in ("distinct", "omnimem", "similarity"):
         assert budget.split == (options.preset == "shared_split")
 
 

@@ -10,6 +10,7 @@ import torch
 from rows import chunks_of, evictable, kept_by, row_of, view_after
 
 from omnimem.budget import Budget
+from omnimem.policies import DistinctOptions
 from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions, TemporalAndValue, slot_cells, true_cells
 from omnimem.policies.k_center import KCenterOptions
@@ -20,6 +21,7 @@ from omnimem.policies.recursive_uniform import RecursiveUniformOptions
 from omnimem.policies.snapkv import SnapKVOptions
 from omnimem.policies.streaming_llm import StreamingLLMOptions
 from omnimem.policies.value_norm import ValueNorm, ValueNormOptions
+from omnimem.policy import ScoredPolicy
 from omnimem.selection import Room
 from omnimem.tokens import Modality
 
@@ -35,6 +37,11 @@ CELLS = {"slot": slot_cells, "true": true_cells}
 RIVALS: dict[str, tuple[Callable[..., object], Callable[..., list[float]]]] = {
     "value_norm": (ValueNormOptions, loops.value_norm),
     "keydiff": (KeyDiffOptions, loops.key_difference),
+    "distinct": (DistinctOptions, loops.distinct),
+    "distinct_strict": (
+        partial(DistinctOptions, coverage=1.5, centred=False),
+        partial(loops.distinct, power=1.5, centred=False),
+    ),
     "k_center": (KCenterOptions, loops.farthest_first),
     "h2o": (H2OOptions, loops.heavy_hitters),
     "h2o_observers": (
@@ -227,6 +234,7 @@ def test_exact_duplicates_in_bfloat16_give_no_nan(name: str) -> None:
     memory = None
     for chunk in chunks:
         view = view_after(memory, chunk, policy.measures)
-        assert bool(policy.ranking(view, policy.room(0), 0.0).isfinite().all())
+        scored = isinstance(policy, ScoredPolicy)
+        assert bool((policy.scorer(view) if scored else policy.ranking(view, policy.room(0), 0.0)).isfinite().all())
         memory = policy.keep(0, view)
     assert len(evictable(memory)) == 11

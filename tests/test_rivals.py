@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omnimem.attach import Seam, attach
 from omnimem.budget import Budget
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
@@ -40,6 +40,9 @@ SPLIT = Budget(slots=((4, 10), (2, 7), (3, 9), (3, 10)))  # 48 in all
 LAYERS, KV_HEADS = 4, 2
 
 OPTIONS: dict[str, PolicyOptions] = {
+    "distinct": DistinctOptions(),
+    "distinct_heads": DistinctOptions(per_head=True),
+    "distinct_inputs": DistinctOptions(compared="inputs", coverage=1.0),
     "omnimem": PerturbationOptions(),
     "similarity": SimilarityOptions(),
     "similarity_released": SimilarityOptions(preset="as_released"),

@@ -1,6 +1,7 @@
 """Scores against plain loops, and controls against what they claim: a window, an unbiased draw, an even spread."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import reference
@@ -11,10 +12,10 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
-from omnimem.scoring import AbstractScorer, Covered, Perturbation, Random, Recency, Uniform, covered
+from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.tokens import ABSENT, Modality, Tokens
-from omnimem.view import FLOOR, LayerView, Measures
+from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
 OMNI = (2,) * 225 + (1,) * 50  # Qwen2.5-Omni at 420 x 420
@@ -73,7 +74,15 @@ def test_psi_equals_plain_loops(sharpness: float, power: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "scorer", [Recency(), Random(seed=3), Uniform(), Perturbation(), Covered(inner=Perturbation())]
+    "scorer",
+    [
+        Recency(),
+        Random(seed=3),
+        Uniform(),
+        Perturbation(),
+        Covered(inner=Perturbation()),
+        Covered(inner=KeyDifference(), compared="values"),
+    ],
 )
 def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer: AbstractScorer):
     (arrival,) = arrivals([40], batch=3)
@@ -191,6 +200,38 @@ def test_coverage_equals_plain_loops(centred: bool, block: int, monkeypatch: pyt
         alone = reference.uncovered(arrival.states[b].tolist(), arrival.modality[b].tolist(), row, centred)
         expected = [score * part**0.7 for score, part in zip(row, alone, strict=True)]
         torch.testing.assert_close(found[b].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
+
+
+def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -> None:
+    """In float64 by central differences; without gradient for scores it has none."""
+    (arrival,) = arrivals([9])
+    view = view_of(arrival)
+    scorer = Covered(inner=KeyDifference(), compared="values")
+    parts = [part.double().requires_grad_() for part in (view.pool.keys, view.pool.values)]
+
+    def scored(keys: Tensor, values: Tensor, gradient: ScoreGradient = "redundancy") -> Tensor:
+        return scorer(replace(view, pool=replace(view.pool, keys=keys, values=values), gradient=gradient))
+
+    assert torch.autograd.gradcheck(scored, tuple(parts))
+    assert scored(*parts).requires_grad
+    assert not scored(*parts, "none").requires_grad
+    assert not scorer.needs_novelty
+    assert not scorer.needs_importance
+
+
+def test_of_copies_in_values_one_keeps_its_score() -> None:
+    """Keys alike in nothing, values copied: the best copy is worth as much as before, the others nothing."""
+    (arrival,) = arrivals([18])
+    view = view_of(arrival)
+    visual = (view.modality[0] == Modality.VISUAL).nonzero()[:, 0].tolist()
+    values = view.pool.values.clone()
+    values[:, :, visual[1:4]] = values[:, :, visual[1:2]]
+    view = replace(view, pool=replace(view.pool, values=values))
+    plain = KeyDifference()(view)[0]
+    found = Covered(inner=KeyDifference(), compared="values")(view)[0]
+    best = max(visual[1:4], key=lambda k: float(plain[k]))
+    assert float(found[best]) > 0.1 * float(plain[best])
+    assert all(float(found[k]) < 2e-3 * float(plain[k]) for k in visual[1:4] if k != best)
 
 
 def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:

@@ -74,7 +74,8 @@ def test_soft_training_reports_more_entries_than_the_budget_and_evaluation_never
 
 
 @pytest.mark.parametrize(
-    ("preset", "temperature"), [("omnimem", 1.0), ("omnimem", 0.05), ("paper", 0.3), ("released", 0.3)]
+    ("preset", "temperature"),
+    [("omnimem", 1.0), ("omnimem", 0.05), ("distinct", 0.3), ("paper", 0.3), ("released", 0.3)],
 )
 def test_soft_gradient_equals_one_shot_with_gates(preset: str, temperature: float) -> None:
     """Gates written out from their definition in one plain pass with masks by layer, over every eviction."""

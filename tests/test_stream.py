@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from omnimem.attach import Seam, attach
 from omnimem.budget import Budget
-from omnimem.policies import ControlOptions, PerturbationOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
 from omnimem.policy import Policy
 from omnimem.selection import Softness
 from omnimem.stream import PADDING, Prompt, Stream
@@ -20,7 +20,7 @@ from omnimem.view import LayerView
 
 LENGTHS = [20, 31, 1, 15, 29]  # of 96 tokens: 3 of text, then 4 visual, 1 audio and 1 of text over and over
 UNEQUAL = ((1, 1), (3, 20), (9, 4), (2, 7))  # audio, visual slots of the four layers
-POLICIES = ("omnimem", "paper", "released", "random", "recency", "uniform")
+POLICIES = ("distinct", "omnimem", "paper", "released", "random", "recency", "uniform")
 
 
 def policy_of(name: str, slots: Sequence[tuple[int, int]] = UNEQUAL, *, split: bool = True) -> Policy:
@@ -28,7 +28,7 @@ def policy_of(name: str, slots: Sequence[tuple[int, int]] = UNEQUAL, *, split: b
     budget = Budget(slots=tuple(slots), split=split)
     if name in ("random", "recency", "uniform"):
         return ControlOptions(name=name).build(budget)
-    return PerturbationOptions(name=name).build(budget)
+    return DistinctOptions().build(budget) if name == "distinct" else PerturbationOptions(name=name).build(budget)
 
 
 def levels_of(family: str) -> int:

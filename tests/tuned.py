@@ -9,6 +9,7 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.config import MemoryOptions, RunConfig, dump
 from omnimem.evaluation import EvaluateOptions
+from omnimem.policies import PerturbationOptions
 from omnimem.run import RunFolder, provenance, sha256, write_json, write_text
 from omnimem.sealed import seal
 from omnimem.stream import StreamOptions
@@ -23,7 +24,9 @@ def config_of(base: Path) -> RunConfig:
         name="x",
         model=ModelOptions(path=str(base)),
         stream=StreamOptions(chunk_tokens=36, max_pixels=12544),
-        memory=MemoryOptions(slots_per_layer=12, budget=SplitBudget(visual_audio_ratio=2.0)),
+        memory=MemoryOptions(
+            policy=PerturbationOptions(), slots_per_layer=12, budget=SplitBudget(visual_audio_ratio=2.0)
+        ),
         tuning=TuningOptions(lora=LORA),
         evaluate=EvaluateOptions(max_new_tokens=5),
     )

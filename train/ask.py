@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from omnimem.attach import attach
 from omnimem.backbones import ModelOptions, load_backbone
-from omnimem.budget import SplitBudget
+from omnimem.budget import SharedBudget
 from omnimem.config import ConfigError
 from omnimem.config.exported import FILE, Exported, policies_of
 from omnimem.feeding import Feeder
 from omnimem.media import FileSource, LiveSource, Source, read_live
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policy import Policy
 from omnimem.stream import Stream, StreamOptions
 from omnimem.tokens import EVICTABLE, Modality
@@ -33,6 +33,7 @@ from train.command import Parser, run_command
 from train.export import Base
 
 POLICIES: dict[str, PolicyOptions] = {
+    "distinct": DistinctOptions(),
     "omnimem": PerturbationOptions(name="omnimem"),
     "paper": PerturbationOptions(name="paper"),
     "released": PerturbationOptions(name="released"),
@@ -96,16 +97,16 @@ def stream_of(given: Namespace, exported: Exported | None) -> StreamOptions:
 
 
 def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Policy:
-    """What is kept: as exported, or so many slots as are asked for, five visual tokens to one of sound."""
+    """What is kept: as exported, or so many slots as are asked for, audio and visual tokens in one pool."""
     own = exported.memory.slots_per_layer if exported else FULL
     slots: int = own if given.slots is None else given.slots
-    options = exported.memory.policy if exported else PerturbationOptions()
+    options = exported.memory.policy if exported else DistinctOptions()
     if given.policy not in (None, options.name):
         options = POLICIES[given.policy]
     if slots == FULL:
         return options.build(None)
     if exported is None:
-        return options.build(SplitBudget().build(layers, slots))
+        return options.build(SharedBudget().build(layers, slots))
     return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
 
 

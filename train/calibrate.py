@@ -17,7 +17,7 @@ from omnimem.config import RunConfig, load
 from omnimem.data import Failure, Failures, Sample, read_manifest
 from omnimem.feeding import Feeder
 from omnimem.media import MediaError
-from omnimem.policies import PerturbationOptions
+from omnimem.policies import DistinctOptions
 from omnimem.policy import ScoredPolicy
 from omnimem.run import RunFolder
 from omnimem.tokens import Chunk
@@ -67,7 +67,7 @@ def measured_budget(run: RunConfig, seam: Seam, feeder: Feeder, samples: Sequenc
     with tqdm(total=run.calibration.streams, desc="calibration", unit="stream", disable=None) as bar:
         streams = _streams(samples, feeder, run.data.max_failures, used, bar)
         own = run.memory.policy.build(even)
-        policy = own if isinstance(own, ScoredPolicy) else PerturbationOptions().build(even)
+        policy = own if isinstance(own, ScoredPolicy) and not own.per_head else DistinctOptions().build(even)
         signals = calibrate(seam, policy, streams, run.calibration)
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)
     provenance = {

@@ -27,7 +27,7 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.feeding import IGNORED, tracks_of
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policy import ScoredPolicy
+from omnimem.policy import Policy, ScoredPolicy
 from omnimem.scoring import Covered
 from omnimem.tokens import Modality
 from omnimem.tuning.gradient.options import HALF_WAY
@@ -307,9 +307,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
         feature=width if policy.needs_novelty else 0,
-        covered=isinstance(policy, ScoredPolicy)
-        and isinstance(policy.scorer, Covered)
-        and run.tuning.selection.softening != "hard",
+        covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.per_head,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
@@ -329,6 +327,15 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         offload=run.tuning.offload,
         teacher_tokens=media if any(loss.needs_teacher and loss.takes(media) for loss in run.tuning.loss.losses) else 0,
     )
+
+
+def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
+    """Width of what tokens are compared by, where the score discounts what better ones hold; 0: it does not."""
+    if not isinstance(policy, ScoredPolicy) or not isinstance(policy.scorer, Covered):
+        return 0
+    if policy.scorer.compared == "inputs":
+        return feature
+    return shapes.text.kv_heads * shapes.text.dim
 
 
 def _deepspeed(run: RunConfig) -> str:

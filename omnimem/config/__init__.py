@@ -17,7 +17,7 @@ from omnimem.config.check import names, nearest, strict, validated
 from omnimem.config.source import ConfigError, Key, Problem, dotted, override, read
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
-from omnimem.policies import PerturbationOptions, PolicyOptions
+from omnimem.policies import DistinctOptions, PolicyOptions
 from omnimem.policy import ScoredPolicy
 from omnimem.stream import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
@@ -33,7 +33,7 @@ __all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find
 class MemoryOptions:
     """What is kept, and how much of it: the one dial is `slots_per_layer`."""
 
-    policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
+    policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=DistinctOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
 
@@ -138,6 +138,9 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
             ("tuning", "gradient"),
             f"states makes keys anew from the input of each token, and policy {policy.name} {what}; set it to full",
         )
+    if mode == "paper" and policy.per_head:
+        what = f"policy {policy.name} keeps other tokens in every head"
+        yield ("tuning", "gradient"), f"paper carries one choice of tokens for all heads, and {what}; set it to full"
     if mode in HALF_WAY and not isinstance(policy, ScoredPolicy):
         yield ("tuning", "gradient"), f"{mode} selects by similarity, not by policy {policy.name}; set it to full"
 

@@ -1,6 +1,7 @@
 """Policies by name: presets of OmniMem, the controls it must beat, and its rivals; one a file."""
 
 from omnimem.policies.controls import ControlOptions
+from omnimem.policies.distinct import DistinctOptions
 from omnimem.policies.h2o import H2OOptions
 from omnimem.policies.hermes import HermesOptions
 from omnimem.policies.infinipot_v import InfiniPotVOptions
@@ -20,7 +21,8 @@ from omnimem.policies.streammem import StreamMemOptions
 from omnimem.policies.value_norm import ValueNormOptions
 
 PolicyOptions = (
-    PerturbationOptions
+    DistinctOptions
+    | PerturbationOptions
     | ControlOptions
     | H2OOptions
     | HermesOptions
@@ -40,4 +42,4 @@ PolicyOptions = (
     | ValueNormOptions
 )
 
-__all__ = ["ControlOptions", "PerturbationOptions", "PolicyOptions"]
+__all__ = ["ControlOptions", "DistinctOptions", "PerturbationOptions", "PolicyOptions"]

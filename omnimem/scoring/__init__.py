@@ -1,10 +1,11 @@
 """Scorers: one method, one file, one frozen dataclass; the highest scores stay."""
 
 from omnimem.scoring.base import AbstractScorer
-from omnimem.scoring.covered import Covered
+from omnimem.scoring.covered import Compared, Covered
+from omnimem.scoring.key_difference import KeyDifference
 from omnimem.scoring.perturbation import Perturbation
 from omnimem.scoring.random import Random
 from omnimem.scoring.recency import Recency
 from omnimem.scoring.uniform import Uniform
 
-__all__ = ["AbstractScorer", "Covered", "Perturbation", "Random", "Recency", "Uniform"]
+__all__ = ["AbstractScorer", "Compared", "Covered", "KeyDifference", "Perturbation", "Random", "Recency", "Uniform"]

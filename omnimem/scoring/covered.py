@@ -1,7 +1,7 @@
 """What a better token already holds is not lost with this one (ours)."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
@@ -17,22 +17,25 @@ BLOCK = 1024  # tokens compared with all better ones at a time
 NOISE = 0.05  # length of what sets a token apart from the mean, below which its direction learns nothing
 ALONE = -1.0  # cosine to a better token where there is none
 
+Compared = Literal["inputs", "values"]
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Covered(AbstractScorer):
-    """psi_k (1 - c_k)^beta, c_k = max cos(h_k - m, h_j - m) over the tokens j of k's modality with psi_j > psi_k.
+    """s_k (1 - c_k)^beta, c_k = max cos(h_k - m, h_j - m) over the tokens j of k's modality with s_j > s_k.
 
-    h is the redundancy feature at length 1 and m its mean over the modality in the pool, so that what all tokens share
-    counts for nothing. A score alone keeps every copy of an event, or drops them all; this keeps the best copy and
-    discounts the others. The best token of a modality has no better one: c = -1. Ties count as in selection: the more
-    recent token is the better one. One pass, no loop over tokens: in order of psi each looks at those before it.
+    h is what tokens are compared by, at length 1, and m its mean over the modality in the pool, so that what all tokens
+    share counts for nothing. A score s alone keeps every copy of an event, or drops them all; this keeps the best copy
+    and discounts the others. The best token of a modality has no better one: c = -1. Ties count as in selection: the
+    more recent token is the better one. One pass, no loop over tokens: in order of s each looks at those before it.
     The score inside must not be negative.
     """
 
     inner: AbstractScorer
     power: float = 0.5  # beta
     centred: bool = True  # False: m = 0
+    compared: Compared = "inputs"  # the layer's input, as redundancy is judged on it; or the values of a row's heads
 
     @property
     def needs_importance(self) -> bool:
@@ -41,13 +44,14 @@ class Covered(AbstractScorer):
 
     @property
     def needs_novelty(self) -> bool:
-        """Always: the feature is what tokens are compared by."""
-        return True
+        """Where layer inputs are what tokens are compared by, or as the score inside."""
+        return self.compared == "inputs" or self.inner.needs_novelty
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         scores = self.inner(view)
         with torch.set_grad_enabled(torch.is_grad_enabled() and view.gradient != "none"):
-            return scores * uncovered(view.pool.feature, view.modality, scores, centred=self.centred) ** self.power
+            held = view.pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else view.pool.feature
+            return scores * uncovered(held, view.modality, scores, centred=self.centred) ** self.power
 
 
 def uncovered(
