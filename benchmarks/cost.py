@@ -38,7 +38,7 @@ from train.assemble import budget_of, feeder_of, policies_of
 from train.command import Parser, run_command
 
 FULL = "full_memory"
-RIVALS = ("omnimem", "infinipot_v", "streammem", "uniform")
+RIVALS = ("distinct", "infinipot_v", "streammem", "uniform")
 SPLIT = "cost"  # name of the manifest
 COLUMNS = ("policy", "tokens in", "kept a layer", "media", "text model", "first token", "beyond the model", "memory")
 

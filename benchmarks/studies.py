@@ -59,8 +59,12 @@ def _psi(**settings: Any) -> Trial:
 
 
 def _ours(**settings: Any) -> Trial:
-    """Our score by our budget rule: one pool of audio and visual tokens, every layer alike."""
-    return Trial(policy=DistinctOptions(**settings), budget=SharedBudget())
+    return Trial(policy=DistinctOptions(**settings))
+
+
+def _pool(trial: Trial) -> Trial:
+    """The same in one pool of audio and visual tokens, every layer alike."""
+    return replace(trial, budget=SharedBudget())
 
 
 def _avba(ratio: float = 2.0, temperature: float = 0.2) -> AudioVisualBudget:
@@ -85,13 +89,13 @@ def _fewer(rows: Mapping[str, Trial]) -> dict[str, Trial]:
 SPLIT_OF_ALL = _avba()  # chosen on calibration streams, for psi; where the config has no audio-visual budget of its own
 POLICIES: dict[str, Trial] = {
     "distinct": _ours(),
-    "distinct_split": Trial(policy=DistinctOptions()),
+    "distinct_pool": _pool(_ours()),
     "distinct_heads": _ours(per_head=True),
-    "distinct_heads_split": Trial(policy=DistinctOptions(per_head=True)),
+    "distinct_heads_pool": _pool(_ours(per_head=True)),
     "omnimem": _psi(),
-    "omnimem_pool": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
+    "omnimem_pool": _pool(_psi()),
     "psi": _psi(coverage=0.0),
-    "psi_pool": Trial(policy=PerturbationOptions(coverage=0.0), budget=SharedBudget()),
+    "psi_pool": _pool(_psi(coverage=0.0)),
     "paper": _psi(name="paper"),
     "released": replace(_psi(name="released"), fewer=True),  # lends nothing
     **both("similarity", SimilarityOptions),
@@ -123,35 +127,33 @@ STUDIES: dict[str, dict[str, Trial]] = {
     "policies": POLICIES,
     "ablations": {  # each part of ours; and the paper's table 4, under its own score and under psi as we run it
         "full": _ours(),
-        "split": Trial(policy=DistinctOptions()),
-        "split_alike": Trial(policy=DistinctOptions(), budget=_avba(temperature=math.inf)),
-        "pool_of_avba_layers": Trial(policy=DistinctOptions(), pooled=True),
+        "no_split": replace(_ours(), pooled=True),
+        "layers_alike": replace(_ours(), budget=_avba(temperature=math.inf)),
+        "no_avba": _pool(_ours()),
         "own_tokens_by_head": _ours(per_head=True),
         "no_coverage": _ours(coverage=0.0),
         "coverage_power_1": _ours(coverage=1.0),
         "coverage_not_centred": _ours(centred=False),
         "coverage_of_inputs": _ours(compared="inputs"),
-        "psi_instead": Trial(policy=PerturbationOptions(), budget=SharedBudget()),
-        "no_score": Trial(policy=KCenterOptions()),
-        "psi_full": _psi(),
-        "psi_no_split": Trial(policy=PerturbationOptions(), pooled=True),
-        "psi_similarity_only": _psi(sharpness=0.0),
+        "psi_instead": _psi(),
+        "no_score": Trial(policy=KCenterOptions(preset="shared_split")),
         "psi_no_coverage": _psi(coverage=0.0),
+        "psi_no_split": replace(_psi(coverage=0.0), pooled=True),
+        "psi_no_avba": _pool(_psi(coverage=0.0)),
+        "psi_similarity_only": _psi(coverage=0.0, sharpness=0.0),
         "paper_full": _psi(name="paper"),
-        "paper_no_split": Trial(policy=PerturbationOptions(name="paper"), pooled=True),
-        "paper_no_avba": Trial(policy=PerturbationOptions(name="paper"), budget=SharedBudget()),
+        "paper_no_split": replace(_psi(name="paper"), pooled=True),
+        "paper_no_avba": _pool(_psi(name="paper")),
         "paper_similarity_only": _psi(name="paper", sharpness=0.0),
         "paper_with_coverage": _psi(name="paper", coverage=0.5),
     },
     "ratio": {  # table 3, at equal entries
-        "no_split": _ours(),
-        **{
-            f"r_{r:g}": Trial(policy=DistinctOptions(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-        },
+        "no_split": replace(_ours(), pooled=True),
+        **{f"r_{r:g}": replace(_ours(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
     },
     "sharpness": {f"lambda_{value:g}": _psi(sharpness=value) for value in (0.0, 0.02, 0.1, 0.2, 0.5, 1.0)},
     "temperature": {
-        f"T_{value:g}": Trial(policy=DistinctOptions(), budget=_avba(temperature=value))
+        f"T_{value:g}": replace(_ours(), budget=_avba(temperature=value))
         for value in (0.1, 0.2, 0.5, 1.0, 2.0, math.inf)
     },
     "chunks": {
@@ -165,17 +167,14 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "pool_same_modality": _psi(neighbours="pool", of="modality"),
     },
     "budgets": {
-        "shared": _ours(),
+        "shared": _pool(_ours()),
+        **{f"split_r{r:g}": replace(_ours(), budget=SplitBudget(visual_audio_ratio=r)) for r in (0.5, 1.0, 2.0, 5.0)},
         **{
-            f"split_r{r:g}": Trial(policy=DistinctOptions(), budget=SplitBudget(visual_audio_ratio=r))
-            for r in (0.5, 1.0, 2.0, 5.0)
-        },
-        **{
-            f"avba_r{r:g}_T{t:g}": Trial(policy=DistinctOptions(), budget=_avba(ratio=r, temperature=t))
+            f"avba_r{r:g}_T{t:g}": replace(_ours(), budget=_avba(ratio=r, temperature=t))
             for r in (1.0, 2.0, 5.0)
             for t in (0.2, 1.0, math.inf)
         },
     },
 }
 Study = Literal["policies", "ablations", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"]
-QUICK: tuple[str, ...] = ("distinct", "omnimem", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")
+QUICK: tuple[str, ...] = ("distinct", "distinct_pool", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")

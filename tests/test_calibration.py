@@ -248,6 +248,18 @@ def test_the_command_writes_where_it_is_told_and_repeats_itself(folder: Path, tm
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("policy", ["{name: keydiff}", "{name: snapkv}", "{name: distinct, per_head: true}"])
+def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(
+    policy: str, folder: Path, tmp_path: Path
+) -> None:
+    """Heads of their own, or attention of probes: the signals are those of the default policy, and it says so."""
+    for name, chosen in (("theirs", policy), ("ours", "{name: distinct}")):
+        main(["--config", str(folder / "a.yaml"), f"memory.policy={chosen}", "--out", str(tmp_path / f"{name}.json")])
+    theirs, ours = (Budget.read(tmp_path / f"{name}.json") for name in ("theirs", "ours"))
+    assert (theirs.signals, theirs.slots) == (ours.signals, ours.slots)
+    assert theirs.provenance["policy"] == "distinct"
+
+
 def test_a_measured_file_serves_other_ratios_and_sizes(folder: Path, tmp_path: Path) -> None:
     main(["--config", str(folder / "a.yaml"), "--out", str(tmp_path / "table.json")])
     again = AudioVisualBudget(table=str(tmp_path / "table.json"), visual_audio_ratio=1.0).build(2, 20)

@@ -1,6 +1,6 @@
 """Shows what each layer still holds of one stream as it goes on, under two policies side by side, on one HTML page.
 
-python train/show_memory.py --config tiny.yaml --video FILE --policies omnimem snapkv --out memory.html
+python train/show_memory.py --config tiny.yaml --video FILE --policies distinct snapkv --out memory.html
 python train/show_memory.py --config tiny.yaml --manifest data/recall/test.jsonl [--id ID] --policies ... --out ...
 
 A policy is a name, with its own defaults, or settings such as '{name: lava, preset: shared_split}'; the config's own
