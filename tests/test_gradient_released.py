@@ -83,7 +83,7 @@ def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_abov
             assert [layer for layer, norm in enumerate(found) if norm > 0] == learning
 
 
-@pytest.mark.parametrize("preset", ["released", "omnimem"])
+@pytest.mark.parametrize("preset", ["released", "omnimem", "distinct", "random"])
 def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
     """To the bit, under the same policy: as the paper words it the run's own, attention mass and all."""
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32, batch=2)
@@ -104,7 +104,7 @@ def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
 def test_every_way_of_keeping_gives_the_same_bits_with_dropout(each: FullGradient, by_layer: bool, whole: bool) -> None:
     model = adapted("qwen2_5_omni", torch.float32, dropout=0.3)
     episode = episode_of("qwen2_5_omni", torch.float32, batch=2)
-    policy, found = policy_of("omnimem") if whole else by_similarity(policy_of("omnimem")), []
+    policy, found = policy_of("distinct") if whole else by_similarity(policy_of("omnimem")), []
     for way, layers in ((each, by_layer), (FullGradient(recompute=False), False)):
         with attach(model, recompute_layers=layers) as seam:
             carry = ReleasedGradient(stop_layer=STOP, whole_last_chunk=whole, each=way)

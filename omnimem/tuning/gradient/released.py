@@ -189,9 +189,12 @@ def _pool(step: ChunkStep, carrier: Tokens, entering: Float[Tensor, "batch token
 
 
 def _unread(pool: Tokens, step: ChunkStep) -> LayerView:
-    """The pool of a layer that is not run: its redundancy alone can be judged."""
+    """The pool of a layer that is not run: its redundancy alone can be judged, on the very inputs where the policy
+    carries no feature.
+    """
     measures, new = step.manner.policy.measures, step.modality.shape[1]
-    bare = replace(pool, states=pool.states[..., :0])
+    feature = pool.feature if pool.feature.shape[-1] else pool.states.detach()
+    bare = replace(pool, states=pool.states[..., :0], feature=feature)
     return LayerView(pool=bare, new=new, queries=pool.keys, scale=1.0, measures=measures, gradient="none")
 
 
@@ -201,6 +204,6 @@ def _places(pool: Tokens, kept: Tokens) -> Int[Tensor, "batch kept"]:
 
 
 def _cut(pool: Tokens, kept: Tokens) -> Tokens:
-    """The kept tokens with their states of the pool; unlike `gather`, an index saves no pool for backward."""
-    rows = torch.arange(pool.states.shape[0], device=pool.states.device)[:, None]
-    return replace(kept, states=pool.states[rows, _places(pool, kept)])
+    """The kept tokens with states and feature of the pool; unlike `gather`, an index saves no pool for backward."""
+    rows, places = torch.arange(pool.states.shape[0], device=pool.states.device)[:, None], _places(pool, kept)
+    return replace(kept, states=pool.states[rows, places], feature=pool.feature[rows, places])
