@@ -40,7 +40,14 @@ def test_the_script_checks_and_measures_everything_on_a_small_model(tmp_path: Pa
     named = " ".join(check["name"] for check in found["checks"])
     assert all(word in named for word in ("output", "mass", "gate", "packed", "one shot", "kept sets", "recomputed"))
     arms = {row["arm"] for row in found["rows"] if row["section"].startswith("chunk of")}
-    ours = {"lambda 0", "lambda 0.02", "lambda 0.02, feature 128", "lambda 0.02, no coverage"}
+    ours = {
+        "distinct",
+        "distinct, by head",
+        "lambda 0",
+        "lambda 0.02",
+        "lambda 0.02, feature 128",
+        "lambda 0.02, no coverage",
+    }
     assert arms == ours | {"stock sdpa", "random"}
     assert all(row["median_ms"] > 0 for row in found["rows"] if "median_ms" in row)
     assert (tmp_path / "gpu.md").read_text() in result.stdout

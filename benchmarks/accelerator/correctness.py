@@ -16,7 +16,7 @@ from omnimem.attention import reference
 from omnimem.attention.blocked import MEMORY, Segments, attend, mass, visible
 from omnimem.budget import Budget
 from omnimem.memory import Memory
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policy import Policy
 from omnimem.scoring import AbstractScorer
 from omnimem.selection import Softness, select
@@ -28,6 +28,7 @@ from omnimem.view import LayerView
 LENGTHS = (23, 31, 1, 15, 26)
 SLOTS = ((1, 2), (3, 20), (2, 9), (4, 14))  # audio, visual slots of the four layers
 POLICIES: dict[str, PolicyOptions] = {
+    "distinct": DistinctOptions(),
     "omnimem": PerturbationOptions(),
     "paper": PerturbationOptions(name="paper"),
     "released": PerturbationOptions(name="released"),

@@ -26,7 +26,7 @@ from accelerator.record import Record
 from omnimem.attach import attach
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policy import Policy
 from omnimem.selection import Room, select
 from omnimem.stream import Prompt, Stream
@@ -34,9 +34,11 @@ from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient, Gradient
 
 ARMS: dict[str, PolicyOptions] = {
+    "distinct": DistinctOptions(),  # as budget8k.yaml has it
+    "distinct, by head": DistinctOptions(per_head=True),
     "lambda 0": PerturbationOptions(sharpness=0.0),
     "lambda 0.02": PerturbationOptions(sharpness=0.02),
-    "lambda 0.02, feature 128": PerturbationOptions(sharpness=0.02, feature=128),  # as budget8k.yaml has it
+    "lambda 0.02, feature 128": PerturbationOptions(sharpness=0.02, feature=128),
     "lambda 0.02, no coverage": PerturbationOptions(sharpness=0.02, feature=128, coverage=0.0),
     "random": ControlOptions(name="random"),
 }
