@@ -34,7 +34,7 @@ class PerturbationOptions:
     paper     eqs. 8-10 as printed: softmax per head, masses summed over chunks, (1 - s) to the power 1
     released  what the authors' code does: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s),
               a missing neighbour counts as cosine 1, no lending between modalities (method 1.6-1.8 and 8)
-    omnimem   our default, which is not the paper's: the printed score with redundancy judged once, at arrival, so that
+    omnimem   ours, on the paper: the printed score with redundancy judged once, at arrival, so that
               copies of one needle do not become neighbours in the pool and fall together; and discounted by what a
               better token already holds (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that
               one copy stays and not three
