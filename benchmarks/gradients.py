@@ -27,7 +27,7 @@ from omnimem.backbones import load_backbone
 from omnimem.budget import Budget, SplitBudget
 from omnimem.config import RunConfig, load
 from omnimem.feeding import Feeder, Opened, together
-from omnimem.policies import PerturbationOptions
+from omnimem.policies import PolicyOptions
 from omnimem.policy import Policy
 from omnimem.run import provenance, write_json
 from omnimem.tuning import (
@@ -146,10 +146,10 @@ def _layer(name: str) -> int:
     return int(name.split(".layers.")[1].split(".")[0])
 
 
-def memory_rows(chunks: Sequence[int]) -> list[activations.Row]:
-    """Peak bytes of each mode by the number of chunks, of a random model."""
+def memory_rows(options: PolicyOptions, chunks: Sequence[int]) -> list[activations.Row]:
+    """Peak bytes of each mode by the number of chunks, of a random model under the run's policy."""
     model = activations.text_model(width=128, layers=4)
-    policy = PerturbationOptions().build(SplitBudget(visual_audio_ratio=5.0).build(4, 32))
+    policy = options.build(SplitBudget(visual_audio_ratio=5.0).build(4, 32))
     activations.measure(model, policy, MODES[0], 1, 64)  # what the first pass alone makes is left out
     return [activations.measure(model, policy, mode, count, 64) for mode in MODES for count in chunks]
 
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> None:
         budget = Budget.read(given.budget) if given.budget else split
         scene = scene_of(run, seam, feeder_of(run, backbone), model, given.streams, budget)
         rows = compared(scene, MODES, given.rounds)
-    memory = memory_rows(given.chunks)
+    memory = memory_rows(run.memory.policy, given.chunks)
     facts = provenance(command=["benchmarks/gradients.py", *arguments], seed=0, sha256={})
     values = {"provenance": facts, "streams": scene.streams, "modes": [asdict(row) for row in rows]}
     write_json(given.out / "gradients.json", {**values, "memory": [asdict(row) for row in memory]})

@@ -175,7 +175,7 @@ def _signals(run: RunConfig, seam: Seam, feeder: Feeder, base: str) -> Signals:
     budget, psi = replace(_split(run), table="calibrate"), PerturbationOptions()
     calibrating = replace(run, memory=replace(run.memory, budget=budget, policy=psi))
     measured = (base, sha256(Path(run.data.train)) if run.data.train else None, asdict(run.stream))
-    under = (repr(psi), run.memory.slots_per_layer, asdict(run.calibration))
+    under = (repr(psi.build(None)), run.memory.slots_per_layer, asdict(run.calibration))
     key = hashlib.sha256(repr((measured, under)).encode()).hexdigest()[:16]
     found = budget_of(calibrating, seam, feeder, RunFolder(path=OUT / "signals" / key)).signals
     assert found is not None, "a calibrated budget has signals"

@@ -63,6 +63,11 @@ def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: Gr
         (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
          "paper carries one choice of tokens for all heads, and policy distinct keeps other tokens in every head; "
          "set it to full"),
+        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: snapkv}"],
+         "paper carries one choice of tokens for all heads, and policy snapkv keeps other tokens in every head; "
+         "set it to full"),
+        (["tuning.selection.gradient=both"],
+         "both means nothing with policy distinct, whose score measures no attention; set it to redundancy"),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], line: str) -> None:

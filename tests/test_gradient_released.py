@@ -1,7 +1,7 @@
 """Gradient as the release trains, and as the paper words it: that of the obvious way, layer by layer over states."""
 
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, final
 
 import pytest
 import reference
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from omnimem.attach import Seam, attach
 from omnimem.policy import Policy
+from omnimem.scoring import AbstractScorer
 from omnimem.stream import Stream
 from omnimem.tuning import FullGradient, GradientError, ReleasedGradient, by_similarity
+from omnimem.view import LayerView
 
 STOP = 2
 
@@ -97,6 +99,37 @@ def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
                 found.append([replace(layer, states=layer.states[..., :0]) for layer in stream.memory.layers[:3]])
         for ours, theirs in zip(*found, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.tensors(), theirs.tensors(), strict=True))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Carrying(AbstractScorer):
+    """The same score, of a policy that carries the feature on which redundancy is judged."""
+
+    inner: AbstractScorer
+
+    @property
+    def needs_novelty(self) -> bool:
+        return True
+
+    def __call__(self, view: LayerView) -> Tensor:
+        return self.inner(view)
+
+
+def test_the_stop_layer_judges_its_inputs_whether_or_not_the_policy_carries_them() -> None:
+    model, episode = adapted("qwen2_5_omni", torch.float32), at_the_end(episode_of("qwen2_5_omni", torch.float32))
+    bare, carry, found = policy_of("random"), ReleasedGradient(stop_layer=STOP, whole_last_chunk=True), []
+    assert not bare.needs_novelty
+    with attach(model) as seam:
+        for policy in (bare, replace(bare, scorer=Carrying(inner=bare.scorer))):
+            orders = kept_by_chunk(seam, episode, policy, carry, STOP)
+            loss = streamed_loss_of(seam, episode, policy, carry)
+            found.append((orders, loss.detach(), gradient(loss, model)))
+        other = [row[STOP] for row in kept_by_chunk(seam, episode, bare, FullGradient(), 3)]
+    assert found[0][0] == found[1][0]
+    assert [row[STOP] for row in found[0][0]] != other  # by similarity, not at random
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["released", "paper"])

@@ -97,7 +97,7 @@ def stream_of(given: Namespace, exported: Exported | None) -> StreamOptions:
 
 
 def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Policy:
-    """What is kept: as exported, or so many slots as are asked for, audio and visual tokens in one pool."""
+    """What is kept: as exported, or so many slots as are asked for: in one pool, as nothing was calibrated."""
     own = exported.memory.slots_per_layer if exported else FULL
     slots: int = own if given.slots is None else given.slots
     options = exported.memory.policy if exported else DistinctOptions()

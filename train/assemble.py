@@ -9,6 +9,7 @@ from omnimem.budget import Budget, BudgetError
 from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
 from omnimem.feeding import Feeder
+from omnimem.policy import ScoredPolicy
 from omnimem.run import RunFolder
 from train.calibrate import budget_settings, measured_budget, training_samples
 
@@ -33,6 +34,7 @@ def budget_of(run: RunConfig, seam: Seam, feeder: Feeder, folder: RunFolder) -> 
                 f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
                 "delete the file, or give the run another name"
             )
+        _measured_under(run, budget, folder.budget)
         return budget
     if run.memory.budget.needs_signals:
         budget = measured_budget(run, seam, feeder, training_samples(run))
@@ -41,6 +43,18 @@ def budget_of(run: RunConfig, seam: Seam, feeder: Feeder, folder: RunFolder) -> 
         budget = replace(built, provenance={**built.provenance, "settings": budget_settings(run)})
     budget.write(folder.budget)
     return budget
+
+
+def _measured_under(run: RunConfig, budget: Budget, file: Path) -> None:
+    """Raises BudgetError when the signals of a file were measured under another score than the run's own."""
+    own, measured = run.memory.policy.build(None), budget.provenance.get("policy")
+    if budget.signals is None or measured is None or not isinstance(own, ScoredPolicy) or own.per_head:
+        return
+    if measured != own.name:
+        raise BudgetError(
+            f"{file} was measured under policy {measured}, the run has {own.name}; "
+            "delete the file, or give the run another name"
+        )
 
 
 def policies_of(run: RunConfig, budget: Budget) -> Policies:

@@ -141,8 +141,13 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     if mode == "paper" and policy.per_head:
         what = f"policy {policy.name} keeps other tokens in every head"
         yield ("tuning", "gradient"), f"paper carries one choice of tokens for all heads, and {what}; set it to full"
-    if mode in HALF_WAY and not isinstance(policy, ScoredPolicy):
+    elif mode in HALF_WAY and not isinstance(policy, ScoredPolicy):
         yield ("tuning", "gradient"), f"{mode} selects by similarity, not by policy {policy.name}; set it to full"
+    selection = run.tuning.selection
+    learns = selection.gradient == "both" and selection.softening != "hard"
+    if learns and isinstance(policy, ScoredPolicy) and not policy.scorer.needs_importance:
+        what = f"policy {policy.name}, whose score measures no attention"
+        yield ("tuning", "selection", "gradient"), f"both means nothing with {what}; set it to redundancy"
 
 
 def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str | int, int]]:

@@ -1,5 +1,6 @@
 """Distinct (ours): keys unlike the mean key, discounted by what the values of a better token already hold."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -24,8 +25,8 @@ class DistinctOptions:
     per_head: bool = False  # every key-value head keeps its own tokens; not with gradient: states or paper
 
     def __post_init__(self) -> None:
-        if self.coverage < 0:
-            raise ValueError(f"policy.coverage = {self.coverage:g} must be at least 0")
+        if not 0 <= self.coverage < math.inf:
+            raise ValueError(f"policy.coverage = {self.coverage:g} must be a number of at least 0")
 
     def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""
