@@ -80,7 +80,7 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
     assert audio + visual == 12
     assert lines[:-1] == [
         *answer.split("\n"),
-        f"  tokens in 16 s: 16 audio + 128 visual; kept in each layer: {audio:g} audio + {visual:g} visual",
+        f"  tokens in 16 s: 16 audio + 128 visual; kept in each layer: {round(audio, 1):g} audio + {round(visual, 1):g} visual",
         f"  memory: 24 entries in 2 layers, {stream.memory.bytes:,} bytes",
     ]
     reading, first, total = (float(number) for number in re.findall(r"\d+\.\d+", lines[-1]))

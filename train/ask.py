@@ -153,7 +153,7 @@ class Reply:
             when = "" if self.at is None else f"at {self.at:g} s: "
             yield from (f"{when}{q} -> {a}" for q, a in zip(questions, self.answers, strict=True))
         came = " + ".join(f"{self.arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
-        kept = " + ".join(f"{self.kept[kind]:g} {kind.name.lower()}" for kind in EVICTABLE)
+        kept = " + ".join(f"{round(self.kept[kind], 1):g} {kind.name.lower()}" for kind in EVICTABLE)
         yield f"  tokens in {self.seen:.4g} s: {came}; kept in each layer: {kept}"
         yield f"  memory: {self.entries:,} entries in {self.layers} layers, {self.bytes:,} bytes"
         yield f"  seconds: {self.reading:.2f} reading, {self.first:.3f} to the first token, {self.total:.3f} in all"
