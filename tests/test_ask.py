@@ -76,11 +76,13 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
         for chunk in feeder.watch(video):
             stream.feed(chunk)
         answer = feeder.answers(stream, [QUESTION], max_new_tokens=5)[0]
-    audio, visual = (sum(row[kind] for row in stream.memory.counts()) / 2 for kind in (Modality.AUDIO, Modality.VISUAL))
+    audio, visual = (
+        round(sum(row[kind] for row in stream.memory.counts()) / 2, 1) for kind in (Modality.AUDIO, Modality.VISUAL)
+    )
     assert audio + visual == 12
     assert lines[:-1] == [
         *answer.split("\n"),
-        f"  tokens in 16 s: 16 audio + 128 visual; kept in each layer: {round(audio, 1):g} audio + {round(visual, 1):g} visual",
+        f"  tokens in 16 s: 16 audio + 128 visual; kept in each layer: {audio:g} audio + {visual:g} visual",
         f"  memory: 24 entries in 2 layers, {stream.memory.bytes:,} bytes",
     ]
     reading, first, total = (float(number) for number in re.findall(r"\d+\.\d+", lines[-1]))
