@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,11 +24,14 @@ from omnimem.calibration import (
     normalised_entropy,
     save_figures,
 )
+from omnimem.config import load
 from omnimem.policies import PerturbationOptions
 from omnimem.policy import Policy
+from omnimem.run import RunFolder
 from omnimem.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.view import LayerView
+from train.assemble import budget_of
 from train.calibrate import main
 
 LENGTHS = [16, 16, 16, 16, 16, 16]
@@ -258,6 +262,20 @@ def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(
     theirs, ours = (Budget.read(tmp_path / f"{name}.json") for name in ("theirs", "ours"))
     assert (theirs.signals, theirs.slots) == (ours.signals, ours.slots)
     assert theirs.provenance["policy"] == "distinct"
+
+
+def test_a_file_measured_for_another_run_is_refused_not_used(folder: Path, tmp_path: Path) -> None:
+    """Read where it lies in the run's folder: nothing is measured, so neither model nor streams are needed."""
+    here, nothing = RunFolder(path=tmp_path), cast(Any, None)
+    main(["--config", str(folder / "a.yaml"), "--out", str(here.budget)])
+    same = load(folder / "a.yaml", [])
+    assert budget_of(same, nothing, nothing, here) == Budget.read(here.budget)
+    for override, message in (
+        ("memory.policy={name: omnimem}", "was measured under policy distinct, the run has omnimem; delete the file"),
+        ("memory.slots_per_layer=10", "was made for 9 slots a layer.*the run asks for 10 slots a layer"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            budget_of(load(folder / "a.yaml", [override]), nothing, nothing, here)
 
 
 def test_a_measured_file_serves_other_ratios_and_sizes(folder: Path, tmp_path: Path) -> None:

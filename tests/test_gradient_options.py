@@ -61,10 +61,11 @@ def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: Gr
         (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through means nothing "
          "with gradient: released, whose selection does not learn; set it to hard"),
         (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
-         "paper carries one choice of tokens for all heads, and policy distinct keeps other tokens in every head; "
-         "set it to full"),
+         "paper carries tokens that one score chose for all heads, which policy distinct does not; set it to full"),
         (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: snapkv}"],
-         "paper carries one choice of tokens for all heads, and policy snapkv keeps other tokens in every head; "
+         "paper carries tokens that one score chose for all heads, which policy snapkv does not; set it to full"),
+        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: recursive_uniform}"],
+         "paper carries tokens that one score chose for all heads, which policy recursive_uniform does not; "
          "set it to full"),
         (["tuning.selection.gradient=both"],
          "both means nothing with policy distinct, whose score measures no attention; set it to redundancy"),

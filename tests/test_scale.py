@@ -149,14 +149,10 @@ def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_w
     known = {f"film{number}" for number in range(6)} - set(line["samples"])
     cure = "for more than 12 s; look at the sample, or raise train.step_timeout_seconds"
     places = ("in backward, the update, or waiting for other ranks", "in its streams")
-    said = [[row for row in output.splitlines() if cure in row] for output in ended.outputs]
-    assert len(said[1]) == 1, ended.outputs  # the rank that is stuck says so, whoever notices first
-    if not said[0]:  # it began the step so much later that its peer was gone before its own time was up
-        assert "peer" in ended.outputs[0] or "remote worker" in ended.outputs[0]
+    said = ([row for row in output.splitlines() if cure in row] for output in ended.outputs)
     for number, (rows, place) in enumerate(zip(said, places, strict=True)):
-        if not rows:
-            continue
-        rank, sample, where = rows[0].split(", ", 2)
+        (row,) = rows  # a rank whose peer has left meanwhile may say more after it
+        rank, sample, where = row.split(", ", 2)
         assert rank == f"rank {number}"
         assert sample.removeprefix("step 2: ") in known
         assert where.startswith(f"{place} {cure}")

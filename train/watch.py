@@ -15,7 +15,7 @@ from typing import Any, Self, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-GRACE = 3.0  # seconds in which the other ranks, which wait for this one, can say where they are
+GRACE = 10.0  # seconds in which the other ranks, which wait for this one, can say where they are
 LOCKED = 30.0  # seconds after which a thread that keeps the interpreter is given up
 
 

@@ -21,7 +21,6 @@ from omnimem.policies import DistinctOptions, PolicyOptions
 from omnimem.policy import ScoredPolicy
 from omnimem.stream import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
-from omnimem.tuning.gradient.options import HALF_WAY
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -138,11 +137,11 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
             ("tuning", "gradient"),
             f"states makes keys anew from the input of each token, and policy {policy.name} {what}; set it to full",
         )
-    if mode == "paper" and policy.per_head:
-        what = f"policy {policy.name} keeps other tokens in every head"
-        yield ("tuning", "gradient"), f"paper carries one choice of tokens for all heads, and {what}; set it to full"
-    elif mode in HALF_WAY and not isinstance(policy, ScoredPolicy):
-        yield ("tuning", "gradient"), f"{mode} selects by similarity, not by policy {policy.name}; set it to full"
+    if mode == "paper" and (policy.per_head or not isinstance(policy, ScoredPolicy)):
+        what = "carries tokens that one score chose for all heads"
+        yield ("tuning", "gradient"), f"paper {what}, which policy {policy.name} does not; set it to full"
+    if mode == "released" and not isinstance(policy, ScoredPolicy):
+        yield ("tuning", "gradient"), f"released selects by similarity, not by policy {policy.name}; set it to full"
     selection = run.tuning.selection
     learns = selection.gradient == "both" and selection.softening != "hard"
     if learns and isinstance(policy, ScoredPolicy) and not policy.scorer.needs_importance:
