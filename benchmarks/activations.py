@@ -28,13 +28,14 @@ from torch.utils.weak import WeakIdRef
 from transformers import PreTrainedModel, Qwen2_5OmniTextConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
 
-from omnimem.attach import attach
 from omnimem.budget import SplitBudget
 from omnimem.policies import PerturbationOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.run import write_json
 from omnimem.selection import SelectionOptions, TemperatureOptions
-from omnimem.stream import Prompt, Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import TuningOptions, answer_losses, gradient_of, policy_in_training
 
@@ -188,9 +189,9 @@ def backward(model: PreTrainedModel, policy: Policy, way: Way, chunks: Iterator[
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = model.get_input_embeddings().weight
     tuning = way.tuning
-    with attach(model, recompute_layers=tuning.recompute == "layer") as seam:
-        carry = gradient_of(tuning, seam.shape.layers)
-        stream = Stream(seam, policy_in_training(tuning, policy), softness=tuning.selection.at(0.0), carry=carry)
+    with attach(model, recompute_layers=tuning.recompute == "layer") as attached:
+        carry = gradient_of(tuning, attached.shape.layers)
+        stream = Stream(attached, policy_in_training(tuning, policy), softness=tuning.selection.at(0.0), carry=carry)
         for chunk in chunks:
             stream.feed(chunk)
         read, memory = stream.reader(prompt), stream.memory

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from long_stream import SETTINGS, manifest_line, world_of
 
-from data_prep.synthesize import Stream, make
-from omnimem.attach import attach
 from omnimem.backbones import load_backbone
-from omnimem.benchmarks import RecallOptions
+from omnimem.cli.build import budget_of, feeder_of, policies_of
+from omnimem.cli.parser import Parser, run_command
+from omnimem.commands.synthesize import Stream, make
 from omnimem.comparison import compare
 from omnimem.comparison.report import count, seconds, size
 from omnimem.config import RunConfig, load
@@ -33,9 +33,9 @@ from omnimem.evaluation import Arm, Evaluation
 from omnimem.evaluation.cost import PeakMemory
 from omnimem.media import MediaError
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
-from train.arguments import train_section
-from train.assemble import budget_of, feeder_of, policies_of
-from train.command import Parser, run_command
+from omnimem.streaming.attach import attach
+from omnimem.tasks import RecallOptions
+from omnimem.training.arguments import train_section
 
 FULL = "full_memory"
 RIVALS = ("distinct", "infinipot_v", "streammem", "uniform")
@@ -80,11 +80,11 @@ def measure(run: RunConfig, out: Path, name: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # nothing may count as answered
     backbone = load_backbone(run.model)
     feeder = feeder_of(run, backbone)
-    with attach(backbone.text_model) as seam:
-        policies = policies_of(run, budget_of(run, seam, feeder, RunFolder(path=folder)))
+    with attach(backbone.text_model) as attached:
+        policies = policies_of(run, budget_of(run, attached, feeder, RunFolder(path=folder)))
         arm = Arm(name=name, policy=policies(None if name == FULL else run.memory.slots_per_layer))
         loaded = PeakMemory().bytes
-        entry = Evaluation(seam=seam, feeder=feeder, options=run.evaluate).run(arm, task, folder)
+        entry = Evaluation(attached=attached, feeder=feeder, options=run.evaluate).run(arm, task, folder)
     facts = provenance(command=["benchmarks/cost.py"], seed=0, sha256={})
     write_json(folder / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {task.label: entry}})
     lines = [json.loads(line) for line in (folder / f"{task.label}.jsonl").read_text().splitlines()]

@@ -30,8 +30,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, final
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
 
 ROOT = Path(__file__).resolve().parents[1]

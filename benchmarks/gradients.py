@@ -22,14 +22,17 @@ from activations import HARD, Way
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.attach import Seam, attach
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget, SplitBudget
+from omnimem.cli.build import feeder_of, training_samples
+from omnimem.cli.parser import Parser, run_command
 from omnimem.config import RunConfig, load
-from omnimem.feeding import Feeder, Opened, together
 from omnimem.policies import PolicyOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.run import provenance, write_json
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
+from omnimem.training.arguments import train_section
 from omnimem.tuning import (
     StreamedModel,
     TuningOptions,
@@ -39,10 +42,6 @@ from omnimem.tuning import (
     policy_in_training,
     streamed_loss,
 )
-from train.arguments import train_section
-from train.assemble import feeder_of
-from train.calibrate import training_samples
-from train.command import Parser, run_command
 
 MODES = (
     Way(name="full", tuning=TuningOptions(selection=HARD)),
@@ -68,10 +67,10 @@ GROUPS: dict[str, Callable[[str, int, int], bool]] = {  # of parameters: by name
 class Scene:
     """What every mode is given."""
 
-    seam: Seam
+    attached: StreamedAttention
     feeder: Feeder
     model: StreamedModel
-    batches: Sequence[Sequence[Opened]]
+    batches: Sequence[Sequence[EncodedSample]]
     policy: Policy
 
     @property
@@ -97,11 +96,11 @@ Gradients = dict[str, Tensor]
 
 def gradients(scene: Scene, mode: Way) -> tuple[float, Gradients]:
     """Mean loss and its gradient by parameter, one backward a batch."""
-    carry, policy = gradient_of(mode.tuning, scene.seam.shape.layers), policy_in_training(mode.tuning, scene.policy)
+    carry, policy = gradient_of(mode.tuning, scene.attached.shape.layers), policy_in_training(mode.tuning, scene.policy)
     named = [(name, part) for name, part in scene.model.named_parameters() if part.requires_grad]
     total, summed = 0.0, [torch.zeros_like(part) for _, part in named]
     for batch in scene.batches:
-        outcome = streamed_loss(scene.seam, scene.feeder, batch, policy, softness=None, carry=carry)
+        outcome = streamed_loss(scene.attached, scene.feeder, batch, policy, softness=None, carry=carry)
         weight = len(batch) / scene.streams
         parts = torch.autograd.grad(outcome.loss * weight, [part for _, part in named], allow_unused=True)
         summed = [a if b is None else a + b for a, b in zip(summed, parts, strict=True)]
@@ -120,7 +119,7 @@ def compared(scene: Scene, modes: Sequence[Way], rounds: int) -> list[Row]:
             found[mode.name] = gradients(scene, mode)
             seconds[mode.name].append((time.process_time() - started) / scene.streams)
     _, full = found[modes[0].name]
-    layers, rows = scene.seam.shape.layers, []
+    layers, rows = scene.attached.shape.layers, []
     for mode in modes:
         loss, mine = found[mode.name]
         pairs = {group: (_row(mine, member, layers), _row(full, member, layers)) for group, member in GROUPS.items()}
@@ -164,12 +163,14 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def scene_of(run: RunConfig, seam: Seam, feeder: Feeder, model: StreamedModel, streams: int, budget: Budget) -> Scene:
+def scene_of(
+    run: RunConfig, attached: StreamedAttention, feeder: Feeder, model: StreamedModel, streams: int, budget: Budget
+) -> Scene:
     """The first training streams, together where they share a layout."""
     opened = [feeder.open(sample) for sample in training_samples(run)[:streams]]
     policy = run.memory.policy.build(budget)
-    batches = [list(batch) for batch in together(opened, streams)]
-    return Scene(seam=seam, feeder=feeder, model=model, batches=batches, policy=policy)
+    batches = [list(batch) for batch in batch_by_layout(opened, streams)]
+    return Scene(attached=attached, feeder=feeder, model=model, batches=batches, policy=policy)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -194,11 +195,11 @@ def main(arguments: Sequence[str]) -> None:
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    with attach(backbone.text_model) as seam:
-        layers = seam.shape.layers
+    with attach(backbone.text_model) as attached:
+        layers = attached.shape.layers
         split = SplitBudget(visual_audio_ratio=2.0).build(layers, run.memory.slots_per_layer)
         budget = Budget.read(given.budget) if given.budget else split
-        scene = scene_of(run, seam, feeder_of(run, backbone), model, given.streams, budget)
+        scene = scene_of(run, attached, feeder_of(run, backbone), model, given.streams, budget)
         rows = compared(scene, MODES, given.rounds)
     memory = memory_rows(run.memory.policy, given.chunks)
     facts = provenance(command=["benchmarks/gradients.py", *arguments], seed=0, sha256={})

@@ -23,20 +23,20 @@ from typing import Any, final
 
 import torch
 
-from data_prep.synthesize import Stream, evidence, make
-from data_prep.worlds import SLOT, Question, World, WorldOptions, draw_world
 from omnimem import data
-from omnimem.attach import attach
 from omnimem.backbones import load_backbone
-from omnimem.benchmarks import RecallOptions
-from omnimem.benchmarks.base import Defect, Gap, Verdict
+from omnimem.cli.build import budget_of, feeder_of, policies_of
+from omnimem.cli.parser import Parser, leave, run_command
+from omnimem.commands.synthesize import Stream, evidence, make
 from omnimem.config import RunConfig, load
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation
+from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
-from train.arguments import train_section
-from train.assemble import budget_of, feeder_of, policies_of
-from train.command import Parser, leave, run_command
+from omnimem.streaming.attach import attach
+from omnimem.tasks import RecallOptions
+from omnimem.tasks.base import Defect, Gap, Verdict
+from omnimem.training.arguments import train_section
 
 ARMS = ("budget", "full_memory")
 SPOKEN = WorldOptions(spoken_share=1.0)  # every symbol has a word, so that all sixteen are asked about
@@ -146,11 +146,13 @@ def measure(run: RunConfig, out: Path, arm: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # nothing may count as answered
     backbone = load_backbone(run.model)
     feeder = feeder_of(run, backbone)
-    with attach(backbone.text_model) as seam:
-        policies = policies_of(run, budget_of(run, seam, feeder, RunFolder(path=folder)))
+    with attach(backbone.text_model) as attached:
+        policies = policies_of(run, budget_of(run, attached, feeder, RunFolder(path=folder)))
         policy = policies(run.memory.slots_per_layer if arm == "budget" else None)
         began = time.process_time()
-        Evaluation(seam=seam, feeder=feeder, options=run.evaluate).run(Arm(name=arm, policy=policy), task, folder)
+        Evaluation(attached=attached, feeder=feeder, options=run.evaluate).run(
+            Arm(name=arm, policy=policy), task, folder
+        )
     lines = [json.loads(line) for line in (folder / f"{task.label}.jsonl").read_text().splitlines()]
     marks = {line["stream_seconds"]: mark_of(line, task.cpu_seconds[line["id"]] - began) for line in lines}
     write_json(

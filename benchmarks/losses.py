@@ -15,17 +15,16 @@ from typing import final
 
 import torch
 
-from omnimem.attach import attach
 from omnimem.backbones import load_backbone
 from omnimem.budget import SplitBudget
+from omnimem.cli.build import feeder_of, training_samples
+from omnimem.cli.parser import Parser, run_command
 from omnimem.config import load
-from omnimem.feeding import together
 from omnimem.run import write_json
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import batch_by_layout
+from omnimem.training.arguments import train_section
 from omnimem.tuning import FullMemoryKL, LossOptions, add_adapter, gradient_of, streamed_loss
-from train.arguments import train_section
-from train.assemble import feeder_of
-from train.calibrate import training_samples
-from train.command import Parser, run_command
 
 LOSSES = {
     "answer": LossOptions(),
@@ -55,19 +54,19 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     backbone = load_backbone(run.model)
     model, feeder = add_adapter(backbone.model, run.tuning.lora).train(), feeder_of(run, backbone)
-    batch = next(together((feeder.open(sample) for sample in training_samples(run)), given.streams))
+    batch = next(batch_by_layout((feeder.open(sample) for sample in training_samples(run)), given.streams))
     recompute_layers = run.tuning.recompute == "layer"
     taken: dict[tuple[str, int | None], list[float]] = {}
-    with attach(backbone.text_model, recompute_layers=recompute_layers) as seam:
-        carry, even = gradient_of(run.tuning, seam.shape.layers), SplitBudget(visual_audio_ratio=2.0)
+    with attach(backbone.text_model, recompute_layers=recompute_layers) as attached:
+        carry, even = gradient_of(run.tuning, attached.shape.layers), SplitBudget(visual_audio_ratio=2.0)
         for number in range(given.rounds + 1):
             for slots in (run.memory.slots_per_layer, None):
-                policy = run.memory.policy.build(None if slots is None else even.build(seam.shape.layers, slots))
+                policy = run.memory.policy.build(None if slots is None else even.build(attached.shape.layers, slots))
                 softness = None if slots is None else run.tuning.selection.at(0.5)
                 for name, options in LOSSES.items():
                     started = time.process_time()
                     streamed_loss(
-                        seam,
+                        attached,
                         feeder,
                         batch,
                         policy,

@@ -23,23 +23,23 @@ from typing import Any, final
 from policy_table import Sheet, shown, table, write
 from studies import QUICK, SPLIT_OF_ALL, STUDIES, Trial
 
-from data_prep.worlds import CELLS, GRID, TOKEN_SECONDS, Event, WorldOptions, draw_world
-from omnimem.attach import Seam, attach
 from omnimem.backbones import load_backbone
-from omnimem.benchmarks import RecallOptions, Verdict
-from omnimem.benchmarks.base import Defect, Gap
 from omnimem.budget import AudioVisualBudget, Signals
+from omnimem.cli.arms import check_benchmarks
+from omnimem.cli.build import budget_of, feeder_of
+from omnimem.cli.parser import Parser, run_command
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import Question, Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError
-from omnimem.feeding import Feeder
 from omnimem.policies import PerturbationOptions
-from omnimem.policies.oracle import OracleOptions
+from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.recall.worlds import CELLS, GRID, TOKEN_SECONDS, Event, WorldOptions, draw_world
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
-from train.arguments import train_section
-from train.assemble import budget_of, feeder_of
-from train.command import Parser, run_command
-from train.evaluate import check_benchmarks
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.tasks import RecallOptions, Verdict
+from omnimem.tasks.base import Defect, Gap
+from omnimem.training.arguments import train_section
 
 OUT = Path("runs/policies")
 QUICK_STREAMS = 8
@@ -114,11 +114,11 @@ def main(arguments: Sequence[str]) -> None:
     sheets: dict[str, list[Sheet]] = {study: [] for study in chosen}
     for one in runs:
         backbone = load_backbone(one.model)
-        with attach(backbone.text_model) as seam:
+        with attach(backbone.text_model) as attached:
             feeder = feeder_of(one, backbone)
             for study, trials in chosen.items():
                 for slots in given.slots or [one.memory.slots_per_layer]:
-                    sheets[study] += evaluated(one, seam, feeder, study, trials, slots)
+                    sheets[study] += evaluated(one, attached, feeder, study, trials, slots)
     for study, trials in chosen.items():
         reference = _reference(given.reference, trials)
         rows = table(sheets[study], reference)
@@ -128,19 +128,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def evaluated(
-    run: RunConfig, seam: Seam, feeder: Feeder, study: str, trials: Mapping[str, Trial], slots: int
+    run: RunConfig, attached: StreamedAttention, feeder: Feeder, study: str, trials: Mapping[str, Trial], slots: int
 ) -> Iterator[Sheet]:
     """The answers of every arm in one setting; those that are there are kept."""
     benchmark = run.evaluate.benchmarks[0]
     model, root = Path(run.model.path).name, benchmark.root
     place = f"{model}-{Path(root).name}-{benchmark.split}-{slots}"
     digests = {"base": sha256(Path(run.model.path), suffixes=(".safetensors",)), "data": sha256(benchmark.manifest)}
-    signals = _signals(run, seam, feeder, digests["base"])
+    signals = _signals(run, attached, feeder, digests["base"])
     for name, trial in trials.items():
-        budget = trial.allocate(_split(run), seam.shape.layers, slots, signals)
+        budget = trial.allocate(_split(run), attached.shape.layers, slots, signals)
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
         mine = Feeder(feeder.backbone, options, feeder.cache, encoder=feeder.encoder)
-        evaluation = Evaluation(seam=seam, feeder=mine, options=run.evaluate)
+        evaluation = Evaluation(attached=attached, feeder=mine, options=run.evaluate)
         told = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
         target = RunFolder(path=OUT / study / place).evaluation(name)
         policy = trial.policy.build(budget)
@@ -170,14 +170,14 @@ def _same(target: Path, settings: dict[str, Any]) -> None:
     write_json(place, settings)
 
 
-def _signals(run: RunConfig, seam: Seam, feeder: Feeder, base: str) -> Signals:
+def _signals(run: RunConfig, attached: StreamedAttention, feeder: Feeder, base: str) -> Signals:
     """What calibration measures of the model at the config's own size and under psi, whose split it is; kept."""
     budget, psi = replace(_split(run), table="calibrate"), PerturbationOptions()
     calibrating = replace(run, memory=replace(run.memory, budget=budget, policy=psi))
     measured = (base, sha256(Path(run.data.train)) if run.data.train else None, asdict(run.stream))
     under = (repr(psi.build(None)), run.memory.slots_per_layer, asdict(run.calibration))
     key = hashlib.sha256(repr((measured, under)).encode()).hexdigest()[:16]
-    found = budget_of(calibrating, seam, feeder, RunFolder(path=OUT / "signals" / key)).signals
+    found = budget_of(calibrating, attached, feeder, RunFolder(path=OUT / "signals" / key)).signals
     assert found is not None, "a calibrated budget has signals"
     return found
 

@@ -22,23 +22,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.worlds import GRID, TOKEN_SECONDS, World, WorldOptions, draw_world
-from omnimem.attach import Seam, attach
 from omnimem.backbones import load_backbone
-from omnimem.benchmarks import RecallOptions
 from omnimem.budget import Budget
+from omnimem.cli.build import feeder_of, policies_of
+from omnimem.cli.parser import Parser, run_command
 from omnimem.comparison.statistics import interval, resample
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import Sample
-from omnimem.feeding import Feeder, Opened, together
 from omnimem.memory import Memory
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
+from omnimem.recall.worlds import GRID, TOKEN_SECONDS, World, WorldOptions, draw_world
 from omnimem.run import RunFolder, write_json
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
+from omnimem.tasks import RecallOptions
 from omnimem.tokens import Modality
+from omnimem.training.arguments import train_section
 from omnimem.tuning import load_adapter
-from train.arguments import train_section
-from train.assemble import feeder_of, policies_of
-from train.command import Parser, run_command
 
 NEEDLES = ("symbol", "decoy", "word")  # a symbol is one that is asked about; of each, one token may be enough
 ROWS = ("symbols", "symbol tokens", "decoys", "words", "flicker tokens", "background tokens")  # of the printed table
@@ -102,14 +102,17 @@ Places = list[frozenset[int]]  # by layer: which of the audio and visual tokens 
 
 
 @torch.no_grad()
-def places_of(seam: Seam, feeder: Feeder, policy: Policy, batch: Sequence[Opened]) -> list[Places]:
+def places_of(
+    attached: StreamedAttention, feeder: Feeder, policy: Policy, batch: Sequence[EncodedSample]
+) -> list[Places]:
     """What each layer holds of each stream of a batch at its end."""
-    stream = feeder.stream(seam, policy, batch=len(batch))
+    stream = feeder.stream(attached, policy, batch=len(batch))
     for chunk in feeder.chunks(batch):
         stream.feed(chunk)
     opening = stream.usage.tokens_in[Modality.TEXT]
     return [
-        [_held(stream.memory, layer, row, opening) for layer in range(seam.shape.layers)] for row in range(len(batch))
+        [_held(stream.memory, layer, row, opening) for layer in range(attached.shape.layers)]
+        for row in range(len(batch))
     ]
 
 
@@ -119,7 +122,7 @@ def _held(memory: Memory, layer: int, row: int, opening: int) -> frozenset[int]:
     return frozenset((tokens.order[row][tokens.modality[row] != Modality.TEXT] - opening).tolist())
 
 
-def check_layout(seam: Seam, feeder: Feeder, opened: Opened, tokens: Sequence[Token]) -> None:
+def check_layout(attached: StreamedAttention, feeder: Feeder, opened: EncodedSample, tokens: Sequence[Token]) -> None:
     """Raises ConfigError when the checkpoint reads a stream as other tokens than the worlds speak of."""
     kinds = torch.cat([chunk.modality[0] for chunk in feeder.chunks([opened])])
     media = kinds[kinds != Modality.TEXT].tolist()
@@ -199,14 +202,14 @@ def read_all(folder: RunFolder, samples: Sequence[Sample], size: int) -> Iterato
     feeder = feeder_of(run, backbone)
     policy = policies_of(run, Budget.read(folder.budget))(run.memory.slots_per_layer)
     bar = tqdm(total=len(samples), desc=str(folder.path), unit="stream", disable=None)
-    with attach(backbone.text_model) as seam, bar:
-        for batch in together((feeder.open(sample) for sample in samples), size):
+    with attach(backbone.text_model) as attached, bar:
+        for batch in batch_by_layout((feeder.open(sample) for sample in samples), size):
             tokens = [tokens_of(world_of(opened.sample)) for opened in batch]
-            check_layout(seam, feeder, batch[0], tokens[0])
+            check_layout(attached, feeder, batch[0], tokens[0])
             arms = []
             for manner in (adapted.disable_adapter(), nullcontext()):
                 with manner:
-                    arms.append(places_of(seam, feeder, policy, batch))
+                    arms.append(places_of(attached, feeder, policy, batch))
             for opened, mine, before, after in zip(batch, tokens, *arms, strict=True):
                 yield Read(name=opened.sample.origin, tokens=mine, before=before, after=after)
             bar.update(len(batch))

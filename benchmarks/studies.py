@@ -7,22 +7,22 @@ from typing import Any, Literal, final
 
 from omnimem.budget import AudioVisualBudget, Budget, BudgetOptions, SharedBudget, Signals, SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policies.h2o import H2OOptions
-from omnimem.policies.hermes import HermesOptions
-from omnimem.policies.infinipot_v import InfiniPotVOptions
-from omnimem.policies.input_uniform import InputUniformOptions
-from omnimem.policies.k_center import KCenterOptions
-from omnimem.policies.keydiff import KeyDiffOptions
-from omnimem.policies.lava import LavaOptions
-from omnimem.policies.oracle import OracleOptions
-from omnimem.policies.pyramidkv import PyramidKVOptions
-from omnimem.policies.recent_frames import RecentFramesOptions
-from omnimem.policies.recursive_uniform import RecursiveUniformOptions
-from omnimem.policies.similarity import SimilarityOptions
-from omnimem.policies.snapkv import SnapKVOptions
-from omnimem.policies.streaming_llm import StreamingLLMOptions
-from omnimem.policies.streammem import StreamMemOptions
-from omnimem.policies.value_norm import ValueNormOptions
+from omnimem.policies.baselines.h2o import H2OOptions
+from omnimem.policies.baselines.hermes import HermesOptions
+from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
+from omnimem.policies.baselines.input_uniform import InputUniformOptions
+from omnimem.policies.baselines.k_center import KCenterOptions
+from omnimem.policies.baselines.keydiff import KeyDiffOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.policies.baselines.pyramidkv import PyramidKVOptions
+from omnimem.policies.baselines.recent_frames import RecentFramesOptions
+from omnimem.policies.baselines.recursive_uniform import RecursiveUniformOptions
+from omnimem.policies.baselines.similarity import SimilarityOptions
+from omnimem.policies.baselines.snapkv import SnapKVOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
+from omnimem.policies.baselines.streammem import StreamMemOptions
+from omnimem.policies.baselines.value_norm import ValueNormOptions
 
 SHARED, SPLIT = "as_published", "shared_split"
 

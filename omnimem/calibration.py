@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from omnimem.attach import Seam
 from omnimem.budget import Budget, Readings, Signals
-from omnimem.policy import Policy
-from omnimem.stream import Stream
+from omnimem.policies.base import Policy
+from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.view import LayerView, similarity
 
@@ -131,15 +131,17 @@ class Recorder:
         )
 
 
-def calibrate(seam: Seam, policy: Policy, streams: Iterable[Iterable[Chunk]], options: CalibrationOptions) -> Signals:
+def calibrate(
+    attached: StreamedAttention, policy: Policy, streams: Iterable[Iterable[Chunk]], options: CalibrationOptions
+) -> Signals:
     """Signals of a model, measured while `policy` keeps its memory small on the first `options.streams` streams."""
-    recorder = Recorder(seam.shape.layers, options)
+    recorder = Recorder(attached.shape.layers, options)
     for _, chunks in zip(range(options.streams), streams, strict=False):
         recorder.begin()
         stream: Stream | None = None
         for chunk in chunks:
             if stream is None:
-                stream = Stream(seam, policy, batch=chunk.modality.shape[0], recorder=recorder)
+                stream = Stream(attached, policy, batch=chunk.modality.shape[0], recorder=recorder)
             with torch.no_grad():
                 stream.feed(chunk)
     return recorder.signals()

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
 
-from omnimem.sealed import damage
+from omnimem.checksums import damage
 
 PACKAGES = (
     "omnimem",
@@ -102,7 +102,7 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Every folder named as a checkpoint, oldest first; `omnimem.sealed.damage` says which are whole."""
+        """Every folder named as a checkpoint, oldest first; `omnimem.checksums.damage` says which are whole."""
         named = [path for path in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(named, key=step_of)
 

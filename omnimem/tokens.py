@@ -40,7 +40,7 @@ class Tokens:
     """What one layer remembers of some tokens: keys after RoPE, values, and what selection needs to judge them.
 
     `gate` is the additive attention bias of softened selection: 0 for hard selection and for text. Where every
-    key-value head keeps tokens of its own, `tokens` counts those of all heads (`omnimem.heads`).
+    key-value head keeps tokens of its own, `tokens` counts those of all heads (`omnimem.per_head`).
     """
 
     keys: Float[Tensor, "batch kv_heads tokens dim"]

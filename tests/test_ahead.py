@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
 from omnimem.media import FileSource, Geometry, LogMel, MediaError, Segment, SourceOptions
-from omnimem.media.ahead import DecoderLost, Decoders
+from omnimem.media.prefetch import DecoderLost, Decoders
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 
 GEOMETRY = Geometry(
     patch=14,

@@ -6,8 +6,7 @@ import pytest
 
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.run import RunFolder
-from train.arguments import OwnSettings, train_section
-from train.trainer import training_arguments
+from omnimem.training.arguments import OwnSettings, train_section, training_arguments
 
 SECTION = train_section()
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"

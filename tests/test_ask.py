@@ -9,24 +9,25 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from support.finished_run import write_adapter, write_run
+from support.thinkers import write_folder
 from torch import Tensor
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.cli.tuned_model import write_adapter_description
+from omnimem.commands import ask, export
 from omnimem.config import ConfigError
-from omnimem.feeding import Feeder
 from omnimem.media import LiveSource, MediaError
 from omnimem.policies import DistinctOptions, PerturbationOptions
-from omnimem.stream import StreamOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
 from omnimem.tokens import Modality
 from omnimem.tuning import AdapterError
-from tests.thinkers import write_folder
-from tests.tuned import write_adapter, write_run
-from train import ask, export
-from train.command import run_command
 
 QUESTION = "what colour was the star ?"
 SECONDS = 16
@@ -71,8 +72,8 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
     lines = said(capsys, "--model", base, "--video", video, *flags, QUESTION)
     backbone = load_backbone(ModelOptions(path=str(base)))
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=36))
-    with torch.no_grad(), attach(backbone.text_model) as seam:
-        stream = feeder.stream(seam, DistinctOptions().build(Budget.shared(2, 12)))
+    with torch.no_grad(), attach(backbone.text_model) as attached:
+        stream = feeder.stream(attached, DistinctOptions().build(Budget.shared(2, 12)))
         for chunk in feeder.watch(video):
             stream.feed(chunk)
         answer = feeder.answers(stream, [QUESTION], max_new_tokens=5)[0]
@@ -110,7 +111,7 @@ def test_a_runs_own_adapter_brings_the_runs_memory(
     base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = exports / "runs" / "x"
-    export.describe(run)
+    write_adapter_description(run)
     own = said(capsys, "--model", base, "--adapter", run / "adapter", "--video", video, QUESTION)
     assert untimed(own) == untimed(said(capsys, "--model", exports / "merged", "--video", video, QUESTION))
 
@@ -194,8 +195,8 @@ def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base: Path
     plan = asking(base, "video")
     options, geometry = plan.feeder.options.source(), plan.feeder.backbone.geometry
     source = LiveSource(camera(), None, options=options, geometry=geometry)
-    with attach(plan.feeder.backbone.text_model) as seam:
-        stream = plan.feeder.stream(seam, PerturbationOptions().build(None))
+    with attach(plan.feeder.backbone.text_model) as attached:
+        stream = plan.feeder.stream(attached, PerturbationOptions().build(None))
         replies = plan.replies(stream, source, [8.0, 20.0])
         assert next(replies).seen == 8.0
         assert shown[-1] <= 8 + 2 * 2, "waited for more of the stream than the segment after the question"
@@ -228,7 +229,7 @@ def test_a_pipe_is_read_as_a_live_stream(
 
 @pytest.mark.slow
 def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports: Path, video: Path) -> None:
-    command = [sys.executable, ask.__file__, "--model", str(exports / "merged"), "--video", "-", QUESTION]
+    command = [sys.executable, "train/ask.py", "--model", str(exports / "merged"), "--video", "-", QUESTION]
     with subprocess.Popen(["cat", str(video)], stdout=subprocess.PIPE) as source:
         done = subprocess.run(command, stdin=source.stdout, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import assert_equal_logits, cut, one_shot, text_model, whole_stream
+from support.models import assert_equal_logits, cut, one_shot, text_model, whole_stream
 from torch import Tensor
 
-from omnimem.attach import NAME, attach
 from omnimem.attention.blocked import attend
 from omnimem.policies import PerturbationOptions
-from omnimem.stream import Prompt, Stream
+from omnimem.streaming.attach import NAME, attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 
 CUTS = [[20, 31, 1, 44], [96], [1] * 6 + [90], [48, 48]]
@@ -42,8 +43,8 @@ def test_chunked_attention_equals_one_shot(family: str, lengths: list[int]) -> N
     whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
     expected = one_shot(model, whole)
     step = Collecting()
-    with attach(model) as seam:
-        parts = [seam.run(step, c.embeddings, c.positions, c.deepstack) for c in cut(whole, lengths)]
+    with attach(model) as attached:
+        parts = [attached.run(step, c.embeddings, c.positions, c.deepstack) for c in cut(whole, lengths)]
     assert_equal_logits(torch.cat(parts, dim=1), expected)
 
 
@@ -65,8 +66,8 @@ def test_a_question_after_an_unlimited_stream_equals_one_shot(family: str, lengt
         ),
     )
     expected = one_shot(model, joined)[:, -4:]
-    with attach(model) as seam:
-        stream = Stream(seam, PerturbationOptions().build(None))
+    with attach(model) as attached:
+        stream = Stream(attached, PerturbationOptions().build(None))
         for chunk in cut(whole, lengths):
             stream.feed(chunk)
         prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(4)[None])
@@ -105,8 +106,8 @@ def test_recomputed_layers_give_the_same_gradient_and_leave_the_model_as_it_was(
     gradients = []
     for recompute in (False, True):
         weight = torch.nn.Parameter(whole.embeddings.clone())
-        with attach(model, recompute_layers=recompute) as seam:
-            seam.run(alone, weight, whole.positions, whole.deepstack).square().sum().backward()
+        with attach(model, recompute_layers=recompute) as attached:
+            attached.run(alone, weight, whole.positions, whole.deepstack).square().sum().backward()
         assert weight.grad is not None
         gradients.append(weight.grad)
         assert not any(module.training for module in model.modules())
@@ -122,9 +123,9 @@ def test_recomputed_layers_save_less(family: str) -> None:
         sizes: list[int] = []
         weight = torch.nn.Parameter(whole.embeddings.clone())
         with (
-            attach(model, recompute_layers=recompute) as seam,
+            attach(model, recompute_layers=recompute) as attached,
             torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t),
         ):
-            seam.run(alone, weight, whole.positions, whole.deepstack)
+            attached.run(alone, weight, whole.positions, whole.deepstack)
         saved.append(sum(sizes))
     assert saved[1] < saved[0] / 3

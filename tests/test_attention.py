@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import reference
 import torch
+from support import reference
 from torch import Tensor
 
 from omnimem.attention import blocked

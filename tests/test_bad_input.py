@@ -8,15 +8,15 @@ from pathlib import Path
 
 import av
 import pytest
-import thinkers
-from films import silence
+from support import thinkers
+from support.tiny_run import silence
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import WorldOptions, draw_world
+from omnimem.cli.parser import run_command
+from omnimem.commands import ask, calibrate, evaluate, finetune
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import WorldOptions, draw_world
 from omnimem.tuning import LoraOptions, add_adapter
-from train import ask, calibrate, evaluate, finetune
-from train.command import run_command
 
 PROGRESS = re.compile(r"(Loading weights|calibration|tuned): .*(it|stream)/?s?.*\]")
 QUESTION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "red"}]

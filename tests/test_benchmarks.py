@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import fixtures_benchmarks as layouts
 import pytest
+from support import task_layouts as layouts
 
-from omnimem.benchmarks import (
+from omnimem.data import ManifestError, Sample
+from omnimem.tasks import (
     Benchmark,
     LVBenchOptions,
     LVOmniBenchOptions,
@@ -16,9 +17,8 @@ from omnimem.benchmarks import (
     StreamingBenchOptions,
     VideoMMEOptions,
 )
-from omnimem.benchmarks.annotations import Reading
-from omnimem.benchmarks.streamingbench import PARTS, _time
-from omnimem.data import ManifestError, Sample
+from omnimem.tasks.annotations import AnnotationReader
+from omnimem.tasks.streamingbench import PARTS, _time
 
 BUILT: dict[str, tuple[Callable[[Path], Path], type]] = {
     "video_mme": (layouts.video_mme, VideoMMEOptions),
@@ -311,13 +311,13 @@ def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots: dict[str
 def test_a_time_stamp_that_cannot_be_meant_is_read_from_its_digits(
     stamp: str, window: str, seconds: float, defects: int
 ) -> None:
-    reading = Reading()
+    reading = AnnotationReader()
     assert _time(stamp, window, "q", reading) == seconds
     assert len(reading.defects) == defects
 
 
 def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
-    reading = Reading()
+    reading = AnnotationReader()
     _time("soon", "", "q", reading)
     assert reading.problems == ["q time_stamp: 'soon' is no time; download the annotations again"]
 
@@ -394,7 +394,7 @@ def test_media_outside_the_folder_are_used_only_where_that_is_allowed(tmp_path: 
 
 
 def test_what_stands_before_option_a_is_left_out_and_listed() -> None:
-    reading = Reading()
+    reading = AnnotationReader()
     options = reading.options(["in the", *layouts.LETTERED], "q")
     assert options.lines == tuple(layouts.LETTERED)
     assert [defect.what for defect in reading.defects] == ["'in the' stands before option A; left out"]
@@ -402,7 +402,7 @@ def test_what_stands_before_option_a_is_left_out_and_listed() -> None:
 
 @pytest.mark.parametrize("string", ["A. x", "A.x", "A) x", "(A) x", "A: x", "A.  x"])
 def test_a_letter_before_an_option_is_known_in_every_form(string: str) -> None:
-    reading = Reading()
+    reading = AnnotationReader()
     assert reading.options([string, "B. y"], "q").texts == ("x", "y")
     assert reading.defects == []
 

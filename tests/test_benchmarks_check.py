@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import fixtures_benchmarks as layouts
 import pytest
+from support import task_layouts as layouts
 
-from data_prep import check
+from omnimem.commands import check
 
 Said = tuple[int, str, list[str]]
 

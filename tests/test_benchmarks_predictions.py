@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fixtures_benchmarks as layouts
 import pytest
 from openpyxl import Workbook
+from support import task_layouts as layouts
 
-from omnimem.benchmarks import Benchmark, LVBenchOptions, VideoMMEOptions
-from omnimem.benchmarks.predictions import Matched, matched, read_predictions
 from omnimem.data import ManifestError, Question
+from omnimem.tasks import Benchmark, LVBenchOptions, VideoMMEOptions
+from omnimem.tasks.predictions import Matched, matched, read_predictions
 
 RECORDED = Path(__file__).parent / "recorded"
 LMMS_VIDEO_MME = RECORDED / "lmms_eval_samples_videomme.jsonl"

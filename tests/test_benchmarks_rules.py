@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omnimem.benchmarks import own, rules
-from omnimem.benchmarks.lvbench import RULES as LVBENCH
-from omnimem.benchmarks.lvomnibench import RULES as LVOMNIBENCH
-from omnimem.benchmarks.rules import RuleSet, is_bare
-from omnimem.benchmarks.streamingbench import RULES as STREAMINGBENCH
-from omnimem.benchmarks.video_mme import RULES as VIDEO_MME
 from omnimem.data import Item, Question
+from omnimem.tasks import own, rules
+from omnimem.tasks.lvbench import RULES as LVBENCH
+from omnimem.tasks.lvomnibench import RULES as LVOMNIBENCH
+from omnimem.tasks.rules import RuleSet, is_bare
+from omnimem.tasks.streamingbench import RULES as STREAMINGBENCH
+from omnimem.tasks.video_mme import RULES as VIDEO_MME
 
 READERS = (rules.video_mme, rules.vlmevalkit, rules.lvbench, rules.lvomnibench, rules.streamingbench, rules.lmms_eval)
 GOLDEN = (  # what the scorers of READERS, in this order, make of each prediction

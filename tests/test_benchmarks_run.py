@@ -5,20 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fixtures_benchmarks as layouts
 import pytest
-import thinkers
-import tuned
+from support import finished_run as tuned
+from support import task_layouts as layouts
+from support import thinkers
 
-from omnimem.benchmarks import (
+from omnimem.commands import compare, evaluate
+from omnimem.evaluation import EvaluateOptions
+from omnimem.tasks import (
     LVBenchOptions,
     LVOmniBenchOptions,
     OwnOptions,
     StreamingBenchOptions,
     VideoMMEOptions,
 )
-from omnimem.evaluation import EvaluateOptions
-from train import compare, evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ARMS = ("full_memory", "training_free", "tuned")

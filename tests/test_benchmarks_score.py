@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fixtures_benchmarks as layouts
 import pytest
+from support import task_layouts as layouts
 from test_benchmarks_predictions import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
 
-from omnimem.benchmarks.accuracy import accuracy, breakdown, categories_of
-from train import compare, score
-from train.command import run_command
+from omnimem.cli.parser import run_command
+from omnimem.commands import compare, score
+from omnimem.tasks.accuracy import accuracy, breakdown, categories_of
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 import pytest
-import reference_budget as reference
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support import reference_budget as reference
 
 from omnimem.budget import (
     UNLIMITED,

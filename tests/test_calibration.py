@@ -7,12 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import cut, text_model, whole_stream
-from thinkers import write_folder
+from support.models import cut, text_model, whole_stream
+from support.thinkers import write_folder
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SharedBudget, Signals, SplitBudget
 from omnimem.calibration import (
     CalibrationError,
@@ -24,15 +21,18 @@ from omnimem.calibration import (
     normalised_entropy,
     save_figures,
 )
+from omnimem.cli.build import budget_of
+from omnimem.commands.calibrate import main
 from omnimem.config import load
 from omnimem.policies import PerturbationOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.run import RunFolder
-from omnimem.stream import Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.view import LayerView
-from train.assemble import budget_of
-from train.calibrate import main
 
 LENGTHS = [16, 16, 16, 16, 16, 16]
 KINDS = {"all": (1, 2), "audio": (1,), "visual": (2,)}
@@ -43,9 +43,9 @@ def small_policy() -> Policy:
 
 
 def measure(streams: list[list[Chunk]], skip: int, streams_wanted: int = 8) -> Signals:
-    with attach(text_model("qwen2_5_omni")) as seam:
+    with attach(text_model("qwen2_5_omni")) as attached:
         options = CalibrationOptions(streams=streams_wanted, skip_chunks=skip)
-        return calibrate(seam, small_policy(), streams, options)
+        return calibrate(attached, small_policy(), streams, options)
 
 
 def seen_by_loops(streams: list[list[Chunk]], skip: int) -> dict[tuple[str, str], list[float]]:
@@ -53,8 +53,10 @@ def seen_by_loops(streams: list[list[Chunk]], skip: int) -> dict[tuple[str, str]
     readings: dict[tuple[str, str, int], list[float]] = {}
     for chunks in streams:
         views: dict[int, list[LayerView]] = {layer: [] for layer in range(4)}
-        with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-            stream = Stream(seam, small_policy(), recorder=lambda layer, view, views=views: views[layer].append(view))
+        with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+            stream = Stream(
+                attached, small_policy(), recorder=lambda layer, view, views=views: views[layer].append(view)
+            )
             for chunk in chunks:
                 stream.feed(chunk)
         for layer, name in ((layer, name) for layer in range(4) for name in KINDS):
@@ -157,8 +159,8 @@ def test_options_outside_their_range_are_refused(options: dict[str, int], messag
 def test_recording_does_not_change_what_is_kept() -> None:
     kept = []
     for recorder in (None, Recorder(4, CalibrationOptions(skip_chunks=1))):
-        with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-            stream = Stream(seam, small_policy(), recorder=recorder)
+        with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+            stream = Stream(attached, small_policy(), recorder=recorder)
             for chunk in cut(whole_stream(), LENGTHS):
                 stream.feed(chunk)
             kept.append([layer.order.tolist() for layer in stream.memory.layers])

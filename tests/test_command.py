@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from omnimem.cli import parser as command
+from omnimem.cli.parser import Parser, run_command
 from omnimem.config import ConfigError
-from train import command
-from train.command import Parser, run_command
-from train.stopping import Stopped
+from omnimem.training.shutdown import Stopped
 
 
 def parser() -> Parser:

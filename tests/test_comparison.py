@@ -13,10 +13,10 @@ import pytest
 from scipy import stats
 
 from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
 from omnimem.comparison.report import points
-from train import compare as command
-from train.command import run_command
 
 KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
 AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}

@@ -8,7 +8,7 @@ import pytest
 
 from omnimem.budget import SharedBudget
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump, load, refuse_changes
-from train.arguments import train_section
+from omnimem.training.arguments import train_section
 
 TRAIN = train_section()
 SMALL = """\

@@ -10,12 +10,12 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.check import main as check
-from data_prep.convert import main as convert
-from data_prep.convert import without_tags
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
+from omnimem.commands.check import main as check
+from omnimem.commands.convert import main as convert
+from omnimem.commands.convert import without_tags
 from omnimem.data import read_manifest
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 
 
 def write_silent(path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
 from omnimem.config import ConfigError
 from omnimem.media import MediaError
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 
 ROOT = Path(__file__).resolve().parents[1]
 

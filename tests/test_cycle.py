@@ -3,29 +3,29 @@
 from dataclasses import replace
 
 import pytest
-import reference_cycle as cycle
-import reference_policies as loops
 import torch
-from conftest import text_model
-from reference import AUDIO, VISUAL, best
-from rows import DIM, chunks_of, evictable, row_of, view_after
+from support import reference_cycle as cycle
+from support import reference_policies as loops
+from support.grid_streams import DIM, chunks_of, evictable, row_of, view_after
+from support.models import text_model
+from support.reference import AUDIO, VISUAL, best
 from test_rivals import cut, opened, whole_stream
 from torch import Tensor
 
-from omnimem.attach import attach
 from omnimem.budget import Budget
-from omnimem.heads import packed, rows_of
-from omnimem.policies.hermes import Bands, HermesOptions
-from omnimem.policies.infinipot_v import InfiniPotVOptions
-from omnimem.policies.input_uniform import InputUniformOptions
-from omnimem.policies.lava import LavaOptions
-from omnimem.policies.oracle import OracleOptions
-from omnimem.policies.recent_frames import RecentFramesOptions
-from omnimem.policies.streaming_llm import StreamingLLMOptions
-from omnimem.policies.streammem import StreamMemOptions, filtered
-from omnimem.policy import Outline, PolicyError
+from omnimem.per_head import packed, rows_of
+from omnimem.policies.base import PolicyError, StreamOutline
+from omnimem.policies.baselines.hermes import Bands, HermesOptions
+from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
+from omnimem.policies.baselines.input_uniform import InputUniformOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.policies.baselines.recent_frames import RecentFramesOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
+from omnimem.policies.baselines.streammem import StreamMemOptions, filtered
 from omnimem.positions import rotate
-from omnimem.stream import Compaction
+from omnimem.streaming.attach import attach
+from omnimem.streaming.chunk_pass import Compaction
 from omnimem.tokens import Modality, Tokens
 from omnimem.view import LayerView, Probed
 
@@ -74,7 +74,7 @@ def test_hermes_keeps_what_plain_loops_keep_in_every_layer(preset: str) -> None:
             probed(view_after(old, part), 2, seed=10 * number + layer)
             for layer, (old, part) in enumerate(zip(memory, chunk, strict=True))
         ]
-        kept = policy.settle(views)
+        kept = policy.select_joint(views)
         for stream in range(2) if number else ():
             rows = [row_of(view, stream) for view in views]
             scores = []
@@ -110,15 +110,15 @@ def test_hermes_without_smoothing_judges_each_layer_alone_and_with_full_recency_
     memory: list[Tokens | None] = [None] * LAYERS
     for number, chunk in enumerate(chunks):
         views = [probed(view_after(old, part), 2, seed=number) for old, part in zip(memory, chunk, strict=True)]
-        memory = list(policy.settle(views))
+        memory = list(policy.select_joint(views))
     arrived = [k for chunk in chunks for k in evictable(chunk[0][1])]
     assert [evictable(tokens) for tokens in memory[:3]] == [arrived[-SLOTS:]] * 3
     assert evictable(memory[3]) != arrived[-SLOTS:]
     shuffled = [replace(view, probes=view.probes[::-1]) if layer == 3 else view for layer, view in enumerate(views)]
-    again = policy.settle(shuffled)
+    again = policy.select_joint(shuffled)
     assert [evictable(tokens) for tokens in again[:3]] == [evictable(tokens) for tokens in memory[:3]]
     mixed = HermesOptions(recency=(1.0, 1.0), summary=False, smoothing=(0.0, 0.9, 0.0)).build(POOL)
-    assert [evictable(tokens) for tokens in mixed.settle(views)] != [evictable(tokens) for tokens in memory]
+    assert [evictable(tokens) for tokens in mixed.select_joint(views)] != [evictable(tokens) for tokens in memory]
 
 
 def test_a_summary_of_like_keys_is_that_key_at_the_place_after_the_last_kept_picture() -> None:
@@ -129,7 +129,7 @@ def test_a_summary_of_like_keys_is_that_key_at_the_place_after_the_last_kept_pic
     bare = torch.randn(1, 2, 1, DIM, generator=torch.Generator().manual_seed(3))
     turned = rotate(bare.expand(-1, -1, 40, -1), *rotary(fresh.positions.transpose(0, 1)))
     view = probed(view_after(None, (queries, replace(fresh, keys=turned))), 2, seed=1)
-    kept = policy.settle([view] * LAYERS)[3]
+    kept = policy.select_joint([view] * LAYERS)[3]
     numbers = kept.order[0].tolist()
     (summary,) = [n for n in range(1, kept.count) if numbers[n] == numbers[n - 1]]
     source = view.pool.positions[0, :, numbers[summary]]
@@ -154,7 +154,7 @@ def test_lava_shares_slots_by_entropy_and_pairs_by_weight(preset: str) -> None:
             pool = rows if old is None else rows_of(old, heads).cat(rows)
             base = view_after(None, (queries.unflatten(1, (heads, 2)).flatten(0, 1), rows))
             views.append(replace(base, pool=pool, new=rows.count, heads=heads))
-        kept = policy.settle(views)
+        kept = policy.select_joint(views)
         counts = [(tokens.modality > 0).sum(dim=1).tolist() for tokens in kept]
         available = [int((view.modality > 0).sum()) for view in views]
         assert sum(map(sum, counts)) == min(sum(available), heads * SLOTS * LAYERS)
@@ -273,14 +273,14 @@ def test_the_frame_filter_averages_runs_of_like_frames_and_passes_sound_and_text
 def test_moved_keys_equal_the_kept_tokens_encoded_at_their_new_places(options, family: str) -> None:
     """In every layer, with the model's own modules, from the inputs that entered the layer."""
     policy = options.build(POOL)
-    with attach(text_model(family)) as seam, torch.no_grad():
-        stream = opened(seam, policy, carry=lambda step, memory, rows: step(memory, rows, states=True))
+    with attach(text_model(family)) as attached, torch.no_grad():
+        stream = opened(attached, policy, carry=lambda step, memory, rows: step(memory, rows, states=True))
         for chunk in cut(whole_stream()):
             stream.feed(chunk)
-        moved = stream._compaction()(stream.memory, seam.rotary)
+        moved = stream._compaction()(stream.memory, attached.rotary)
         assert stream.moved > 0
         for layer, tokens in enumerate(moved.layers):
-            _, keys, _ = seam.project(layer, tokens.states, tokens.positions)
+            _, keys, _ = attached.project(layer, tokens.states, tokens.positions)
             assert float((keys - tokens.keys).abs().max()) < 1e-4
             visual = tokens.modality[0] == VISUAL
             original = whole_stream().positions[0][:, tokens.order[0]]
@@ -292,14 +292,14 @@ def test_moved_keys_equal_the_kept_tokens_encoded_at_their_new_places(options, f
 def test_heads_that_keep_their_own_move_together_and_keys_are_those_of_the_new_places() -> None:
     policy = InfiniPotVOptions(reindex=True).build(POOL)
     whole = whole_stream()
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = opened(seam, policy)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, policy)
         for chunk in cut(whole):
             stream.feed(chunk)
-        moved = stream._compaction()(stream.memory, seam.rotary).layers[0]
+        moved = stream._compaction()(stream.memory, attached.rotary).layers[0]
         rows = rows_of(moved, 2)
         for head in range(2):
-            _, keys, _ = seam.project(0, whole.embeddings[:, rows.order[head]], rows.positions[head : head + 1])
+            _, keys, _ = attached.project(0, whole.embeddings[:, rows.order[head]], rows.positions[head : head + 1])
             assert float((keys[0, head] - rows.keys[head, 0]).abs().max()) < 1e-4
         times = moved.positions[0, 0][moved.positions[0, 0] >= stream.opening].unique()
         (end,) = stream._compaction().end
@@ -307,13 +307,13 @@ def test_heads_that_keep_their_own_move_together_and_keys_are_those_of_the_new_p
 
 
 def test_logits_between_kept_pairs_do_not_change_when_all_of_them_shift_alike() -> None:
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = opened(seam, StreamingLLMOptions(reindex=False).build(POOL))
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, StreamingLLMOptions(reindex=False).build(POOL))
         for chunk in cut(whole_stream()):
             stream.feed(chunk)
         tokens = stream.memory.layers[1]
         far = torch.full_like(tokens.positions, 37)
-        shifted = rotate(tokens.keys, *seam.rotary(far.transpose(0, 1)))
+        shifted = rotate(tokens.keys, *attached.rotary(far.transpose(0, 1)))
         assert torch.allclose(tokens.keys @ tokens.keys.mT, shifted @ shifted.mT, atol=1e-4)
         assert not torch.allclose(tokens.keys, shifted, atol=1e-2)
         assert isinstance(stream._compaction(), Compaction)
@@ -321,10 +321,10 @@ def test_logits_between_kept_pairs_do_not_change_when_all_of_them_shift_alike() 
 
 def test_input_uniform_reads_frames_spread_over_the_whole_stream_and_nothing_else() -> None:
     whole = whole_stream()
-    outline = Outline(modality=whole.modality[0], positions=whole.positions[0])
-    policy = InputUniformOptions().build(Budget(slots=((0, 26),) * LAYERS, split=False)).told([outline])
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = opened(seam, policy)
+    outline = StreamOutline(modality=whole.modality[0], positions=whole.positions[0])
+    policy = InputUniformOptions().build(Budget(slots=((0, 26),) * LAYERS, split=False)).with_oracle([outline])
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, policy)
         for chunk in cut(whole):
             stream.feed(chunk)
     visual = (whole.modality[0] == VISUAL).nonzero()[:, 0].view(-1, 6)
@@ -337,12 +337,14 @@ def test_input_uniform_reads_frames_spread_over_the_whole_stream_and_nothing_els
 
 
 def test_policies_that_must_be_told_say_so() -> None:
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         with pytest.raises(PolicyError, match="choose policy uniform instead"):
-            opened(seam, InputUniformOptions().build(POOL)).feed(cut(whole_stream())[1])
+            opened(attached, InputUniformOptions().build(POOL)).feed(cut(whole_stream())[1])
         whole = whole_stream()
         with pytest.raises(PolicyError, match="no `needles` in its meta"):
-            OracleOptions().build(POOL).told([Outline(modality=whole.modality[0], positions=whole.positions[0])])
+            OracleOptions().build(POOL).with_oracle(
+                [StreamOutline(modality=whole.modality[0], positions=whole.positions[0])]
+            )
 
 
 def test_recent_frames_are_whole_and_the_latest() -> None:

@@ -6,27 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut, text_model, whole_stream
-from episodes import Stored
-from pretend import GPU, PretendedGPU
+from support.episodes import Stored
+from support.fake_gpu import GPU, PretendedGPU
+from support.models import cut, text_model, whole_stream
+from support.thinkers import write_folder
 from test_stream import LENGTHS, POLICIES, policy_of, prompt_of
-from thinkers import write_folder
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.attention import blocked
 from omnimem.backbones import Backbone, ModelOptions, load_backbone
-from omnimem.benchmarks import Defect, Gap, Verdict
 from omnimem.budget import SplitBudget
 from omnimem.calibration import CalibrationOptions, Recorder
 from omnimem.data import Message, Question, Sample
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
-from omnimem.feeding import Feeder
 from omnimem.policies import PerturbationOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.selection import Softness
-from omnimem.stream import Stream, StreamOptions
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
+from omnimem.streaming.stream import Stream
+from omnimem.tasks import Defect, Gap, Verdict
 from omnimem.tuning import LoraOptions, add_adapter, streamed_loss
 
 SECONDS = 8
@@ -109,8 +110,8 @@ def test_a_stream_stays_on_its_device(policy: str, last_position: int | None, gp
     model = text_model("qwen2_5_omni")
     torch.nn.Module.to(model, GPU)
     output = model.get_input_embeddings().weight
-    with torch.no_grad(), attach(model) as seam:
-        stream = Stream(seam, policy_of(policy), last_position=last_position)
+    with torch.no_grad(), attach(model) as attached:
+        stream = Stream(attached, policy_of(policy), last_position=last_position)
         for chunk in cut(whole_stream(), LENGTHS):
             places = {"positions": chunk.positions.to(GPU), "modality": chunk.modality.to(GPU)}
             stream.feed(replace(chunk, embeddings=chunk.embeddings.to(GPU), **places))
@@ -129,9 +130,9 @@ def test_an_evaluation_runs_on_the_models_device(
     """Two samples share a pass, though the second one comes from the cache; one question comes on the way."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40, positions="compact"), tmp_path / "cache")
     samples = [sample(video, 0), sample(video, 1), sample(video, 2, at=4.0)]
-    with attach(backbone.text_model) as seam:
+    with attach(backbone.text_model) as attached:
         options = EvaluateOptions(batch_size=2, max_new_tokens=3)
-        evaluation = Evaluation(seam=seam, feeder=feeder, options=options)
+        evaluation = Evaluation(attached=attached, feeder=feeder, options=options)
         arm = Arm(name="arm", policy=policy_at(backbone), tracks=tracks)
         assert evaluation.run(arm, Asked(samples), tmp_path / "out")["n"] == 3
 
@@ -142,19 +143,19 @@ def test_a_streamed_loss_lies_on_the_models_device(
 ) -> None:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40), tmp_path / "cache" if cached else None)
     add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0)).train()
-    with attach(backbone.text_model) as seam:
+    with attach(backbone.text_model) as attached:
         batch = [feeder.open(sample(video, number, at=4.0)) for number in range(2)]
         policy = policy_at(backbone)
-        loss = streamed_loss(seam, feeder, batch, policy, softness=Softness(temperature=0.5), carry=Stored()).loss
+        loss = streamed_loss(attached, feeder, batch, policy, softness=Softness(temperature=0.5), carry=Stored()).loss
     assert loss.device == GPU
 
 
 def test_calibration_measures_on_the_models_device(backbone: Backbone, video: Path) -> None:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40))
-    with torch.no_grad(), attach(backbone.text_model) as seam:
-        recorder = Recorder(seam.shape.layers, CalibrationOptions(streams=1, skip_chunks=1))
+    with torch.no_grad(), attach(backbone.text_model) as attached:
+        recorder = Recorder(attached.shape.layers, CalibrationOptions(streams=1, skip_chunks=1))
         recorder.begin()
-        stream = feeder.stream(seam, policy_at(backbone), recorder=recorder)
+        stream = feeder.stream(attached, policy_at(backbone), recorder=recorder)
         for chunk in feeder.chunks([feeder.open(sample(video, 0))]):
             stream.feed(chunk)
     assert recorder.signals().streams == 1

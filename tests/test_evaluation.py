@@ -11,21 +11,21 @@ from typing import Any
 import av
 import pytest
 import torch
-from thinkers import write_folder
+from support.thinkers import write_folder
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import Seam, attach
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
-from omnimem.benchmarks import Defect, Gap, Verdict
 from omnimem.budget import SplitBudget
 from omnimem.data import Item, Message, Question, Sample, TooManyFailures
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Share, answering, results, trace
 from omnimem.evaluation.results import MEASURED
-from omnimem.feeding import Feeder, play
 from omnimem.media import FileSource, read_audio, read_frames
 from omnimem.policies import PerturbationOptions
-from omnimem.stream import StreamOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import Feeder, feed_until_due
+from omnimem.streaming.options import StreamOptions
+from omnimem.tasks import Defect, Gap, Verdict
 
 SECONDS = (8, 8, 12, 8, 8)
 QUESTIONS = ("what was seen ?", "what was heard ?", "which colour ?")
@@ -47,9 +47,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
 
 
 @pytest.fixture
-def seam(backbone: Backbone) -> Iterator[Seam]:
-    with attach(backbone.text_model) as seam:
-        yield seam
+def attached(backbone: Backbone) -> Iterator[StreamedAttention]:
+    with attach(backbone.text_model) as attached:
+        yield attached
 
 
 def sample(film: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS), *, name: str = "") -> Sample:
@@ -94,14 +94,16 @@ class Given:
         )
 
 
-def evaluation(backbone: Backbone, seam: Seam, cache: Path | None = None, **options: Any) -> Evaluation:
+def evaluation(
+    backbone: Backbone, attached: StreamedAttention, cache: Path | None = None, **options: Any
+) -> Evaluation:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40, max_pixels=12544), cache)
     chosen = EvaluateOptions(**{"max_new_tokens": 3, "decoders": 0, **options})
-    return Evaluation(seam=seam, feeder=feeder, options=chosen)
+    return Evaluation(attached=attached, feeder=feeder, options=chosen)
 
 
-def arm_of(seam: Seam, slots: int | None = 12, **settings: Any) -> Arm:
-    budget = None if slots is None else SplitBudget().build(seam.shape.layers, slots)
+def arm_of(attached: StreamedAttention, slots: int | None = 12, **settings: Any) -> Arm:
+    budget = None if slots is None else SplitBudget().build(attached.shape.layers, slots)
     return Arm(name="arm", policy=PerturbationOptions().build(budget), **settings)
 
 
@@ -120,7 +122,7 @@ def kept_of(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_stream_is_read_once_however_many_questions_and_times(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     begin = FileSource.__init__
@@ -132,7 +134,7 @@ def test_a_stream_is_read_once_however_many_questions_and_times(
 
     monkeypatch.setattr(FileSource, "__init__", counted)
     asked = [sample(films[0], (2.0, 5.0, None, None)), sample(films[1])]
-    summary = evaluation(backbone, seam).run(arm_of(seam), Given(asked), tmp_path)
+    summary = evaluation(backbone, attached).run(arm_of(attached), Given(asked), tmp_path)
     assert read == ["film0", "film1"]
     assert summary["n"] == 7
 
@@ -140,14 +142,14 @@ def test_a_stream_is_read_once_however_many_questions_and_times(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_results_are_the_same_in_1_2_or_3_shards(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, size: int
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, size: int
 ) -> None:
     asked = Given([sample(film) for film in films])
-    judge = evaluation(backbone, seam, batch_size=size)
-    whole = judge.run(arm_of(seam), asked, tmp_path / "1")
+    judge = evaluation(backbone, attached, batch_size=size)
+    whole = judge.run(arm_of(attached), asked, tmp_path / "1")
     for count in (2, 3):
         folder = tmp_path / str(count)
-        items = {judge.answer(arm_of(seam), asked, folder, share=Share(index=i, count=count)) for i in range(count)}
+        items = {judge.answer(arm_of(attached), asked, folder, share=Share(index=i, count=count)) for i in range(count)}
         assert items == {-(-len(films) // size)}
         assert not (folder / "given.jsonl").exists()
         assert judge.missing(asked, folder) == 0
@@ -156,17 +158,19 @@ def test_results_are_the_same_in_1_2_or_3_shards(
         assert [path.name for path in folder.glob("parts/*")] == []
 
 
-def test_claimed_items_are_answered_once(backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path) -> None:
-    asked, judge = Given([sample(film) for film in films]), evaluation(backbone, seam)
-    judge.run(arm_of(seam), asked, tmp_path / "alone")
+def test_claimed_items_are_answered_once(
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
+) -> None:
+    asked, judge = Given([sample(film) for film in films]), evaluation(backbone, attached)
+    judge.run(arm_of(attached), asked, tmp_path / "alone")
     claims, shared = tmp_path / "claims", tmp_path / "shared"
     claims.mkdir()
     (claims / "1").touch()  # by a process that is still at it
     first, second = (Share(index=i, count=2, claims=claims) for i in range(2))
-    judge.answer(arm_of(seam), asked, shared, share=first)
+    judge.answer(arm_of(attached), asked, shared, share=first)
     assert judge.missing(asked, shared) == len(QUESTIONS)
     (claims / "1").unlink()
-    judge.answer(arm_of(seam), asked, shared, share=second)
+    judge.answer(arm_of(attached), asked, shared, share=second)
     parts = {path.name: len(path.read_text().splitlines()) for path in (shared / "parts").iterdir()}
     assert parts == {"given.0of2.jsonl": 12, "given.1of2.jsonl": 3}
     judge.conclude(asked, shared)
@@ -175,16 +179,16 @@ def test_claimed_items_are_answered_once(backbone: Backbone, seam: Seam, films: 
 
 @pytest.mark.slow
 def test_decoding_ahead_and_the_cache_change_nothing(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
     asked = Given([sample(film, (3.0, None)) for film in films[:3]])
     for name, judge in {
-        "here": evaluation(backbone, seam),
-        "ahead": evaluation(backbone, seam, decoders=1),
-        "into": evaluation(backbone, seam, tmp_path / "cache"),
-        "from": evaluation(backbone, seam, tmp_path / "cache"),
+        "here": evaluation(backbone, attached),
+        "ahead": evaluation(backbone, attached, decoders=1),
+        "into": evaluation(backbone, attached, tmp_path / "cache"),
+        "from": evaluation(backbone, attached, tmp_path / "cache"),
     }.items():
-        judge.run(arm_of(seam), asked, tmp_path / name)
+        judge.run(arm_of(attached), asked, tmp_path / name)
         assert lines_of(tmp_path / name) == lines_of(tmp_path / "here"), name
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
@@ -211,12 +215,17 @@ def dying(at: int, *, torn: bool, end: Callable[[], None]) -> Callable[[Path, Li
 
 @pytest.mark.parametrize("trial", range(6))
 def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_comes_twice(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial: int
+    backbone: Backbone,
+    attached: StreamedAttention,
+    films: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trial: int,
 ) -> None:
     drawn = random.Random(trial)
     asked = Given([sample(film) for film in films[:3]])
-    judge, at = evaluation(backbone, seam, batch_size=drawn.choice((1, 2))), drawn.randrange(9)
-    whole = kept_of(judge.run(arm_of(seam), asked, tmp_path / "whole"))
+    judge, at = evaluation(backbone, attached, batch_size=drawn.choice((1, 2))), drawn.randrange(9)
+    whole = kept_of(judge.run(arm_of(attached), asked, tmp_path / "whole"))
 
     def end() -> None:
         raise Killed
@@ -224,10 +233,10 @@ def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_come
     with monkeypatch.context() as patch:
         patch.setattr(results, "append_line", dying(at, torn=drawn.random() < 0.5, end=end))
         with pytest.raises(Killed):
-            judge.answer(arm_of(seam), asked, tmp_path / "cut")
+            judge.answer(arm_of(attached), asked, tmp_path / "cut")
     written = (tmp_path / "cut" / "given.jsonl").read_text()
     assert written.count("\n") == at
-    judge.answer(arm_of(seam), asked, tmp_path / "cut")
+    judge.answer(arm_of(attached), asked, tmp_path / "cut")
     ids = [json.loads(line)["id"] for line in (tmp_path / "cut" / "given.jsonl").read_text().splitlines()]
     assert len(ids) == len(set(ids)) == 9
     assert kept_of(judge.conclude(asked, tmp_path / "cut")) == whole
@@ -247,10 +256,10 @@ def spoilt(films: list[Path], tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"decoders": 1}])
 def test_a_bad_file_costs_its_questions_and_says_why(
-    backbone: Backbone, seam: Seam, spoilt: list[Path], tmp_path: Path, options: dict[str, int]
+    backbone: Backbone, attached: StreamedAttention, spoilt: list[Path], tmp_path: Path, options: dict[str, int]
 ) -> None:
-    judge = evaluation(backbone, seam, max_failures=0.5, **options)
-    summary = judge.run(arm_of(seam), Given([sample(film) for film in spoilt]), tmp_path)
+    judge = evaluation(backbone, attached, max_failures=0.5, **options)
+    summary = judge.run(arm_of(attached), Given([sample(film) for film in spoilt]), tmp_path)
     lines = lines_of(tmp_path)
     assert [line["id"] for line in lines] == [f"{f.stem}/{n}" for f in spoilt for n in range(3)]
     failed = {line["stream"]: (line["failed"], line["message"]) for line in lines if line.get("failed")}
@@ -265,7 +274,7 @@ def test_a_bad_file_costs_its_questions_and_says_why(
 
 
 def test_a_file_that_breaks_off_costs_the_questions_before_that_too(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
     whole = films[2].read_bytes()
     broken = tmp_path / "broken.mp4"
@@ -275,51 +284,56 @@ def test_a_file_that_breaks_off_costs_the_questions_before_that_too(
         file.write(os.urandom(len(whole) // 2))
     asked = Given([sample(broken, (2.0, None))])
     for size in (1, 2):
-        judge = evaluation(backbone, seam, max_failures=1.0, batch_size=size)
-        summary = judge.run(arm_of(seam), asked, tmp_path / str(size))
+        judge = evaluation(backbone, attached, max_failures=1.0, batch_size=size)
+        summary = judge.run(arm_of(attached), asked, tmp_path / str(size))
         assert sum(summary["failed"].values()) == 2
 
 
 def test_more_bad_files_than_allowed_stop_the_evaluation_in_any_number_of_shards(
-    backbone: Backbone, seam: Seam, spoilt: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, spoilt: list[Path], tmp_path: Path
 ) -> None:
     asked = Given([sample(film) for film in spoilt])
-    judge, what = evaluation(backbone, seam, max_failures=0.25), "2 of 4 samples failed, more than max_failures = 0.25"
+    judge, what = (
+        evaluation(backbone, attached, max_failures=0.25),
+        "2 of 4 samples failed, more than max_failures = 0.25",
+    )
     with pytest.raises(TooManyFailures, match=what):
-        judge.run(arm_of(seam), asked, tmp_path / "alone")
+        judge.run(arm_of(attached), asked, tmp_path / "alone")
     for index in range(4):  # a shard of its own for each file: none of them sees too many
-        judge.answer(arm_of(seam), asked, tmp_path / "shards", share=Share(index=index, count=4))
+        judge.answer(arm_of(attached), asked, tmp_path / "shards", share=Share(index=index, count=4))
     with pytest.raises(TooManyFailures, match=what):
         judge.conclude(asked, tmp_path / "shards")
 
 
 def test_a_file_that_is_there_again_is_tried_again(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
     film = tmp_path / "film.mp4"
     asked = Given([sample(films[0]), sample(film)])
-    judge = evaluation(backbone, seam, max_failures=0.5)
-    assert judge.run(arm_of(seam), asked, tmp_path / "out")["failed"] == {"missing": 3}
+    judge = evaluation(backbone, attached, max_failures=0.5)
+    assert judge.run(arm_of(attached), asked, tmp_path / "out")["failed"] == {"missing": 3}
     film.write_bytes(films[1].read_bytes())
-    assert judge.run(arm_of(seam), asked, tmp_path / "out")["failed"] == {}
+    assert judge.run(arm_of(attached), asked, tmp_path / "out")["failed"] == {}
     assert not any(line.get("failed") for line in lines_of(tmp_path / "out"))
 
 
 # --- times
 
 
-def test_a_question_on_the_way_never_sees_what_comes_later(backbone: Backbone, seam: Seam, tmp_path: Path) -> None:
+def test_a_question_on_the_way_never_sees_what_comes_later(
+    backbone: Backbone, attached: StreamedAttention, tmp_path: Path
+) -> None:
     """Two films that are the same for eight seconds and then are not: all that is known at 5 s is the same."""
-    judge, times = evaluation(backbone, seam), (3.0, 5.0, None)
+    judge, times = evaluation(backbone, attached), (3.0, 5.0, None)
     for name, later in (("one", 21), ("two", 22)):
         write_joined(tmp_path / f"{name}.mp4", first=3, later=later)
         asked = Given([sample(tmp_path / f"{name}.mp4", times, name="film")])
-        judge.run(arm_of(seam), asked, tmp_path / name)
+        judge.run(arm_of(attached), asked, tmp_path / name)
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
     assert one[:2] == two[:2]
     assert [line["stream_seconds"] for line in one] == [2.0, 4.0, 16.0]
     assert [line["frames"] for line in one] == [2, 4, 16]
-    states = [logits_at(backbone, seam, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
+    states = [logits_at(backbone, attached, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
     assert not torch.equal(states[0][2], states[1][2]), "the films end alike, so nothing was shown"
@@ -350,23 +364,25 @@ def write_joined(path: Path, *, first: int, later: int) -> None:
         file.mux(sounds.encode(None))
 
 
-def logits_at(backbone: Backbone, seam: Seam, film: Path, times: Sequence[float | None]) -> list[torch.Tensor]:
+def logits_at(
+    backbone: Backbone, attached: StreamedAttention, film: Path, times: Sequence[float | None]
+) -> list[torch.Tensor]:
     """What the model would say at each time."""
-    judge, asked = evaluation(backbone, seam), sample(film, times)
+    judge, asked = evaluation(backbone, attached), sample(film, times)
     feeder = judge.feeder
     found: list[torch.Tensor] = []
     with torch.no_grad():
-        stream = feeder.stream(seam, arm_of(seam).policy)
-        for _ in play(stream, feeder.chunks([feeder.open(asked)]), asked.moments):
+        stream = feeder.stream(attached, arm_of(attached).policy)
+        for _ in feed_until_due(stream, feeder.chunks([feeder.open(asked)]), asked.moments):
             prompt = feeder.prompt([[Turn(text="what ?")]], "both")
             found.append(backbone.head(stream.ask(prompt).hidden))
     return found
 
 
 def test_after_its_last_question_a_file_is_read_no_further(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
-    feeder = evaluation(backbone, seam).feeder
+    feeder = evaluation(backbone, attached).feeder
     asked = sample(films[2], (2.0, 5.0))
     assert feeder.source(asked).end == 6.0
     assert feeder.source(sample(films[2], (2.0, None))).end is None
@@ -374,10 +390,10 @@ def test_after_its_last_question_a_file_is_read_no_further(
 
 
 def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
     asked = Given([sample(films[0], (4.0, 8.0, 8.9, 5000.0))])
-    summary = evaluation(backbone, seam).run(arm_of(seam), asked, tmp_path)
+    summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     lines = lines_of(tmp_path)
     assert [line["stream_seconds"] for line in lines] == [4.0, 8.0, 8.0, 8.0]
     assert summary["defects"] == [
@@ -388,7 +404,7 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
             "what": "asked at 5000 s of a stream that ends at 8.0 s; asked there",
         },
     ]
-    blind = evaluation(backbone, seam).run(arm_of(seam, tracks=None), asked, tmp_path / "blind")
+    blind = evaluation(backbone, attached).run(arm_of(attached, tracks=None), asked, tmp_path / "blind")
     assert len(blind["defects"]) == 1
 
 
@@ -396,10 +412,10 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
 
 
 def test_a_line_says_what_was_asked_seen_kept_and_spent(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
     asked = Given([sample(films[2], (5.0, None))])
-    summary = evaluation(backbone, seam).run(arm_of(seam), asked, tmp_path)
+    summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     early, late = (json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines())
     assert (early["video"], early["stream"], early["at"]) == ("day", "film2", 5.0)
     assert early["categories"] == {"topic": ["one"]}
@@ -418,7 +434,12 @@ def test_a_line_says_what_was_asked_seen_kept_and_spent(
 
 @pytest.mark.parametrize("at", ["end", "way"])
 def test_many_questions_at_one_time_are_answered_in_several_passes(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    backbone: Backbone,
+    attached: StreamedAttention,
+    films: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: str,
 ) -> None:
     times = [None if at == "end" else 4.0] * 5
     asked = (
@@ -427,16 +448,16 @@ def test_many_questions_at_one_time_are_answered_in_several_passes(
         else Given([sample(films[0], times)])
     )
     size = 2 if at == "end" else 1
-    evaluation(backbone, seam, batch_size=size).run(arm_of(seam), asked, tmp_path / "one")
+    evaluation(backbone, attached, batch_size=size).run(arm_of(attached), asked, tmp_path / "one")
     monkeypatch.setattr(answering, "TOGETHER", 2)
-    evaluation(backbone, seam, batch_size=size).run(arm_of(seam), asked, tmp_path / "three")
+    evaluation(backbone, attached, batch_size=size).run(arm_of(attached), asked, tmp_path / "three")
     assert lines_of(tmp_path / "one") == lines_of(tmp_path / "three")
 
 
 def test_a_trace_counts_what_every_layer_holds(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
-    evaluation(backbone, seam).run(arm_of(seam), Given([sample(films[2])]), tmp_path)
+    evaluation(backbone, attached).run(arm_of(attached), Given([sample(films[2])]), tmp_path)
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["chunk_ends"] == [4.0, 8.0, 12.0]
     assert trace["arrived"] == {"audio": [2] * 6, "visual": [16] * 6}
@@ -448,15 +469,15 @@ def test_a_trace_counts_what_every_layer_holds(
 
 
 def test_a_trace_stays_small_however_long_the_stream_is(
-    backbone: Backbone, seam: Seam, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most 4 rows and bins: the table is the fine one, joined."""
     asked = Given([sample(films[2])])
-    judge = evaluation(backbone, seam)
+    judge = evaluation(backbone, attached)
     judge = replace(judge, feeder=Feeder(backbone, StreamOptions(chunk_tokens=18, max_pixels=12544)))
-    judge.run(arm_of(seam), asked, tmp_path / "fine")
+    judge.run(arm_of(attached), asked, tmp_path / "fine")
     monkeypatch.setattr(trace, "MOST", 4)
-    judge.run(arm_of(seam), asked, tmp_path / "coarse")
+    judge.run(arm_of(attached), asked, tmp_path / "coarse")
     fine, coarse = (json.loads((tmp_path / name / "trace.json").read_text()) for name in ("fine", "coarse"))
     assert (fine["bin_seconds"], coarse["bin_seconds"]) == (2.0, 4.0)
     assert (fine["chunk_ends"], coarse["chunk_ends"]) == ([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [4.0, 8.0, 12.0])

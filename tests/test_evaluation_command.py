@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import command, start
+from support.finished_run import config_of, write_adapter, write_run
+from support.ranks import command, start
+from support.thinkers import write_folder
 from test_evaluation import MEASURED, dying
-from thinkers import write_folder
-from tuned import config_of, write_adapter, write_run
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
+from omnimem.cli.workers import LocalWorkers
 from omnimem.evaluation import EvaluationError, results
-from train.team import Own
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 
 SCRIPT = "train/evaluate.py"
 ARMS = ("--arm", "training_free", "--arm", "tuned", "--arm", "blind")
@@ -116,7 +116,7 @@ def test_helpers_of_a_process_share_the_work(place: Path, here: Path, alone: dic
 
 def test_what_a_failing_helper_says_is_said() -> None:
     said = r"a helper process ended with exit code 2:\n.*nowhere.yaml: no such config"
-    with pytest.raises(EvaluationError, match=said), Own(2, ["--config", "nowhere.yaml"]).work() as share:
+    with pytest.raises(EvaluationError, match=said), LocalWorkers(2, ["--config", "nowhere.yaml"]).work() as share:
         assert (share.index, share.count) == (0, 2)
 
 

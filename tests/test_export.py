@@ -14,32 +14,32 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.finished_run import config_of, write_adapter, write_run
+from support.models import assert_equal_logits
+from support.thinkers import write_folder
+from test_comparison import write_arm
 from torch import Tensor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import AudioVisualBudget, Budget, Readings, Signals, SplitBudget
+from omnimem.cli.model_card import TASK, card
+from omnimem.cli.parser import run_command
+from omnimem.commands import export
+from omnimem.commands.export import main
 from omnimem.comparison import compare
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.exported import Exported, resized
-from omnimem.feeding import Feeder
 from omnimem.policies import ControlOptions, PerturbationOptions, perturbation
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
 from omnimem.tuning import AdapterError, load_adapter
-from tests.conftest import assert_equal_logits
-from tests.test_comparison import write_arm
-from tests.thinkers import write_folder
-from tests.tuned import config_of, write_adapter, write_run
-from train import export
-from train.card import TASK, card
-from train.command import run_command
-from train.export import main
 
-CHANGED = ("q_proj", "v_proj", "down_proj")  # of the text model, by tests.tuned.LORA
+CHANGED = ("q_proj", "v_proj", "down_proj")  # of the text model, by support.finished_run.LORA
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def adapter(done: RunFolder, base: Path) -> Path:
 def heard(backbone: Backbone, exported: Exported, policy: Policy, video: Path) -> Tensor:
     """Logits of a question after a real file, under a policy."""
     feeder = Feeder(backbone, exported.stream)
-    with attach(backbone.text_model) as seam:
-        stream = feeder.stream(seam, policy)
+    with attach(backbone.text_model) as attached:
+        stream = feeder.stream(attached, policy)
         for chunk in feeder.watch(video):
             stream.feed(chunk)
         return backbone.head(stream.ask(feeder.prompt([[Turn(text="what ?")]], "both")).hidden)

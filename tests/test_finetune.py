@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from films import SCRIPT, Run, given, tune, write_films, write_manifest
-from ranks import ROOT, command, free_port
+from support.ranks import ROOT, command, free_port
+from support.tiny_run import SCRIPT, Run, given, tune, write_films, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

@@ -5,21 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import thinkers
 import torch
+from support import thinkers
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem.attach import attach
 from omnimem.budget import Budget
 from omnimem.config import CONFIGS
 from omnimem.footprint import Load, Row, Shapes, ShapesError, footprint, gibibytes, layer_activations, render
 from omnimem.policies import PerturbationOptions
-from omnimem.stream import Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
+from omnimem.tiny.checkpoint import build_tokenizer
 from omnimem.tokens import Chunk
 from omnimem.tuning import LoraOptions, add_adapter
 from omnimem.tuning.gradient.options import Recompute
-from train.tiny_checkpoint import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
@@ -95,8 +95,8 @@ def test_a_missing_preprocessor_is_named(tmp_path: Path) -> None:
 def test_bytes_of_an_entry_equal_those_of_a_real_memory() -> None:
     model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=False, rates="tiny"))
     tokens = 24
-    with attach(model.model.language_model) as seam:
-        stream = Stream(seam, PerturbationOptions(feature=8).build(Budget.full(2)))
+    with attach(model.model.language_model) as attached:
+        stream = Stream(attached, PerturbationOptions(feature=8).build(Budget.full(2)))
         stream.feed(chunk(tokens, 32, 0))
     config = model.config.text_config
     shapes = Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
@@ -193,8 +193,8 @@ def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with attach(adapted.base_model.model.model.language_model) as seam:
-        stream = Stream(seam, PerturbationOptions().build(Budget.shared(layers, tokens)))
+    with attach(adapted.base_model.model.model.language_model) as attached:
+        stream = Stream(attached, PerturbationOptions().build(Budget.shared(layers, tokens)))
         stream.feed(chunk(tokens, width, 0))
         with saved_tensors_hooks(note, lambda tensor: tensor):
             stream.feed(chunk(tokens, width, tokens))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut, text_model, whole_stream
-from episodes import (
+from peft import LoraConfig, inject_adapter_in_model
+from support.episodes import (
     IGNORED,
     CutOff,
     Episode,
@@ -21,26 +21,29 @@ from episodes import (
     mean_answer_loss,
     one_shot_loss,
 )
-from peft import LoraConfig, inject_adapter_in_model
+from support.models import cut, text_model, whole_stream
+from support.thinkers import write_folder
 from test_stream import LENGTHS, levels_of, policy_of
-from thinkers import write_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from omnimem.attach import Seam, attach
 from omnimem.attention.blocked import attend
 from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn
 from omnimem.budget import SplitBudget
 from omnimem.data import Message, Sample
-from omnimem.feeding import Feeder, Heard, Opened, play
 from omnimem.memory import Memory
 from omnimem.policies import PerturbationOptions
-from omnimem.policy import Policy
-from omnimem.selection import Room, Softness, select
-from omnimem.stream import Prompt, Reading, Stream, StreamOptions
+from omnimem.policies.base import Policy
+from omnimem.selection import LayerSlots, Softness, select
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.encoder_cache import MediaStats
+from omnimem.streaming.feeder import EncodedSample, Feeder, feed_until_due
+from omnimem.streaming.options import StreamOptions
+from omnimem.streaming.prompt_pass import Prompt, PromptState
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
-from omnimem.tuning import FullGradient, Gradient, LoraOptions, add_adapter, streamed_loss, trainable
+from omnimem.tuning import BackpropMode, FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PreTrainedModel:
@@ -86,7 +89,7 @@ def episode_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) 
 
 
 def loss_of(
-    read: Callable[[Memory], Reading], head: Callable[[Tensor], Tensor], labels: Tensor
+    read: Callable[[Memory], PromptState], head: Callable[[Tensor], Tensor], labels: Tensor
 ) -> Callable[[Memory], Tensor]:
     """batch x tokens: cross-entropy of each answer token, 0 elsewhere."""
 
@@ -98,18 +101,23 @@ def loss_of(
 
 
 def streamed_loss_of(
-    seam: Seam, episode: Episode, policy: Policy, carry: Gradient, softness: Softness | None = None, **settings: int
+    attached: StreamedAttention,
+    episode: Episode,
+    policy: Policy,
+    carry: BackpropMode,
+    softness: Softness | None = None,
+    **settings: int,
 ) -> Tensor:
     """The loss of an episode by feeding and asking."""
     batch = len(episode.chunks[0].modality)
-    stream = Stream(seam, policy, batch=batch, carry=carry, softness=softness, **settings)
+    stream = Stream(attached, policy, batch=batch, carry=carry, softness=softness, **settings)
     asked = dict(episode.asked)
     losses = []
     for number, chunk in enumerate(episode.chunks, start=1):
         stream.feed(chunk)
         if number in asked:
             prompt = asked[number]
-            loss = loss_of(stream.reader(prompt), head_of(seam.text_model), prompt.labels)
+            loss = loss_of(stream.reader(prompt), head_of(attached.text_model), prompt.labels)
             losses.append(carry.read(loss, stream.memory))
     answers = sum((prompt.labels != IGNORED).sum(dim=1) for prompt in asked.values())
     return (torch.cat(losses, dim=1).sum(dim=1) / answers).mean()
@@ -139,10 +147,10 @@ def test_streamed_gradient_equals_one_shot_with_masks_by_layer(
 ) -> None:
     model, episode = adapted(family, dtype), episode_of(family, dtype)
     noting = KeptByChunk(FullGradient())
-    with attach(model) as seam:
-        loss = streamed_loss_of(seam, episode, policy_of("omnimem"), noting)
+    with attach(model) as attached:
+        loss = streamed_loss_of(attached, episode, policy_of("omnimem"), noting)
         got = gradient(loss, model)
-        plain = one_shot_loss(seam, head_of(model), episode, OneShot(episode, noting.kept))
+        plain = one_shot_loss(attached, head_of(model), episode, OneShot(episode, noting.kept))
         expected = gradient(plain, model)
     counts = [tokens.shape[1] for tokens in noting.kept[-1]]
     assert len(set(counts)) == 4  # layers remember unequal numbers, and all have evicted
@@ -158,16 +166,16 @@ def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, tempe
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy = policy_of(preset)
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
-    with attach(model) as seam:
+    with attach(model) as attached:
         loss = streamed_loss_of(
-            seam, episode, replace(policy, scorer=scores), noting, Softness(temperature=temperature)
+            attached, episode, replace(policy, scorer=scores), noting, Softness(temperature=temperature)
         )
         got = gradient(loss, model)
         power = 0.5 if preset == "released" else 1.0
         softened = Softened(policy=policy, scores=scores.seen, temperature=temperature, novelty_power=power)
         step = OneShot(episode, noting.kept, softened)
-        expected = gradient(one_shot_loss(seam, head_of(model), episode, step), model)
-        hard = streamed_loss_of(seam, episode, policy, FullGradient())
+        expected = gradient(one_shot_loss(attached, head_of(model), episode, step), model)
+        hard = streamed_loss_of(attached, episode, policy, FullGradient())
         assert_same_gradient(got, expected, 1e-9)
         torch.testing.assert_close(loss, hard, rtol=1e-12, atol=0)
         assert float((got - gradient(hard, model)).norm() / got.norm()) > 1e-3  # the scores do receive gradient
@@ -178,19 +186,19 @@ def test_scores_without_gradient_leave_the_gradient_of_hard_selection() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     policy = policy_of("omnimem")
     still = Softness(temperature=0.1, gradient="none")
-    with attach(model) as seam:
-        hard = gradient(streamed_loss_of(seam, episode, policy, FullGradient()), model)
+    with attach(model) as attached:
+        hard = gradient(streamed_loss_of(attached, episode, policy, FullGradient()), model)
         assert_same_gradient(
-            gradient(streamed_loss_of(seam, episode, policy, FullGradient(), still), model), hard, 1e-12
+            gradient(streamed_loss_of(attached, episode, policy, FullGradient(), still), model), hard, 1e-12
         )
 
 
 def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     parts = (Softness(temperature=0.1), Softness(temperature=0.1, gradient="both"))
-    with attach(model) as seam:
+    with attach(model) as attached:
         first, second = (
-            gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), FullGradient(), part), model)
+            gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient(), part), model)
             for part in parts
         )
     assert bool(second.isfinite().all())
@@ -200,9 +208,9 @@ def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
 def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
     """So the equalities above would notice a graph that is cut."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    with attach(model) as seam:
+    with attach(model) as attached:
         full, cut_off = (
-            gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), carry), model)
+            gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), carry), model)
             for carry in (FullGradient(), CutOff())
         )
     assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
@@ -226,13 +234,13 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
     for way, layers in ((carry, by_layer), (Stored(), False)):
-        with attach(model, recompute_layers=layers) as seam:
+        with attach(model, recompute_layers=layers) as attached:
             torch.manual_seed(5)
-            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), way, softness)
+            loss = streamed_loss_of(attached, episode, policy_of("omnimem"), way, softness)
             torch.manual_seed(6)  # what happens to the generator before backward does not matter
             found.append((loss.detach(), gradient(loss, model)))
             torch.manual_seed(7)
-            other = streamed_loss_of(seam, episode, policy_of("omnimem"), way, softness)
+            other = streamed_loss_of(attached, episode, policy_of("omnimem"), way, softness)
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], other)  # dropout was active
@@ -242,9 +250,9 @@ def test_gradient_passes_through_positions_that_move_up() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     found = []
     for way, last in ((FullGradient(), 40), (Stored(), 40), (Stored(), 1000)):
-        with attach(model) as seam:
+        with attach(model) as attached:
             loss = streamed_loss_of(
-                seam, episode, policy_of("omnimem"), way, Softness(temperature=0.3), last_position=last
+                attached, episode, policy_of("omnimem"), way, Softness(temperature=0.3), last_position=last
             )
             found.append(gradient(loss, model))
     assert torch.equal(found[0], found[1])
@@ -289,24 +297,24 @@ def long_episode(count: int) -> Episode:
 SLOTS = ((4, 8), (2, 20), (6, 6), (1, 10))
 
 
-def saved_after(seam: Seam, count: int, carry: Gradient) -> tuple[int, int]:
+def saved_after(attached: StreamedAttention, count: int, carry: BackpropMode) -> tuple[int, int]:
     """(bytes saved when the loss is known, bytes of one memory after an eviction)."""
     episode, policy = long_episode(count), policy_of("omnimem", SLOTS)
-    stream = Stream(seam, policy, carry=carry)
+    stream = Stream(attached, policy, carry=carry)
     for chunk in episode.chunks[:2]:
         stream.feed(chunk)
-    saved = Saved(seam.text_model)
+    saved = Saved(attached.text_model)
     with saved:
-        loss = streamed_loss_of(seam, episode, policy, carry, softness=Softness(temperature=0.5))
+        loss = streamed_loss_of(attached, episode, policy, carry, softness=Softness(temperature=0.5))
     assert loss.requires_grad
     return saved.bytes, stream.memory.bytes
 
 
 @pytest.mark.slow
 def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone() -> None:
-    with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
-        full = {count: saved_after(seam, count, FullGradient()) for count in (4, 8, 16)}
-        stored = {count: saved_after(seam, count, Stored()) for count in (4, 8, 16)}
+    with attach(adapted("qwen2_5_omni", torch.float32)) as attached:
+        full = {count: saved_after(attached, count, FullGradient()) for count in (4, 8, 16)}
+        stored = {count: saved_after(attached, count, Stored()) for count in (4, 8, 16)}
     memory = full[4][1]
     # keys and values; feature; positions and order; importance, novelty and gate; modality
     entry = 2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 3 * 4 + 1
@@ -324,11 +332,11 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda pin_memory: moved)
     episode, policy = long_episode(6), policy_of("omnimem", SLOTS)
     noting = KeptByChunk(FullGradient(offload=True))
-    with attach(adapted("qwen2_5_omni", torch.float32)) as seam:
-        stream = Stream(seam, policy, carry=FullGradient())
+    with attach(adapted("qwen2_5_omni", torch.float32)) as attached:
+        stream = Stream(attached, policy, carry=FullGradient())
         for chunk in episode.chunks:
             stream.feed(chunk)
-        streamed_loss_of(seam, episode, policy, noting, softness=Softness(temperature=0.5))
+        streamed_loss_of(attached, episode, policy, noting, softness=Softness(temperature=0.5))
     assert len(noting.bytes) == 6
     assert moved.bytes == sum(noting.bytes) + stream.memory.bytes
 
@@ -338,9 +346,9 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize(
-    "room", [Room(audio=2, visual=5), Room(audio=0, visual=7, split=False)], ids=["split", "shared"]
+    "room", [LayerSlots(audio=2, visual=5), LayerSlots(audio=0, visual=7, split=False)], ids=["split", "shared"]
 )
-def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: Room, temperature: float) -> None:
+def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: LayerSlots, temperature: float) -> None:
     """Through attention, in float64: autograd, the formula and differences of the soft surrogate agree."""
     generator = torch.Generator().manual_seed(11)
     modality = torch.tensor([[0, 2, 2, 1, 2, 1, 2, 2, 1, 2, 2, 1, 2]], dtype=torch.int8)
@@ -414,7 +422,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
     return loaded
 
 
-def opened(number: int, times: Sequence[float | None], answers: Sequence[str], seconds: int = 16) -> Opened:
+def opened(number: int, times: Sequence[float | None], answers: Sequence[str], seconds: int = 16) -> EncodedSample:
     """A stream of random encodings, 4 visual and 2 audio tokens every 2 s, with a question at each time."""
     generator = torch.Generator().manual_seed(number)
     segments = [
@@ -433,8 +441,8 @@ def opened(number: int, times: Sequence[float | None], answers: Sequence[str], s
         messages.append(Message(role="user", content=f"what colour was the {answer} ?", at=time))
         messages.append(Message(role="assistant", content=answer))
     sample = Sample(id=str(number), video=Path("x.mp4"), audio=None, messages=tuple(messages))
-    return Opened(
-        sample=sample, segments=segments, tracks="both", heard=Heard(frames=seconds, audio_seconds=float(seconds))
+    return EncodedSample(
+        sample=sample, segments=segments, tracks="both", heard=MediaStats(frames=seconds, audio_seconds=float(seconds))
     )
 
 
@@ -443,11 +451,11 @@ def policy_at(slots: int | None) -> Policy:
 
 
 @torch.no_grad()
-def episode_from(seam: Seam, feeder: Feeder, batch: Sequence[Opened]) -> Episode:
+def episode_from(attached: StreamedAttention, feeder: Feeder, batch: Sequence[EncodedSample]) -> Episode:
     """What the trainer streams, as chunks and prompts."""
     chunks, asked = list(feeder.chunks(batch)), []
-    stream = Stream(seam, policy_at(None), batch=len(batch))
-    for due in play(stream, chunks, batch[0].moments):
+    stream = Stream(attached, policy_at(None), batch=len(batch))
+    for due in feed_until_due(stream, chunks, batch[0].moments):
         numbers = batch[0].asked(due)
         questions = [[one.sample.questions[number] for number in numbers] for one in batch]
         turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
@@ -464,14 +472,16 @@ def test_the_trainers_loss_and_gradient_equal_one_shot(backbone: Qwen25Omni, tem
     policy, learning = policy_at(6), trainable(backbone.model)
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
     softness = None if temperature is None else Softness(temperature=temperature)
-    with attach(backbone.text_model) as seam:
-        outcome = streamed_loss(seam, feeder, batch, replace(policy, scorer=scores), softness=softness, carry=noting)
+    with attach(backbone.text_model) as attached:
+        outcome = streamed_loss(
+            attached, feeder, batch, replace(policy, scorer=scores), softness=softness, carry=noting
+        )
         got = gradient(outcome.loss, backbone.model)
-        episode = episode_from(seam, feeder, batch)
+        episode = episode_from(attached, feeder, batch)
         softened = None
         if temperature is not None:
             softened = Softened(policy=policy, scores=scores.seen, temperature=temperature)
-        plain = one_shot_loss(seam, backbone.head, episode, OneShot(episode, noting.kept, softened))
+        plain = one_shot_loss(attached, backbone.head, episode, OneShot(episode, noting.kept, softened))
         expected = gradient(plain, backbone.model)
     assert len(episode.chunks) == 6  # opening, 4, 2, 2, 4, 4 s: cut where questions are asked
     assert [seen for seen, _ in episode.asked] == [3, 4, 6]
@@ -484,11 +494,11 @@ def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -
     """Loss and gradient of transformers' own forward pass over the whole prompt, with its own attention."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     batch = [opened(1, [None], ["dark red"])]
-    with attach(backbone.text_model) as seam:
-        outcome = streamed_loss(seam, feeder, batch, policy_at(None), softness=None, carry=FullGradient())
+    with attach(backbone.text_model) as attached:
+        outcome = streamed_loss(attached, feeder, batch, policy_at(None), softness=None, carry=FullGradient())
         got = gradient(outcome.loss, backbone.model)
-        episode = episode_from(seam, feeder, batch)
-        embeddings = episode.embeddings(seam)
+        episode = episode_from(attached, feeder, batch)
+        embeddings = episode.embeddings(attached)
     hidden = backbone.text_model(
         inputs_embeds=embeddings, position_ids=episode.positions.transpose(0, 1), use_cache=False
     ).last_hidden_state
@@ -502,10 +512,10 @@ def test_a_stream_counts_the_same_alone_and_in_a_batch(backbone: Qwen25Omni) -> 
     """However many answers it has: so batches, accumulated steps and ranks mean the same."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
-    with attach(backbone.text_model) as seam:
+    with attach(backbone.text_model) as attached:
         losses = [
             streamed_loss(
-                seam, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=FullGradient()
+                attached, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=FullGradient()
             ).loss
             for batch in (streams, streams[:1], streams[1:])
         ]
@@ -518,9 +528,9 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) ->
     silent = opened(2, [None], ["red"])
     question, answer = silent.sample.messages
     silent = replace(silent, sample=replace(silent.sample, messages=(question, replace(answer, loss=False))))
-    with attach(backbone.text_model) as seam, pytest.raises(ValueError, match=r"^2: no answer to learn from"):
+    with attach(backbone.text_model) as attached, pytest.raises(ValueError, match=r"^2: no answer to learn from"):
         streamed_loss(
-            seam, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), softness=None, carry=FullGradient()
+            attached, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), softness=None, carry=FullGradient()
         )
 
 
@@ -535,9 +545,9 @@ def test_a_step_leaves_nothing_behind(backbone: Qwen25Omni, monkeypatch: pytest.
         return streams[-1]
 
     monkeypatch.setattr(Feeder, "stream", noted)
-    with attach(backbone.text_model) as seam:
+    with attach(backbone.text_model) as attached:
         batch, carry = [opened(1, (None,), ["red"])], FullGradient()
-        outcome = streamed_loss(seam, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=carry)
+        outcome = streamed_loss(attached, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=carry)
         made.append(weakref.ref(streams[0].memory))
         outcome.loss.backward()
         del outcome

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 from test_stream import policy_of
 
+from omnimem.cli.parser import USER_ERRORS
 from omnimem.config import ConfigError, load
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tokens import Tokens
 from omnimem.tuning import (
+    BackpropMode,
     FullGradient,
-    Gradient,
     GradientError,
     HorizonGradient,
     ReleasedGradient,
@@ -22,7 +23,6 @@ from omnimem.tuning import (
     policy_in_training,
 )
 from omnimem.view import LayerView
-from train.command import USER_ERRORS
 
 HARD = SelectionOptions(softening="hard")
 
@@ -41,7 +41,7 @@ HARD = SelectionOptions(softening="hard")
         ),
     ],
 )  # fmt: skip
-def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: Gradient) -> None:
+def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: BackpropMode) -> None:
     assert gradient_of(options, 36) == built
 
 

@@ -4,20 +4,20 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import pytest
-import reference
 import torch
-from conftest import FAMILIES
-from episodes import Episode
-from released import SlowRelease
+from support import reference
+from support.episodes import Episode
+from support.models import FAMILIES
+from support.released_reference import SlowRelease
 from test_gradient import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
 from test_gradient_horizon import HELD
 from test_stream import UNEQUAL, policy_of
 from torch import Tensor, nn
 
-from omnimem.attach import Seam, attach
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.scoring import AbstractScorer
-from omnimem.stream import Stream
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.stream import Stream
 from omnimem.tuning import FullGradient, GradientError, ReleasedGradient, by_similarity
 from omnimem.view import LayerView
 
@@ -37,9 +37,9 @@ def test_loss_gradient_and_kept_tokens_are_those_of_the_obvious_way(
 ) -> None:
     model, episode = adapted(family), at_the_end(episode_of(family))
     policy, carry = by_similarity(policy_of(preset)), ReleasedGradient(stop_layer=stop, whole_last_chunk=whole)
-    with attach(model) as seam:
-        orders = kept_by_chunk(seam, episode, policy, carry, stop)
-        loss = streamed_loss_of(seam, episode, policy, carry)
+    with attach(model) as attached:
+        orders = kept_by_chunk(attached, episode, policy, carry, stop)
+        loss = streamed_loss_of(attached, episode, policy, carry)
         got = gradient(loss, model)
     slow = SlowRelease(model, UNEQUAL, reference.PRESETS[preset], stop, whole)
     model.set_attn_implementation("eager")
@@ -50,9 +50,9 @@ def test_loss_gradient_and_kept_tokens_are_those_of_the_obvious_way(
 
 
 def kept_by_chunk(
-    seam: Seam, episode: Episode, policy: Policy, carry: ReleasedGradient, stop: int
+    attached: StreamedAttention, episode: Episode, policy: Policy, carry: ReleasedGradient, stop: int
 ) -> list[list[list[int]]]:
-    stream, found = Stream(seam, policy, carry=carry), []
+    stream, found = Stream(attached, policy, carry=carry), []
     for chunk in episode.chunks:
         stream.feed(chunk)
         assert all(layer.count == 0 for layer in stream.memory.layers[stop + 1 :])
@@ -74,10 +74,10 @@ def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_abov
     """Method 8.10, by cutting the question off: its own pass teaches every layer."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     policy = by_similarity(policy_of("released"))
-    with attach(model) as seam:
+    with attach(model) as attached:
         for whole, learning in ((False, [1, 2, 3]), (True, [0, 1, 2, 3])):
             carry = ReleasedGradient(stop_layer=STOP, whole_last_chunk=whole)
-            stream = Stream(seam, policy, carry=carry)
+            stream = Stream(attached, policy, carry=carry)
             for chunk in episode.chunks:
                 stream.feed(chunk)
             loss = carry.read(lambda memory: sum(layer.values.sum() for layer in memory.layers), stream.memory)
@@ -91,9 +91,9 @@ def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32, batch=2)
     for policy in (policy_of(preset), by_similarity(policy_of(preset))):
         found = []
-        with attach(model) as seam:
+        with attach(model) as attached:
             for carry in (ReleasedGradient(stop_layer=3, whole_last_chunk=True), FullGradient()):
-                stream = Stream(seam, policy, batch=2, carry=carry)
+                stream = Stream(attached, policy, batch=2, carry=carry)
                 for chunk in episode.chunks:
                     stream.feed(chunk)
                 found.append([replace(layer, states=layer.states[..., :0]) for layer in stream.memory.layers[:3]])
@@ -120,12 +120,12 @@ def test_the_stop_layer_judges_its_inputs_whether_or_not_the_policy_carries_them
     model, episode = adapted("qwen2_5_omni", torch.float32), at_the_end(episode_of("qwen2_5_omni", torch.float32))
     bare, carry, found = policy_of("random"), ReleasedGradient(stop_layer=STOP, whole_last_chunk=True), []
     assert not bare.needs_novelty
-    with attach(model) as seam:
+    with attach(model) as attached:
         for policy in (bare, replace(bare, scorer=Carrying(inner=bare.scorer))):
-            orders = kept_by_chunk(seam, episode, policy, carry, STOP)
-            loss = streamed_loss_of(seam, episode, policy, carry)
+            orders = kept_by_chunk(attached, episode, policy, carry, STOP)
+            loss = streamed_loss_of(attached, episode, policy, carry)
             found.append((orders, loss.detach(), gradient(loss, model)))
-        other = [row[STOP] for row in kept_by_chunk(seam, episode, bare, FullGradient(), 3)]
+        other = [row[STOP] for row in kept_by_chunk(attached, episode, bare, FullGradient(), 3)]
     assert found[0][0] == found[1][0]
     assert [row[STOP] for row in found[0][0]] != other  # by similarity, not at random
     assert torch.equal(found[0][1], found[1][1])
@@ -139,10 +139,10 @@ def test_every_way_of_keeping_gives_the_same_bits_with_dropout(each: FullGradien
     episode = episode_of("qwen2_5_omni", torch.float32, batch=2)
     policy, found = policy_of("distinct") if whole else by_similarity(policy_of("omnimem")), []
     for way, layers in ((each, by_layer), (FullGradient(recompute=False), False)):
-        with attach(model, recompute_layers=layers) as seam:
+        with attach(model, recompute_layers=layers) as attached:
             carry = ReleasedGradient(stop_layer=STOP, whole_last_chunk=whole, each=way)
             torch.manual_seed(5)
-            loss = streamed_loss_of(seam, episode, policy, carry)
+            loss = streamed_loss_of(attached, episode, policy, carry)
             torch.manual_seed(6)  # what happens to the generator before backward does not matter
             found.append((loss.detach(), gradient(loss, model)))
     assert torch.equal(found[0][0], found[1][0])
@@ -153,15 +153,15 @@ def test_streams_of_a_batch_and_questions_on_the_way_are_read_as_alone() -> None
     """Two streams with questions after the third and the fifth chunk; each alone, as if it ended where it is asked."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy, carry, parts = by_similarity(policy_of("omnimem")), ReleasedGradient(stop_layer=STOP), []
-    with attach(model) as seam:
-        together = gradient(streamed_loss_of(seam, episode, policy, carry), model)
+    with attach(model) as attached:
+        together = gradient(streamed_loss_of(attached, episode, policy, carry), model)
         for row in range(2):
             for seen, prompt in episode.asked:
                 alone = Episode(
                     chunks=[of_stream(chunk, row) for chunk in episode.chunks[:seen]],
                     asked=[(seen, of_stream(prompt, row))],
                 )
-                parts.append(gradient(streamed_loss_of(seam, alone, policy, carry), model))
+                parts.append(gradient(streamed_loss_of(attached, alone, policy, carry), model))
     assert_same_gradient(together, torch.stack(parts).mean(dim=0), 1e-6)
 
 
@@ -177,15 +177,15 @@ TENSORS = ("embeddings", "positions", "modality", "ids", "segments", "offsets", 
 def test_positions_that_move_up_take_the_carrier_along() -> None:
     model, episode = adapted("qwen2_5_omni"), at_the_end(episode_of("qwen2_5_omni"))
     policy, found = by_similarity(policy_of("omnimem")), []
-    with attach(model) as seam:
+    with attach(model) as attached:
         for carry, last in ((ReleasedGradient(stop_layer=STOP), 40), (ReleasedGradient(stop_layer=STOP), 1000)):
-            stream = Stream(seam, policy, carry=carry, last_position=last)
+            stream = Stream(attached, policy, carry=carry, last_position=last)
             for chunk in episode.chunks:
                 stream.feed(chunk)
             carrier = stream.memory.layers[STOP]
             found.append(carrier)
             assert int(carrier.positions[:, 0].max()) < last
-            loss = streamed_loss_of(seam, episode, policy, carry, last_position=last)
+            loss = streamed_loss_of(attached, episode, policy, carry, last_position=last)
             assert bool(gradient(loss, model).isfinite().all())
     assert torch.equal(found[0].order[:, :3], found[1].order[:, :3])  # the opening's text
     assert int(found[0].positions[:, 0].max()) < int(found[1].positions[:, 0].max())
@@ -194,7 +194,7 @@ def test_positions_that_move_up_take_the_carrier_along() -> None:
 def test_a_stop_layer_below_the_last_visual_features_is_refused() -> None:
     model, episode = adapted("qwen3_vl"), episode_of("qwen3_vl")
     with (
-        attach(model) as seam,
+        attach(model) as attached,
         pytest.raises(GradientError, match=r"^tuning.stop_layer = 1: .* raise it to at least 2$"),
     ):
-        streamed_loss_of(seam, episode, policy_of("released"), ReleasedGradient(stop_layer=1))
+        streamed_loss_of(attached, episode, policy_of("released"), ReleasedGradient(stop_layer=1))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from films import tune, write_films
+from support.tiny_run import tune, write_films
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 

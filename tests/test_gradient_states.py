@@ -5,8 +5,8 @@ from typing import final
 
 import pytest
 import torch
-from conftest import FAMILIES
-from episodes import CutOff, Episode, KeptByChunk, OneShot, one_shot_loss
+from support.episodes import CutOff, Episode, KeptByChunk, OneShot, one_shot_loss
+from support.models import FAMILIES
 from test_gradient import (
     adapted,
     assert_same_gradient,
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from omnimem.attach import attach
 from omnimem.memory import Memory
 from omnimem.selection import Softness
-from omnimem.stream import Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Tokens
 from omnimem.tuning import FullGradient, StatesGradient
 
@@ -76,13 +76,13 @@ class ConstantStates(OneShot):
 def test_gradient_equals_one_shot_with_constant_states(family: str, batch: int) -> None:
     model, episode = adapted(family), episode_of(family, batch=batch)
     noting = KeptByChunk(StatesGradient())
-    with attach(model) as seam:
-        loss = streamed_loss_of(seam, episode, policy_of("omnimem"), noting)
-        full = streamed_loss_of(seam, episode, policy_of("omnimem"), FullGradient())
+    with attach(model) as attached:
+        loss = streamed_loss_of(attached, episode, policy_of("omnimem"), noting)
+        full = streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient())
         got, whole = gradient(loss, model), gradient(full, model)
         step = ConstantStates(episode, noting.kept, model)
-        expected = gradient(one_shot_loss(seam, head_of(model), episode, step), model)
-        cut = gradient(streamed_loss_of(seam, episode, policy_of("omnimem"), CutOff()), model)
+        expected = gradient(one_shot_loss(attached, head_of(model), episode, step), model)
+        cut = gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), CutOff()), model)
     assert torch.equal(loss, full)
     # the norm of Qwen3's keys rounds to float32, here each question's gradient by itself
     assert_same_gradient(got, expected, 1e-6 if family.startswith("qwen3") else 1e-12)
@@ -102,8 +102,8 @@ def test_every_way_of_keeping_the_question_gives_the_same_bits(
         (StatesGradient(question=question), by_layer, softness),
         (StatesGradient(question=FullGradient(recompute=False)), False, None),
     ):
-        with attach(model, recompute_layers=layers) as seam:
-            loss = streamed_loss_of(seam, episode, policy_of("omnimem"), carry, soft)
+        with attach(model, recompute_layers=layers) as attached:
+            loss = streamed_loss_of(attached, episode, policy_of("omnimem"), carry, soft)
             found.append((loss.detach(), gradient(loss, model)))
     if softness is None:
         assert torch.equal(found[0][0], found[1][0])
@@ -117,10 +117,10 @@ def test_dropout_leaves_the_loss_that_of_the_full_gradient() -> None:
     """Keys and values made again draw again, for their gradient alone: nothing else draws another number."""
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
-    with attach(model) as seam:
+    with attach(model) as attached:
         for carry, seed in ((StatesGradient(), 5), (FullGradient(), 5), (FullGradient(), 6)):
             torch.manual_seed(seed)
-            found.append(streamed_loss_of(seam, episode, policy_of("omnimem"), carry).detach())
+            found.append(streamed_loss_of(attached, episode, policy_of("omnimem"), carry).detach())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])  # dropout was active
 
@@ -131,10 +131,10 @@ def test_states_that_move_up_are_read_at_their_new_positions(batch: int) -> None
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=batch)
     _, prompt = episode.asked[1]
     found = []
-    with attach(model) as seam:
+    with attach(model) as attached:
         for limit in (40, 1000):
             carry = StatesGradient()
-            stream = Stream(seam, policy_of("omnimem"), batch=batch, carry=carry, last_position=limit)
+            stream = Stream(attached, policy_of("omnimem"), batch=batch, carry=carry, last_position=limit)
             for chunk in episode.chunks:
                 stream.feed(chunk)
             loss = loss_of(stream.reader(prompt), head_of(model), prompt.labels)
@@ -153,9 +153,9 @@ def written_out(model: PreTrainedModel, layer: int, tokens: Tokens) -> Tokens:
 
 def test_chunks_leave_no_graph() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    with attach(model) as seam:
-        stream = Stream(seam, policy_of("omnimem"), carry=StatesGradient(), softness=Softness(temperature=0.3))
+    with attach(model) as attached:
+        stream = Stream(attached, policy_of("omnimem"), carry=StatesGradient(), softness=Softness(temperature=0.3))
         for chunk in episode.chunks:
             stream.feed(chunk)
     assert not any(tensor.requires_grad for tensor in stream.memory.tensors())
-    assert all(layer.states.shape[-1] == seam.shape.width for layer in stream.memory.layers)
+    assert all(layer.states.shape[-1] == attached.shape.width for layer in stream.memory.layers)

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from rows import SCALE, chunks_of, shape_of
+from support import reference
+from support.grid_streams import SCALE, chunks_of, shape_of
 
 from omnimem.attention.blocked import MEMORY, Segments, attend
-from omnimem.heads import of_rows, packed, query_rows, rows_of
 from omnimem.memory import Memory
+from omnimem.per_head import of_rows, packed, query_rows, rows_of
 from omnimem.tokens import ABSENT, HIDDEN, Tokens
 
 HEADS = 3

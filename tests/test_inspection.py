@@ -15,35 +15,35 @@ import av
 import numpy as np
 import pytest
 import torch
-from thinkers import write_folder
-from tuned import write_adapter
+from support.finished_run import write_adapter
+from support.thinkers import write_folder
 
-from data_prep.renderer import render_frames, write_mp4
-from data_prep.synthesize import Stream as Recipe
-from data_prep.synthesize import manifest_line
-from data_prep.worlds import World, draw_world
-from omnimem.attach import Seam, attach
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import show_memory
+from omnimem.commands.synthesize import Stream as Recipe
+from omnimem.commands.synthesize import manifest_line
 from omnimem.config import ConfigError
 from omnimem.data import ManifestError, Sample, read_manifest
-from omnimem.feeding import Feeder
-from omnimem.inspection import Holding, Reading, Side, follow, read, render
-from omnimem.inspection.ledger import NEVER, UNREAD
-from omnimem.inspection.reading import check_needles
+from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, render
+from omnimem.inspection.retention import NEVER, UNREAD
+from omnimem.inspection.snapshot import check_needles
 from omnimem.media import read_audio
 from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
-from omnimem.policies.hermes import HermesOptions
-from omnimem.policies.infinipot_v import InfiniPotVOptions
-from omnimem.policies.input_uniform import InputUniformOptions
-from omnimem.policies.lava import LavaOptions
-from omnimem.policies.oracle import OracleOptions
-from omnimem.policies.snapkv import SnapKVOptions
-from omnimem.policies.streammem import StreamMemOptions
-from omnimem.stream import StreamOptions
+from omnimem.policies.baselines.hermes import HermesOptions
+from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
+from omnimem.policies.baselines.input_uniform import InputUniformOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.policies.baselines.snapkv import SnapKVOptions
+from omnimem.policies.baselines.streammem import StreamMemOptions
+from omnimem.recall.renderer import render_frames, write_mp4
+from omnimem.recall.worlds import World, draw_world
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
 from omnimem.tokens import Modality, Tokens
-from train import show_memory
-from train.command import run_command
 
 SECONDS = 16
 BUDGET = Budget(slots=((4, 7), (3, 10)))
@@ -72,7 +72,7 @@ class Bench:
     world: World
     feeder: Feeder
     sample: Sample
-    reading: Reading
+    reading: StreamSnapshot
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def followed(bench: Bench, name: str) -> Holding:
-    with attach(bench.feeder.backbone.text_model) as seam:
-        return follow(bench.feeder, seam, POLICIES[name].build(BUDGET), bench.reading.opened)
+    with attach(bench.feeder.backbone.text_model) as attached:
+        return follow(bench.feeder, attached, POLICIES[name].build(BUDGET), bench.reading.opened)
 
 
-def memories(bench: Bench, seam: Seam, name: str) -> list[list[Tokens]]:
+def memories(bench: Bench, attached: StreamedAttention, name: str) -> list[list[Tokens]]:
     """What each layer holds after every chunk of a stream that nobody watches."""
-    policy = bench.feeder.told(POLICIES[name].build(BUDGET), [bench.reading.opened])
-    stream, found = bench.feeder.stream(seam, policy), []
+    policy = bench.feeder.with_oracle(POLICIES[name].build(BUDGET), [bench.reading.opened])
+    stream, found = bench.feeder.stream(attached, policy), []
     with torch.no_grad():
         for chunk in bench.feeder.chunks([bench.reading.opened]):
             stream.feed(chunk)
@@ -118,8 +118,8 @@ def by_head(tokens: Tokens, heads: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_is_held_after_each_chunk_are_the_memorys_own_arrival_numbers(bench: Bench, name: str) -> None:
     holding = followed(bench, name)
-    with attach(bench.feeder.backbone.text_model) as seam:
-        found = memories(bench, seam, name)
+    with attach(bench.feeder.backbone.text_model) as attached:
+        found = memories(bench, attached, name)
     heads = holding.last.shape[1]
     assert len(found) == len(holding.ends)
     for chunk, layers in enumerate(found):
@@ -153,8 +153,8 @@ def test_held_and_merged_entries_count_as_the_memory_counts(bench: Bench, name: 
 def test_merged_entries_are_those_that_stand_where_no_token_of_their_number_stood(bench: Bench) -> None:
     positions = bench.feeder.outline(bench.reading.opened).positions
     holding = followed(bench, "streammem_prototypes")
-    with attach(bench.feeder.backbone.text_model) as seam:
-        found = memories(bench, seam, "streammem_prototypes")
+    with attach(bench.feeder.backbone.text_model) as attached:
+        found = memories(bench, attached, "streammem_prototypes")
     for chunk, layers in enumerate(found):
         for layer, tokens in enumerate(layers):
             moved = (tokens.positions[0] != positions[:, tokens.order[0]]).any(dim=0)
@@ -172,7 +172,7 @@ def test_hermes_merges_in_its_deep_layer_alone_and_turned_keys_merge_nothing(ben
 
 def test_what_was_sifted_out_was_never_read_and_what_was_read_has_a_last_chunk_or_none(bench: Bench) -> None:
     uniform, plain = followed(bench, "input_uniform"), followed(bench, "omnimem")
-    policy = bench.feeder.told(POLICIES["input_uniform"].build(BUDGET), [bench.reading.opened])
+    policy = bench.feeder.with_oracle(POLICIES["input_uniform"].build(BUDGET), [bench.reading.opened])
     text = bench.reading.tokens - len(bench.reading.sounds.tokens) - sum(len(g.tokens) for g in bench.reading.grids)
     read_tokens = {*range(text), *getattr(policy, "chosen")}  # noqa: B009 - a field of that policy alone
     assert set(np.flatnonzero(uniform.last[0, 0] != UNREAD).tolist()) == read_tokens
@@ -240,9 +240,9 @@ def test_a_stream_of_one_track_is_shown_as_such(bench: Bench, tracks: Any, grids
     feeder = Feeder(bench.feeder.backbone, replace(bench.feeder.options, tracks=tracks))
     reading = read(feeder, replace(bench.sample, meta={}))
     assert (len(reading.grids), len(reading.sounds.tokens)) == (grids, sounds)
-    with attach(feeder.backbone.text_model) as seam:
+    with attach(feeder.backbone.text_model) as attached:
         holdings = [
-            follow(feeder, seam, POLICIES[name].build(BUDGET), reading.opened) for name in ("omnimem", "snapkv")
+            follow(feeder, attached, POLICIES[name].build(BUDGET), reading.opened) for name in ("omnimem", "snapkv")
         ]
     assert unpacked(page_of(reading, holdings), "cells", "<i4").size == sum(len(grid.tokens) for grid in reading.grids)
 
@@ -278,11 +278,11 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
-def page_of(reading: Reading, holdings: Sequence[Holding]) -> dict[str, Any]:
+def page_of(reading: StreamSnapshot, holdings: Sequence[Holding]) -> dict[str, Any]:
     return Page(whole_page(reading, holdings)).data
 
 
-def whole_page(reading: Reading, holdings: Sequence[Holding]) -> str:
+def whole_page(reading: StreamSnapshot, holdings: Sequence[Holding]) -> str:
     left, right = (
         Side(label=label, facts={"policy": label, "file": "<one>"}, holding=holding, budget=BUDGET)
         for label, holding in zip(("a", "b & c"), holdings, strict=True)
@@ -460,8 +460,8 @@ def test_marks_that_are_none_are_refused(bench: Bench, meta: dict[str, Any], sai
 
 def test_under_recency_the_latest_sounds_are_lit_and_no_others(bench: Bench) -> None:
     recency = ControlOptions(name="recency").build(BUDGET)
-    with attach(bench.feeder.backbone.text_model) as seam:
-        holding = follow(bench.feeder, seam, recency, bench.reading.opened)
+    with attach(bench.feeder.backbone.text_model) as attached:
+        holding = follow(bench.feeder, attached, recency, bench.reading.opened)
     last = len(holding.ends) - 1
     sounds = bench.reading.sounds.tokens
     assert np.flatnonzero(holding.held(last)[0, 0][sounds]).tolist() == list(range(len(sounds) - 4, len(sounds)))

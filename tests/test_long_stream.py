@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.synthesize import evidence
+from omnimem.commands.synthesize import evidence
 from omnimem.data import read_line
 
 ROOT = Path(__file__).resolve().parents[1]

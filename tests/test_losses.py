@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import ClassVar, final
 
 import pytest
-import reference_losses as reference
 import torch
-from episodes import IGNORED, Episode, KeptByChunk, OneShot
-from films import Run, tune, write_films
+from support import reference_losses as reference
+from support.episodes import IGNORED, Episode, KeptByChunk, OneShot
+from support.thinkers import write_folder
+from support.tiny_run import Run, tune, write_films
 from test_gradient import assert_same_gradient, episode_from, gradient, opened, policy_at
-from thinkers import write_folder
 from torch import Tensor, nn
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.backbones import LayoutError, ModelOptions, Qwen25Omni
-from omnimem.feeding import QUESTION_ROOM, Feeder, Opened
-from omnimem.stream import StreamOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import QUESTION_ROOM, EncodedSample, Feeder
+from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import (
     AbstractLoss,
     AnswerLoss,
@@ -36,8 +36,8 @@ from omnimem.tuning import (
     add_adapter,
     answer_losses,
     running_means,
+    step_metrics,
     streamed_loss,
-    tally,
     trainable,
 )
 from omnimem.tuning.losses import kl_divergences
@@ -82,16 +82,18 @@ def tuned(thinker: Path) -> Taught:
     return taught(thinker, std=0.2)
 
 
-def batch_of() -> list[Opened]:
+def batch_of() -> list[EncodedSample]:
     """Two streams with answers of unequal length."""
     return [opened(1, TIMES, ["red", "blue", "green", "red"]), opened(2, TIMES, ["dark red", "red", "blue", "a b c"])]
 
 
-def learned(tuned: Taught, batch: Sequence[Opened], slots: int | None, *losses: AbstractLoss) -> tuple[Outcome, Tensor]:
+def learned(
+    tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, *losses: AbstractLoss
+) -> tuple[Outcome, Tensor]:
     """The outcome, its loss out of the graph, and the gradient of that loss."""
-    with attach(tuned.backbone.text_model) as seam:
+    with attach(tuned.backbone.text_model) as attached:
         outcome = streamed_loss(
-            seam,
+            attached,
             tuned.feeder(),
             batch,
             policy_at(slots),
@@ -104,7 +106,7 @@ def learned(tuned: Taught, batch: Sequence[Opened], slots: int | None, *losses: 
     return replace(outcome, loss=outcome.loss.detach()), found
 
 
-def outcome_of(tuned: Taught, batch: Sequence[Opened], slots: int | None, *losses: AbstractLoss) -> Outcome:
+def outcome_of(tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, *losses: AbstractLoss) -> Outcome:
     return learned(tuned, batch, slots, *losses)[0]
 
 
@@ -182,8 +184,8 @@ def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned: Taugh
     """With full memory: each answer as by transformers' own pass over the stream until then, and its question."""
     batch = batch_of()
     outcome = outcome_of(tuned, batch, None, AnswerLoss())
-    with attach(tuned.backbone.text_model) as seam:
-        episode = episode_from(seam, tuned.feeder(), batch)
+    with attach(tuned.backbone.text_model) as attached:
+        episode = episode_from(attached, tuned.feeder(), batch)
     with torch.no_grad():
         logits = stock_logits(tuned.backbone, episode)
     assert [seen for seen, _ in episode.asked] == [3, 4, 6]
@@ -210,9 +212,9 @@ def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taugh
     """The student in one pass with masks by layer, the teacher in stock passes over everything, the rest in loops."""
     batch, loss = batch_of(), FullMemoryKL(weight=0.7, temperature=2.0)
     noting = KeptByChunk(FullGradient())
-    with attach(tuned.backbone.text_model) as seam:
+    with attach(tuned.backbone.text_model) as attached:
         outcome = streamed_loss(
-            seam,
+            attached,
             tuned.feeder(),
             batch,
             policy_at(6),
@@ -222,9 +224,9 @@ def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taugh
             model=tuned.model,
         )
         got = gradient(outcome.loss, tuned.backbone.model)
-        episode = episode_from(seam, tuned.feeder(), batch)
+        episode = episode_from(attached, tuned.feeder(), batch)
         step = OneShot(episode, noting.kept)
-        hidden = seam.run(step, episode.embeddings(seam), episode.positions)[:, step.streamed :]
+        hidden = attached.run(step, episode.embeddings(attached), episode.positions)[:, step.streamed :]
         labels = torch.cat([prompt.labels for _, prompt in episode.asked], dim=1)
         student = [tuned.backbone.head(row[label != IGNORED]) for row, label in zip(hidden, labels, strict=True)]
         teacher = [torch.cat(rows) for rows in teacher_logits(tuned, episode)]
@@ -281,8 +283,8 @@ def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of
     batch, runs = batch_of(), (Noted(seen=[]), Noted(seen=[]))
     first, second = (outcome_of(wild, batch, 6, noted) for noted in runs)
     assert float(first.loss) != float(second.loss)  # the student does have dropout
-    with attach(wild.backbone.text_model) as seam:
-        episode = episode_from(seam, wild.feeder(), batch)
+    with attach(wild.backbone.text_model) as attached:
+        episode = episode_from(attached, wild.feeder(), batch)
     expected = torch.cat([torch.cat(rows) for rows in teacher_logits(wild, episode)])
     owners = torch.cat([(prompt.labels != IGNORED).nonzero()[:, 0] for _, prompt in episode.asked])
     for noted in runs:
@@ -292,11 +294,11 @@ def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of
 
 def test_gradient_reaches_lora_alone(thinker: Path) -> None:
     tuned = taught(thinker, std=0.2)
-    with attach(tuned.backbone.text_model) as seam:
+    with attach(tuned.backbone.text_model) as attached:
         losses, policy = (FullMemoryKL(temperature=2.0),), policy_at(6)
         carry, feeder = FullGradient(), tuned.feeder()
         streamed_loss(
-            seam, feeder, batch_of(), policy, softness=None, carry=carry, losses=losses, model=tuned.model
+            attached, feeder, batch_of(), policy, softness=None, carry=carry, losses=losses, model=tuned.model
         ).loss.backward()
     reached = {name for name, weight in tuned.model.named_parameters() if weight.grad is not None}
     assert reached == {name for name, _ in tuned.model.named_parameters() if "lora_" in name}
@@ -307,9 +309,9 @@ def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(
     batch, losses = batch_of(), (AnswerLoss(), FullMemoryKL())
     learning = len(trainable(tuned.model))
     before = float(outcome_of(tuned, batch, 6, *losses).loss)
-    with attach(tuned.backbone.text_model) as seam, pytest.raises(LayoutError, match="chunk_tokens"):
+    with attach(tuned.backbone.text_model) as attached, pytest.raises(LayoutError, match="chunk_tokens"):
         streamed_loss(
-            seam,
+            attached,
             tuned.feeder(),
             batch,
             policy_at(6),
@@ -325,9 +327,9 @@ def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(
 
 
 def test_a_loss_that_needs_the_teacher_is_refused_without_the_model(tuned: Taught) -> None:
-    with attach(tuned.backbone.text_model) as seam, pytest.raises(ValueError, match="needs the teacher"):
+    with attach(tuned.backbone.text_model) as attached, pytest.raises(ValueError, match="needs the teacher"):
         streamed_loss(
-            seam,
+            attached,
             tuned.feeder(),
             batch_of(),
             policy_at(6),
@@ -369,9 +371,9 @@ def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_
     try:
         for positions in ("original", "compact"):
             feeder = Feeder(backbone, StreamOptions(chunk_tokens=12, positions=positions))
-            with attach(backbone.text_model) as seam:
+            with attach(backbone.text_model) as attached:
                 outcome = streamed_loss(
-                    seam,
+                    attached,
                     feeder,
                     batch,
                     policy_at(6),
@@ -427,11 +429,11 @@ def passed(step: int, budget: str, loss: float, streams: int = 1, kl: float | No
 
 
 def test_losses_are_told_by_name_over_the_streams_that_took_part() -> None:
-    told = tally([passed(0, "18", 1.0, kl=4.0), passed(0, "18", 4.0, streams=2)])
+    told = step_metrics([passed(0, "18", 1.0, kl=4.0), passed(0, "18", 4.0, streams=2)])
     assert told == {"losses/answer": 3.0, "rows/answer": 9.0, "losses/full_memory_kl": 4.0, "rows/full_memory_kl": 3.0}
-    nobody = tally([passed(0, "18", 1.0)])
+    nobody = step_metrics([passed(0, "18", 1.0)])
     assert nobody == {"losses/answer": 1.0, "rows/answer": 3.0, "rows/full_memory_kl": 0.0}
-    assert tally([]) == {}
+    assert step_metrics([]) == {}
 
 
 def test_each_budget_has_a_running_mean_that_goes_on_from_the_log() -> None:

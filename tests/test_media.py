@@ -194,7 +194,8 @@ def test_mel_in_blocks_equals_mel_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_clip_shorter_than_half_a_window_is_continued_with_silence() -> None:
     samples = noise(0.01)[:150]
-    assert torch.equal(LogMel(hop=50).clip(samples), LogMel(hop=50).clip(torch.cat([samples, torch.zeros(51)]))[:, :3])
+    padded = LogMel(hop=50).clip(torch.cat([samples, torch.zeros(51)]))[:, :3]
+    assert (LogMel(hop=50).clip(samples) - padded).abs().max() <= 1e-6  # a product of another width rounds differently
 
 
 @pytest.mark.parametrize("log_mel", [WHISPER, TINY, LogMel(mels=20, hop=200)], ids=["whisper", "tiny", "even"])

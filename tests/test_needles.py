@@ -11,19 +11,19 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from thinkers import write_folder
+from support.thinkers import write_folder
 
-from data_prep.renderer import CELL, SAMPLE_RATE, render_audio, render_frames, write_mp4
-from data_prep.synthesize import Stream, manifest_line
-from data_prep.worlds import GRID, World, draw_world
-from omnimem.attach import attach
 from omnimem.backbones import ModelOptions, Qwen25Omni
 from omnimem.budget import SharedBudget
+from omnimem.commands.synthesize import Stream, manifest_line
 from omnimem.config import ConfigError
 from omnimem.data import Sample, read_manifest
-from omnimem.feeding import Feeder
 from omnimem.policies import PerturbationOptions
-from omnimem.stream import StreamOptions
+from omnimem.recall.renderer import CELL, SAMPLE_RATE, render_audio, render_frames, write_mp4
+from omnimem.recall.worlds import GRID, World, draw_world
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
 from omnimem.tokens import Modality
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,15 +145,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Feeder, Sample]:
 def test_places_kept_are_those_of_the_worlds_tokens(softening: ModuleType, recorded: tuple[Feeder, Sample]) -> None:
     feeder, sample = recorded
     opened, tokens = feeder.open(sample), softening.tokens_of(softening.world_of(sample))
-    with attach(feeder.backbone.text_model) as seam:
-        softening.check_layout(seam, feeder, opened, tokens)
+    with attach(feeder.backbone.text_model) as attached:
+        softening.check_layout(attached, feeder, opened, tokens)
         for slots in (None, 7):
-            policy = PerturbationOptions().build(slots and SharedBudget().build(seam.shape.layers, slots))
-            (places,) = softening.places_of(seam, feeder, policy, [opened])
-            assert [len(layer) for layer in places] == [slots or len(tokens)] * seam.shape.layers
+            policy = PerturbationOptions().build(slots and SharedBudget().build(attached.shape.layers, slots))
+            (places,) = softening.places_of(attached, feeder, policy, [opened])
+            assert [len(layer) for layer in places] == [slots or len(tokens)] * attached.shape.layers
             assert set().union(*places) <= set(range(len(tokens)))
         with pytest.raises(ConfigError, match="the worlds know 107"):
-            softening.check_layout(seam, feeder, opened, tokens[:-1])
+            softening.check_layout(attached, feeder, opened, tokens[:-1])
     with pytest.raises(ConfigError, match="drawn by other rules"):
         softening.world_of(replace(sample, meta={**sample.meta, "seed": 4}))
 

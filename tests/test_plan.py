@@ -12,26 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from films import SCRIPT, given, write_films
-from ranks import ROOT, command
+from support.ranks import ROOT, command
+from support.thinkers import write_folder
+from support.tiny_run import SCRIPT, given, write_films
 from test_bad_input import material, said
 from test_config import loaded, problems
 from test_gradient import opened
-from thinkers import write_folder
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
-from omnimem.attach import attach
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import AudioVisualBudget, Readings, Signals
+from omnimem.commands import finetune
 from omnimem.config import MemoryOptions, dump, load
 from omnimem.config.exported import policies_of
 from omnimem.data import Message, Sample
-from omnimem.feeding import Feeder
-from omnimem.stream import Stream, StreamOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
+from omnimem.streaming.stream import Stream
 from omnimem.tuning import BudgetRange, ChunkRange, Plan, TuningOptions
 from omnimem.tuning.curriculum import log_uniform
-from train import finetune
 
 __all__ = ["material", "said"]
 RANGE = BudgetRange(low=12, high=64, full=0.25)
@@ -187,8 +188,8 @@ def test_a_budget_above_the_calibrated_one_keeps_the_shares_and_works(tmp_path: 
         policy = policies(slots)
         if policy.budget is not None:
             assert policy.budget.total == 2 * (slots or 0)
-        with torch.no_grad(), attach(backbone.text_model) as seam:
-            stream = Stream(seam, policy)
+        with torch.no_grad(), attach(backbone.text_model) as attached:
+            stream = Stream(attached, policy)
             for chunk in feeder.chunks(batch):
                 stream.feed(chunk)
         entries[slots] = stream.memory.entries

@@ -4,14 +4,14 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from pools import SCALE, arrivals, view_of, with_states
+from support import reference
+from support.layer_views import SCALE, arrivals, view_of, with_states
 
 from omnimem.attention import blocked
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
-from omnimem.policy import Policy, projection
+from omnimem.policies.base import Policy, projection
 from omnimem.selection import Softness
 from omnimem.tokens import Modality
 from omnimem.view import LayerView, Measures

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.worlds import WorldOptions, draw_world
 from omnimem.budget import Readings, Signals, SplitBudget
 from omnimem.comparison import ComparisonError
 from omnimem.policies import PolicyOptions
+from omnimem.recall.worlds import WorldOptions, draw_world
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,11 +7,11 @@ import pytest
 from test_rivals import OPTIONS
 
 from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import evaluate
 from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.policies import PolicyOptions
-from omnimem.policies.presets import allotted
-from train import evaluate
-from train.command import run_command
+from omnimem.policies.baselines.presets import allotted
 
 CONFIG = """\
 name: small

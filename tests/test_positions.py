@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_equal_logits, cut, text_model, whole_stream
+from support.models import assert_equal_logits, cut, text_model, whole_stream
 
-from omnimem.attach import attach
 from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions
 from omnimem.positions import earlier, ranks, rotate
-from omnimem.stream import Prompt, Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 
 
@@ -38,9 +39,9 @@ def test_turned_keys_equal_keys_encoded_at_the_new_place(family: str) -> None:
     keys = torch.randn(1, 2, 6, 16, generator=torch.Generator().manual_seed(0))
     old = torch.randint(0, 50, (3, 1, 6), generator=torch.Generator().manual_seed(1))
     new = torch.randint(0, 50, (3, 1, 6), generator=torch.Generator().manual_seed(2))
-    with attach(model) as seam:
-        encoded = rotate(keys, *seam.rotary(new))
-        turned = rotate(rotate(keys, *seam.rotary(old)), *seam.rotary(new - old))
+    with attach(model) as attached:
+        encoded = rotate(keys, *attached.rotary(new))
+        turned = rotate(rotate(keys, *attached.rotary(old)), *attached.rotary(new - old))
     assert torch.allclose(encoded, turned, atol=1e-5)
 
 
@@ -49,8 +50,8 @@ def test_attention_logits_do_not_change_when_all_positions_shift_alike(family: s
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(1, 2, 6, 16, generator=generator) for _ in range(2))
     places = torch.randint(0, 50, (3, 1, 6), generator=generator)
-    with attach(model) as seam:
-        here, there = ([rotate(x, *seam.rotary(places + shift)) for x in (queries, keys)] for shift in (0, 13))
+    with attach(model) as attached:
+        here, there = ([rotate(x, *attached.rotary(places + shift)) for x in (queries, keys)] for shift in (0, 13))
     assert torch.allclose(here[0] @ here[1].mT, there[0] @ there[1].mT, atol=1e-4)
 
 
@@ -60,9 +61,9 @@ def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_origin
     policy = PerturbationOptions().build(Budget(slots=((2, 6),) * 4))
     ids = torch.tensor([[5, 6, 7]])
     prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
-    with attach(model) as seam:
-        plain = Stream(seam, policy)
-        early, late = Stream(seam, policy, last_position=1000), Stream(seam, policy, last_position=40)
+    with attach(model) as attached:
+        plain = Stream(attached, policy)
+        early, late = Stream(attached, policy, last_position=1000), Stream(attached, policy, last_position=40)
         for chunk in chunks:
             for stream in (plain, early, late):
                 stream.feed(chunk)
@@ -75,8 +76,8 @@ def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_origin
 
 def test_text_in_mid_stream_does_not_widen_the_opening() -> None:
     model = text_model("qwen2_5_omni")
-    with attach(model) as seam:
-        stream = Stream(seam, PerturbationOptions().build(None), last_position=1000)
+    with attach(model) as attached:
+        stream = Stream(attached, PerturbationOptions().build(None), last_position=1000)
         for chunk in cut(in_a_grid(whole_stream(14)), [3, 5, 1, 5]):
             stream.feed(chunk)
         assert stream.opening == 2
@@ -85,8 +86,8 @@ def test_text_in_mid_stream_does_not_widen_the_opening() -> None:
 def test_a_range_too_small_for_memory_and_chunk_is_refused() -> None:
     model = text_model("qwen2_5_omni")
     opening, first, second = cut(in_a_grid(whole_stream(63)), [3, 30, 30])
-    with attach(model) as seam:
-        stream = Stream(seam, PerturbationOptions().build(None), last_position=20)
+    with attach(model) as attached:
+        stream = Stream(attached, PerturbationOptions().build(None), last_position=20)
         stream.feed(opening)
         stream.feed(first)
         with pytest.raises(ValueError, match="chunk_tokens"):
@@ -103,9 +104,9 @@ def test_moving_all_tokens_alike_changes_no_answer() -> None:
     ids = torch.tensor([[5, 6, 7]])
     prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
     lengths = [3, 27, 30]
-    with attach(model) as seam:
-        near = Stream(seam, PerturbationOptions().build(None))
-        moving = Stream(seam, PerturbationOptions().build(None), last_position=int(far.max()))
+    with attach(model) as attached:
+        near = Stream(attached, PerturbationOptions().build(None))
+        moving = Stream(attached, PerturbationOptions().build(None), last_position=int(far.max()))
         for a, b in zip(cut(whole, lengths), cut(shifted, lengths), strict=True):
             near.feed(a)
             moving.feed(b)

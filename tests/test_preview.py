@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import thinkers
+from support import thinkers
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import WorldOptions, draw_world
-from omnimem.attach import attach
 from omnimem.backbones import load_backbone
+from omnimem.cli import dry_run as preview
+from omnimem.cli.dry_run import Missing, load_of, read_sample, skeleton_of
 from omnimem.config import ConfigError, RunConfig, load
-from omnimem.feeding import Feeder
 from omnimem.footprint import Shapes, footprint, render
-from omnimem.stream import Stream
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import WorldOptions, draw_world
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from train import preview
-from train.arguments import train_section
-from train.preview import Missing, load_of, read_sample, skeleton_of
+from omnimem.training.arguments import train_section
 
 QUESTIONS = [
     {"role": "user", "content": "What colour is it?", "at": 5.0},
@@ -95,8 +95,8 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, chec
     backbone = load_backbone(run.model)
     feeder = Feeder(backbone, run.stream)
     chunks = list(feeder.chunks([feeder.open(reading.sample)]))
-    with attach(backbone.text_model) as seam:
-        stream = Stream(seam, run.memory.policy.build(None))
+    with attach(backbone.text_model) as attached:
+        stream = Stream(attached, run.memory.policy.build(None))
         for chunk in chunks:
             stream.feed(chunk)
     assert tuple(reading.tokens[kind] for kind in Modality) == stream.usage.tokens_in

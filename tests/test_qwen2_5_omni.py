@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_equal_logits
 from safetensors.torch import load_file
-from thinkers import write_folder
+from support.models import assert_equal_logits
+from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.attach import attach
 from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn, collate
 from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions
-from omnimem.stream import Prompt, Stream
+from omnimem.streaming.attach import attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
 
 
@@ -152,8 +153,8 @@ def test_streamed_questions_equal_transformers_in_one_shot(tmp_path: Path, chunk
         segments=torch.tensor([[k for k, (ids, _, _) in enumerate(rows) for _ in ids]]),
         offsets=torch.tensor([[place for _, offsets, _ in rows for place in offsets]]),
     )
-    with attach(backbone.text_model) as seam, torch.no_grad():
-        stream = Stream(seam, PerturbationOptions().build(None))
+    with attach(backbone.text_model) as attached, torch.no_grad():
+        stream = Stream(attached, PerturbationOptions().build(None))
         for chunk in chunks:
             stream.feed(chunk)
         logits = backbone.head(stream.ask(prompt).hidden)

@@ -5,24 +5,24 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import reference_policies as loops
 import torch
-from rows import chunks_of, evictable, kept_by, row_of, view_after
+from support import reference_policies as loops
+from support.grid_streams import chunks_of, evictable, kept_by, row_of, view_after
 
 from omnimem.budget import Budget
 from omnimem.policies import DistinctOptions
-from omnimem.policies.h2o import H2OOptions
-from omnimem.policies.infinipot_v import InfiniPotVOptions, TemporalAndValue, slot_cells, true_cells
-from omnimem.policies.k_center import KCenterOptions
-from omnimem.policies.keydiff import KeyDiffOptions
-from omnimem.policies.pyramidkv import Pyramid, PyramidKVOptions
-from omnimem.policies.ranked import RankedPolicy
-from omnimem.policies.recursive_uniform import RecursiveUniformOptions
-from omnimem.policies.snapkv import SnapKVOptions
-from omnimem.policies.streaming_llm import StreamingLLMOptions
-from omnimem.policies.value_norm import ValueNorm, ValueNormOptions
-from omnimem.policy import ScoredPolicy
-from omnimem.selection import Room
+from omnimem.policies.base import ScoredPolicy
+from omnimem.policies.baselines.h2o import H2OOptions
+from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions, TemporalAndValue, slot_cells, true_cells
+from omnimem.policies.baselines.k_center import KCenterOptions
+from omnimem.policies.baselines.keydiff import KeyDiffOptions
+from omnimem.policies.baselines.pyramidkv import Pyramid, PyramidKVOptions
+from omnimem.policies.baselines.ranked import RankedPolicy
+from omnimem.policies.baselines.recursive_uniform import RecursiveUniformOptions
+from omnimem.policies.baselines.snapkv import SnapKVOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
+from omnimem.policies.baselines.value_norm import ValueNorm, ValueNormOptions
+from omnimem.selection import LayerSlots
 from omnimem.tokens import Modality
 
 LENGTHS = [3, 17, 9, 28, 1, 12, 20]  # the opening, then cuts anywhere
@@ -109,7 +109,7 @@ def test_value_norm_a_long_value_ranks_first() -> None:
     view = view_after(None, chunk)
     values = view.pool.values.clone()
     values[:, :, 17] *= 50
-    scores = ValueNorm()(replace(view, pool=replace(view.pool, values=values)), Room(audio=2, visual=5), 0.0)
+    scores = ValueNorm()(replace(view, pool=replace(view.pool, values=values)), LayerSlots(audio=2, visual=5), 0.0)
     assert int(scores.argmax()) == 17
 
 
@@ -156,7 +156,7 @@ def test_snapkv_scores_equal_the_formula_that_kvpress_states() -> None:
     queries, fresh = queries[:, :, keep[0]], fresh.gather(keep)
     view = view_after(None, (queries, fresh))
     options = SnapKVOptions(window=window, kernel=kernel)
-    scores = options.build(BUDGETS["pool"]).ranking(view, Room(audio=0, visual=20, split=False), 0.0)
+    scores = options.build(BUDGETS["pool"]).ranking(view, LayerSlots(audio=0, visual=20, split=False), 0.0)
     count = fresh.count
     logits = queries[:, :, -window:] @ fresh.keys.mT * view.scale
     logits += torch.full((window, count), float("-inf")).triu(count - window + 1)
@@ -235,6 +235,8 @@ def test_exact_duplicates_in_bfloat16_give_no_nan(name: str) -> None:
     for chunk in chunks:
         view = view_after(memory, chunk, policy.measures)
         scored = isinstance(policy, ScoredPolicy)
-        assert bool((policy.scorer(view) if scored else policy.ranking(view, policy.room(0), 0.0)).isfinite().all())
+        assert bool(
+            (policy.scorer(view) if scored else policy.ranking(view, policy.layer_slots(0), 0.0)).isfinite().all()
+        )
         memory = policy.keep(0, view)
     assert len(evictable(memory)) == 11

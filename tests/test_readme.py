@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.renderer import write_mp4
-from data_prep.worlds import COLOURS, draw_world
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import COLOURS, draw_world
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, SLOTS = 6, 36  # of configs/models/tiny, and as the README says

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.renderer import (
+from omnimem.recall.renderer import (
     CELL,
     EDITION,
     FRAME_SIZE,
@@ -23,7 +23,7 @@ from data_prep.renderer import (
     word_waves,
     write_mp4,
 )
-from data_prep.worlds import COLOURS, GRID, SHAPES, VOICES, WORDS, World, WorldOptions, draw_world
+from omnimem.recall.worlds import COLOURS, GRID, SHAPES, VOICES, WORDS, World, WorldOptions, draw_world
 
 WORLD = draw_world(5, 24, WorldOptions(stray_rate=0.5))
 

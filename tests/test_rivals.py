@@ -6,31 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_equal_logits, text_model
-from rows import layout
+from support.grid_streams import layout
+from support.models import assert_equal_logits, text_model
 from torch import Tensor
 
-from omnimem.attach import Seam, attach
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policies.h2o import H2OOptions
-from omnimem.policies.hermes import HermesOptions
-from omnimem.policies.infinipot_v import InfiniPotVOptions
-from omnimem.policies.input_uniform import InputUniformOptions
-from omnimem.policies.k_center import KCenterOptions
-from omnimem.policies.keydiff import KeyDiffOptions
-from omnimem.policies.lava import LavaOptions
-from omnimem.policies.oracle import OracleOptions
-from omnimem.policies.pyramidkv import PyramidKVOptions
-from omnimem.policies.recent_frames import RecentFramesOptions
-from omnimem.policies.recursive_uniform import RecursiveUniformOptions
-from omnimem.policies.similarity import SimilarityOptions
-from omnimem.policies.snapkv import SnapKVOptions
-from omnimem.policies.streaming_llm import StreamingLLMOptions
-from omnimem.policies.streammem import StreamMemOptions
-from omnimem.policies.value_norm import ValueNormOptions
-from omnimem.policy import Outline, Policy
-from omnimem.stream import PADDING, Prompt, Stream
+from omnimem.policies.base import Policy, StreamOutline
+from omnimem.policies.baselines.h2o import H2OOptions
+from omnimem.policies.baselines.hermes import HermesOptions
+from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
+from omnimem.policies.baselines.input_uniform import InputUniformOptions
+from omnimem.policies.baselines.k_center import KCenterOptions
+from omnimem.policies.baselines.keydiff import KeyDiffOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.policies.baselines.pyramidkv import PyramidKVOptions
+from omnimem.policies.baselines.recent_frames import RecentFramesOptions
+from omnimem.policies.baselines.recursive_uniform import RecursiveUniformOptions
+from omnimem.policies.baselines.similarity import SimilarityOptions
+from omnimem.policies.baselines.snapkv import SnapKVOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
+from omnimem.policies.baselines.streammem import StreamMemOptions
+from omnimem.policies.baselines.value_norm import ValueNormOptions
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.prompt_pass import PADDING, Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.tuning import FullGradient
 
@@ -130,16 +131,18 @@ def policy_of(name: str, whole: Chunk | None = None) -> Policy:
     whole = whole_stream() if whole is None else whole
     policy = OPTIONS[name].build(SPLIT)
     needles = [(40 + row, 12, 70) for row in range(whole.modality.shape[0])]
-    return policy.told([Outline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles])
+    return policy.with_oracle(
+        [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
+    )
 
 
-def opened(seam: Seam, policy: Policy, batch: int = 1, **settings: Any) -> Stream:
+def opened(attached: StreamedAttention, policy: Policy, batch: int = 1, **settings: Any) -> Stream:
     probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(policy.probes)]
-    return Stream(seam, policy, batch=batch, probes=probes, **settings)
+    return Stream(attached, policy, batch=batch, probes=probes, **settings)
 
 
-def fed(seam: Seam, policy: Policy, chunks: Sequence[Chunk], **settings: Any) -> Stream:
-    stream = opened(seam, policy, len(chunks[0].modality), **settings)
+def fed(attached: StreamedAttention, policy: Policy, chunks: Sequence[Chunk], **settings: Any) -> Stream:
+    stream = opened(attached, policy, len(chunks[0].modality), **settings)
     for chunk in chunks:
         stream.feed(chunk)
     return stream
@@ -162,9 +165,9 @@ def by_row(tokens, row: int = 0) -> list[list[tuple[int, int]]]:
 def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is_kept(name: str) -> None:
     policy, whole = policy_of(name), whole_stream()
     text = set((whole.modality[0] == Modality.TEXT).nonzero()[:, 0].tolist())
-    rooms = [policy.room(layer) for layer in range(LAYERS)]
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream, seen, before = opened(seam, policy), 0, 0
+    rooms = [policy.layer_slots(layer) for layer in range(LAYERS)]
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream, seen, before = opened(attached, policy), 0, 0
         for chunk in cut(whole):
             stream.feed(chunk)
             seen += chunk.count
@@ -196,8 +199,8 @@ def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_alone(name: str) -> None:
     policy, chunks = policy_of(name), cut(whole_stream())
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        quiet, asked = fed(seam, policy, chunks), opened(seam, policy)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        quiet, asked = fed(attached, policy, chunks), opened(attached, policy)
         for number, chunk in enumerate(chunks):
             asked.ask(prompt_of())
             if number == 3:
@@ -215,12 +218,12 @@ def test_a_stream_keeps_in_a_batch_what_it_keeps_alone(name: str) -> None:
     whole = whole_stream(batch=2)
     chunks = cut(whole)
     policy = policy_of(name, whole)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        together = fed(seam, policy, chunks)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        together = fed(attached, policy, chunks)
         hidden = together.ask(prompt_of(2)).hidden
         sizes = []
         for row in range(2):
-            alone = fed(seam, _alone(policy, row), [row_of(chunk, row) for chunk in chunks])
+            alone = fed(attached, _alone(policy, row), [row_of(chunk, row) for chunk in chunks])
             for mine, both in zip(alone.memory.layers, together.memory.layers, strict=True):
                 assert by_row(mine) == by_row(both, row)
             assert_equal_logits(hidden[row : row + 1], alone.ask(prompt_of()).hidden)
@@ -241,8 +244,8 @@ def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(name: s
     for still in (False, True):
         whole = whole_stream(still=still)
         chunks = cut(replace(whole, embeddings=whole.embeddings.to(torch.bfloat16)))
-        with attach(model) as seam, torch.no_grad():
-            stream = fed(seam, policy, chunks)
+        with attach(model) as attached, torch.no_grad():
+            stream = fed(attached, policy, chunks)
             hidden = stream.ask(prompt_of()).hidden
         assert bool(hidden.isfinite().all())
         for tokens in stream.memory.layers:
@@ -257,9 +260,9 @@ def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name
     found: list[list[Tensor]] = []
     for recompute, layers in ((False, False), (True, False), (True, True)):
         model = text_model("qwen2_5_omni").requires_grad_(True)
-        with attach(model, recompute_layers=layers) as seam:
+        with attach(model, recompute_layers=layers) as attached:
             carry = FullGradient(recompute=recompute)
-            stream = fed(seam, policy, chunks, carry=carry)
+            stream = fed(attached, policy, chunks, carry=carry)
             loss = carry.read(
                 lambda memory, stream=stream: stream.reader(prompt_of())(memory).hidden.pow(2).mean(), stream.memory
             )

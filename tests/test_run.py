@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from omnimem import run
-from omnimem.sealed import damage, put, seal
+from omnimem.checksums import damage, put, seal
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:

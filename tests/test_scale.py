@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from films import SCRIPT, Run, given, tune, write_films, write_manifest
-from ranks import ROOT, free_port, start
+from support.ranks import ROOT, free_port, start
+from support.tiny_run import SCRIPT, Run, given, tune, write_films, write_manifest
 
-import train.trainer
-from data_prep.renderer import write_mp4
-from data_prep.worlds import draw_world
+import omnimem.training.trainer
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.run import RunError, write_json
-from train.portable import FACTS, Layout, refuse_other_batch
+from omnimem.training.portable import FACTS, Layout, refuse_other_batch
 
 LONG = {"film0": 20, "film2": 20, "film4": 20}  # seconds; the others have 8
 MIXED = ("data.train=mixed.jsonl", "data.max_failures=0.2")
@@ -128,7 +128,7 @@ def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_
 
 def stick_on_the_second_rank() -> None:
     """The second rank never comes back from its second stream, in the process that calls this."""
-    sound, streams = train.trainer.streamed_loss, []
+    sound, streams = omnimem.training.trainer.streamed_loss, []
 
     def stuck(*given: Any, **options: Any) -> Any:
         streams.append(None)
@@ -136,7 +136,7 @@ def stick_on_the_second_rank() -> None:
             time.sleep(600)
         return sound(*given, **options)
 
-    train.trainer.streamed_loss = stuck
+    omnimem.training.trainer.streamed_loss = stuck
 
 
 @pytest.mark.slow

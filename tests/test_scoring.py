@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from pools import Arrival, arrivals, view_of
+from support import reference
+from support.layer_views import Arrival, arrivals, view_of
 from torch import Tensor
 
 from omnimem.budget import Budget

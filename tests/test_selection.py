@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from torch import Tensor
 
-from omnimem.selection import Room, Softness, TemperatureOptions, select, taken
+from omnimem.selection import LayerSlots, Softness, TemperatureOptions, select, taken
 from omnimem.tokens import Modality
 
 QUICK = settings(max_examples=120, deadline=None)
@@ -23,7 +23,7 @@ class Case:
 
     scores: Tensor
     modality: Tensor
-    room: Room
+    room: LayerSlots
 
     def available(self) -> dict[Modality, int]:
         return {kind: int((self.modality[0] == kind).sum()) for kind in Modality}
@@ -39,7 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
     grid = st.integers(0, 3).map(float) | st.floats(-10, 10, width=32)
     scores = [draw(st.lists(grid, min_size=len(kinds), max_size=len(kinds))) for _ in range(2)]
     rows = [kinds, draw(st.permutations(kinds))]
-    room = Room(
+    room = LayerSlots(
         audio=draw(st.integers(0, 14)),
         visual=draw(st.integers(0, 14)),
         split=draw(st.booleans()),
@@ -97,7 +97,7 @@ def test_a_modality_exceeds_its_slots_only_by_what_the_other_lends(
     audio: int, visual: int, audio_slots: int, visual_slots: int, lend: bool
 ) -> None:
     kept = taken(
-        {Modality.TEXT: 3, AUDIO: audio, VISUAL: visual}, Room(audio=audio_slots, visual=visual_slots, lend=lend)
+        {Modality.TEXT: 3, AUDIO: audio, VISUAL: visual}, LayerSlots(audio=audio_slots, visual=visual_slots, lend=lend)
     )
     assert (kept[AUDIO], kept[VISUAL]) == reference.shares(audio, visual, audio_slots, visual_slots, lend)
     spare = {AUDIO: max(0, visual_slots - visual), VISUAL: max(0, audio_slots - audio)} if lend else {}
@@ -128,7 +128,7 @@ def test_the_gradient_of_the_gate_equals_finite_differences(scores: list[float],
     count = min(room, len(scores) - 1)
     leaf = torch.tensor([scores], dtype=torch.float64).requires_grad_()
     kinds = torch.full((1, len(scores)), int(VISUAL), dtype=torch.int8)
-    selected = select(leaf, kinds, Room(audio=0, visual=count), Softness(temperature=temperature))
+    selected = select(leaf, kinds, LayerSlots(audio=0, visual=count), Softness(temperature=temperature))
     kept = selected.index[0].tolist()
     weights = torch.linspace(1, 2, count, dtype=torch.float64)
     (gradient,) = torch.autograd.grad((selected.gate[0] * weights).sum(), leaf)
@@ -147,7 +147,7 @@ def test_scores_are_standardised_within_their_modality() -> None:
     def slopes(spread: float) -> Tensor:
         leaf = torch.cat([audio, spread * visual])[None].requires_grad_()
         return torch.autograd.grad(
-            select(leaf, kinds, Room(audio=4, visual=4), Softness(temperature=0.3)).gate.sum(), leaf
+            select(leaf, kinds, LayerSlots(audio=4, visual=4), Softness(temperature=0.3)).gate.sum(), leaf
         )[0]
 
     once, ten = slopes(1.0), slopes(10.0)
@@ -157,7 +157,9 @@ def test_scores_are_standardised_within_their_modality() -> None:
 
 def test_the_gate_s_gradient_is_largest_for_the_token_nearest_to_the_threshold() -> None:
     leaf = torch.tensor([[3.0, 0.2, 1.5, -0.1, 0.9, -2.0]]).requires_grad_()
-    selected = select(leaf, torch.full((1, 6), 2, dtype=torch.int8), Room(audio=0, visual=3), Softness(temperature=0.3))
+    selected = select(
+        leaf, torch.full((1, 6), 2, dtype=torch.int8), LayerSlots(audio=0, visual=3), Softness(temperature=0.3)
+    )
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert selected.index.tolist() == [[0, 2, 4]]
     assert float(gradient[0, 4]) > float(gradient[0, 2]) > float(gradient[0, 0]) > 0
@@ -167,7 +169,7 @@ def test_the_gate_s_gradient_is_largest_for_the_token_nearest_to_the_threshold()
 def test_text_and_pools_that_fit_carry_no_gradient() -> None:
     leaf = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     kinds = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2, 0]], dtype=torch.int8)
-    selected = select(leaf, kinds, Room(audio=2, visual=2), Softness(temperature=1.0))
+    selected = select(leaf, kinds, LayerSlots(audio=2, visual=2), Softness(temperature=1.0))
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert torch.equal(gradient[0, [0, 1, 2, 3, 8]], torch.zeros(5))
     assert int((gradient != 0).sum()) == 2
@@ -191,7 +193,7 @@ def test_equal_scores_fall_to_the_most_recent(case: Case) -> None:
 def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
     leaf = torch.full((1, 12), value, dtype=dtype).requires_grad_()
     selected = select(
-        leaf, torch.full((1, 12), 2, dtype=torch.int8), Room(audio=0, visual=5), Softness(temperature=0.05)
+        leaf, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=5), Softness(temperature=0.05)
     )
     assert selected.index.tolist() == [list(range(7, 12))]
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
@@ -203,14 +205,14 @@ def test_a_nan_ranks_last_where_topk_would_rank_it_first() -> None:
     scores = torch.tensor([[0.1, math.nan, 0.3, 0.2, math.nan, -5.0]])
     kinds = torch.full((1, 6), 2, dtype=torch.int8)
     assert int(scores.topk(1).indices) in (1, 4)
-    assert select(scores, kinds, Room(audio=0, visual=4)).index.tolist() == [[0, 2, 3, 5]]
+    assert select(scores, kinds, LayerSlots(audio=0, visual=4)).index.tolist() == [[0, 2, 3, 5]]
 
 
 def test_unsplit_modalities_compete_and_split_ones_do_not() -> None:
     scores = torch.tensor([[9.0, 8.0, 7.0, 1.0, 2.0, 3.0]])
     kinds = torch.tensor([[1, 1, 1, 2, 2, 2]], dtype=torch.int8)
-    assert select(scores, kinds, Room(audio=1, visual=2, split=False)).index.tolist() == [[0, 1, 2]]
-    assert select(scores, kinds, Room(audio=1, visual=2)).index.tolist() == [[0, 4, 5]]
+    assert select(scores, kinds, LayerSlots(audio=1, visual=2, split=False)).index.tolist() == [[0, 1, 2]]
+    assert select(scores, kinds, LayerSlots(audio=1, visual=2)).index.tolist() == [[0, 4, 5]]
 
 
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.0), Softness(temperature=1.0)])
@@ -219,11 +221,11 @@ def test_rooms_that_crash_the_release_are_served(softness: Softness | None) -> N
     scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     text, visual = (torch.full((2, 6), kind, dtype=torch.int8) for kind in (0, 2))
     mixed = torch.tensor([[1, 2, 2, 1, 2, 0]] * 2, dtype=torch.int8)
-    assert select(scores, visual, Room(audio=3, visual=2, lend=False), softness).index.shape == (2, 2)
-    assert select(scores, visual, Room(audio=3, visual=2), softness).index.shape == (2, 5)
-    assert select(scores, mixed, Room(audio=0, visual=2, lend=False), softness).index.shape == (2, 3)
-    assert select(scores, text, Room(audio=1, visual=1), softness).index.tolist() == [list(range(6))] * 2
-    assert select(scores[:, :0], text[:, :0], Room(audio=1, visual=1), softness).index.shape == (2, 0)
+    assert select(scores, visual, LayerSlots(audio=3, visual=2, lend=False), softness).index.shape == (2, 2)
+    assert select(scores, visual, LayerSlots(audio=3, visual=2), softness).index.shape == (2, 5)
+    assert select(scores, mixed, LayerSlots(audio=0, visual=2, lend=False), softness).index.shape == (2, 3)
+    assert select(scores, text, LayerSlots(audio=1, visual=1), softness).index.tolist() == [list(range(6))] * 2
+    assert select(scores[:, :0], text[:, :0], LayerSlots(audio=1, visual=1), softness).index.shape == (2, 0)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (1.0, 0.0), (-1.0, 0.1)])

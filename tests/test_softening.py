@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
+from support import reference
+from support.layer_views import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
 from test_policy import LENGTHS, run
 from test_selection import Case, cases
 from torch import Tensor
@@ -19,9 +19,9 @@ from omnimem.attention.blocked import attend, mass
 from omnimem.budget import Budget
 from omnimem.config import ConfigError, load
 from omnimem.policies import ControlOptions, PerturbationOptions
-from omnimem.policy import ScoredPolicy
+from omnimem.policies.base import ScoredPolicy
 from omnimem.scoring import AbstractScorer
-from omnimem.selection import Room, SelectionOptions, Softness, TemperatureOptions, select
+from omnimem.selection import LayerSlots, SelectionOptions, Softness, TemperatureOptions, select
 from omnimem.tokens import Modality
 from omnimem.tuning import Plan, TuningOptions
 from omnimem.view import LayerView, Measures
@@ -115,17 +115,17 @@ def test_gates_fall_with_the_scores_and_one_half_divides_what_hard_selection_kee
 def test_where_nothing_has_to_go_gates_stay_as_they_were() -> None:
     scores, modality = visual_pool([3.0, 1.0, 2.0])
     carried = torch.tensor([[-0.3, 0.0, -0.1]], dtype=torch.float64)
-    selected = select(scores, modality, Room(audio=4, visual=3, lend=False), soft(1.0), carried)
+    selected = select(scores, modality, LayerSlots(audio=4, visual=3, lend=False), soft(1.0), carried)
     assert selected.index.tolist() == [[0, 1, 2]]
     assert torch.equal(selected.gate, carried)
-    empty = select(scores, modality, Room(audio=4, visual=0, lend=False), soft(1.0), carried)
+    empty = select(scores, modality, LayerSlots(audio=4, visual=0, lend=False), soft(1.0), carried)
     assert empty.index.shape == empty.gate.shape == (1, 0)
 
 
 def test_surplus_shrinks_with_the_temperature_and_is_known_before() -> None:
     scores, modality = visual_pool(torch.randn(100, generator=torch.Generator().manual_seed(0)))
     counts = {
-        T: select(scores, modality, Room(audio=0, visual=10), soft(T)).index.shape[1]
+        T: select(scores, modality, LayerSlots(audio=0, visual=10), soft(T)).index.shape[1]
         for T in (5.0, 0.2, 0.1, 0.05, 0.011, 0.009, 1e-6)
     }
     assert counts == {5.0: 30, 0.2: 30, 0.1: 20, 0.05: 15, 0.011: 11, 0.009: 10, 1e-6: 10}
@@ -138,7 +138,7 @@ def test_what_the_surplus_leaves_out_weighs_under_three_thousandths_where_scores
     """The reason for T = 0.2: one in five stays of 5,000 normal scores."""
     scores, modality = visual_pool(torch.randn(5000, generator=torch.Generator().manual_seed(0)))
     for temperature in (0.02, 0.05, 0.1):
-        gates = select(scores, modality, Room(audio=0, visual=1000), soft(temperature)).gate.detach()
+        gates = select(scores, modality, LayerSlots(audio=0, visual=1000), soft(temperature)).gate.detach()
         assert math.log(1e-5) < float(gates.min()) < math.log(3e-3), temperature
 
 
@@ -147,7 +147,9 @@ def test_what_the_surplus_leaves_out_weighs_under_three_thousandths_where_scores
 def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
     scores = torch.full((1, 12), value, dtype=dtype).requires_grad_()
     for temperature in (1.0, 0.05, VANISHING):
-        selected = select(scores, torch.full((1, 12), 2, dtype=torch.int8), Room(audio=0, visual=3), soft(temperature))
+        selected = select(
+            scores, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=3), soft(temperature)
+        )
         (gradient,) = torch.autograd.grad(selected.gate.sum(), scores)
         assert bool(selected.gate.isfinite().all())
         assert bool(gradient.isfinite().all())
@@ -165,7 +167,7 @@ def test_gradcheck_of_soft_gates_threshold_and_deviation_included(
     scores: list[float], kept: int, temperature: float
 ) -> None:
     row, modality = visual_pool(scores)
-    room = Room(audio=0, visual=min(kept, len(scores) - 1))
+    room = LayerSlots(audio=0, visual=min(kept, len(scores) - 1))
     assert gradcheck(lambda s: select(s, modality, room, soft(temperature)).gate, (row,), eps=1e-7, atol=1e-4)
 
 
@@ -174,7 +176,7 @@ def test_gradcheck_of_soft_gates_threshold_and_deviation_included(
 def test_what_all_scores_have_in_common_moves_no_soft_gate(scores: list[float], kept: int, temperature: float) -> None:
     """Selection knows neither shift nor scale of the scores; nor does its gradient."""
     row, modality = visual_pool(scores)
-    gate = select(row, modality, Room(audio=0, visual=min(kept, len(scores) - 1)), soft(temperature)).gate
+    gate = select(row, modality, LayerSlots(audio=0, visual=min(kept, len(scores) - 1)), soft(temperature)).gate
     (slope,) = torch.autograd.grad((gate * torch.arange(1.0, gate.shape[1] + 1)).sum(), row)
     size = float(slope.abs().max()) + 1e-9
     assert abs(float(slope.sum())) <= 1e-9 * size * len(scores)
@@ -186,7 +188,7 @@ def test_what_all_scores_have_in_common_moves_no_soft_gate(scores: list[float], 
 def test_gradcheck_of_straight_through_s_surrogate(scores: list[float], kept: int, temperature: float) -> None:
     """The gate is 0 whatever the scores; its gradient is that of log(1 + g - g0) with threshold and spread fixed."""
     row, modality = visual_pool(scores)
-    room = Room(audio=0, visual=min(kept, len(scores) - 1))
+    room = LayerSlots(audio=0, visual=min(kept, len(scores) - 1))
     hard, fixed = select(row, modality, room).index, row.detach().clone()  # gradcheck moves the row in place
     dropped = torch.ones_like(fixed, dtype=torch.bool).scatter(1, hard, False)
     tau = (fixed.gather(1, hard).min() + fixed[dropped].max()) / 2

@@ -4,17 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-import reference
 import torch
-from conftest import assert_equal_logits, cut, text_model, whole_stream
+from support import reference
+from support.models import assert_equal_logits, cut, text_model, whole_stream
 from torch import Tensor, nn
 
-from omnimem.attach import Seam, attach
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.selection import Softness
-from omnimem.stream import PADDING, Prompt, Stream
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.prompt_pass import PADDING, Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, DeepStack, Modality
 from omnimem.view import LayerView
 
@@ -35,9 +36,9 @@ def levels_of(family: str) -> int:
     return 2 if family.startswith("qwen3") else 0
 
 
-def fed(seam: Seam, policy: Policy, chunks: Sequence[Chunk], **options: object) -> Stream:
+def fed(attached: StreamedAttention, policy: Policy, chunks: Sequence[Chunk], **options: object) -> Stream:
     """A stream that was fed these chunks."""
-    stream = Stream(seam, policy, batch=len(chunks[0].modality), **options)
+    stream = Stream(attached, policy, batch=len(chunks[0].modality), **options)
     for chunk in chunks:
         stream.feed(chunk)
     return stream
@@ -108,18 +109,18 @@ def joined(whole: Chunk, asked: Tensor, first: int) -> Chunk:
 def test_unequal_budgets_by_layer_equal_one_shot_with_masks_by_layer(family: str) -> None:
     model, whole = text_model(family), whole_stream(levels=levels_of(family))
     question = [5, 6, 7, 8]
-    with attach(model) as seam, torch.no_grad():
-        stream = Stream(seam, policy_of("omnimem"))
+    with attach(model) as attached, torch.no_grad():
+        stream = Stream(attached, policy_of("omnimem"))
         kept: list[list[set[int]]] = [[] for _ in UNEQUAL]
         for chunk in cut(whole, LENGTHS):
             stream.feed(chunk)
             for layer, (row,) in enumerate(orders(stream)):
                 kept[layer].append(set(row))
         hidden = stream.ask(prompt_of([[question]])).hidden
-        everything = joined(whole, seam.embed(torch.tensor([question])), stream.next_position)
+        everything = joined(whole, attached.embed(torch.tensor([question])), stream.next_position)
         chunk_of = [n for n, length in enumerate([*LENGTHS, 4]) for _ in range(length)]
         step = Masked(chunk_of, kept)
-        expected = seam.run(step, everything.embeddings, everything.positions, everything.deepstack)
+        expected = attached.run(step, everything.embeddings, everything.positions, everything.deepstack)
     assert len({len(after[-1]) for after in kept}) == 4  # the layers do remember unequal numbers
     assert_equal_logits(hidden, expected[:, -4:])
     for layer, tokens in enumerate(stream.memory.layers):
@@ -133,11 +134,11 @@ def test_the_budget_is_filled_exactly_and_never_exceeded_in_any_layer_at_any_ste
 ) -> None:
     policy = policy_of(name, slots, split=split)
     generator = torch.Generator().manual_seed(len(name))
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         for _ in range(2):
             cuts = torch.randperm(95, generator=generator)[:6].sort().values.tolist()
             lengths = [b - a for a, b in zip([-1, *cuts], [*cuts, 95], strict=True)]
-            stream = Stream(seam, policy)
+            stream = Stream(attached, policy)
             held = [(0, 0)] * 4
             text = 0
             for chunk in cut(whole_stream(), lengths):
@@ -172,8 +173,8 @@ def test_every_layer_keeps_what_plain_loops_keep_of_what_entered_it(preset: str)
             kinds = view.modality[0, fresh]
             by_loops[layer].read(*(part.tolist() for part in (view.queries[0], keys, states, kinds)), view.scale)
 
-        with attach(text_model(family)) as seam, torch.no_grad():
-            stream = Stream(seam, policy_of(preset), recorder=record)
+        with attach(text_model(family)) as attached, torch.no_grad():
+            stream = Stream(attached, policy_of(preset), recorder=record)
             for chunk in cut(whole, LENGTHS):
                 stream.feed(chunk)
                 assert orders(stream) == [[layer.order] for layer in by_loops]
@@ -187,9 +188,9 @@ def test_redundancy_is_judged_on_the_layer_s_input_after_the_deepstack_addition(
         lambda module, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     plain = replace(whole, deepstack=None)
-    with attach(model) as seam, torch.no_grad():
+    with attach(model) as attached, torch.no_grad():
         features = [
-            fed(seam, policy_of("paper", ((96, 96),) * 4), [c]).memory.layers[1].feature for c in (whole, plain)
+            fed(attached, policy_of("paper", ((96, 96),) * 4), [c]).memory.layers[1].feature for c in (whole, plain)
         ]
     handle.remove()
     assert torch.equal(features[0], inputs[0])
@@ -199,9 +200,9 @@ def test_redundancy_is_judged_on_the_layer_s_input_after_the_deepstack_addition(
 
 def test_asking_at_any_time_leaves_the_memory_bit_for_bit() -> None:
     chunks = cut(whole_stream(), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        quiet = fed(seam, policy_of("omnimem"), chunks)
-        asked = Stream(seam, policy_of("omnimem"))
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        quiet = fed(attached, policy_of("omnimem"), chunks)
+        asked = Stream(attached, policy_of("omnimem"))
         heard = []
         for chunk in chunks:
             heard.append(asked.ask(prompt_of([[[5, 6], [7]]])).hidden)
@@ -216,13 +217,13 @@ def test_asking_at_any_time_leaves_the_memory_bit_for_bit() -> None:
 
 def test_a_fork_goes_its_own_way_and_leaves_the_original_alone() -> None:
     chunks = cut(whole_stream(), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = fed(seam, policy_of("omnimem"), chunks[:3])
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = fed(attached, policy_of("omnimem"), chunks[:3])
         before = [tensor.clone() for tensor in stream.memory.tensors()]
         twin = stream.fork()
         for chunk in chunks[3:]:
             twin.feed(chunk)
-        straight = fed(seam, policy_of("omnimem"), chunks)
+        straight = fed(attached, policy_of("omnimem"), chunks)
     assert all(torch.equal(a, b) for a, b in zip(before, stream.memory.tensors(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(straight.memory.tensors(), twin.memory.tensors(), strict=True))
     assert (twin.fed, twin.next_position, twin.usage) == (straight.fed, straight.next_position, straight.usage)
@@ -231,8 +232,8 @@ def test_a_fork_goes_its_own_way_and_leaves_the_original_alone() -> None:
 
 def test_packed_questions_equal_each_asked_alone(family: str) -> None:
     questions = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    with attach(text_model(family)) as seam, torch.no_grad():
-        stream = fed(seam, policy_of("omnimem"), cut(whole_stream(levels=levels_of(family)), LENGTHS))
+    with attach(text_model(family)) as attached, torch.no_grad():
+        stream = fed(attached, policy_of("omnimem"), cut(whole_stream(levels=levels_of(family)), LENGTHS))
         packed = stream.ask(prompt_of([questions])).hidden
         alone = [stream.fork().ask(prompt_of([[question]])).hidden for question in questions]
     assert_equal_logits(packed, torch.cat(alone, dim=1))
@@ -240,7 +241,7 @@ def test_packed_questions_equal_each_asked_alone(family: str) -> None:
 
 
 def naive_answer(
-    seam: Seam,
+    attached: StreamedAttention,
     policy: Policy,
     chunks: Sequence[Chunk],
     question: list[int],
@@ -250,7 +251,7 @@ def naive_answer(
     """Greedy decoding that streams everything and reads the whole question again for every token; never stops."""
     written: list[int] = []
     for _ in range(limit):
-        hidden = fed(seam, policy, chunks).ask(prompt_of([[[*question, *written]]])).hidden
+        hidden = fed(attached, policy, chunks).ask(prompt_of([[[*question, *written]]])).hidden
         written.append(int(head(hidden[:, -1]).argmax()))
     return written
 
@@ -270,12 +271,12 @@ def test_answers_equal_a_greedy_loop_that_reads_everything_again(batch: int) -> 
     head = nn.Linear(64, 40, bias=False).requires_grad_(False)
     nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     chunks = cut(whole_stream(batch=batch), [40, 56])
-    with attach(model) as seam, torch.no_grad():
+    with attach(model) as attached, torch.no_grad():
         naive = [
-            [naive_answer(seam, policy_of("omnimem"), [row_of(c, b) for c in chunks], q, head, limit) for q in row]
+            [naive_answer(attached, policy_of("omnimem"), [row_of(c, b) for c in chunks], q, head, limit) for q in row]
             for b, row in enumerate(rows)
         ]
-        stream = fed(seam, policy_of("omnimem"), chunks)
+        stream = fed(attached, policy_of("omnimem"), chunks)
         everything = [token for row in naive for answer in row for token in answer]
         for stop in ([39_999], [naive[0][0][2]], [naive[0][1][0]], everything):
             expected = [
@@ -311,11 +312,11 @@ def merged(rows: Sequence[Sequence[Chunk]]) -> list[Chunk]:
 def test_a_batch_of_three_equals_each_stream_alone(family: str) -> None:
     rows = [cut(whole_stream(seed=seed, levels=levels_of(family)), LENGTHS) for seed in (1, 2, 3)]
     questions = [[[5, 6], [7]], [[8]], [[9, 10, 11]]]
-    with attach(text_model(family)) as seam, torch.no_grad():
-        together = fed(seam, policy_of("omnimem"), merged(rows))
+    with attach(text_model(family)) as attached, torch.no_grad():
+        together = fed(attached, policy_of("omnimem"), merged(rows))
         answers = together.ask(prompt_of(questions)).hidden
         for number, chunks in enumerate(rows):
-            alone = fed(seam, policy_of("omnimem"), chunks)
+            alone = fed(attached, policy_of("omnimem"), chunks)
             assert orders(alone) == [[layer[number]] for layer in orders(together)]
             hidden = alone.ask(prompt_of([questions[number]])).hidden
             assert_equal_logits(answers[number : number + 1, : hidden.shape[1]], hidden)
@@ -325,9 +326,9 @@ def test_a_batch_of_three_equals_each_stream_alone(family: str) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_softened_selection_streams_what_hard_selection_streams(temperature: float) -> None:
     chunks = cut(whole_stream(batch=2), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        hard = fed(seam, policy_of("omnimem"), chunks)
-        soft = fed(seam, policy_of("omnimem"), chunks, softness=Softness(temperature=temperature))
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        hard = fed(attached, policy_of("omnimem"), chunks)
+        soft = fed(attached, policy_of("omnimem"), chunks, softness=Softness(temperature=temperature))
         assert orders(hard) == orders(soft)
         prompt = prompt_of([[[5, 6], [7]]] * 2)
         assert_equal_logits(soft.ask(prompt).hidden, hard.ask(prompt).hidden)
@@ -340,8 +341,8 @@ def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(preset:
     still = whole.embeddings[:, :1].expand_as(whole.embeddings)  # one token over and over, at other positions
     for embeddings in (whole.embeddings, still):
         chunks = cut(replace(whole, embeddings=embeddings.to(torch.bfloat16)), LENGTHS)
-        with attach(model) as seam, torch.no_grad():
-            stream = fed(seam, policy_of(preset), chunks)
+        with attach(model) as attached, torch.no_grad():
+            stream = fed(attached, policy_of(preset), chunks)
             hidden = stream.ask(prompt_of([[[5, 6], [7]]])).hidden
         assert hidden.dtype == torch.bfloat16
         assert bool(hidden.isfinite().all())
@@ -356,8 +357,8 @@ def test_usage_counts_entries_and_bytes_as_counted_by_hand() -> None:
     slots = ((1, 1), (3, 20), (9, 4), (2, 7))
     policy = PerturbationOptions(name="released").build(Budget(slots=slots))
     chunks = cut(whole_stream(), [20, 31, 45])
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = fed(seam, policy, chunks[:1])
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = fed(attached, policy, chunks[:1])
         counts = [(1, 1), (3, 12), (3, 4), (2, 7)]
         assert [(layer[Modality.AUDIO], layer[Modality.VISUAL]) for layer in stream.memory.counts()] == counts
         assert stream.usage.tokens_in == (5, 3, 12)
@@ -378,8 +379,8 @@ def test_usage_counts_entries_and_bytes_as_counted_by_hand() -> None:
 
 
 def test_a_batch_counts_per_stream() -> None:
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        one, three = (fed(seam, policy_of("omnimem"), cut(whole_stream(batch=b), LENGTHS)).usage for b in (1, 3))
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        one, three = (fed(attached, policy_of("omnimem"), cut(whole_stream(batch=b), LENGTHS)).usage for b in (1, 3))
     assert one == three
 
 
@@ -397,10 +398,10 @@ def smooth_stream() -> Chunk:
 def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection() -> None:
     budget = Budget(slots=((4, 20),) * 4)
     chunks = cut(smooth_stream(), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        exact = fed(seam, PerturbationOptions().build(budget), chunks)
-        projected = fed(seam, PerturbationOptions(feature=32).build(budget), chunks)
-        control = fed(seam, ControlOptions(name="random").build(budget), chunks)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        exact = fed(attached, PerturbationOptions().build(budget), chunks)
+        projected = fed(attached, PerturbationOptions(feature=32).build(budget), chunks)
+        control = fed(attached, ControlOptions(name="random").build(budget), chunks)
     text = set((whole_stream().modality[0] == Modality.TEXT).nonzero()[:, 0].tolist())
     shares = []
     for other in (projected, control):
@@ -416,15 +417,15 @@ def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection() 
 def test_a_feature_as_wide_as_the_state_is_the_exact_state(wanted: int) -> None:
     chunks = cut(whole_stream(), LENGTHS)
     budget = Budget(slots=UNEQUAL)
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        streams = [fed(seam, PerturbationOptions(feature=f).build(budget), chunks) for f in (None, wanted)]
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        streams = [fed(attached, PerturbationOptions(feature=f).build(budget), chunks) for f in (None, wanted)]
     assert all(torch.equal(a, b) for a, b in zip(*(s.memory.tensors() for s in streams), strict=True))
 
 
 def test_positions_go_on_after_the_stream_whatever_was_evicted() -> None:
     whole = whole_stream()
-    with attach(text_model("qwen2_5_omni")) as seam, torch.no_grad():
-        stream = fed(seam, policy_of("recency", ((1, 1),) * 4), cut(whole, LENGTHS))
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = fed(attached, policy_of("recency", ((1, 1),) * 4), cut(whole, LENGTHS))
     assert stream.next_position == int(whole.positions.max()) + 1
     kept = stream.memory.layers[0]
     assert torch.equal(kept.positions[0], whole.positions[0][:, kept.order[0]])

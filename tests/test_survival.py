@@ -14,27 +14,28 @@ from typing import Any, cast, final
 
 import pytest
 import torch
-from films import SCRIPT, given, tune, write_films
-from ranks import Ended, command, start
 from safetensors.torch import load_file
+from support.finished_run import LORA, config_of
+from support.ranks import Ended, command, start
+from support.tiny_run import SCRIPT, given, tune, write_films
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from tuned import LORA, config_of
 
-import train.dealt
-import train.finetune
-import train.trainer
+import omnimem.commands.finetune
+import omnimem.training.dealt
+import omnimem.training.trainer
 from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.checksums import damage
+from omnimem.cli import preflight
+from omnimem.cli.preflight import check_data, check_run
+from omnimem.commands.finetune import saves_of
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import DataOptions, TooManyFailures, read_manifest
 from omnimem.run import sha256
-from omnimem.sealed import damage
+from omnimem.training import shutdown as stopping
+from omnimem.training.nonfinite import NonFiniteGuard
+from omnimem.training.shutdown import ShutdownSignal
 from omnimem.tuning import AdapterError, StreamedModel, add_adapter
-from train import preflight, stopping
-from train.bad_steps import BadSteps
-from train.finetune import saves_of
-from train.preflight import check_data, check_run
-from train.stopping import Interruption
 
 ZERO2 = "train.deepspeed=deepspeed/zero2.json"
 STEPS = ("train.max_steps=6", "train.save_steps=100")
@@ -73,7 +74,7 @@ def start_and_end() -> int:
 
 def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments: TrainingArguments) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    control, interruption = TrainerControl(), Interruption()
+    control, interruption = TrainerControl(), ShutdownSignal()
     with interruption:
         interruption.on_step_end(arguments, TrainerState(), control)
         assert not control.should_training_stop
@@ -88,7 +89,7 @@ def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments:
 
 def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
     def interrupted() -> None:
-        with Interruption() as interruption:
+        with ShutdownSignal() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.asked == signal.SIGINT
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
@@ -106,7 +107,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     control, state = TrainerControl(), TrainerState()
-    with BadSteps(2) as bad:
+    with NonFiniteGuard(2) as bad:
         bad.on_train_begin(arguments, state, control, model=model)
 
         def step(factor: float, sample: str) -> None:
@@ -308,47 +309,47 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
 
 def ask_in_last_checkpoint() -> None:
     """The last rank gets SIGTERM when the end of its last step is behind it, in the process that calls this."""
-    sound = train.dealt.write_portable
+    sound = omnimem.training.dealt.write_portable
 
     def asked(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
         if step == 6 and os.environ.get("RANK", "0") == str(layout.ranks - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         sound(folder, state, layout, step, schedule)
 
-    train.dealt.write_portable = asked
+    omnimem.training.dealt.write_portable = asked
 
 
 def ask_at_the_end_of_training() -> None:
     """SIGTERM between the end of the last step and the ranks' last question."""
-    sound = train.finetune.StreamTrainer._require_end
+    sound = omnimem.commands.finetune.StreamTrainer._require_end
 
     def asked(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         sound(self)
 
-    train.finetune.StreamTrainer._require_end = asked
+    omnimem.commands.finetune.StreamTrainer._require_end = asked
 
 
 def ask_after_agreement() -> None:
     """SIGTERM when the ranks have asked each other for the last time."""
-    sound = train.finetune.StreamTrainer._require_end
+    sound = omnimem.commands.finetune.StreamTrainer._require_end
 
     def asked(self: Any) -> None:
         sound(self)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    train.finetune.StreamTrainer._require_end = asked
+    omnimem.commands.finetune.StreamTrainer._require_end = asked
 
 
 def ask_before_adapter() -> None:
     """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
-    sound = train.finetune.StreamTrainer.save_whole
+    sound = omnimem.commands.finetune.StreamTrainer.save_whole
 
     def asked(self: Any, place: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         sound(self, place)
 
-    train.finetune.StreamTrainer.save_whole = asked
+    omnimem.commands.finetune.StreamTrainer.save_whole = asked
 
 
 @pytest.mark.slow
@@ -403,15 +404,15 @@ class Poison(torch.autograd.Function):
 
 def poison_film2() -> None:
     """Film 2 spoils its gradient, in the process that calls this."""
-    sound = train.trainer.streamed_loss
+    sound = omnimem.training.trainer.streamed_loss
 
-    def spoiled(seam: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
-        outcome = sound(seam, feeder, batch, *rest, **options)
+    def spoiled(attached: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        outcome = sound(attached, feeder, batch, *rest, **options)
         if all(opened.sample.id != "film2" for opened in batch):
             return outcome
         return replace(outcome, loss=Poison.apply(outcome.loss))
 
-    train.trainer.streamed_loss = spoiled
+    omnimem.training.trainer.streamed_loss = spoiled
 
 
 @pytest.mark.slow

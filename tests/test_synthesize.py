@@ -6,8 +6,8 @@ from pathlib import Path
 import av
 import pytest
 
-from data_prep.synthesize import SPLITS, Recipe, main, manifest_line
-from data_prep.worlds import WorldOptions
+from omnimem.commands.synthesize import SPLITS, Recipe, main, manifest_line
+from omnimem.recall.worlds import WorldOptions
 
 SMALL = ["--seconds", "8", "--train", "3", "--calibration", "1", "--test", "2", "--workers", "1"]
 
@@ -87,7 +87,7 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path, monke
 
     arguments = ["--out", str(tmp_path), "--seconds", "4", "--train", "1", "--calibration", "0", "--test", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.synthesize.write_mp4", stop_half_way)
+        patch.setattr("omnimem.commands.synthesize.write_mp4", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
     assert main(arguments) == 0

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, WhisperFeatureExtractor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
-from data_prep.renderer import render_audio
-from data_prep.worlds import (
+from omnimem.commands.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
+from omnimem.media import patchify
+from omnimem.recall.renderer import render_audio
+from omnimem.recall.worlds import (
     COLOURS,
     KINDS,
     SHAPES,
@@ -27,11 +29,9 @@ from data_prep.worlds import (
     WorldOptions,
     draw_world,
 )
-from omnimem.media import patchify
-from train.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
-from train.tiny_batches import ANSWER_PROMPT, IGNORE, PREFIX, SUFFIX, attention_mask, pack_questions, stream_layout
-from train.tiny_checkpoint import SPECIAL, SYSTEM
-from train.tiny_towers import GEOMETRY, Clip, render_clips
+from omnimem.tiny.batches import ANSWER_PROMPT, IGNORE, PREFIX, SUFFIX, attention_mask, pack_questions, stream_layout
+from omnimem.tiny.checkpoint import SPECIAL, SYSTEM
+from omnimem.tiny.towers import GEOMETRY, Clip, render_clips
 
 FOLDER = Path(__file__).parents[1] / "configs" / "models" / "tiny"
 TASK_WORDS = (*SHAPES, *COLOURS, *VOICES, *WORDS, *" ".join(TEMPLATES.values()).replace("{key}", "").split())

@@ -4,9 +4,9 @@ import itertools
 from dataclasses import fields, replace
 
 import pytest
-import reference
 import torch
-from pools import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
+from support import reference
+from support.layer_views import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
 from torch import Tensor
 
 from omnimem.tokens import Tokens

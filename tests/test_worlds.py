@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from scipy.stats import chisquare
 
-from data_prep.worlds import (
+from omnimem.recall.worlds import (
     CELLS,
     COLOURS,
     KINDS,

@@ -11,18 +11,19 @@ from transformers import PreTrainedModel
 
 from accelerator.models import IGNORED, questions, relative, small, stretch, toy_pair
 from accelerator.record import Record
-from omnimem.attach import Seam, attach
 from omnimem.attention import reference
 from omnimem.attention.blocked import MEMORY, Segments, attend, mass, visible
 from omnimem.budget import Budget
 from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.scoring import AbstractScorer
 from omnimem.selection import Softness, select
-from omnimem.stream import Prompt, Stream
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Chunk
-from omnimem.tuning import FullGradient, Gradient
+from omnimem.tuning import BackpropMode, FullGradient
 from omnimem.view import LayerView
 
 LENGTHS = (23, 31, 1, 15, 26)
@@ -160,8 +161,8 @@ def chunks_of(width: int, seed: int, dtype: torch.dtype, device: torch.device) -
 
 def read(model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], prompt: Prompt) -> tuple[Tensor, Stream]:
     """Hidden states of a question after the stream, and the stream."""
-    with torch.no_grad(), attach(model) as seam:
-        stream = Stream(seam, policy)
+    with torch.no_grad(), attach(model) as attached:
+        stream = Stream(attached, policy)
         for chunk in chunks:
             stream.feed(chunk)
         return stream.ask(prompt).hidden, stream
@@ -279,16 +280,16 @@ class Stored:
 
 
 def streamed_loss(
-    seam: Seam,
+    attached: StreamedAttention,
     policy: Policy,
     chunks: Sequence[Chunk],
     prompt: Prompt,
     head: Callable[[Tensor], Tensor],
-    carry: Gradient,
+    carry: BackpropMode,
     temperature: float,
 ) -> Tensor:
     """Cross-entropy of the answers asked after the stream."""
-    stream = Stream(seam, policy, carry=carry, softness=Softness(temperature=temperature))
+    stream = Stream(attached, policy, carry=carry, softness=Softness(temperature=temperature))
     for chunk in chunks:
         stream.feed(chunk)
     reader, labels = stream.reader(prompt), prompt.labels
@@ -321,16 +322,16 @@ def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device)
 
 
 def _slope(
-    model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], carry: Gradient, *, by_layer: bool = False
+    model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], carry: BackpropMode, *, by_layer: bool = False
 ) -> Tensor:
     """Gradient of the streamed loss in the query, key and value projections, as one vector."""
     parts = [p for name, p in model.named_parameters() if any(n in name for n in ("q_proj", "k_proj", "v_proj"))]
     for part in parts:
         part.requires_grad_(True)
     embedding = cast(Tensor, model.get_input_embeddings().weight)
-    with attach(model, recompute_layers=by_layer) as seam:
+    with attach(model, recompute_layers=by_layer) as attached:
         prompt = questions(2, 8, 300, embedding.device)
-        loss = streamed_loss(seam, policy, chunks, prompt, lambda hidden: hidden @ embedding.T, carry, 0.5)
+        loss = streamed_loss(attached, policy, chunks, prompt, lambda hidden: hidden @ embedding.T, carry, 0.5)
         slopes = torch.autograd.grad(loss, parts)
     for part in parts:
         part.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5OmniTextConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
 
-from omnimem.stream import Prompt
+from omnimem.streaming.prompt_pass import Prompt
 from omnimem.tokens import Chunk, Modality
 
 SHAPES_7B = Path(__file__).resolve().parents[2] / "configs" / "models" / "Qwen2.5-Omni-7B.json"

@@ -23,15 +23,16 @@ from accelerator.clock import Arm, Clock, Work, release
 from accelerator.correctness import Stored, streamed_loss
 from accelerator.models import OPENING, Sizes, questions, random_model, stretch
 from accelerator.record import Record
-from omnimem.attach import attach
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policy import Policy
-from omnimem.selection import Room, select
-from omnimem.stream import Prompt, Stream
+from omnimem.policies.base import Policy
+from omnimem.selection import LayerSlots, select
+from omnimem.streaming.attach import attach
+from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
-from omnimem.tuning import FullGradient, Gradient
+from omnimem.tuning import BackpropMode, FullGradient
 
 ARMS: dict[str, PolicyOptions] = {
     "distinct": DistinctOptions(),  # as budget8k.yaml has it
@@ -195,7 +196,7 @@ def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
     total = layer.keys.shape[2]
     tokens = bench.chunk(OPENING, total)
     scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).room(0)
-    if not isinstance(room, Room):
+    if not isinstance(room, LayerSlots):
         raise TypeError("these sizes have no budget; give Sizes.memory")
     return {
         "mass": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale)),
@@ -214,8 +215,8 @@ class Filled:
     @classmethod
     def of(cls, bench: Bench, model: PreTrainedModel, policy: Policy) -> "Filled":
         """After one chunk that is longer than the memory."""
-        with torch.no_grad(), attach(model) as seam:
-            stream = Stream(seam, policy)
+        with torch.no_grad(), attach(model) as attached:
+            stream = Stream(attached, policy)
             stream.feed(
                 bench.chunk(0, max(bench.sizes.memory + OPENING + bench.sizes.chunks[0], bench.sizes.chunks[-1]))
             )
@@ -346,13 +347,13 @@ def training(bench: Bench) -> None:
     prompt = questions(1, sizes.question, sizes.text["vocab_size"], bench.device)
     policy = bench.policy(ARMS["lambda 0.02, feature 128"])
 
-    def arm(carry: Gradient, *, by_layer: bool = False) -> Arm:
+    def arm(carry: BackpropMode, *, by_layer: bool = False) -> Arm:
         @contextmanager
         def opened() -> Iterator[Work]:
-            with attach(model, recompute_layers=by_layer) as seam:
+            with attach(model, recompute_layers=by_layer) as attached:
 
                 def work() -> None:
-                    loss = streamed_loss(seam, policy, chunks, prompt, head, carry, TEMPERATURE)
+                    loss = streamed_loss(attached, policy, chunks, prompt, head, carry, TEMPERATURE)
                     torch.autograd.grad(loss, adapters)
 
                 yield work

@@ -4,8 +4,8 @@ Tables are [audio, visual] a layer, as released. Signals are measured once per m
 come shares of the whole memory, and from the shares the slots of a memory of any size.
 """
 
+from omnimem.budget.allocation import BudgetError, Rounding, Shares, Slots
 from omnimem.budget.options import AudioVisualBudget, BudgetOptions, SharedBudget, SplitBudget
-from omnimem.budget.shares import BudgetError, Rounding, Shares, Slots
 from omnimem.budget.signals import Form, Readings, Signals
 from omnimem.budget.table import UNLIMITED, Budget
 

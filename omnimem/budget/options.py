@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, final
 
-from omnimem.budget.shares import BudgetError, Rounding, Shares
+from omnimem.budget.allocation import BudgetError, Rounding, Shares
 from omnimem.budget.signals import Form, Signals, positive
 from omnimem.budget.table import Budget
 

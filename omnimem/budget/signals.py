@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from omnimem.budget.shares import BudgetError, Pair, Shares
+from omnimem.budget.allocation import BudgetError, Pair, Shares
 
 Form = Literal["printed", "released"]
 

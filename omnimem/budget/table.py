@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
-from omnimem.budget.shares import BudgetError, Shares, Slots, require
+from omnimem.budget.allocation import BudgetError, Shares, Slots, require
 from omnimem.budget.signals import Signals
 from omnimem.run import write_text
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
-from omnimem.benchmarks.accuracy import DURATION, categories_of
 from omnimem.budget import Budget, BudgetError
+from omnimem.tasks.accuracy import DURATION, categories_of
 
 Role = Literal["rival", "reference", "probe"]
 

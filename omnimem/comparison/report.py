@@ -8,11 +8,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from omnimem.benchmarks.accuracy import DURATION, ordered
 from omnimem.comparison import figures
 from omnimem.comparison.figures import Kept, Mark, Points, Scale
 from omnimem.comparison.load import Answer, Arm, Run, axis_of, shown
 from omnimem.comparison.summary import in_order
+from omnimem.tasks.accuracy import DURATION, ordered
 
 TEMPLATE = Path(__file__).with_name("report.html")
 STYLE = Path(__file__).with_name("style.css")

@@ -18,8 +18,8 @@ from omnimem.config.source import ConfigError, Key, Problem, dotted, override, r
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import DistinctOptions, PolicyOptions
-from omnimem.policy import ScoredPolicy
-from omnimem.stream import StreamOptions
+from omnimem.policies.base import ScoredPolicy
+from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

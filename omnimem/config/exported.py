@@ -14,9 +14,9 @@ from omnimem.budget import AudioVisualBudget, Budget
 from omnimem.config import MemoryOptions
 from omnimem.config.check import strict, validated
 from omnimem.config.source import ConfigError, dotted
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.run import write_text
-from omnimem.stream import StreamOptions
+from omnimem.streaming.options import StreamOptions
 
 FILE = "omnimem.json"
 HERE = "."  # model.path of weights that lie beside the file

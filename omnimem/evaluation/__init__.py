@@ -2,7 +2,7 @@
 
 from omnimem.evaluation.answering import Evaluation
 from omnimem.evaluation.options import Arm, EvaluateOptions, EvaluationError
-from omnimem.evaluation.share import Share
+from omnimem.evaluation.sharding import Share
 from omnimem.evaluation.summary import summarise
 
 __all__ = ["Arm", "EvaluateOptions", "Evaluation", "EvaluationError", "Share", "summarise"]

@@ -9,22 +9,22 @@ from typing import Any, final
 
 import torch
 
-from omnimem.attach import Seam
 from omnimem.backbones import Turn
-from omnimem.benchmarks import Benchmark
 from omnimem.data import Failure, Failures, Question, Sample
 from omnimem.evaluation.cost import Clock, FirstToken, PeakMemory
-from omnimem.evaluation.intake import Intake
 from omnimem.evaluation.options import Arm, EvaluateOptions
 from omnimem.evaluation.results import Results
-from omnimem.evaluation.share import Share
+from omnimem.evaluation.sharding import Share
+from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
-from omnimem.feeding import Feeder, play, tracks_of
 from omnimem.media import FileSource, MediaError, Segment
-from omnimem.media.ahead import Decoders
+from omnimem.media.prefetch import Decoders
 from omnimem.run import write_json
-from omnimem.stream import Stream
+from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.feeder import Feeder, feed_until_due, tracks_of
+from omnimem.streaming.stream import Stream
+from omnimem.tasks import Benchmark
 from omnimem.tokens import EVICTABLE, Chunk
 
 TOGETHER = 64  # questions of a stream that are read in one pass
@@ -49,7 +49,7 @@ class _Job:
 class Evaluation:
     """Runs arms with one model; the text model is attached by the caller."""
 
-    seam: Seam
+    attached: StreamedAttention
     feeder: Feeder
     options: EvaluateOptions
 
@@ -137,9 +137,9 @@ class Evaluation:
 
     def _batches(
         self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
-    ) -> Iterator[list[Intake] | tuple[Sample, MediaError]]:
+    ) -> Iterator[list[StreamReader] | tuple[Sample, MediaError]]:
         """The streams of a block that pass together, or one that cannot be read, with the reason."""
-        waiting: dict[tuple[object, ...], list[Intake]] = {}
+        waiting: dict[tuple[object, ...], list[StreamReader]] = {}
         for job, segments in block:
             try:
                 if job.failure is not None:
@@ -158,7 +158,7 @@ class Evaluation:
         self,
         arm: Arm,
         benchmark: Benchmark,
-        batch: list[Intake] | tuple[Sample, MediaError],
+        batch: list[StreamReader] | tuple[Sample, MediaError],
         trace: Path | None,
     ) -> list[dict[str, Any]]:
         """A line a question; a stream that turns out to be unreadable on the way costs all its questions."""
@@ -198,17 +198,17 @@ class Evaluation:
 
     @torch.no_grad()
     def _answers(
-        self, arm: Arm, benchmark: Benchmark, batch: Sequence[Intake], trace: Path | None
+        self, arm: Arm, benchmark: Benchmark, batch: Sequence[StreamReader], trace: Path | None
     ) -> Iterator[dict[str, Any]]:
         """One line a question of the batch."""
         clock, peak, first = Clock(sum(intake.gathering for intake in batch)), PeakMemory(), batch[0]
         policy = arm.policy
-        if policy.foretold:
-            policy = self.feeder.told(policy, [intake.whole() for intake in batch])
-        stream = self.feeder.stream(self.seam, policy, batch=len(batch))
+        if policy.needs_oracle:
+            policy = self.feeder.with_oracle(policy, [intake.whole() for intake in batch])
+        stream = self.feeder.stream(self.attached, policy, batch=len(batch))
         watch = _Watch(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
         chunks = watch.chunks(clock.chunks(self.feeder.chunks(batch)))
-        for due in play(stream, chunks, first.sample.moments):
+        for due in feed_until_due(stream, chunks, first.sample.moments):
             for rows in _in_passes([intake.sample.asked(due) for intake in batch]):
                 facts = self._facts(stream, watch.seconds) | {"media": clock.media, "reading": clock.reading}
                 with clock.answer():
@@ -227,7 +227,7 @@ class Evaluation:
             write_json(trace, watch.trace.json(stream, watch.seconds))
 
     def _ask(
-        self, stream: Stream, batch: Sequence[Intake], rows: Sequence[Sequence[int]]
+        self, stream: Stream, batch: Sequence[StreamReader], rows: Sequence[Sequence[int]]
     ) -> tuple[list[list[str]], dict[str, float]]:
         """Answers by stream to the questions of these numbers, and what they took."""
         turns = [
@@ -248,7 +248,7 @@ class Evaluation:
 
     def _facts(self, stream: Stream, seconds: float) -> dict[str, Any]:
         """What the memory took when a question was asked."""
-        layers, counts = self.seam.shape.layers, stream.memory.counts()
+        layers, counts = self.attached.shape.layers, stream.memory.counts()
         _, audio, visual = stream.usage.tokens_in
         return {
             "stream_seconds": round(seconds, 3),
@@ -277,10 +277,10 @@ class _Watch:
                 self.trace.note(self._stream, chunk.seconds)
 
 
-def _intake(sample: Sample, segments: Iterable[Segment] | None, arm: Arm, feeder: Feeder) -> Intake:
+def _intake(sample: Sample, segments: Iterable[Segment] | None, arm: Arm, feeder: Feeder) -> StreamReader:
     if arm.tracks is None:
-        return Intake(sample, None, [])
-    return Intake(sample, tracks_of(sample, feeder.options.tracks), feeder.read(sample, segments))
+        return StreamReader(sample, None, [])
+    return StreamReader(sample, tracks_of(sample, feeder.options.tracks), feeder.read(sample, segments))
 
 
 def _in_passes(asked: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -300,7 +300,7 @@ def _judged(benchmark: Benchmark, question: Question, text: str) -> dict[str, An
     }
 
 
-def _measured(facts: dict[str, Any], intake: Intake, streams: int, seconds: dict[str, float]) -> dict[str, Any]:
+def _measured(facts: dict[str, Any], intake: StreamReader, streams: int, seconds: dict[str, float]) -> dict[str, Any]:
     """Facts of the pass as they are of one stream."""
     heard = intake.heard(facts["stream_seconds"])
     shared = {key: facts[key] / streams for key in ("media", "reading")}
@@ -313,7 +313,7 @@ def _measured(facts: dict[str, Any], intake: Intake, streams: int, seconds: dict
 
 
 def _late(
-    question: Question, intake: Intake, due: Sequence[float | None], seconds: float, *, over: bool
+    question: Question, intake: StreamReader, due: Sequence[float | None], seconds: float, *, over: bool
 ) -> dict[str, str]:
     """A defect: the question's time lies after the end of the stream. Probes that read nothing cannot tell."""
     time = None if question.at is None else question.at - intake.sample.start

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, final
 
-from omnimem.benchmarks import BenchmarkOptions
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
+from omnimem.tasks import BenchmarkOptions
 
 Tracks = Literal["both", "video", "audio"]
 

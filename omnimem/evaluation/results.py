@@ -14,7 +14,7 @@ from typing import Any, final
 
 from omnimem.data import Sample
 from omnimem.evaluation.options import EvaluationError
-from omnimem.evaluation.share import Share
+from omnimem.evaluation.sharding import Share
 from omnimem.run import append_line, write_text
 
 MEASURED = ("seconds", "peak_memory")  # what differs between two runs of the same question

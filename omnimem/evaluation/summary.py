@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from omnimem.benchmarks import Defect
-from omnimem.benchmarks.accuracy import Line, accuracy, breakdown
+from omnimem.tasks import Defect
+from omnimem.tasks.accuracy import Line, accuracy, breakdown
 
 
 def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from omnimem.evaluation.intake import Intake
-from omnimem.stream import Stream
+from omnimem.evaluation.stream_reader import StreamReader
+from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE
 
 MOST = 192  # rows (chunks) and bins (segments); beyond, every second row is dropped and neighbouring bins are joined
@@ -17,7 +17,7 @@ MOST = 192  # rows (chunks) and bins (segments); beyond, every second row is dro
 class Trace:
     """Counts after each chunk, for a table of fixed size however long the stream is."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: StreamReader) -> None:
         self._intake = intake
         self._chunks, self._every = 0, 1  # chunks so far; how many of them a row stands for
         self._joined = 1  # segments in a bin

@@ -1,7 +1,19 @@
 """The memory inspector: what each layer still holds of one stream as it goes on, two policies side by side."""
 
-from omnimem.inspection.ledger import Holding, Ledger, Merged, follow
 from omnimem.inspection.page import Side, render
-from omnimem.inspection.reading import Grid, Mark, Reading, Sounds, read
+from omnimem.inspection.retention import Holding, Merged, RetentionLog, follow
+from omnimem.inspection.snapshot import Grid, Mark, Sounds, StreamSnapshot, read
 
-__all__ = ["Grid", "Holding", "Ledger", "Mark", "Merged", "Reading", "Side", "Sounds", "follow", "read", "render"]
+__all__ = [
+    "Grid",
+    "Holding",
+    "Mark",
+    "Merged",
+    "RetentionLog",
+    "Side",
+    "Sounds",
+    "StreamSnapshot",
+    "follow",
+    "read",
+    "render",
+]

@@ -11,8 +11,8 @@ import numpy as np
 
 from omnimem.budget import Budget
 from omnimem.comparison.report import UNKNOWN, template_of
-from omnimem.inspection.ledger import NEVER, UNREAD, Holding
-from omnimem.inspection.reading import Reading
+from omnimem.inspection.retention import NEVER, UNREAD, Holding
+from omnimem.inspection.snapshot import StreamSnapshot
 from omnimem.tokens import Modality
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,7 +29,7 @@ class Side:
     budget: Budget | None  # as the policy uses it; None: full memory
 
 
-def render(reading: Reading, sides: tuple[Side, Side]) -> str:
+def render(reading: StreamSnapshot, sides: tuple[Side, Side]) -> str:
     """The whole page; needs no network. Its numbers are those of the holdings, packed by `packed`."""
     left, right = (side.holding for side in sides)
     assert left.ends == right.ends, "both sides read the same chunks"
@@ -56,7 +56,7 @@ def _facts(sides: Sequence[Side]) -> list[dict[str, Any]]:
     return [{"key": key, "values": [side.facts.get(key, UNKNOWN) for side in sides]} for key in keys]
 
 
-def _data(reading: Reading, sides: Sequence[Side]) -> dict[str, Any]:
+def _data(reading: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
     """All that the page's script draws from; arrays by `packed`: i2, i4, f4 and u1, little-endian."""
     holding, sounds = sides[0].holding, reading.sounds
     cells = [grid.tokens for grid in reading.grids]

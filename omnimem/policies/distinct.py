@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.budget import Budget
-from omnimem.policy import ScoredPolicy
+from omnimem.policies.base import ScoredPolicy
 from omnimem.scoring import Compared, Covered, KeyDifference
 
 

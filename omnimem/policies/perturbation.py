@@ -5,7 +5,7 @@ from typing import Any, Literal, final
 
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
-from omnimem.policy import ScoredPolicy
+from omnimem.policies.base import ScoredPolicy
 from omnimem.scoring import Covered, Perturbation
 from omnimem.view import Measures
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
-from omnimem.scoring.order import highest
+from omnimem.scoring.topk import highest
 from omnimem.tokens import EVICTABLE
 from omnimem.view import FLOOR, LayerView
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from omnimem.scoring.order import highest
+from omnimem.scoring.topk import highest
 from omnimem.selection import gates
-from omnimem.selection.room import Group, Room, groups, text_of
+from omnimem.selection.layer_slots import Group, LayerSlots, groups, text_of
 from omnimem.selection.softness import Softness
 
 
@@ -25,7 +25,7 @@ class Selected:
 def select(
     scores: Float[Tensor, "batch tokens"],
     modality: Int8[Tensor, "batch tokens"],
-    room: Room,
+    room: LayerSlots,
     softness: Softness | None = None,
     carried: Float[Tensor, "batch tokens"] | None = None,
 ) -> Selected:

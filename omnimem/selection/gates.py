@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.selection.room import Group
+from omnimem.selection.layer_slots import Group
 
 TIE = 1e-4  # standard deviations by which a token that stays counts as better than an equal one that goes
 FAINTEST = -50.0  # of gates; below it a key weighs nothing in any precision, and float16 would overflow

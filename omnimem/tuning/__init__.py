@@ -2,14 +2,15 @@
 
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange
 from omnimem.tuning.gradient import (
+    BackpropMode,
     FullGradient,
-    Gradient,
     GradientError,
     HorizonGradient,
     ReleasedGradient,
     StatesGradient,
     by_similarity,
 )
+from omnimem.tuning.gradient.build import described, gradient_of, policy_in_training
 from omnimem.tuning.lora import (
     AdapterError,
     LoraOptions,
@@ -20,20 +21,19 @@ from omnimem.tuning.lora import (
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
+from omnimem.tuning.metrics import Pass, running_means, step_metrics
 from omnimem.tuning.plan import Plan, Step, TuningOptions
-from omnimem.tuning.reach import described, gradient_of, policy_in_training
 from omnimem.tuning.session import Outcome, streamed_loss
-from omnimem.tuning.tally import Pass, running_means, tally
 
 __all__ = [
     "AbstractLoss",
     "AdapterError",
     "AnswerLoss",
+    "BackpropMode",
     "BudgetRange",
     "ChunkRange",
     "FullGradient",
     "FullMemoryKL",
-    "Gradient",
     "GradientError",
     "HorizonGradient",
     "LoraOptions",
@@ -56,7 +56,7 @@ __all__ = [
     "load_adapter",
     "policy_in_training",
     "running_means",
+    "step_metrics",
     "streamed_loss",
-    "tally",
     "trainable",
 ]

@@ -72,7 +72,7 @@ def uniform(*parts: int | str) -> float:
     return (int.from_bytes(_hash(*parts)[:8], "big") >> 11) / 2**53
 
 
-def in_laps(choices: Sequence[Drawn], step: int, *parts: int | str) -> Drawn:
+def shuffled_cycle(choices: Sequence[Drawn], step: int, *parts: int | str) -> Drawn:
     """The choice of a step: each lap through the list is a permutation of its own, a function of the parts."""
     lap, place = divmod(step, len(choices))
     order = sorted(range(len(choices)), key=lambda number: _hash(*parts, lap, number))

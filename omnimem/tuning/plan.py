@@ -6,7 +6,7 @@ from typing import Literal, final
 
 from omnimem.backbones import Encoded, LayoutError
 from omnimem.selection import SelectionOptions, Softness
-from omnimem.tuning.curriculum import BudgetRange, ChunkRange, in_laps, uniform
+from omnimem.tuning.curriculum import BudgetRange, ChunkRange, shuffled_cycle, uniform
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute, check_settings
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
@@ -99,10 +99,10 @@ class Plan:
         budgets = self.options.budgets
         if isinstance(budgets, BudgetRange):
             return budgets.at(uniform(self.seed, step, "budgets"))
-        return in_laps(self.options.slots(self.slots_per_layer), step, self.seed)
+        return shuffled_cycle(self.options.slots(self.slots_per_layer), step, self.seed)
 
     def _chunk_tokens(self, step: int) -> int:
         sizes = self.options.chunk_tokens
         if isinstance(sizes, ChunkRange):
             return sizes.at(uniform(self.seed, step, "chunk_tokens"))
-        return in_laps(sizes or (self.chunk_tokens,), step, self.seed, "chunk_tokens")
+        return shuffled_cycle(sizes or (self.chunk_tokens,), step, self.seed, "chunk_tokens")

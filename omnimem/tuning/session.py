@@ -9,15 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnimem.attach import Seam
 from omnimem.backbones import Turn
-from omnimem.feeding import IGNORED, Feeder, Opened, play
 from omnimem.memory import Memory
-from omnimem.policy import Policy
+from omnimem.policies.base import Policy
 from omnimem.selection import Softness
-from omnimem.stream import Prompt, Reading, Stream, Usage
+from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.feeder import IGNORED, EncodedSample, Feeder, feed_until_due
+from omnimem.streaming.prompt_pass import Prompt, PromptState
+from omnimem.streaming.stream import Stream, Usage
 from omnimem.tokens import Chunk, Modality
-from omnimem.tuning.gradient import Gradient
+from omnimem.tuning.gradient import BackpropMode
 from omnimem.tuning.lora import StreamedModel
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows
 
@@ -42,7 +43,7 @@ class _Lesson:
     """What is streamed and what is asked on the way: the same for teacher and student."""
 
     feeder: Feeder
-    batch: Sequence[Opened]
+    batch: Sequence[EncodedSample]
     chunk_tokens: int | None
 
     def __post_init__(self) -> None:
@@ -55,20 +56,20 @@ class _Lesson:
 
     def prompts(self, stream: Stream) -> Iterator[tuple[Prompt, Int[Tensor, "batch tokens"]]]:
         """Feeds the stream, and yields prompt and labels whenever answers are due."""
-        for due in play(stream, self.chunks(), self.batch[0].moments):
+        for due in feed_until_due(stream, self.chunks(), self.batch[0].moments):
             prompt = self.feeder.prompt([_turns(opened, due) for opened in self.batch], self.batch[0].tracks)
             if prompt.labels is not None and bool((prompt.labels != IGNORED).any()):
                 yield prompt, prompt.labels
 
 
 def streamed_loss(
-    seam: Seam,
+    attached: StreamedAttention,
     feeder: Feeder,
-    batch: Sequence[Opened],
+    batch: Sequence[EncodedSample],
     policy: Policy,
     *,
     softness: Softness | None,
-    carry: Gradient,
+    carry: BackpropMode,
     losses: Sequence[AbstractLoss] = (AnswerLoss(),),
     model: StreamedModel | None = None,
     chunk_tokens: int | None = None,
@@ -83,11 +84,13 @@ def streamed_loss(
     lesson = _Lesson(feeder=feeder, batch=batch, chunk_tokens=chunk_tokens)
     taking = [loss for loss in losses if loss.takes(batch[0].tokens)]
     if any(loss.needs_teacher for loss in taking):
-        taught = _taught(seam, lesson, policy, model)
+        taught = _taught(attached, lesson, policy, model)
         taking = [loss for loss in taking if not loss.needs_teacher or taught]
     else:
         taught = []
-    stream = feeder.stream(seam, feeder.told(policy, batch), batch=len(batch), softness=softness, carry=carry)
+    stream = feeder.stream(
+        attached, feeder.with_oracle(policy, batch), batch=len(batch), softness=softness, carry=carry
+    )
     values, owners = [], []
     for number, (prompt, labels) in enumerate(lesson.prompts(stream)):
         teacher = taught[number] if taught else None
@@ -111,7 +114,7 @@ def streamed_loss(
 
 @torch.no_grad()
 def _taught(
-    seam: Seam, lesson: _Lesson, policy: Policy, model: StreamedModel | None
+    attached: StreamedAttention, lesson: _Lesson, policy: Policy, model: StreamedModel | None
 ) -> list[Float[Tensor, "rows width"]]:
     """Final hidden states at the answers' rows, moment by moment, of the untouched model with full memory.
 
@@ -119,7 +122,7 @@ def _taught(
     """
     if model is None:
         raise ValueError("a loss needs the teacher; give streamed_loss the model whose adapter it does without")
-    stream = lesson.feeder.stream(seam, policy.with_budget(None), batch=len(lesson.batch))
+    stream = lesson.feeder.stream(attached, policy.with_budget(None), batch=len(lesson.batch))
     last = stream.last_position
     if last is not None and any(int(chunk.positions.max()) >= last for chunk in lesson.chunks()):
         return []
@@ -129,7 +132,7 @@ def _taught(
 
 def _loss_of(
     losses: Sequence[AbstractLoss],
-    read: Callable[[Memory], Reading],
+    read: Callable[[Memory], PromptState],
     labels: Int[Tensor, "batch tokens"],
     head: Callable[[Tensor], Tensor],
     taught: Float[Tensor, "rows width"] | None,
@@ -156,7 +159,7 @@ def _means_over_streams(
     return (values / counts[owners]).sum(dim=1) / streams
 
 
-def _turns(opened: Opened, due: Sequence[float | None]) -> list[Turn]:
+def _turns(opened: EncodedSample, due: Sequence[float | None]) -> list[Turn]:
     questions = opened.sample.questions
     return [
         Turn(text=questions[number].text, answer=questions[number].answer)

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from omnimem.memory import Memory
-from omnimem.stream import Carry
+from omnimem.streaming.chunk_pass import MemoryStep
 
 
 @runtime_checkable
-class Gradient(Carry, Protocol):
+class BackpropMode(MemoryStep, Protocol):
     """A way to carry the memory that also says how a loss is read from it."""
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnimem.attach import Seam
 from omnimem.attention.blocked import attend
 from omnimem.memory import Memory
-from omnimem.policy import Policy, ScoredPolicy
+from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.scoring import Perturbation
-from omnimem.stream import ChunkStep, Manner
+from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.chunk_pass import ChunkStep, ReadConfig
 from omnimem.tokens import Tokens
 from omnimem.tuning.gradient.full import FullGradient
 from omnimem.tuning.gradient.horizon import Draws, Link
@@ -63,7 +63,7 @@ class ReleasedGradient:
 
         Raises GradientError when visual features are added above `stop_layer`.
         """
-        stop, before, draws = self.stop_layer, step.met(replace(memory, note=None)), Draws.now(embeddings)
+        stop, before, draws = self.stop_layer, step.compacted(replace(memory, note=None)), Draws.now(embeddings)
         levels = 0 if step.deepstack is None else len(step.deepstack.features)
         if levels > stop:
             raise GradientError(
@@ -99,7 +99,7 @@ class ReleasedGradient:
 
         def flat(states: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(layers, Memory.of(tensors).layers, strict=True))
-            passed, kept = step.layers(given, states, anew=True)
+            passed, kept = step.layers(given, states, recompute_kv=True)
             return passed, *Memory(layers=tuple(kept)).tensors()
 
         inputs = Memory(layers=tuple(memory.values())).tensors()
@@ -117,14 +117,14 @@ class ReleasedGradient:
 
     def _above(self, step: ChunkStep, pool: Tokens) -> tuple[Tokens, ...]:
         """What the layers from `stop_layer` on keep for the question, keys and values in the graph."""
-        seam, manner, new = step.seam, step.manner, step.modality.shape[1]
+        attached, manner, new = step.attached, step.manner, step.modality.shape[1]
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             tokens, kept = Tokens.of(tensors), []
             states, tokens = tokens.states, replace(tokens, states=tokens.states[..., :0])
-            for layer in range(self.stop_layer, seam.shape.layers):
+            for layer in range(self.stop_layer, attached.shape.layers):
                 fresh = new if layer == self.stop_layer else None
-                states, mine = _sequence(seam, manner, layer, tokens, states, fresh)
+                states, mine = _sequence(attached, manner, layer, tokens, states, fresh)
                 kept.append(mine)
                 if layer == self.stop_layer:
                     states = _cut(replace(tokens, states=states), mine).states
@@ -138,7 +138,7 @@ class ReleasedGradient:
 class _ReadSequence:
     """A layer step: tokens read as one sequence without history, of which the layer keeps its budget."""
 
-    def __init__(self, manner: Manner, new: int | None) -> None:
+    def __init__(self, manner: ReadConfig, new: int | None) -> None:
         self.manner, self.new = manner, new
         self._kept: list[Tokens] | None = []
 
@@ -160,27 +160,27 @@ class _ReadSequence:
             self._kept.append(kept)
         return attend(queries, keys, values, scale=scale)
 
-    def hand_over(self) -> list[Tokens]:
+    def take_results(self) -> list[Tokens]:
         """What the layer kept; the step forgets it, and notes no more."""
         kept, self._kept = self._kept, None
         return kept or []
 
 
 def _sequence(
-    seam: Seam, manner: Manner, layer: int, tokens: Tokens, states: Tensor, new: int | None
+    attached: StreamedAttention, manner: ReadConfig, layer: int, tokens: Tokens, states: Tensor, new: int | None
 ) -> tuple[Tensor, Tokens]:
     """One layer over `tokens`, of which the `new` last ones (None: all) come to it now: output, and what it keeps."""
     reader = _ReadSequence(manner, new)
     try:
-        states = seam.layers(reader, states, tokens.positions, None, {layer: tokens.tensors()})
+        states = attached.layers(reader, states, tokens.positions, None, {layer: tokens.tensors()})
     finally:  # a recomputation ends by an exception
-        kept = reader.hand_over()
+        kept = reader.take_results()
     return states, kept[0]
 
 
 def _pool(step: ChunkStep, carrier: Tokens, entering: Float[Tensor, "batch tokens width"]) -> Tokens:
     """[carrier ; chunk] as inputs of the stop layer: their states in the graph, no keys and values yet."""
-    shape, (batch, count) = step.seam.shape, step.modality.shape
+    shape, (batch, count) = step.attached.shape, step.modality.shape
     none = torch.zeros(batch, shape.kv_heads, count, shape.dim, dtype=entering.dtype, device=entering.device)
     fresh = replace(step.arriving(entering.detach(), none, none), states=entering)
     if not carrier.count:

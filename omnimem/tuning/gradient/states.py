@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnimem.memory import Memory
-from omnimem.stream import ChunkStep
+from omnimem.streaming.chunk_pass import ChunkStep
 from omnimem.tuning.gradient.full import FullGradient
 
 

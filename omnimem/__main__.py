@@ -1,0 +1,41 @@
+"""The console command: `omnimem NAME ...` runs the command of that name; `omnimem --help` lists them."""
+
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from omnimem.cli.parser import run_command
+
+COMMANDS = {
+    "finetune": "fine-tune a model under its memory budget, then evaluate it",
+    "evaluate": "evaluate the arms of a run",
+    "calibrate": "measure a model's layers and write the budget",
+    "export": "write the tuned adapter or the merged model",
+    "compare": "compare arms or runs and write the report",
+    "ask": "stream a file or a pipe and answer questions about it",
+    "score": "judge predictions of lmms-eval or VLMEvalKit by our rules",
+    "show-memory": "write a page that shows what each layer holds",
+    "check": "check the files of a manifest or benchmark",
+    "convert": "convert other formats into a manifest",
+    "synthesize": "render the audio-visual recall task",
+    "pretrain-tiny": "train the tiny checkpoint that is shipped",
+}
+
+
+def main() -> NoReturn:
+    """Run the command that the first argument names; exit code 2 where it names none."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: omnimem COMMAND ...      (omnimem COMMAND --help)\n")
+        print("\n".join(f"  {command:<15}{what}" for command, what in COMMANDS.items()))
+        sys.exit(0)
+    command = name.replace("_", "-")
+    if command not in COMMANDS:
+        print(f"omnimem: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"omnimem {command}", *sys.argv[2:]]
+    run_command(import_module(f"omnimem.commands.{command.replace('-', '_')}").main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""--dry-run: settings, one sample as the model will read it, the budget and the memory table; no weights, no network.
+
+Shapes come from the model's folder or cache, else from configs/models; text is tokenised by the model's tokenizer,
+else by the tiny checkpoint's, and then marked `approximate`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem.backbones import Encoded, Qwen25Omni, Turn
+from omnimem.backbones.base import Tracks
+from omnimem.backbones.qwen2_5_omni import audio_tokens
+from omnimem.budget import AudioVisualBudget, SplitBudget
+from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
+from omnimem.data import Message, Sample, read_manifest
+from omnimem.footprint import Load, Shapes, footprint, render
+from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
+from omnimem.policies.base import Policy, ScoredPolicy
+from omnimem.scoring import Covered
+from omnimem.streaming.feeder import IGNORED, tracks_of
+from omnimem.tokens import Modality
+from omnimem.tuning.gradient.build import stop_layer_of
+from omnimem.tuning.gradient.options import HALF_WAY
+
+TINY = CONFIGS / "models" / "tiny"
+SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
+SHOWN = 3  # questions
+CONFIG_FILES = ("config.json", "preprocessor_config.json")
+
+
+@final
+@dataclass
+class Missing:
+    """What a real run would lack, with the way to get it."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, what: str, how: str) -> None:
+        """One more line."""
+        self.lines.append(f"missing: {what}; {how}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """The backbone without its weights, which stay on the meta device."""
+
+    backbone: Qwen25Omni
+    shapes: Shapes
+    approximate: bool  # text is tokenised by another model's tokenizer
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A sample, and what the model will get of it."""
+
+    sample: Sample
+    tracks: Tracks
+    source: Source  # read to its end
+    frame: tuple[int, int]  # height and width after resizing
+    tokens: dict[Modality, int]  # of the stream
+    chunks: tuple[int, ...]  # tokens of each chunk with audio or video
+    last_position: int
+    learned: int  # answer tokens
+
+
+def preview(run: RunConfig) -> None:
+    """Print what a run would do; what is missing is listed at the end and is no error."""
+    missing = Missing()
+    _section("settings", dump(run).splitlines())
+    _section("DeepSpeed", [_deepspeed(run)])
+    skeleton = skeleton_of(run, missing)
+    if skeleton is not None:
+        reading = read_sample(run, skeleton, missing)
+        _section("sample", describe_sample(skeleton, reading))
+        _section("budget", describe_budget(run, skeleton.shapes, reading))
+        rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, reading))
+        _section("memory of a device", render(rows).splitlines())
+    for benchmark in run.evaluate.benchmarks:
+        for gap in benchmark.gaps():
+            missing.add(f"benchmark {benchmark.label} ({gap.what})", gap.how)
+    _section("missing", missing.lines)
+
+
+def skeleton_of(run: RunConfig, missing: Missing) -> Skeleton | None:
+    """The backbone from its configuration files alone; None when nothing says what shapes it has."""
+    path = run.model.path
+    folder = _folder(path)
+    if folder is None or not any(folder.glob("*.safetensors")):
+        missing.add(f"weights of {path}", f"get them with `hf download {path}`, or set model.path to a local folder")
+    described = folder or CONFIGS / "models" / f"{Path(path).name}.json"
+    if not described.exists():
+        missing.add(f"shapes of {path}", f"get its {' and '.join(CONFIG_FILES)} as above; sample and memory need them")
+        return None
+    shapes = Shapes.read(described)
+    table = json.loads((described / "config.json" if folder else described).read_text())
+    config = Qwen2_5OmniThinkerConfig.from_dict(table.get("thinker_config", table))
+    with torch.device("meta"):
+        model: Any = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
+    own = folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder if own else TINY), local_files_only=True)
+    backbone = Qwen25Omni(model, tokenizer, shapes.geometry, system=run.model.system)
+    return Skeleton(backbone=backbone, shapes=shapes, approximate=not own)
+
+
+def _folder(path: str) -> Path | None:
+    """Where the model's configuration lies on this machine: its folder, or the hub's cache."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            found = try_to_load_from_cache(path, CONFIG_FILES[0])
+        except HFValidationError:  # a path, no hub id
+            return None
+        folder = Path(found).parent if isinstance(found, str) else folder
+    return folder if all((folder / name).is_file() for name in CONFIG_FILES) else None
+
+
+def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> Reading:
+    """The first training sample, decoded; a synthetic one where there is none that can be read."""
+    sample = _first_sample(run, missing)
+    if sample is not None:
+        try:
+            tracks = tracks_of(sample, run.stream.tracks)
+            options = run.stream.source(tracks)
+            source = FileSource(
+                sample.video or sample.audio or "",
+                sample.audio,
+                options=options,
+                geometry=skeleton.shapes.geometry,
+                start=sample.start,
+                end=sample.end,
+            )
+            return _read(run, skeleton, sample, tracks, source)
+        except MediaError as error:
+            missing.add(f"the first sample's media ({error})", "data_prep/check.py lists all files that cannot be read")
+    tracks = run.stream.tracks
+    frames, sound = _synthetic(skeleton.shapes.geometry.mel.rate)
+    source = LiveSource(frames, sound, options=run.stream.source(), geometry=skeleton.shapes.geometry)
+    return _read(run, skeleton, SYNTHETIC, tracks, source)
+
+
+def _first_sample(run: RunConfig, missing: Missing) -> Sample | None:
+    manifest = run.data.train
+    if manifest is None or not Path(manifest).is_file():
+        folder = Path(manifest or "data/recall/train.jsonl").parent
+        how = f"make it with `python data_prep/synthesize.py --out {folder}`, or from your files with convert.py"
+        missing.add(f"training data ({manifest or 'data.train is not set'})", how)
+        return None
+    return read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)[0]
+
+
+SYNTHETIC = Sample(
+    id="synthetic",
+    video=None,
+    audio=None,
+    messages=(
+        Message(role="user", content="What is shown, and what is said meanwhile?"),
+        Message(role="assistant", content="A red circle; the word river."),
+    ),
+)
+
+
+def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tensor]]:
+    """A minute of noise in pictures of 360 lines, and in sound."""
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
+    sound = torch.rand(rate, generator=generator) - 0.5
+    return ((float(second), frame) for second in range(SECONDS)), (sound for _ in range(SECONDS))
+
+
+def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> Reading:
+    """Decode the sample and cut it as a run would; the encoders' outputs are only counted.
+
+    Raises ConfigError when `stream` asks for something that the checkpoint's grids cannot give, LayoutError when a step
+    of tuning may.
+    """
+    backbone, shapes = skeleton.backbone, skeleton.shapes
+    try:
+        shapes.geometry.segment(run.stream.fps)
+    except ValueError as error:
+        raise ConfigError([f"stream.fps: {error}"]) from error
+    segments: list[Segment] = list(source)
+    frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
+    encoded = list(_counted(segments, shapes, run.stream.fps))
+    run.tuning.check_segments(encoded)
+    cut = backbone.chunks(
+        encoded,
+        tracks=tracks,
+        chunk_tokens=run.stream.chunk_tokens,
+        cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
+        system=sample.system,
+    )
+    try:
+        opening, *chunks = cut
+    except ValueError as error:
+        raise ConfigError([f"stream.chunk_tokens: {error}"]) from error
+    tokens = {kind: sum(int((chunk.modality == kind).sum()) for chunk in chunks) for kind in Modality}
+    tokens[Modality.TEXT] += opening.count
+    turns = [backbone.turn(Turn(text=q.text, answer=q.answer), tracks=tracks) for q in sample.questions]
+    return Reading(
+        sample=sample,
+        tracks=tracks,
+        source=source,
+        frame=(int(frame[0]), int(frame[1])),
+        tokens=tokens,
+        chunks=tuple(chunk.count for chunk in chunks),
+        last_position=max(int(chunk.positions.max()) for chunk in chunks) if chunks else opening.count,
+        learned=sum(label != IGNORED for _, _, labels in turns for label in labels),
+    )
+
+
+def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterator[Encoded]:
+    """Segments as the encoders would give them, by arithmetic: as many tokens, of width 0."""
+    cell, temporal, heard = shapes.geometry.cell, shapes.geometry.temporal_patch, 0
+    for segment in segments:
+        grid, before = (0, 0, 0), audio_tokens(heard)
+        if segment.frames is not None:
+            frames, _, height, width = segment.frames.shape
+            grid = (ceil(frames / temporal), height // cell, width // cell)
+        heard += 0 if segment.mel is None else segment.mel.shape[1]
+        sound = audio_tokens(heard) - before
+        yield Encoded(
+            visual=None if segment.frames is None else torch.zeros(1, grid[0] * grid[1] * grid[2], 0),
+            audio=torch.zeros(1, sound, 0) if sound else None,
+            grid=grid,
+            start=segment.start,
+            seconds=segment.seconds,
+            seconds_per_grid=temporal / fps,
+        )
+
+
+def describe_sample(skeleton: Skeleton, reading: Reading) -> Iterator[str]:
+    """What of the sample is read, its tokens by modality, and its questions with the label mask."""
+    source, sample, tokenizer = reading.source, reading.sample, skeleton.backbone.tokenizer
+    height, width = reading.frame
+    yield (
+        f"{sample.id} {sample.origin}".rstrip() + f": {source.seconds:.1f} s, {source.frames_seen} frames resized to "
+        f"{width} x {height}, {source.audio_seconds_heard:.1f} s of sound"
+    )
+    counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in reading.tokens.items())
+    yield f"tokens of the stream: {counts}; longest of {len(reading.chunks)} chunks: {max(reading.chunks, default=0):,}"
+    if skeleton.approximate:
+        yield "approximate: the model's tokenizer is not here, text is tokenised by the tiny checkpoint's"
+    trained = skeleton.shapes.trained_positions
+    if reading.last_position >= trained:
+        yield f"positions reach {reading.last_position:,}, beyond the {trained:,} that the model was trained on"
+    first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
+    yield f"prompt, the stream left out: {json.dumps(first, ensure_ascii=False)}"
+    yield "after the stream, what is learned in [[ ]]:"
+    for question in sample.questions[:SHOWN]:
+        turn = Turn(text=question.text, answer=question.answer if question.loss else None)
+        ids, _, labels = skeleton.backbone.turn(turn, tracks=reading.tracks)
+        learned = [label for label in labels if label != IGNORED]
+        asked = tokenizer.decode(ids[: len(ids) - len(learned)])
+        answer = f"[[{tokenizer.decode(learned)}]]" if learned else "(nothing is learned)"
+        yield f"  {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of {len(ids)} tokens"
+    if len(sample.questions) > SHOWN:
+        yield f"  and {len(sample.questions) - SHOWN} questions more"
+
+
+def describe_budget(run: RunConfig, shapes: Shapes, reading: Reading) -> Iterator[str]:
+    """Slots by layer and modality, and how much of the sample they hold."""
+    wanted, slots, layers = run.memory.budget, run.memory.slots_per_layer, shapes.text.layers
+    if isinstance(wanted, AudioVisualBudget) and wanted.needs_signals:
+        budget = SplitBudget(visual_audio_ratio=wanted.visual_audio_ratio).build(layers, slots)
+        yield (
+            f"measured on {run.calibration.streams} training streams before the first step; "
+            f"until then every layer alike, 1 audio slot for {wanted.visual_audio_ratio:g} visual ones:"
+        )
+    else:
+        budget = wanted.build(layers, slots)
+    audio, visual = zip(*budget.slots, strict=True)
+    share = "one pool" if not budget.split else f"{_span(audio)} audio + {_span(visual)} visual"
+    yield f"{slots:,} slots a layer ({share}) x {layers} layers = {budget.total:,} entries"
+    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+    yield f"of the {media:,} audio and visual tokens of this sample {min(1, slots / max(1, media)):.1%} are kept"
+    for what, drawn in (("slots a layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
+        if drawn:
+            listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
+            yield f"{what} in training, one drawn a step: {listed}"
+    if (most := run.tuning.selection.most(slots)) > slots:
+        yield f"soft selection holds up to {most:,} entries a layer in training where evaluation holds {slots:,}"
+
+
+def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
+    """What the run asks of a device, with the sample taken for its longest one."""
+    policy = run.memory.policy.build(None)
+    measures = policy.measures
+    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+    drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
+    slots = max(media if slots is None else most(slots) for slots in drawn)
+    width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
+    batch = int(run.train.get("per_device_train_batch_size", 8))
+    return Load(
+        dtype=getattr(torch, run.model.dtype),
+        lora=run.tuning.lora,
+        feature=width if policy.needs_novelty else 0,
+        covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
+        per_head=policy.per_head,
+        entries=slots * shapes.text.layers,
+        chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
+        chunks=len(reading.chunks),
+        text_tokens=reading.tokens[Modality.TEXT],
+        question_tokens=reading.learned,
+        frame=reading.frame,
+        frames_per_segment=shapes.geometry.segment(run.stream.fps)[1],
+        half=bool(run.train.get("bf16") or run.train.get("fp16")),
+        stage=_stage(run),
+        ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        batch=batch,
+        recompute=run.tuning.recompute,
+        gradient=run.tuning.gradient,
+        horizon=run.tuning.horizon,
+        stop_layer=stop_layer_of(run.tuning, shapes.text.layers) if run.tuning.gradient in HALF_WAY else 0,
+        offload=run.tuning.offload,
+        teacher_tokens=media if any(loss.needs_teacher and loss.takes(media) for loss in run.tuning.loss.losses) else 0,
+    )
+
+
+def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
+    """Width of what tokens are compared by, where the score discounts what better ones hold; 0: it does not."""
+    if not isinstance(policy, ScoredPolicy) or not isinstance(policy.scorer, Covered):
+        return 0
+    if policy.scorer.compared == "inputs":
+        return feature
+    return shapes.text.kv_heads * shapes.text.dim
+
+
+def _deepspeed(run: RunConfig) -> str:
+    """The DeepSpeed settings on one line."""
+    given = run.train.get("deepspeed")
+    if given is None:
+        return "none: plain training on one device"
+    return json.dumps(given if isinstance(given, dict) else json.loads(Path(given).read_text()))
+
+
+def _stage(run: RunConfig) -> int | None:
+    """The ZeRO stage; None without DeepSpeed."""
+    if run.train.get("deepspeed") is None:
+        return None
+    return int(json.loads(_deepspeed(run)).get("zero_optimization", {}).get("stage", 0))
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _section(title: str, lines: Iterable[str]) -> None:
+    lines = list(lines)
+    if lines:
+        print(f"--- {title}", *lines, "", sep="\n")

@@ -1,0 +1,126 @@
+"""What the results of an arm were made with: kept beside them, so that results of two settings are never mixed."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omnimem.config import RunConfig
+from omnimem.evaluation import Arm, EvaluationError
+from omnimem.run import RunFolder, provenance, sha256, write_text
+
+FILE = "setting.json"
+ASIDE = "eval_earlier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalFingerprint:
+    """Of one evaluation of a run."""
+
+    run: RunConfig
+    folder: RunFolder
+    adapter: Path
+
+    def prepare(self, arms: Iterable[tuple[Arm, bool]], *, leading: bool) -> None:
+        """Note what each arm (True: with the adapter) is answered with.
+
+        Results that were made otherwise are moved to `eval_earlier/`; EvaluationError where that is not ours to do.
+        """
+        for arm, tuned in arms:
+            target, setting = self.folder.evaluation(arm.name), self._of(arm, tuned=tuned)
+            differing = list(_differences(target, setting))
+            if differing and not leading:
+                raise EvaluationError(
+                    f"{target}: made with another {', '.join(differing)}; start the command without --shard once, "
+                    "which sets it aside, or give the run another name"
+                )
+            if differing:
+                aside = _free(self.folder.path / ASIDE / arm.name)
+                aside.parent.mkdir(exist_ok=True)
+                target.rename(aside)
+                print(f"{arm.name}: made with another {', '.join(differing)}; moved to {aside}", flush=True)
+            known = _read(target)
+            setting["benchmarks"] = {**known.get("benchmarks", {}), **setting["benchmarks"]}
+            write_text(target / FILE, json.dumps(setting, indent=1) + "\n")
+
+    def provenance(self, *, tuned: bool) -> dict[str, Any]:
+        """What summary.json says of an arm."""
+        run, digests = self.run, {"base": self._base, "adapter": self._adapter if tuned else None}
+        for label, facts in self._benchmarks.items():
+            digests |= {f"{label}/{name}": digest for name, digest in facts["annotations"].items()}
+        return {
+            **provenance(command=sys.argv, seed=0, sha256=digests),
+            "model": run.model.path,
+            "policy": run.memory.policy.name,
+            "slots_per_layer": run.memory.slots_per_layer,
+            "reading": {
+                "fps": run.stream.fps,
+                "max_pixels": run.stream.max_pixels,
+                "min_pixels": run.stream.min_pixels,
+            },
+            "generation": {"greedy": True, "max_new_tokens": run.evaluate.max_new_tokens},
+        }
+
+    def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
+        """Everything that answers may hang on, as JSON gives it back."""
+        run, whole = self.run, arm.policy.budget is None
+        setting = {
+            "model": {**asdict(run.model), "sha256": self._base},
+            "adapter": self._adapter if tuned else None,
+            "stream": {**asdict(run.stream), "tracks": arm.tracks},
+            "memory": None if whole else {**asdict(run.memory), "sha256": sha256(self.folder.budget)},
+            "policy": None if whole else repr(replace(arm.policy, budget=None)),  # what its preset means now
+            "max_new_tokens": run.evaluate.max_new_tokens,
+            "benchmarks": self._benchmarks,
+        }
+        return json.loads(json.dumps(setting, default=str))
+
+    @cached_property
+    def _base(self) -> str | None:
+        base = Path(self.run.model.path)
+        return sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None
+
+    @cached_property
+    def _adapter(self) -> str | None:
+        return sha256(self.adapter, suffixes=(".safetensors",)) if self.adapter.is_dir() else None
+
+    @cached_property
+    def _benchmarks(self) -> dict[str, dict[str, Any]]:
+        return {
+            benchmark.label: {
+                "rules": benchmark.rules,
+                "annotations": {file.name: sha256(file) for file in benchmark.annotations},
+            }
+            for benchmark in self.run.evaluate.benchmarks
+        }
+
+
+def _differences(target: Path, setting: Mapping[str, Any]) -> Iterator[str]:
+    """Which settings of the results in a folder are others; `setting` where there are results that do not say."""
+    if not any(target.glob("*.jsonl")) and not any(target.glob("parts/*.jsonl")):
+        return
+    known = _read(target)
+    if not known:
+        yield "version of this program"
+        return
+    for key, value in setting.items():
+        if key == "benchmarks":
+            yield from (label for label in value if known[key].get(label, value[label]) != value[label])
+        elif known.get(key) != value:
+            yield key
+
+
+def _read(target: Path) -> dict[str, Any]:
+    path = target / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _free(path: Path) -> Path:
+    """path.1, path.2 ...: the first name that is free."""
+    number = 1
+    while (free := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return free

@@ -1,0 +1,208 @@
+"""README.md of an exported model: what it is, its memory, how to use it, what was measured, where it comes from."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from omnimem.comparison.load import shown
+from omnimem.comparison.report import count, many, percent, points, size
+from omnimem.config.exported import FILE, Exported
+from omnimem.run import RunFolder, read_json
+
+CARD = "README.md"
+TASK = "video-text-to-text"  # as the hub calls it
+TUNED, UNTUNED = "tuned", "training_free"
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def card(exported: Exported, name: str, run: RunFolder) -> str:
+    """The whole file, with YAML front matter in the form of the Hugging Face hub.
+
+    Results are those of the run's comparison, if these very weights were compared.
+    """
+    results = results_of(run, exported)
+    front = yaml.safe_dump(_front(exported, name, results), sort_keys=False, allow_unicode=True, width=100)
+    parts = (_intro(exported, name), _memory(exported), _use(exported), _results(results), _origin(exported))
+    return f"---\n{front}---\n\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def results_of(run: RunFolder, exported: Exported) -> dict[str, Any]:
+    """The run's compare/summary.json; empty where there is none, or where its tuned arm is another adapter."""
+    summary, tuned = run.comparison / "summary.json", run.evaluation(TUNED) / "summary.json"
+    if not summary.is_file() or not tuned.is_file():
+        return {}
+    evaluated = read_json(tuned).get("provenance", {}).get("sha256", {}).get("adapter")
+    return read_json(summary) if evaluated == exported.origin.adapter_sha256 else {}
+
+
+def _front(exported: Exported, name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    origin, merged = exported.origin, exported.origin.kind == "merged"
+    hub = not Path(origin.base).is_absolute()  # a folder of this machine means nothing elsewhere
+    return {
+        **({"base_model": origin.base, "base_model_relation": "finetune" if merged else "adapter"} if hub else {}),
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": TASK,
+        "tags": ["omnimem", "audio-visual", "streaming", "kv-cache-compression", *([] if merged else ["lora"])],
+        **({"model-index": [{"name": name, "results": list(_index(results))}]} if results else {}),
+    }
+
+
+def _index(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Strict accuracies of the tuned arm."""
+    for label, group in results["benchmarks"].items():
+        if TUNED in group["arms"]:
+            value = round(100 * group["arms"][TUNED]["strict"], 2)
+            yield {
+                "task": {"type": TASK},
+                "dataset": {"name": label, "type": label},
+                "metrics": [{"type": "accuracy", "name": "strict accuracy, missing answers wrong", "value": value}],
+            }
+
+
+def _intro(exported: Exported, name: str) -> Iterator[str]:
+    origin = exported.origin
+    what = "the merged weights" if origin.kind == "merged" else "the LoRA adapter"
+    yield f"# {name}"
+    yield ""
+    yield (
+        f"{_named(origin.base)}, fine-tuned with OmniMem to answer questions about audio-visual streams of any length "
+        f"from a key-value memory of fixed size. This folder holds {what}, and in `{FILE}` the memory of the tuning. "
+        "Loaded without OmniMem, the model keeps everything, like any other."
+    )
+
+
+def _memory(exported: Exported) -> Iterator[str]:
+    memory, budget, stream = exported.memory, exported.budget, exported.stream
+    yield "## Memory"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    given = {name: value for name, value in asdict(memory.policy).items() if name != "name" and value is not None}
+    yield f"| policy | `{memory.policy.name}`" + "".join(f", {name} {value}" for name, value in given.items()) + " |"
+    yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {budget.layers} layers |"
+    if budget.split:
+        audio, visual = ([layer[place] for layer in budget.slots] for place in (0, 1))
+        share = percent(sum(audio) / budget.total)
+        yield f"| by layer | audio {_range(audio)}, visual {_range(visual)}; {share} % for audio |"
+    else:
+        yield f"| by layer | {_range([sum(layer) for layer in budget.slots])}, shared by audio and visual tokens |"
+    yield f"| stream | {stream.fps:g} frames/s of at most {stream.max_pixels:,} pixels, tracks: {stream.tracks} |"
+    yield f"| chunk | at most {stream.chunk_tokens:,} tokens; positions: {stream.positions} |"
+
+
+def _use(exported: Exported) -> Iterator[str]:
+    merged = exported.origin.kind == "merged"
+    base = _named(exported.origin.base)
+    where = "--model DIR" if merged else f"--model {base} --adapter DIR"
+    yield "## How to use"
+    yield ""
+    yield "`DIR` is this folder, `FILE` a video."
+    if not Path(exported.origin.base).is_absolute() or merged:
+        yield ""
+    else:
+        yield f"`{base}` stands for the folder of the base; its sha256 is below."
+        yield ""
+    yield "```"
+    yield f'python train/ask.py {where} --video FILE "What happened?"'
+    yield "```"
+    yield ""
+    yield "```python"
+    if not merged:
+        yield "from pathlib import Path"
+        yield ""
+    yield "from omnimem.streaming.attach import attach"
+    yield "from omnimem.backbones import load_backbone"
+    yield "from omnimem.config.exported import Exported"
+    yield "from omnimem.streaming.feeder import Feeder"
+    if not merged:
+        yield "from omnimem.tuning import load_adapter"
+    yield ""
+    yield "exported = Exported.read(DIR)"
+    yield "backbone = load_backbone(exported.model)"
+    if not merged:
+        yield "load_adapter(backbone.model, Path(DIR))"
+    yield "feeder = Feeder(backbone, exported.stream)"
+    yield "with attach(backbone.text_model) as seam:"
+    yield "    stream = feeder.stream(seam, exported.policy)"
+    yield "    for chunk in feeder.watch(FILE):"
+    yield "        stream.feed(chunk)"
+    yield '    print(feeder.answers(stream, ["What happened?"]))'
+    yield "```"
+
+
+def _results(results: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Results"
+    yield ""
+    if not results:
+        yield "These weights were not evaluated in the run that made them."
+        return
+    yield "Strict accuracy in % (a missing answer is wrong), with 95 % intervals clustered by video."
+    for label, group in results["benchmarks"].items():
+        yield ""
+        asked = f"{many(group['n'], 'question')} about {many(group['clusters'], 'video')}"
+        yield f"**{label}**: {asked}, chance {percent(group['chance'])} %"
+        yield ""
+        yield "| | accuracy | peak entries a layer | at answer | memory |"
+        yield "|---|---|---|---|---|"
+        for arm, entry in group["arms"].items():
+            low, high = entry["strict_interval"]
+            spread = f"{percent(entry['strict'])} [{percent(low)}, {percent(high)}]"
+            held = " | ".join([count(entry["peak_entries"]), count(entry["answer_entries"]), size(entry["bytes"])])
+            yield f"| {shown(arm)} | {spread} | {held} |"
+    yield ""
+    yield from _gains(results)
+
+
+def _gains(results: Mapping[str, Any]) -> Iterator[str]:
+    """What tuning gave, in words."""
+    groups = dict(results["benchmarks"])
+    if len(groups) > 1:
+        groups["all benchmarks pooled"] = results["pooled"]
+    for label, group in groups.items():
+        for pair in group["pairs"]:
+            if (pair["a"], pair["b"]) == (TUNED, UNTUNED):
+                found = f"{points(pair['diff'])} points [{points(pair['low'])}, {points(pair['high'])}]"
+                yield f"- tuned against untouched on {label}: {found}: {pair['verdict']}"
+    if results["different"]:
+        yield f"- **Not comparable**, compared all the same: {'; '.join(results['different'])}"
+
+
+def _origin(exported: Exported) -> Iterator[str]:
+    origin = exported.origin
+    run, packages = origin.run, origin.run.get("packages", {})
+    commit = (run.get("git") or {}).get("commit")
+    rows = {
+        "base": f"`{_named(origin.base)}`" + (f" at `{origin.base_revision}`" if origin.base_revision else ""),
+        "sha256 of the base": f"`{origin.base_sha256}`",
+        "sha256 of the adapter": f"`{origin.adapter_sha256}`",
+        "optimizer steps": f"{origin.step:,}",
+        "started": run.get("started"),
+        "seed": run.get("seed"),
+        "sha256 of the training data": f"`{digest}`" if (digest := run.get("sha256", {}).get("data")) else None,
+        "commit of OmniMem": f"`{commit}`" if commit else None,
+        "packages": ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages) or None,
+    }
+    yield "## Where it comes from"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    yield from (f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+    yield ""
+    yield (
+        "Read back after it was written and compared with the run's own weights on a synthetic stream: "
+        f"`{json.dumps(dict(exported.verified))}`. The base's own licence applies to its weights."
+    )
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _named(base: str) -> str:
+    """A hub id, or the last part of a folder: its place on the machine that tuned it is nobody's business."""
+    return Path(base).name if Path(base).is_absolute() else base

@@ -1,0 +1,161 @@
+"""What would stop a run hours later is looked for before its first step, on the first rank; one line a finding.
+
+The files of the data set, the adapter's targets, room for the checkpoints, and one sample through forward and backward
+at the largest budget. Nothing of it stays: no gradient, no weight, no draw of a generator.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from omnimem.cli.build import Policies
+from omnimem.cli.data_report import Finding, inspect
+from omnimem.config import ConfigError, RunConfig
+from omnimem.data import Failure, Failures, Sample
+from omnimem.media.container import Reason
+from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.feeder import Feeder
+from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
+
+PROBED = 512  # files of so many samples are opened; that the others exist is looked up
+PER_WEIGHT = 40  # bytes of a checkpoint for each trained weight: 30 measured without DeepSpeed, 44 with ZeRO-2 (small)
+BESIDES = 200_000  # bytes of a checkpoint that are no weights
+STATES = 12  # bytes that gradient and optimizer take for each trained weight
+
+
+def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
+    """What the data set holds, and its longest readable sample.
+
+    Raises TooManyFailures when so many samples cannot be read that training would stop.
+    """
+    step = max(1, -(-len(samples) // PROBED))
+    opened = set(range(0, len(samples), step))
+    failures = Failures(samples=len(samples), max_failures=run.data.max_failures)
+    found: list[Finding] = []
+    for place, sample in enumerate(samples):
+        finding = _looked_at(sample, run, probe=place in opened)
+        for failure in finding.failures[:1]:
+            failures = failures.add(failure)
+        if place in opened and not finding.failures:
+            found.append(finding)
+    if not found:
+        raise ConfigError(f"{run.data.train}: none of the {len(opened)} samples looked at can be read; mend the data")
+    looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
+    bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
+    seconds = sum(each.seconds for each in found)
+    line = f"data: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
+    return line, max(found, key=lambda each: each.seconds).sample
+
+
+def _looked_at(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
+    """As training would find it: times that are odd do not stop it, `data_prep/check.py` tells of them."""
+    if probe:
+        finding = inspect(sample, tracks=run.stream.tracks)
+        return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
+    gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
+    missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
+    return Finding(sample=sample, failures=tuple(missing))
+
+
+def _tracks(found: Sequence[Finding]) -> str:
+    both = sum(each.video and each.audio for each in found)
+    counted = Counter({"pictures and sound": both})
+    counted["pictures only"] = sum(each.video and not each.audio for each in found)
+    counted["sound only"] = sum(each.audio and not each.video for each in found)
+    return ", ".join(f"{name} ({count})" for name, count in counted.items() if count)
+
+
+def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) -> Iterator[str]:
+    """What is trained, and the room that its checkpoints need, where so many are written in all.
+
+    Raises AdapterError when a target matches nothing, ConfigError when the disk is too small.
+    """
+    names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
+    matched = {target: sum(f".{target}.lora_A." in name for name in names) for target in run.tuning.lora.targets}
+    absent = [target for target, count in matched.items() if count == 0]
+    if absent:
+        there = ", ".join(target for target, count in matched.items() if count)
+        raise AdapterError(f"lora.targets: {', '.join(absent)} match no module of this model; matched: {there}")
+    weights = sum(parameter.numel() for parameter in trainable(model))
+    each = ", ".join(f"{target} {count}" for target, count in matched.items())
+    yield f"adapter: {len(names)} modules ({each}), {weights:,} weights"
+    size = weights * PER_WEIGHT + BESIDES
+    kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, comes first
+    free = shutil.disk_usage(folder).free
+    needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
+    if kept * size > free:
+        cure = "make room, or set train.save_total_limit"
+        raise ConfigError([f"{folder}: {needs}, but {free / 1e6:,.1f} MB are free; {cure}"])
+    yield f"disk: {needs}; {free / 1e6:,.1f} MB are free"
+
+
+def rehearse(
+    run: RunConfig,
+    attached: StreamedAttention,
+    feeder: Feeder,
+    policies: Policies,
+    model: StreamedModel,
+    sample: Sample,
+    batch: int,
+) -> str:
+    """So many of one sample through forward and backward at the largest budget and chunk size; what that took.
+
+    Raises ConfigError when memory does not suffice, MediaError when the sample cannot be read after all, LayoutError
+    when a chunk size that may be drawn is too small for it.
+    """
+    drawn = run.tuning.slots(run.memory.slots_per_layer)
+    slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
+    chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
+    softness = None if slots is None else run.tuning.selection.at(0.0)
+    shown = f"{sample.id}, the longest one," + (f" {batch} times" if batch > 1 else "")
+    budget = "full memory" if slots is None else f"{slots:,} slots a layer"
+    device = next(iter(trainable(model))).device
+    cards = [device] if device.type == "cuda" else []
+    training, started = model.training, time.perf_counter()
+    if cards:
+        torch.cuda.reset_peak_memory_stats(device)
+    opened = feeder.open(sample)
+    run.tuning.check_segments(opened.segments)
+    try:
+        with torch.random.fork_rng(cards):
+            model.train()
+            outcome = streamed_loss(
+                attached,
+                feeder,
+                [opened] * batch,
+                policy_in_training(run.tuning, policies(slots)),
+                softness=softness,
+                carry=gradient_of(run.tuning, attached.shape.layers),
+                losses=run.tuning.loss.losses,
+                model=model,
+                chunk_tokens=chunk_tokens,
+            )
+            torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
+    except torch.OutOfMemoryError as error:
+        what = f"{shown} at {budget} does not fit on {device} ({str(error).splitlines()[0]})"
+        cure = (
+            "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "
+            "layer or tuning.offload: true"
+        )
+        raise ConfigError([f"{what}; {cure}"]) from error
+    finally:
+        model.train(training)
+    states = STATES * sum(parameter.numel() for parameter in trainable(model))
+    took = f"{time.perf_counter() - started:.1f} s, peak memory {_peak(device) / 1e6:,.0f} MB"
+    return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB besides"
+
+
+def _peak(device: torch.device) -> float:
+    """Most bytes so far: of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,126 @@
+"""A run's tuned adapter and the base it was tuned from: what an export says of them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, final
+
+from transformers.utils import cached_file
+
+from omnimem.budget import Budget
+from omnimem.checksums import damage
+from omnimem.config import MemoryOptions, RunConfig, load
+from omnimem.config.exported import HERE, Exported, Origin
+from omnimem.policies import PerturbationOptions
+from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.tuning import AdapterError
+
+Kind = Literal["adapter", "merged"]
+
+
+def _written_out(memory: MemoryOptions) -> MemoryOptions:
+    """The same memory in words that mean the same when a preset changes."""
+    policy = memory.policy
+    return replace(memory, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else memory
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """What a run has to give: its settings, its budget, an adapter, and what is known of them."""
+
+    run: RunConfig
+    record: dict[str, Any]  # run.json
+    budget: Budget
+    adapter: Path
+    step: int
+
+    @classmethod
+    def of(
+        cls, path: Path, *, checkpoint: int | None = None, base: str | None = None, dtype: str | None = None
+    ) -> "TunedModel":
+        """A run folder's adapter, or that of a checkpoint; `base` and `dtype` replace those of the run.
+
+        Raises RunError and AdapterError when the folder is no run, or has not got that far.
+        """
+        folder = RunFolder(path=path)
+        for file in (folder.record, folder.config, folder.budget):
+            if not file.is_file():
+                raise RunError(f"{file} is missing; give --run the folder of a run of train/finetune.py")
+        run = load(folder.config, ["train={}"])  # the files that training named may be elsewhere now
+        model = replace(run.model, path=base or run.model.path, dtype=dtype or run.model.dtype)
+        record = read_json(folder.record)
+        adapter, step = _adapter_of(folder, record, checkpoint)
+        return cls(
+            run=replace(run, model=model), record=record, budget=Budget.read(folder.budget), adapter=adapter, step=step
+        )
+
+    def exported(self, kind: Kind, base: "BaseModel") -> Exported:
+        """What omnimem.json will say. Raises AdapterError when the base is not the one that was tuned."""
+        run = self.run
+        path = HERE if kind == "merged" else base.path
+        return Exported(
+            model=replace(run.model, path=path),
+            stream=run.stream,
+            memory=_written_out(run.memory),
+            budget=self.budget,
+            max_new_tokens=run.evaluate.max_new_tokens,
+            origin=Origin(
+                kind=kind,
+                base=base.path,
+                base_revision=base.revision,
+                base_sha256=base.digest(self.record["sha256"]["base"], self.adapter),
+                adapter_sha256=sha256(self.adapter, suffixes=(".safetensors",)),
+                step=self.step,
+                run=self.record,
+            ),
+        )
+
+
+def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: int | None) -> tuple[Path, int]:
+    """The adapter to export, and the steps it was tuned for."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints()}
+    known = f"checkpoints: {', '.join(map(str, steps)) or 'none'}"
+    if checkpoint is not None:
+        if checkpoint not in steps:
+            raise RunError(f"{folder.path} has no checkpoint {checkpoint}; {known}")
+        if what := damage(steps[checkpoint]):
+            raise RunError(f"{steps[checkpoint]} is damaged: {what}; give another one ({known})")
+        return steps[checkpoint], checkpoint
+    if not folder.adapter.is_dir():
+        raise RunError(
+            f"{folder.path} has no adapter yet; let it finish (--resume auto), or give --checkpoint N ({known})"
+        )
+    return folder.adapter, int(record.get("steps", 0))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """The checkpoint that was tuned, on this machine."""
+
+    path: str  # as a config names it: an absolute folder, or a hub id
+    folder: Path  # where its files lie
+    revision: str | None  # commit of the hub
+
+    @classmethod
+    def of(cls, path: str) -> "BaseModel":
+        """A local folder, or a hub id whose files are in the cache."""
+        local = Path(path).is_dir()
+        folder = Path(path).resolve() if local else Path(str(cached_file(path, "config.json"))).parent
+        return cls(path=str(folder) if local else path, folder=folder, revision=None if local else folder.name)
+
+    def digest(self, expected: str | None, adapter: Path) -> str:
+        """sha256 of its safetensors files. Raises AdapterError when another one is expected."""
+        found = sha256(self.folder, suffixes=(".safetensors",))
+        if expected is not None and expected != found:
+            raise AdapterError(
+                f"{adapter}: made for another base than {self.path} (sha256 {expected[:12]}, not {found[:12]}); "
+                "give the base that it was tuned from with --model"
+            )
+        return found
+
+
+def write_adapter_description(run: Path) -> None:
+    """Write omnimem.json into a run's own adapter, so that train/ask.py gives it the run's memory."""
+    tuned = TunedModel.of(run)
+    tuned.exported("adapter", BaseModel.of(tuned.run.model.path)).write(tuned.adapter)

@@ -1,0 +1,1 @@
+"""The commands of the project, one module each; every command works as `omnimem NAME` and as a script."""

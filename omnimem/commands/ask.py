@@ -1,0 +1,265 @@
+"""Streams a file, or what comes through a pipe, and answers questions about it from a memory of fixed size.
+
+python train/ask.py --model DIR [--adapter DIR] --video FILE|- [--at SECONDS]... "QUESTION" ["QUESTION" ...]
+
+The memory is the one that omnimem.json of the adapter or of the model says (train/export.py writes it); --slots and
+--policy replace it. Without any of them everything is kept.
+"""
+
+import sys
+import time
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.budget import SharedBudget
+from omnimem.cli.parser import Parser
+from omnimem.cli.tuned_model import BaseModel
+from omnimem.config import ConfigError
+from omnimem.config.exported import FILE, Exported, policies_of
+from omnimem.media import FileSource, LiveSource, Source, read_live
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies.base import Policy
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.options import StreamOptions
+from omnimem.streaming.stream import Stream
+from omnimem.tokens import EVICTABLE, Modality
+from omnimem.tuning import AdapterError, load_adapter
+
+POLICIES: dict[str, PolicyOptions] = {
+    "distinct": DistinctOptions(),
+    "omnimem": PerturbationOptions(name="omnimem"),
+    "paper": PerturbationOptions(name="paper"),
+    "released": PerturbationOptions(name="released"),
+    "random": ControlOptions(name="random"),
+    "recency": ControlOptions(name="recency"),
+    "uniform": ControlOptions(name="uniform"),
+}
+PIPE, FULL = "-", 0
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the stream, ask, print answers and what they took."""
+    given = _parser().parse(arguments)
+    exported = recorded(given.model, given.adapter)
+    backbone = load_backbone(model_of(given, exported))
+    if given.adapter is not None:
+        load_adapter(backbone.model, given.adapter)
+        if exported is not None:
+            BaseModel.of(given.model).digest(exported.origin.base_sha256, given.adapter)
+    feeder = Feeder(backbone, stream_of(given, exported))
+    with torch.no_grad(), attach(backbone.text_model) as attached:
+        policy = policy_of(given, exported, attached.shape.layers)
+        if given.slots is None and exported is None:
+            where = given.adapter or given.model
+            print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens a layer", file=sys.stderr)
+        stream = feeder.stream(attached, policy)
+        asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens_of(given, exported))
+        for reply in asking.replies(stream, source_of(given.video, feeder), given.at):
+            print("\n".join(reply.lines(given.questions)), flush=True)
+
+
+# --- settings
+
+
+def recorded(model: str, adapter: Path | None) -> Exported | None:
+    """What omnimem.json of the adapter, or else of the model, says."""
+    if adapter is None and (Path(model) / "adapter_config.json").is_file():
+        raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
+    folder = Path(model) if adapter is None else adapter
+    return Exported.read(folder) if (folder / FILE).is_file() else None
+
+
+def model_of(given: Namespace, exported: Exported | None) -> ModelOptions:
+    """The weights to load: bfloat16 on a GPU, float32 elsewhere, unless something is said of it."""
+    options = exported.model if exported else ModelOptions(path=given.model, dtype=_native())
+    return replace(options, path=given.model, dtype=given.dtype or options.dtype)
+
+
+def _native() -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def stream_of(given: Namespace, exported: Exported | None) -> StreamOptions:
+    """How the stream is read."""
+    options = exported.stream if exported else StreamOptions()
+    asked = {name: getattr(given, name) for name in ("fps", "max_pixels", "chunk_tokens", "tracks")}
+    try:
+        return replace(options, **{name: value for name, value in asked.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError([f"command line: {error}"]) from error
+
+
+def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Policy:
+    """What is kept: as exported, or so many slots as are asked for: in one pool, as nothing was calibrated."""
+    own = exported.memory.slots_per_layer if exported else FULL
+    slots: int = own if given.slots is None else given.slots
+    options = exported.memory.policy if exported else DistinctOptions()
+    if given.policy not in (None, options.name):
+        options = POLICIES[given.policy]
+    if slots == FULL:
+        return options.build(None)
+    if exported is None:
+        return options.build(SharedBudget().build(layers, slots))
+    return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
+
+
+def tokens_of(given: Namespace, exported: Exported | None) -> int:
+    """How long an answer may be."""
+    return given.max_new_tokens or (exported.max_new_tokens if exported else 64)
+
+
+def source_of(video: str, feeder: Feeder) -> Source:
+    """The file, or the stream that grows on standard input. Raises MediaError when it cannot be used."""
+    options, geometry = feeder.options.source(), feeder.backbone.geometry
+    if video != PIPE:
+        return FileSource(video, options=options, geometry=geometry)
+    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - read for as long as the stream lasts
+    frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
+    return LiveSource(frames, audio, options=options, geometry=geometry)
+
+
+# --- questions and replies
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """Answers at one time, and what they took; entries and bytes are those of the memory they were read from."""
+
+    at: float | None  # asked for
+    seen: float  # seconds of the stream that had been read
+    answers: list[str]
+    arrived: dict[Modality, int]
+    kept: dict[Modality, float]  # a layer, on average
+    layers: int
+    entries: int | float  # heads that keep tokens of their own count in parts
+    bytes: int
+    reading: float  # seconds that it took to read the stream up to the question
+    first: float  # seconds from the question to the first token
+    total: float
+
+    def lines(self, questions: Sequence[str]) -> Iterator[str]:
+        """As it is printed: the answer alone where there is one question at one time."""
+        if len(questions) == 1 and self.at is None:
+            yield self.answers[0]
+        else:
+            when = "" if self.at is None else f"at {self.at:g} s: "
+            yield from (f"{when}{q} -> {a}" for q, a in zip(questions, self.answers, strict=True))
+        came = " + ".join(f"{self.arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
+        kept = " + ".join(f"{round(self.kept[kind], 1):g} {kind.name.lower()}" for kind in EVICTABLE)
+        yield f"  tokens in {self.seen:.4g} s: {came}; kept in each layer: {kept}"
+        yield f"  memory: {self.entries:,} entries in {self.layers} layers, {self.bytes:,} bytes"
+        yield f"  seconds: {self.reading:.2f} reading, {self.first:.3f} to the first token, {self.total:.3f} in all"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Puts the questions at the times asked for, or when the stream is over."""
+
+    feeder: Feeder
+    questions: Sequence[str]
+    max_new_tokens: int
+
+    def replies(self, stream: Stream, source: Source, times: Sequence[float]) -> Iterator[Reply]:
+        """A reply for each time, as soon as no later chunk can end before it; what comes after the last is not read.
+
+        Questions are read on a fork: the memory goes on as if nothing had been asked.
+        """
+        step = self.feeder.backbone.geometry.segment(self.feeder.options.fps)[0]
+        seen, started = 0.0, time.perf_counter()
+        waiting = sorted(times)
+        for chunk in self.feeder.watch(source, cuts=times):
+            stream.feed(chunk)
+            seen = chunk.seconds
+            while waiting and seen + step > waiting[0]:
+                yield self._reply(stream.fork(), waiting.pop(0), seen, started)
+            if times and not waiting:
+                return
+        for at in waiting or [None]:
+            yield self._reply(stream.fork(), at, seen, started)
+
+    def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
+        asked = time.perf_counter()
+        clock = Clock(self.feeder.backbone.head)
+        answers = self.feeder.answers(stream, self.questions, max_new_tokens=self.max_new_tokens, head=clock)
+        counts, layers = stream.memory.counts(), len(stream.memory.layers)
+        return Reply(
+            at=at,
+            seen=seen,
+            answers=answers,
+            arrived=dict(zip(Modality, stream.usage.tokens_in, strict=True)),
+            kept={kind: sum(layer[kind] for layer in counts) / layers for kind in Modality},
+            layers=layers,
+            entries=stream.memory.entries,
+            bytes=stream.memory.bytes,
+            reading=asked - started,
+            first=clock.first - asked,
+            total=time.perf_counter() - started,
+        )
+
+
+@final
+class Clock:
+    """A head that notes when the first logits were there."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head, self.first = head, 0.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden)
+        if not self.first:
+            logits.flatten()[0].item()  # a GPU has computed them by then
+            self.first = time.perf_counter()
+        return logits
+
+
+# --- command line
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR|ID", help="a checkpoint: merged, or the adapter's base")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned adapter")
+    parser.add_argument("--video", required=True, metavar="FILE|-", help="a file, or - for a growing stream on stdin")
+    parser.add_argument(
+        "--at", type=_time, action="append", default=[], metavar="SECONDS", help="may be repeated (end)"
+    )
+    parser.add_argument("questions", nargs="+", metavar="QUESTION")
+    parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
+    parser.add_argument("--policy", choices=tuple(POLICIES), help="what is kept")
+    parser.add_argument("--tracks", choices=("both", "video", "audio"), help="what is looked at and listened to")
+    parser.add_argument("--fps", type=float, help="frames a second that are looked at")
+    parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
+    parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="most tokens that are read at once")
+    parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="length of an answer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _slots(text: str) -> int:
+    return FULL if text == "full" else _count(text)
+
+
+def _time(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is no time in seconds from the beginning of the stream")
+    return seconds

@@ -1,0 +1,53 @@
+"""Measures a model's layers on a few training streams and writes the budget that follows from it, with figures.
+
+python train/calibrate.py --config X.yaml [key=value ...] [--out FILE]
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from omnimem.backbones import load_backbone
+from omnimem.budget import Budget
+from omnimem.calibration import save_figures
+from omnimem.cli.build import measured_budget, training_samples
+from omnimem.cli.parser import Parser
+from omnimem.config import load
+from omnimem.run import RunFolder
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.training.arguments import train_section
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, allocate, write budget.json and its figures, print where they lie."""
+    given = _parser().parse(arguments)
+    run = load(given.config, given.overrides, train=train_section())
+    samples = training_samples(run)
+    backbone = load_backbone(run.model)
+    with attach(backbone.text_model) as attached:
+        budget = measured_budget(run, attached, Feeder(backbone, run.stream), samples)
+    file = given.out or RunFolder(path=Path("runs") / run.name).budget
+    budget.write(file)
+    for line in summary(budget):
+        print(line)
+    for path in (file, *save_figures(budget, file.parent)):
+        print(f"wrote {path}")
+
+
+def summary(budget: Budget) -> Iterator[str]:
+    """What was measured and given, one line a layer."""
+    signals = budget.signals
+    if signals is not None:
+        yield f"{signals.chunks} chunks of {signals.streams} streams; layer: H audio visual | s audio visual | slots"
+        for layer, (audio, visual) in enumerate(budget.slots):
+            entropy = f"{signals.entropy.audio[layer]:.3f} {signals.entropy.visual[layer]:.3f}"
+            alike = f"{signals.similarity.audio[layer]:.3f} {signals.similarity.visual[layer]:.3f}"
+            yield f"{layer:3}: {entropy} | {alike} | {audio} audio + {visual} visual"
+    yield f"{budget.total} slots in {budget.layers} layers"
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the budget goes (runs/<name>/budget.json)")
+    return parser

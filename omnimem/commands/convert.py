@@ -1,0 +1,303 @@
+"""Turns users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations.
+
+    python data_prep/convert.py my.jsonl [more.json ...] --out data/train.jsonl [--media-root DIR]
+
+    {"messages": [{"role", "content": "<video>..."}], "videos": [...], "audios": [...]}            ms-swift
+    {"conversations": [{"from": "human", "value": "<video>..."}], "videos": [...], "audios": [...]}  LLaMA-Factory
+    {"video": path, "audio": path, "conversations": [{"from", "value": "<image>\n..."}]}           video-SALMONN
+
+A row is one stream: at most one video and one audio file, before the first question. Every row becomes a sample or a
+failure with file, row and cure; more failures than --max-failures allows, and nothing is written (exit code 2).
+"""
+
+import argparse
+import json
+import os.path
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
+
+from omnimem.cli.data_report import DataReport, Finding, add_policy, inspect
+from omnimem.data import Failure, ManifestError, Sample, read_line
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+TAGS = ("<video>", "<audio>", "<image>")
+TURNS = ("messages", "conversations")
+KNOWN = (*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end")
+ELSEWHERE = re.compile(r"^(https?:|data:|s3:|file:)")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the manifest will stand, and from where users' paths count."""
+
+    folder: Path
+    media_root: Path
+    allow_absolute: bool
+
+    def place(self, path: str) -> str:
+        """The path as the manifest will give it; raises ValueError when it cannot."""
+        if ELSEWHERE.match(path):
+            raise ValueError(f"{path[:60]} is not a local path; download it first")
+        absolute = os.path.abspath(self.media_root / path)
+        relative = os.path.relpath(absolute, os.path.abspath(self.folder))
+        if relative.split(os.sep)[0] != os.pardir:
+            return Path(relative).as_posix()
+        if self.allow_absolute:
+            return absolute
+        cure = "write --out into a folder above the media, or give --allow-absolute-paths"
+        raise ValueError(f"{absolute} is not below {self.folder}; {cure}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row with its origin `file:line` (`file:item n` in a JSON array); raises ManifestError."""
+    origins = _origins(path)
+    if not origins:
+        raise ManifestError([f"{path}: holds no rows; export it again"])
+    with tempfile.TemporaryDirectory() as cache:
+        whole = _without_blank_lines(path, Path(cache))
+        try:
+            table = datasets.load_dataset(
+                "json", data_files=str(whole), split="train", cache_dir=cache, keep_in_memory=True
+            )
+        except DatasetGenerationError as error:
+            raise ManifestError(_unreadable(path, error)) from error
+    if len(table) != len(origins):
+        raise ManifestError([f"{path}: {len(table)} rows on {len(origins)} lines; write one object a line"])
+    for origin, row in zip(origins, table, strict=True):
+        yield origin, {key: value for key, value in dict(row).items() if value is not None}
+
+
+def _origins(path: Path) -> list[str]:
+    """The place of each row: a line that is not blank, or an item of an array."""
+    if not path.is_file():
+        raise ManifestError([f"{path}: no such file; give a .json or .jsonl file"])
+    text = path.read_bytes()
+    if not text.lstrip().startswith(b"["):
+        return [f"{path}:{number}" for number, line in enumerate(text.split(b"\n"), start=1) if line.strip()]
+    try:
+        return [f"{path}:item {number}" for number in range(1, len(json.loads(text)) + 1)]
+    except ValueError as error:
+        raise ManifestError([f"{path}: is not JSON ({error}); export it again"]) from error
+
+
+def _without_blank_lines(path: Path, folder: Path) -> Path:
+    """The file, or a copy without blank lines: `datasets` fails on them where a key has several types."""
+    lines = path.read_bytes().rstrip().split(b"\n")
+    if all(line.strip() for line in lines):
+        return path
+    copy = folder / "rows.jsonl"
+    copy.write_bytes(b"\n".join(line for line in lines if line.strip()))
+    return copy
+
+
+def _unreadable(path: Path, error: DatasetGenerationError) -> list[str]:
+    """The lines that are no JSON objects; where all are, what `datasets` could not bring together."""
+    problems = []
+    text = path.read_bytes()
+    for number, line in enumerate(text.split(b"\n"), start=1):
+        if line.strip() and not text.lstrip().startswith(b"["):
+            try:
+                if not isinstance(json.loads(line), dict):
+                    problems.append(f"{path}:{number}: is not an object; write one object a line")
+            except ValueError as wrong:
+                problems.append(f"{path}:{number}: is not JSON ({wrong}); write one object a line")
+    return problems or [f"{path}: rows do not fit together ({error.__cause__}); give a key the same type in every row"]
+
+
+@final
+class _Row:
+    """One user's row on its way to a line of the manifest; collects what is wrong with it."""
+
+    def __init__(self, row: dict[str, Any], origin: str, target: Target) -> None:
+        self.row = row
+        self.origin = origin
+        self.target = target
+        self.problems: list[str] = []
+        self.remarks: list[str] = []
+
+    def problem(self, key: str, what: str) -> None:
+        self.problems.append(f"{self.origin} {key}: {what}")
+
+    def line(self, fallback_id: str) -> dict[str, Any]:
+        """The line of the manifest, right only while `problems` is empty."""
+        video, audio = self.media("video"), self.media("audio")
+        if self.media("image"):
+            self.problem("images", "still images are not streamed; make them a video, or remove them")
+        turns = self.turns()
+        self.check_tags(turns, video, audio)
+        messages = [{**turn, "content": without_tags(turn["content"])} for turn in turns]
+        kept = {key: value for key, value in self.row.items() if key not in KNOWN}
+        self.remarks += [f"key {key} is kept under meta only" for key in kept]
+        if sum(turn["role"] == "user" for turn in turns) > 1:
+            self.remarks.append("several turns: each is asked of the stream alone, without the turns before it")
+        return {
+            "id": str(self.row.get("id", fallback_id)),
+            "video": self.placed("video", video),
+            "audio": self.placed("audio", audio),
+            **{key: self.row[key] for key in ("start", "end") if key in self.row},
+            "messages": messages,
+            "meta": kept,
+        }
+
+    def media(self, kind: str) -> list[str]:
+        """The files of a kind, under its plural or singular key."""
+        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key))]
+        if len(values) > 1:
+            self.problem(kind, f"is given beside {kind}s; keep one of them")
+        files = values[0] if values else []
+        if isinstance(files, str):
+            return [files]
+        if isinstance(files, list) and all(isinstance(file, str) for file in files):
+            return files
+        self.problem(f"{kind}s", f"expected a list of paths, got {str(files)[:60]}; frame lists must become a file")
+        return []
+
+    def placed(self, kind: str, files: list[str]) -> str | None:
+        if len(files) > 1:
+            self.problem(f"{kind}s", f"{len(files)} files in a row, but a row is one stream; split it, or join them")
+        if len(files) != 1:
+            return None
+        try:
+            return self.target.place(files[0])
+        except ValueError as error:
+            self.problem(f"{kind}s", str(error))
+            return None
+
+    def turns(self) -> list[dict[str, Any]]:
+        """System prompt and turns as messages with tags still in them."""
+        found = [key for key in TURNS if self.row.get(key)]
+        if len(found) != 1:
+            got = " and ".join(found) or ", ".join(self.row) or "nothing"
+            self.problem("messages", f"expected messages or conversations, got {got}; rename the column of turns")
+            return []
+        system = self.row.get("system")
+        turns = [{"role": "system", "content": system}] if system else []
+        for index, item in enumerate(self.row[found[0]]):
+            if turn := self.turn(f"{found[0]}[{index}]", item):
+                turns.append(turn)
+        return turns
+
+    def turn(self, where: str, item: Any) -> dict[str, Any] | None:
+        if not isinstance(item, dict):
+            self.problem(where, f"expected an object, got {str(item)[:60]}")
+            return None
+        given, content = item.get("role") or item.get("from"), item.get("content") or item.get("value")
+        role = ROLES.get(str(given))
+        if role is None:
+            self.problem(where, f"role {given!r} is unknown; use one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            self.problem(where, "expected text; write <video> and <audio> in it and list the files beside it")
+        if role is None or not isinstance(content, str):
+            return None
+        loss = item.get("loss")
+        return {"role": role, "content": content, **({} if loss is None else {"loss": bool(loss)})}
+
+    def check_tags(self, turns: list[dict[str, Any]], video: list[str], audio: list[str]) -> None:
+        """As many tags as files, or none at all; only where the stream begins: in the first question."""
+        counts = Counter(tag for turn in turns for tag in re.findall("|".join(TAGS), turn["content"]))
+        expected = {"<video>": len(video), "<audio>": len(audio), "<image>": 0}
+        if {"video", "audio"} & self.row.keys() and counts["<image>"]:  # video-SALMONN: one tag for the whole stream
+            expected = {"<video>": 0, "<audio>": 0, "<image>": 1}
+        for tag, files in expected.items():
+            if counts[tag] and counts[tag] != files:
+                self.problem("messages", f"{counts[tag]} {tag} tags for {files} files; make them equal")
+        if (video or audio) and not counts:
+            self.remarks.append("no tag: the stream is placed before the first question")
+        first = next((turn for turn in turns if turn["role"] == "user"), None)
+        if any(tag in turn["content"] for turn in turns if turn is not first for tag in TAGS):
+            self.problem("messages", "a tag stands after the first question; put it there, or split the row")
+
+
+def without_tags(text: str) -> str:
+    """The text of a question without the tags that stand for the stream."""
+    return re.sub(rf"(?:\s*(?:{'|'.join(TAGS)}))+\s*", " ", text).strip()
+
+
+def convert_row(row: dict[str, Any], origin: str, fallback_id: str, target: Target) -> tuple[Sample, str, list[str]]:
+    """The sample, its line and remarks about it; raises ManifestError."""
+    taken = _Row(row, origin, target)
+    line = json.dumps(taken.line(fallback_id), ensure_ascii=False, default=str)
+    if taken.problems:
+        raise ManifestError(taken.problems)
+    return read_line(line, folder=target.folder, origin=origin, allow_absolute=True), line, taken.remarks
+
+
+def convert(files: Sequence[Path], media_root: Path | None, target: Target, **how: Any) -> tuple[DataReport, list[str]]:
+    """A report on all rows of all files, and the lines of the samples that can be used; `how` goes to `inspect`."""
+    findings: list[Finding] = []
+    lines: list[str] = []
+    rejected: list[Failure] = []
+    remarks: Counter[str] = Counter()
+    used: dict[str, str] = {}
+    for file in files:
+        here = replace(target, media_root=media_root or file.parent)
+        rows = tqdm(list(read_rows(file)), desc=str(file), unit="row", leave=False, disable=None)
+        for number, (origin, row) in enumerate(rows):
+            try:
+                sample, line, said = convert_row(row, origin, f"{file.stem}-{number + 1:06d}", here)
+                if used.setdefault(sample.id, origin) != origin:
+                    raise ManifestError(
+                        [f"{origin} id: {sample.id!r} is used at {used[sample.id]} already; rename one"]
+                    )
+            except ManifestError as error:
+                rejected += [Failure(id=origin, reason="row", message=problem) for problem in error.problems]
+                continue
+            finding = inspect(sample, **how)
+            findings.append(finding)
+            if not finding.failures:
+                lines.append(line)
+                remarks.update(said)
+    notes = tuple(f"{count:,} rows: {remark}" for remark, count in remarks.items())
+    name = ", ".join(str(file) for file in files)
+    return DataReport(name=name, findings=tuple(findings), rejected=tuple(rejected), remarks=notes), lines
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with 2 when it is wrong."""
+    parser = argparse.ArgumentParser(description="Turn users' files into a manifest.", allow_abbrev=False)
+    parser.add_argument("files", type=Path, nargs="+", help=".json or .jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the manifest, above the media")
+    parser.add_argument("--media-root", type=Path, help="where relative paths count from (default: the file's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
+    add_policy(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0 written, 2 refused."""
+    asked = parse(arguments)
+    out: Path = asked.out
+    if out.exists() and not asked.overwrite:
+        print(f"{out}: is there already; give another --out, or --overwrite", file=sys.stderr)
+        return 2
+    target = Target(folder=out.parent, media_root=out.parent, allow_absolute=asked.allow_absolute_paths)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is said below, with rows
+    try:
+        made, lines = convert(asked.files, asked.media_root, target, tracks=asked.tracks, decode=asked.decode)
+    except ManifestError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(made.text())
+    for failure in made.failures:
+        print(failure.message, file=sys.stderr)
+    if made.failed_share > asked.max_failures or not lines:
+        print(f"{out}: not written; repair the rows above, or raise --max-failures", file=sys.stderr)
+        return 2
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    part.replace(out)
+    print(f"{out}: {len(lines):,} samples")
+    return 0

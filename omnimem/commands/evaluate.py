@@ -1,0 +1,72 @@
+"""Evaluates a run's arms: the untouched checkpoint with full memory and under its budget, the tuned one, and probes.
+
+python train/evaluate.py --config X.yaml [key=value ...] [--arm NAME]... [--adapter DIR] [--shard I/N]
+deepspeed train/evaluate.py --config X.yaml ...      # shared by the ranks
+
+`evaluate.processes: N` shares the work among N processes of this machine. On machines that know nothing of each other
+start the command with --shard 0/N to N-1/N, then once without: that draws up the results. What is answered stays
+answered: an interrupted evaluation goes on where it stopped, in whatever number of processes.
+"""
+
+import os
+from argparse import SUPPRESS
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from omnimem.backbones import load_backbone
+from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, evaluate_arms
+from omnimem.cli.build import budget_of, feeder_of, policies_of
+from omnimem.cli.parser import Parser
+from omnimem.cli.workers import device, workers_of
+from omnimem.config import RunConfig, load
+from omnimem.evaluation import Evaluation, EvaluationError
+from omnimem.run import RunFolder
+from omnimem.streaming.attach import attach
+from omnimem.training.arguments import train_section
+from omnimem.training.shutdown import follow_launcher
+from omnimem.tuning import load_adapter
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate the arms asked for, or all that apply, and print where the answers lie."""
+    follow_launcher()
+    given = _parser().parse(arguments)
+    run = load(given.config, given.overrides, train=train_section())
+    folder = RunFolder(path=Path("runs") / run.name)
+    names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or folder.adapter.is_dir()))
+    check_benchmarks(run)
+    if not torch.cuda.is_available():  # models that fit a CPU run are small: more threads slow them down
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    team = workers_of(given, run.evaluate.processes, arguments)
+    backbone = load_backbone(run.model, device())
+    adapter = given.adapter or folder.adapter
+    adapted = load_adapter(backbone.model, adapter) if set(names) & set(TUNED) else None
+    feeder = feeder_of(run, backbone)
+    with attach(backbone.text_model) as attached:
+        team.prepare(lambda leading: _measure(run, folder, lambda: budget_of(run, attached, feeder, folder), leading))
+        policies = policies_of(run, budget_of(run, attached, feeder, folder))
+        evaluation = Evaluation(attached=attached, feeder=feeder, options=run.evaluate)
+        evaluate_arms(run, evaluation, policies, folder, names, adapted, team=team, adapter=adapter)
+
+
+def _measure(run: RunConfig, folder: RunFolder, measure: Callable[[], object], leading: bool) -> None:
+    """Have the run's budget on disk before several processes read it."""
+    if leading:
+        measure()
+    elif run.memory.budget.needs_signals and not folder.budget.is_file():
+        raise EvaluationError(
+            f"{folder.budget} is missing, and every shard would measure its own; make it first with "
+            "`python train/calibrate.py --config CONFIG`"
+        )
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    parser.add_argument("--arm", action="append", choices=ARMS, help="an arm to evaluate; may be repeated (all)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the tuned adapter (runs/<name>/adapter)")
+    parser.add_argument("--shard", metavar="I/N", help="answer the I-th of N shares of the questions, from 0 on")
+    parser.add_argument("--claims", type=Path, help=SUPPRESS)  # given by evaluate.processes to its helpers
+    return parser

@@ -1,0 +1,257 @@
+"""Fine-tunes a model under its memory budget, then evaluates it beside the untouched one.
+
+deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--resume auto|PATH] [--overwrite]
+    [--skip-preflight]
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from math import ceil, inf
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import SaveStrategy
+
+from omnimem.backbones import Backbone, load_backbone
+from omnimem.budget import BudgetError
+from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
+from omnimem.cli.build import Policies, budget_of, feeder_of, policies_of, training_samples
+from omnimem.cli.dry_run import preview
+from omnimem.cli.environment import prepare_process, world_size
+from omnimem.cli.parser import Parser, rank
+from omnimem.cli.preflight import check_data, check_run, rehearse
+from omnimem.cli.tuned_model import write_adapter_description
+from omnimem.comparison import compare
+from omnimem.config import RunConfig, dump, load, refuse_changes
+from omnimem.data import Failures, ManifestError, Sample
+from omnimem.evaluation import Evaluation
+from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.training.arguments import OwnSettings, train_section, training_arguments
+from omnimem.training.logging import Progress, callbacks_of
+from omnimem.training.portable import refuse_other_batch
+from omnimem.training.sampler import seed_of
+from omnimem.training.shutdown import follow_launcher
+from omnimem.training.trainer import StreamTrainer
+from omnimem.training.watchdog import Watchdog
+from omnimem.training.zero3 import stage_of, whole
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Check everything, then train; or, with --dry-run, show what would be done."""
+    follow_launcher()
+    given = _parser().parse(arguments)
+    run = load(given.config, given.overrides, train=train_section())
+    if given.dry_run:
+        preview(run)
+        return
+    start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
+    if start.resumed and start.folder.config.is_file():
+        refuse_changes(run, start.folder.config)
+    if start.checkpoint is not None:
+        refuse_other_batch(start.checkpoint, run.train, world_size())
+    check_budget(run, start)
+    samples = training_samples(run)
+    check_answers(samples)
+    if run.evaluate.after_training:
+        check_benchmarks(run)
+    longest = None
+    if rank() == 0 and not given.skip_preflight:
+        line, longest = check_data(run, samples)
+        tell(line)
+    prepare_process()
+    finetune(run, start, samples, longest)
+
+
+def check_budget(run: RunConfig, start: Start) -> None:
+    """Raises BudgetError when a budget is to be measured where no process holds the whole model."""
+    measured = start.folder.budget.is_file() and not start.replaces
+    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
+        raise BudgetError(
+            "memory.budget: under ZeRO-3 no process holds the whole model that would be measured; run "
+            f"train/calibrate.py with this config before, which writes {start.folder.budget}"
+        )
+
+
+def check_answers(samples: Sequence[Sample]) -> None:
+    """Raises ManifestError when a stream teaches nothing: no question of it has an answer to learn."""
+    silent = [s for s in samples if not any(q.loss and q.answer is not None for q in s.questions)]
+    if silent:
+        what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
+        raise ManifestError([f"{sample.origin} {what}" for sample in silent])
+
+
+def tell(line: str) -> None:
+    """Say what the preflight found."""
+    print(f"preflight: {line}", flush=True)
+
+
+def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None) -> None:
+    """Train, save and verify the adapter, evaluate, compare; every rank runs this.
+
+    `longest` is the sample to rehearse with, on the first rank; None: no preflight.
+    """
+    settings = training_arguments(run.train, start.folder)
+    first = settings.process_index == 0
+    if first:
+        start.open(dump(run), _provenance(run, settings))
+        if start.news:
+            print(start.news, flush=True)
+    backbone = load_backbone(run.model, settings.device)
+    torch.manual_seed(seed_of(settings.seed, "adapter"))
+    decoder = set(backbone.text_model.parameters())
+    encoders = [each for each in backbone.model.parameters() if each not in decoder]
+    model = add_adapter(backbone.model, run.tuning.lora)
+    with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
+        feeder = feeder_of(run, backbone)  # looks at the encoders, where it keeps what they make
+    with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
+        with settings.main_process_first(local=False, desc="budget"):
+            budget = budget_of(run, attached, feeder, start.folder)
+        parts = Parts(
+            backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies_of(run, budget)
+        )
+        departure = described(run.tuning, parts.policies(None), attached.shape.layers)
+        if first:
+            update_json(start.folder.record, policy_in_training=departure)
+        if longest is not None:
+            rehearsed(run, start.folder, parts, longest, settings, saves_of(settings, len(samples)))
+        trainer = trainer_of(run, start, samples, parts, settings)
+        train(trainer, start, first=first)
+        trainer.save_whole(start.folder.adapter)
+        if first and stage_of(run.train) != 3:
+            conclude(run, start.folder, parts)
+    if first and stage_of(run.train) == 3:
+        with reloaded(run, start.folder, parts.policies) as parts:
+            conclude(run, start.folder, parts)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What training and evaluation share: the very same objects."""
+
+    backbone: Backbone
+    model: StreamedModel
+    attached: StreamedAttention
+    feeder: Feeder
+    policies: Policies
+
+
+def rehearsed(
+    run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, settings: TrainingArguments, saves: int
+) -> None:
+    """The part of the preflight that needs the model; under ZeRO-3 no rank alone can take a step."""
+    for line in check_run(run, parts.model, folder.path, saves):
+        tell(line)
+    if stage_of(run.train) == 3:
+        tell("step: not tried, since under ZeRO-3 no process holds the whole model")
+    else:
+        batch = settings.per_device_train_batch_size
+        tell(rehearse(run, parts.attached, parts.feeder, parts.policies, parts.model, longest, batch))
+
+
+def saves_of(settings: TrainingArguments, samples: int) -> int:
+    """How many checkpoints a run writes, were none removed."""
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    lap = ceil(samples / batch)
+    steps = settings.max_steps if settings.max_steps > 0 else ceil(lap * settings.num_train_epochs)
+    share = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
+    every = {"no": inf, "epoch": lap, "steps": max(1, share)}[SaveStrategy(settings.save_strategy).value]
+    return ceil(steps / every)
+
+
+def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
+    """All steps that are left; how far it came and which samples failed is noted even if it is stopped."""
+    try:
+        with Progress() as progress:
+            trainer.add_callback(progress)
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    finally:
+        if first:
+            failed = [asdict(failure) for failure in trainer.failures.found]
+            left_out = [asdict(bad) for bad in trainer.bad_steps.found]
+            steps = trainer.state.global_step
+            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
+
+
+def trainer_of(
+    run: RunConfig, start: Start, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
+) -> StreamTrainer:
+    """The trainer of a run."""
+    own = OwnSettings.of(run.train)
+    return StreamTrainer(
+        model=parts.model,
+        args=settings,
+        samples=samples,
+        layers=cast(Any, parts.backbone.text_model).layers,
+        folder=start.folder,
+        max_bad_steps=own.max_bad_steps,
+        watch=Watchdog(own.step_timeout_seconds, settings.process_index),
+        callbacks=callbacks_of(start, first=settings.process_index == 0),
+        attached=parts.attached,
+        feeder=parts.feeder,
+        policies=parts.policies,
+        plan=Plan(
+            options=run.tuning,
+            slots_per_layer=run.memory.slots_per_layer,
+            chunk_tokens=run.stream.chunk_tokens,
+            seed=settings.seed,
+        ),
+        failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
+    )
+
+
+@contextmanager
+def reloaded(run: RunConfig, folder: RunFolder, policies: Policies) -> Iterator[Parts]:
+    """The model once more, whole, with the adapter: ZeRO-3 has left each rank a part."""
+    unset_hf_deepspeed_config()
+    backbone = load_backbone(run.model)
+    model, feeder = load_adapter(backbone.model, folder.adapter), feeder_of(run, backbone)
+    with attach(backbone.text_model) as attached:
+        yield Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
+
+
+def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
+    """Verify what was saved, note it in run.json, and evaluate all arms if the config says so."""
+    tensors = adapter_tensors(folder.adapter)
+    update_json(
+        folder.record,
+        adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)},
+    )
+    write_adapter_description(folder.path)
+    print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
+    if not run.evaluate.after_training:
+        return
+    evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
+    evaluate_arms(run, evaluation, parts.policies, folder, applicable(run, tuned=True), parts.model)
+    compare([folder.path], folder.comparison)
+    print(f"report: {folder.comparison / 'report.html'}", flush=True)
+
+
+def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:
+    base = Path(run.model.path)
+    digests = {
+        "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
+        "data": sha256(Path(run.data.train)) if run.data.train else None,
+    }
+    found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
+    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show settings, a sample, budget and memory; no training"
+    )
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("--skip-preflight", action="store_true", help="train at once, without a look at data and disk")
+    parser.add_argument("--overwrite", action="store_true", help="start anew; the old run folder is moved to <name>.1")
+    return parser

@@ -1,0 +1,355 @@
+"""Trains the tiny Qwen2.5-Omni thinker on audio-visual recall: `python train/pretrain_tiny.py --seed 0 --out DIR`.
+
+Training the towers and the text model together fails (the towers collapse before cross-modal recall is found), so:
+1. the text model learns to recall in embedding space, where a symbol is the sum of two word embeddings;
+2. the same with the chat template around the question;
+3. the towers learn to say those sums, from frames and samples;
+4. the text model gets used to what the towers really say, half of it through H.264 and AAC, and the whole is checked.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem.recall.worlds import CELLS, KINDS, SHAPES, World, WorldOptions
+from omnimem.tiny.batches import (
+    IGNORE,
+    Concepts,
+    Layout,
+    Questions,
+    Streams,
+    Style,
+    assemble,
+    attention_mask,
+    choose_cells,
+    imagine,
+    pack_questions,
+    stream_layout,
+)
+from omnimem.tiny.checkpoint import build_config, build_model, build_tokenizer, embeddings, save_folder, write_card
+from omnimem.tiny.towers import LESSONS, Clip, decode_clips, fresh_worlds, hear, render_clips, see, teach
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Some steps of one kind; it ends early when every kind of question passes `goal`."""
+
+    name: str
+    seconds: int
+    batch: int
+    steps: int
+    learning_rate: float
+    final_rate: float
+    goal: float = 2.0  # running accuracy; above 1 never ends early
+    cells: int = CELLS  # visual tokens a grid
+    style: Style = "key_last"
+    spoken_share: float = 1.0
+    questions: int = 24  # at most, a stream
+    name_silent: bool = True  # the auxiliary target names the shape at every second, or at words alone
+    warm_up: int = 0
+    real: bool = False  # features of the towers instead of imagined ones
+
+
+PEAK = 2e-3
+RECALL: tuple[Stage, ...] = (
+    Stage(name="4s", seconds=4, batch=64, steps=80, learning_rate=PEAK, final_rate=PEAK, cells=4, warm_up=100),
+    Stage(name="8s", seconds=8, batch=64, steps=400, learning_rate=PEAK, final_rate=PEAK, cells=4, goal=0.9),
+    Stage(name="16s", seconds=16, batch=32, steps=100, learning_rate=PEAK, final_rate=PEAK, cells=4, goal=0.9),
+    Stage(name="32s", seconds=32, batch=16, steps=60, learning_rate=PEAK, final_rate=PEAK, goal=0.9),
+    Stage(
+        name="64s",
+        seconds=64,
+        batch=16,
+        steps=100,
+        learning_rate=PEAK,
+        final_rate=5e-4,
+        goal=0.98,
+        spoken_share=0.45,
+        name_silent=False,
+    ),
+)
+CHAT: tuple[Stage, ...] = (
+    Stage(
+        name="chat-8s",
+        seconds=8,
+        batch=64,
+        steps=40,
+        learning_rate=1e-3,
+        final_rate=1e-3,
+        warm_up=20,
+        cells=4,
+        style="chat",
+    ),
+    Stage(name="chat-16s", seconds=16, batch=32, steps=32, learning_rate=1e-3, final_rate=1e-3, cells=4, style="chat"),
+    Stage(
+        name="chat-64s",
+        seconds=64,
+        batch=16,
+        steps=90,
+        learning_rate=1e-3,
+        final_rate=1e-4,
+        style="chat",
+        spoken_share=0.45,
+        name_silent=False,
+    ),
+)
+REAL: tuple[Stage, ...] = (
+    Stage(
+        name="files-64s",
+        seconds=64,
+        batch=8,
+        steps=40,
+        learning_rate=2e-4,
+        final_rate=2e-5,
+        warm_up=10,
+        style="chat",
+        spoken_share=0.45,
+        name_silent=False,
+        real=True,
+    ),
+)
+
+
+class Log:
+    """One line a record, on the screen and in log.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "log.jsonl"
+        self._path.write_text("", encoding="utf-8")
+        self._start = time.monotonic()
+
+    def write(self, **record: object) -> None:
+        """Adds the seconds since the start; rounds numbers so that a line stays readable."""
+        record["wall"] = round(time.monotonic() - self._start, 1)
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
+        print(line, flush=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What the stages work on."""
+
+    seed: int
+    model: Qwen2_5OmniThinkerForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    concepts: Concepts
+    namers: nn.ModuleList  # auxiliary heads: which shape is on screen, read from the last two layers
+    log: Log
+
+
+def draw_worlds(rng: np.random.Generator, stage: Stage) -> list[World]:
+    """Fresh worlds; while nearly every symbol is spoken about, every slot has one."""
+    options = WorldOptions(event_rate=1.0 if stage.spoken_share == 1.0 else 0.8, spoken_share=stage.spoken_share)
+    return fresh_worlds(rng, stage.batch, stage.seconds, options)
+
+
+def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions]]:
+    """Batches whose every draw is a function of the seed, the stage and the step."""
+    layout = stream_layout(trainee.model, trainee.tokenizer, stage.seconds)
+    for step in range(stage.steps):
+        rng = np.random.default_rng([trainee.seed, *stage.name.encode(), step])
+        worlds = draw_worlds(rng, stage)
+        if stage.real:
+            half = len(worlds) // 2
+            clips = [*render_clips(worlds[:half]), *decode_clips(worlds[half:])]
+            features = perceive(trainee, clips)
+        else:
+            features = imagine(trainee.concepts, worlds, rng)
+        yield make_batch(trainee, stage, layout, worlds, features, rng)
+
+
+@torch.no_grad()
+def perceive(trainee: Trainee, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
+    """What the towers say; they are not trained here."""
+    return see(trainee.model, [clip.frames for clip in clips]), hear(trainee.model, [clip.mel for clip in clips])
+
+
+def make_batch(
+    trainee: Trainee,
+    stage: Stage,
+    layout: Layout,
+    worlds: list[World],
+    features: tuple[Tensor, Tensor],
+    rng: np.random.Generator,
+) -> tuple[Streams, Questions]:
+    """Streams of `features` and their questions."""
+    kept = choose_cells(worlds, stage.cells, rng)
+    streams = assemble(layout, worlds, *features, kept, name_silent=stage.name_silent)
+    asked = [world.questions[: stage.questions] for world in worlds]
+    return streams, pack_questions(trainee.tokenizer, asked, stage.style)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Losses of one pass and which answers were right."""
+
+    answer: Tensor
+    key: Tensor
+    end: Tensor
+    naming: Tensor
+    correct: dict[str, Tensor]  # per kind: bool, one a question
+
+
+def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcome:
+    """The text model over streams and questions, with the head on question rows alone."""
+    model = trainee.model
+    config = model.config
+    table = embeddings(model)
+    stream = functional.embedding(streams.ids, table)
+    stream = stream.masked_scatter((streams.ids == config.video_token_id)[..., None], streams.visual)
+    stream = stream.masked_scatter((streams.ids == config.audio_token_id)[..., None], streams.audio)
+    batch, tokens = streams.ids.shape
+    block = torch.arange(questions.block_tokens).repeat(questions.blocks) + streams.next_position
+    positions = torch.cat([streams.positions, block.expand(3, batch, -1)], dim=2)
+    hidden = model.get_submodule("model.language_model")(
+        inputs_embeds=torch.cat([stream, functional.embedding(questions.ids.flatten(1), table)], dim=1),
+        attention_mask=attention_mask(tokens, questions),
+        position_ids=positions,
+        use_cache=False,
+        output_hidden_states=True,
+    ).hidden_states
+    logits = model.lm_head(hidden[-1][:, tokens:])
+    return Outcome(
+        answer=cross_entropy(logits, questions.targets),
+        key=cross_entropy(logits, questions.key_targets),
+        end=cross_entropy(logits, questions.end_targets),
+        naming=naming_loss(trainee, streams, [states[:, :tokens] for states in hidden[-2:]]),
+        correct=mark(logits.detach(), questions),
+    )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that count; 0 when there are none."""
+    counts = (targets != IGNORE).flatten()
+    if not counts.any():
+        return logits.new_zeros(())
+    return functional.cross_entropy(logits.flatten(0, 1)[counts], targets.flatten()[counts])
+
+
+def naming_loss(trainee: Trainee, streams: Streams, states: list[Tensor]) -> Tensor:
+    """Which shape is on screen now, asked at every audio token: without it cross-modal recall stays on a plateau."""
+    heard = streams.ids == trainee.model.config.audio_token_id
+    losses = [
+        functional.cross_entropy(head(state[heard]), streams.shown.flatten())
+        for head, state in zip(trainee.namers, states, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def mark(logits: Tensor, questions: Questions) -> dict[str, Tensor]:
+    """Which answers are right: the likeliest of all tokens."""
+    where = (questions.targets != IGNORE).flatten(1)
+    right = logits[where].argmax(-1) == questions.targets.flatten(1)[where]
+    kinds = questions.kinds[questions.kinds != IGNORE]
+    return {kind: right[kinds == i] for i, kind in enumerate(KINDS)}
+
+
+def train_recall(trainee: Trainee, stages: tuple[Stage, ...]) -> None:
+    """Stages of the text model, with one optimizer for all of them."""
+    text = [*trainee.model.get_submodule("model.language_model").parameters(), *trainee.model.lm_head.parameters()]
+    parameters = [*text, *trainee.namers.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    done = 0
+    for stage in stages:
+        done += train_stage(trainee, stage, optimizer, parameters, done)
+
+
+def train_stage(
+    trainee: Trainee, stage: Stage, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], done: int
+) -> int:
+    """One stage; returns the number of its steps."""
+    running: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for step, (streams, questions) in enumerate(batches(trainee, stage)):
+        rate = stage.learning_rate + (stage.final_rate - stage.learning_rate) * step / stage.steps
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (done + step + 1) / max(1, stage.warm_up))
+        outcome = run_pass(trainee, streams, questions)
+        loss = outcome.answer + 0.5 * outcome.key + 0.1 * outcome.end + 0.5 * outcome.naming
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        for kind, right in outcome.correct.items():
+            if len(right):
+                running[kind] += 0.15 * (right.float().mean().item() - running[kind])
+        if step % 10 == 9 or step == stage.steps - 1:
+            trainee.log.write(
+                stage=stage.name, step=step + 1, loss=outcome.answer.item(), naming=outcome.naming.item(), **running
+            )
+        if min(running.values()) > stage.goal:
+            trainee.log.write(stage=stage.name, step=step + 1, passed=stage.goal, **running)
+            return step + 1
+    return stage.steps
+
+
+def train_towers(trainee: Trainee) -> None:
+    """Both towers, while the text model rests."""
+    for lesson in LESSONS:
+        for record in teach(trainee.model, trainee.concepts, lesson, seed=trainee.seed):
+            trainee.log.write(stage=lesson.name, **record)
+
+
+@torch.no_grad()
+def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str, float]]:
+    """Accuracy by kind of question on new streams, straight from the renderer ("direct") and through "mp4" files."""
+    layout = stream_layout(trainee.model, trainee.tokenizer, seconds)
+    stage = replace(CHAT[-1], name="check", seconds=seconds, batch=8, questions=10**6)
+    marks: dict[str, list[dict[str, Tensor]]] = {"direct": [], "mp4": []}
+    for start in range(0, streams, stage.batch):
+        rng = np.random.default_rng([trainee.seed, *b"check", seconds, start])
+        worlds = draw_worlds(rng, stage)
+        for way, clips in (("direct", render_clips(worlds)), ("mp4", decode_clips(worlds))):
+            batch = make_batch(trainee, stage, layout, worlds, perceive(trainee, clips), rng)
+            marks[way].append(run_pass(trainee, *batch).correct)
+    found: dict[str, dict[str, float]] = {}
+    for way, parts in marks.items():
+        right = {kind: torch.cat([part[kind] for part in parts]).float() for kind in KINDS}
+        found[way] = {kind: marked.mean().item() for kind, marked in right.items()}
+        questions = sum(len(marked) for marked in right.values())
+        trainee.log.write(stage="check", seconds=seconds, way=way, streams=streams, questions=questions, **found[way])
+    return found
+
+
+def create(seed: int, out: Path) -> Trainee:
+    """An untrained model and what goes with it."""
+    tokenizer = build_tokenizer()
+    model = build_model(build_config(tokenizer), seed=seed)
+    width = model.config.get_text_config().hidden_size
+    namers = nn.ModuleList(nn.Linear(width, len(SHAPES) + 1) for _ in range(2))
+    concepts = Concepts(model, tokenizer)
+    return Trainee(seed=seed, model=model, tokenizer=tokenizer, concepts=concepts, namers=namers, log=Log(out))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the recipe and writes the checkpoint with its log and its card."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    trainee = create(given.seed, given.out)
+    train_recall(trainee, RECALL)
+    train_recall(trainee, CHAT)
+    train_towers(trainee)
+    check(trainee, seconds=64, streams=32)
+    train_recall(trainee, REAL)
+    save_folder(trainee.model, trainee.tokenizer, given.out)
+    accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
+    weights = sum(parameter.numel() for parameter in trainee.model.parameters())
+    write_card(given.out, seed=given.seed, weights=weights, accuracies=accuracies)

@@ -1,0 +1,211 @@
+"""Shows what each layer still holds of one stream as it goes on, under two policies side by side, on one HTML page.
+
+python train/show_memory.py --config tiny.yaml --video FILE --policies distinct snapkv --out memory.html
+python train/show_memory.py --config tiny.yaml --manifest data/recall/test.jsonl [--id ID] --policies ... --out ...
+
+A policy is a name, with its own defaults, or settings such as '{name: lava, preset: shared_split}'; the config's own
+name stands for the config's own settings. KEY=VALUE counts for both sides, --left and --right for one of them: memory.*
+and stream.positions may differ. --adapter tunes both sides, or with --tuned right (or left) that side alone. A manifest
+also says when the answers to its questions were shown. Budgets are those of the run folder, else they are measured.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from omnimem.backbones import load_backbone
+from omnimem.budget import Budget
+from omnimem.cli.build import budget_settings, measured_budget, policies_of, training_samples
+from omnimem.cli.parser import Parser
+from omnimem.comparison.report import size
+from omnimem.config import ConfigError, RunConfig, load
+from omnimem.data import ManifestError, Sample, read_manifest
+from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, render
+from omnimem.run import RunFolder, write_text
+from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.feeder import Feeder
+from omnimem.training.arguments import train_section
+from omnimem.tuning import StreamedModel, load_adapter
+
+SIDES = ("left", "right")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Stream the sample under both policies, write the page, print what is held at the end."""
+    given = _parser().parse(arguments)
+    runs = runs_of(given)
+    sample = sample_of(given, allow_absolute=runs[0].data.allow_absolute_paths)
+    backbone = load_backbone(runs[0].model)
+    feeders = [Feeder(backbone, run.stream) for run in runs]
+    reading = read(feeders[0], sample)
+    with attach(backbone.text_model) as attached:
+        budgets = budgets_of(runs, attached, feeders[0])
+    adapted = None if given.adapter is None else load_adapter(backbone.model, given.adapter)
+    sides: list[Side] = []
+    for name, run, feeder, budget in zip(SIDES, runs, feeders, budgets, strict=True):
+        policy = policies_of(run, budget)(run.memory.slots_per_layer)
+        tuned = adapted is not None and given.tuned in (None, name)
+        with _adapter_as(adapted, tuned), attach(backbone.text_model) as attached:
+            holding = follow(feeder, attached, policy, reading.opened)
+        facts = facts_of(run, sample, given.adapter if tuned else None)
+        sides.append(Side(label=name, facts=facts, holding=holding, budget=policy.budget))
+    left, right = labelled(sides)
+    write_text(given.out, render(reading, (left, right)))
+    for side in (left, right):
+        print(said(side, reading))
+    print(f"wrote {given.out} ({size(given.out.stat().st_size)})")
+
+
+# --- settings
+
+
+def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
+    """The settings of both sides.
+
+    Raises ConfigError when they are the same, or differ in what both sides must share, when --out is no file, and when
+    an argument says something of another one that is not given.
+    """
+    if given.tuned is not None and given.adapter is None:
+        raise ConfigError([f"--tuned {given.tuned}: nothing tunes that side; give --adapter DIR, or leave --tuned out"])
+    if given.id is not None and given.manifest is None:
+        raise ConfigError([f"--id {given.id}: names a stream of a manifest; give --manifest FILE in place of --video"])
+    if given.out.is_dir():
+        raise ConfigError([f"--out: {given.out} is a folder; name a file in it, such as {given.out / 'memory.html'}"])
+    section = train_section()
+    own = load(given.config, given.overrides, train=section)
+    policies = given.policies or (None, None)
+    left, right = (
+        load(given.config, [*given.overrides, *_policy(policy, own), *settings], train=section)
+        for policy, settings in zip(policies, (given.left, given.right), strict=True)
+    )
+    shared = replace(right.stream, positions=left.stream.positions)
+    if left != replace(right, memory=left.memory, stream=shared):
+        raise ConfigError(["--left and --right: only memory.* and stream.positions may differ; give the rest for both"])
+    if left == right and (given.adapter is None or given.tuned is None):
+        raise ConfigError(
+            ["both sides are the same; give two policies, --left or --right KEY=VALUE, or --adapter with --tuned right"]
+        )
+    return left, right
+
+
+def _policy(policy: str | None, own: RunConfig) -> list[str]:
+    """The override that a policy on the command line stands for."""
+    if policy is None or policy == own.memory.policy.name:
+        return []
+    return [f"memory.policy={policy}" if policy.startswith("{") else f"memory.policy={{name: {policy}}}"]
+
+
+def sample_of(given: Namespace, *, allow_absolute: bool) -> Sample:
+    """The file, or one stream of the manifest. Raises ManifestError when it has no such stream."""
+    if given.video is not None:
+        return Sample(id=given.video.name, video=given.video, audio=None, messages=())
+    samples = read_manifest(given.manifest, allow_absolute=allow_absolute)
+    found = next((sample for sample in samples if given.id in (None, sample.id)), None)
+    if found is None:
+        raise ManifestError([f"{given.manifest}: no stream has the id {given.id!r}; the first is {samples[0].id!r}"])
+    return found
+
+
+def budgets_of(runs: Sequence[RunConfig], attached: StreamedAttention, feeder: Feeder) -> list[Budget]:
+    """The budget of each side; the same one where both ask for the same."""
+    left = budget_of(runs[0], attached, feeder)
+    alike = budget_settings(runs[0]) == budget_settings(runs[1])
+    return [left, left if alike else budget_of(runs[1], attached, feeder)]
+
+
+def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> Budget:
+    """The budget in the run folder where it was made for these settings, else one measured or built; nothing is kept.
+
+    Raises what measuring raises where there are no training streams.
+    """
+    file = RunFolder(path=Path("runs") / run.name).budget
+    if file.is_file():
+        budget = Budget.read(file)
+        if budget.provenance.get("settings") == budget_settings(run):
+            return budget
+    if run.memory.budget.needs_signals:
+        return measured_budget(run, attached, feeder, training_samples(run))
+    return run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
+
+
+def _adapter_as(adapted: StreamedModel | None, tuned: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if adapted is None or tuned else adapted.disable_adapter()
+
+
+# --- words
+
+
+def facts_of(run: RunConfig, sample: Sample, adapter: Path | None) -> dict[str, str]:
+    """What a side was."""
+    stream, memory = run.stream, run.memory
+    return {
+        "policy": _settings(memory.policy),
+        "slots per layer": f"{memory.slots_per_layer:,}",
+        "budget": _settings(memory.budget),
+        "positions": stream.positions,
+        "adapter": "none" if adapter is None else str(adapter),
+        "model": run.model.path,
+        "stream": f"frames a second {stream.fps:g}, tokens a chunk {stream.chunk_tokens:,}, tracks {stream.tracks}",
+        "file": str(sample.video or sample.audio),
+    }
+
+
+def _settings(options: Any) -> str:
+    """The name, and what is set beside it."""
+    given = {key: value for key, value in asdict(options).items() if value is not None and key != "name"}
+    return ", ".join([options.name, *(f"{key} {str(value).lower()}" for key, value in given.items())])
+
+
+def labelled(sides: Sequence[Side]) -> list[Side]:
+    """The sides under the name of their policy, and under what else tells them apart."""
+    differing = [key for key in sides[0].facts if sides[0].facts[key] != sides[1].facts[key]]
+    names = [side.facts["policy"].partition(",")[0] for side in sides]
+    keys = [key for key in differing if key != "policy"] if names[0] != names[1] else differing
+    return [replace(side, label=_label(name, side, keys)) for name, side in zip(names, sides, strict=True)]
+
+
+def _label(name: str, side: Side, keys: Sequence[str]) -> str:
+    said = {
+        "policy": side.facts["policy"],
+        "slots per layer": f"{side.facts['slots per layer']} slots",
+        "adapter": "untouched" if side.facts["adapter"] == "none" else "tuned",
+        "positions": f"{side.facts['positions']} positions",
+        "budget": f"budget {side.facts['budget']}",
+    }
+    parts = [said[key] for key in keys]
+    return ", ".join(parts if "policy" in keys else [name, *parts])
+
+
+def said(side: Side, reading: StreamSnapshot) -> str:
+    """What a side holds when the stream is over."""
+    holding: Holding = side.holding
+    entries = sum(count for layer in holding.counts[-1] for kind, count in layer.items() if kind)
+    layers, _, tokens = holding.last.shape
+    return (
+        f"{side.label}: {entries / layers:,.4g} entries a layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
+        f"that came in {len(holding.ends)} chunks"
+    )
+
+
+# --- command line
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_config()
+    stream = parser.add_mutually_exclusive_group(required=True)
+    stream.add_argument("--video", type=Path, metavar="FILE", help="a file")
+    stream.add_argument("--manifest", type=Path, metavar="FILE", help="a manifest that names it, and what is asked")
+    parser.add_argument("--id", help="of the stream in the manifest (the first)")
+    parser.add_argument("--policies", nargs=2, metavar="POLICY", help="left and right: names, or {name: ..., ...}")
+    for side in SIDES:
+        parser.add_argument(
+            f"--{side}", action="append", default=[], metavar="KEY=VALUE", help=f"of the {side} side alone"
+        )
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned adapter")
+    parser.add_argument("--tuned", choices=SIDES, help="the side that the adapter tunes (both)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page")
+    return parser

@@ -1,0 +1,239 @@
+"""Reading: a stream as it was seen: small pictures, a waveform, and the arrival number of every cell and sound."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, final
+
+import av
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64, UInt8
+from torch import Tensor
+
+from omnimem.data import ManifestError, Sample
+from omnimem.media import FileSource, Segment, read_audio_blocks, resize
+from omnimem.policies.base import StreamOutline
+from omnimem.streaming.encoder_cache import EncodedSegment
+from omnimem.streaming.feeder import EncodedSample, Feeder, tracks_of
+from omnimem.tokens import Modality
+
+SIDE = 128  # pixels of the longer side of a small picture
+MOST_BINS = 2400  # of a waveform
+BINS_A_SECOND = 20
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Visual tokens of one moment."""
+
+    start: float  # seconds
+    end: float
+    rows: int
+    columns: int
+    tokens: Int64[np.ndarray, " cells"]  # arrival numbers, row by row
+    pictures: tuple[bytes, ...]  # JPEG, of each frame
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sounds:
+    """Audio tokens of the whole stream, and how loud it was."""
+
+    starts: Float64[np.ndarray, " sounds"]  # seconds
+    ends: Float64[np.ndarray, " sounds"]
+    tokens: Int64[np.ndarray, " sounds"]  # arrival numbers
+    peaks: UInt8[np.ndarray, " bins"]  # largest amplitude in bins of equal length, 255 the loudest
+    bin_seconds: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A question, and when its answer was shown or said."""
+
+    question: str
+    answer: str
+    start: float  # seconds of the stream
+    end: float
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamSnapshot:
+    """One stream, ready to be streamed under any policy and to be shown."""
+
+    opened: EncodedSample
+    seconds: float
+    tokens: int  # text, audio and visual
+    grids: tuple[Grid, ...]
+    sounds: Sounds
+    marks: tuple[Mark, ...]
+    needles: tuple[int, ...]  # arrival numbers of tokens that the sample names
+
+
+def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
+    """Decode and encode a sample.
+
+    Raises MediaError when it cannot be read, ManifestError when its meta is not what it should be.
+    """
+    marks = marks_of(sample)
+    check_needles(sample)
+    source, fps = feeder.source(sample), feeder.options.fps
+    film = _Film(feeder.backbone.geometry.temporal_patch)
+    parts = list(feeder.read(sample, film.passing(source)))
+    opened = EncodedSample(
+        sample=sample,
+        segments=[part.encoded for part in parts],
+        tracks=tracks_of(sample, feeder.options.tracks),
+        heard=parts[-1].heard,
+    )
+    outline = feeder.outline(opened)
+    return StreamSnapshot(
+        opened=opened,
+        seconds=source.seconds,
+        tokens=len(outline.modality),
+        grids=tuple(_grids(outline, parts, film.grids, feeder.backbone.geometry.temporal_patch / fps)),
+        sounds=_sounds(outline, parts, source),
+        marks=marks,
+        needles=outline.needles,
+    )
+
+
+def marks_of(sample: Sample) -> tuple[Mark, ...]:
+    """When the answers were shown: `meta.evidence`, [start, end] in seconds of the file for each question.
+
+    Raises ManifestError when there is something else.
+    """
+    spans: Any = sample.meta.get("evidence", [])
+    asked = sample.questions
+    if not spans:
+        return ()
+    if len(spans) != len(asked) or not all(_is_span(span) for span in spans):
+        raise ManifestError(
+            [
+                f"{sample.origin} meta.evidence: expected [start, end] in seconds for each of {len(asked)} questions; "
+                "mend it, or leave it out"
+            ]
+        )
+    return tuple(
+        Mark(
+            question=question.text,
+            answer=question.answer or "",
+            start=span[0] - sample.start,
+            end=span[1] - sample.start,
+        )
+        for question, span in zip(asked, spans, strict=True)
+    )
+
+
+def check_needles(sample: Sample) -> None:
+    """Raises ManifestError unless `meta.needles` are [second] or [second, y, x], y and x from 0 to below 1."""
+    for needle in sample.meta.get("needles", ()):
+        numbers = isinstance(needle, list | tuple) and len(needle) in (1, 3) and all(map(_is_number, needle))
+        if not numbers or needle[0] < 0 or not all(0 <= part < 1 for part in needle[1:]):
+            raise ManifestError(
+                [
+                    f"{sample.origin} meta.needles: expected [second] or [second, y, x], y and x from 0 to below 1, "
+                    f"got {needle!r}; mend it, or leave it out"
+                ]
+            )
+
+
+def _is_span(span: Any) -> bool:
+    return isinstance(span, list | tuple) and len(span) == 2 and all(map(_is_number, span)) and 0 <= span[0] < span[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@final
+class _Film:
+    """Small pictures of the frames of every grid, taken as the segments pass."""
+
+    def __init__(self, together: int) -> None:
+        self._together = together  # frames of a grid
+        self.grids: list[tuple[bytes, ...]] = []
+
+    def passing(self, segments: Iterable[Segment]) -> Iterator[Segment]:
+        """The segments, unchanged."""
+        for segment in segments:
+            if segment.frames is not None:
+                small = [jpeg(frame) for frame in _small(segment.frames)]
+                together = self._together
+                self.grids += [tuple(small[first : first + together]) for first in range(0, len(small), together)]
+            yield segment
+
+
+def _small(frames: UInt8[Tensor, "frames 3 _ _"]) -> UInt8[Tensor, "frames 3 _ _"]:
+    height, width = frames.shape[2:]
+    scale = min(1.0, SIDE / max(height, width))
+    return resize(frames, max(1, round(scale * height)), max(1, round(scale * width)))
+
+
+def jpeg(picture: UInt8[Tensor, "3 height width"]) -> bytes:
+    """A picture as a JPEG file, colours at full resolution."""
+    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuvj444p")
+    encoder: Any = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "yuvj444p"
+    encoder.time_base, encoder.options = Fraction(1), {"qmin": "2", "qmax": "5"}
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def _grids(
+    outline: StreamOutline, parts: Sequence[EncodedSegment], pictures: Sequence[tuple[bytes, ...]], spacing: float
+) -> Iterator[Grid]:
+    """The grids in order of time: within its modality every layout keeps the order of the segments."""
+    numbers = torch.nonzero(outline.modality == Modality.VISUAL)[:, 0].numpy()
+    first = 0
+    shown = iter(pictures)
+    for part in parts:
+        times, rows, columns = part.encoded.grid
+        for number in range(times):
+            start = part.encoded.start + number * spacing
+            yield Grid(
+                start=start,
+                end=min(start + spacing, part.encoded.start + part.encoded.seconds),
+                rows=rows,
+                columns=columns,
+                tokens=numbers[first : first + rows * columns],
+                pictures=next(shown),
+            )
+            first += rows * columns
+
+
+def _sounds(outline: StreamOutline, parts: Sequence[EncodedSegment], source: FileSource) -> Sounds:
+    starts: list[float] = []
+    ends: list[float] = []
+    before = 0.0
+    for part in parts:
+        heard, before = part.heard.audio_seconds - before, part.heard.audio_seconds
+        count = 0 if part.encoded.audio is None else part.encoded.audio.shape[1]
+        starts += [part.encoded.start + heard * number / count for number in range(count)]
+        ends += [part.encoded.start + heard * (number + 1) / count for number in range(count)]
+    peaks, bin_seconds = _peaks(source) if starts else (np.zeros(0, np.uint8), 1.0)
+    return Sounds(
+        starts=np.asarray(starts, np.float64),
+        ends=np.asarray(ends, np.float64),
+        tokens=torch.nonzero(outline.modality == Modality.AUDIO)[:, 0].numpy(),
+        peaks=peaks,
+        bin_seconds=bin_seconds,
+    )
+
+
+def _peaks(source: FileSource) -> tuple[UInt8[np.ndarray, " bins"], float]:
+    """The largest amplitude in each bin, and the length of a bin."""
+    rate = source.geometry.mel.rate
+    wide = max(1, round(rate * max(1 / BINS_A_SECOND, source.seconds / MOST_BINS)))
+    peaks = np.zeros(math.ceil(source.seconds * rate / wide), np.float32)
+    done = 0
+    for block in read_audio_blocks(source.audio_path, rate=rate, start=source.start, end=source.end):
+        place = (done + np.arange(len(block))) // wide
+        inside = place < len(peaks)  # codecs fill up their last block
+        np.maximum.at(peaks, place[inside], np.abs(block.numpy())[inside])
+        done += len(block)
+    return np.round(255 * peaks / (float(peaks.max()) or 1.0)).astype(np.uint8), wide / rate

@@ -1,0 +1,1 @@
+"""The methods that OmniMem is compared with, one file each."""

@@ -1,0 +1,74 @@
+"""Oracle: it is told which tokens hold the answers. An upper bound, no method."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+from jaxtyping import Float
+from torch import Tensor
+
+from omnimem.budget import Budget
+from omnimem.policies.base import Policy, PolicyError, StreamOutline
+from omnimem.policies.baselines.presets import Preset, allotted
+from omnimem.selection import LayerSlots, Softness, select
+from omnimem.tokens import Tokens
+from omnimem.view import LayerView
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OraclePolicy(Policy):
+    """The needles first, the dearest of them before the others, then the most recent tokens."""
+
+    needles: tuple[tuple[int, ...], ...] = ()  # arrival numbers, stream by stream, the dearest first
+
+    @property
+    def needs_oracle(self) -> bool:
+        """Under a budget it must know beforehand what comes."""
+        return self.budget is not None
+
+    def with_oracle(self, streams: Sequence[StreamOutline]) -> "OraclePolicy":
+        """Each stream has needles of its own.
+
+        Raises PolicyError when one has none.
+        """
+        if any(not outline.needles for outline in streams) and self.budget is not None:
+            raise PolicyError(
+                "policy oracle must be told which tokens hold the answers, and a stream has no `needles` in its meta; "
+                "make recall streams with data_prep/synthesize.py"
+            )
+        return replace(self, needles=tuple(outline.needles for outline in streams))
+
+    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
+        """The layer's memory after the chunk in `view`; nothing is learned about which tokens stay."""
+        room: LayerSlots | None = self.layer_slots(layer)
+        if room is None:
+            return view.pool
+        return view.pool.gather(select(self._scores(view), view.modality, room).index)
+
+    def _scores(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
+        if len(self.needles) != len(view.order):
+            raise PolicyError("policy oracle was not told of these streams; open them by Feeder.begin")
+        scores = view.order.float()
+        top = float(view.order.max()) + 1
+        for row, mine in enumerate(self.needles):
+            for place, number in enumerate(reversed(mine)):
+                scores[row].masked_fill_(view.order[row] == number, top + place)
+        return scores
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OracleOptions:
+    """One copy of every event, in every layer: the least that answers all questions of a recall stream.
+
+    as_published  one pool of audio and visual tokens a layer
+    shared_split  the audio-visual split of the budget
+    """
+
+    name: Literal["oracle"] = "oracle"
+    preset: Preset = "as_published"
+
+    def build(self, budget: Budget | None) -> OraclePolicy:
+        """The policy at a budget; None: full memory."""
+        return OraclePolicy(name=self.name, budget=allotted(budget, self.preset))

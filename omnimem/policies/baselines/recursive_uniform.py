@@ -1,0 +1,48 @@
+"""Recursive uniform: every n-th token of the cache stays, again and again (the `uniform` of InfiniPot-V's release)."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from omnimem.budget import Budget
+from omnimem.policies.baselines.presets import Preset, allotted
+from omnimem.policies.baselines.ranked import AbstractRanking, RankedPolicy
+from omnimem.selection import LayerSlots
+from omnimem.selection.layer_slots import groups
+from omnimem.view import LayerView
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class EveryNth(AbstractRanking):
+    """1 for the tokens at places floor(i N / K), i = 0 .. K - 1, of the N that compete for K slots; else 0."""
+
+    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+        scores = torch.zeros_like(view.order, dtype=torch.float32)
+        for group in groups(view.modality, room):
+            if group.kept:
+                chosen = torch.arange(group.kept, device=scores.device) * group.size // group.kept
+                place = (group.member.cumsum(dim=1) - 1).where(group.member, torch.full_like(view.order, -1))
+                scores += torch.isin(place, chosen)
+        return scores
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RecursiveUniformOptions:
+    """A trap kept for comparison: what has survived is thinned again, so the past is forgotten exponentially.
+
+    The age-unbiased form is the policy `uniform`, the one that samples before the encoders `input_uniform`.
+    as_published  one pool of audio and visual tokens a layer
+    shared_split  each modality by itself, in the budget's audio-visual split
+    """
+
+    name: Literal["recursive_uniform"] = "recursive_uniform"
+    preset: Preset = "as_published"
+
+    def build(self, budget: Budget | None) -> RankedPolicy:
+        """The policy at a budget; None: full memory."""
+        return RankedPolicy(name=self.name, ranking=EveryNth(), budget=allotted(budget, self.preset))

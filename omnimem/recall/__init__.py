@@ -1,0 +1,1 @@
+"""The audio-visual recall task: worlds, rendering, data sets."""

@@ -1,0 +1,362 @@
+"""What a recall world looks and sounds like: frames, samples, and both together as an mp4 file.
+
+Everything is a pure function of the world, so any stretch of a stream can be rendered alone and equals the same
+stretch of the whole. Pictures: a pan over travelling waves of nearly grey light, cut into scenes; one symbol at a time
+in a cell of a 4 x 4 grid, a static logo, flickering cells. Sound: one-second utterances over babble; an utterance is a
+voice (three sustained partials below 1.3 kHz) plus a word (three syllables, each one partial above 1.3 kHz).
+"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import cache, lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from omnimem.recall.worlds import GRID, SHAPES, VOICES, WORDS, Event, Flicker, World
+
+EDITION = 1  # of what the same world looks and sounds like; files of different editions do not mix
+FRAME_SIZE = 112  # pixels along a side of the picture
+CELL = FRAME_SIZE // GRID
+SPRITE = 24  # pixels along a side of a symbol; the rest of its cell is room to wander
+SAMPLE_RATE = 16000
+MP4_FRAME_RATE = 4  # frames a second: enough for motion, few enough to encode quickly
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+RGB: dict[str, tuple[int, int, int]] = {
+    "red": (215, 15, 25),
+    "green": (15, 165, 35),
+    "blue": (25, 50, 235),
+    "yellow": (252, 228, 15),
+    "purple": (150, 25, 190),
+    "orange": (250, 128, 0),
+    "white": (252, 252, 252),
+    "cyan": (0, 212, 228),
+}
+
+# ---------------------------------------------------------------------------------------------------------------- sight
+
+
+def render_frames(world: World, fps: float = 1.0, start: float = 0.0, end: float | None = None) -> Bytes:
+    """The frames shown at start, start + 1/fps, … before `end` (the end of the stream): uint8 [frames, 3, 112, 112].
+
+    A frame at time t shows the cells of second floor(t); pan and symbols move in between.
+    """
+    stop = world.seconds if end is None else end
+    count = max(0, int(np.ceil((stop - start) * fps - 1e-6)))
+    times = start + np.arange(count) / fps
+    if count == 0:
+        return np.empty((0, 3, FRAME_SIZE, FRAME_SIZE), np.uint8)
+    picture = _background(world, times)
+    _paint(picture, slice(None), world.logo_cell, _logo(world.seed))
+    for flicker in world.flickers:
+        shown = _shown(times, flicker.at, flicker.at + 1)
+        if shown.stop > shown.start:
+            _paint(picture, shown, flicker.cell, _flicker(flicker))
+    for event in world.events:
+        _draw_event(picture, times, event, world.seed)
+    return (picture + 0.5).astype(np.uint8)  # all values are inside [0, 255] by construction
+
+
+def _shown(times: npt.NDArray[np.float64], start: float, end: float) -> slice:
+    """The frames with start <= time < end."""
+    first, last = np.searchsorted(times, (start - 1e-9, end - 1e-9))
+    return slice(int(first), int(last))
+
+
+def _background(world: World, times: npt.NDArray[np.float64]) -> Floats:
+    """Travelling waves of each scene: float32 [frames, 3, height, width] between 25 and 165."""
+    picture = np.empty((len(times), 3, FRAME_SIZE, FRAME_SIZE), np.float32)
+    cuts = [at for at, _ in world.scenes] + [world.seconds + 1]
+    for (at, seed), until in zip(world.scenes, cuts[1:], strict=True):
+        shown = _shown(times, at, until)
+        if shown.stop > shown.start:
+            picture[shown] = _scene(seed, times[shown] - at)
+    return picture
+
+
+def _scene(seed: int, times: npt.NDArray[np.float64]) -> Floats:
+    """base + Σ_k tint_k cos(k·(x + pan t) + ω t + φ), each of three waves with its own length, direction and speed."""
+    rng = np.random.default_rng([seed, 1])
+    base = rng.uniform(80, 108) + rng.uniform(-8, 8, size=3)
+    pan = rng.uniform(-14, 14, size=2)  # pixels a second
+    length, angle = rng.uniform(24, 120, size=3), rng.uniform(0, 2 * np.pi, size=3)
+    speed, phase = rng.uniform(-0.5, 0.5, size=3), rng.uniform(0, 2 * np.pi, size=3)
+    tint = rng.uniform(9, 13, size=(3, 1)) + rng.uniform(-2.5, 2.5, size=(3, 3))
+    wave = 2 * np.pi / length[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1)
+    ramp = np.arange(FRAME_SIZE)
+    drift = (wave @ pan + speed)[:, None] * times + phase[:, None]
+    rows = (drift[:, :, None] + wave[:, 0, None, None] * ramp).astype(np.float32)  # waves frames height
+    columns = (wave[:, 1, None] * ramp).astype(np.float32)[:, None, :]  # waves 1 width
+    # cos(a + b) by products, so that cosines are taken along edges only
+    left = np.stack([np.cos(rows), -np.sin(rows)], axis=-1)  # waves frames height 2
+    right = np.stack([np.cos(columns), np.sin(columns)], axis=-2)  # waves 1 2 width
+    mixed = np.einsum("kc,kn->cn", tint.astype(np.float32), (left @ right).reshape(3, -1))
+    mixed = mixed.reshape(3, len(times), FRAME_SIZE, FRAME_SIZE) + base.astype(np.float32)[:, None, None, None]
+    return mixed.transpose(1, 0, 2, 3)
+
+
+def _paint(picture: Floats, shown: slice, cell: int, patch: Floats) -> None:
+    """Fills `cell` of the shown frames with a [3, CELL, CELL] patch."""
+    row, column = (CELL * i for i in divmod(cell, GRID))
+    picture[shown, :, row : row + CELL, column : column + CELL] = patch
+
+
+@lru_cache(maxsize=16)
+def _logo(seed: int) -> Floats:
+    """A mirrored pattern of two muted colours that stays all stream long."""
+    rng = np.random.default_rng([seed, 2])
+    half = rng.random((7, 4)) < 0.5
+    pattern = np.concatenate([half, half[:, 2::-1]], axis=1)
+    ink, paper = rng.uniform(120, 220, size=3), rng.uniform(20, 90, size=3)
+    return _blocks(np.where(pattern, ink[:, None, None], paper[:, None, None]))
+
+
+def _flicker(flicker: Flicker) -> Floats:
+    """A random mosaic."""
+    return _blocks(np.random.default_rng([flicker.seed, 3]).uniform(0, 255, size=(3, 4, 4)))
+
+
+def _blocks(mosaic: npt.NDArray[np.float64]) -> Floats:
+    """A square mosaic blown up to a cell."""
+    size = CELL // mosaic.shape[1]
+    return mosaic.repeat(size, axis=1).repeat(size, axis=2).astype(np.float32)
+
+
+def _draw_event(picture: Floats, times: npt.NDArray[np.float64], event: Event, seed: int) -> None:
+    """Blends the symbol into its cell of each second; between whole seconds it bobs by a pixel."""
+    alpha = masks()[SHAPES.index(event.shape)]
+    colour = np.array(RGB[event.colour], np.float32)[:, None, None]
+    nudge = np.random.default_rng([seed, 4, event.start]).integers(-1, 2, size=2)
+    for second, cell in zip(event.span, event.cells, strict=True):
+        shown = _shown(times, second, second + 1)
+        for frame in range(shown.start, shown.stop):
+            bob = int(np.rint(np.sin(2 * np.pi * (times[frame] - second))))
+            row, column = divmod(cell, GRID)
+            top = CELL * row + (CELL - SPRITE) // 2 + int(nudge[0]) + bob
+            left = CELL * column + (CELL - SPRITE) // 2 + int(nudge[1])
+            patch = picture[frame, :, top : top + SPRITE, left : left + SPRITE]
+            patch += alpha * (colour - patch)
+
+
+@cache
+def masks() -> Floats:
+    """Coverage of each pixel by each shape, averaged over 8 x 8 points a pixel: [shapes, SPRITE, SPRITE]."""
+    fine = 8 * SPRITE
+    ramp = (np.arange(fine) + 0.5) / fine * 2 - 1
+    y, x = np.meshgrid(ramp, ramp, indexing="ij")
+    inside = np.stack([_inside(shape, x, y) for shape in SHAPES]).astype(np.float32)
+    return inside.reshape(len(SHAPES), SPRITE, 8, SPRITE, 8).mean(axis=(2, 4))
+
+
+Plane = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
+    "triangle": ((0, -0.95), (1, 0.9), (-1, 0.9)),
+    "cross": (
+        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
+        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
+    ),
+    "arrow": ((-1, -0.28), (0, -0.28), (0, -0.85), (1, 0), (0, 0.85), (0, 0.28), (-1, 0.28)),
+    "diamond": ((0, -0.75), (1, 0), (0, 0.75), (-1, 0)),
+    "bolt": ((0.35, -1), (-0.75, 0.2), (-0.05, 0.2), (-0.35, 1), (0.75, -0.25), (0.05, -0.25), (0.75, -1)),
+    "house": (
+        *((0, -1), (1, -0.1), (0.72, -0.1), (0.72, 1), (0.25, 1), (0.25, 0.3)),
+        *((-0.25, 0.3), (-0.25, 1), (-0.72, 1), (-0.72, -0.1), (-1, -0.1)),
+    ),
+    "hourglass": ((-0.85, -1), (0.85, -1), (0.12, 0), (0.85, 1), (-0.85, 1), (-0.12, 0)),
+    "tree": (
+        *((0, -1), (0.6, -0.35), (0.3, -0.35), (0.9, 0.45), (0.17, 0.45), (0.17, 1)),
+        *((-0.17, 1), (-0.17, 0.45), (-0.9, 0.45), (-0.3, -0.35), (-0.6, -0.35)),
+    ),
+    "star": tuple(
+        (radius * np.sin(np.pi * i / 5), -radius * np.cos(np.pi * i / 5)) for i, radius in enumerate((1.05, 0.42) * 5)
+    ),
+}
+
+
+def _inside(shape: str, x: Plane, y: Plane) -> Mask:
+    """Whether a point of [-1, 1]² belongs to the shape; y points down."""
+    radius = np.hypot(x, y)
+    match shape:
+        case "circle":
+            return radius < 0.78
+        case "square":
+            return np.maximum(abs(x), abs(y)) < 0.94
+        case "ring":
+            return (radius < 1) & (radius > 0.55)
+        case "moon":
+            return (radius < 1) & (np.hypot(x - 0.5, y + 0.1) > 0.78)
+        case "heart":
+            u, v = 1.2 * x, 0.15 - 1.2 * y
+            return (u**2 + v**2 - 1) ** 3 < u**2 * v**3
+        case "ladder":
+            rails = (abs(abs(x) - 0.62) < 0.17) & (abs(y) < 1)
+            rungs = (abs(x) < 0.62) & (abs((y + 1) % 0.66 - 0.33) < 0.13)
+            return rails | rungs
+        case "wave":
+            return abs(abs(y - 0.25 * np.sin(2 * np.pi * x)) - 0.45) < 0.2
+        case _:
+            return _in_polygon(OUTLINES[shape], x, y)
+
+
+def _in_polygon(corners: tuple[tuple[float, float], ...], x: Plane, y: Plane) -> Mask:
+    """Even-odd rule: a ray to the right crosses the outline an odd number of times."""
+    inside = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if y0 != y1:
+            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside
+
+
+# -------------------------------------------------------------------------------------------------------------- hearing
+
+VOICE_LEVEL = 0.10  # amplitude of one partial; full scale is 1
+WORD_LEVEL = 0.14
+BABBLE_LEVEL = 0.05  # root mean square
+SYLLABLES = 3
+LETTERS = 4  # partials to choose from; 16 names differ from each other in at least 2 of 3 choices
+FADE = 0.04  # seconds
+
+
+def render_audio(world: World, rate: int = SAMPLE_RATE, start: int = 0, end: int | None = None) -> Floats:
+    """The sound of the seconds [start, end): mono float32 inside [-1, 1]."""
+    stop = world.seconds if end is None else end
+    sound = _babble(world.seed, start, stop, rate)
+    for spoken in world.utterances:
+        if start <= spoken.at < stop:
+            loudness = np.random.default_rng([world.seed, 5, spoken.at]).uniform(0.8, 1.25)
+            wave = voice_waves(rate)[VOICES.index(spoken.voice)] + word_waves(rate)[WORDS.index(spoken.word)]
+            sound[(spoken.at - start) * rate : (spoken.at - start + 1) * rate] += np.float32(loudness) * wave
+    return np.clip(sound, -1, 1)
+
+
+def code(index: int) -> tuple[int, int, int]:
+    """Three choices among four letters for each of 16 names: (a, b, a + b mod 4) differs in two places or more."""
+    first, second = divmod(index, LETTERS)
+    return first, second, (first + second) % LETTERS
+
+
+def voice_partials(index: int) -> tuple[float, ...]:
+    """Frequencies in Hz that sound together through the whole utterance: one each of three bands below 1.3 kHz."""
+    return tuple(190 + 92.0 * (LETTERS * band + letter) for band, letter in enumerate(code(index)))
+
+
+def word_partials(index: int) -> tuple[float, ...]:
+    """Frequency in Hz of each syllable, from 1.55 to 6.2 kHz; no frequency serves two syllables."""
+    return tuple(1550 * 4 ** ((SYLLABLES * letter + place) / 11) for place, letter in enumerate(code(index)))
+
+
+@cache
+def voice_waves(rate: int) -> Floats:
+    """One second of each voice; its loudness trembles at a rate of its own: [voices, rate]."""
+    time = np.arange(rate) / rate
+    envelope = _envelope(time, 0.08, 0.92)
+    waves = [
+        envelope
+        * (1 + 0.25 * np.sin(2 * np.pi * (5 + 0.5 * index) * time))
+        * sum(np.sin(2 * np.pi * hertz * time + place) for place, hertz in enumerate(voice_partials(index)))
+        for index in range(len(VOICES))
+    ]
+    return (VOICE_LEVEL * np.stack(waves)).astype(np.float32)
+
+
+@cache
+def word_waves(rate: int) -> Floats:
+    """One second of each word: [words, rate]. Syllables lie around 0.25, 0.5 and 0.75 s, where mel frames look."""
+    time = np.arange(rate) / rate
+    waves = [
+        sum(
+            _envelope(time, 0.25 * place + 0.125, 0.25 * place + 0.375) * np.sin(2 * np.pi * hertz * time)
+            for place, hertz in enumerate(word_partials(index))
+        )
+        for index in range(len(WORDS))
+    ]
+    return (WORD_LEVEL * np.stack(waves)).astype(np.float32)
+
+
+def _envelope(time: Plane, start: float, end: float) -> Plane:
+    """1 inside [start, end], 0 outside, with raised-cosine edges of FADE seconds inside."""
+    rise = np.clip(np.minimum(time - start, end - time) / FADE, 0, 1)
+    return 0.5 - 0.5 * np.cos(np.pi * rise)
+
+
+def _babble(seed: int, start: int, end: int, rate: int) -> Floats:
+    """Overlapping one-second grains of noise, each with its own random formants."""
+    first, last = 2 * start - 1, 2 * end  # grain g fills the second that begins at g / 2
+    grains = _grains(seed, range(first, last), rate)
+    half = rate // 2
+    halves = grains.reshape(last - first, 2, half)
+    return (halves[:-1, 1] + halves[1:, 0]).reshape(-1)
+
+
+def _grains(seed: int, numbers: range, rate: int) -> Floats:
+    """Grains under a sine window (equal power where two overlap): [grains, rate]."""
+    bands = 24
+    draws = [np.random.default_rng([seed, 6, number + 1]) for number in numbers]
+    formants = np.stack([rng.standard_normal(bands, np.float32) for rng in draws])
+    noise = np.stack([rng.standard_normal(rate + 2, np.float32) for rng in draws])
+    hertz = np.fft.rfftfreq(rate, 1 / rate)
+    band = np.clip(np.log2(np.maximum(hertz, 60) / 60) / np.log2(8000 / 60), 0, 1) * (bands - 1)
+    low = np.minimum(band.astype(np.int64), bands - 2)
+    part = (band - low).astype(np.float32)
+    gain = np.exp(0.7 * ((1 - part) * formants[:, low] + part * formants[:, low + 1]))
+    gain *= ((np.maximum(hertz, 60) / 60) ** -0.5 * (hertz < 7600)).astype(np.float32)
+    gain *= BABBLE_LEVEL * rate / np.sqrt(4 * (gain**2).sum(axis=1, keepdims=True))
+    window = np.sin(np.pi * (np.arange(rate, dtype=np.float32) + 0.5) / rate)
+    return np.fft.irfft(gain * noise.view(np.complex64), n=rate, axis=1).astype(np.float32) * window
+
+
+# ----------------------------------------------------------------------------------------------------------------- file
+
+BLOCK = 8  # seconds rendered at a time
+VIDEO_CRF = 23
+AUDIO_BITS = 64_000
+
+
+def write_mp4(world: World, path: Path) -> None:
+    """H.264 (crf 23, yuv420p, 4 frames a second) and AAC (64 kb/s), rendered and encoded block by block.
+
+    One thread an encoder, so that the same versions write the same bytes.
+    """
+    with av.open(str(path), "w", format="mp4") as container:
+        video = container.add_stream("libx264", rate=MP4_FRAME_RATE)
+        video.width = video.height = FRAME_SIZE
+        video.pix_fmt = "yuv420p"
+        video.thread_count = 1
+        video.gop_size = BLOCK * MP4_FRAME_RATE
+        # x264's macroblock tree reads beyond pictures as small as these: its files differ from run to run
+        video.options = {"crf": str(VIDEO_CRF), "preset": "veryfast", "mbtree": "0"}
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        audio.bit_rate = AUDIO_BITS
+        for start in range(0, world.seconds, BLOCK):
+            end = min(start + BLOCK, world.seconds)
+            for picture in _video_frames(world, start, end):
+                container.mux(video.encode(picture))
+            for sound in _audio_frames(world, start, end):
+                container.mux(audio.encode(sound))
+        container.mux(video.encode(None))
+        container.mux(audio.encode(None))
+
+
+def _video_frames(world: World, start: int, end: int) -> Iterator[av.VideoFrame]:
+    frames = render_frames(world, MP4_FRAME_RATE, start, end).transpose(0, 2, 3, 1)
+    for number, pixels in enumerate(frames, start * MP4_FRAME_RATE):
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        picture.pts, picture.time_base = number, Fraction(1, MP4_FRAME_RATE)
+        yield picture
+
+
+def _audio_frames(world: World, start: int, end: int) -> Iterator[av.AudioFrame]:
+    """Pieces of 1,024 samples, which is what the AAC encoder takes; BLOCK seconds are a whole number of them."""
+    samples = render_audio(world, SAMPLE_RATE, start, end)
+    for offset in range(0, len(samples), 1024):
+        sound = av.AudioFrame.from_ndarray(samples[None, offset : offset + 1024], format="fltp", layout="mono")
+        sound.sample_rate = SAMPLE_RATE
+        sound.pts, sound.time_base = start * SAMPLE_RATE + offset, Fraction(1, SAMPLE_RATE)
+        yield sound

@@ -1,0 +1,69 @@
+"""What may stay: slots of a layer, lending between modalities, and the groups of tokens that compete for them."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Int, Int8
+from torch import Tensor
+
+from omnimem.tokens import EVICTABLE, Modality
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LayerSlots:
+    """How many audio and visual tokens one layer may keep after a chunk."""
+
+    audio: int
+    visual: int
+    split: bool = True  # False: audio and visual compete for audio + visual slots
+    lend: bool = True  # slots that one modality cannot fill go to the other one
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tokens that compete for the same slots; every stream of the batch has as many."""
+
+    member: Bool[Tensor, "batch tokens"]
+    kept: int  # by hard selection
+    size: int
+
+    @property
+    def contested(self) -> bool:
+        """Whether some stay and some go: else there is no threshold."""
+        return 0 < self.kept < self.size
+
+
+def taken(available: dict[Modality, int], room: LayerSlots) -> dict[Modality, int]:
+    """Tokens of each modality that stay under `room`, lending included; exact integers.
+
+    A modality exceeds its own slots only by what the other one cannot fill.
+    """
+    slots = {Modality.AUDIO: room.audio, Modality.VISUAL: room.visual}
+    kept = {kind: min(available[kind], slots[kind]) for kind in EVICTABLE}
+    if room.lend:
+        spare = sum(slots.values()) - sum(kept.values())
+        for kind in EVICTABLE:
+            extra = min(spare, available[kind] - kept[kind])
+            kept[kind] += extra
+            spare -= extra
+    return kept
+
+
+def groups(modality: Int8[Tensor, "batch tokens"], room: LayerSlots) -> list[Group]:
+    """The groups that compete: each modality by itself or, unsplit, both together."""
+    available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
+    if room.split:
+        staying = taken(available, room)
+        return [Group(member=modality == kind, kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
+    size = sum(available[kind] for kind in EVICTABLE)
+    kept = min(size, room.audio + room.visual)
+    return [Group(member=modality != Modality.TEXT, kept=kept, size=size)]
+
+
+def text_of(modality: Int8[Tensor, "batch tokens"]) -> Int[Tensor, "batch text"]:
+    """Indices of the text tokens, ascending."""
+    text = modality == Modality.TEXT
+    return text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(text[0].sum())]

@@ -1,0 +1,274 @@
+"""The one place that hooks into transformers' attention: `with attach(text_model) as attached`.
+
+An attention function is registered under a name without a mask function, so transformers builds no mask and every
+layer may see keys of its own number. The step of a pass travels as a keyword through the decoder layers; a pre-hook
+on each adds the layer's number and its input, the residual stream. Nothing is kept between calls and no attribute is
+left on a module, so a layer that is computed again in backward sees what it saw in forward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast, final, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+
+from omnimem.memory import Shape
+from omnimem.tokens import DeepStack
+
+NAME = "omnimem"
+KEYWORD = "omnimem_layer"
+
+
+@runtime_checkable
+class LayerStep(Protocol):
+    """What happens in a layer's attention: sees the layer's input and projections, returns the attention output.
+
+    `memory` is what `StreamedAttention.run` was given for the layer, flat; a step that is recomputed in backward
+    holds none itself.
+    """
+
+    def __call__(
+        self,
+        layer: int,
+        states: Float[Tensor, "batch queries width"],
+        queries: Float[Tensor, "batch heads queries dim"],
+        keys: Float[Tensor, "batch kv_heads queries dim"],
+        values: Float[Tensor, "batch kv_heads queries dim"],
+        scale: float,
+        *memory: Tensor,
+    ) -> Float[Tensor, "batch heads queries dim"]: ...
+
+
+@final
+@dataclass(frozen=True)
+class _Layer:
+    """What travels to the attention function; the pre-hook of each decoder layer fills in the layer."""
+
+    step: LayerStep
+    memories: Mapping[int, tuple[Tensor, ...]]  # by layer
+    number: int = -1
+    states: Tensor | None = None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: [batch, heads, queries, dim] in, [batch, queries, heads, dim] out."""
+    layer: _Layer | None = kwargs.get(KEYWORD)
+    if layer is None or layer.states is None:
+        raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
+    memory = layer.memories.get(layer.number, ())
+    output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@final
+class _Projection:
+    """A layer step that attends to nothing and notes the queries, keys and values that it is given."""
+
+    def __init__(self) -> None:
+        self._found: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(
+        self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
+    ) -> Tensor:
+        self._found = queries, keys, values
+        return queries
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three."""
+        assert self._found is not None, "every attention module calls the attention function"
+        return self._found
+
+
+@final
+class StreamedAttention:
+    """A text model whose layers read and write a memory of ours."""
+
+    def __init__(self, text_model: PreTrainedModel, recompute_layers: bool = False) -> None:
+        self.text_model, self.recompute_layers = text_model, recompute_layers
+        self.shape = shape_of(text_model)
+
+    def run(
+        self,
+        step: LayerStep,
+        embeddings: Float[Tensor, "batch queries width"],
+        positions: Int[Tensor, "batch axes queries"],
+        deepstack: DeepStack | None = None,
+        memories: Sequence[tuple[Tensor, ...]] = (),
+    ) -> Float[Tensor, "batch queries width"]:
+        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory."""
+        extra: dict[str, Any] = {KEYWORD: _Layer(step, dict(enumerate(memories)))}
+        if deepstack is not None:
+            extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
+        with self._recomputing():
+            result = self.text_model(
+                inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
+            )
+        return result.last_hidden_state
+
+    def layers(
+        self,
+        step: LayerStep,
+        states: Float[Tensor, "batch queries width"],
+        positions: Int[Tensor, "batch axes queries"],
+        deepstack: DeepStack | None,
+        memories: Mapping[int, tuple[Tensor, ...]],
+    ) -> Float[Tensor, "batch queries width"]:
+        """What consecutive layers alone, those with an entry in `memories`, make of their input: as in a whole pass."""
+        model: Any = self.text_model
+        extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: _Layer(step, memories)}
+        rotary = model.rotary_emb(states, positions.transpose(0, 1))
+        with self._recomputing():
+            for number in memories:
+                states = model.layers[number](states, attention_mask=None, position_embeddings=rotary, **extra)
+                if deepstack is not None and number < len(deepstack.features):
+                    added = deepstack.features[number].to(states.dtype)
+                    states = states.index_put((deepstack.mask,), added, accumulate=True)
+        return states
+
+    def project(
+        self,
+        layer: int,
+        states: Float[Tensor, "batch tokens width"],
+        positions: Int[Tensor, "batch axes tokens"],
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+        Float[Tensor, "batch kv_heads tokens dim"],
+    ]:
+        """Queries, keys (both after RoPE) and values that a layer makes of these inputs, with its own modules.
+
+        The layer's whole attention module runs, so that nothing of any family is known here; its output goes
+        unused. The generators stand afterwards where they stood: other dropout draws what it would have drawn.
+        """
+        model: Any = self.text_model
+        decoder, step = model.layers[layer], _Projection()
+        with torch.random.fork_rng(devices=[states.device] if states.is_cuda else []):
+            decoder.self_attn(
+                hidden_states=decoder.input_layernorm(states),
+                position_embeddings=model.rotary_emb(states, positions.transpose(0, 1)),
+                attention_mask=None,
+                **{KEYWORD: _Layer(step, {}, layer, states)},
+            )
+        return step.found()
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Decoder layers in training mode, which their checkpointing asks for; their parts keep their own mode."""
+        layers: list[Any] = list(cast(Any, self.text_model).layers)
+        wanted = self.recompute_layers and torch.is_grad_enabled()
+        modes = [layer.training for layer in layers]
+        for layer in layers if wanted else ():
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer, mode in zip(layers, modes, strict=True):
+                layer.training = mode
+
+    def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """Embeddings of token ids."""
+        return self.text_model.get_input_embeddings()(ids)
+
+    def rotary(self, positions: Int[Tensor, "axes batch tokens"]) -> tuple[Tensor, Tensor]:
+        """cos and sin of the model's own rotary embedding, axes merged, [batch, tokens, dim]."""
+        like = torch.zeros(1, dtype=torch.float32, device=positions.device)
+        model: Any = self.text_model
+        return model.rotary_emb(like, positions)
+
+
+def _hand_over(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """Pre-hook of decoder layer `number`: its input is what redundancy is judged on."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layer: _Layer | None = kwargs.get(KEYWORD)
+        if layer is None:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        return args, {**kwargs, KEYWORD: _Layer(layer.step, layer.memories, number, states)}
+
+    return hook
+
+
+def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) -> Any:
+    """Decoder layer `number` by torch's checkpoint, with every tensor that it reads as an argument.
+
+    A tensor in a closure escapes the hooks on saved tensors: inside a recomputed chunk it would stay until the end of
+    backward, for every layer of every chunk.
+    """
+    keywords = dict(layer_forward.keywords)
+    layer: _Layer = keywords.pop(KEYWORD)
+    step, inner, fixed = layer.step, layer_forward.func, layer_forward.args
+    memory = layer.memories.get(number, ())
+    held = len(memory)  # the closure knows their number, not the tensors
+    leaves, structure = tree_flatten((rest, keywords))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def again(states: Tensor, *tensors: Tensor) -> Any:
+        values = list(plain)
+        for place, tensor in zip(places, tensors[held:], strict=True):
+            values[place] = tensor
+        others, named = tree_unflatten(values, structure)
+        given = _Layer(step, {number: tensors[:held]}, number, states)
+        return inner(*fixed, states, *others, **named, **{KEYWORD: given})
+
+    return checkpoint(again, states, *memory, *(leaves[place] for place in places), use_reentrant=False)
+
+
+def shape_of(text_model: PreTrainedModel) -> Shape:
+    """Sizes of the memory of a text model; the redundancy feature is the exact layer input unless a policy projects."""
+    config: Any = text_model.config
+    dim = config.head_dim if "head_dim" in config.to_dict() else None
+    return Shape(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        dim=dim or config.hidden_size // config.num_attention_heads,
+        width=config.hidden_size,
+        feature=config.hidden_size,
+        dtype=text_model.dtype,
+        device=text_model.device,
+    )
+
+
+@contextmanager
+def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> Iterator[StreamedAttention]:
+    """The text model with our attention inside the block; its implementation and hooks are restored after it.
+
+    With `recompute_layers`, activations of one layer at a time live in backward, at the price of one more forward.
+    """
+    before = text_model.config._attn_implementation or "sdpa"
+    AttentionInterface.register(NAME, _attention)
+    attached, decoder = StreamedAttention(text_model, recompute_layers), cast(Any, text_model)
+    handles: list[Any] = []
+    try:
+        text_model.set_attn_implementation(NAME)
+        for number, layer in enumerate(decoder.layers):
+            handles.append(layer.register_forward_pre_hook(_hand_over(number), with_kwargs=True))
+            if recompute_layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(_recompute, number)
+        yield attached
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in decoder.layers if recompute_layers else ():
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func
+        text_model.set_attn_implementation(before)

@@ -1,0 +1,30 @@
+"""How a stream is cut into chunks and read."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from omnimem.media import SourceOptions
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """How a stream is cut and read."""
+
+    fps: float = 1.0
+    max_pixels: int = 176_400  # per frame: 420 x 420, as in the release
+    min_pixels: int = 3_136
+    chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
+    positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
+    tracks: Literal["both", "video", "audio"] = "both"
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
+        self.source()
+
+    def source(self, tracks: Literal["both", "video", "audio"] | None = None) -> SourceOptions:
+        """The part of these options that decoding needs, for other tracks if given."""
+        return SourceOptions(
+            fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=tracks or self.tracks
+        )

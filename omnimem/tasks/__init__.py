@@ -1,0 +1,33 @@
+"""Benchmarks: one file each; samples, prompts, answer extraction, accuracy."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from omnimem.tasks.base import Benchmark, Defect, Gap, Published, Verdict
+from omnimem.tasks.lvbench import LVBenchOptions
+from omnimem.tasks.lvomnibench import LVOmniBenchOptions
+from omnimem.tasks.own import OwnOptions
+from omnimem.tasks.recall import RecallOptions
+from omnimem.tasks.streamingbench import StreamingBenchOptions
+from omnimem.tasks.video_mme import VideoMMEOptions
+
+BenchmarkOptions = Annotated[
+    RecallOptions | VideoMMEOptions | LVBenchOptions | LVOmniBenchOptions | StreamingBenchOptions | OwnOptions,
+    Field(discriminator="name"),
+]
+
+__all__ = [
+    "Benchmark",
+    "BenchmarkOptions",
+    "Defect",
+    "Gap",
+    "LVBenchOptions",
+    "LVOmniBenchOptions",
+    "OwnOptions",
+    "Published",
+    "RecallOptions",
+    "StreamingBenchOptions",
+    "Verdict",
+    "VideoMMEOptions",
+]

@@ -1,0 +1,265 @@
+"""Annotation files on their way to samples: rows with their origin, options with their letters, videos on disk."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, final
+
+import pyarrow
+import pyarrow.parquet
+
+from omnimem.data import Item, ManifestError, Message, Sample
+from omnimem.tasks.base import Defect, Gap
+from omnimem.tasks.rules import LETTERS
+
+SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
+LABEL = re.compile(r"\(?([A-Z])[.):]\s*")  # "A. text", "A.text", "A) text", "(A) text", "A: text"
+AGAIN = "download the annotations again"
+
+Row = Mapping[str, Any]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question as it will be put."""
+
+    item: Item
+    prompt: str
+    answer: str
+    at: float | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a question: one line each as the prompt shows them, and their texts without letters."""
+
+    lines: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+@final
+@dataclass
+class AnnotationReader:
+    """What is found while annotations are read; problems end it, defects are handled and listed."""
+
+    problems: list[str] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+
+    def text(self, row: Row, key: str, origin: str) -> str:
+        """The text under a key; anything else is a problem."""
+        value = row.get(key)
+        if isinstance(value, str) and value.strip():
+            return value
+        self.problems.append(f"{origin} {key}: expected text, got {_got(value)}; {AGAIN}")
+        return ""
+
+    def one_of(self, row: Row, key: str, known: Sequence[str], origin: str) -> None:
+        """Anything but one of the known words is a problem: it would be in no selection."""
+        if row.get(key) not in known:
+            self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {_got(row.get(key))}; {AGAIN}")
+
+    def letter(self, row: Row, key: str, origin: str) -> str:
+        """The letter of the right answer, in upper case, whatever stands around it."""
+        found = re.match(r"\s*\(?([A-Za-z])(?![A-Za-z])", str(row.get(key) or ""))
+        if found:
+            return found[1].upper()
+        self.problems.append(f"{origin} {key}: expected the letter of an option, got {_got(row.get(key))}; {AGAIN}")
+        return ""
+
+    def options(self, strings: Sequence[str], where: str) -> Options:
+        """Options from their strings. Repairs, each of them a defect: empty strings and what stands before the
+        option A are left out, the rest of a split option is joined to it, missing letters are added.
+        """
+        filled = [string.strip() for string in strings if string.strip()]
+        if len(filled) < len(strings):
+            self.defect("option_list", where, f"{len(strings) - len(filled)} of {len(strings)} options empty; left out")
+        first = next((place for place, string in enumerate(filled) if _labelled(string, 0)), None)
+        if first is None:
+            self.defect("option_letters", where, "options without letters; added in their order")
+            return Options(lines=_lettered(filled), texts=tuple(filled))
+        if first:
+            self.defect("option_list", where, f"{' '.join(filled[:first])!r} stands before option A; left out")
+        lines: list[str] = []
+        for string in filled[first:]:
+            if _labelled(string, len(lines)):
+                lines.append(string)
+            else:
+                lines[-1] += f" {string}"
+        if len(lines) < len(filled) - first:
+            split = f"{len(filled) - first} strings for {len(lines)} options"
+            self.defect("option_list", where, f"{split}; those without the next letter joined to the ones before")
+        return Options(lines=tuple(lines), texts=tuple(LABEL.sub("", line, count=1) for line in lines))
+
+    def check_answer(self, answer: str, texts: Sequence[str], where: str) -> None:
+        """A right answer that is not among the options makes every prediction wrong: a defect."""
+        if answer and texts and answer not in LETTERS[: len(texts)]:
+            self.defect(
+                "answer", where, f"the right answer is {answer} of {len(texts)} options; no prediction is right"
+            )
+
+    def several_labels(self, samples: Sequence[Sample], axis: str) -> None:
+        """Notes how many questions carry several labels of an axis."""
+        labels = [question.item.categories.get(axis, ()) for sample in samples for question in sample.questions]
+        several = sum(len(each) > 1 for each in labels)
+        if several:
+            what = f"{several:,} of {len(labels):,} questions carry several; each counts once under every one of them"
+            self.defect("several_labels", axis, what)
+
+    def defect(self, rule: str, where: str, what: str) -> None:
+        """One more defect."""
+        self.defects.append(Defect(rule=rule, where=where, what=what))
+
+    def done(self, samples: Sequence[Sample]) -> None:
+        """Raises ManifestError when there were problems; two questions of one id are one, since their answers could
+        not be told apart, and so is having none.
+        """
+        if not samples and not self.problems:
+            self.problems.append(f"no questions were found; {AGAIN}")
+        ids = Counter(question.item.id for sample in samples for question in sample.questions)
+        self.problems += [
+            f"{sample.origin}: question {question.item.id!r} is there {ids[question.item.id]} times; {AGAIN}"
+            for sample in samples
+            for question in sample.questions
+            if ids[question.item.id] > 1
+        ]
+        if self.problems:
+            raise ManifestError(list(dict.fromkeys(self.problems)))
+
+
+def _labelled(string: str, place: int) -> bool:
+    """Whether a string begins with the letter of its place."""
+    found = LABEL.match(string)
+    return found is not None and place < len(LETTERS) and found[1] == LETTERS[place]
+
+
+def _lettered(texts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+
+
+def strings_of(value: Any) -> list[str] | None:
+    """A list of strings; None for anything else."""
+    return list(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
+
+
+def grouped(rows: Iterable[tuple[str, Row]], key: str) -> list[list[tuple[str, Row]]]:
+    """Rows that share a value, in the order of its first appearance."""
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for origin, row in rows:
+        groups.setdefault(str(row.get(key)), []).append((origin, row))
+    return list(groups.values())
+
+
+def labels_of(row: Row, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Categories from a row: a label or a list of labels by axis; axes that the row does not have are left out."""
+    found = {key: row[key] if isinstance(row.get(key), list) else [row.get(key)] for key in keys}
+    named = {key: tuple(str(label) for label in labels if label not in (None, "")) for key, labels in found.items()}
+    return {key: labels for key, labels in named.items() if labels}
+
+
+def stream_of(
+    name: str,
+    video: Path,
+    asked: Sequence[Asked],
+    *,
+    audio: Path | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    seconds: tuple[float, float] | None = None,
+    cluster: str = "",
+    origin: str = "",
+) -> Sample:
+    """A sample with its questions in order; `seconds` is how long the file should be, at least and at most."""
+    turns = [
+        (Message(role="user", content=one.prompt, at=one.at), Message(role="assistant", content=one.answer))
+        for one in asked
+    ]
+    return Sample(
+        id=name,
+        video=video,
+        audio=audio,
+        start=start,
+        end=end,
+        messages=tuple(message for turn in turns for message in turn),
+        meta={} if seconds is None else {"seconds": seconds},
+        items=tuple(one.item for one in asked),
+        cluster=cluster,
+        origin=origin,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; raises ManifestError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
+
+
+def read_lines(path: Path) -> list[tuple[str, Row]]:
+    """The objects of a JSONL file, each with `file:line`; raises ManifestError."""
+    rows: list[tuple[str, Row]] = []
+    problems: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other ends of lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            row = error
+        if isinstance(row, dict):
+            rows.append((f"{path}:{number}", row))
+        else:
+            problems.append(f"{path}:{number}: is not a JSON object; write one object a line")
+    if problems:
+        raise ManifestError(problems)
+    return rows
+
+
+def read_parquet(path: Path) -> list[tuple[str, Row]]:
+    """The rows of a parquet file, each with `file:row n`; raises ManifestError."""
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
+    return [(f"{path}:row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+
+
+def first_file(candidates: Iterable[Path]) -> Path | None:
+    """The first that is there."""
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def video_file(root: Path, folders: Sequence[str], stem: str) -> Path:
+    """The video of this name in one of the folders; where it should lie when it is in none."""
+    if PurePosixPath(stem).name != stem or "\\" in stem:
+        raise ManifestError([f"{root}: {stem!r} cannot name a video; {AGAIN}"])
+    paths = [root / folder / f"{stem}{suffix}" for folder in folders for suffix in SUFFIXES]
+    return first_file(paths) or paths[0]
+
+
+def missing_videos(samples: Sequence[Sample], how: str) -> list[Gap]:
+    """One gap for all videos that are not there."""
+    lost = [sample for sample in samples if sample.video is not None and not sample.video.is_file()]
+    files = list(dict.fromkeys(sample.video for sample in lost))
+    if not files:
+        return []
+    known = len({sample.video for sample in samples})
+    what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
+    return [Gap(what=what, how=how, share=len(lost) / len(samples))]
+
+
+def _got(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

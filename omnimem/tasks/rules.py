@@ -1,0 +1,177 @@
+"""Rule sets: which letter a prediction is read as, and over which predictions an accuracy is taken.
+
+Each restates a published scorer, quirks included, so that the same predictions give the same number; they agree on
+a bare `B` or `B.` and on little else. A rule set of another edition would get another name.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final
+
+from omnimem.data import Question
+from omnimem.tasks.base import Verdict
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FOUR = LETTERS[:4]
+
+Read = Callable[[str, str], str | None]  # (prediction, letters of the options) -> the letter, None: there is none
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class RuleSet:
+    """How answers are read, and which questions the official accuracy leaves out."""
+
+    read: Read
+    denominator: Literal["answered", "written", "all"]  # questions with a letter; with any prediction; every one
+
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        """The verdict on a prediction for a multiple-choice question."""
+        letters = letters_of(question)
+        answer = self.read(prediction, letters)
+        counted = {"answered": answer is not None, "written": prediction != "", "all": True}[self.denominator]
+        return Verdict(
+            answer=answer,
+            correct=answer is not None and answer == question.answer,
+            counted=counted,
+            bare=is_bare(prediction, letters),
+        )
+
+
+def letters_of(question: Question) -> str:
+    """The letters of a question's options; four where the benchmark does not list them."""
+    return LETTERS[: len(question.item.options)] or FOUR
+
+
+def is_bare(prediction: str, letters: str) -> bool:
+    """Whether a prediction is one option letter, with a full stop at most: what every rule set reads alike."""
+    return re.fullmatch(f"[{letters}]\\.?", prediction.strip()) is not None
+
+
+# -------------------------------------------------------------------------------------------- the benchmarks' own rules
+
+PREFIXES = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    "The best option isThe correct option is",  # two prefixes without the comma between them, in both scorers
+    "Best answer:Best option:",
+)
+
+
+def video_mme(prediction: str, letters: str = FOUR) -> str | None:
+    """The first of A, B, C, D once six prefixes are gone: `Answer: B` is A (Video-MME, eval_your_results.py)."""
+    return _first_capital(prediction, PREFIXES)
+
+
+def vlmevalkit(prediction: str, letters: str = FOUR) -> str | None:
+    """As Video-MME's, without `Answer:` and `Option:` too (VLMEvalKit, exact matching)."""
+    return _first_capital(prediction, (*PREFIXES, "Answer:", "Option:"))
+
+
+def _first_capital(prediction: str, prefixes: tuple[str, ...]) -> str | None:
+    for prefix in prefixes:
+        prediction = prediction.replace(prefix, "")
+    found = re.search(f"[{FOUR}]", prediction)
+    return found[0] if found else None
+
+
+def lvbench(prediction: str, letters: str = FOUR) -> str | None:
+    """The first character after the first `(`, of what stands before the first `)` (LVBench, polish_answer)."""
+    inside = prediction.strip().split(")")[0].strip()
+    if "(" in inside:
+        inside = inside.split("(")[1].strip()
+    return _letter(inside.split(" ")[0], letters)
+
+
+def streamingbench(prediction: str, letters: str = FOUR) -> str | None:
+    """The very first character, a blank too (StreamingBench, count.py)."""
+    return _letter(prediction, letters)
+
+
+def _letter(text: str, letters: str) -> str | None:
+    return text[0] if text and text[0] in letters else None
+
+
+def lvomnibench(prediction: str, letters: str = FOUR) -> str | None:
+    """A leading letter, else `answer is|: X`, else a letter that stands alone, else any of A to F; in either case.
+
+    Of several letters that stand alone, the first in the alphabet (LVOmniBench, prompt_utils.py).
+    """
+    six, text = LETTERS[:6], prediction.upper().strip()
+    if re.match(rf"[{six}]([.): ,]|\Z)", text):
+        return text[0]
+    declared = re.search(rf"(?:THE\s+)?ANSWER\s*(?:IS|:)\s*([{six}])", text)
+    if declared:
+        return declared[1]
+    alone = sorted(set(re.findall(rf"\b[{six}]\b", text)))
+    return next(iter([*alone, *(sign for sign in text if sign in six)]), None)
+
+
+# ------------------------------------------------------------------------------------------------------------ lmms-eval
+
+MARKS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))  # around a letter, with their rank
+START, END, PHRASE, ANYWHERE = 10, 9, 7, 0  # ranks of the other places
+PHRASES = (  # of each the first occurrence counts: those that contain another one may begin later
+    *(f"{which}answer is" for which in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
+    *(f"{which}option is" for which in ("correct ", "the correct ", "best ", "the best ")),
+    *(f"{which}choice is" for which in ("", "the ", "correct ", "the correct ", "my ")),
+    *("i choose", "i select", "i pick"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+REASONING = ("think", "analysis")
+
+
+def lmms_eval(prediction: str, letters: str = FOUR) -> str | None:
+    """The letter in the highest-ranking place, the last of several (lmms-eval 0.7.2 and 0.7.3, mcq_extract.py).
+
+    Places: alone at the start, at the end, after `answer is` and its like, `(B)`, `B.`, `B:`, `B)`, before a blank,
+    anywhere. What stands in <think> or <analysis> is left out before.
+    """
+    text = without_reasoning(prediction).strip()
+    for sign in ",.!?;:'\"":
+        text = text.strip(sign)
+    text = f" {text} "
+    found = [
+        (rank, text.rfind(mark.format(letter)), letter)
+        for mark, rank in MARKS
+        for letter in letters
+        if mark.format(letter) in text
+    ]
+    found += _declared(text, letters) + _outermost(text, letters)
+    found = found or [(ANYWHERE, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(found, key=lambda place: place[:2])[2] if found else None
+
+
+def _declared(text: str, letters: str) -> list[tuple[int, int, str]]:
+    """Each letter where it next stands after the first occurrence of each phrase."""
+    begun = [text.lower().find(phrase) for phrase in PHRASES]
+    ends = [start + len(phrase) for start, phrase in zip(begun, PHRASES, strict=True) if start >= 0]
+    places = [(text.find(letter, end), letter) for end in ends for letter in letters]
+    return [(PHRASE, place, letter) for place, letter in places if place >= 0]
+
+
+def _outermost(text: str, letters: str) -> list[tuple[int, int, str]]:
+    """The first and the last character, where it is a letter by itself."""
+    core = text.strip()
+    found: list[tuple[int, int, str]] = []
+    if core and core[0] in letters and not core[1:2].isalpha():
+        found.append((START, 0, core[0]))
+    if core and core[-1] in letters and not core[-2:-1].isalpha():
+        found.append((END, len(text) - 1, core[-1]))
+    return found
+
+
+def without_reasoning(text: str) -> str:
+    """The text without closed reasoning blocks, or after a closing tag whose opening stood in the prompt."""
+    for name in REASONING:
+        start, end = f"<{name}>", f"</{name}>"
+        text = re.sub(f"{start}.*?{end}", "", text, flags=re.DOTALL)
+        if start not in text:
+            text = text.rsplit(end, 1)[-1]
+    return text
+
+
+LMMS_EVAL = RuleSet(read=lmms_eval, denominator="all")

@@ -1,0 +1,1 @@
+"""The tiny checkpoint that is shipped: its configuration, towers and training batches."""

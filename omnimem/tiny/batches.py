@@ -1,0 +1,249 @@
+"""Training batches for the tiny checkpoint: streams in their layout, and all questions of a stream in one pass.
+
+A row holds the stream and after it one block of tokens a question. A block sees the stream and itself; its positions
+go on where the stream ends, as if it were asked alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem.recall.worlds import CELLS, KINDS, SHAPES, TOKEN_SECONDS, Question, World
+from omnimem.tiny.checkpoint import SYSTEM, embeddings, token_id
+
+PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_bos|><|audio_bos|>"
+SUFFIX = "<|audio_eos|><|vision_eos|>"
+ANSWER_PROMPT = "<|im_end|>\n<|im_start|>assistant\n"
+IGNORE = -100  # a target that counts for nothing
+
+Style = Literal["key_last", "chat"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where everything stands in a stream of some length, and its 3-axis positions."""
+
+    ids: Tensor  # tokens
+    positions: Tensor  # axes tokens
+    visual: Tensor  # grids cells: columns of the visual tokens
+    audio: Tensor  # seconds: columns of the audio tokens
+    next_position: int
+
+
+def stream_layout(
+    model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seconds: int
+) -> Layout:
+    """The layout of a stream of an even number of seconds; positions are the model's own TMRoPE."""
+    config = model.config
+    grids = seconds // TOKEN_SECONDS
+    grid = [config.video_token_id] * CELLS + [config.audio_token_id] * TOKEN_SECONDS
+    ids = torch.tensor([*tokenizer(PREFIX).input_ids, *grid * grids, *tokenizer(SUFFIX).input_ids])
+    side = 2 * int(CELLS**0.5)  # patches; a cell is 2 x 2 of them
+    positions, _ = model.model.get_rope_index(
+        torch.LongTensor(ids[None]),
+        video_grid_thw=torch.LongTensor([[grids, side, side]]),
+        use_audio_in_video=True,
+        audio_seqlens=torch.LongTensor([4 * seconds]),
+        second_per_grids=torch.tensor([float(TOKEN_SECONDS)]),
+    )
+    return Layout(
+        ids=ids,
+        positions=positions[:, 0],
+        visual=(ids == config.video_token_id).nonzero()[:, 0].view(grids, CELLS),
+        audio=(ids == config.audio_token_id).nonzero()[:, 0],
+        next_position=int(positions.max()) + 1,
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Blocks of question tokens, padded on the right, with next-token targets; row -1 of kinds is padding."""
+
+    ids: Tensor  # batch blocks block_tokens
+    targets: Tensor  # batch blocks block_tokens: the answer word where it is to be said
+    key_targets: Tensor  # batch blocks block_tokens: the answer word at the key word, an auxiliary target
+    end_targets: Tensor  # batch blocks block_tokens: what follows the answer
+    kinds: Tensor  # batch blocks: index into KINDS, or IGNORE
+
+    @property
+    def blocks(self) -> int:
+        """Number of questions a stream, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of the longest question."""
+        return self.ids.shape[2]
+
+
+def pack_questions(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[Question]], style: Style) -> Questions:
+    """All questions of a batch of streams as one rectangle."""
+    blocks = [[_encode(tokenizer, question, style) for question in questions] for questions in asked]
+    count = max(len(row) for row in blocks)
+    length = max(len(ids) for row in blocks for ids, _, _ in row)
+    ids = torch.full((len(blocks), count, length), token_id(tokenizer, "<|endoftext|>"))
+    targets, key_targets, end_targets = (torch.full_like(ids, IGNORE) for _ in range(3))
+    kinds = torch.full(ids.shape[:2], IGNORE)
+    for b, row in enumerate(blocks):
+        for n, (tokens, key, answer) in enumerate(row):
+            said = token_id(tokenizer, asked[b][n].answer)
+            ids[b, n, : len(tokens)] = torch.tensor(tokens)
+            targets[b, n, answer] = said
+            kinds[b, n] = KINDS.index(asked[b][n].kind)
+            if style == "chat":
+                key_targets[b, n, key] = said
+                end_targets[b, n, answer + 1] = token_id(tokenizer, "<|im_end|>")
+    return Questions(ids=ids, targets=targets, key_targets=key_targets, end_targets=end_targets, kinds=kinds)
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style) -> tuple[list[int], int, int]:
+    """Tokens of a question, the index of its key word and the index at which the answer is predicted."""
+    stem = question.text[: question.text.rindex(question.key) + len(question.key)]  # "during the ring" has two rings
+    key = len(tokenizer(stem).input_ids) - 1
+    if style == "key_last":
+        return tokenizer(stem).input_ids, key, key
+    ids = tokenizer(question.text + ANSWER_PROMPT + question.answer).input_ids
+    return ids, key, len(ids) - 2
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Streams:
+    """A batch of streams as media features with their columns, ready to stand among the text embeddings."""
+
+    ids: Tensor  # batch tokens
+    positions: Tensor  # axes batch tokens
+    visual: Tensor  # batch visual_tokens width
+    audio: Tensor  # batch seconds width
+    shown: Tensor  # batch seconds: index of the shape to name at each audio token, len(SHAPES) for none
+    next_position: int
+
+
+class Concepts:
+    """What the towers are to say: a symbol is the sum of the embeddings of its words.
+
+    The embeddings are a frozen copy of the initial ones. 'Nothing' is the embedding of the placeholder token itself.
+    """
+
+    def __init__(self, model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.table = embeddings(model).detach().clone()
+        self._tokenizer = tokenizer
+        self.visual_nothing = self.table[model.config.video_token_id]
+        self.audio_nothing = self.table[model.config.audio_token_id]
+
+    def word(self, name: str) -> Tensor:
+        """The embedding of a word of the task (its spelling with a space, as in a question)."""
+        return self.table[token_id(self._tokenizer, "Ġ" + name)]
+
+    def targets(self, worlds: Sequence[World]) -> tuple[Tensor, Tensor]:
+        """Clean features: (streams grids cells width) and (streams seconds width)."""
+        seconds = worlds[0].seconds
+        visual = self.visual_nothing.repeat(len(worlds), seconds // TOKEN_SECONDS, CELLS, 1)
+        audio = self.audio_nothing.repeat(len(worlds), seconds, 1)
+        for b, world in enumerate(worlds):
+            for event in world.events:
+                symbol = self.word(event.shape) + self.word(event.colour)
+                for second, cell in zip(event.span, event.cells, strict=True):
+                    visual[b, second // TOKEN_SECONDS, cell] = symbol
+            for utterance in world.utterances:
+                audio[b, utterance.at] = self.word(utterance.voice) + self.word(utterance.word)
+        return visual, audio
+
+
+NOISE = 0.3  # standard deviation a dimension, against 1 of a symbol
+
+
+def imagine(concepts: Concepts, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Features as rough towers would give them: noise everywhere, a scene that drifts, flicker and logo as vectors."""
+    visual, audio = concepts.targets(worlds)
+    scene, unlike = _scenes(visual, worlds, rng)
+    background = (visual == concepts.visual_nothing).all(-1, keepdim=True)
+    visual = torch.where(background, visual + scene, visual)
+    visual = torch.where(unlike.isnan(), visual, unlike)
+    return visual + NOISE * _normal(rng, visual.shape), audio + NOISE * _normal(rng, audio.shape)
+
+
+def _scenes(visual: Tensor, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Background of every cell, and the distractors that replace it (NaN where there are none)."""
+    scene = torch.empty_like(visual)
+    unlike = torch.full_like(visual, float("nan"))
+    width = visual.shape[-1]
+    for b, world in enumerate(worlds):
+        cuts = [at // TOKEN_SECONDS for at, _ in world.scenes] + [visual.shape[1]]
+        for start, end in pairwise(cuts):
+            drift = 0.1 * _normal(rng, (end - start, 1, width)).cumsum(0)
+            scene[b, start:end] = 0.5 * _normal(rng, (1, 1, width)) + 0.4 * _normal(rng, (1, CELLS, width)) + drift
+        for flicker in world.flickers:
+            if flicker.at < world.seconds:
+                unlike[b, flicker.at // TOKEN_SECONDS, flicker.cell] = _normal(rng, (width,))
+        unlike[b, :, world.logo_cell] = _normal(rng, (width,))
+        for event in world.events:  # a flicker in one frame does not hide a symbol in the other
+            for second, cell in zip(event.span, event.cells, strict=True):
+                unlike[b, second // TOKEN_SECONDS, cell] = float("nan")
+    return scene, unlike
+
+
+def _normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def assemble(
+    layout: Layout, worlds: Sequence[World], visual: Tensor, audio: Tensor, kept: Tensor, *, name_silent: bool
+) -> Streams:
+    """Streams with only the `kept` (batch grids n) cells of each grid, at their real positions."""
+    batch = len(worlds)
+    columns = layout.visual[None].expand(batch, -1, -1).gather(2, kept).flatten(1)
+    text = torch.ones_like(layout.ids, dtype=torch.bool)
+    text[layout.visual.flatten()] = False
+    rest = text.nonzero()[:, 0].expand(batch, -1)
+    order = torch.cat([rest, columns], dim=1).sort(dim=1).values
+    features = visual.gather(2, kept[..., None].expand(-1, -1, -1, visual.shape[-1])).flatten(1, 2)
+    return Streams(
+        ids=layout.ids[order],
+        positions=layout.positions[:, order],
+        visual=features,
+        audio=audio,
+        shown=_shown(worlds, name_silent=name_silent),
+        next_position=layout.next_position,
+    )
+
+
+def choose_cells(worlds: Sequence[World], count: int, rng: np.random.Generator) -> Tensor:
+    """`count` cells of every grid in raster order, those with a symbol among them."""
+    grids = worlds[0].seconds // TOKEN_SECONDS
+    rank = rng.random((len(worlds), grids, CELLS))
+    for b, world in enumerate(worlds):
+        for event in world.events:
+            for second, cell in zip(event.span, event.cells, strict=True):
+                rank[b, second // TOKEN_SECONDS, cell] = -1
+    return torch.from_numpy(np.sort(rank.argsort(-1)[..., :count], axis=-1))
+
+
+def _shown(worlds: Sequence[World], *, name_silent: bool) -> Tensor:
+    """The shape on screen at every second, or (not `name_silent`) only where a word is spoken during it."""
+    shown = torch.full((len(worlds), worlds[0].seconds), len(SHAPES))
+    for b, world in enumerate(worlds):
+        for event in world.events:
+            if name_silent:
+                shown[b, event.start : event.start + event.seconds] = SHAPES.index(event.shape)
+            elif event.utterance is not None:
+                shown[b, event.utterance.at] = SHAPES.index(event.shape)
+    return shown
+
+
+def attention_mask(stream_tokens: int, questions: Questions) -> Tensor:
+    """Additive mask (1 1 tokens tokens): causal, but a block does not see the other blocks."""
+    asked = questions.blocks * questions.block_tokens
+    block = torch.full((stream_tokens + asked,), -1)
+    block[stream_tokens:] = torch.arange(asked) // questions.block_tokens
+    visible = (block[None] == -1) | (block[None] == block[:, None])
+    visible = visible.tril()
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[None, None]

@@ -1,0 +1,210 @@
+"""The section `train`: fields and types of transformers.TrainingArguments, checked without building it, and our own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from enum import Enum
+from importlib import import_module
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
+
+import torch
+from pydantic import AfterValidator, BeforeValidator, ValidationError
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from omnimem.config import ConfigError, strict
+from omnimem.run import RunFolder
+
+Check = tuple[Callable[[float], bool], str]  # which numbers will do, in a test and in words
+
+OURS = {  # fields that another part decides
+    "output_dir": "set by `name`: a run lives in runs/<name>",
+    "resume_from_checkpoint": "given on the command line: --resume auto, or --resume runs/X/checkpoint-N",
+    "local_rank": "given by the launcher; remove it",
+    "do_train": "finetune.py always trains; remove it",
+    "do_eval": "set evaluate.after_training instead",
+    "do_predict": "set evaluate.after_training instead",
+    "eval_strategy": "evaluation follows training; set evaluate.after_training instead",
+    "eval_steps": "evaluation follows training; set evaluate.after_training instead",
+    "per_device_eval_batch_size": "set evaluate.batch_size instead",
+    "load_best_model_at_end": "needs an evaluation during training; compare checkpoints with train/evaluate.py instead",
+    "remove_unused_columns": "samples are streams, not columns; remove it",
+    "gradient_checkpointing": "set tuning.recompute instead: none, chunk or layer",
+    "gradient_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
+    "activation_checkpointing": "set tuning.recompute instead: none, chunk or layer",
+    "activation_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
+    "auto_find_batch_size": "would change what a step is; set per_device_train_batch_size",
+    "parallelism_config": "cannot be written in YAML; use deepspeed",
+    "save_only_model": "no run could go on from such checkpoints; train/export.py takes the adapter out of whole ones",
+    "save_on_each_node": "a checkpoint is one folder, which all nodes share; remove it",
+    "torch_compile": "each chunk of a stream has a shape of its own; remove it",
+    "use_liger_kernel": "it replaces the parts of the model that streams attach to; remove it",
+    "fsdp": "use deepspeed: deepspeed/zero3.json shares out the weights too",
+    "fsdp_config": "use deepspeed: deepspeed/zero3.json shares out the weights too",
+    "accelerator_config": "ranks are dealt their samples by this project; remove it",
+    "ignore_data_skip": "a resumed run would take samples twice and leave others out; remove it",
+    "label_smoothing_factor": "a loss is the whole of what `tuning.loss` says; remove it",
+    "neftune_noise_alpha": "noise that no seed of the step decides would differ in a resumed run; remove it",
+    "use_cpu": "a host without a GPU trains on the CPU; beside a GPU, set CUDA_VISIBLE_DEVICES to nothing",
+    "push_to_hub": "nothing is uploaded; use train/export.py and upload what it writes",
+}
+FORMER = {  # names of transformers 4 that are gone
+    "warmup_ratio": "gone in transformers 5; set warmup_steps, where a number below 1 is a share of all steps",
+    "overwrite_output_dir": "gone in transformers 5; use --overwrite",
+    "logging_dir": "gone in transformers 5; event files lie in runs/<name>/tb",
+    "evaluation_strategy": "gone in transformers 5; set evaluate.after_training instead",
+    "group_by_length": "gone in transformers 5; set train_sampling_strategy",
+    "no_cuda": "gone in transformers 5; set CUDA_VISIBLE_DEVICES to nothing",
+    "save_safetensors": "gone in transformers 5; weights are always safetensors",
+}
+REFUSED = {**OURS, **FORMER}
+
+ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
+FROM_0: Check = (lambda number: number >= 0, "0 or more")
+FROM_1: Check = (lambda number: number >= 1, "1 or more")
+BELOW_1: Check = (lambda number: 0 <= number < 1, "0 or more, and below 1")
+SEED: Check = (lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+EVERY: Check = (
+    lambda number: 0 < number < 1 or (number >= 1 and number == int(number)),
+    "a whole number of steps, or a share of all steps below 1",
+)
+RANGES: dict[str, Check] = {
+    "per_device_train_batch_size": FROM_1,
+    "gradient_accumulation_steps": FROM_1,
+    "max_steps": (lambda number: number >= 1 or number == -1, "1 or more, or -1 to count by num_train_epochs"),
+    "num_train_epochs": ABOVE_0,
+    "learning_rate": ABOVE_0,
+    "warmup_steps": FROM_0,
+    "weight_decay": FROM_0,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": ABOVE_0,
+    "max_grad_norm": (FROM_0[0], "0 (no clipping) or more"),
+    "save_steps": EVERY,
+    "logging_steps": EVERY,
+    "save_total_limit": FROM_1,
+    "torch_empty_cache_steps": FROM_1,
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": FROM_0,
+    "dataloader_prefetch_factor": FROM_1,
+    "ddp_timeout": FROM_1,
+    "ddp_bucket_cap_mb": FROM_1,
+    "max_bad_steps": FROM_1,
+    "step_timeout_seconds": (FROM_0[0], "0 (no limit) or more"),
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class OwnSettings:
+    """Settings of `train` that transformers does not know."""
+
+    max_bad_steps: int = 3  # steps in a row whose loss or gradient is not finite, before the run stops
+    step_timeout_seconds: float = 1800.0  # of a micro-step, or of a checkpoint, before the run ends; 0: no limit
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "OwnSettings":
+        """Ours in a section `train`."""
+        return cls(**{name: value for name, value in section.items() if name in own_names() and value is not None})
+
+
+def own_names() -> tuple[str, ...]:
+    """Keys of `train` that are ours."""
+    return tuple(each.name for each in fields(OwnSettings))
+
+
+def train_section() -> type:
+    """A strict dataclass with a field for each setting that `train` may hold, and one for each that is refused."""
+    hints = {**get_type_hints(TrainingArguments), **get_type_hints(OwnSettings)}
+    theirs = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
+    kinds = {name: _exact(hints[name]) for name in (*theirs, *own_names())}
+    kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are not known beforehand
+    kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # `best` would need an evaluation during training
+    kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
+    columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
+    for name, reason in REFUSED.items():
+        kind = Annotated[Any, BeforeValidator(_refuse(reason))]
+        columns.append((name, kind, field(default=None, metadata={"refused": reason})))
+    return strict(make_dataclass("TrainSection", columns, kw_only=True))
+
+
+def _exact(hint: Any) -> Any:
+    """The hint with the words of an enumeration in place of `Enum | str`, which would let any word pass."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+    if not enums:
+        return hint
+    words = Literal[tuple(member.value for kind in enums for member in kind)]  # type: ignore[valid-type]
+    others = [kind for kind in kinds if kind not in (*enums, str)]
+    return Union[(words, *others)]
+
+
+def _within(check: Check) -> Callable[[Any], Any]:
+    accepts, words = check
+
+    def within(value: Any) -> Any:
+        if value is not None and not accepts(value):
+            raise ValueError(f"{value:g} is out of range; give {words}")
+        return value
+
+    return within
+
+
+def _refuse(reason: str) -> Callable[[Any], Any]:
+    def refuse(value: Any) -> Any:
+        raise ValueError(reason)
+
+    return refuse
+
+
+def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
+    """transformers' arguments of a run; a host without a GPU trains on the CPU.
+
+    Raises ConfigError when transformers refuses them.
+    """
+    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
+    defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
+    given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
+    try:
+        if "report_to" in given:
+            raise ValueError("report_to: TensorBoard's event files and metrics.jsonl are always written")
+        arguments = TrainingArguments(
+            **{**defaults, **given},
+            output_dir=str(folder.path),
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        )
+        _try_recipe(arguments)
+        _try_engine(arguments)
+    except (ValueError, TypeError, ImportError) as error:  # do not go together, or cannot be had on this machine
+        raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
+    return arguments
+
+
+def _try_recipe(arguments: TrainingArguments) -> None:
+    """Optimizer and schedule once in the small: their own options are looked at only when they are built."""
+    Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    options: Any = arguments.lr_scheduler_kwargs
+    get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+
+
+def _try_engine(arguments: TrainingArguments) -> None:
+    """What DeepSpeed says of its settings, and of half precision, only when the engine is built."""
+    if arguments.fp16 and not torch.cuda.is_available():
+        raise ValueError("fp16 needs a GPU; bf16 does not")
+    if not arguments.deepspeed:
+        return
+    settings = arguments.hf_deepspeed_config
+    if settings.mismatches:
+        each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
+        raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes ours)')
+    given = settings.config.get("zero_optimization", {})
+    known = {name: value for name, value in given.items() if value != "auto"}
+    theirs = import_module("deepspeed.runtime.zero.config")  # only now: `prepare_process` says for which device
+    try:
+        theirs.DeepSpeedZeroConfig(**known)
+    except ValidationError as error:
+        each = (f"zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError(f"{arguments.deepspeed}: {', '.join(each)}") from error

@@ -1,0 +1,57 @@
+"""What steps cost in numbers: each loss by its name, and the loss at each budget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import final
+
+from omnimem.tuning.session import Outcome
+
+PACE = 0.2  # part of the newest step in a running mean
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of streams on one rank."""
+
+    step: int
+    budget: str  # name of its curve
+    streams: int
+    loss: float
+    losses: dict[str, float]  # by name, without weights, of those that took part
+    rows: dict[str, int]  # answer tokens that took part, by loss
+
+    @classmethod
+    def of(cls, outcome: Outcome, *, step: int, budget: str) -> "Pass":
+        """The numbers of an outcome."""
+        losses = {name: float(value) for name, value in outcome.losses.items()}
+        loss, rows = float(outcome.loss), outcome.rows
+        return cls(step=step, budget=budget, streams=outcome.streams, loss=loss, losses=losses, rows=rows)
+
+
+def step_metrics(passes: Sequence[Pass]) -> dict[str, float]:
+    """`losses/NAME`: mean over the streams that took part; `rows/NAME`: their answer tokens."""
+    told: dict[str, float] = {}
+    for name in dict.fromkeys(name for each in passes for name in each.rows):
+        taking = [each for each in passes if name in each.losses]
+        streams = sum(each.streams for each in taking)
+        if streams:
+            told[f"losses/{name}"] = sum(each.losses[name] * each.streams for each in taking) / streams
+        told[f"rows/{name}"] = float(sum(each.rows[name] for each in passes))
+    return told
+
+
+def running_means(passes: Sequence[Pass], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """`loss_at/BUDGET` for the budgets of these passes: a running mean over the steps at that budget.
+
+    Goes on from the newest value in the history of logs, so that a resumed run goes on too. `passes` of all ranks.
+    """
+    means: dict[str, float] = {}
+    for _, members in groupby(sorted(passes, key=lambda each: each.step), key=lambda each: each.step):
+        same = list(members)
+        loss = sum(each.loss * each.streams for each in same) / sum(each.streams for each in same)
+        name = f"loss_at/{same[0].budget}"
+        before = means.get(name, next((line[name] for line in reversed(history) if name in line), loss))
+        means[name] = before + PACE * (loss - before)
+    return means

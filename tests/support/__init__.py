@@ -1,0 +1,1 @@
+"""Builders and reference implementations that tests share."""

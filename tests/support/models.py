@@ -1,0 +1,110 @@
+"""Tiny random text models: real transformers classes, random weights, no network."""
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5OmniTextConfig,
+    Qwen3OmniMoeTextConfig,
+    Qwen3VLTextConfig,
+)
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+from omnimem.tokens import Chunk, DeepStack, Modality
+
+FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni")
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": None,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+
+
+def text_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random text model of one of the four families, in evaluation mode."""
+    torch.manual_seed(seed)
+    if family == "qwen2_5_omni":
+        model = Qwen2_5OmniThinkerTextModel._from_config(Qwen2_5OmniTextConfig(**SIZES, rope_parameters=dict(ROPE)))
+    elif family == "qwen2_5_vl":
+        model = Qwen2_5_VLTextModel._from_config(Qwen2_5_VLTextConfig(**SIZES, rope_parameters=dict(ROPE)))
+    elif family == "qwen3_vl":
+        model = Qwen3VLTextModel._from_config(Qwen3VLTextConfig(**SIZES, head_dim=16, rope_parameters=dict(ROPE)))
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "decoder_sparse_step": 1}
+        config = Qwen3OmniMoeTextConfig(**SIZES, **experts, head_dim=16, rope_parameters=dict(ROPE))
+        model = Qwen3OmniMoeThinkerTextModel._from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)  # far from the near-linear regime of the default 0.02
+    return model.eval().requires_grad_(False)
+
+
+def whole_stream(count: int = 96, batch: int = 1, width: int = 64, seed: int = 1, levels: int = 0) -> Chunk:
+    """A random stream of text, audio and visual tokens with 3-axis positions, as one chunk."""
+    generator = torch.Generator().manual_seed(seed)
+    modality = torch.tensor([0, 0, 0] + [2, 2, 2, 2, 1, 0] * count)[:count].to(torch.int8).expand(batch, count)
+    time = torch.arange(count) // 2
+    positions = torch.stack([time, time + torch.arange(count) % 3, time + torch.arange(count) % 2])
+    deepstack = None
+    if levels:
+        visual = int((modality == Modality.VISUAL).sum())
+        features = tuple(torch.randn(visual, width, generator=generator) * 0.3 for _ in range(levels))
+        deepstack = DeepStack(mask=modality == Modality.VISUAL, features=features)
+    return Chunk(
+        embeddings=torch.randn(batch, count, width, generator=generator),
+        positions=positions[None].expand(batch, 3, count),
+        modality=modality,
+        deepstack=deepstack,
+    )
+
+
+def cut(whole: Chunk, lengths: list[int]) -> list[Chunk]:
+    """The stream in chunks of these lengths; deepstack features are sliced with it (batch 1)."""
+    chunks, first = [], 0
+    for length in lengths:
+        last = first + length
+        modality = whole.modality[:, first:last]
+        deepstack = None
+        if whole.deepstack is not None:
+            before = int((whole.modality[:, :first] == Modality.VISUAL).sum())
+            until = before + int((modality == Modality.VISUAL).sum())
+            features = tuple(level[before:until] for level in whole.deepstack.features)
+            deepstack = DeepStack(mask=modality == Modality.VISUAL, features=features)
+        chunks.append(
+            Chunk(
+                embeddings=whole.embeddings[:, first:last],
+                positions=whole.positions[:, :, first:last],
+                modality=modality,
+                deepstack=deepstack,
+            )
+        )
+        first = last
+    return chunks
+
+
+def one_shot(model: PreTrainedModel, whole: Chunk) -> Tensor:
+    """Hidden states of the stock forward pass over the whole stream."""
+    extra = {}
+    if whole.deepstack is not None:
+        extra = {"visual_pos_masks": whole.deepstack.mask, "deepstack_visual_embeds": list(whole.deepstack.features)}
+    result = model(
+        inputs_embeds=whole.embeddings, position_ids=whole.positions.transpose(0, 1), use_cache=False, **extra
+    )
+    return result.last_hidden_state
+
+
+def assert_equal_logits(got: Tensor, expected: Tensor) -> None:
+    """Standard 1: max |difference| <= 1e-5 x max(1, max |value|) in float32."""
+    bound = 1e-5 * max(1.0, float(expected.abs().max()))
+    difference = float((got - expected).abs().max())
+    assert difference <= bound, f"differs by {difference:.2e}, allowed {bound:.2e}"
