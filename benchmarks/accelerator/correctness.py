@@ -244,7 +244,7 @@ def _clear(
         watched = _Watched(inner=policy.scorer)
         chunks = [replace(c, embeddings=c.embeddings.float()) for c in chunks_of(width, seed, dtype, CPU)]
         hidden, stream = read(model, replace(policy, scorer=watched), chunks, prompt)
-        rooms = [policy.room(layer) for layer in range(len(SLOTS))] * len(LENGTHS)
+        rooms = [policy.layer_slots(layer) for layer in range(len(SLOTS))] * len(LENGTHS)
         gaps = [_gap(*seen, room) for seen, room in zip(watched.seen, rooms, strict=True)]
         if min(gaps) > CLEAR:
             return seed, hidden, stream

@@ -195,7 +195,7 @@ def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
     """What a policy adds to a layer."""
     total = layer.keys.shape[2]
     tokens = bench.chunk(OPENING, total)
-    scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).room(0)
+    scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).layer_slots(0)
     if not isinstance(room, LayerSlots):
         raise TypeError("these sizes have no budget; give Sizes.memory")
     return {

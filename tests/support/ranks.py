@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.paths import ROOT
+
 LIMIT = 120.0  # seconds
 SERVER = multiprocessing.get_context("forkserver")
 

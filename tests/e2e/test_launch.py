@@ -1,0 +1,196 @@
+"""launch.sh: exit codes are passed on, and no process outlives it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+RANKS = """#!/usr/bin/env bash
+echo "$$" >> pids
+sleep 60 & echo "$!" >> pids
+echo "$*" > arguments
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with launch.sh, and a `deepspeed` that leaves a process behind, as the real one does when killed."""
+    shutil.copy(ROOT / "launch.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def start(folder: Path, ending: str, *arguments: str) -> subprocess.Popen[str]:
+    stub = folder / "bin" / "deepspeed"
+    stub.write_text(f"{RANKS}{ending}\n")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    command = [str(folder / "launch.sh"), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def running(folder: Path) -> list[int]:
+    """Which of the processes that the stub noted are still there."""
+    numbers = [int(line) for line in (folder / "pids").read_text().split()]
+    return [number for number in numbers if Path(f"/proc/{number}/cmdline").exists() and not is_zombie(number)]
+
+
+def is_zombie(number: int) -> bool:
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def given(folder: Path) -> tuple[int, str]:
+    """The port that `deepspeed` was told, and its other arguments."""
+    words = (folder / "arguments").read_text().split()
+    place = words.index("--master_port")
+    return int(words[place + 1]), " ".join((*words[:place], *words[place + 2 :]))
+
+
+def until(folder: Path, lines: int) -> None:
+    """Wait until the stub has noted so many processes."""
+    for _ in range(200):
+        if (folder / "arguments").exists() and len((folder / "pids").read_text().split()) == lines:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the command never started")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_every_process_of_the_run(folder: Path, number: signal.Signals) -> None:
+    launched = start(folder, "wait", "finetune", "x.yaml", "a.b=[1, 2]", "name=y")
+    until(folder, 2)
+    launched.send_signal(number)
+    launched.communicate(timeout=20)
+    assert launched.returncode == 128 + number
+    assert running(folder) == []
+    assert given(folder)[1] == "train/finetune.py --config x.yaml a.b=[1, 2] name=y"
+
+
+def test_two_runs_on_one_machine_get_ports_of_their_own(folder: Path) -> None:
+    ports = set()
+    for _ in range(2):
+        start(folder, "", "finetune", "x.yaml").communicate(timeout=20)
+        ports.add(given(folder)[0])
+    assert len(ports) == 2
+    assert 29500 not in ports
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            ("--hostfile", "nodes", "--resume", "auto"),
+            "--hostfile nodes train/finetune.py --config x.yaml --resume auto",
+        ),
+        (("a.b=1", "--num_gpus=2", "--dry-run"), "--num_gpus=2 train/finetune.py --config x.yaml a.b=1 --dry-run"),
+        (("--force_multi", "a.b=1"), "--force_multi train/finetune.py --config x.yaml a.b=1"),
+    ],
+)
+def test_the_launchers_own_options_stand_before_the_script(folder: Path, before: tuple[str, ...], after: str) -> None:
+    start(folder, "", "finetune", "x.yaml", *before).communicate(timeout=20)
+    assert given(folder)[1] == after
+
+
+def test_a_node_started_by_itself_must_know_the_port_of_all(folder: Path) -> None:
+    node = ("finetune", "x.yaml", "--hostfile", "nodes", "--no_ssh", "--node_rank", "1", "--master_addr", "10.0.0.1")
+    launched = start(folder, "", *node)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert said == (
+        "launch.sh: --no_ssh starts the ranks of one node; give every node the same --master_addr and --master_port\n"
+    )
+    start(folder, "", *node, "--master_port", "4711").communicate(timeout=20)
+    assert given(folder)[0] == 4711
+
+
+FINISHES = """#!/usr/bin/env bash
+finish() { sleep 1; echo finished > finished; exit 143; }
+trap finish TERM
+echo "$$" >> pids
+echo rank > arguments
+while :; do sleep 0.1; done
+"""
+ENDED = 'trap "touch ended; exit 1" TERM\nLOCAL_RANK=0 ./rank & wait $!'
+
+
+def start_rank(folder: Path, body: str = FINISHES) -> subprocess.Popen[str]:
+    """launch.sh with a rank below its `deepspeed`."""
+    (folder / "rank").write_text(body)
+    (folder / "rank").chmod(0o755)
+    launched = start(folder, ENDED, "finetune", "x.yaml")
+    until(folder, 3)
+    time.sleep(0.3)  # both have set their traps
+    return launched
+
+
+def test_a_signal_lets_ranks_finish_and_leaves_the_launcher_of_deepspeed_alone(folder: Path) -> None:
+    launched = start_rank(folder)
+    launched.send_signal(signal.SIGTERM)
+    launched.communicate(timeout=20)
+    assert launched.returncode == 128 + signal.SIGTERM
+    assert (folder / "finished").exists()
+    assert not (folder / "ended").exists()
+    assert running(folder) == []
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait_for_ranks(folder: Path) -> None:
+    launched = start_rank(folder, FINISHES.replace("sleep 1", "sleep 50 & wait"))
+    launched.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert launched.poll() is None
+    launched.send_signal(signal.SIGINT)
+    launched.communicate(timeout=30)
+    assert launched.returncode == 128 + signal.SIGTERM
+    assert not (folder / "finished").exists()
+    assert running(folder) == []
+
+
+def test_the_exit_code_is_passed_on_and_ranks_left_behind_are_ended(folder: Path) -> None:
+    launched = start(folder, "exit 2", "finetune", "x.yaml")
+    launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert running(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "options", "code"),
+    [
+        ("", (), 1),
+        ('rm "$OMNIMEM_UNFINISHED"', (), 0),
+        ("", ("--hostfile", "nodes"), 0),
+        ("", ("--hostfile", "nodes", "--no_ssh", "--master_port", "4711"), 1),
+    ],
+)
+def test_a_deepspeed_that_says_0_before_the_first_rank_of_the_machine_came_to_its_end_is_not_believed(
+    folder: Path, ending: str, options: tuple[str, ...], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one does so when its launch.py is killed; of other machines nothing is known."""
+    monkeypatch.setenv("TMPDIR", str(temporary := folder / "temporary"))
+    temporary.mkdir()
+    launched = start(folder, ending, "finetune", "x.yaml", *options)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == code
+    words = "launch.sh: deepspeed was stopped before training came to its end; go on with --resume auto\n"
+    assert said == (words if code else "")
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("fly",), ("test", "--fast"), ("finetune",), ("demo", "now")])
+def test_anything_else_shows_the_usage_and_exits_with_2(folder: Path, arguments: tuple[str, ...]) -> None:
+    launched = start(folder, "", *arguments)
+    _, said = launched.communicate(timeout=20)
+    assert launched.returncode == 2
+    assert said.startswith("usage: ./launch.sh demo")
+    assert not (folder / "pids").exists()
+
+
+def test_continuous_integration_runs_the_test_command() -> None:
+    assert "exec ./launch.sh test\n" in (ROOT / ".ci" / "run").read_text()
+    for script in (ROOT / ".ci" / "run", ROOT / "launch.sh"):
+        assert os.access(script, os.X_OK)

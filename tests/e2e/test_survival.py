@@ -1,0 +1,492 @@
+"""Runs that survive: asked to stop, spoiled by numbers that are not finite, short of disk, with damaged checkpoints."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, final
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.finished_run import LORA, config_of
+from support.paths import ROOT
+from support.ranks import Ended, command, start
+from support.tiny_run import SCRIPT, given, tune, write_films
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import omnimem.commands.finetune
+import omnimem.training.dealt
+import omnimem.training.trainer
+from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.checksums import damage
+from omnimem.cli import preflight
+from omnimem.cli.preflight import check_data, check_run
+from omnimem.commands.finetune import saves_of
+from omnimem.config import ConfigError, RunConfig
+from omnimem.data import DataOptions, TooManyFailures, read_manifest
+from omnimem.run import sha256
+from omnimem.training import shutdown as stopping
+from omnimem.training.nonfinite import NonFiniteGuard
+from omnimem.training.shutdown import ShutdownSignal
+from omnimem.tuning import AdapterError, StreamedModel, add_adapter
+
+ZERO2 = "train.deepspeed=deepspeed/zero2.json"
+STEPS = ("train.max_steps=6", "train.save_steps=100")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint, films, manifest and config, in the folder that all runs share."""
+    return write_films(tmp_path_factory.mktemp("survival"))
+
+
+# -------------------------------------------------------------------------------------------------------- without a run
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+
+def test_a_launcher_that_ended_before_a_rank_was_ready_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at who it is and the look at its command line there is time to end."""
+    ended, sent = start_and_end(), []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(stopping, "_parent", lambda number: ended)
+    monkeypatch.setattr(os, "kill", lambda number, asked: sent.append((number, asked)))
+    stopping.follow_launcher()
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def start_and_end() -> int:
+    """The number of a process that is over."""
+    done = subprocess.Popen(["true"])
+    done.wait()
+    return done.pid
+
+
+def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments: TrainingArguments) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    control, interruption = TrainerControl(), ShutdownSignal()
+    with interruption:
+        interruption.on_step_end(arguments, TrainerState(), control)
+        assert not control.should_training_stop
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        interruption.on_step_end(arguments, TrainerState(), control)
+    assert control.should_save
+    assert control.should_training_stop
+    assert interruption.agreed == signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
+    def interrupted() -> None:
+        with ShutdownSignal() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.asked == signal.SIGINT
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+    with pytest.raises(KeyboardInterrupt):  # nobody granted it, so it goes to whom it would have gone
+        interrupted()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
+    number: float, arguments: TrainingArguments
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    control, state = TrainerControl(), TrainerState()
+    with NonFiniteGuard(2) as bad:
+        bad.on_train_begin(arguments, state, control, model=model)
+
+        def step(factor: float, sample: str) -> None:
+            bad.begin([sample])
+            loss = bad.judged(model(torch.ones(3)).square().sum() * factor)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.global_step += 1
+            bad.on_step_end(arguments, state, control)
+
+        step(1.0, "good")
+        kept = _copy(model, optimizer)
+        step(number, "spoiled")
+        assert not control.should_training_stop
+        assert all(torch.equal(a, b) for a, b in zip(kept, _copy(model, optimizer), strict=True))
+        step(1.0, "good")
+        assert not all(torch.equal(a, b) for a, b in zip(kept, _copy(model, optimizer), strict=True))
+        assert [(each.step, each.samples) for each in bad.found] == [(2, ("spoiled",))]
+        step(number, "spoiled")
+        assert not bad.too_many  # one in a row
+        step(number, "again")
+        assert bad.too_many
+        assert control.should_training_stop
+    step_after = torch.optim.SGD(model.parameters(), lr=0.1)  # no hook is left behind
+    model(torch.ones(3)).sum().backward()
+    before = model.weight.detach().clone()
+    step_after.step()
+    assert not torch.equal(before, model.weight)
+
+
+@final
+class Late:
+    """A rank that has gone and whose code is there only at a later look, as the kernel has it on a busy machine."""
+
+    def __init__(self, code: int, looks: int) -> None:
+        self.sentinel, other = os.pipe()
+        os.close(other)
+        self.code, self.looks = code, looks
+
+    @property
+    def exitcode(self) -> int | None:
+        self.looks -= 1
+        return self.code if self.looks < 0 else None
+
+    def join(self, seconds: float | None = None) -> None:
+        """Nothing to wait for, and nothing to end."""
+
+    terminate = kill = join
+
+
+@pytest.mark.parametrize("looks", range(8))
+def test_trials_of_faults_see_every_exit_code_however_late_it_comes(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    outcome = import_module("faults").outcome
+    stopped, done = 143, 0
+    for codes in ((stopped,), (done, stopped), (stopped, stopped), (done, done)):
+        ranks = [Late(code, looks) for code in codes]
+        assert outcome(ranks) == max(codes)
+        for rank in ranks:
+            os.close(rank.sentinel)
+
+
+def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
+
+
+@pytest.fixture(scope="module")
+def tuned_model(folder: Path) -> StreamedModel:
+    return add_adapter(load_backbone(ModelOptions(path=str(folder / "model"))).model, LORA)
+
+
+def run_of(folder: Path, **tuning: Any) -> RunConfig:
+    """A run over the six films."""
+    run = config_of(folder / "model")
+    data = DataOptions(train=str(folder / "train.jsonl"), max_failures=0.2)
+    return replace(run, data=data, tuning=replace(run.tuning, **tuning))
+
+
+def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder: Path) -> None:
+    samples = read_manifest(folder / "broken.jsonl")
+    line, longest = check_data(run_of(folder), samples)
+    assert line == "data: 6 samples opened, 40 s of streams with pictures and sound (5); 1 unreadable"
+    assert longest.id != "broken"
+    gone = [replace(sample, video=folder / "gone.mp4") for sample in samples[:2]]
+    with pytest.raises(TooManyFailures, match="2 of 6 samples failed"):
+        check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
+
+
+def test_the_preflight_takes_for_readable_what_training_does(folder: Path) -> None:
+    samples = read_manifest(folder / "train.jsonl")
+    heard = replace(samples[1], video=None, audio=folder / "1.mp4")
+    late = replace(samples[2], messages=(replace(samples[2].messages[0], at=100.0), *samples[2].messages[1:]))
+    line, _ = check_data(run_of(folder), [samples[0], heard, late])
+    what = "pictures and sound (2), sound only (1); all can be read"
+    assert line == f"data: 3 samples opened, 24 s of streams with {what}"
+
+
+def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PROBED", 3)
+    samples = read_manifest(folder / "train.jsonl")
+    assert check_data(run_of(folder), samples)[0].startswith("data: 3 of 6 samples opened, 24 s")
+    unopened = [*samples[:1], replace(samples[1], video=folder / "gone.mp4"), *samples[2:]]
+    assert check_data(run_of(folder), unopened)[0].endswith("; 1 missing")
+
+
+def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
+    folder: Path, tuned_model: StreamedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, disk = check_run(run_of(folder), tuned_model, folder, 3)
+    assert adapter.startswith("adapter: 6 modules (q_proj 2, v_proj 2, down_proj 2), ")
+    assert disk.startswith("disk: 4 x ")
+    lora = replace(LORA, targets=(*LORA.targets, "k_proj"))
+    with pytest.raises(AdapterError, match="k_proj match no module of this model; matched: q_proj, v_proj, down_proj"):
+        list(check_run(run_of(folder, lora=lora), tuned_model, folder, 3))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"0\.0 MB are free; make room, or set train\.save_total_limit"):
+        list(check_run(run_of(folder), tuned_model, folder, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "saves"),
+    [
+        ({"max_steps": 7, "save_steps": 3}, 3),  # after 3, 6, and the last one
+        ({"num_train_epochs": 2, "save_steps": 4, "per_device_train_batch_size": 2}, 2),  # 6 steps
+        ({"num_train_epochs": 2, "save_steps": 0.25, "per_device_train_batch_size": 1}, 4),
+        ({"num_train_epochs": 3, "save_strategy": "epoch"}, 3),
+        ({"max_steps": 7, "save_strategy": "no"}, 0),
+    ],
+)
+def test_the_preflight_knows_how_many_checkpoints_come(settings: dict[str, Any], saves: int, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+    assert saves_of(arguments, 6) == saves
+
+
+def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder: Path) -> None:
+    backbone = load_backbone(ModelOptions(path=str(folder / "model")))
+    for layer in cast(Any, backbone.text_model).layers:
+        del layer.mlp.gate_proj
+    with pytest.raises(AdapterError, match=r"gate_proj match no module; there are: down_proj, k_proj, o_proj"):
+        add_adapter(backbone.model, replace(LORA, targets=("gate_proj",)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
+    steps = ("train.max_steps=3",)
+    looked, blind = tune(folder, "looked", *steps), tune(folder, "blind", *steps, "--skip-preflight")
+    said = [line for line in looked.ended.outputs[0].splitlines() if line.startswith("preflight: ")]
+    assert [line.split()[1] for line in said] == ["data:", "adapter:", "disk:", "step:"]
+    assert "at full memory" in said[-1]
+    assert "preflight" not in blind.ended.outputs[0]
+    assert looked.lines == blind.lines
+    assert torch.equal(looked.adapter, blind.adapter)
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:
+    """A run whose last rank gets a signal in its third step."""
+    running = start(SCRIPT, given(folder, name, *STEPS, *arguments), folder, ranks=ranks)
+    running.until("step 2 of 6")
+    os.kill(running.processes[-1].pid or 0, number)
+    for process in running.processes:
+        process.join()
+    codes = tuple(process.exitcode for process in running.processes)
+    return Ended(codes=codes, outputs=tuple(log.read_text() for log in running.logs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("number", "ranks", "engine"), [(signal.SIGINT, 0, ()), (signal.SIGTERM, 2, (ZERO2,))], ids=["int", "term"]
+)
+def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
+    folder: Path, number: signal.Signals, ranks: int, engine: tuple[str, ...]
+) -> None:
+    name = f"stopped-{ranks}"
+    ended = stopped(folder, name, number, *engine, ranks=ranks)
+    assert set(ended.codes) == {128 + number}
+    path = folder / "runs" / name
+    (checkpoint,) = path.glob("checkpoint-*")
+    assert damage(checkpoint) is None
+    step = int(checkpoint.name.rpartition("-")[2])
+    last = ended.outputs[0].splitlines()[-1]
+    assert last == f"stopped after step {step}; go on from runs/{name}/{checkpoint.name} with --resume auto"
+    assert not (path / "adapter").exists()
+    resumed = tune(folder, name, *STEPS, *engine, "--resume", "auto", ranks=ranks)
+    whole = tune(folder, f"whole-{ranks}", *STEPS, *engine, ranks=ranks)
+    assert resumed.lines == whole.lines
+    assert torch.equal(resumed.adapter, whole.adapter)
+
+
+def ask_in_last_checkpoint() -> None:
+    """The last rank gets SIGTERM when the end of its last step is behind it, in the process that calls this."""
+    sound = omnimem.training.dealt.write_portable
+
+    def asked(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
+        if step == 6 and os.environ.get("RANK", "0") == str(layout.ranks - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        sound(folder, state, layout, step, schedule)
+
+    omnimem.training.dealt.write_portable = asked
+
+
+def ask_at_the_end_of_training() -> None:
+    """SIGTERM between the end of the last step and the ranks' last question."""
+    sound = omnimem.commands.finetune.StreamTrainer._require_end
+
+    def asked(self: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sound(self)
+
+    omnimem.commands.finetune.StreamTrainer._require_end = asked
+
+
+def ask_after_agreement() -> None:
+    """SIGTERM when the ranks have asked each other for the last time."""
+    sound = omnimem.commands.finetune.StreamTrainer._require_end
+
+    def asked(self: Any) -> None:
+        sound(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    omnimem.commands.finetune.StreamTrainer._require_end = asked
+
+
+def ask_before_adapter() -> None:
+    """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
+    sound = omnimem.commands.finetune.StreamTrainer.save_whole
+
+    def asked(self: Any, place: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sound(self, place)
+
+    omnimem.commands.finetune.StreamTrainer.save_whole = asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("moment", "ranks", "code"),
+    [
+        (ask_in_last_checkpoint, 0, 143),
+        (ask_in_last_checkpoint, 2, 143),
+        (ask_after_agreement, 0, -15),
+        (ask_before_adapter, 0, -15),
+    ],
+)
+def test_a_run_asked_to_stop_at_its_very_end_says_so_and_has_only_its_adapter_to_write(
+    folder: Path, moment: Callable[[], None], ranks: int, code: int
+) -> None:
+    name = f"{moment.__name__}-{ranks}"
+    ended = start(SCRIPT, given(folder, name, *STEPS), folder, ranks=ranks, first=moment).end()
+    assert set(ended.codes) == {code}, ended.outputs
+    path = folder / "runs" / name
+    assert not (path / "adapter").exists()
+    assert damage(path / "checkpoint-6") is None
+    resumed = tune(folder, name, *STEPS, "--resume", "auto", ranks=ranks)
+    assert resumed.lines == tune(folder, f"{name}-whole", *STEPS, ranks=ranks).lines
+    record = json.loads((path / "run.json").read_text())
+    assert record["adapter"]["sha256"] == sha256(path / "adapter", suffixes=(".safetensors",))
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_very_end(folder: Path) -> None:
+    arguments = given(folder, "kept-none", "train.max_steps=6", "train.save_strategy=no")
+    ended = start(SCRIPT, arguments, folder, first=ask_at_the_end_of_training).end()
+    assert ended.codes == (143,), ended.outputs
+    assert [each.name for each in (folder / "runs" / "kept-none").glob("checkpoint-*")] == ["checkpoint-6"]
+    said = ended.outputs[0].splitlines()[-1]
+    assert said == "stopped after step 6; go on from runs/kept-none/checkpoint-6 with --resume auto"
+    resumed = tune(folder, "kept-none", "train.max_steps=6", "--resume", "auto")
+    assert torch.equal(resumed.adapter, tune(folder, "kept-none-whole", "train.max_steps=6").adapter)
+
+
+class Poison(torch.autograd.Function):
+    """Finite forward, a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * float("nan")
+
+
+def poison_film2() -> None:
+    """Film 2 spoils its gradient, in the process that calls this."""
+    sound = omnimem.training.trainer.streamed_loss
+
+    def spoiled(attached: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        outcome = sound(attached, feeder, batch, *rest, **options)
+        if all(opened.sample.id != "film2" for opened in batch):
+            return outcome
+        return replace(outcome, loss=Poison.apply(outcome.loss))
+
+    omnimem.training.trainer.streamed_loss = spoiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "engine"), [(0, ()), (2, (ZERO2,))], ids=["plain", "zero2 x 2"])
+def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_every_rank(
+    folder: Path, ranks: int, engine: tuple[str, ...]
+) -> None:
+    steps = ("train.max_steps=4", "train.save_steps=1")
+    arguments = given(folder, name := f"poisoned-{ranks}", *steps, *engine)
+    command(SCRIPT, arguments, folder, ranks=ranks, first=poison_film2)
+    path = folder / "runs" / name
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (bad,) = [line for line in lines if "film2" in line["samples"]]
+    assert bad["left_out"] == ["film2"]
+    assert bad["loss"] is None
+    assert all(line["loss"] is not None and not line["left_out"] for line in lines if line is not bad)
+    record = json.loads((path / "run.json").read_text())
+    assert record["left_out_steps"] == [{"step": bad["step"], "samples": ["film2"]}]
+    learned = [load_file(path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2, 3, 4)]
+    for step in (2, 3, 4):
+        same = all(torch.equal(learned[step - 1][key], learned[step - 2][key]) for key in learned[0])
+        assert same == (step == bad["step"])
+    if ranks:
+        assert bad["step"] == 1  # nothing was learned yet: every B is zero
+        assert not any(tensor.any() for key, tensor in learned[0].items() if "lora_B" in key)
+
+
+@pytest.mark.slow
+def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samples(folder: Path) -> None:
+    arguments = given(folder, "diverged", "train.learning_rate=1e30", "train.max_bad_steps=2", "train.max_grad_norm=0")
+    ended = start(SCRIPT, arguments, folder).end()
+    assert ended.codes == (1,)
+    last = ended.outputs[0].splitlines()[-1]
+    assert last.startswith("2 steps in a row, the last of them ")
+    assert "gave numbers that are not finite, with film" in last
+    assert "; lower train.learning_rate or look at these samples; go on from runs/diverged/checkpoint-" in last
+    assert "Traceback" not in ended.outputs[0]
+
+
+def small_files() -> None:
+    """No file may grow beyond 20 kB, as on a full disk: a checkpoint's optimizer does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_whole(folder: Path) -> None:
+    tune(folder, "full", "train.max_steps=2", "train.save_steps=2")
+    more = ("train.max_steps=4", "train.save_steps=2", "--resume", "auto")
+    ended = start(SCRIPT, given(folder, "full", *more), folder, first=small_files).end()
+    assert ended.codes == (1,)
+    last = ended.outputs[0].splitlines()[-1]
+    assert last.startswith("runs/full/checkpoint-4 could not be written (")
+    assert (
+        "MB free); runs/full/checkpoint-2 is whole; make room or mend the disk, then go on with --resume auto" in last
+    )
+    assert "Traceback" not in ended.outputs[0]
+    path = folder / "runs" / "full"
+    assert [each.name for each in path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert damage(path / "checkpoint-2") is None
+    finished = tune(folder, "full", *more)
+    assert [line["step"] for line in finished.lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder: Path) -> None:
+    path = folder / "runs" / "deaf"
+    path.mkdir(parents=True)
+    (path / "run.json").write_text("{}")
+    (path / "metrics.jsonl").symlink_to("/dev/full")
+    ended = start(SCRIPT, given(folder, "deaf", *STEPS, "--resume", "auto"), folder).end()
+    assert ended.codes == (1,)
+    (line,) = [line for line in ended.outputs[0].splitlines() if not line.startswith(("preflight: ", "step "))]
+    what = "No space left on device; make room or mend the disk; runs go on with --resume auto"
+    assert line == f"runs/deaf/metrics.jsonl: {what}"

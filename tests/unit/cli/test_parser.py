@@ -1,0 +1,180 @@
+"""Commands: overrides anywhere, no abbreviations, and exit codes that mean something."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+from omnimem.cli import parser as command
+from omnimem.cli.parser import Parser, run_command
+from omnimem.config import ConfigError
+from omnimem.training.shutdown import Stopped
+
+
+def parser() -> Parser:
+    made = Parser("Says what it was told.")
+    made.add_config()
+    made.add_argument("--resume")
+    made.add_argument("--dry-run", action="store_true")
+    return made
+
+
+def left(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    """What parsing says before it leaves with exit code 2."""
+    with pytest.raises(SystemExit) as leaving:
+        parser().parse(arguments)
+    assert leaving.value.code == 2
+    return capsys.readouterr().err
+
+
+def outcome(capsys: pytest.CaptureFixture[str], error: Exception | None) -> tuple[object, list[str]]:
+    """(exit code, lines on stderr) of a command that raises `error`."""
+
+    def main(arguments: Sequence[str]) -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    return leaving.value.code, capsys.readouterr().err.splitlines()
+
+
+def test_overrides_may_stand_anywhere_and_the_launchers_rank_is_accepted() -> None:
+    given = parser().parse(["--local_rank=1", "a.b=1", "--config", "x.yaml", "c=2", "--resume", "auto", "d=[3,4]"])
+    assert given.overrides == ["a.b=1", "c=2", "d=[3,4]"]
+    assert (given.config, given.resume, given.dry_run, given.local_rank) == ("x.yaml", "auto", False, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--config", "x.yaml", "--res", "auto"], "unrecognized arguments: --res"),
+        (["a=1"], "the following arguments are required: --config"),
+        (["--config"], "expected one argument"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = left(capsys, arguments)
+    assert what in said
+    assert said.count("\n") == 1
+    assert "--help" in said
+
+
+def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    problems = ["a.yaml:1 x: wrong; mend it", "a.yaml:2 y: wrong; mend it"]
+    assert outcome(capsys, ConfigError(problems)) == (2, problems)
+
+
+def test_a_command_that_ends_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(capsys, None) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "error", "told"),
+    [("0", None, True), ("1", None, False), ("0", ConfigError(["x"]), False), ("0", Stopped("y", 143), False)],
+)
+def test_the_first_rank_of_a_machine_tells_launch_sh_when_its_command_came_to_its_end(
+    local_rank: str,
+    error: Exception | None,
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.touch()
+    monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    outcome(capsys, error)
+    assert unfinished.exists() != told
+
+
+def test_help_is_an_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.touch()
+    monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))
+    with pytest.raises(SystemExit) as leaving:
+        parser().parse(["--help"])
+    assert leaving.value.code == 0
+    assert not unfinished.exists()
+
+
+def raised(error: Exception) -> None:
+    """A command that raises `error`."""
+
+    def main(arguments: Sequence[str]) -> None:
+        raise error
+
+    run_command(main)
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        raised(ValueError("a bug"))
+
+
+def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    assert outcome(capsys, ConfigError(["x"])) == (2, [])
+    assert waited == [command.GRACE]
+
+
+def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: True)
+    lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:44958")
+    monkeypatch.setenv("RANK", "1")
+    assert outcome(capsys, lost) == (1, ["rank 1: lost another rank, which may have said why"])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RuntimeError, match="closed by peer"):  # the first one has nobody to speak for it
+        raised(lost)
+
+
+@pytest.mark.parametrize("kind", command.USER_ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_of_the_user_is_a_value_error(kind: type[Exception]) -> None:
+    assert issubclass(kind, ValueError)
+
+
+SCRIPT = """
+from collections.abc import Sequence
+from omnimem.config import load
+from omnimem.training.arguments import train_section
+from omnimem.cli.parser import Parser, run_command
+
+def main(arguments: Sequence[str]) -> None:
+    parser = Parser(None)
+    parser.add_config()
+    given = parser.parse(arguments)
+    print(load(given.config, given.overrides, train=train_section()).name)
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_process_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "say.py"
+    script.write_text(SCRIPT)
+    wrong = ["train.learning_rat=1e-5", "memory.slots_per_layer=few"]
+    said = subprocess.run(
+        [sys.executable, str(script), "--config", "budget8k.yaml", *wrong],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )
+    assert (said.returncode, said.stdout) == (2, "")
+    assert [line.split(":")[0] for line in said.stderr.splitlines()] == [
+        "command line train.learning_rat",
+        "command line memory.slots_per_layer",
+    ]

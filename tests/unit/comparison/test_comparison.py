@@ -1,0 +1,744 @@
+"""The comparison: statistics against scipy and theory, refusals, the summary, and the page that shows it."""
+
+import csv
+import hashlib
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from support.paths import ROOT
+
+from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import compare as command
+from omnimem.comparison import ComparisonError, compare, figures, statistics
+from omnimem.comparison.report import points
+
+KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
+AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
+SKILL = {
+    "full_memory": (0.97, 0.97, 0.96),
+    "tuned_full_memory": (0.97, 0.98, 0.95),
+    "training_free": (0.80, 0.84, 0.71),
+    "tuned": (0.89, 0.90, 0.83),
+    "recency": (0.48, 0.52, 0.41),
+    "blind": (1 / 8, 1 / 16, 1 / 16),
+    "vision_only": (0.95, 1 / 16, 1 / 16),
+    "audio_only": (1 / 8, 0.96, 1 / 16),
+}
+ENTRIES = {"full_memory": (598.0, 598.0), "tuned_full_memory": (598.0, 598.0), "blind": (18.0, 18.0)}
+
+
+def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchmark: str = "recall") -> Path:
+    """An eval folder in the format of design.md; answers are a function of arm, video and question."""
+    folder = run / "eval" / arm
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for video in range(videos):
+        for place in range(len(KINDS) * per_kind):
+            kind = list(KINDS)[place % len(KINDS)]
+            draw = np.random.default_rng([video, place])  # shared by the arms: hard questions are hard for all
+            hardness, answer, missing = (
+                0.75 * draw.random() + 0.25 * draw.random(),
+                draw.integers(KINDS[kind]),
+                draw.random(),
+            )
+            noise = np.random.default_rng([video, place, len(arm)]).random()
+            skill = SKILL[arm][place % len(KINDS)] * (1 + 0.1 * math.sin(video))
+            correct = bool((noise if skill < 0.2 else 0.7 * hardness + 0.3 * noise) < skill)
+            parsed = missing < 0.98 or correct
+            lines.append(
+                {
+                    "id": f"test-{video:05d}/{place:02d}",
+                    "video": f"videos/test-{video:05d}.mp4",
+                    "question": f"What is the {kind} answer to question {place}? <b>&amp;</b>",
+                    "prompt_sha256": hashlib.sha256(f"{video} {place}".encode()).hexdigest(),
+                    "answer": f"word{answer}",
+                    "prediction": f"word{answer}" if correct else f"word{(answer + 1) % KINDS[kind]}" if parsed else "",
+                    "correct": correct,
+                    "parsed": parsed,
+                    "kind": kind,
+                    "categories": {"kind": [kind], "place": ["early" if place < 5 else "late"], "all": ["same"]},
+                    "counted": parsed,
+                    "bare": parsed and place % 4 > 0,
+                    "frames": 0 if arm == "blind" else 64,
+                    "audio_seconds": 0.0 if arm == "blind" else 64.0,
+                    "stream_seconds": 0.0 if arm == "blind" else 64.0 if video % 2 == 0 else 400.0,
+                    "peak_entries": ENTRIES.get(arm, (146.0, 96.0))[0],
+                    "entries": ENTRIES.get(arm, (146.0, 96.0))[1],
+                }
+            )
+    write_lines(folder / f"{benchmark}.jsonl", lines)
+    peak, at_answer = ENTRIES.get(arm, (146.0, 96.0))
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {"arm": arm, "benchmarks": {}}
+    summary["provenance"] = {
+        "model": {"path": "configs/models/tiny", "sha256": "a" * 64},
+        "adapter": "adapter" if arm == "tuned" else None,
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "commit": "0123abc",
+        "policy": {"name": "recency" if arm == "recency" else "omnimem"},
+        "generation": {"greedy": True, "max_new_tokens": 16},
+    }
+    summary["benchmarks"][benchmark] = {
+        "n": len(lines),
+        "peak_entries": peak,
+        "answer_entries": at_answer,
+        "bytes": peak * 4 * 128 * (1.0 if arm in ("recency", "full_memory", "blind") else 1.08),
+        "input": {
+            "frames": videos * lines[0]["frames"],
+            "audio_seconds": videos * lines[0]["audio_seconds"],
+            "prompt_sha256": "b" * 64,
+        },
+        "cost": {
+            "streams": videos,
+            "stream_seconds": 64.0 * videos,
+            "tokens_in": {"audio": 64.0, "visual": 512.0},
+            "kept": {"audio": 8.0, "visual": at_answer - 8.0},
+            "media_per_second": 0.002,
+            "reading_per_second": peak * 1e-5,
+            "first_token_seconds": peak * 1e-4,
+            "answer_seconds": peak * 1.5e-4,
+            "peak_memory": int(4e8 + peak * 1e5),
+        },
+        "rules": "first_word",
+        "defects": [{"rule": "time_stamp", "where": "test-00000/00", "what": "asked after the end"}],
+    }
+    path.write_text(json.dumps(summary))
+    return folder
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_trace(folder: Path, *, seconds: int = 64, layers: int = 4) -> None:
+    """What a memory that favours some moments kept of a stream."""
+    ends, bins = list(range(8, seconds + 1, 8)), seconds // 2
+    trace: dict[str, Any] = {
+        "video": "videos/test-00000.mp4",
+        "seconds": float(seconds),
+        "bin_seconds": 2.0,
+        "chunk_ends": [float(end) for end in ends],
+        "arrived": {"audio": [2] * bins, "visual": [16] * bins},
+        "kept": {},
+    }
+    for modality, arrived in (("audio", 2), ("visual", 16)):
+        favour = np.random.default_rng([arrived, len(str(folder))]).random((layers, bins)) ** 3
+        favour[:, ::7] = 1
+        trace["kept"][modality] = [
+            [
+                [
+                    int(arrived * min(1.0, favour[layer, b] + max(0, 1 - (end - 2 * b) / 12))) if 2 * b < end else 0
+                    for b in range(bins)
+                ]
+                for layer in range(layers)
+            ]
+            for end in ends
+        ]
+    (folder / "trace.json").write_text(json.dumps(trace))
+
+
+def write_run(
+    run: Path, arms: tuple[str, ...] = tuple(SKILL), *, videos: int = 6, per_kind: int = 3, steps: int = 40
+) -> Path:
+    """A run folder with everything a report can show."""
+    for arm in arms:
+        folder = write_arm(run, arm, videos=videos, per_kind=per_kind)
+        if arm in ("training_free", "tuned", "recency"):
+            write_trace(folder)
+    Budget(slots=((8, 88), (22, 74), (30, 66), (12, 84))).write(run / "budget.json")
+    noise = np.random.default_rng(0)
+    write_lines(
+        run / "metrics.jsonl",
+        [
+            {
+                "step": step,
+                "loss": (0.2 + 1.3 * math.exp(-3 * step / steps))
+                * (0.6 if step % 3 == 0 else 1)
+                * noise.uniform(0.7, 1.3),
+                "temperature": 0.0 if step % 3 == 0 else 0.05 + 0.95 * (1 - step / steps),
+                "slots": -1.0 if step % 3 == 0 else 96.0,
+            }
+            for step in range(1, steps + 1)
+        ],
+    )
+    return run
+
+
+def change(path: Path, place: int, **fields: object) -> None:
+    """Overwrite fields of one line of a JSONL file."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[place] |= fields
+    write_lines(path, records)
+
+
+def problems(*folders: Path, out: Path) -> str:
+    with pytest.raises(ComparisonError) as caught:
+        compare(folders, out, draws=200)
+    return str(caught.value)
+
+
+# Statistics
+
+
+def test_without_clusters_the_interval_is_the_percentile_bootstrap_of_scipy() -> None:
+    difference = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 400, p=[0.1, 0.7, 0.2])
+    names = [str(place) for place in range(400)]
+    ours = statistics.ratio(
+        statistics.resample(names, draws=10_000, seed=1), names, difference, np.ones(400), lowest=-1.0
+    )
+    theirs = stats.bootstrap(
+        (difference,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    )
+    assert ours.value == pytest.approx(difference.mean())
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.004)
+    assert ours.error == pytest.approx(theirs.standard_error, rel=0.03)
+
+
+def test_copies_of_a_question_within_a_video_do_not_narrow_the_interval() -> None:
+    values = np.random.default_rng(3).choice([-1.0, 0.0, 1.0], 60)
+    names = [str(place) for place in range(60)]
+    resampling = statistics.resample(names, draws=4000, seed=0)
+    once = statistics.ratio(resampling, names, values, np.ones(60), lowest=-1.0)
+    ten = statistics.ratio(resampling, names * 10, np.tile(values, 10), np.ones(600), lowest=-1.0)
+    assert (ten.low, ten.high) == pytest.approx((once.low, once.high))
+
+
+@pytest.mark.parametrize("videos", [12, 64])
+def test_the_interval_covers_the_true_difference_in_95_of_100_cases_of_clustered_data(videos: int) -> None:
+    generator, sets, most = np.random.default_rng(4), 2000, 12
+    shape = (videos, sets, most)
+    asked = np.arange(most) < generator.integers(4, most + 1, (videos, sets, 1))
+    ability = generator.standard_normal((videos, sets, 1))  # of a video, shared by both arms
+    liking = 0.7 * generator.standard_normal((videos, sets, 1))  # of a video for arm a
+    hardness = generator.standard_normal(shape)
+    a = asked & (ability + liking + hardness + 0.7 * generator.standard_normal(shape) > -0.8)
+    b = asked & (ability + hardness + 0.7 * generator.standard_normal(shape) > -0.5)
+    truth = stats.norm.cdf(0.8 / math.sqrt(2.98)) - stats.norm.cdf(0.5 / math.sqrt(2.49))
+    numerator, denominator = (a.astype(float) - b).sum(2), asked.sum(2).astype(float)
+    weights = statistics.resample([str(video) for video in range(videos)], draws=1000, seed=5).weights
+    low, high = statistics.interval(statistics.ratio_draws(weights, numerator, denominator), videos)
+    covered = float(((low <= truth) & (truth <= high)).mean())
+    assert 0.93 <= covered <= 0.97
+    unclustered = 1.96 * np.sqrt(((a ^ b).sum((0, 2)) / denominator.sum(0)) / denominator.sum(0))
+    centre = numerator.sum(0) / denominator.sum(0)
+    assert float((abs(centre - truth) <= unclustered).mean()) < 0.93  # what forgetting the videos would claim
+
+
+def test_the_p_value_is_where_the_interval_touches_zero() -> None:
+    draws = np.random.default_rng(6).normal(1.0, 0.5, 100_000)
+    p = statistics.p_value(draws, 30)
+    low, _ = statistics.interval(draws[:, None], 30, confidence=1 - p)
+    assert low[0] == pytest.approx(0.0, abs=0.01)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_answers() -> None:
+    a = np.array([True] * 14 + [False] * 5 + [True] * 30)
+    b = np.array([False] * 14 + [True] * 5 + [True] * 30)
+    by_hand = 2 * sum(math.comb(19, k) for k in range(6)) / 2**19
+    assert statistics.mcnemar_exact(a, b) == pytest.approx(by_hand)
+    assert statistics.mcnemar_exact(b, b) == 1.0
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_never_goes_down() -> None:
+    adjusted = statistics.holm(np.array([0.01, 0.04, math.nan, 0.03]))
+    assert adjusted[[0, 3, 1]] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(adjusted[2])
+
+
+RECORDED = json.loads((ROOT / "tests" / "recorded" / "statistics.json").read_text())
+
+
+def test_mcnemar_and_holm_equal_those_of_statsmodels() -> None:
+    for only_a, only_b, expected in RECORDED["mcnemar"]:
+        a = np.array([True] * only_a + [False] * only_b + [True] * 9)
+        b = np.array([False] * only_a + [True] * only_b + [True] * 9)
+        assert statistics.mcnemar_exact(a, b) == pytest.approx(expected, rel=1e-9)
+    for raw, expected in RECORDED["holm"]:
+        assert statistics.holm(np.array(raw)) == pytest.approx(expected, rel=1e-9)
+
+
+def clustered(seed: int, videos: int, most: int) -> tuple[list[str], list[float]]:
+    """The draws of tests/recorded/statistics.py."""
+    generator = np.random.default_rng(seed)
+    names: list[str] = []
+    values: list[float] = []
+    for video in range(videos):
+        lean = 0.1 * generator.standard_normal()
+        for _ in range(int(generator.integers(1, most + 1))):
+            names.append(f"v{video}")
+            values.append(float(np.sign(round(generator.uniform(-0.6, 0.65) + lean))))
+    return names, values
+
+
+def test_the_standard_error_is_the_cluster_robust_one_of_statsmodels() -> None:
+    for seed, videos, most, expected in RECORDED["clustered"]:
+        names, values = clustered(seed, videos, most)
+        resampling = statistics.resample(names, draws=10_000, seed=9)
+        ours = statistics.ratio(resampling, names, np.array(values), np.ones(len(values)), lowest=-1.0)
+        assert ours.value == pytest.approx(expected["mean"])
+        assert ours.error == pytest.approx(expected["error"], rel=0.03)  # 10,000 draws: 0.7 % of noise
+
+
+def test_the_interval_of_several_benchmarks_pooled_covers_the_truth_too() -> None:
+    """Videos with 3 questions beside videos with 15, as Video-MME and LVBench have them; other effects in each."""
+    generator, sets = np.random.default_rng(11), 2000
+    videos, each, effects = (100, 35), (3, 15), (0.10, 0.02)
+    numerators, denominators = [], []
+    for count, questions, effect in zip(videos, each, effects, strict=True):
+        lean = 0.12 * generator.standard_normal((count, sets, 1))
+        uniform = generator.random((count, sets, questions))
+        up, down = np.clip(0.15 + effect / 2 + lean, 0, 1), np.clip(0.15 - effect / 2 - lean, 0, 1)
+        numerators.append(((uniform < up).astype(float) - (uniform > 1 - down)).sum(2))
+        denominators.append(np.full((count, sets), float(questions)))
+    numerator, denominator = np.concatenate(numerators), np.concatenate(denominators)
+    truth = float(numerator.sum() / denominator.sum())  # of 2,000 sets: 45 times closer than one set is
+    weights = statistics.resample([str(video) for video in range(sum(videos))], draws=1000, seed=12).weights
+    low, high = statistics.interval(statistics.ratio_draws(weights, numerator, denominator), sum(videos))
+    assert 0.93 <= float(((low <= truth) & (truth <= high)).mean()) <= 0.97
+
+
+def test_a_difference_of_the_minimum_detectable_size_is_found_in_80_of_100_cases() -> None:
+    error, clusters = 0.02, 40
+    true = statistics.minimum_detectable(error, clusters)
+    generator = np.random.default_rng(7)
+    found = generator.normal(true, error, 50_000)
+    errors = error * np.sqrt(generator.chisquare(clusters - 1, 50_000) / (clusters - 1))
+    assert float((found > stats.t.ppf(0.975, clusters - 1) * errors).mean()) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p_holm", "said"),
+    [
+        (0.01, 0.05, 0.01, "gain"),
+        (-0.05, -0.01, 0.01, "loss"),
+        (-0.01, 0.05, 0.2, "not resolved"),
+        (0.01, 0.05, 0.09, "not resolved"),  # lost to Holm
+        (math.nan, math.nan, math.nan, "not resolved"),  # one video says nothing
+    ],
+)
+def test_the_verdict_needs_an_interval_off_zero_that_survives_holm(
+    low: float, high: float, p_holm: float, said: str
+) -> None:
+    assert statistics.verdict(low, high, p_holm) == said
+
+
+def test_answers_that_are_all_right_still_have_an_interval() -> None:
+    names = [str(place // 5) for place in range(100)]
+    resampling = statistics.resample(names, draws=500, seed=0)
+    perfect = statistics.ratio(resampling, names, np.ones(100), np.ones(100), lowest=0.0)
+    exact = stats.binomtest(20, 20).proportion_ci(0.95).low  # Clopper-Pearson over the 20 videos
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert perfect.low == pytest.approx(exact)
+
+
+def test_one_video_has_no_interval() -> None:
+    resampling = statistics.resample(["a"] * 9, draws=500, seed=0)
+    alone = statistics.ratio(resampling, ["a"] * 9, np.ones(9), np.ones(9), lowest=0.0)
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.p)
+
+
+# Summary
+
+
+def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo")
+    summary = compare([run], tmp_path / "out", draws=500)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    recall = summary["benchmarks"]["recall"]
+    assert (recall["n"], recall["clusters"]) == (54, 6)
+    assert list(recall["arms"]) == ["full_memory", "tuned_full_memory", "training_free", "tuned", "recency"]
+    assert list(recall["probes"]) == ["blind", "vision_only", "audio_only"]
+    for entry in [*recall["arms"].values(), *recall["probes"].values()]:
+        assert entry.keys() >= {"official", "strict", "no_answer", "peak_entries", "answer_entries", "bytes", "kinds"}
+        assert set(entry["kinds"]) == AXES
+        assert entry["strict_interval"][0] <= entry["strict"] <= entry["strict_interval"][1]
+    named = [(pair["a"], pair["b"]) for pair in recall["pairs"]]
+    assert named[0] == ("tuned", "training_free")
+    assert len(named) == 10
+    assert named[-1] == ("tuned_full_memory", "full_memory")
+    assert not {"blind", "vision_only", "audio_only"} & {name for pair in named for name in pair}
+    first = recall["pairs"][0]
+    assert first.keys() >= {"a", "b", "diff", "low", "high", "p_mcnemar", "verdict"}
+    assert set(first["kinds"]) == AXES
+    strict = recall["arms"]
+    assert first["diff"] == pytest.approx(strict["tuned"]["strict"] - strict["training_free"]["strict"], abs=2e-6)
+    assert first["n"] * first["diff"] == pytest.approx(first["a_only"] - first["b_only"], abs=1e-3)
+    pooled = summary["pooled"]["pairs"][0]
+    assert (pooled["diff"], pooled["low"], pooled["high"]) == (first["diff"], first["low"], first["high"])
+
+
+def test_official_accuracy_counts_parsed_answers_and_strict_counts_all(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
+    path = folder / "recall.jsonl"
+    for place in range(6):
+        read = place < 4
+        change(path, place, correct=place < 3, parsed=read, counted=read, prediction="x" if read else None)
+    entry = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["arms"]["tuned"]
+    assert (entry["official"], entry["strict"]) == (0.75, 0.5)
+    assert entry["no_answer"] == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_two_runs_give_their_arms_the_name_of_the_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, ("tuned", "full_memory")) for name in ("first", "second")]
+    recall = compare(runs, tmp_path / "out", draws=200)["benchmarks"]["recall"]
+    assert set(recall["arms"]) == {"first/tuned", "second/tuned", "first/full_memory", "second/full_memory"}
+    same = next(pair for pair in recall["pairs"] if {pair["a"], pair["b"]} == {"first/tuned", "second/tuned"})
+    assert (same["diff"], same["p_mcnemar"], same["verdict"]) == (0.0, 1.0, "not resolved")
+
+
+def test_several_benchmarks_are_pooled_and_adjusted_by_holm(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for arm in ("tuned", "training_free"):
+        write_arm(run, arm, videos=30, benchmark="one")
+        write_arm(run, arm, videos=12, benchmark="two")
+    summary = compare([run], tmp_path / "out", draws=1000)
+    one, two = (summary["benchmarks"][name]["pairs"][0] for name in ("one", "two"))
+    assert summary["pooled"]["n"] == one["n"] + two["n"]
+    total = one["diff"] * one["n"] + two["diff"] * two["n"]
+    assert summary["pooled"]["pairs"][0]["diff"] == pytest.approx(total / summary["pooled"]["n"], abs=1e-5)
+    assert min(one["p_holm"], two["p_holm"]) == pytest.approx(2 * min(one["p"], two["p"]), abs=2e-6)
+
+
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", ("tuned", "training_free"))
+    for out in ("one", "two"):
+        compare([run], tmp_path / out, draws=300)
+    for name in ("summary.json", "arms.csv", "pairs.csv", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_csv_files_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
+    summary = compare([write_run(tmp_path / "demo")], tmp_path, draws=300)
+    with (tmp_path / "pairs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    pairs = summary["benchmarks"]["recall"]["pairs"]
+    assert len(rows) == len(pairs) * (1 + len(AXES))
+    assert [float(row["diff"]) for row in rows if row["kind"] == "all"] == [pair["diff"] for pair in pairs]
+    with (tmp_path / "arms.csv").open(newline="") as file:
+        arms = list(csv.DictReader(file))
+    assert len(arms) == len(SKILL) * (1 + len(AXES))
+    assert float(arms[0]["strict_low"]) == summary["benchmarks"]["recall"]["arms"]["full_memory"]["strict_interval"][0]
+
+
+def test_chance_is_one_over_the_different_right_answers_of_a_kind(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=40, per_kind=4)
+    recall = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]
+    assert {kind: recall["kinds"][kind]["chance"] for kind in KINDS} == {kind: 1 / n for kind, n in KINDS.items()}
+    assert recall["chance"] == pytest.approx((1 / 8 + 1 / 16 + 1 / 16) / 3, abs=1e-6)
+
+
+def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
+    path = folder / "recall.jsonl"
+    for place in range(6):  # a rule set that counts an answer that cannot be read, but not a stream that was not read
+        fields = {"parsed": place < 4, "correct": place < 2, "counted": place < 5, "bare": place < 3}
+        change(path, place, **fields, **({"failed": "missing"} if place == 5 else {}))
+    entry = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["arms"]["tuned"]
+    numbers = (entry["official"], entry["strict"], entry["no_answer"], entry["format"], entry["failed"])
+    assert numbers == pytest.approx((2 / 5, 2 / 6, 2 / 6, 3 / 6, 1), abs=1e-6)
+
+
+def test_questions_are_counted_under_every_axis_that_divides_them(tmp_path: Path) -> None:
+    recall = compare([write_run(tmp_path / "demo")], tmp_path, draws=200)["benchmarks"]["recall"]
+    assert set(recall["kinds"]) == AXES
+    blind = recall["probes"]["blind"]["kinds"]  # reads no stream, but is asked the same
+    assert blind["duration: 2 to 10 min"]["n"] == recall["arms"]["tuned"]["kinds"]["duration: 2 to 10 min"]["n"] == 27
+    assert recall["kinds"]["place: early"]["n"] + recall["kinds"]["place: late"]["n"] == recall["n"]
+
+
+def test_chance_of_a_multiple_choice_is_one_over_its_options(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
+    for place in range(6):
+        change(folder / "recall.jsonl", place, options=4 if place < 3 else 2)
+    assert compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["chance"] == 0.375
+
+
+def test_costs_reach_summary_and_csv(tmp_path: Path) -> None:
+    summary = compare([write_run(tmp_path / "demo")], tmp_path, draws=200)
+    arms = summary["benchmarks"]["recall"]["arms"]
+    assert arms["full_memory"]["cost"]["reading_per_second"] == pytest.approx(598e-5)
+    with (tmp_path / "arms.csv").open(newline="") as file:
+        row = next(row for row in csv.DictReader(file) if (row["arm"], row["kind"]) == ("full_memory", "all"))
+    assert (row["tokens_in_visual"], row["kept_audio"], row["reading_per_second"]) == ("512.0", "8.0", "0.00598")
+
+
+# Refusals
+
+
+def test_arms_with_different_prompts_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    change(run / "eval" / "tuned" / "recall.jsonl", 4, prompt_sha256="c" * 64)
+    said = problems(run, out=tmp_path / "out")
+    assert "1 question has another prompt (first: test-00000/04: cccccccccccc and " in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"frames": 63}, "1 question has another number of frames (first: test-00000/00: 63 and 64)"),
+        ({"audio_seconds": 60.0}, "1 question has other seconds of audio (first: test-00000/00: 60 and 64)"),
+        ({"stream_seconds": 60.0}, "another length of stream read before it (first: test-00000/00: 60 and 64)"),
+        ({"failed": "truncated"}, "another outcome of reading its stream (first: test-00000/00: truncated and read)"),
+        ({"answer": "other"}, "another right answer"),
+        ({"id": "new"}, "2 questions only one of them answered"),
+    ],
+)
+def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str, object], said: str) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    change(run / "eval" / "tuned" / "recall.jsonl", 0, **fields)
+    assert said in problems(run, out=tmp_path / "out")
+
+
+def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    change(run / "eval" / "tuned" / "recall.jsonl", 1, entries=97.0)
+    change(run / "eval" / "tuned" / "recall.jsonl", 2, entries=95.0)
+    assert "entries at answer time of test-00000/01 are 97 and 96, not the same budget" in problems(
+        run, out=tmp_path / "out"
+    )
+
+
+def test_arms_that_read_streams_differently_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    for arm, fps in (("tuned", 1.0), ("training_free", 2.0)):
+        path = run / "eval" / arm / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["provenance"]["reading"] = {"fps": fps}
+        path.write_text(json.dumps(summary))
+    assert 'streams were read with {"fps": 1.0} and {"fps": 2.0}' in problems(run, out=tmp_path / "out")
+
+
+def test_arms_with_different_generation_settings_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    path = run / "eval" / "tuned" / "summary.json"
+    path.write_text(path.read_text().replace('"max_new_tokens": 16', '"max_new_tokens": 4'))
+    assert '"max_new_tokens": 4' in problems(run, out=tmp_path / "out")
+
+
+def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned",))
+    path = run / "eval" / "tuned" / "trace.json"
+    trace = json.loads(path.read_text())
+    path.write_text(json.dumps(trace | {"chunk_ends": trace["chunk_ends"][1:]}))
+    assert "kept.audio: does not hold 32 bins a layer after each of 7 chunks" in problems(run, out=tmp_path / "out")
+
+
+def test_totals_of_frames_are_compared_where_lines_do_not_say(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    path = run / "eval" / "tuned" / "summary.json"
+    path.write_text(path.read_text().replace('"frames": 384', '"frames": 192'))
+    assert "192 and 384 frames were seen" in problems(run, out=tmp_path / "out")
+
+
+def test_unequal_budgets_are_refused_but_full_memory_is_the_reference(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free", "full_memory"))
+    compare([run], tmp_path / "out", draws=200)
+    path = run / "eval" / "training_free" / "summary.json"
+    path.write_text(path.read_text().replace('"answer_entries": 96.0', '"answer_entries": 104.0'))
+    said = problems(run, out=tmp_path / "out")
+    assert "entries at answer time are 96 and 104" in said or "entries at answer time are 104 and 96" in said
+    assert "full_memory" not in said
+
+
+def test_allow_different_compares_what_both_were_asked_and_says_so_in_red(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    change(run / "eval" / "tuned" / "recall.jsonl", 0, id="new")
+    summary = compare([run], tmp_path / "out", allow_different=True, draws=200)
+    assert summary["benchmarks"]["recall"]["pairs"][0]["n"] == 53
+    assert "2 questions only one of them answered" in summary["different"][0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'class="alarm" role="alert"' in page
+    assert "2 questions only one of them answered" in page
+
+
+def test_more_bytes_at_equal_entries_are_noted(tmp_path: Path) -> None:
+    summary = compare([write_run(tmp_path / "run", ("tuned", "recency"))], tmp_path / "out", draws=200)
+    assert summary["notes"] == ["recall: tuned holds 8.0 % more bytes than recency at the same entries"]
+
+
+def test_every_unreadable_folder_is_named_with_its_cure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free", "recency"))
+    (run / "eval" / "tuned" / "summary.json").unlink()
+    (run / "eval" / "training_free" / "recall.jsonl").write_text('{"id": 1}\n')
+    with (run / "eval" / "recency" / "recall.jsonl").open("a") as file:
+        file.write('{"id": "half')
+    (tmp_path / "empty").mkdir()
+    said = problems(run, tmp_path / "empty", tmp_path / "nowhere", out=tmp_path / "out").splitlines()
+    assert len(said) == 5
+    assert any("tuned: no summary.json; finish its evaluation" in line for line in said)
+    assert any("recall.jsonl:1 video, prompt_sha256" in line for line in said)
+    assert any("recall.jsonl:55: not JSON" in line for line in said)
+    assert any("empty: no evaluation in it" in line for line in said)
+    assert any("nowhere: not a folder" in line for line in said)
+
+
+def test_probes_alone_are_refused(tmp_path: Path) -> None:
+    assert "only probes" in problems(write_run(tmp_path / "run", ("blind",)), out=tmp_path / "out")
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    """Exit code of the command."""
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments, "--draws", "200"])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(command.main)
+    return leaving.value.code
+
+
+def test_the_command_exits_with_2_and_one_line_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", ("tuned", "training_free"))
+    arguments = [str(folder), "--out", str(tmp_path / "out")]
+    assert run(arguments, monkeypatch) == 0
+    assert "tuned - training free: " in capsys.readouterr().out
+    change(folder / "eval" / "tuned" / "recall.jsonl", 0, frames=1)
+    assert run(arguments, monkeypatch) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "another number of frames" in said[0]
+    assert "--allow-different" in said[-1]
+    assert run([*arguments, "--allow-different"], monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("not comparable: ")
+    assert "another number of frames" in printed.err
+    tuned = next(line for line in printed.out.splitlines() if line.startswith("  tuned  "))
+    assert tuned.count(",") == 2, "an interval and the two places; the page has the other axes"
+
+
+def test_the_command_tells_all_benchmarks_pooled_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arm in ("tuned", "training_free"):
+        for benchmark in ("one", "two"):
+            write_arm(tmp_path / "run", arm, benchmark=benchmark)
+    out = tmp_path / "out"
+    assert run([str(tmp_path / "run"), "--out", str(out)], monkeypatch) == 0
+    (pair,) = json.loads((out / "summary.json").read_text())["pooled"]["pairs"]
+    pooled = capsys.readouterr().out.split("all benchmarks pooled: ")[1]
+    assert f"tuned - training free: {points(pair['diff'])} points" in pooled
+
+
+# Page
+
+
+class Page(HTMLParser):
+    """Collects what a test asks of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "input", "link", "br", "img"):
+            self.open.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    compare([write_run(folder / "demo")], folder, draws=300)
+    return (folder / "report.html").read_text()
+
+
+def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:
+    seen = Page(page)
+    assert seen.open == []
+    assert len(seen.ids) == len(set(seen.ids))
+    assert not {name for name, _ in seen.attributes} & {"src", "onclick", "onload", "onerror"}
+    assert all(value.startswith("#") for name, value in seen.attributes if name == "href")
+    assert {value[1:] for name, value in seen.attributes if name == "href"} <= set(seen.ids)
+    assert "http" not in page.replace("http-equiv", "")
+    assert "url(" not in page
+    assert "default-src 'none'" in page
+
+
+def test_the_page_has_a_section_for_each_thing_promised(page: str) -> None:
+    wanted = ("accuracy", "differences", "kinds", "probes", "memory", "kept", "training", "questions", "provenance")
+    assert {*wanted, "durations", "cost", "data-notes"} <= set(Page(page).ids)
+    assert page.count('class="area"') == 1 + 1 + 3 * 4 + 2  # durations, budget, four panels a trace, loss, temperature
+    assert "time stamp: 1" in page
+
+
+def test_differences_by_kind_stand_under_their_benchmark_and_axis_and_one_video_has_no_interval(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for arm in ("tuned", "training_free"):
+        write_arm(run, arm, videos=4, benchmark="many")
+        write_arm(run, arm, videos=1, benchmark="single")
+    compare([run], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    differences = page.split('id="differences"')[1].split("</section>")[0]
+    parts: dict[str, list[str]] = {"many": [], "single": []}
+    for part in differences.split("<h4>")[1:]:
+        parts[part.split(" <small>")[0]].append(part.split("</ol>")[0])
+    assert all(any("by kind</small>" in part for part in found) for found in parts.values())
+    assert all("one video" in part and " to " not in part for part in parts["single"])
+    assert not any("one video" in part for part in parts["many"])
+
+
+def test_one_video_is_said_to_say_nothing_about_others(tmp_path: Path) -> None:
+    for arm in ("tuned", "training_free"):
+        write_arm(tmp_path / "run", arm, videos=1)
+    compare([tmp_path / "run"], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    assert "2 arms,\n9 questions about 1 video of recall." in page
+    assert "points; one video says nothing about others." in page
+    assert "would show here" not in page
+
+
+def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    for arm in ("tuned", "training_free"):
+        change(run / "eval" / arm / "recall.jsonl", 0, prediction=evil, question=evil, kind=evil, video=evil)
+    compare([run], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert any(evil in row["p"] for row in json.loads(data)["rows"])
+
+
+def test_a_run_without_budget_trace_or_metrics_still_gives_a_page(tmp_path: Path) -> None:
+    summary = compare([write_arm(tmp_path / "run", "tuned")], tmp_path, draws=200)
+    assert summary["benchmarks"]["recall"]["pairs"] == []
+    ids = Page((tmp_path / "report.html").read_text()).ids
+    assert "accuracy" in ids
+    assert not {"kept", "training", "differences", "probes"} & set(ids)
+
+
+def test_an_hour_long_trace_is_drawn_with_few_rectangles(tmp_path: Path) -> None:
+    folder = write_arm(tmp_path / "run", "tuned")
+    write_trace(folder, seconds=3600, layers=2)
+    trace = json.loads((folder / "trace.json").read_text())
+    kept = figures.Kept.read(trace, "visual")
+    assert max(kept.arrived.size, kept.chunk_ends.size) <= figures.MOST_CELLS
+    assert kept.chunk_ends[-1] == 3600
+    assert kept.arrived.sum() == sum(trace["arrived"]["visual"])
+    assert len(figures.kept_over_time(kept, "visual", label="kept")) < 200_000
+
+
+def test_a_scale_of_differences_is_symmetric_and_holds_every_value() -> None:
+    scale = figures.difference_scale([-0.031, 0.012])
+    assert scale.low == -scale.high
+    assert scale.high >= 0.031
+    assert scale.at(0.0) == 50.0
+    assert 0.0 in [round(tick, 12) for tick in scale.ticks]

@@ -1,0 +1,122 @@
+"""Policies in a config: named, with presets of their source; what cannot be is refused on one line, exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_baselines import OPTIONS
+
+from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import evaluate
+from omnimem.config import ConfigError, RunConfig, dump, load
+from omnimem.policies import PolicyOptions
+from omnimem.policies.baselines.presets import allotted
+
+CONFIG = """\
+name: small
+model: {path: Qwen/Qwen2.5-Omni-7B}
+memory: {policy: {name: NAME}, slots_per_layer: 64, budget: {name: split}}
+"""
+KINDS = sorted({options.name for options in OPTIONS.values()})
+
+
+def loaded(folder: Path, name: str, *overrides: str) -> RunConfig:
+    file = folder / "my.yaml"
+    file.write_text(CONFIG.replace("NAME", name))
+    return load(file, overrides)
+
+
+def refused(folder: Path, name: str, *overrides: str) -> str:
+    """The one line that `load` complains with."""
+    with pytest.raises(ConfigError) as error:
+        loaded(folder, name, *overrides)
+    (line,) = error.value.problems
+    return line
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_policy_is_chosen_by_name_and_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+    run = loaded(tmp_path, name)
+    assert run.memory.policy.name == name
+    assert run.memory.policy.build(Budget.shared(4, 8)).name == name
+    (tmp_path / "again.yaml").write_text(dump(run))
+    assert load(tmp_path / "again.yaml") == run
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("distinct", "omnimem")])
+def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: Path) -> None:
+    line = refused(tmp_path, name, "memory.policy.preset=as_publishd")
+    assert line.startswith("command line memory.policy.preset: expected 'as_published'")
+    assert "got 'as_publishd'; did you mean 'as_published'?" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "what"),
+    [
+        ("snapkv", "kernel=4", "policy.kernel = 4 must be odd and at least 1"),
+        ("snapkv", "window=0", "policy.window = 0 must be at least 1"),
+        ("pyramidkv", "beta=0.5", "policy.beta = 0.5 must be at least 1; at 1 all layers are alike"),
+        ("h2o", "recent_share=2.0", "policy.recent_share = 2 must lie between 0 and 1"),
+        ("lava", "head_floor=-1.0", "policy.head_floor = -1 must lie between 0 and 1"),
+        ("infinipot_v", "temporal_share=1.5", "policy.temporal_share = 1.5 must lie between 0 and 1"),
+        ("infinipot_v", "grid=slots", "expected 'slot' or 'true', got 'slots'"),
+        ("streammem", "threshold=3.0", "policy.threshold = 3 is a cosine; give a number from -1 to 1"),
+        ("streaming_llm", "sinks=-1", "policy.sinks = -1 must be at least 0"),
+        ("hermes", "smoothing=[0.1, 0.3, 4.0]", "policy.smoothing = [0.1, 0.3, 4.0] must lie between 0 and 1"),
+        ("hermes", "deep=1.0", "policy.deep = 1 must lie between 0 and 1"),
+        ("recent_frames", "frames=0", "policy.frames = 0 must be at least 1"),
+        ("distinct", "coverage=-0.5", "policy.coverage = -0.5 must be a number of at least 0"),
+        ("distinct", "coverage=.nan", "policy.coverage = nan must be a number of at least 0"),
+        ("distinct", "compared=keys", "expected 'inputs' or 'values', got 'keys'"),
+        ("keydiff", "window=3", "unknown key; known: name, preset, per_head"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name: str, override: str, what: str, tmp_path: Path) -> None:
+    assert what in refused(tmp_path, name, f"memory.policy.{override}")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "what"),
+    [
+        ("snapkv", "states", "policy snapkv keeps other tokens in every head; set it to full"),
+        ("hermes", "states", "policy hermes merges tokens; set it to full"),
+        ("hermes", "released", "released selects by similarity, not by policy hermes; set it to full"),
+    ],
+)
+def test_a_gradient_mode_that_cannot_follow_the_policy_is_refused(
+    name: str, mode: str, what: str, tmp_path: Path
+) -> None:
+    line = refused(tmp_path, name, f"tuning.gradient={mode}", "tuning.selection.softening=hard")
+    assert line.endswith(what)
+
+
+def test_an_unknown_preset_leaves_with_2_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", "tiny.yaml", "memory.policy={name: snapkv, preset: as_relesed}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        run_command(evaluate.main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leaving.value.code == 2
+    assert "memory.policy.preset" in line
+    assert "did you mean 'as_released'?" in line
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_presets_spend_the_same_slots_as_one_pool_or_in_the_given_split(options: PolicyOptions) -> None:
+    given = Budget(slots=((3, 9), (2, 4), (6, 12)))
+    budget = options.build(given).budget
+    assert budget is not None
+    assert budget.total == given.total
+    if options.name not in ("distinct", "omnimem", "similarity"):
+        assert budget.split == (options.preset == "shared_split")
+
+
+def test_a_total_that_layers_cannot_share_alike_is_still_spent_to_the_slot() -> None:
+    budget = allotted(Budget(slots=((3, 9), (2, 4), (6, 13))), "as_published")
+    assert budget is not None
+    assert sorted(sum(slots) for slots in budget.slots) == [12, 12, 13]
+    assert allotted(None, "as_published") is None

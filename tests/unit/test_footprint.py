@@ -1,0 +1,237 @@
+"""The memory table against transformers' own modules and against what autograd and the memory really hold."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support import thinkers
+from support.paths import ROOT
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from omnimem.budget import Budget
+from omnimem.config import CONFIGS
+from omnimem.footprint import Load, Row, Shapes, ShapesError, footprint, gibibytes, layer_activations, render
+from omnimem.policies import PerturbationOptions
+from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
+from omnimem.tiny.checkpoint import build_tokenizer
+from omnimem.tokens import Chunk
+from omnimem.tuning import LoraOptions, add_adapter
+from omnimem.tuning.gradient.options import Recompute
+
+MODELS = sorted((CONFIGS / "models").glob("*.json"))
+LORA = LoraOptions(r=8, alpha=16.0)
+LOAD = Load(
+    dtype=torch.bfloat16,
+    lora=LoraOptions(),
+    feature=128,
+    entries=28 * 8192,
+    chunk_tokens=16_384,
+    chunks=1,
+    text_tokens=0,
+    question_tokens=0,
+    frame=(308, 560),
+    frames_per_segment=2,
+    half=True,
+    stage=2,
+)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def rows_of(load: Load, model: str = "Qwen2.5-Omni-7B") -> dict[str, Row]:
+    return {row.what: row for row in footprint(Shapes.read(CONFIGS / "models" / f"{model}.json"), load)}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_parameters_from_shapes_equal_transformers_own_count(path: Path) -> None:
+    config = Qwen2_5OmniConfig.from_dict(json.loads(path.read_text())).thinker_config
+    with torch.device("meta"):
+        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
+    shapes = Shapes.read(path)
+    assert shapes.parameters == parameters(model)
+    assert shapes.vision.parameters == parameters(model.model.visual)
+    assert shapes.audio.parameters == parameters(model.model.audio_tower)
+
+
+@pytest.mark.parametrize(("tied", "hub"), [(False, False), (True, True)])
+def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied: bool, hub: bool, tmp_path: Path) -> None:
+    folder = thinkers.write_folder(tmp_path / "model", tied=tied, hub=hub, rates="tiny")
+    shapes = Shapes.read(folder)
+    model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=tied, rates="tiny"))
+    assert shapes.parameters == parameters(model)
+    assert (shapes.geometry.mel.hop, shapes.positions_per_second) == (4000, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"model_type": "llama", "hidden_size": 8}', r"describes no Qwen2.5-Omni thinker \(no key 'preprocessor_conf"),
+        (
+            '{"preprocessor_config": {}, "model_type": "llama"}',
+            r"describes no Qwen2.5-Omni thinker \(no key 'text_conf",
+        ),
+        ("[", r"describes no Qwen2.5-Omni thinker"),
+    ],
+)
+def test_a_file_of_another_family_is_refused_in_one_line(text: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ShapesError, match=what) as error:
+        Shapes.read(tmp_path / "x.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_preprocessor_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ShapesError, match=r"preprocessor_config.json: cannot be read"):
+        Shapes.read(tmp_path)
+
+
+def test_bytes_of_an_entry_equal_those_of_a_real_memory() -> None:
+    model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=False, rates="tiny"))
+    tokens = 24
+    with attach(model.model.language_model) as attached:
+        stream = Stream(attached, PerturbationOptions(feature=8).build(Budget.full(2)))
+        stream.feed(chunk(tokens, 32, 0))
+    config = model.config.text_config
+    shapes = Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
+    shapes = replace(shapes, text=replace(shapes.text, kv_heads=config.num_key_value_heads, dim=8, width=32))
+    pair, side = shapes.entry(8, torch.float32)
+    assert stream.memory.key_value_bytes == 2 * tokens * pair
+    assert stream.memory.bytes == 2 * tokens * (pair + side)
+
+
+def test_keys_and_values_of_8192_tokens_in_every_layer_take_0_44_gib_on_qwen2_5_omni_7b() -> None:
+    row = rows_of(LOAD)["memory: keys and values"]
+    assert row.bytes == 28 * 8192 * 2 * 4 * 128 * 2
+    assert gibibytes(row.bytes) == "448.00 MiB"
+
+
+def test_adapter_states_are_those_of_mixed_precision_adamw_and_shard_by_stage() -> None:
+    adapter = 28 * 128 * ((3584 + 3584) + 2 * (3584 + 512))
+    alone = {stage: rows_of(replace(LOAD, stage=stage, ranks=4)) for stage in (0, 1, 2, 3)}
+    assert [alone[stage]["AdamW states"].bytes for stage in (0, 1, 2, 3)] == [12 * adapter] + [3 * adapter] * 3
+    assert [alone[stage]["LoRA gradients"].bytes for stage in (0, 1, 2, 3)] == [2 * adapter] * 2 + [adapter // 2] * 2
+    weights = alone[2]["weights, frozen"].bytes
+    assert alone[3]["weights, frozen"].bytes == weights // 4
+    plain = rows_of(replace(LOAD, stage=None, half=False))
+    assert (plain["LoRA weights"].bytes, plain["AdamW states"].bytes) == (4 * adapter, 8 * adapter)
+
+
+def test_the_adapter_has_the_size_that_peft_gives_it() -> None:
+    model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=False, rates="tiny"))
+    lora = LoraOptions(r=4, alpha=8.0, targets=("q_proj", "v_proj", "o_proj", "down_proj"))
+    adapted = add_adapter(model, lora)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    text = replace(Shapes.read(MODELS[0]).text, layers=2, width=32, heads=4, kv_heads=2, dim=8, inner=48)
+    assert trained == 2 * sum(lora.r * sum(text.projection(name)) for name in lora.targets)
+
+
+def test_memories_wait_in_the_graph_for_every_earlier_chunk() -> None:
+    one, five = rows_of(LOAD), rows_of(replace(LOAD, chunks=5))
+    memory = one["memory: keys and values"].bytes + one["memory: side state"].bytes
+    assert (one["memories in the graph"].bytes, five["memories in the graph"].bytes) == (0, 4 * memory)
+
+
+def test_what_waits_hangs_on_how_far_gradient_reaches() -> None:
+    """Layer inputs of 7B are 3584 wide in bf16; a chunk has LOAD's tokens."""
+    load = replace(LOAD, chunks=5)
+    full = rows_of(load)
+    memory = full["memory: keys and values"].bytes + full["memory: side state"].bytes
+    horizon = {number: rows_of(replace(load, horizon=number)) for number in (1, 3, 9)}
+    assert [horizon[number]["memories in the graph"].bytes for number in (1, 3, 9)] == [0, 2 * memory, 4 * memory]
+    states = rows_of(replace(load, gradient="states"))
+    assert states["memories in the graph"].bytes == 0
+    tokens = full["memory: keys and values"].bytes // (2 * 4 * 128 * 2)
+    assert states["memory: layer inputs"].bytes == tokens * 3584 * 2
+    released = rows_of(replace(load, gradient="released", stop_layer=14))
+    assert released["memory: layer inputs"].bytes == tokens // 28 * 15 * 3584 * 2
+    layer = memory // 28 + tokens // 28 * 3584 * 2
+    assert released["memories in the graph"].bytes == 4 * (layer + load.chunk_tokens * 3584 * 2)
+    assert "memory: layer inputs" not in full
+    offloaded = rows_of(replace(load, gradient="released", stop_layer=14, offload=True))
+    assert offloaded["memories in the graph"].bytes == 0
+
+
+def chunk(tokens: int, width: int, first: int) -> Chunk:
+    """A random chunk with audio and visual tokens."""
+    generator = torch.Generator().manual_seed(first)
+    return Chunk(
+        embeddings=torch.randn(1, tokens, width, generator=generator) * 0.3,
+        positions=(torch.arange(tokens) + first).expand(1, 3, tokens),
+        modality=torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(tokens // 4)[None],
+    )
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraOptions(r=8, alpha=16.0, dropout=0.0, targets=("q_proj", "down_proj"))])
+@pytest.mark.parametrize(("width", "inner"), [(128, 384), (256, 128)])
+def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
+    lora: LoraOptions, width: int, inner: int
+) -> None:
+    tokens, layers = 256, 4
+    config = thinkers.config_of(build_tokenizer(), tied=False, rates="tiny")
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = width, inner, layers
+    text.num_attention_heads, text.layer_types = 8, ["full_attention"] * layers
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [width // 16 - 4, 2, 2]}
+    config.vision_config.out_hidden_size = config.audio_config.output_dim = width
+    model = thinkers.random_model(config)
+    adapted = add_adapter(model, lora).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+    alive = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with attach(adapted.base_model.model.model.language_model) as attached:
+        stream = Stream(attached, PerturbationOptions().build(Budget.shared(layers, tokens)))
+        stream.feed(chunk(tokens, width, 0))
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            stream.feed(chunk(tokens, width, tokens))
+    shapes = Shapes.read(MODELS[0])
+    text_shape = replace(shapes.text, layers=layers, width=width, inner=inner, heads=8, kv_heads=2, dim=width // 8)
+    token = layer_activations(text_shape, lora, torch.float32, 2 * tokens)
+    formula = layers * (tokens * token + 2 * tokens * (2 * 2 * width // 8 + width) * 4)
+    assert sum(saved.values()) == pytest.approx(formula, rel=0.2)
+
+
+def test_coverage_that_learns_keeps_its_features_for_backward() -> None:
+    """20 bytes for each number of the feature of each token of the pool, in every layer of the chunk."""
+    plain, covered = (rows_of(replace(LOAD, covered=each))["activations of one chunk"].bytes for each in (0, 128))
+    assert covered - plain == 28 * (16_384 + 8_192) * 128 * 20
+
+
+@pytest.mark.parametrize(
+    ("recompute", "arm"), [("none", "stored"), ("chunk", "recompute"), ("layer", "recompute by layers too")]
+)
+def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute: Recompute, arm: str) -> None:
+    """benchmarks/results: 7 of the 7B model's layers, 8,192 slots, 6 chunks of 2,048 tokens, LoRA 128, no dropout."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "h200-2026-11-26.json").read_text())["rows"]
+    (measured,) = (row for row in rows if row["section"].startswith("training, 6 chunks") and row["arm"] == arm)
+    lora = LoraOptions(r=128, alpha=256.0, dropout=0.0)
+    load = replace(LOAD, entries=7 * 8192, chunk_tokens=2048, chunks=6, recompute=recompute, lora=lora)
+    shapes = Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
+    found = footprint(replace(shapes, text=replace(shapes.text, layers=7)), load)
+    table = sum(row.bytes for row in found if row.what.startswith(("activations", "memories in the graph")))
+    assert table / 2**30 == pytest.approx(measured["transient_gib"], rel=0.25)
+
+
+def test_the_table_shows_every_row_and_marks_formulas() -> None:
+    rows = footprint(Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json"), LOAD)
+    lines = render(rows).splitlines()
+    assert len(lines) == len(rows) + 1
+    assert [("~" in line) for line in lines] == [not row.exact for row in rows] + [True]
+
+
+def test_bytes_are_written_for_people() -> None:
+    assert [gibibytes(count) for count in (5, 2048, 3 << 20, 5 << 30)] == ["5 B", "2.00 KiB", "3.00 MiB", "5.00 GiB"]
