@@ -65,7 +65,7 @@ def attend(
         queries, keys, values = _with_gate(queries, keys, values, gate, scale)
     alone = count == 1 and segments is None
     if not alone and segments is None and _flash(queries, keys, values):
-        bias: Any = causal_lower_right(count, total)  # takes half the time of a mask that is written out (LOG.md)
+        bias: Any = causal_lower_right(count, total)  # takes half the time of a mask that is written out (docs/log)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)[
             ..., :dim
         ]

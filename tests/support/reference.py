@@ -87,7 +87,7 @@ def attention(queries, keys, values, scale, seen, gate=None):
 
 def mass(queries, keys, scale, heads, gate=None):
     """a_k = sum over the queries of A_qk (eq. 8): A the mean over heads of softmaxes, or one softmax of the logits'
-    mean over heads (method 8.4)."""
+    mean over heads (docs/paper.md, "Scores")."""
     count, total, group = len(queries[0]), len(keys[0]), len(queries) // len(keys)
     received = [0.0] * total
     for q in range(count):
@@ -110,7 +110,9 @@ def cosine(u, v):
 
 
 def similarity(features, modality, of, ends):
-    """s_k: mean cosine to the tokens before and after (eq. 9); a missing one counts as 1 (method 8.5) or not at all."""
+    """s_k: mean cosine to the tokens before and after (eq. 9); a missing one counts as 1 or not at all
+    (docs/paper.md, "Neighbours and edges").
+    """
     result = []
     for k in range(len(features)):
         alike = [j for j in range(len(features)) if of == "sequence" or modality[j] == modality[k]]
@@ -216,7 +218,7 @@ class Layer:
     gates: list = field(default_factory=list)  # 0 where selection is hard
 
     def read(self, queries, keys, features, modality, scale):
-        """Append a chunk, judge the pool, evict (method 1.2, 1.6-1.8): the order of the release, in one layer."""
+        """Append a chunk, judge the pool, evict, in one layer (docs/paper.md, "Eviction cycle")."""
         rule = PRESETS[self.preset]
         old, new = len(self.order), len(modality)
         self.order = self.order + [self.arrived + k for k in range(new)]

@@ -5,7 +5,9 @@ from fractions import Fraction
 
 
 def fractions_of(signals, ratio, temperature, form):
-    """[audio, visual] of each layer, parts of the whole memory; method 1.9 (released), eqs. 12-14 (printed)."""
+    """[audio, visual] of each layer, parts of the whole memory; released and printed form
+    (docs/paper.md, "Budget allocation").
+    """
     capacity, rows = [], []
     for layer in range(signals.layers):
         h, h_a, h_v = (row[layer] for row in (signals.entropy.whole, signals.entropy.audio, signals.entropy.visual))

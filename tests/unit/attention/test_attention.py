@@ -219,7 +219,7 @@ def test_a_gate_of_zero_leaves_bfloat16_attention_as_it_is(block: int) -> None:
 
 
 def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> None:
-    """Theory (method 3): without key k and renormalised, |o' - o| = a / (1 - a) |v - o|."""
+    """Theory (docs/paper.md, "Scores"): without key k and renormalised, |o' - o| = a / (1 - a) |v - o|."""
     queries, keys, values, gate = drawn(2, 1, 3, 8)
     seen = torch.ones(2, 3, 8, dtype=torch.bool)
     output, weights = slow.attend(queries, keys, values, scale=SCALE, visible=seen, gate=gate)

@@ -89,7 +89,7 @@ def test_shares_equal_the_slow_reference(form, rows, ratio, temperature) -> None
 
 @pytest.mark.parametrize("form", ["printed", "released"])
 def test_layer_totals_do_not_depend_on_the_ratio(form) -> None:
-    """Fact of the released r = 5 and r = 10 tables (method 1.9)."""
+    """Fact of the released r = 5 and r = 10 tables (docs/paper.md, "Budget allocation")."""
     few, many = (signals_of().shares(visual_audio_ratio=ratio, form=form) for ratio in (5.0, 10.0))
     for one, other in zip(few.fractions, many.fractions, strict=True):
         assert sum(one) == pytest.approx(sum(other), rel=1e-12)
@@ -97,7 +97,7 @@ def test_layer_totals_do_not_depend_on_the_ratio(form) -> None:
 
 
 def test_temperature_times_log_of_layer_totals_is_the_same_capacity_up_to_a_constant() -> None:
-    """Fact of the released T = 0.2 and T = 0.5 tables (method 1.9): B = softmax(C / T)."""
+    """Fact of the released T = 0.2 and T = 0.5 tables (docs/paper.md, "Budget allocation"): B = softmax(C / T)."""
     signals = signals_of()
     for temperature in (0.2, 0.5):
         shares = signals.shares(layer_temperature=temperature)
@@ -121,7 +121,9 @@ def test_infinite_temperature_gives_every_layer_the_same() -> None:
 
 
 def test_printed_times_entropy_equals_released_squared_by_modality() -> None:
-    """H-only x (1 - s) / (sqrt form)^2 = const: how the released tables betray the square root (method 1.9)."""
+    """H-only x (1 - s) / (sqrt form)^2 = const: the square root in the released tables
+    (docs/paper.md, "Budget allocation").
+    """
     signals = signals_of()
     for entropy, printed, released in zip(
         zip(signals.entropy.audio, signals.entropy.visual, strict=True),

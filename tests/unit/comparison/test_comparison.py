@@ -35,7 +35,7 @@ ENTRIES = {"full_memory": (598.0, 598.0), "tuned_full_memory": (598.0, 598.0), "
 
 
 def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchmark: str = "recall") -> Path:
-    """An eval folder in the format of design.md; answers are a function of arm, video and question."""
+    """An eval folder in the format of a run folder; answers are a function of arm, video and question."""
     folder = run / "eval" / arm
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
