@@ -1,0 +1,52 @@
+"""The documents do what they say: code runs, links lead somewhere, lines are short."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from pydantic import Field, TypeAdapter
+from support.paths import ROOT
+
+from omnimem.policies import PolicyOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("C*.md")])
+LAYERS, SLOTS = 6, 36  # of configs/models/tiny, and as the page says
+
+
+def prose(text: str) -> str:
+    """The page without code blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_lines_are_short(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if ":" not in link]
+    assert [link for link in links if link and not (page.parent / link).exists()] == []
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_every_section_that_the_code_cites_is_on_the_page_of_the_paper() -> None:
+    sections = set(re.findall(r"^## (.+)$", (ROOT / "docs/paper.md").read_text(encoding="utf-8"), re.MULTILINE))
+    sources = [path for folder in ("omnimem", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    cited = {name for path in sources for name in re.findall(r'docs/paper\.md, "([^"]+)"\)', path.read_text("utf-8"))}
+    assert cited
+    assert cited <= sections
+
+
+def test_the_policy_of_the_page_streams_a_video_and_can_be_named_in_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_mp4(draw_world(25, 8), tmp_path / "video.mp4")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "outlier"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_a_policy.md").read_text(), flags=re.DOTALL):
+        exec(compile(block, "adding_a_policy.md", "exec"), names)
+    assert capsys.readouterr().out.split("]")[1].strip() == str(LAYERS * SLOTS)
+    options = names["OutlierOptions"]
+    registered = TypeAdapter(Annotated[PolicyOptions | options, Field(discriminator="name")])
+    assert registered.validate_python({"name": "outlier", "power": 2}) == options(power=2.0)
