@@ -40,21 +40,9 @@ class Demo:
 FULL = Demo(name="tiny", data=("--out", "data/recall"))
 QUICK = Demo(
     name="tiny_quick",
-    data=tuple(
-        [
-            "--out",
-            "data/recall_quick",
-            "--seconds",
-            "32",
-            "--train",
-            "8",
-            "--calibration",
-            "4",
-            "--test",
-            "8",
-            "--workers",
-            "1",
-        ]
+    data=(
+        *("--out", "data/recall_quick", "--seconds", "32", "--workers", "1"),
+        *("--train", "8", "--calibration", "4", "--test", "8"),
     ),
     settings=(
         "name=tiny_quick",

@@ -14,9 +14,10 @@ from omnimem.tasks.base import Defect, Gap
 from omnimem.tasks.rules import LETTERS
 
 if TYPE_CHECKING:
-    from pyarrow import lib, parquet
+    import pyarrow
+    from pyarrow import parquet
 else:
-    lib, parquet = optional("pyarrow.lib"), optional("pyarrow.parquet")
+    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
 
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 LABEL = re.compile(r"\(?([A-Z])[.):]\s*")  # "A. text", "A.text", "A) text", "(A) text", "A: text"
@@ -234,7 +235,7 @@ def read_parquet(path: Path) -> list[tuple[str, Row]]:
     """The rows of a parquet file, each with `file:row n`; raises ManifestError."""
     try:
         table = parquet.read_table(path)
-    except (OSError, lib.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
     return [(f"{path}:row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
 
