@@ -133,9 +133,7 @@ setup() { # creates .venv and installs what is missing; nothing to do while the 
 demo() {
     [ $# -eq 0 ] || usage
     setup
-    run python data_prep/synthesize.py --out data/recall
-    train --master_port "$(free_port)" train/finetune.py --config tiny.yaml --resume auto # evaluates and compares after training
-    echo "report: $PWD/runs/tiny/compare/report.html"
+    run python -m omnimem demo --deepspeed
 }
 
 failed=()
@@ -192,7 +190,7 @@ finetune() {
     done
     [ ! -x .venv/bin/deepspeed ] || activate
     if ! command -v deepspeed >/dev/null; then
-        echo "launch.sh: deepspeed is not installed; run ./launch.sh test --quick once, or: pip install -c constraints.txt -e ." >&2
+        echo "launch.sh: deepspeed is not installed; run ./launch.sh test --quick once, or: pip install -c constraints.txt -e '.[train]'" >&2
         exit 2
     fi
     case " ${launcher[*]-} " in

@@ -1,12 +1,11 @@
 """The console command: `omnimem NAME ...` runs the command of that name; `omnimem --help` lists them."""
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
-
-from omnimem.cli.parser import run_command
 
 COMMANDS = {
+    "demo": "render the recall data, fine-tune the tiny model, evaluate it and write the report",
     "finetune": "fine-tune a model under its memory budget, then evaluate it",
     "evaluate": "evaluate the arms of a run",
     "calibrate": "measure a model's layers and write the budget",
@@ -22,8 +21,11 @@ COMMANDS = {
 }
 
 
-def main() -> NoReturn:
-    """Run the command that the first argument names; exit code 2 where it names none."""
+def main() -> None:
+    """Run the command that the first argument names; exit code 2 where it names none.
+
+    Imports are left to the command, so that --help is instant and a missing extra is one line.
+    """
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: omnimem COMMAND ...      (omnimem COMMAND --help)\n")
@@ -34,7 +36,11 @@ def main() -> NoReturn:
         print(f"omnimem: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"omnimem {command}", *sys.argv[2:]]
-    run_command(import_module(f"omnimem.commands.{command.replace('-', '_')}").main)
+
+    def run(arguments: Sequence[str]) -> int | None:
+        return import_module(f"omnimem.commands.{command.replace('-', '_')}").main(arguments)
+
+    import_module("omnimem.cli.parser").run_command(run)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class _Mass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's own decorator
         queries, keys, gate = ctx.saved_tensors
         parts = _Parts.of(queries, keys, gate, ctx.scale, ctx.heads)
         with torch.autocast(queries.device.type, enabled=False):

@@ -6,7 +6,7 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
 from omnimem.media import Geometry, LogMel, Segment, patchify
+from omnimem.shipped import shipped
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
@@ -400,9 +401,11 @@ def _preprocessor(path: str) -> dict[str, Any]:
 def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
     """The checkpoint at `options.path`, frozen, on `device` (None: the GPU where there is one).
 
+    The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id.
+
     Qwen2.5-Omni is the family that can be loaded from media. Raises CheckpointError when a file is missing.
     """
-    backbone = Qwen25Omni.load(options)
+    backbone = Qwen25Omni.load(replace(options, path=shipped(options.path)))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone

@@ -10,6 +10,8 @@ import warnings
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from omnimem.extras import installed
+
 
 def prepare_process() -> None:
     """Environment of plain `python` (one rank, a free port), and of a host without a GPU.
@@ -22,7 +24,8 @@ def prepare_process() -> None:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # asked for before deepspeed is imported: it then says nothing about it
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+        if installed("deepspeed"):
+            importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 

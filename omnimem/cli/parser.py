@@ -23,6 +23,7 @@ from omnimem.comparison.load import ComparisonError
 from omnimem.config import ConfigError
 from omnimem.data import ManifestError, TooManyFailures
 from omnimem.evaluation import EvaluationError
+from omnimem.extras import missing_extra
 from omnimem.footprint import ShapesError
 from omnimem.media import MediaError
 from omnimem.policies.base import PolicyError
@@ -92,6 +93,10 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         leave(str(error).splitlines())
     except Stopped as stopped:
         leave(str(stopped).splitlines(), stopped.code)
+    except ModuleNotFoundError as error:
+        if cure := missing_extra(error):
+            leave([cure])
+        raise
     except OSError as error:
         if error.errno in DISK:
             leave([f"{error.filename}: {error.strerror}; make room or mend the disk; runs go on with --resume auto"], 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
-from omnimem.calibration import save_figures
+from omnimem.calibration_figures import save_figures
 from omnimem.cli.build import measured_budget, training_samples
 from omnimem.cli.parser import Parser
 from omnimem.config import load

@@ -30,6 +30,7 @@ from omnimem.comparison import compare
 from omnimem.config import RunConfig, dump, load, refuse_changes
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
+from omnimem.extras import require
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.dry_run:
         preview(run)
         return
+    require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # not after hours of training
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)

@@ -9,11 +9,17 @@ few clusters (Hesterberg 2015, "What teachers should know about the bootstrap", 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
-from scipy import stats
+
+from omnimem.extras import optional
+
+if TYPE_CHECKING:
+    from scipy import stats
+else:
+    stats = optional("scipy.stats")
 
 CONFIDENCE = 0.95
 POWER = 0.8

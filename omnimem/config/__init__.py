@@ -19,10 +19,9 @@ from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import DistinctOptions, PolicyOptions
 from omnimem.policies.base import ScoredPolicy
+from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 __all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load", "refuse_changes", "strict"]
 

@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, final
-
-import pyarrow
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any, final
 
 from omnimem.data import Item, ManifestError, Message, Sample
+from omnimem.extras import optional
 from omnimem.tasks.base import Defect, Gap
 from omnimem.tasks.rules import LETTERS
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import parquet
+else:
+    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
 
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 LABEL = re.compile(r"\(?([A-Z])[.):]\s*")  # "A. text", "A.text", "A) text", "(A) text", "A: text"
@@ -230,7 +234,7 @@ def read_lines(path: Path) -> list[tuple[str, Row]]:
 def read_parquet(path: Path) -> list[tuple[str, Row]]:
     """The rows of a parquet file, each with `file:row n`; raises ManifestError."""
     try:
-        table = pyarrow.parquet.read_table(path)
+        table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
     return [(f"{path}:row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]

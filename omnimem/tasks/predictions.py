@@ -12,13 +12,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 from zipfile import BadZipFile
 
-from openpyxl import load_workbook
-from openpyxl.utils.exceptions import InvalidFileException
-
 from omnimem.data import ManifestError, Question, Sample
+from omnimem.extras import optional
+
+if TYPE_CHECKING:
+    import openpyxl
+    from openpyxl.utils import exceptions
+else:
+    openpyxl, exceptions = optional("openpyxl"), optional("openpyxl.utils.exceptions")
 
 SHOWN = 5  # problems of a kind
 
@@ -47,7 +51,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         raise ManifestError([f"{path}: no such file; give the predictions that lmms-eval or VLMEvalKit wrote"])
     try:
         found = list(readers[path.suffix](path))
-    except (OSError, UnicodeDecodeError, csv.Error, BadZipFile, InvalidFileException) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, BadZipFile, exceptions.InvalidFileException) as error:
         raise ManifestError([f"{path}: cannot be read ({error}); give the file as the tool wrote it"]) from error
     if not found:
         raise ManifestError([f"{path}: holds no predictions; run the tool with --log_samples, or give another file"])
@@ -94,7 +98,7 @@ def _vlmevalkit_tsv(path: Path) -> Iterator[Prediction]:
 
 
 def _vlmevalkit_xlsx(path: Path) -> Iterator[Prediction]:
-    book = load_workbook(path, read_only=True, data_only=True)
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
         header = [str(name) for name in next(rows, ())]

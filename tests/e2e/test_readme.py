@@ -27,7 +27,6 @@ def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_siz
     world = draw_world(25, 16)
     assert any(question.text == "what colour was the star ?" for question in world.questions)
     write_mp4(world, tmp_path / "video.mp4")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     block = first_block((ROOT / "README.md").read_text())
     printed = io.StringIO()

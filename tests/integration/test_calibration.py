@@ -16,11 +16,9 @@ from omnimem.calibration import (
     CalibrationOptions,
     Recorder,
     calibrate,
-    draw_budget,
-    draw_signals,
     normalised_entropy,
-    save_figures,
 )
+from omnimem.calibration_figures import draw_budget, draw_signals, save_figures
 from omnimem.cli.build import budget_of
 from omnimem.commands.calibrate import main
 from omnimem.config import load

@@ -1,0 +1,124 @@
+"""Renders the recall data, fine-tunes the tiny model, evaluates it with and without tuning, and writes the report.
+
+omnimem demo [--quick] [--out DIR] [--deepspeed]
+
+May be repeated: streams that exist are kept, and a run that was stopped is resumed from its last checkpoint.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import final
+
+from omnimem.cli.parser import Parser, leave
+from omnimem.extras import installed, require
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Arguments of the commands of a demo, which run in one folder; `name` is that of the run."""
+
+    name: str
+    data: tuple[str, ...]
+    settings: tuple[str, ...] = ()  # beside those of tiny.yaml
+
+    @property
+    def report(self) -> Path:
+        """Below the folder."""
+        return Path("runs") / self.name / "compare" / "report.html"
+
+
+FULL = Demo(name="tiny", data=("--out", "data/recall"))
+QUICK = Demo(
+    name="tiny_quick",
+    data=(
+        *("--out", "data/recall_quick", "--seconds", "32", "--workers", "1"),
+        *("--train", "8", "--calibration", "4", "--test", "8"),
+    ),
+    settings=(
+        "name=tiny_quick",
+        "data.train=data/recall_quick/train.jsonl",
+        "evaluate.benchmarks=[{name: recall, root: data/recall_quick}]",
+        "calibration={streams: 4, skip_chunks: 1}",
+        "train.per_device_train_batch_size=4",
+        "train.max_steps=4",
+        "train.warmup_steps=1",
+        "train.save_steps=4",
+    ),
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the commands one after the other; the exit code of the first that fails."""
+    given = _parser().parse(arguments)
+    require("tensorboard", "scipy")
+    demo, out = QUICK if given.quick else FULL, given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("OMNIMEM_LAUNCHER", str(os.getpid()))  # training ends when this process does
+    plain = [sys.executable, "-m", "omnimem"]
+
+    # 1. render the streams
+    if code := _run([*plain, "synthesize", *demo.data], out):
+        return code
+
+    # 2. fine-tune, evaluate, compare
+    settings = [*demo.settings]
+    if not installed("deepspeed"):
+        print("deepspeed is not installed: training without it (train.deepspeed=null)", flush=True)
+        settings.append("train.deepspeed=null")
+    started = time.time()
+    launcher = _deepspeed() if given.deepspeed else plain
+    if code := _run([*launcher, "finetune", "--config", "tiny.yaml", "--resume", "auto", *settings], out):
+        return code
+
+    # 3. `deepspeed` exits with 0 as well when its own launch.py was killed
+    report = out / demo.report
+    if not report.is_file() or report.stat().st_mtime < started:
+        leave(["training was stopped before it came to its end; start the demo again to resume it"], 1)
+    print(f"report: {report}", flush=True)
+    return 0
+
+
+def _run(command: Sequence[str], folder: Path) -> int:
+    """Run a command in a folder; SIGTERM is passed on, and SIGINT, which a terminal sends to both, is left to it."""
+    with subprocess.Popen(command, cwd=folder) as child:
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGTERM:
+                child.terminate()
+
+        former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _deepspeed() -> list[str]:
+    """Start a command under `deepspeed`, at a port of its own: at its default two runs on one machine would meet."""
+    require("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    beside = Path(sys.executable).with_name("deepspeed")
+    command = str(beside) if beside.exists() else shutil.which("deepspeed") or "deepspeed"
+    return [command, "--master_port", str(port), "--no_local_rank", "--module", "omnimem"]
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="few short streams and four steps: about two minutes")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="holds data/ and runs/ (here)")
+    parser.add_argument("--deepspeed", action="store_true", help="train under the launcher of DeepSpeed")
+    return parser

@@ -1,0 +1,30 @@
+"""Any policy by its name, without a config file."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, final
+
+from pydantic import Field
+
+from omnimem.budget import Budget
+from omnimem.config.check import strict, validated
+from omnimem.config.source import ConfigError, dotted
+from omnimem.policies import PolicyOptions
+from omnimem.policies.base import Policy
+
+
+@strict
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    policy: Annotated[PolicyOptions, Field(discriminator="name")]
+
+
+def policy(name: str, budget: Budget | None = None, **settings: Any) -> Policy:
+    """The policy called `name` at a budget (None: full memory); `settings` are those of `memory.policy` in a config.
+
+    Raises ConfigError when there is no such policy, or a setting is unknown or wrong.
+    """
+    chosen, problems = validated(_Chosen, {"policy": {"name": name, **settings}})
+    if chosen is None:
+        raise ConfigError([f"{dotted(key)}: {what}" for key, what in problems])
+    return chosen.policy.build(budget)

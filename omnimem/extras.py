@@ -1,0 +1,49 @@
+"""Packages of the optional extras (`pip install 'omnimem[train]'`): imported at first use, asked for by name."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, final
+
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "deepspeed": "train",
+    "tensorboard": "train",
+    "openpyxl": "eval",
+    "pyarrow": "eval",
+    "scipy": "eval",
+    "matplotlib": "report",
+}
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is not imported."""
+    return find_spec(package) is not None
+
+
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError for the first package that is not installed."""
+    for package in packages:
+        if not installed(package):
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """How to install the package that an import has not found; None if it belongs to no extra."""
+    package = str(error.name).partition(".")[0]
+    extra = EXTRAS.get(package)
+    return extra and f"{package} is not installed; pip install 'omnimem[{extra}]'"
+
+
+@final
+class _Lazy(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what tools look up in every module
+            raise AttributeError(name)
+        return getattr(import_module(self.__name__), name)
+
+
+def optional(module: str) -> Any:
+    """The module, imported when an attribute of it is first read."""
+    return _Lazy(module)

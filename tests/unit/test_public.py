@@ -1,0 +1,49 @@
+"""The public names, policies by name, shipped files, extras."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+import omnimem
+from omnimem.config import ConfigError
+from omnimem.extras import EXTRAS, missing_extra, require
+from omnimem.shipped import CONFIGS, shipped
+
+
+def test_every_public_name_is_found_and_listed() -> None:
+    assert all(getattr(omnimem, name) is not None for name in omnimem.__all__)
+    assert set(omnimem.__all__) <= set(dir(omnimem))
+    assert len(omnimem.__all__) <= 12
+    with pytest.raises(AttributeError, match="nothing"):
+        omnimem.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "key"), [("snapkw", {}, "policy.name"), ("distinct", {"coverag": 1}, "policy.coverag")]
+)
+def test_a_wrong_policy_is_named(name: str, settings: dict[str, int], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        omnimem.policy(name, **settings)
+    assert omnimem.policy("distinct", coverage=0.0).budget is None
+
+
+def test_a_shipped_path_yields_to_one_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shipped("models/tiny") == str(CONFIGS / "models/tiny")
+    assert shipped("Qwen/Qwen2.5-Omni-7B") == "Qwen/Qwen2.5-Omni-7B"
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    assert shipped("models/tiny") == "models/tiny"
+
+
+def test_the_extra_of_each_package_is_the_one_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in EXTRAS.items():
+        assert any(line.startswith(f"{package}>=") for line in project["optional-dependencies"][extra])
+    with pytest.raises(ModuleNotFoundError) as raised:
+        require("absent_package")
+    assert missing_extra(raised.value) is None
+    assert missing_extra(ModuleNotFoundError("no", name="scipy.stats")) == (
+        "scipy is not installed; pip install 'omnimem[eval]'"
+    )
