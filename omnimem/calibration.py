@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from omnimem.budget import Budget, Readings, Signals
+from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
@@ -25,7 +26,7 @@ from omnimem.view import LayerView, similarity
 COLOURS = {"all": "#6b7280", "audio": "#d97706", "visual": "#2563eb"}
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError):
     """Streams that cannot be measured; the message names the setting to change."""
 
 

@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from omnimem.cli.build import Policies
-from omnimem.cli.data_report import Finding, inspect
+from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media.container import Reason
@@ -58,7 +58,7 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
 def _looked_at(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
     """As training would find it: times that are odd do not stop it, `data_prep/check.py` tells of them."""
     if probe:
-        finding = inspect(sample, tracks=run.stream.tracks)
+        finding = inspect_sample(sample, tracks=run.stream.tracks)
         return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
     gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
     missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 from omnimem.budget import Budget, BudgetError
+from omnimem.errors import ProblemList
 from omnimem.tasks.accuracy import DURATION, categories_of
 
 Role = Literal["rival", "reference", "probe"]
@@ -22,12 +23,8 @@ SAME_SECONDS = 0.01  # of audio, a question
 SECONDS_DIGITS = 2
 
 
-class ComparisonError(ValueError):
+class ComparisonError(ProblemList):
     """What keeps the given folders from being compared, one line a problem."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 @final

@@ -4,13 +4,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, final
 
+from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.tasks import BenchmarkOptions
 
 Tracks = Literal["both", "video", "audio"]
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """An evaluation that cannot go on; the message says why and how to repair it."""
 
 
