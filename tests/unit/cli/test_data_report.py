@@ -27,7 +27,7 @@ def test_a_whole_folder_passes_with_its_counts_categories_and_defects(
     assert "questions  all 8" in told
     assert "video with its own audio 4" in told
     assert "group: real-time visual 4, contextual 3, omni-source 1" in told
-    assert "defect: time_stamp sample_3_Source#1: 05:11:00 lies outside of [0:00:04 - 0:00:08]; asked at 8 s" in told
+    assert "defect: time_stamp sample_3_Source#1: 05:11:00 is outside of [0:00:04 - 0:00:08]; asked at 8 s" in told
 
 
 def test_fewer_questions_than_published_are_refused_unless_a_subset_is_wanted(
