@@ -62,11 +62,11 @@ class LVBenchOptions(AnnotatedBenchmark):
     @property
     def sources(self) -> tuple[str, str]:
         """The dataset on the hub; videos by the official script, or of a mirror."""
-        hub = "hf download {} --repo-type dataset --local-dir " + self.root
+        into = f"--repo-type dataset --local-dir {self.root}"
         return (
-            f"get it with `{hub.format('zai-org/LVBench')}`",
+            f"get it with `hf download zai-org/LVBench {into}`",
             "save them there under their YouTube ids; scripts/download.sh of github.com/THUDM/LVBench gets them, or "
-            f"`{hub.format('lmms-eval/LVBench')}`, a mirror",
+            f"`hf download lmms-eval/LVBench {into}`, a mirror",
         )
 
     def read(self, reader: AnnotationReader) -> list[Sample]:
