@@ -17,7 +17,7 @@ from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
-from omnimem.comparison.report import points
+from omnimem.comparison.formatting import points
 
 KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
 AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
