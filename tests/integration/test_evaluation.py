@@ -382,7 +382,7 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
         {
             "rule": "time_stamp",
             "where": "film0/3",
-            "what": "asked at 5000 s of a stream that ends at 8.0 s; asked there",
+            "what": "asked at 5000 s of a stream that ends at 8.0 s; asked at its end",
         },
     ]
     blind = evaluation(backbone, attached).run(arm_of(attached, tracks=None), asked, tmp_path / "blind")
