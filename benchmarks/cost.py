@@ -27,7 +27,7 @@ from omnimem.cli.build import budget_of, feeder_of, policies_of
 from omnimem.cli.parser import Parser, run_command
 from omnimem.commands.synthesize import Stream, make
 from omnimem.comparison import compare
-from omnimem.comparison.report import count, seconds, size
+from omnimem.comparison.formatting import count, seconds, size
 from omnimem.config import RunConfig, load
 from omnimem.evaluation import Arm, Evaluation
 from omnimem.evaluation.cost import PeakMemory

@@ -37,8 +37,8 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"omnimem {command}", *sys.argv[2:]]
 
-    def run(arguments: Sequence[str]) -> int | None:
-        return import_module(f"omnimem.commands.{command.replace('-', '_')}").main(arguments)
+    def run(arguments: Sequence[str]) -> None:
+        import_module(f"omnimem.commands.{command.replace('-', '_')}").main(arguments)
 
     import_module("omnimem.cli.parser").run_command(run)
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from omnimem.budget import Readings, Signals
+from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
@@ -18,7 +19,7 @@ from omnimem.view import LayerView, similarity
 KINDS = ("all", "audio", "visual")
 
 
-class CalibrationError(ValueError):
+class CalibrationError(UserError):
     """Streams that cannot be measured; the message names the setting to change."""
 
 

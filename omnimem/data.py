@@ -16,6 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
+from omnimem.errors import ProblemList, UserError
+
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 KEYS = ("id", "video", "audio", "start", "end", "messages", "meta")
@@ -139,12 +141,8 @@ class Sample:
 
 
 @final
-class ManifestError(ValueError):
+class ManifestError(ProblemList):
     """Everything that is wrong with a manifest, one line a problem: `file:line key: what; how to repair`."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sample]:
@@ -366,7 +364,7 @@ class Failure:
 
 
 @final
-class TooManyFailures(ValueError):
+class TooManyFailures(UserError):
     """More samples failed than the policy lets pass."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 
+from omnimem.errors import UserError
 from omnimem.media import Geometry, LogMel
 from omnimem.memory import Memory, Shape
 from omnimem.tokens import TOKEN_AXES
@@ -22,7 +23,7 @@ COVERAGE = 20  # bytes that autograd saves for each number of a feature where co
 TOGETHER = 32  # segments that pass the encoders at once
 
 
-class ShapesError(ValueError):
+class ShapesError(UserError):
     """A model configuration that cannot be read; the message says which and how to repair it."""
 
 

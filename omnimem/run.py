@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, final
 
 from omnimem.checksums import damage
+from omnimem.errors import UserError
 
 PACKAGES = (
     "omnimem",
@@ -42,7 +43,7 @@ LOCK = ".lock"
 PATIENCE = 60.0  # seconds in which a process that was asked to end may still write into its run folder
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """The run folder cannot be used as asked; the message names the cures."""
 
 

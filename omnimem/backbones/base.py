@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from omnimem.errors import UserError
 from omnimem.media import Geometry, Segment
 from omnimem.tokens import Chunk
 
 Tracks = Literal["both", "video", "audio"]
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A stream that cannot be cut as asked; the message says why and how to repair it."""
 
 

@@ -28,6 +28,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
+from omnimem.errors import UserError
 from omnimem.media import Geometry, LogMel, Segment, patchify
 from omnimem.shipped import shipped
 from omnimem.tokens import Chunk, Modality
@@ -38,7 +39,7 @@ IGNORED = -100
 Part = TypeVar("Part", bound=nn.Module)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A folder that is no checkpoint of this family, or lacks a file; the message says which and how to repair it."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from omnimem.budget.apportion import apportion
+from omnimem.errors import UserError
 
 Pair = tuple[float, float]  # one number a modality, in the order of every table: audio, visual
 Slots = tuple[int, int]  # of one layer: audio, visual
@@ -14,7 +15,7 @@ NO_LEAST, NO_MOST = (0.0, 0.0), (math.inf, math.inf)  # bounds that bind nothing
 Rounding = Literal["exact", "truncated"]
 
 
-class BudgetError(ValueError):
+class BudgetError(UserError):
     """A budget that cannot be given; the message says what was asked and how to repair it."""
 
 

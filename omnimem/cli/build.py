@@ -1,4 +1,4 @@
-"""From a run's configuration to its parts: backbone, feeder, budgets, policies."""
+"""Builds the parts of a run from its configuration: feeder, budgets, policies."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -24,14 +24,14 @@ CACHE = Path(".cache/encoded")
 
 
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
-    """What turns samples into chunks; encoder outputs are kept on disk where `data.cache` says so."""
+    """Turns samples into chunks; encoder outputs are cached on disk with `data.cache`."""
     return Feeder(backbone, run.stream, CACHE if run.data.cache else None)
 
 
 def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folder: RunFolder) -> Budget:
-    """The run's budget: its own file if it has one already, else measured or built, and written there.
+    """The run's budget: from its own file, else measured or built, and written there.
 
-    Raises BudgetError when the file was made for other settings than the run's.
+    Raises BudgetError if the file was made for other settings.
     """
     if folder.budget.is_file():
         budget = Budget.read(folder.budget)
@@ -41,7 +41,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
                 f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
                 "delete the file, or give the run another name"
             )
-        _measured_under(run, budget, folder.budget)
+        _check_policy(run, budget, folder.budget)
         return budget
     if run.memory.budget.needs_signals:
         budget = measured_budget(run, attached, feeder, training_samples(run))
@@ -52,8 +52,8 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
     return budget
 
 
-def _measured_under(run: RunConfig, budget: Budget, file: Path) -> None:
-    """Raises BudgetError when the signals of a file were measured under another score than the run's own."""
+def _check_policy(run: RunConfig, budget: Budget, file: Path) -> None:
+    """Raises BudgetError if the signals of a file were measured under another policy."""
     own, measured = run.memory.policy.build(None), budget.provenance.get("policy")
     if budget.signals is None or measured is None or not isinstance(own, ScoredPolicy) or own.per_head:
         return
@@ -75,18 +75,18 @@ def resized(run: RunConfig, budget: Budget, slots: int) -> Budget:
 
 
 def training_samples(run: RunConfig) -> list[Sample]:
-    """The streams that the run trains on; a budget is measured on the first of them."""
+    """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
         raise BudgetError("data.train names no manifest; calibration measures the first training streams")
     return read_manifest(run.data.train, allow_absolute=run.data.allow_absolute_paths)
 
 
 def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder, samples: Sequence[Sample]) -> Budget:
-    """The run's audio-visual budget, from signals measured under its own policy at its own size.
+    """The run's audio-visual budget, from signals measured under its own policy and size.
 
-    A policy that is more than a score of each layer (heads of their own, probes, merged tokens) keeps no pool that
-    could be measured alike: the signals are then those under ours. While they are measured every layer keeps the same
-    number of tokens, split by the ratio alone.
+    Policies that are more than one score per layer (per-head storage, probe prompts, merged tokens) have no pool to
+    measure: their signals are measured under `distinct`. During the measurement all layers keep the same number of
+    tokens, split by the ratio only.
     """
     wanted = run.memory.budget
     if not isinstance(wanted, AudioVisualBudget):
@@ -116,14 +116,14 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
 
 
 def budget_settings(run: RunConfig) -> str:
-    """What a budget file was made for."""
+    """The settings that a budget file depends on."""
     return f"{run.memory.slots_per_layer} slots a layer, {run.memory.budget}"
 
 
 def _streams(
     samples: Sequence[Sample], feeder: Feeder, max_failures: float, used: list[str], bar: tqdm
 ) -> Iterator[Iterable[Chunk]]:
-    """The chunks of each readable sample; one that cannot be read is absent, and counted."""
+    """The chunks of each readable sample; unreadable ones are skipped and counted."""
     failures = Failures(samples=len(samples), max_failures=max_failures)
     for sample in samples:
         try:

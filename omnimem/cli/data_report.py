@@ -1,4 +1,4 @@
-"""What a look at every file of a manifest or benchmark finds: tracks, lengths, times; the data report."""
+"""The data report: tracks, lengths and times of every file of a manifest or a benchmark."""
 
 import argparse
 from collections import Counter
@@ -14,40 +14,34 @@ from tqdm import tqdm
 from omnimem.config import strict
 from omnimem.config.check import validated
 from omnimem.config.source import COMMAND_LINE, Source, override
-from omnimem.data import Failure, Sample
+from omnimem.data import Failure, ManifestError, Sample
 from omnimem.media import MediaError, MediaInfo, probe, read_audio, read_frames
 from omnimem.tasks import BenchmarkOptions, Defect, Gap
 
 Tracks = Literal["both", "video", "audio"]
-
-
 TRACKS: tuple[Tracks, ...] = get_args(Tracks)
 
-
 SLACK = 1.0  # seconds by which containers may disagree about the same length
-
-
-DECODED_FPS = 0.5  # frames a second that --decode looks at
-
-
-SHORTER = 0.8  # of the least length that a benchmark's video has: below it the download broke off
+DECODED_FPS = 0.5  # frames per second that --decode reads
+SHORTER = 0.8  # of the expected length of a benchmark's video: below it the download is incomplete
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a look at the files of one sample found."""
+    """Tracks, length and failures of one sample's files."""
 
     sample: Sample
-    seconds: float = 0.0  # of the stream, between start and end; 0 where the file does not say
+    seconds: float = 0.0  # of the stream, between start and end; 0 if the file declares no length
     video: bool = False
     audio: bool = False
     failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def inspect(sample: Sample, *, tracks: Tracks = "both", decode: bool = False) -> Finding:
-    """Probes the files of a sample; with `decode` reads them through, which alone finds a truncated file."""
+def inspect_sample(sample: Sample, *, tracks: Tracks = "both", decode: bool = False) -> Finding:
+    """Probe the files of a sample; `decode` reads them to the end, the only way to find a truncated file."""
+    # 1. probe
     failures: list[Failure] = []
     infos: dict[str, MediaInfo] = {}
     for key, path in (("video", sample.video), ("audio", sample.audio)):
@@ -58,11 +52,13 @@ def inspect(sample: Sample, *, tracks: Tracks = "both", decode: bool = False) ->
                 failures.append(_failure(sample, key, error.reason, str(error)))
     if failures:
         return Finding(sample=sample, failures=tuple(failures))
-    picture, sound = infos.get("video"), infos.get("audio", infos.get("video"))
-    video, audio = picture is not None and picture.has_video, sound is not None and sound.has_audio
-    lengths = (picture.video_seconds if picture and video else 0.0, sound.audio_seconds if sound and audio else 0.0)
+    # 2. tracks and times
+    visual, heard = infos.get("video"), infos.get("audio", infos.get("video"))
+    video, audio = visual is not None and visual.has_video, heard is not None and heard.has_audio
+    lengths = (visual.video_seconds if visual and video else 0.0, heard.audio_seconds if heard and audio else 0.0)
     failures += _missing_tracks(sample, tracks, video, audio)
     failures += _impossible_times(sample, max(lengths))
+    # 3. decode
     if decode and not failures:
         failures += _decoded(sample, tracks)
     stop = max(lengths) if sample.end is None else min(sample.end, max(lengths))
@@ -81,7 +77,7 @@ def _failure(sample: Sample, key: str, reason: str, what: str) -> Failure:
 
 
 def _missing_tracks(sample: Sample, tracks: Tracks, video: bool, audio: bool) -> Iterator[Failure]:
-    """As streams read them: a sample that names no video is heard only, unless pictures alone are asked for."""
+    """As streams read them: a sample without a video is audio only, unless `tracks` is video."""
     if not video and (tracks == "video" or (tracks == "both" and sample.video is not None)):
         what = f"{sample.video} has no video track" if sample.video else "no video is given"
         yield _failure(sample, "video", "no_video", f"{what}; give another file, or use --tracks audio")
@@ -91,7 +87,7 @@ def _missing_tracks(sample: Sample, tracks: Tracks, video: bool, audio: bool) ->
 
 
 def _impossible_times(sample: Sample, seconds: float) -> Iterator[Failure]:
-    """Times beyond the end of the file; a container that does not declare its length cannot contradict them."""
+    """Times after the end of the file, if the container declares its length."""
     if seconds <= 0:
         return
     if sample.start >= seconds:
@@ -106,7 +102,7 @@ def _impossible_times(sample: Sample, seconds: float) -> Iterator[Failure]:
 
 
 def _doubts(sample: Sample, video_seconds: float, audio_seconds: float) -> Iterator[str]:
-    """What is no failure, but should be known."""
+    """Notes: no failures, but unusual."""
     if max(video_seconds, audio_seconds) <= 0:
         yield f"{sample.origin}: the file does not declare its length"
     apart = abs(video_seconds - audio_seconds)
@@ -132,7 +128,7 @@ def _decoded(sample: Sample, tracks: Tracks) -> Iterator[Failure]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What a data set holds: rows, hours, modalities, failures; a failed row is in no other number."""
+    """Rows, hours, modalities and failures of a data set; a failed row is not part of the other numbers."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -141,12 +137,12 @@ class DataReport:
 
     @property
     def good(self) -> tuple[Finding, ...]:
-        """The samples that can be used."""
+        """The usable samples."""
         return tuple(finding for finding in self.findings if not finding.failures)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Everything that is wrong, several a row where several are."""
+        """All failures; a row may have several."""
         return (*self.rejected, *(failure for finding in self.findings for failure in finding.failures))
 
     @property
@@ -156,7 +152,7 @@ class DataReport:
         return lost / max(1, len(self.good) + lost)
 
     def text(self) -> str:
-        """The report as a table of a dozen lines."""
+        """The report as a short table."""
         lost = len({failure.id for failure in self.failures})
         lengths = [finding.seconds for finding in self.good if finding.seconds > 0]
         spread = ""
@@ -195,14 +191,16 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {number:,}" for name, number in counts.items() if number) or "none"
 
 
-def report(name: str, samples: Iterable[Sample], *, tracks: Tracks = "both", decode: bool = False) -> DataReport:
+def manifest_report(
+    name: str, samples: Iterable[Sample], *, tracks: Tracks = "both", decode: bool = False
+) -> DataReport:
     """The report on samples, with a progress bar."""
-    looked_at = tqdm(samples, desc=name, unit="sample", leave=False, disable=None)
-    return DataReport(name=name, findings=tuple(inspect(sample, tracks=tracks, decode=decode) for sample in looked_at))
+    bar = tqdm(samples, desc=name, unit="sample", leave=False, disable=None)
+    return DataReport(name=name, findings=tuple(inspect_sample(each, tracks=tracks, decode=decode) for each in bar))
 
 
 def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
-    """Files that two manifests have in common: a test split that was trained on shows here."""
+    """Files that two manifests have in common: finds test data among the training data."""
     files = {
         name: {path.resolve() for sample in samples for path in (sample.video, sample.audio) if path}
         for name, samples in manifests.items()
@@ -215,8 +213,8 @@ def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
 @strict
 @final
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """The benchmark that the command line describes."""
+class BenchmarkSettings:
+    """Schema of the command line's benchmark."""
 
     benchmark: BenchmarkOptions
 
@@ -224,23 +222,23 @@ class Chosen:
 @final
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkReport:
-    """What of a benchmark is there: its files as a data report, its counts, categories and defects."""
+    """Files, counts, categories and defects of a benchmark's folder."""
 
     files: DataReport
     samples: tuple[Sample, ...]
     gaps: tuple[Gap, ...]
     defects: tuple[Defect, ...]
-    miscounted: str | None  # how the counts differ from the published ones
+    miscounted: str | None  # the difference between its counts and the published ones
 
     @property
     def problems(self) -> list[str]:
-        """Everything that keeps a run from being comparable, a line each."""
+        """Everything that makes results incomparable, one line per problem."""
         lines = [failure.message for failure in self.files.failures]
         lines += [f"missing: {gap.what}; {gap.how}" for gap in self.gaps]
         return [*lines, *([self.miscounted] if self.miscounted else [])]
 
     def text(self) -> str:
-        """The report; each defect is told."""
+        """The report with all defects."""
         items = [question.item for sample in self.samples for question in sample.questions]
         axes: dict[str, Counter[str]] = {}
         for item in items:
@@ -251,11 +249,11 @@ class BenchmarkReport:
         return "\n".join([self.files.text(), *lines])
 
 
-def chosen(name: str, root: Path, settings: Sequence[str]) -> BenchmarkOptions:
+def benchmark_from(name: str, root: Path, settings: Sequence[str]) -> BenchmarkOptions:
     """The benchmark by name and folder, with `key=value` settings; raises ConfigError."""
     start = Source(file=COMMAND_LINE, data={"benchmark": {"name": name, "root": str(root)}})
     source = override(start, [f"benchmark.{setting}" for setting in settings])
-    found, problems = validated(Chosen, source.data)
+    found, problems = validated(BenchmarkSettings, source.data)
     if found is None:
         raise source.error(problems)
     return found.benchmark
@@ -264,19 +262,20 @@ def chosen(name: str, root: Path, settings: Sequence[str]) -> BenchmarkOptions:
 def benchmark_report(
     benchmark: BenchmarkOptions, *, tracks: Tracks = "both", decode: bool = False, subset: bool = False
 ) -> BenchmarkReport:
-    """The report on a benchmark whose annotations are there; each file is looked at once.
+    """The report on a benchmark whose annotations exist; each file is inspected once.
 
-    Raises ManifestError when the annotations are wrong.
+    Raises ManifestError if the annotations are wrong.
     """
     samples = benchmark.samples()
     files: dict[tuple[Path | None, Path | None], list[Sample]] = {}
     for sample in samples:
         files.setdefault((sample.video, sample.audio), []).append(sample)
     whole = {group[0].id: _whole(group) for group in files.values()}
-    made = report(f"{benchmark.label}: {benchmark.root}", whole.values(), tracks=tracks, decode=decode)
-    asked = dict(zip(whole, files.values(), strict=True))
+    files_report = manifest_report(f"{benchmark.label}: {benchmark.root}", whole.values(), tracks=tracks, decode=decode)
+    cuts = dict(zip(whole, files.values(), strict=True))
+    findings = tuple(_with_lengths(finding, cuts[finding.sample.id]) for finding in files_report.findings)
     return BenchmarkReport(
-        files=replace(made, findings=tuple(_lengths(finding, asked[finding.sample.id]) for finding in made.findings)),
+        files=replace(files_report, findings=findings),
         samples=tuple(samples),
         gaps=tuple(benchmark.gaps()),
         defects=tuple(benchmark.defects()),
@@ -285,24 +284,24 @@ def benchmark_report(
 
 
 def _whole(samples: Sequence[Sample]) -> Sample:
-    """A file with all questions about it, whenever they are asked."""
+    """A whole file with all its questions, without their times."""
     messages = tuple(replace(message, at=None) for sample in samples for message in sample.messages)
     items = tuple(item for sample in samples for item in sample.items)
     return replace(samples[0], start=0.0, end=None, messages=messages, items=items)
 
 
-def _lengths(finding: Finding, samples: Sequence[Sample]) -> Finding:
-    """A finding with what its length says: a file far too short is a failure, a question after its end is known."""
+def _with_lengths(finding: Finding, samples: Sequence[Sample]) -> Finding:
+    """A much too short file is a failure; another length, and questions after the end, are notes."""
     if finding.failures or finding.seconds <= 0:
         return finding
     sample, seconds = finding.sample, finding.seconds
     least, most = sample.meta.get("seconds", (0.0, float("inf")))
     if seconds < SHORTER * least:
-        what = f"{sample.video} lasts {seconds:.1f} s, but {least:.0f} s at least were expected; get it again"
+        what = f"{sample.video} lasts {seconds:.1f} s, but at least {least:.0f} s were expected; download it again"
         return replace(finding, failures=(_failure(sample, "video", "too_short", what),))
     notes = [*finding.notes]
     if not least <= seconds <= most:
-        notes.append(f"{sample.id} lasts {seconds:.1f} s; expected were {least:.0f} to {most:.0f} s")
+        notes.append(f"{sample.id} lasts {seconds:.1f} s; expected {least:.0f} to {most:.0f} s")
     late = [
         question.item.id
         for each in samples
@@ -323,9 +322,26 @@ def _miscounted(benchmark: BenchmarkOptions, samples: Sequence[Sample], videos: 
     )
 
 
-def add_policy(parser: argparse.ArgumentParser) -> None:
-    """The options that checking and converting share."""
-    parser.add_argument("--tracks", choices=TRACKS, default="both", help="what a run will use (default: %(default)s)")
-    parser.add_argument("--decode", action="store_true", help="read every file through; finds truncated ones")
+def require_annotations(benchmark: BenchmarkOptions) -> None:
+    """Raises ManifestError if an annotation file is missing: there are no questions then."""
+    if not all(path.is_file() for path in benchmark.annotations):
+        raise ManifestError([f"missing: {gap.what}; {gap.how}" for gap in benchmark.gaps()])
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser, *, name: str, required: bool) -> None:
+    """The options that choose a benchmark; `name` is the help of --benchmark."""
+    parser.add_argument("--benchmark", required=required, metavar="NAME", help=name)
+    parser.add_argument("--root", required=required, type=Path, metavar="DIR", help="the folder of the benchmark")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="an option of the benchmark"
+    )
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """The options that check and convert share."""
+    parser.add_argument(
+        "--tracks", choices=TRACKS, default="both", help="tracks that a run uses (default: %(default)s)"
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every file; finds truncated ones")
     parser.add_argument("--max-failures", type=float, default=0.0, help="share that may fail (default: %(default)s)")
     parser.add_argument("--allow-absolute-paths", action="store_true", help="media outside the manifest's folder")

@@ -1,7 +1,7 @@
-"""--dry-run: settings, one sample as the model will read it, the budget and the memory table; no weights, no network.
+"""--dry-run: settings, one sample as model input, the budget and the memory table; no weights, no network.
 
-Shapes come from the model's folder or cache, else from configs/models; text is tokenised by the model's tokenizer,
-else by the tiny checkpoint's, and then marked `approximate`.
+Shapes come from the model's folder or cache, else from configs/models. Text is tokenized by the model's tokenizer, else
+by that of the tiny checkpoint, and then marked `approximate`.
 """
 
 import json
@@ -22,6 +22,7 @@ from omnimem.backbones import Encoded, Qwen25Omni, Turn
 from omnimem.backbones.base import Tracks
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
+from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
@@ -42,29 +43,29 @@ CONFIG_FILES = ("config.json", "preprocessor_config.json")
 @final
 @dataclass
 class Missing:
-    """What a real run would lack, with the way to get it."""
+    """Things that a run needs and that are missing, with the way to get them."""
 
     lines: list[str] = field(default_factory=list)
 
     def add(self, what: str, how: str) -> None:
-        """One more line."""
+        """Add a line."""
         self.lines.append(f"missing: {what}; {how}")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
-    """The backbone without its weights, which stay on the meta device."""
+    """The backbone without weights (meta device)."""
 
     backbone: Qwen25Omni
     shapes: Shapes
-    approximate: bool  # text is tokenised by another model's tokenizer
+    approximate: bool  # the tokenizer is that of another model
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A sample, and what the model will get of it."""
+class SampleFacts:
+    """A sample and its size as model input."""
 
     sample: Sample
     tracks: Tracks
@@ -73,20 +74,20 @@ class Reading:
     tokens: dict[Modality, int]  # of the stream
     chunks: tuple[int, ...]  # tokens of each chunk with audio or video
     last_position: int
-    learned: int  # answer tokens
+    learned: int  # answer tokens with a label
 
 
 def preview(run: RunConfig) -> None:
-    """Print what a run would do; what is missing is listed at the end and is no error."""
+    """Print what a run would do; missing things are listed at the end and are not errors."""
     missing = Missing()
     _section("settings", dump(run).splitlines())
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
-        reading = read_sample(run, skeleton, missing)
-        _section("sample", describe_sample(skeleton, reading))
-        _section("budget", describe_budget(run, skeleton.shapes, reading))
-        rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, reading))
+        facts = read_sample(run, skeleton, missing)
+        _section("sample", describe_sample(skeleton, facts))
+        _section("budget", describe_budget(run, skeleton.shapes, facts))
+        rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
         _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
         for gap in benchmark.gaps():
@@ -95,7 +96,7 @@ def preview(run: RunConfig) -> None:
 
 
 def skeleton_of(run: RunConfig, missing: Missing) -> Skeleton | None:
-    """The backbone from its configuration files alone; None when nothing says what shapes it has."""
+    """The backbone from its configuration files only; None if its shapes are unknown."""
     path = run.model.path
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
@@ -116,19 +117,19 @@ def skeleton_of(run: RunConfig, missing: Missing) -> Skeleton | None:
 
 
 def _folder(path: str) -> Path | None:
-    """Where the model's configuration lies on this machine: its folder, or the hub's cache."""
+    """Folder of the model's configuration on this machine: its own, or the cache of the hub."""
     folder = Path(path)
     if not folder.is_dir():
         try:
             found = try_to_load_from_cache(path, CONFIG_FILES[0])
-        except HFValidationError:  # a path, no hub id
+        except HFValidationError:  # a path, not a hub id
             return None
         folder = Path(found).parent if isinstance(found, str) else folder
     return folder if all((folder / name).is_file() for name in CONFIG_FILES) else None
 
 
-def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> Reading:
-    """The first training sample, decoded; a synthetic one where there is none that can be read."""
+def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> SampleFacts:
+    """The first training sample, decoded; a synthetic one if it cannot be read."""
     sample = _first_sample(run, missing)
     if sample is not None:
         try:
@@ -146,8 +147,8 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> Reading
         except MediaError as error:
             missing.add(f"the first sample's media ({error})", "data_prep/check.py lists all files that cannot be read")
     tracks = run.stream.tracks
-    frames, sound = _synthetic(skeleton.shapes.geometry.mel.rate)
-    source = LiveSource(frames, sound, options=run.stream.source(), geometry=skeleton.shapes.geometry)
+    frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
+    source = LiveSource(frames, audio, options=run.stream.source(), geometry=skeleton.shapes.geometry)
     return _read(run, skeleton, SYNTHETIC, tracks, source)
 
 
@@ -173,18 +174,17 @@ SYNTHETIC = Sample(
 
 
 def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tensor]]:
-    """A minute of noise in pictures of 360 lines, and in sound."""
+    """A minute of noise: frames of 360 lines, and audio."""
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
-    sound = torch.rand(rate, generator=generator) - 0.5
-    return ((float(second), frame) for second in range(SECONDS)), (sound for _ in range(SECONDS))
+    audio = torch.rand(rate, generator=generator) - 0.5
+    return ((float(second), frame) for second in range(SECONDS)), (audio for _ in range(SECONDS))
 
 
-def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> Reading:
-    """Decode the sample and cut it as a run would; the encoders' outputs are only counted.
+def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> SampleFacts:
+    """Decode the sample and cut it into chunks as a run does; encoder outputs are only counted.
 
-    Raises ConfigError when `stream` asks for something that the checkpoint's grids cannot give, LayoutError when a step
-    of tuning may.
+    Raises ConfigError if `stream` does not fit the checkpoint's grids, LayoutError if a step of tuning may not.
     """
     backbone, shapes = skeleton.backbone, skeleton.shapes
     try:
@@ -209,7 +209,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
     tokens = {kind: sum(int((chunk.modality == kind).sum()) for chunk in chunks) for kind in Modality}
     tokens[Modality.TEXT] += opening.count
     turns = [backbone.turn(Turn(text=q.text, answer=q.answer), tracks=tracks) for q in sample.questions]
-    return Reading(
+    return SampleFacts(
         sample=sample,
         tracks=tracks,
         source=source,
@@ -222,7 +222,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
 
 
 def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterator[Encoded]:
-    """Segments as the encoders would give them, by arithmetic: as many tokens, of width 0."""
+    """Segments with the token counts of the encoders, and tokens of width 0."""
     cell, temporal, heard = shapes.geometry.cell, shapes.geometry.temporal_patch, 0
     for segment in segments:
         grid, before = (0, 0, 0), audio_tokens(heard)
@@ -230,10 +230,10 @@ def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterato
             frames, _, height, width = segment.frames.shape
             grid = (ceil(frames / temporal), height // cell, width // cell)
         heard += 0 if segment.mel is None else segment.mel.shape[1]
-        sound = audio_tokens(heard) - before
+        audio = audio_tokens(heard) - before
         yield Encoded(
             visual=None if segment.frames is None else torch.zeros(1, grid[0] * grid[1] * grid[2], 0),
-            audio=torch.zeros(1, sound, 0) if sound else None,
+            audio=torch.zeros(1, audio, 0) if audio else None,
             grid=grid,
             start=segment.start,
             seconds=segment.seconds,
@@ -241,64 +241,64 @@ def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterato
         )
 
 
-def describe_sample(skeleton: Skeleton, reading: Reading) -> Iterator[str]:
-    """What of the sample is read, its tokens by modality, and its questions with the label mask."""
-    source, sample, tokenizer = reading.source, reading.sample, skeleton.backbone.tokenizer
-    height, width = reading.frame
+def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
+    """Frames and audio of the sample, its tokens by modality, and its questions with the label mask."""
+    source, sample, tokenizer = facts.source, facts.sample, skeleton.backbone.tokenizer
+    height, width = facts.frame
     yield (
         f"{sample.id} {sample.origin}".rstrip() + f": {source.seconds:.1f} s, {source.frames_seen} frames resized to "
-        f"{width} x {height}, {source.audio_seconds_heard:.1f} s of sound"
+        f"{width} x {height}, {source.audio_seconds_heard:.1f} s of audio"
     )
-    counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in reading.tokens.items())
-    yield f"tokens of the stream: {counts}; longest of {len(reading.chunks)} chunks: {max(reading.chunks, default=0):,}"
+    counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in facts.tokens.items())
+    yield f"tokens of the stream: {counts}; longest of {len(facts.chunks)} chunks: {max(facts.chunks, default=0):,}"
     if skeleton.approximate:
-        yield "approximate: the model's tokenizer is not here, text is tokenised by the tiny checkpoint's"
+        yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
-    if reading.last_position >= trained:
-        yield f"positions reach {reading.last_position:,}, beyond the {trained:,} that the model was trained on"
+    if facts.last_position >= trained:
+        yield f"positions reach {facts.last_position:,}, beyond the {trained:,} that the model was trained on"
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
-    yield f"prompt, the stream left out: {json.dumps(first, ensure_ascii=False)}"
-    yield "after the stream, what is learned in [[ ]]:"
+    yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
+    yield "after the stream, labels in [[ ]]:"
     for question in sample.questions[:SHOWN]:
         turn = Turn(text=question.text, answer=question.answer if question.loss else None)
-        ids, _, labels = skeleton.backbone.turn(turn, tracks=reading.tracks)
+        ids, _, labels = skeleton.backbone.turn(turn, tracks=facts.tracks)
         learned = [label for label in labels if label != IGNORED]
         asked = tokenizer.decode(ids[: len(ids) - len(learned)])
-        answer = f"[[{tokenizer.decode(learned)}]]" if learned else "(nothing is learned)"
+        answer = f"[[{tokenizer.decode(learned)}]]" if learned else "(no labels)"
         yield f"  {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of {len(ids)} tokens"
     if len(sample.questions) > SHOWN:
         yield f"  and {len(sample.questions) - SHOWN} questions more"
 
 
-def describe_budget(run: RunConfig, shapes: Shapes, reading: Reading) -> Iterator[str]:
-    """Slots by layer and modality, and how much of the sample they hold."""
+def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Iterator[str]:
+    """Slots by layer and modality, and the share of the sample that they keep."""
     wanted, slots, layers = run.memory.budget, run.memory.slots_per_layer, shapes.text.layers
     if isinstance(wanted, AudioVisualBudget) and wanted.needs_signals:
         budget = SplitBudget(visual_audio_ratio=wanted.visual_audio_ratio).build(layers, slots)
         yield (
             f"measured on {run.calibration.streams} training streams before the first step; "
-            f"until then every layer alike, 1 audio slot for {wanted.visual_audio_ratio:g} visual ones:"
+            f"until then the same for every layer, 1 audio slot for {wanted.visual_audio_ratio:g} visual ones:"
         )
     else:
         budget = wanted.build(layers, slots)
     audio, visual = zip(*budget.slots, strict=True)
-    share = "one pool" if not budget.split else f"{_span(audio)} audio + {_span(visual)} visual"
-    yield f"{slots:,} slots a layer ({share}) x {layers} layers = {budget.total:,} entries"
-    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+    share = "one pool" if not budget.split else f"{span(audio)} audio + {span(visual)} visual"
+    yield f"{slots:,} slots per layer ({share}) x {layers} layers = {budget.total:,} entries"
+    media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     yield f"of the {media:,} audio and visual tokens of this sample {min(1, slots / max(1, media)):.1%} are kept"
-    for what, drawn in (("slots a layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
+    for what, drawn in (("slots per layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
         if drawn:
             listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
-            yield f"{what} in training, one drawn a step: {listed}"
+            yield f"{what} in training, one drawn per step: {listed}"
     if (most := run.tuning.selection.most(slots)) > slots:
-        yield f"soft selection holds up to {most:,} entries a layer in training where evaluation holds {slots:,}"
+        yield f"soft selection holds up to {most:,} entries per layer in training, evaluation holds {slots:,}"
 
 
-def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
-    """What the run asks of a device, with the sample taken for its longest one."""
+def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
+    """Load of a device if this sample is the longest one."""
     policy = run.memory.policy.build(None)
     measures = policy.measures
-    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
+    media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
     slots = max(media if slots is None else most(slots) for slots in drawn)
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
@@ -311,10 +311,10 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
         per_head=policy.per_head,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
-        chunks=len(reading.chunks),
-        text_tokens=reading.tokens[Modality.TEXT],
-        question_tokens=reading.learned,
-        frame=reading.frame,
+        chunks=len(facts.chunks),
+        text_tokens=facts.tokens[Modality.TEXT],
+        question_tokens=facts.learned,
+        frame=facts.frame,
         frames_per_segment=shapes.geometry.segment(run.stream.fps)[1],
         half=bool(run.train.get("bf16") or run.train.get("fp16")),
         stage=_stage(run),
@@ -330,7 +330,7 @@ def load_of(run: RunConfig, shapes: Shapes, reading: Reading) -> Load:
 
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
-    """Width of what tokens are compared by, where the score discounts what better ones hold; 0: it does not."""
+    """Width of the vectors that `Covered` compares; 0 for other scores."""
     if not isinstance(policy, ScoredPolicy) or not isinstance(policy.scorer, Covered):
         return 0
     if policy.scorer.compared == "inputs":
@@ -342,7 +342,7 @@ def _deepspeed(run: RunConfig) -> str:
     """The DeepSpeed settings on one line."""
     given = run.train.get("deepspeed")
     if given is None:
-        return "none: plain training on one device"
+        return "none: training on one device"
     return json.dumps(given if isinstance(given, dict) else json.loads(Path(given).read_text()))
 
 
@@ -351,11 +351,6 @@ def _stage(run: RunConfig) -> int | None:
     if run.train.get("deepspeed") is None:
         return None
     return int(json.loads(_deepspeed(run)).get("zero_optimization", {}).get("stage", 0))
-
-
-def _span(counts: tuple[int, ...]) -> str:
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _section(title: str, lines: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""A process of a run: its environment, its number among the ranks, what it need not say."""
+"""Environment of a process of a run: ranks, threads, warnings."""
 
 import importlib
 import logging
@@ -14,16 +14,16 @@ from omnimem.extras import installed
 
 
 def prepare_process() -> None:
-    """Environment of plain `python` (one rank, a free port), and of a host without a GPU.
+    """Set the environment of plain `python` (one rank, a free port), and of a host without a GPU.
 
     On the CPU DeepSpeed would compile a shared-memory op for minutes, and a run killed meanwhile leaves a lock that
-    every later one waits for; gloo does without it.
+    later runs wait for; gloo does not need the op.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # asked for before deepspeed is imported: it then says nothing about it
+        os.environ["DS_ACCELERATOR"] = "cpu"  # set before deepspeed is imported, which then prints nothing
         if installed("deepspeed"):
             importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """The Trainer accumulates by itself and tells accelerate 1 on purpose; accelerate warns about it in every run."""
+    """The Trainer accumulates by itself and sets accelerate to 1; accelerate warns about it in every run."""
     return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 

@@ -1,4 +1,4 @@
-"""What the results of an arm were made with: kept beside them, so that results of two settings are never mixed."""
+"""The settings of an arm's results, stored beside them: results of different settings are never mixed."""
 
 import json
 import sys
@@ -18,16 +18,16 @@ ASIDE = "eval_earlier"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalFingerprint:
-    """Of one evaluation of a run."""
+    """The settings that determine the results of one evaluation."""
 
     run: RunConfig
     folder: RunFolder
     adapter: Path
 
     def prepare(self, arms: Iterable[tuple[Arm, bool]], *, leading: bool) -> None:
-        """Note what each arm (True: with the adapter) is answered with.
+        """Write the settings of each arm (True: with the adapter).
 
-        Results that were made otherwise are moved to `eval_earlier/`; EvaluationError where that is not ours to do.
+        The leading process moves results of other settings to `eval_earlier/`; others raise EvaluationError.
         """
         for arm, tuned in arms:
             target, setting = self.folder.evaluation(arm.name), self._of(arm, tuned=tuned)
@@ -35,7 +35,7 @@ class EvalFingerprint:
             if differing and not leading:
                 raise EvaluationError(
                     f"{target}: made with another {', '.join(differing)}; start the command without --shard once, "
-                    "which sets it aside, or give the run another name"
+                    "which moves them away, or give the run another name"
                 )
             if differing:
                 aside = _free(self.folder.path / ASIDE / arm.name)
@@ -47,7 +47,7 @@ class EvalFingerprint:
             write_text(target / FILE, json.dumps(setting, indent=1) + "\n")
 
     def provenance(self, *, tuned: bool) -> dict[str, Any]:
-        """What summary.json says of an arm."""
+        """Provenance of an arm for summary.json."""
         run, digests = self.run, {"base": self._base, "adapter": self._adapter if tuned else None}
         for label, facts in self._benchmarks.items():
             digests |= {f"{label}/{name}": digest for name, digest in facts["annotations"].items()}
@@ -65,14 +65,14 @@ class EvalFingerprint:
         }
 
     def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
-        """Everything that answers may hang on, as JSON gives it back."""
+        """Everything that answers may depend on, as JSON returns it."""
         run, whole = self.run, arm.policy.budget is None
         setting = {
             "model": {**asdict(run.model), "sha256": self._base},
             "adapter": self._adapter if tuned else None,
             "stream": {**asdict(run.stream), "tracks": arm.tracks},
             "memory": None if whole else {**asdict(run.memory), "sha256": sha256(self.folder.budget)},
-            "policy": None if whole else repr(replace(arm.policy, budget=None)),  # what its preset means now
+            "policy": None if whole else repr(replace(arm.policy, budget=None)),  # with the values of its preset
             "max_new_tokens": run.evaluate.max_new_tokens,
             "benchmarks": self._benchmarks,
         }
@@ -99,7 +99,7 @@ class EvalFingerprint:
 
 
 def _differences(target: Path, setting: Mapping[str, Any]) -> Iterator[str]:
-    """Which settings of the results in a folder are others; `setting` where there are results that do not say."""
+    """Names of the settings in which the results of a folder differ."""
     if not any(target.glob("*.jsonl")) and not any(target.glob("parts/*.jsonl")):
         return
     known = _read(target)
@@ -119,7 +119,7 @@ def _read(target: Path) -> dict[str, Any]:
 
 
 def _free(path: Path) -> Path:
-    """path.1, path.2 ...: the first name that is free."""
+    """path.1, path.2 ...: the first free name."""
     number = 1
     while (free := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

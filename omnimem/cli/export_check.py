@@ -1,4 +1,4 @@
-"""A short synthetic stream through a model: what its logits say about whether two models are the same."""
+"""Compares two models by their logits on a short synthetic stream."""
 
 from collections.abc import Iterator
 from typing import final
@@ -14,13 +14,13 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 
 SEGMENTS = 8
-CELLS = 4  # visual tokens along a side of the picture
+CELLS = 4  # visual tokens along a side of the frame
 QUESTION = "What was seen and heard?"
 
 
 @final
 class ExportCheck:
-    """Noise to look at and listen to, encoded by the model itself, then a question; the same for every model."""
+    """Video and audio noise, encoded by the model itself, then a question; the same for every model."""
 
     def __init__(self, backbone: Backbone, exported: Exported) -> None:
         self.backbone, self.exported = backbone, exported
@@ -29,7 +29,7 @@ class ExportCheck:
 
     @property
     def slots(self) -> int:
-        """Slots per layer that evict: the tuned size, or a quarter of the probe's tokens where that is less."""
+        """Slots per layer that evict: the tuned size, or a quarter of the stream's tokens if that is less."""
         return min(self.exported.memory.slots_per_layer, self.tokens // 4)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, its memory, how to use it, what was measured, where it comes from."""
+"""README.md of an exported model: description, memory, usage, results, origin."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from omnimem.comparison.load import shown
-from omnimem.comparison.report import count, many, percent, points, size
+from omnimem.comparison.formatting import count, many, percent, points, shown, size, span
 from omnimem.config.exported import FILE, Exported
 from omnimem.run import RunFolder, read_json
 
@@ -20,9 +19,9 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def card(exported: Exported, name: str, run: RunFolder) -> str:
-    """The whole file, with YAML front matter in the form of the Hugging Face hub.
+    """The whole file, with YAML front matter of the Hugging Face hub.
 
-    Results are those of the run's comparison, if these very weights were compared.
+    Results are those of the run's comparison, if these weights were compared.
     """
     results = results_of(run, exported)
     front = yaml.safe_dump(_front(exported, name, results), sort_keys=False, allow_unicode=True, width=100)
@@ -31,7 +30,7 @@ def card(exported: Exported, name: str, run: RunFolder) -> str:
 
 
 def results_of(run: RunFolder, exported: Exported) -> dict[str, Any]:
-    """The run's compare/summary.json; empty where there is none, or where its tuned arm is another adapter."""
+    """The run's compare/summary.json; empty if missing, or if its tuned arm is another adapter."""
     summary, tuned = run.comparison / "summary.json", run.evaluation(TUNED) / "summary.json"
     if not summary.is_file() or not tuned.is_file():
         return {}
@@ -87,9 +86,9 @@ def _memory(exported: Exported) -> Iterator[str]:
     if budget.split:
         audio, visual = ([layer[place] for layer in budget.slots] for place in (0, 1))
         share = percent(sum(audio) / budget.total)
-        yield f"| by layer | audio {_range(audio)}, visual {_range(visual)}; {share} % for audio |"
+        yield f"| by layer | audio {span(audio)}, visual {span(visual)}; {share} % for audio |"
     else:
-        yield f"| by layer | {_range([sum(layer) for layer in budget.slots])}, shared by audio and visual tokens |"
+        yield f"| by layer | {span([sum(layer) for layer in budget.slots])}, shared by audio and visual tokens |"
     yield f"| stream | {stream.fps:g} frames/s of at most {stream.max_pixels:,} pixels, tracks: {stream.tracks} |"
     yield f"| chunk | at most {stream.chunk_tokens:,} tokens; positions: {stream.positions} |"
 
@@ -158,7 +157,7 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _gains(results: Mapping[str, Any]) -> Iterator[str]:
-    """What tuning gave, in words."""
+    """Gains by tuning, in sentences."""
     groups = dict(results["benchmarks"])
     if len(groups) > 1:
         groups["all benchmarks pooled"] = results["pooled"]
@@ -198,11 +197,6 @@ def _origin(exported: Exported) -> Iterator[str]:
     )
 
 
-def _range(values: list[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
 def _named(base: str) -> str:
-    """A hub id, or the last part of a folder: its place on the machine that tuned it is nobody's business."""
+    """A hub id, or the name of a folder without its path on this machine."""
     return Path(base).name if Path(base).is_absolute() else base

@@ -1,7 +1,7 @@
-"""What would stop a run hours later is looked for before its first step, on the first rank; one line a finding.
+"""Checks before the first step, on the first rank, for problems that would stop a run hours later.
 
-The files of the data set, the adapter's targets, room for the checkpoints, and one sample through forward and backward
-at the largest budget. Nothing of it stays: no gradient, no weight, no draw of a generator.
+Files of the data set, targets of the adapter, disk space for checkpoints, and one sample through forward and backward
+at the largest budget. Weights, gradients and random generators are unchanged afterwards.
 """
 
 import resource
@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 
 from omnimem.cli.build import Policies
-from omnimem.cli.data_report import Finding, inspect
+from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media.container import Reason
@@ -25,29 +25,29 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
-PROBED = 512  # files of so many samples are opened; that the others exist is looked up
+PROBED = 512  # samples whose files are opened; of the others only existence is checked
 PER_WEIGHT = 40  # bytes of a checkpoint for each trained weight: 30 measured without DeepSpeed, 44 with ZeRO-2 (small)
-BESIDES = 200_000  # bytes of a checkpoint that are no weights
-STATES = 12  # bytes that gradient and optimizer take for each trained weight
+BESIDES = 200_000  # other bytes of a checkpoint
+STATES = 12  # bytes of gradient and optimizer for each trained weight
 
 
 def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
-    """What the data set holds, and its longest readable sample.
+    """A line about the data set, and its longest readable sample.
 
-    Raises TooManyFailures when so many samples cannot be read that training would stop.
+    Raises TooManyFailures if so many samples are unreadable that training would stop.
     """
     step = max(1, -(-len(samples) // PROBED))
     opened = set(range(0, len(samples), step))
     failures = Failures(samples=len(samples), max_failures=run.data.max_failures)
     found: list[Finding] = []
     for place, sample in enumerate(samples):
-        finding = _looked_at(sample, run, probe=place in opened)
+        finding = _finding(sample, run, probe=place in opened)
         for failure in finding.failures[:1]:
             failures = failures.add(failure)
         if place in opened and not finding.failures:
             found.append(finding)
     if not found:
-        raise ConfigError(f"{run.data.train}: none of the {len(opened)} samples looked at can be read; mend the data")
+        raise ConfigError([f"{run.data.train}: none of the {len(opened)} opened samples can be read; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
     seconds = sum(each.seconds for each in found)
@@ -55,10 +55,10 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
     return line, max(found, key=lambda each: each.seconds).sample
 
 
-def _looked_at(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
-    """As training would find it: times that are odd do not stop it, `data_prep/check.py` tells of them."""
+def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
+    """As in training: odd times do not stop it (`data_prep/check.py` reports them)."""
     if probe:
-        finding = inspect(sample, tracks=run.stream.tracks)
+        finding = inspect_sample(sample, tracks=run.stream.tracks)
         return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
     gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
     missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
@@ -67,16 +67,16 @@ def _looked_at(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
 
 def _tracks(found: Sequence[Finding]) -> str:
     both = sum(each.video and each.audio for each in found)
-    counted = Counter({"pictures and sound": both})
-    counted["pictures only"] = sum(each.video and not each.audio for each in found)
-    counted["sound only"] = sum(each.audio and not each.video for each in found)
+    counted = Counter({"video and audio": both})
+    counted["video only"] = sum(each.video and not each.audio for each in found)
+    counted["audio only"] = sum(each.audio and not each.video for each in found)
     return ", ".join(f"{name} ({count})" for name, count in counted.items() if count)
 
 
 def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) -> Iterator[str]:
-    """What is trained, and the room that its checkpoints need, where so many are written in all.
+    """Lines about the adapter and about disk space for `saves` checkpoints.
 
-    Raises AdapterError when a target matches nothing, ConfigError when the disk is too small.
+    Raises AdapterError if a target matches nothing, ConfigError if the disk is too small.
     """
     names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
     matched = {target: sum(f".{target}.lora_A." in name for name in names) for target in run.tuning.lora.targets}
@@ -88,7 +88,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     each = ", ".join(f"{target} {count}" for target, count in matched.items())
     yield f"adapter: {len(names)} modules ({each}), {weights:,} weights"
     size = weights * PER_WEIGHT + BESIDES
-    kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, comes first
+    kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
     free = shutil.disk_usage(folder).free
     needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
     if kept * size > free:
@@ -106,17 +106,17 @@ def rehearse(
     sample: Sample,
     batch: int,
 ) -> str:
-    """So many of one sample through forward and backward at the largest budget and chunk size; what that took.
+    """A batch of one sample through forward and backward at the largest budget and chunk size; a line about its cost.
 
-    Raises ConfigError when memory does not suffice, MediaError when the sample cannot be read after all, LayoutError
-    when a chunk size that may be drawn is too small for it.
+    Raises ConfigError if memory does not suffice, MediaError if the sample cannot be read, LayoutError if a chunk size
+    that may be drawn is too small.
     """
     drawn = run.tuning.slots(run.memory.slots_per_layer)
     slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
     chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
     softness = None if slots is None else run.tuning.selection.at(0.0)
     shown = f"{sample.id}, the longest one," + (f" {batch} times" if batch > 1 else "")
-    budget = "full memory" if slots is None else f"{slots:,} slots a layer"
+    budget = "full memory" if slots is None else f"{slots:,} slots per layer"
     device = next(iter(trainable(model))).device
     cards = [device] if device.type == "cuda" else []
     training, started = model.training, time.perf_counter()
@@ -150,11 +150,11 @@ def rehearse(
         model.train(training)
     states = STATES * sum(parameter.numel() for parameter in trainable(model))
     took = f"{time.perf_counter() - started:.1f} s, peak memory {_peak(device) / 1e6:,.0f} MB"
-    return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB besides"
+    return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB in addition"
 
 
 def _peak(device: torch.device) -> float:
-    """Most bytes so far: of the device, or of the process on a CPU."""
+    """Peak bytes so far: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

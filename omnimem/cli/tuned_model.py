@@ -1,4 +1,4 @@
-"""A run's tuned adapter and the base it was tuned from: what an export says of them."""
+"""A run's tuned adapter and its base, described for an export."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ Kind = Literal["adapter", "merged"]
 
 
 def _written_out(memory: MemoryOptions) -> MemoryOptions:
-    """The same memory in words that mean the same when a preset changes."""
+    """The same memory with the values of its preset, which may change later."""
     policy = memory.policy
     return replace(memory, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else memory
 
@@ -26,7 +26,7 @@ def _written_out(memory: MemoryOptions) -> MemoryOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class TunedModel:
-    """What a run has to give: its settings, its budget, an adapter, and what is known of them."""
+    """Settings, budget, adapter and record of a run."""
 
     run: RunConfig
     record: dict[str, Any]  # run.json
@@ -40,13 +40,13 @@ class TunedModel:
     ) -> "TunedModel":
         """A run folder's adapter, or that of a checkpoint; `base` and `dtype` replace those of the run.
 
-        Raises RunError and AdapterError when the folder is no run, or has not got that far.
+        Raises RunError and AdapterError if the folder is not a run, or the run has not come that far.
         """
         folder = RunFolder(path=path)
         for file in (folder.record, folder.config, folder.budget):
             if not file.is_file():
                 raise RunError(f"{file} is missing; give --run the folder of a run of train/finetune.py")
-        run = load(folder.config, ["train={}"])  # the files that training named may be elsewhere now
+        run = load(folder.config, ["train={}"])  # the files of training may be elsewhere now
         model = replace(run.model, path=base or run.model.path, dtype=dtype or run.model.dtype)
         record = read_json(folder.record)
         adapter, step = _adapter_of(folder, record, checkpoint)
@@ -55,7 +55,7 @@ class TunedModel:
         )
 
     def exported(self, kind: Kind, base: "BaseModel") -> Exported:
-        """What omnimem.json will say. Raises AdapterError when the base is not the one that was tuned."""
+        """Content of omnimem.json. Raises AdapterError if the base is not the one that was tuned."""
         run = self.run
         path = HERE if kind == "merged" else base.path
         return Exported(
@@ -77,7 +77,7 @@ class TunedModel:
 
 
 def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: int | None) -> tuple[Path, int]:
-    """The adapter to export, and the steps it was tuned for."""
+    """The adapter to export, and its number of steps."""
     steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints()}
     known = f"checkpoints: {', '.join(map(str, steps)) or 'none'}"
     if checkpoint is not None:
@@ -99,7 +99,7 @@ class BaseModel:
     """The checkpoint that was tuned, on this machine."""
 
     path: str  # as a config names it: an absolute folder, or a hub id
-    folder: Path  # where its files lie
+    folder: Path  # of its files
     revision: str | None  # commit of the hub
 
     @classmethod
@@ -110,7 +110,7 @@ class BaseModel:
         return cls(path=str(folder) if local else path, folder=folder, revision=None if local else folder.name)
 
     def digest(self, expected: str | None, adapter: Path) -> str:
-        """sha256 of its safetensors files. Raises AdapterError when another one is expected."""
+        """sha256 of its safetensors files. Raises AdapterError if another one is expected."""
         found = sha256(self.folder, suffixes=(".safetensors",))
         if expected is not None and expected != found:
             raise AdapterError(

@@ -1,7 +1,7 @@
-"""Processes that share one evaluation: helpers of this one, ranks of the launcher, or shards that a user starts.
+"""The processes of one evaluation: ranks of the launcher, or shards (started by `evaluate.processes` or by the user).
 
-Each answers its share of the questions and appends to files of its own; the first one prepares the folders before, and
-draws up the results after, when nobody else is at work (`omnimem.evaluation.results`).
+Each answers its shard of the questions and appends to its own files. The leading process prepares the folders before,
+and folds and summarises the results after all have finished (`omnimem.evaluation.results`).
 """
 
 import os
@@ -13,38 +13,37 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import distributed
 
-from omnimem.evaluation import EvaluationError, Share
+from omnimem.evaluation import EvaluationError, Shard
 
-LONGEST = timedelta(days=30)  # that the first rank waits for the last one
+LONGEST = timedelta(days=30)  # wait of the first rank for the last one
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
-SHOWN = 15  # lines of a helper that failed
+SHOWN = 15  # lines of a failed helper
 
-Prepare = Callable[[bool], None]  # told whether results of other settings may be set aside
+Prepare = Callable[[bool], None]  # True: results of other settings may be moved away
 
 
 class Workers(ABC):
-    """How the processes of an evaluation keep together."""
+    """How the processes of an evaluation cooperate."""
 
-    leads: bool  # whether this one draws up the results
+    leads: bool  # whether this process summarises the results
 
     @abstractmethod
     def prepare(self, action: Prepare) -> None:
-        """Have the folders made ready before anybody works in them."""
+        """Prepare the folders before any process works in them."""
 
     @abstractmethod
-    def work(self) -> AbstractContextManager[Share]:
-        """What this process does; the end of the block is reached when all have done theirs."""
+    def work(self) -> AbstractContextManager[Shard]:
+        """The shard of this process; when the block ends, all processes have finished."""
 
 
 @final
 class LocalWorkers(Workers):
-    """This process, and helpers that it starts with the same arguments; they claim their work item by item."""
+    """This process as shard 0, and helpers that it starts with the same arguments and `--shard i/N`."""
 
     leads = True
 
@@ -55,37 +54,31 @@ class LocalWorkers(Workers):
         action(True)
 
     @contextmanager
-    def work(self) -> Iterator[Share]:
-        if self._processes == 1:
-            yield Share()
-            return
-        threads = max(1, _cores() // self._processes)
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+    def work(self) -> Iterator[Shard]:
+        own, *others = (Shard(index=index, count=self._processes) for index in range(self._processes))
+        if others:
+            threads = max(1, _cores() // self._processes)
+            torch.set_num_threads(min(threads, torch.get_num_threads()))
         with ExitStack() as stack:
-            claims = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            helpers = [_Helper(number, self._processes, claims, self._arguments) for number in self._numbers()]
+            helpers = [_Helper(shard, self._arguments) for shard in others]
             for helper in helpers:
                 stack.callback(helper.end)
-            yield Share(index=0, count=self._processes, claims=claims)
+            yield own
             for helper in helpers:
                 helper.join()
-
-    def _numbers(self) -> range:
-        return range(1, self._processes)
 
 
 @final
 class _Helper:
-    """Another process of `train/evaluate.py`; it ends when this one does."""
+    """Another process of `train/evaluate.py`; it ends with this one."""
 
-    def __init__(self, number: int, count: int, claims: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, shard: Shard, arguments: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
         environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-        environment |= {"LOCAL_RANK": str(number), "OMNIMEM_LAUNCHER": str(os.getpid())}
+        environment |= {"LOCAL_RANK": str(shard.index), "OMNIMEM_LAUNCHER": str(os.getpid())}
         environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        share = ["--shard", f"{number}/{count}", "--claims", str(claims)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "omnimem", "evaluate", *arguments, *share],
+            [sys.executable, "-m", "omnimem", "evaluate", *arguments, "--shard", str(shard)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -93,15 +86,15 @@ class _Helper:
         )
 
     def join(self) -> None:
-        """Wait for its end; EvaluationError says what went wrong."""
+        """Wait for its end; raises EvaluationError with its last lines if it failed."""
         code = self._process.wait()
         if code:
             self._log.seek(0)
-            said = self._log.read().splitlines()[-SHOWN:]
-            raise EvaluationError("\n".join([f"a helper process ended with exit code {code}:", *said]))
+            last = self._log.read().splitlines()[-SHOWN:]
+            raise EvaluationError("\n".join([f"a helper process ended with exit code {code}:", *last]))
 
     def end(self) -> None:
-        """End it if it still runs."""
+        """Kill it if it is still running."""
         self._process.kill()
         self._process.wait()
         self._log.close()
@@ -109,7 +102,7 @@ class _Helper:
 
 @final
 class RankWorkers(Workers):
-    """The processes of the launcher: every world-size-th item."""
+    """The ranks of the launcher, one shard each."""
 
     def __init__(self) -> None:
         self._group: Any = None
@@ -126,49 +119,47 @@ class RankWorkers(Workers):
         distributed.barrier(self._group)
 
     @contextmanager
-    def work(self) -> Iterator[Share]:
-        yield Share(index=self._rank, count=self._count)
+    def work(self) -> Iterator[Shard]:
+        yield Shard(index=self._rank, count=self._count)
         distributed.barrier(self._group)
 
 
 @final
 class ShardWorker(Workers):
-    """One of several processes that know nothing of each other, or a helper: somebody else draws up the results."""
+    """A process with --shard, independent of the others: the command without --shard summarises the results."""
 
     leads = False
 
-    def __init__(self, share: Share) -> None:
-        self._share = share
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
 
     def prepare(self, action: Prepare) -> None:
-        if self._share.claims is None:
-            action(False)
+        action(False)
 
     @contextmanager
-    def work(self) -> Iterator[Share]:
-        yield self._share
+    def work(self) -> Iterator[Shard]:
+        yield self._shard
 
 
 def workers_of(given: Namespace, processes: int, arguments: Sequence[str]) -> Workers:
-    """By `--shard`, by the launcher's environment, or as many processes as the config says.
+    """From `--shard`, the environment of the launcher, or `evaluate.processes`.
 
-    Raises EvaluationError when --shard names none.
+    Raises EvaluationError if --shard is wrong.
     """
     if given.shard is not None:
-        share = Share.parse(given.shard)
-        return ShardWorker(Share(index=share.index, count=share.count, claims=given.claims))
+        return ShardWorker(Shard.parse(given.shard))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return RankWorkers()
     return LocalWorkers(processes, arguments)
 
 
 def device() -> str:
-    """Where this process computes: the GPU of its number on this machine, in turn, or the CPU."""
+    """Device of this process: a GPU by its local rank, in turn, or the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _cores() -> int:
-    """Of those that this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

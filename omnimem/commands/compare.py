@@ -11,8 +11,8 @@ from typing import Any
 
 from omnimem.cli.parser import Parser
 from omnimem.comparison import DRAWS, compare
-from omnimem.comparison.load import axis_of, shown
-from omnimem.comparison.report import many, percent, points
+from omnimem.comparison.formatting import many, percent, points, shown
+from omnimem.comparison.load import axis_of
 
 
 def main(arguments: Sequence[str]) -> None:

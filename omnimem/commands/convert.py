@@ -1,4 +1,4 @@
-"""Turns users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations.
+"""Converts users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations.
 
     python data_prep/convert.py my.jsonl [more.json ...] --out data/train.jsonl [--media-root DIR]
 
@@ -6,11 +6,10 @@
     {"conversations": [{"from": "human", "value": "<video>..."}], "videos": [...], "audios": [...]}  LLaMA-Factory
     {"video": path, "audio": path, "conversations": [{"from", "value": "<image>\n..."}]}           video-SALMONN
 
-A row is one stream: at most one video and one audio file, before the first question. Every row becomes a sample or a
-failure with file, row and cure; more failures than --max-failures allows, and nothing is written (exit code 2).
+A row is one stream: at most one video and one audio file, before the first question. Every row becomes a sample, or a
+failure that names file, row and repair. If more rows fail than --max-failures allows, nothing is written (exit code 2).
 """
 
-import argparse
 import json
 import os.path
 import re
@@ -26,8 +25,10 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
-from omnimem.cli.data_report import DataReport, Finding, add_policy, inspect
+from omnimem.cli.data_report import DataReport, Finding, add_report_options, inspect_sample
+from omnimem.cli.parser import Parser
 from omnimem.data import Failure, ManifestError, Sample, read_line
+from omnimem.run import write_text
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TAGS = ("<video>", "<audio>", "<image>")
@@ -39,14 +40,14 @@ ELSEWHERE = re.compile(r"^(https?:|data:|s3:|file:)")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where the manifest will stand, and from where users' paths count."""
+    """Folder of the manifest, and the base of users' relative paths."""
 
     folder: Path
     media_root: Path
     allow_absolute: bool
 
     def place(self, path: str) -> str:
-        """The path as the manifest will give it; raises ValueError when it cannot."""
+        """The path as the manifest will give it; raises ValueError if it cannot be given."""
         if ELSEWHERE.match(path):
             raise ValueError(f"{path[:60]} is not a local path; download it first")
         absolute = os.path.abspath(self.media_root / path)
@@ -73,7 +74,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except DatasetGenerationError as error:
             raise ManifestError(_unreadable(path, error)) from error
     if len(table) != len(origins):
-        raise ManifestError([f"{path}: {len(table)} rows on {len(origins)} lines; write one object a line"])
+        raise ManifestError([f"{path}: {len(table)} rows on {len(origins)} lines; write one object per line"])
     for origin, row in zip(origins, table, strict=True):
         yield origin, {key: value for key, value in dict(row).items() if value is not None}
 
@@ -102,22 +103,22 @@ def _without_blank_lines(path: Path, folder: Path) -> Path:
 
 
 def _unreadable(path: Path, error: DatasetGenerationError) -> list[str]:
-    """The lines that are no JSON objects; where all are, what `datasets` could not bring together."""
+    """The lines that are not JSON objects; if all are, the types that `datasets` could not unify."""
     problems = []
     text = path.read_bytes()
     for number, line in enumerate(text.split(b"\n"), start=1):
         if line.strip() and not text.lstrip().startswith(b"["):
             try:
                 if not isinstance(json.loads(line), dict):
-                    problems.append(f"{path}:{number}: is not an object; write one object a line")
+                    problems.append(f"{path}:{number}: is not an object; write one object per line")
             except ValueError as wrong:
-                problems.append(f"{path}:{number}: is not JSON ({wrong}); write one object a line")
+                problems.append(f"{path}:{number}: is not JSON ({wrong}); write one object per line")
     return problems or [f"{path}: rows do not fit together ({error.__cause__}); give a key the same type in every row"]
 
 
 @final
 class _Row:
-    """One user's row on its way to a line of the manifest; collects what is wrong with it."""
+    """Converts one row to a line of the manifest; collects its problems."""
 
     def __init__(self, row: dict[str, Any], origin: str, target: Target) -> None:
         self.row = row
@@ -130,7 +131,7 @@ class _Row:
         self.problems.append(f"{self.origin} {key}: {what}")
 
     def line(self, fallback_id: str) -> dict[str, Any]:
-        """The line of the manifest, right only while `problems` is empty."""
+        """The line of the manifest, valid only if `problems` is empty."""
         video, audio = self.media("video"), self.media("audio")
         if self.media("image"):
             self.problem("images", "still images are not streamed; make them a video, or remove them")
@@ -140,7 +141,7 @@ class _Row:
         kept = {key: value for key, value in self.row.items() if key not in KNOWN}
         self.remarks += [f"key {key} is kept under meta only" for key in kept]
         if sum(turn["role"] == "user" for turn in turns) > 1:
-            self.remarks.append("several turns: each is asked of the stream alone, without the turns before it")
+            self.remarks.append("several turns: each is asked by itself, without the turns before it")
         return {
             "id": str(self.row.get("id", fallback_id)),
             "video": self.placed("video", video),
@@ -204,7 +205,7 @@ class _Row:
         return {"role": role, "content": content, **({} if loss is None else {"loss": bool(loss)})}
 
     def check_tags(self, turns: list[dict[str, Any]], video: list[str], audio: list[str]) -> None:
-        """As many tags as files, or none at all; only where the stream begins: in the first question."""
+        """Tags are optional; there is one per file, and all are in the first question, where the stream begins."""
         counts = Counter(tag for turn in turns for tag in re.findall("|".join(TAGS), turn["content"]))
         expected = {"<video>": len(video), "<audio>": len(audio), "<image>": 0}
         if {"video", "audio"} & self.row.keys() and counts["<image>"]:  # video-SALMONN: one tag for the whole stream
@@ -216,11 +217,11 @@ class _Row:
             self.remarks.append("no tag: the stream is placed before the first question")
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if any(tag in turn["content"] for turn in turns if turn is not first for tag in TAGS):
-            self.problem("messages", "a tag stands after the first question; put it there, or split the row")
+            self.problem("messages", "a tag after the first question; move it there, or split the row")
 
 
 def without_tags(text: str) -> str:
-    """The text of a question without the tags that stand for the stream."""
+    """The text of a question without the tags that represent the stream."""
     return re.sub(rf"(?:\s*(?:{'|'.join(TAGS)}))+\s*", " ", text).strip()
 
 
@@ -234,7 +235,7 @@ def convert_row(row: dict[str, Any], origin: str, fallback_id: str, target: Targ
 
 
 def convert(files: Sequence[Path], media_root: Path | None, target: Target, **how: Any) -> tuple[DataReport, list[str]]:
-    """A report on all rows of all files, and the lines of the samples that can be used; `how` goes to `inspect`."""
+    """A report on all rows of all files, and the lines of the usable samples; `how` goes to `inspect_sample`."""
     findings: list[Finding] = []
     lines: list[str] = []
     rejected: list[Failure] = []
@@ -243,17 +244,17 @@ def convert(files: Sequence[Path], media_root: Path | None, target: Target, **ho
     for file in files:
         here = replace(target, media_root=media_root or file.parent)
         rows = tqdm(list(read_rows(file)), desc=str(file), unit="row", leave=False, disable=None)
-        for number, (origin, row) in enumerate(rows):
+        for number, (origin, row) in enumerate(rows, start=1):
             try:
-                sample, line, said = convert_row(row, origin, f"{file.stem}-{number + 1:06d}", here)
+                sample, line, said = convert_row(row, origin, f"{file.stem}-{number:06d}", here)
                 if used.setdefault(sample.id, origin) != origin:
                     raise ManifestError(
-                        [f"{origin} id: {sample.id!r} is used at {used[sample.id]} already; rename one"]
+                        [f"{origin} id: {sample.id!r} is already used at {used[sample.id]}; rename one"]
                     )
             except ManifestError as error:
                 rejected += [Failure(id=origin, reason="row", message=problem) for problem in error.problems]
                 continue
-            finding = inspect(sample, **how)
+            finding = inspect_sample(sample, **how)
             findings.append(finding)
             if not finding.failures:
                 lines.append(line)
@@ -263,41 +264,33 @@ def convert(files: Sequence[Path], media_root: Path | None, target: Target, **ho
     return DataReport(name=name, findings=tuple(findings), rejected=tuple(rejected), remarks=notes), lines
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with 2 when it is wrong."""
-    parser = argparse.ArgumentParser(description="Turn users' files into a manifest.", allow_abbrev=False)
-    parser.add_argument("files", type=Path, nargs="+", help=".json or .jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="the manifest, above the media")
-    parser.add_argument("--media-root", type=Path, help="where relative paths count from (default: the file's folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
-    add_policy(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Exit code: 0 written, 2 refused."""
-    asked = parse(arguments)
-    out: Path = asked.out
-    if out.exists() and not asked.overwrite:
-        print(f"{out}: is there already; give another --out, or --overwrite", file=sys.stderr)
-        return 2
-    target = Target(folder=out.parent, media_root=out.parent, allow_absolute=asked.allow_absolute_paths)
+def main(arguments: Sequence[str]) -> None:
+    """Write the manifest and print the report; raises ManifestError if too many rows fail."""
+    given = _parser().parse(arguments)
+    out: Path = given.out
+    if out.exists() and not given.overwrite:
+        raise ManifestError([f"{out}: exists already; give another --out, or --overwrite"])
+    target = Target(folder=out.parent, media_root=out.parent, allow_absolute=given.allow_absolute_paths)
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is said below, with rows
-    try:
-        made, lines = convert(asked.files, asked.media_root, target, tracks=asked.tracks, decode=asked.decode)
-    except ManifestError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(made.text())
-    for failure in made.failures:
-        print(failure.message, file=sys.stderr)
-    if made.failed_share > asked.max_failures or not lines:
-        print(f"{out}: not written; repair the rows above, or raise --max-failures", file=sys.stderr)
-        return 2
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    part.replace(out)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the report below names the rows instead
+    # 1. convert and report
+    report, lines = convert(given.files, given.media_root, target, tracks=given.tracks, decode=given.decode)
+    print(report.text())
+    problems = [failure.message for failure in report.failures]
+    if report.failed_share > given.max_failures or not lines:
+        raise ManifestError([*problems, f"{out}: not written; repair the rows above, or raise --max-failures"])
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    # 2. write
+    write_text(out, "".join(f"{line}\n" for line in lines))
     print(f"{out}: {len(lines):,} samples")
-    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("files", type=Path, nargs="+", help=".json or .jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="the manifest, in a folder above the media")
+    parser.add_argument("--media-root", type=Path, help="base of relative paths (default: the folder of each file)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
+    add_report_options(parser)
+    return parser

@@ -1,15 +1,14 @@
-"""Evaluates a run's arms: the untouched checkpoint with full memory and under its budget, the tuned one, and probes.
+"""Evaluates the arms of a run: the base with full memory and under its budget, the tuned model, and probes.
 
 python train/evaluate.py --config X.yaml [key=value ...] [--arm NAME]... [--adapter DIR] [--shard I/N]
-deepspeed train/evaluate.py --config X.yaml ...      # shared by the ranks
+deepspeed train/evaluate.py --config X.yaml ...      # one shard per rank
 
-`evaluate.processes: N` shares the work among N processes of this machine. On machines that know nothing of each other
-start the command with --shard 0/N to N-1/N, then once without: that draws up the results. What is answered stays
-answered: an interrupted evaluation goes on where it stopped, in whatever number of processes.
+`evaluate.processes: N` divides the work among N processes of this machine. On several machines without a launcher start
+the command with --shard 0/N to N-1/N, then once without --shard: that summarises the results. Answers are kept: an
+interrupted evaluation continues, with any number of processes.
 """
 
 import os
-from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,34 +29,39 @@ from omnimem.tuning import load_adapter
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate the arms asked for, or all that apply, and print where the answers lie."""
+    """Evaluate the given arms, or all that apply."""
+    # 1. settings
     follow_launcher()
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
     folder = RunFolder(path=Path("runs") / run.name)
     names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or folder.adapter.is_dir()))
     check_benchmarks(run)
-    if not torch.cuda.is_available():  # models that fit a CPU run are small: more threads slow them down
+    # 2. model
+    if not torch.cuda.is_available():  # models of CPU runs are small: more threads slow them down
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    team = workers_of(given, run.evaluate.processes, arguments)
+    workers = workers_of(given, run.evaluate.processes, arguments)
     backbone = load_backbone(run.model, device())
     adapter = given.adapter or folder.adapter
     adapted = load_adapter(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
+    # 3. budget and arms
     with attach(backbone.text_model) as attached:
-        team.prepare(lambda leading: _measure(run, folder, lambda: budget_of(run, attached, feeder, folder), leading))
+        workers.prepare(
+            lambda leading: _measure(run, folder, lambda: budget_of(run, attached, feeder, folder), leading)
+        )
         policies = policies_of(run, budget_of(run, attached, feeder, folder))
         evaluation = Evaluation(attached=attached, feeder=feeder, options=run.evaluate)
-        evaluate_arms(run, evaluation, policies, folder, names, adapted, team=team, adapter=adapter)
+        evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
 
 
 def _measure(run: RunConfig, folder: RunFolder, measure: Callable[[], object], leading: bool) -> None:
-    """Have the run's budget on disk before several processes read it."""
+    """Write the budget of the run before several processes read it."""
     if leading:
         measure()
     elif run.memory.budget.needs_signals and not folder.budget.is_file():
         raise EvaluationError(
-            f"{folder.budget} is missing, and every shard would measure its own; make it first with "
+            f"{folder.budget} is missing, every shard would measure its own; first run "
             "`python train/calibrate.py --config CONFIG`"
         )
 
@@ -67,6 +71,5 @@ def _parser() -> Parser:
     parser.add_config()
     parser.add_argument("--arm", action="append", choices=ARMS, help="an arm to evaluate; may be repeated (all)")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="the tuned adapter (runs/<name>/adapter)")
-    parser.add_argument("--shard", metavar="I/N", help="answer the I-th of N shares of the questions, from 0 on")
-    parser.add_argument("--claims", type=Path, help=SUPPRESS)  # given by evaluate.processes to its helpers
+    parser.add_argument("--shard", metavar="I/N", help="answer shard I of N of the questions (0 to N-1)")
     return parser

@@ -1,13 +1,12 @@
 """Trains the tiny Qwen2.5-Omni thinker on audio-visual recall: `python train/pretrain_tiny.py --seed 0 --out DIR`.
 
-Training the towers and the text model together fails (the towers collapse before cross-modal recall is found), so:
-1. the text model learns to recall in embedding space, where a symbol is the sum of two word embeddings;
+Training the towers and the text model together fails (the towers collapse before cross-modal recall is learned), so:
+1. the text model learns recall in embedding space, where a symbol is the sum of two word embeddings;
 2. the same with the chat template around the question;
-3. the towers learn to say those sums, from frames and samples;
-4. the text model gets used to what the towers really say, half of it through H.264 and AAC, and the whole is checked.
+3. the towers learn to output those sums from frames and audio samples;
+4. the text model is fine-tuned on the towers' outputs, half of them after H.264 and AAC, and the result is checked.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnimem.cli.parser import Parser
 from omnimem.recall.worlds import CELLS, KINDS, SHAPES, World, WorldOptions
 from omnimem.tiny.batches import (
     IGNORE,
@@ -43,7 +43,7 @@ from omnimem.tiny.towers import LESSONS, Clip, decode_clips, fresh_worlds, hear,
 @final
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Some steps of one kind; it ends early when every kind of question passes `goal`."""
+    """Steps of one kind; ends early when the accuracy of every kind of question passes `goal`."""
 
     name: str
     seconds: int
@@ -51,12 +51,12 @@ class Stage:
     steps: int
     learning_rate: float
     final_rate: float
-    goal: float = 2.0  # running accuracy; above 1 never ends early
-    cells: int = CELLS  # visual tokens a grid
+    goal: float = 2.0  # running accuracy; above 1: never ends early
+    cells: int = CELLS  # visual tokens per grid
     style: Style = "key_last"
     spoken_share: float = 1.0
-    questions: int = 24  # at most, a stream
-    name_silent: bool = True  # the auxiliary target names the shape at every second, or at words alone
+    questions: int = 24  # at most, per stream
+    name_silent: bool = True  # the auxiliary target names the shape at every second, else only at words
     warm_up: int = 0
     real: bool = False  # features of the towers instead of imagined ones
 
@@ -122,7 +122,7 @@ REAL: tuple[Stage, ...] = (
 
 
 class Log:
-    """One line a record, on the screen and in log.jsonl."""
+    """One line per record, on stdout and in log.jsonl."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class Log:
         self._start = time.monotonic()
 
     def write(self, **record: object) -> None:
-        """Adds the seconds since the start; rounds numbers so that a line stays readable."""
+        """Write a record with the seconds since the start; numbers are rounded."""
         record["wall"] = round(time.monotonic() - self._start, 1)
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
         print(line, flush=True)
@@ -142,24 +142,24 @@ class Log:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """What the stages work on."""
+    """The model in training and its auxiliary parts."""
 
     seed: int
     model: Qwen2_5OmniThinkerForConditionalGeneration
     tokenizer: PreTrainedTokenizerFast
     concepts: Concepts
-    namers: nn.ModuleList  # auxiliary heads: which shape is on screen, read from the last two layers
+    namers: nn.ModuleList  # auxiliary heads on the last two layers: the shape on screen
     log: Log
 
 
 def draw_worlds(rng: np.random.Generator, stage: Stage) -> list[World]:
-    """Fresh worlds; while nearly every symbol is spoken about, every slot has one."""
+    """New worlds; if every symbol is spoken about, every slot has an event."""
     options = WorldOptions(event_rate=1.0 if stage.spoken_share == 1.0 else 0.8, spoken_share=stage.spoken_share)
     return fresh_worlds(rng, stage.batch, stage.seconds, options)
 
 
 def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions]]:
-    """Batches whose every draw is a function of the seed, the stage and the step."""
+    """Batches; each is a function of the seed, the stage and the step."""
     layout = stream_layout(trainee.model, trainee.tokenizer, stage.seconds)
     for step in range(stage.steps):
         rng = np.random.default_rng([trainee.seed, *stage.name.encode(), step])
@@ -175,7 +175,7 @@ def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions
 
 @torch.no_grad()
 def perceive(trainee: Trainee, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
-    """What the towers say; they are not trained here."""
+    """Outputs of the towers, without gradient."""
     return see(trainee.model, [clip.frames for clip in clips]), hear(trainee.model, [clip.mel for clip in clips])
 
 
@@ -197,17 +197,17 @@ def make_batch(
 @final
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Losses of one pass and which answers were right."""
+    """Losses of one pass, and which answers are correct."""
 
     answer: Tensor
     key: Tensor
     end: Tensor
     naming: Tensor
-    correct: dict[str, Tensor]  # per kind: bool, one a question
+    correct: dict[str, Tensor]  # per kind: bool, one per question
 
 
 def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcome:
-    """The text model over streams and questions, with the head on question rows alone."""
+    """The text model over streams and questions, with the head on the question rows only."""
     model = trainee.model
     config = model.config
     table = embeddings(model)
@@ -235,7 +235,7 @@ def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcom
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets that count; 0 when there are none."""
+    """Mean over the targets that are not ignored; 0 if there are none."""
     counts = (targets != IGNORE).flatten()
     if not counts.any():
         return logits.new_zeros(())
@@ -243,7 +243,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def naming_loss(trainee: Trainee, streams: Streams, states: list[Tensor]) -> Tensor:
-    """Which shape is on screen now, asked at every audio token: without it cross-modal recall stays on a plateau."""
+    """Auxiliary loss: the shape on screen, predicted at every audio token; without it cross-modal recall plateaus."""
     heard = streams.ids == trainee.model.config.audio_token_id
     losses = [
         functional.cross_entropy(head(state[heard]), streams.shown.flatten())
@@ -253,7 +253,7 @@ def naming_loss(trainee: Trainee, streams: Streams, states: list[Tensor]) -> Ten
 
 
 def mark(logits: Tensor, questions: Questions) -> dict[str, Tensor]:
-    """Which answers are right: the likeliest of all tokens."""
+    """Whether the most likely token is the answer, by kind of question."""
     where = (questions.targets != IGNORE).flatten(1)
     right = logits[where].argmax(-1) == questions.targets.flatten(1)[where]
     kinds = questions.kinds[questions.kinds != IGNORE]
@@ -299,7 +299,7 @@ def train_stage(
 
 
 def train_towers(trainee: Trainee) -> None:
-    """Both towers, while the text model rests."""
+    """Train both towers; the text model is frozen."""
     for lesson in LESSONS:
         for record in teach(trainee.model, trainee.concepts, lesson, seed=trainee.seed):
             trainee.log.write(stage=lesson.name, **record)
@@ -327,7 +327,7 @@ def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str
 
 
 def create(seed: int, out: Path) -> Trainee:
-    """An untrained model and what goes with it."""
+    """An untrained model and its auxiliary parts."""
     tokenizer = build_tokenizer()
     model = build_model(build_config(tokenizer), seed=seed)
     width = model.config.get_text_config().hidden_size
@@ -337,19 +337,27 @@ def create(seed: int, out: Path) -> Trainee:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the recipe and writes the checkpoint with its log and its card."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args(arguments)
+    """Run the recipe; write the checkpoint with its log and its card."""
+    given = _parser().parse(arguments)
     torch.set_num_threads(1)  # at this size a second thread costs more than it brings
     trainee = create(given.seed, given.out)
+    # 1. and 2. recall in embedding space, without and with the chat template
     train_recall(trainee, RECALL)
     train_recall(trainee, CHAT)
+    # 3. the towers
     train_towers(trainee)
     check(trainee, seconds=64, streams=32)
+    # 4. recall from the towers' outputs
     train_recall(trainee, REAL)
+    # 5. save and report
     save_folder(trainee.model, trainee.tokenizer, given.out)
     accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
     write_card(given.out, seed=given.seed, weights=weights, accuracies=accuracies)
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
+    return parser

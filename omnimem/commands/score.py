@@ -1,4 +1,4 @@
-"""Judges predictions that lmms-eval or VLMEvalKit wrote by our rules, and makes an eval folder of them to compare.
+"""Judges predictions of lmms-eval or VLMEvalKit by our rules, and writes an eval folder that can be compared.
 
 python train/score.py FILE --benchmark NAME --root DIR [--set rules=lmms_eval] --out DIR [--arm NAME]
 """
@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omnimem.cli.data_report import chosen
+from omnimem.cli.data_report import add_benchmark_options, benchmark_from, require_annotations
 from omnimem.cli.parser import Parser
-from omnimem.data import ManifestError, Question, Sample
+from omnimem.data import Question, Sample
 from omnimem.run import provenance, sha256, write_json, write_text
 from omnimem.tasks import Benchmark
 from omnimem.tasks.accuracy import accuracy, breakdown
@@ -21,38 +21,35 @@ from omnimem.tasks.predictions import Matched, Prediction, matched, read_predict
 def main(arguments: Sequence[str]) -> None:
     """Write `<benchmark>.jsonl` and summary.json to --out, and print the accuracies."""
     given = _parser().parse(arguments)
-    benchmark = chosen(given.benchmark, given.root, given.settings)
-    absent = [gap for gap in benchmark.gaps() if not all(path.is_file() for path in benchmark.annotations)]
-    if absent:
-        raise ManifestError([f"missing: {gap.what}; {gap.how}" for gap in absent])
+    benchmark = benchmark_from(given.benchmark, given.root, given.settings)
+    require_annotations(benchmark)
+    # 1. judge every question
     samples = benchmark.samples()
     found = matched(samples, read_predictions(given.predictions))
     lines = list(_lines(benchmark, samples, found))
+    # 2. write an eval folder
     write_text(given.out / f"{benchmark.label}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     entry = _entry(benchmark, lines)
     origin = {"predictions": sha256(given.predictions), **{path.name: sha256(path) for path in benchmark.annotations}}
     record = {**provenance(command=["train/score.py"], seed=0, sha256=origin), "predictions": str(given.predictions)}
     summary = {"arm": given.arm or given.out.name, "provenance": record, "benchmarks": {benchmark.label: entry}}
     write_json(given.out / "summary.json", summary)
-    for line in _told(entry, lines):
+    # 3. print
+    for line in _report(entry, lines):
         print(line)
 
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("predictions", type=Path, metavar="FILE", help="samples .jsonl of lmms-eval, or .tsv, .xlsx")
-    parser.add_argument("--benchmark", required=True, metavar="NAME", help="which benchmark they are about")
-    parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="its folder; videos are not needed")
-    parser.add_argument(
-        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="an option of the benchmark"
-    )
+    add_benchmark_options(parser, name="the benchmark of the predictions; its videos are not needed", required=True)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the eval folder to write")
     parser.add_argument("--arm", metavar="NAME", help="its name in a comparison (the name of --out)")
     return parser
 
 
 def _lines(benchmark: Benchmark, samples: Sequence[Sample], found: Matched) -> Iterator[dict[str, Any]]:
-    """One line a question; one without a prediction is wrong in `strict` and left out of `official`."""
+    """One line per question; without a prediction it is wrong in `strict` and not counted in `official`."""
     for sample in samples:
         for question in sample.questions:
             prediction = found.predictions.get(question.item.id)
@@ -86,13 +83,13 @@ def _verdict(benchmark: Benchmark, question: Question, prediction: Prediction | 
 
 
 def _prompt(question: Question, prediction: Prediction | None) -> str:
-    """What was asked, as far as the file tells."""
-    told = prediction and (prediction.prompt or prediction.question)
-    return told or question.text
+    """The prompt of the file, else ours."""
+    recorded = prediction and (prediction.prompt or prediction.question)
+    return recorded or question.text
 
 
 def _entry(benchmark: Benchmark, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The benchmark's entry of summary.json; what only a run of ours measures is null."""
+    """The benchmark's entry of summary.json; quantities that only our own runs measure are null."""
     unmeasured = dict.fromkeys(("peak_entries", "answer_entries", "bytes"))
     return {
         "rules": benchmark.rules,
@@ -105,15 +102,15 @@ def _entry(benchmark: Benchmark, lines: Sequence[dict[str, Any]]) -> dict[str, A
     }
 
 
-def _told(entry: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _report(entry: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"rules {entry['rules']}: official {entry['official']:.1%}, strict {entry['strict']:.1%} of {entry['n']:,}; "
-        f"no answer {entry['no_answer']:.1%}, in the form asked for {entry['format']:.1%}"
+        f"no answer {entry['no_answer']:.1%}, in the requested form {entry['format']:.1%}"
     )
     for axis, labels in entry["categories"].items():
         yield f"  {axis}: " + ", ".join(f"{label} {numbers['strict']:.1%}" for label, numbers in labels.items())
     judged = [line["agrees"] for line in lines if "agrees" in line]
     if judged:
-        yield f"the file's own scores: {len(judged):,}, of which {judged.count(False):,} are judged otherwise here"
+        yield f"the file's own scores: {len(judged):,}, of which {judged.count(False):,} differ from ours"
     if entry["missing"]:
         yield f"note: {entry['missing']:,} questions have no prediction"

@@ -20,7 +20,7 @@ from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.build import budget_settings, measured_budget, policies_of, training_samples
 from omnimem.cli.parser import Parser
-from omnimem.comparison.report import size
+from omnimem.comparison.formatting import size
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import ManifestError, Sample, read_manifest
 from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, render

@@ -1,18 +1,16 @@
-"""Writes the audio-visual recall task: seeded streams as mp4 files, and a manifest a split.
+"""Writes the audio-visual recall task: seeded streams as mp4 files, and one manifest per split.
 
     python data_prep/synthesize.py --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 1
 
-May be repeated: what is there is kept, what is missing is made. A folder belongs to one recipe, kept in recipe.json;
-another one is refused. The number of streams is no part of it: stream i of a split is the same in every folder.
+Can be repeated: existing files are kept, missing ones are rendered. A folder belongs to one recipe (recipe.json);
+another recipe is refused. The recipe does not include the number of streams: stream i of a split is always the same.
 """
 
 import argparse
 import hashlib
 import json
 import multiprocessing
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -22,8 +20,11 @@ from typing import Any, final
 import numpy as np
 from tqdm import tqdm
 
+from omnimem.cli.parser import Parser
+from omnimem.errors import UserError
 from omnimem.recall.renderer import EDITION, write_mp4
 from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
+from omnimem.run import write_text
 
 SPLITS = ("train", "calibration", "test")
 
@@ -31,7 +32,7 @@ SPLITS = ("train", "calibration", "test")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """One file to make."""
+    """One file to render."""
 
     id: str
     world: World
@@ -45,14 +46,14 @@ class Stream:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides what stream i of a split looks and sounds like."""
+    """Everything that determines stream i of a split."""
 
     seconds: int
     seed: int
     options: WorldOptions
 
     def stream(self, split: str, index: int) -> Stream:
-        """Stream `index` of a split: the first world of its seeds in which there is something to ask."""
+        """Stream `index` of a split: the first world of its seeds that has a question."""
         for attempt in count():
             numbers = (self.seed, SPLITS.index(split), index, attempt)
             seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 16)
@@ -62,7 +63,7 @@ class Recipe:
         raise AssertionError("count() does not end")
 
     def record(self) -> dict[str, Any]:
-        """What recipe.json says; the digest changes when worlds are drawn by other rules."""
+        """Content of recipe.json; the digest changes with the rules that worlds are drawn by."""
         example = draw_world(0, 64, self.options)
         return {
             "seconds": self.seconds,
@@ -73,14 +74,14 @@ class Recipe:
         }
 
 
-class RecipeError(ValueError):
-    """The folder holds streams of another recipe; one line a difference."""
+class RecipeError(UserError):
+    """The folder holds streams of another recipe; one line per difference."""
 
 
 def claim(out: Path, recipe: Recipe) -> None:
-    """Writes recipe.json into a new folder, or checks that the one there is the same.
+    """Write recipe.json into a new folder, or check that the existing one is the same.
 
-    Raises RecipeError where it differs, is unreadable, or is missing beside videos.
+    Raises RecipeError if it differs, cannot be read, or is missing although there are videos.
     """
     path, asked = out / "recipe.json", recipe.record()
     cure = f"choose another --out, or delete {out}"
@@ -94,7 +95,7 @@ def claim(out: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{path}: missing beside videos of unknown origin; {cure}")
     else:
         (out / "videos").mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(asked, indent=2) + "\n")
+        write_text(path, json.dumps(asked, indent=2) + "\n")
 
 
 def _read_recipe(path: Path, cure: str) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def _read_recipe(path: Path, cure: str) -> dict[str, Any]:
 
 
 def synthesize(out: Path, recipe: Recipe, counts: dict[str, int], workers: int) -> int:
-    """Makes the missing files and all manifests; returns how many files were made."""
+    """Render the missing files and write all manifests; returns the number of rendered files."""
     claim(out, recipe)
     splits = {split: [recipe.stream(split, index) for index in range(n)] for split, n in counts.items()}
     missing = [s for streams in splits.values() for s in streams if not (out / s.video).exists()]
@@ -117,12 +118,12 @@ def synthesize(out: Path, recipe: Recipe, counts: dict[str, int], workers: int) 
         for _ in _made(out, missing, workers):
             bar.update()
     for split, streams in splits.items():
-        _write(out / f"{split}.jsonl", "".join(json.dumps(manifest_line(stream)) + "\n" for stream in streams))
+        write_text(out / f"{split}.jsonl", "".join(json.dumps(manifest_line(stream)) + "\n" for stream in streams))
     return len(missing)
 
 
 def _made(out: Path, streams: Sequence[Stream], workers: int) -> Iterator[None]:
-    """Makes each stream, here or in several processes; yields once a stream."""
+    """Render each stream, here or in several processes; yields once per stream."""
     if workers == 1 or len(streams) <= 1:
         for stream in streams:
             yield make(out, stream)
@@ -132,12 +133,12 @@ def _made(out: Path, streams: Sequence[Stream], workers: int) -> Iterator[None]:
         try:
             for future in as_completed(futures):
                 yield future.result()
-        finally:  # after an error or an interrupt, what has not begun is not begun
+        finally:  # after an error or an interrupt, waiting jobs are not started
             pool.shutdown(cancel_futures=True)
 
 
 def make(out: Path, stream: Stream) -> None:
-    """Writes the file under another name first, so that a file that is there is whole."""
+    """Render under another name first: an existing file is always complete."""
     path = out / stream.video
     part = path.with_suffix(".part")
     write_mp4(stream.world, part)
@@ -161,7 +162,7 @@ def manifest_line(stream: Stream) -> dict[str, Any]:
 
 
 def evidence(world: World, question: Question) -> tuple[int, int]:
-    """The seconds [start, end) that show or say what is asked about."""
+    """The seconds [start, end) that contain the answer."""
     if question.kind == "auditory":
         at = next(spoken.at for spoken in world.utterances if spoken.voice == question.key)
         return at, at + 1
@@ -169,24 +170,18 @@ def evidence(world: World, question: Question) -> tuple[int, int]:
     return event.start, event.start + event.seconds
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def main(arguments: Sequence[str]) -> None:
+    """Render the missing streams and write the manifests; raises RecipeError if the folder has another recipe."""
+    given = _parser().parse(arguments)
+    recipe = Recipe(seconds=given.seconds, seed=given.seed, options=WorldOptions())
+    counts = {split: getattr(given, split) for split in SPLITS}
+    made = synthesize(given.out, recipe, counts, given.workers)
+    total = sum(counts.values())
+    print(f"{given.out}: {total} streams of {given.seconds} s ({made} made, {total - made} kept)")
 
 
-def _at_least(lowest: int) -> Any:
-    def number(text: str) -> int:
-        if (value := int(text)) < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is too small; give {lowest} or more")
-        return value
-
-    return number
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exits with 2 when it is wrong."""
-    parser = argparse.ArgumentParser(description="Write the audio-visual recall task.", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/recall"), help="folder (default: %(default)s)")
     parser.add_argument("--seconds", type=_at_least(SLOT), default=64, help="length of a stream (default: %(default)s)")
     for split, number in zip(SPLITS, (512, 64, 80), strict=True):
@@ -195,22 +190,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seed",
         type=_at_least(0),
         default=1,
-        help="another seed, other streams (default: 1; the settings of tiny.yaml were chosen on 0)",
+        help="another seed gives other streams (default: 1; the settings of tiny.yaml were chosen on seed 0)",
     )
     parser.add_argument("--workers", type=_at_least(1), default=2, help="processes (default: %(default)s)")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code: 0 done, 2 refused."""
-    asked = parse(arguments)
-    recipe = Recipe(seconds=asked.seconds, seed=asked.seed, options=WorldOptions())
-    counts = {split: getattr(asked, split) for split in SPLITS}
-    try:
-        made = synthesize(asked.out, recipe, counts, asked.workers)
-    except RecipeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    total = sum(counts.values())
-    print(f"{asked.out}: {total} streams of {asked.seconds} s ({made} made, {total - made} kept)")
-    return 0
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (value := int(text)) < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is too small; give {lowest} or more")
+        return value
+
+    return number

@@ -1,10 +1,11 @@
-"""Side by side: arms of one or more runs, paired question by question, in JSON, CSV and one self-contained page."""
+"""Comparison of arms of one or more runs, paired by question: JSON, CSV and one self-contained page."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omnimem.comparison.load import Arm, ComparisonError, Run, differences, read
+from omnimem.comparison.differences import differences
+from omnimem.comparison.load import Arm, ComparisonError, Run, read
 from omnimem.comparison.report import render
 from omnimem.comparison.summary import arm_rows, pair_rows, summarise, write_csv
 from omnimem.run import write_json, write_text
@@ -17,14 +18,14 @@ DRAWS = 10_000
 def compare(
     folders: Sequence[Path], out: Path, *, allow_different: bool = False, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Any]:
-    """Write summary.json, arms.csv, pairs.csv and report.html of the arms below the folders to `out`; the summary.
+    """Write summary.json, arms.csv, pairs.csv and report.html of the arms in the folders to `out`; the summary.
 
-    Raises ComparisonError when a folder cannot be read, or when input or budget differ and `allow_different` is off.
+    Raises ComparisonError if a folder cannot be read, or if input or budget differ without `allow_different`.
     """
     arms, runs = read(folders)
     different = differences(arms)
     if different and not allow_different:
-        raise ComparisonError([*different, "nothing was written; --allow-different compares all the same, in red"])
+        raise ComparisonError([*different, "nothing was written; --allow-different compares them anyway, in red"])
     summary = summarise(arms, draws=draws, seed=seed, warnings=different)
     page = render(summary, arms, runs)
     out.mkdir(parents=True, exist_ok=True)

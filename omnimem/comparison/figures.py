@@ -102,14 +102,14 @@ def bar_row(scale: Scale, value: float | None, *, kind: str = "plain") -> Markup
 @final
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """One line of a chart over a few named places: a value with its interval at each, None where there is none."""
+    """One line of a chart over a few named places: a value with its interval at each, or None."""
 
     style: str
     values: Sequence[tuple[float, Sequence[float | None]] | None]
 
 
 def over_places(lines: Sequence[Points], places: Sequence[str], *, x_title: str, label: str) -> Markup:
-    """Accuracies with their intervals at named places from left to right; lines stand a little apart."""
+    """Accuracies with intervals at named places from left to right; lines are slightly offset."""
     height, scale = 200, accuracy_scale()
     drawn: list[str] = []
     for number, line in enumerate(lines):
@@ -137,7 +137,7 @@ def _height(scale: Scale, value: float, height: int) -> float:
 
 
 def budget_bars(slots: Sequence[tuple[int, int]], *, split: bool, label: str) -> Markup:
-    """Stacked bars by layer: audio below, visual above; one plain bar where both share a pool."""
+    """Stacked bars by layer: audio below, visual above; one plain bar if both share a pool."""
     height, count = 190, len(slots)
     scale = from_zero([float(audio + visual) for audio, visual in slots])
     bars: list[str] = []
@@ -200,7 +200,7 @@ class Kept:
 
     @classmethod
     def read(cls, trace: Mapping[str, Any], modality: str) -> "Kept":
-        """From trace.json, with neighbouring bins and skipped chunks made coarser where a picture would be too fine."""
+        """From trace.json, with bins joined and chunks skipped if there are too many for a figure."""
         arrived = np.asarray(trace["arrived"][modality], dtype=np.float64)
         kept = np.asarray(trace["kept"][modality], dtype=np.float64)
         ends = np.asarray(trace["chunk_ends"], dtype=np.float64)
@@ -216,7 +216,7 @@ class Kept:
         )
 
     def share(self) -> Float64[np.ndarray, "chunks bins"]:
-        """Kept of arrived, a mean over layers; 0 where nothing arrived."""
+        """Kept of arrived, a mean over layers; 0 if nothing arrived."""
         return np.divide(self.kept.mean(1), self.arrived, out=np.zeros_like(self.kept[:, 0]), where=self.arrived > 0)
 
     def last(self) -> Float64[np.ndarray, "layers bins"]:
@@ -225,7 +225,7 @@ class Kept:
 
 
 def kept_over_time(kept: Kept, modality: str, *, label: str) -> Markup:
-    """Right: when a token was seen or heard; down: the stream goes on; darker: more of it is still in memory."""
+    """x: arrival time of a token; y: time of the stream; darker: more of it is still in memory."""
     tops = np.concatenate([[0.0], kept.chunk_ends[:-1]])
     cells = _cells(kept.share(), list(zip(tops, kept.chunk_ends, strict=True)), kept)
     past = "".join(f"M0 {top:.7g}H{end:.7g}V{end:.7g}H0z" for top, end in zip(tops, kept.chunk_ends, strict=True))
@@ -235,7 +235,7 @@ def kept_over_time(kept: Kept, modality: str, *, label: str) -> Markup:
 
 
 def kept_by_layer(kept: Kept, modality: str, *, label: str) -> Markup:
-    """Right: when a token was seen or heard; down: layers; darker: more of it is in memory at the end."""
+    """x: arrival time of a token; y: layers; darker: more of it is in memory at the end."""
     share = kept.last()
     layers = share.shape[0]
     height = max(60, min(200, 14 * layers))
@@ -269,7 +269,7 @@ def _heat(
 
 
 def _cells(share: Float64[np.ndarray, "rows bins"], rows: Sequence[tuple[float, float]], kept: Kept) -> dict[int, str]:
-    """Rectangles by level of opacity, one path a level; neighbours of one level in a row become one rectangle.
+    """Rectangles by level of opacity, one path per level; neighbours of one level in a row become one rectangle.
 
     Opacity is the square root of the share, so that a few per cent kept are still seen.
     """

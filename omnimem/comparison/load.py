@@ -1,45 +1,40 @@
-"""Reads run folders and evaluation folders, and says what keeps their arms from being compared."""
+"""Reads run folders and evaluation folders."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
 from omnimem.budget import Budget, BudgetError
+from omnimem.comparison.formatting import shown
+from omnimem.errors import ProblemList
 from omnimem.tasks.accuracy import DURATION, categories_of
 
 Role = Literal["rival", "reference", "probe"]
 
 PROBES = ("blind", "vision_only", "audio_only")
 REFERENCE = "full_memory"
-KIND = "kind"  # the axis whose labels stand by themselves
+KIND = "kind"  # the axis whose labels have no prefix
 MEASURES = ("frames", "audio_seconds", "stream_seconds", "peak_entries", "entries")
-SAME_ENTRIES = 0.001  # relative: entries are means over questions, printed with few digits
-SAME_SECONDS = 0.01  # of audio, a question
-SECONDS_DIGITS = 2
 
 
-class ComparisonError(ValueError):
-    """What keeps the given folders from being compared, one line a problem."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+class ComparisonError(ProblemList):
+    """The folders cannot be compared; one line per problem."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One question as one arm answered it; `parsed` False: no answer could be read from the prediction."""
+    """The answer of one arm to one question; `parsed` False: no answer was found in the prediction."""
 
     id: str
     video: str
-    kinds: tuple[str, ...]  # what it is counted under: a kind, or `axis: label`
+    kinds: tuple[str, ...]  # categories: a kind, or `axis: label`
     question: str
-    options: int  # of a multiple choice; 0: any word may be the answer
+    options: int  # of a multiple choice; 0: open answer
     answer: str
     prediction: str
     parsed: bool
@@ -50,7 +45,7 @@ class Answer:
     prompt_sha256: str
     frames: float | None
     audio_seconds: float | None
-    stream_seconds: float | None  # of the stream that had been read
+    stream_seconds: float | None  # of the stream read so far
     peak_entries: float | None
     entries: float | None
 
@@ -58,7 +53,7 @@ class Answer:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sheet:
-    """All answers of one arm on one benchmark, by id, with what they cost."""
+    """All answers of one arm on one benchmark, by id, with their cost."""
 
     answers: Mapping[str, Answer]
     peak_entries: float | None
@@ -74,7 +69,7 @@ class Sheet:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of answering: a model with its memory, on every benchmark it was evaluated on."""
+    """A model with its memory, on every benchmark it was evaluated on."""
 
     label: str
     name: str
@@ -85,12 +80,12 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """The label as a reader would write it."""
+        """The label as text."""
         return shown(self.label)
 
     @property
     def role(self) -> Role:
-        """Probes take parts of the input away, so they are shown but never paired; the reference has no budget."""
+        """Probes lack parts of the input: they are shown, but not paired. The reference has no budget."""
         if self.name in PROBES:
             return "probe"
         return "reference" if REFERENCE in self.name else "rival"
@@ -99,7 +94,7 @@ class Arm:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder says beside its answers."""
+    """Budget and training log of a run folder."""
 
     name: str
     folder: Path
@@ -108,17 +103,11 @@ class Run:
 
 
 class _Problem(ValueError):
-    """One line of a ComparisonError on its way up."""
-
-
-def shown(label: str) -> str:
-    """The name of an arm or of a kind as a reader would write it; a run keeps its own spelling."""
-    run, slash, name = label.rpartition("/")
-    return f"{run} / {name.replace('_', ' ')}" if slash else name.replace("_", " ")
+    """One line of a ComparisonError."""
 
 
 def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
-    """All arms below the folders, each under a name of its own, and the runs they belong to.
+    """All arms of the folders with unique labels, and their runs.
 
     Raises ComparisonError with every problem found.
     """
@@ -150,16 +139,6 @@ def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
     return arms, list(runs.values())
 
 
-def differences(arms: Sequence[Arm]) -> list[str]:
-    """Everything that makes the rivals unequal in input or in budget, one line each; empty when they are comparable."""
-    paired = [arm for arm in arms if arm.role != "probe"]
-    first, *others = paired
-    lines = [line for arm in others for line in _setting_differences(first, arm)]
-    lines += [line for arm in others for line in _input_differences(first, arm)]
-    rivals = [arm for arm in paired if arm.role == "rival"]
-    return lines + [line for arm in rivals[1:] for line in _budget_differences(rivals[0], arm)]
-
-
 def _arm_folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise _Problem(f"{folder}: not a folder; give a run folder (runs/NAME) or one of its eval/ARM folders")
@@ -181,7 +160,7 @@ def _run_of(arm_folder: Path) -> Path | None:
 
 
 def _labelled(arms: list[Arm]) -> list[Arm]:
-    """Arms of the same name are told apart by their run folder, and by their whole path where that is not enough."""
+    """Arms of the same name get the name of their run folder, or their path if that is not enough."""
     for label in (_run_and_name, _path):
         taken = Counter(arm.label for arm in arms)
         arms = [replace(arm, label=label(arm)) if taken[arm.label] > 1 else arm for arm in arms]
@@ -230,7 +209,7 @@ def _read_trace(path: Path) -> dict[str, Any]:
         bins, kept = len(trace["arrived"][modality]), trace["kept"][modality]
         if len(kept) != chunks or any(len(layer) != bins for layers in kept for layer in layers):
             raise _Problem(
-                f"{path} kept.{modality}: does not hold {bins} bins a layer after each of {chunks} chunks; "
+                f"{path} kept.{modality}: does not hold {bins} bins per layer after each of {chunks} chunks; "
                 "delete the file or evaluate again"
             )
     return trace
@@ -241,7 +220,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
     for place, record in _json_lines(path):
         answer = _read_answer(place, record)
         if answer.id in answers:
-            raise _Problem(f"{place} id: {answer.id!r} stands there twice; delete one of the two lines")
+            raise _Problem(f"{place} id: {answer.id!r} occurs twice; delete one of the two lines")
         answers[answer.id] = answer
     if not answers:
         raise _Problem(f"{path}: no answers in it; run the evaluation again")
@@ -284,7 +263,7 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
 
 
 def _kinds(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a question is counted under: its kind by its name, the labels of every other axis as `axis: label`."""
+    """Categories of a question: its kind by name, the labels of other axes as `axis: label`."""
     kind = record["kind"]
     named = [str(one) for one in (kind if isinstance(kind, list) else [kind]) if one]
     axes = {axis: labels for axis, labels in record.get("categories", {}).items() if axis != KIND}
@@ -302,9 +281,9 @@ def axis_of(kind: str) -> str:
 
 
 def _with_durations(arms: Sequence[Arm]) -> list[Arm]:
-    """Every question also under its duration where the benchmark names none; axes that divide nothing left out.
+    """Add durations where the benchmark has none; drop axes with one label.
 
-    The duration is the longest that any arm read up to the question: probes may have read nothing.
+    The duration is the longest that any arm read before the question: probes may have read nothing.
     """
     seconds: dict[tuple[str, str], float] = {}
     for arm in arms:
@@ -367,7 +346,7 @@ def _parse(place: Path | str, text: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise _Problem(f"{place}: not JSON ({error}); mend it or write it again") from error
+        raise _Problem(f"{place}: not JSON ({error}); correct it or write it again") from error
 
 
 def _object(value: object, place: str) -> dict[str, Any]:
@@ -378,101 +357,3 @@ def _object(value: object, place: str) -> dict[str, Any]:
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _setting_differences(first: Arm, arm: Arm) -> Iterator[str]:
-    for key, what in (("generation", "answers were generated"), ("reading", "streams were read")):
-        a, b = arm.provenance.get(key), first.provenance.get(key)
-        if a is not None and b is not None and a != b:
-            yield (
-                f"{arm.label} and {first.label}: {what} with {json.dumps(a)} and {json.dumps(b)}; "
-                "evaluate both with the same settings"
-            )
-
-
-def _input_differences(first: Arm, arm: Arm) -> Iterator[str]:
-    where = f"{arm.label} and {first.label}"
-    for name in sorted(set(first.sheets) | set(arm.sheets)):
-        if name not in first.sheets or name not in arm.sheets:
-            lacking = arm if name in first.sheets else first
-            yield f"{where}: {lacking.label} was not evaluated on {name}; evaluate it there too"
-            continue
-        yield from _sheet_differences(f"{where}: {name}", arm.sheets[name], first.sheets[name])
-
-
-def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
-    again = "evaluate both on the same input"
-    shared = sorted(set(a.answers) & set(b.answers))
-    alone = sorted(set(a.answers) ^ set(b.answers))
-    if alone:
-        yield (
-            f"{where}: {_count(len(alone), 'question')} only one of them answered (first: {alone[0]}); "
-            "finish or repeat the evaluation"
-        )
-    pairs = [(a.answers[key], b.answers[key]) for key in shared]
-    for what, said in FIELDS.items():
-        differing = [(one, two) for one, two in pairs if said(one) != said(two)]
-        if differing:
-            one, two = differing[0]
-            verb = "has" if len(differing) == 1 else "have"
-            yield (
-                f"{where}: {_count(len(differing), 'question')} {verb} {what} "
-                f"(first: {one.id}: {said(one)} and {said(two)}); {again}"
-            )
-    if _differ(a.frames, b.frames, 0.0):
-        yield f"{where}: {a.frames:g} and {b.frames:g} frames were seen; {again}"
-    if _differ(a.audio_seconds, b.audio_seconds, SAME_SECONDS * len(shared)):
-        yield f"{where}: {a.audio_seconds:g} and {b.audio_seconds:g} seconds of audio were heard; {again}"
-
-
-def _budget_differences(first: Arm, arm: Arm) -> Iterator[str]:
-    """Means over questions, then question by question: equal means can hide unequal budgets."""
-    cure = "evaluate both with the same memory.slots_per_layer and budget"
-    for name in sorted(set(first.sheets) & set(arm.sheets)):
-        a, b = arm.sheets[name], first.sheets[name]
-        where = f"{arm.label} and {first.label}: {name}"
-        for what, one, two in (
-            ("peak entries", a.peak_entries, b.peak_entries),
-            ("entries at answer time", a.answer_entries, b.answer_entries),
-        ):
-            if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two)):
-                yield f"{where}: {what} are {one:g} and {two:g}, not the same budget; {cure}"
-                break
-        else:
-            yield from (f"{where}: {line}, not the same budget; {cure}" for line in _entry_differences(a, b))
-
-
-def _entry_differences(a: Sheet, b: Sheet) -> Iterator[str]:
-    pairs = [(a.answers[key], b.answers[key]) for key in sorted(set(a.answers) & set(b.answers))]
-    for what, entries in (
-        ("peak entries", [(one.peak_entries, two.peak_entries) for one, two in pairs]),
-        ("entries at answer time", [(one.entries, two.entries) for one, two in pairs]),
-    ):
-        differing = [
-            f"{what} of {pair[0].id} are {one:g} and {two:g}"
-            for pair, (one, two) in zip(pairs, entries, strict=True)
-            if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two))
-        ]
-        yield from differing[:1]
-
-
-def _differ(a: float | None, b: float | None, tolerance: float) -> bool:
-    return a is not None and b is not None and abs(a - b) > tolerance
-
-
-def _said(value: float | None, digits: int) -> str:
-    return "unknown" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".")
-
-
-FIELDS: Mapping[str, Callable[[Answer], str]] = {
-    "another prompt": lambda answer: answer.prompt_sha256[:12],
-    "another right answer or video": lambda answer: f"{answer.answer!r} of {answer.video}",
-    "another outcome of reading its stream": lambda answer: answer.failed or "read",
-    "another number of frames": lambda answer: _said(answer.frames, 0),
-    "other seconds of audio": lambda answer: _said(answer.audio_seconds, SECONDS_DIGITS),
-    "another length of stream read before it": lambda answer: _said(answer.stream_seconds, SECONDS_DIGITS),
-}
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

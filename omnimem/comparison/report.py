@@ -1,4 +1,4 @@
-"""compare/report.html: the summary as one self-contained page, with every question and both its answers."""
+"""compare/report.html: the summary as one self-contained page, with every question and all answers."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from omnimem.comparison import figures
 from omnimem.comparison.figures import Kept, Mark, Points, Scale
-from omnimem.comparison.load import Answer, Arm, Run, axis_of, shown
+from omnimem.comparison.formatting import UNKNOWN, count, many, percent, points, seconds, shown, size
+from omnimem.comparison.load import Answer, Arm, Run, axis_of
 from omnimem.comparison.summary import in_order
 from omnimem.tasks.accuracy import DURATION, ordered
 
@@ -21,21 +22,19 @@ LONGEST_VALUE = 160  # characters shown of one line of provenance
 SHA256 = 64  # hexadecimal digits
 MARKS: dict[str, tuple[Mark, str]] = {"reference": ("ring", "reference"), "probe": ("bar", "probe")}
 COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("reading_per_second", "text model, per second of stream", lambda value: seconds(value)),
-    ("first_token_seconds", "from the question to the first token", lambda value: seconds(value)),
-    ("peak_memory", "most memory in use", lambda value: size(value)),
+    ("reading_per_second", "text model, per second of stream", seconds),
+    ("first_token_seconds", "from the question to the first token", seconds),
+    ("peak_memory", "most memory in use", size),
 )
 STYLES = ("first", "second", "third", "fourth", "fifth", "sixth")  # of lines in one figure
 
 FULL = "full memory"
-UNKNOWN = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
 
 View = dict[str, Any]
 
 
 def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run]) -> str:
-    """The whole page; needs no network, no script for anything but searching the list of questions."""
+    """The whole page; it needs no network, and a script only to search the questions."""
     template = template_of(TEMPLATE)
     arms = in_order(arms)
     rivals = [arm for arm in arms if arm.role != "probe"]
@@ -62,7 +61,7 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
 
 
 def template_of(page: Path) -> Template:
-    """A page with the style sheet that all pages share, and with what writes numbers."""
+    """A page template with the common style sheet and number formats."""
     environment = Environment(
         loader=FileSystemLoader([page.parent, STYLE.parent]),
         autoescape=True,
@@ -82,40 +81,6 @@ def template_of(page: Path) -> Template:
     return environment.get_template(page.name)
 
 
-def percent(value: float | None) -> str:
-    """87.1 for 0.871; a dash for what is not known."""
-    return UNKNOWN if value is None else f"{100 * value:.1f}"
-
-
-def points(value: float | None) -> str:
-    """+8.2 for 0.082, with a true minus sign."""
-    if value is None:
-        return UNKNOWN
-    text = f"{100 * value:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
-
-
-def count(value: float | int | None) -> str:
-    """A number of entries or frames, with a decimal only where there is one."""
-    return UNKNOWN if value is None else f"{value:,.1f}".removesuffix(".0")
-
-
-def many(number: int, thing: str) -> str:
-    """1 video, 2 videos."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def size(value: float | int | None) -> str:
-    """Bytes in the unit that suits them."""
-    if value is None:
-        return UNKNOWN
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-        value /= 1000
-    raise AssertionError("the last unit takes everything")
-
-
 def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from summary["benchmarks"].items()
     if len(summary["benchmarks"]) > 1:
@@ -123,7 +88,7 @@ def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def _sentences(summary: Mapping[str, Any]) -> list[View]:
-    """The first arm against all others, in words."""
+    """The first arm compared with all others, in sentences."""
     name, group = list(_groups(summary))[-1]
     pairs = group["pairs"]
     return [_sentence(name, pair) for pair in pairs if pair["a"] == pairs[0]["a"]]
@@ -243,7 +208,7 @@ def _kinds(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
 
 
 def _probes(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View:
-    """Probes beside the full memory, which sees what they lack."""
+    """Probes beside full memory, which has the whole input."""
     entries = group["arms"] | group["probes"]
     few = [arm for arm in arms if arm.role == "probe"] + [arm for arm in arms if arm.name == "full_memory"][:1]
     first = _by_axis(list(group["kinds"]))[:1]
@@ -271,7 +236,7 @@ def _kind(label: str, kind: str, facts: Mapping[str, Any], entries: Mapping[str,
 
 
 def _durations(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
-    """Accuracy of the first arms against the duration of the stream; None where all are of one."""
+    """Accuracy of the first arms by duration of the stream; None if there is only one."""
     kinds = [kind for kind in group["kinds"] if axis_of(kind) == DURATION]
     if len(kinds) < 2:
         return None
@@ -303,7 +268,7 @@ def _memory(name: str, group: Mapping[str, Any]) -> View:
 
 
 def _costs(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
-    """What each arm took; None where nobody measured."""
+    """Cost of each arm; None if not measured."""
     entries = group["arms"] | group["probes"]
     costs = {arm.label: entries[arm.label]["cost"] for arm in arms if entries.get(arm.label, {}).get("cost")}
     if not costs:
@@ -328,7 +293,7 @@ def _cost_figure(title: str, key: str, write: Callable[[float | None], str], cos
 
 
 def _data(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | None:
-    """What is wrong with the data: streams that could not be read, and defects of the annotations, by rule."""
+    """Unreadable streams, and defects of the annotations by rule."""
     lost: dict[tuple[str, str], list[str]] = {}
     for arm in arms:
         sheet = arm.sheets.get(name)
@@ -345,13 +310,6 @@ def _data(name: str, group: Mapping[str, Any], arms: Sequence[Arm]) -> View | No
         "lost": [{"id": key, "reason": reason, "arms": labels} for (key, reason), labels in lost.items()],
         "rules": [{"rule": rule.replace("_", " "), "found": found} for rule, found in sorted(rules.items())],
     }
-
-
-def seconds(value: float | int | None) -> str:
-    """A time in the unit that suits it."""
-    if value is None:
-        return UNKNOWN
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _budgets(runs: Sequence[Run]) -> list[View]:
@@ -403,7 +361,7 @@ def _trace(arm: Arm, trace: Mapping[str, Any]) -> View:
 
 
 def _training(run: Run) -> View:
-    """Loss by budget, since a step with full memory and one with a small budget are not the same task."""
+    """Loss by budget: steps with full memory and with a small budget are different tasks."""
     by_budget: dict[str, list[Mapping[str, Any]]] = {}
     for record in run.metrics:
         by_budget.setdefault(_budget_of(record), []).append(record)
@@ -432,7 +390,7 @@ def _training(run: Run) -> View:
 
 
 def _budget_of(record: Mapping[str, Any]) -> str:
-    """What a line of metrics.jsonl says of its budget; full memory is written as -1 where only numbers fit."""
+    """Budget of a line of metrics.jsonl; -1 means full memory."""
     slots = record.get("slots")
     if isinstance(slots, int | float):
         return f"{slots:,g} slots per layer" if slots > 0 else FULL
@@ -445,7 +403,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 def _questions(arms: Sequence[Arm]) -> View:
-    """All questions with what every arm answered, compact: o is an index of OUTCOMES in the page's script."""
+    """All questions with all answers, compact: `o` is an index of OUTCOMES in the page's script."""
     asked: dict[tuple[str, str], Answer] = {}
     for arm in arms:
         for name, sheet in arm.sheets.items():
@@ -500,7 +458,7 @@ def _in_order(axis: str, keys: Sequence[str]) -> list[str]:
 
 
 def _provenance(arms: Sequence[Arm]) -> View:
-    """What is the same in all arms once, and what differs side by side."""
+    """Facts common to all arms, and differing ones side by side."""
     flat = {arm.label: dict(_flatten(arm.provenance)) | {"folder": _end(arm.folder)} for arm in arms}
     keys = list(dict.fromkeys(key for facts in flat.values() for key in facts))
     same, differing = [], []

@@ -1,4 +1,4 @@
-"""compare/summary.json and its CSV files: every number of a comparison, computed once and shown by the report."""
+"""compare/summary.json and its CSV files: all numbers of a comparison; the report shows them."""
 
 import csv
 import json
@@ -78,7 +78,7 @@ def pair_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the rows under the union of their columns; a number that is not known is an empty field."""
+    """Write the rows under the union of their columns; an unknown number is an empty field."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
@@ -231,13 +231,13 @@ def _cost(sheet: Sheet) -> dict[str, Any]:
 
 
 def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
-    """Of all arms, each once: what is wrong with the data is wrong for all of them."""
+    """Defects of all arms, each once: they concern the data."""
     found = {json.dumps(dict(defect), sort_keys=True): dict(defect) for sheet in sheets for defect in sheet.defects}
     return list(found.values())
 
 
 def _notes(arms: Sequence[Arm]) -> list[str]:
-    """Unequal bytes at equal entries are no reason to refuse, but the reader must know."""
+    """Warnings of unequal bytes at equal entries, which are allowed."""
     notes: list[str] = []
     rivals = [arm for arm in arms if arm.role == "rival"]
     for name in sorted({name for arm in rivals for name in arm.sheets}):

@@ -10,18 +10,16 @@ from typing import Any, final
 import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
+from omnimem.errors import ProblemList
+
 Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); whole numbers count the items of a list
 Problem = tuple[Key, str]  # what is wrong with a key, and the cure
 
 COMMAND_LINE = "command line"
 
 
-class ConfigError(ValueError):
+class ConfigError(ProblemList):
     """The user's settings are wrong; `problems` holds one line each: `file:line key: what; how to repair`."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
 
 
 @final

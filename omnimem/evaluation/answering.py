@@ -1,4 +1,4 @@
-"""Streams through one arm, each once, and the answers to all questions about it."""
+"""Reads each stream once through one arm and answers all questions about it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from omnimem.data import Failure, Failures, Question, Sample
 from omnimem.evaluation.cost import Clock, FirstToken, PeakMemory
 from omnimem.evaluation.options import Arm, EvaluateOptions
 from omnimem.evaluation.results import Results
-from omnimem.evaluation.sharding import Share
+from omnimem.evaluation.sharding import Shard
 from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
@@ -27,9 +27,9 @@ from omnimem.streaming.stream import Stream
 from omnimem.tasks import Benchmark
 from omnimem.tokens import EVICTABLE, Chunk
 
-TOGETHER = 64  # questions of a stream that are read in one pass
-LATE = 1.0  # seconds that a question may be asked after the end: time stamps are whole seconds, files are not
-ALONE = Share()
+TOGETHER = 64  # questions of a stream per pass
+LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
+WHOLE = Shard()
 
 Progress = Callable[[Iterable[Sample], int], Iterable[Sample]]
 
@@ -37,7 +37,7 @@ Progress = Callable[[Iterable[Sample], int], Iterable[Sample]]
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A sample of a block; `failure` says why it cannot be read."""
+    """A sample of a block; `failure`: why it cannot be read."""
 
     block: int
     sample: Sample
@@ -56,9 +56,9 @@ class Evaluation:
     def run(
         self, arm: Arm, benchmark: Benchmark, folder: Path, progress: Progress = lambda samples, total: samples
     ) -> dict[str, Any]:
-        """Answer every question that `folder` has no answer to yet; the benchmark's entry of the arm's summary.
+        """Answer the questions without an answer in `folder`; the benchmark's entry of the arm's summary.
 
-        Raises TooManyFailures when more streams than `max_failures` are unreadable.
+        Raises TooManyFailures if more streams than `max_failures` are unreadable.
         """
         self.answer(arm, benchmark, folder, progress=progress)
         return self.conclude(benchmark, folder)
@@ -69,66 +69,69 @@ class Evaluation:
         benchmark: Benchmark,
         folder: Path,
         *,
-        share: Share = ALONE,
+        shard: Shard = WHOLE,
         first: int = 0,
         traced: bool = True,
         progress: Progress = lambda samples, total: samples,
     ) -> int:
-        """Answer this process's share of the questions; how many items of work the benchmark is.
+        """Answer the questions of this process's shard; returns the number of work items of the benchmark.
 
-        An item is `batch_size` streams that follow each other in the benchmark: those pass together, so that what a
-        stream passes with does not hang on who does it, nor on what was done before an interruption. They are numbered
-        from `first`. `traced` writes down what is kept of the very first stream.
+        An item is `batch_size` consecutive streams of the benchmark, which are read in one batch: the batches depend
+        neither on the shards nor on interruptions. Items are numbered from `first`. `traced` writes trace.json of the
+        first stream.
         """
+        # 1. find unanswered blocks
         samples = self._samples(benchmark)
-        results = Results(folder, benchmark.label, samples, share)
+        results = Results(folder, benchmark.label, samples, shard)
         done, size = results.answered(), self.options.batch_size
         blocks = list(enumerate(samples[start : start + size] for start in range(0, len(samples), size)))
         waiting = [(number, block) for number, block in blocks if not _all_in(block, done)]
-        mine = (sample for number, block in waiting if share.takes(first + number) for sample in block)
+        # 2. take those of this shard
+        mine = (sample for number, block in waiting if shard.takes(first + number) for sample in block)
         numbers = {sample.id: number for number, block in waiting for sample in block}
-        total = -(-sum(len(block) for _, block in waiting) // share.count)
+        total = -(-sum(len(block) for _, block in waiting) // shard.count)
         failures = Failures(samples=len(samples), max_failures=self.options.max_failures)
         feeder = self._feeder(arm)
+        # 3. read and answer
         with Decoders(self.options.decoders) as decoders:
             jobs = (self._job(numbers[sample.id], sample, arm, feeder) for sample in progress(mine, total))
             for number, block in groupby(decoders.read(jobs), key=lambda pair: pair[0].block):
                 trace = folder / "trace.json" if traced and number == 0 else None
-                for intakes in self._batches(block, arm, feeder):
-                    lines = self._lines(arm, benchmark, intakes, trace)
+                for readers in self._batches(block, arm, feeder):
+                    lines = self._lines(arm, benchmark, readers, trace)
                     results.append([line for line in lines if line["id"] not in done])
                     for failure in _failures(lines):
                         failures = failures.add(failure)
         return len(blocks)
 
     def conclude(self, benchmark: Benchmark, folder: Path) -> dict[str, Any]:
-        """The benchmark's entry of the arm's summary, once everything is answered and nobody writes any more.
+        """Fold the results; the benchmark's entry of the arm's summary. No process may still be writing.
 
         Raises TooManyFailures.
         """
         samples = benchmark.samples()
-        lines = Results(folder, benchmark.label, samples, ALONE).fold()
+        lines = Results(folder, benchmark.label, samples, WHOLE).fold()
         failures = Failures(samples=len({line["stream"] for line in lines}), max_failures=self.options.max_failures)
         for failure in _failures(lines):
             failures = failures.add(failure)
         return {"rules": benchmark.rules, **summarise(lines, defects=benchmark.defects())}
 
     def missing(self, benchmark: Benchmark, folder: Path) -> int:
-        """How many questions nobody has tried to answer yet."""
-        return len(Results(folder, benchmark.label, self._samples(benchmark), ALONE).untried())
+        """Number of questions that no process has tried to answer."""
+        return len(Results(folder, benchmark.label, self._samples(benchmark), WHOLE).untried())
 
     def _samples(self, benchmark: Benchmark) -> list[Sample]:
         return benchmark.samples()[: self.options.limit]
 
     def _feeder(self, arm: Arm) -> Feeder:
-        """The feeder, for the tracks that the arm reads."""
+        """The feeder for the arm's tracks."""
         if arm.tracks in (None, self.feeder.options.tracks):
             return self.feeder
         options = replace(self.feeder.options, tracks=arm.tracks)
         return Feeder(self.feeder.backbone, options, self.feeder.cache, encoder=self.feeder.encoder)
 
     def _job(self, block: int, sample: Sample, arm: Arm, feeder: Feeder) -> tuple[_Job, FileSource | None]:
-        """A sample, with its file where that is to be decoded."""
+        """A sample, with its file if that must be decoded."""
         try:
             source = None if arm.tracks is None or feeder.stored(sample) else feeder.source(sample)
         except MediaError as error:
@@ -138,20 +141,20 @@ class Evaluation:
     def _batches(
         self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
     ) -> Iterator[list[StreamReader] | tuple[Sample, MediaError]]:
-        """The streams of a block that pass together, or one that cannot be read, with the reason."""
+        """The batches of a block, and its unreadable streams with the reason."""
         waiting: dict[tuple[object, ...], list[StreamReader]] = {}
         for job, segments in block:
             try:
                 if job.failure is not None:
                     raise job.failure
-                intake = _intake(job.sample, segments, arm, feeder)
+                reader = _reader_of(job.sample, segments, arm, feeder)
                 if self.options.batch_size > 1:
-                    waiting.setdefault(intake.gather(), []).append(intake)
+                    waiting.setdefault(reader.gather(), []).append(reader)
             except MediaError as error:
                 yield job.sample, error
                 continue
             if self.options.batch_size == 1:
-                yield [intake]
+                yield [reader]
         yield from waiting.values()
 
     def _lines(
@@ -161,13 +164,13 @@ class Evaluation:
         batch: list[StreamReader] | tuple[Sample, MediaError],
         trace: Path | None,
     ) -> list[dict[str, Any]]:
-        """A line a question; a stream that turns out to be unreadable on the way costs all its questions."""
+        """One line per question; if a stream becomes unreadable, all questions of its batch fail."""
         if isinstance(batch, tuple):
             return self._failed(*batch)
         try:
             return list(self._answers(arm, benchmark, batch, trace))
         except MediaError as error:
-            return [line for intake in batch for line in self._failed(intake.sample, error)]
+            return [line for reader in batch for line in self._failed(reader.sample, error)]
 
     def _failed(self, sample: Sample, error: MediaError) -> list[dict[str, Any]]:
         return [
@@ -182,7 +185,7 @@ class Evaluation:
         ]
 
     def _question(self, sample: Sample, question: Question) -> dict[str, Any]:
-        """What was asked, whoever answers."""
+        """The fields of a question that do not depend on the arm."""
         return {
             "id": question.item.id,
             "video": sample.cluster or sample.id,
@@ -200,39 +203,39 @@ class Evaluation:
     def _answers(
         self, arm: Arm, benchmark: Benchmark, batch: Sequence[StreamReader], trace: Path | None
     ) -> Iterator[dict[str, Any]]:
-        """One line a question of the batch."""
-        clock, peak, first = Clock(sum(intake.gathering for intake in batch)), PeakMemory(), batch[0]
+        """One line per question of the batch."""
+        clock, peak, first = Clock(sum(reader.gathering for reader in batch)), PeakMemory(), batch[0]
         policy = arm.policy
         if policy.needs_oracle:
-            policy = self.feeder.with_oracle(policy, [intake.whole() for intake in batch])
+            policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
-        watch = _Watch(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
-        chunks = watch.chunks(clock.chunks(self.feeder.chunks(batch)))
+        progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
+        chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch)))
         for due in feed_until_due(stream, chunks, first.sample.moments):
-            for rows in _in_passes([intake.sample.asked(due) for intake in batch]):
-                facts = self._facts(stream, watch.seconds) | {"media": clock.media, "reading": clock.reading}
+            for rows in _in_passes([reader.sample.asked(due) for reader in batch]):
+                facts = self._facts(stream, progress.seconds) | {"media": clock.media, "reading": clock.reading}
                 with clock.answer():
                     texts, seconds = self._ask(stream, batch, rows)
-                for intake, asked, answers in zip(batch, rows, texts, strict=True):
+                for reader, asked, answers in zip(batch, rows, texts, strict=True):
                     for number, text in zip(asked, answers, strict=True):
-                        question = intake.sample.questions[number]
+                        question = reader.sample.questions[number]
                         yield {
-                            **self._question(intake.sample, question),
+                            **self._question(reader.sample, question),
                             **_judged(benchmark, question, text),
-                            **_measured(facts, intake, len(batch), seconds),
-                            **_late(question, intake, due, watch.seconds, over=arm.tracks is not None),
+                            **_measured(facts, reader, len(batch), seconds),
+                            **_late(question, reader, due, progress.seconds, over=arm.tracks is not None),
                             "peak_memory": peak.bytes,
                         }
-        if watch.trace is not None and trace is not None:
-            write_json(trace, watch.trace.json(stream, watch.seconds))
+        if progress.trace is not None and trace is not None:
+            write_json(trace, progress.trace.json(stream, progress.seconds))
 
     def _ask(
         self, stream: Stream, batch: Sequence[StreamReader], rows: Sequence[Sequence[int]]
     ) -> tuple[list[list[str]], dict[str, float]]:
-        """Answers by stream to the questions of these numbers, and what they took."""
+        """Answers by stream to the questions of these numbers, and the time they took."""
         turns = [
-            [Turn(text=intake.sample.questions[number].text) for number in asked]
-            for intake, asked in zip(batch, rows, strict=True)
+            [Turn(text=reader.sample.questions[number].text) for number in asked]
+            for reader, asked in zip(batch, rows, strict=True)
         ]
         head = FirstToken(self.feeder.backbone.head)
         began = Clock()
@@ -247,7 +250,7 @@ class Evaluation:
         return [[str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in row] for row in answers], taken
 
     def _facts(self, stream: Stream, seconds: float) -> dict[str, Any]:
-        """What the memory took when a question was asked."""
+        """Size of the memory when a question is asked."""
         layers, counts = self.attached.shape.layers, stream.memory.counts()
         _, audio, visual = stream.usage.tokens_in
         return {
@@ -261,15 +264,15 @@ class Evaluation:
 
 
 @final
-class _Watch:
-    """Sees the chunks pass: how far the stream has been read, and what is kept after each."""
+class _ReadProgress:
+    """How far the stream has been read, and the trace after each chunk."""
 
     def __init__(self, stream: Stream, trace: Trace | None) -> None:
         self._stream, self.trace = stream, trace
-        self.seconds = 0.0  # of the stream that has been read
+        self.seconds = 0.0  # of the stream so far
 
     def chunks(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks; each has been read when the next one is asked for."""
+        """The chunks; each has been read when the next one is requested."""
         for number, chunk in enumerate(chunks):
             yield chunk
             self.seconds = chunk.seconds
@@ -277,14 +280,14 @@ class _Watch:
                 self.trace.note(self._stream, chunk.seconds)
 
 
-def _intake(sample: Sample, segments: Iterable[Segment] | None, arm: Arm, feeder: Feeder) -> StreamReader:
+def _reader_of(sample: Sample, segments: Iterable[Segment] | None, arm: Arm, feeder: Feeder) -> StreamReader:
     if arm.tracks is None:
         return StreamReader(sample, None, [])
     return StreamReader(sample, tracks_of(sample, feeder.options.tracks), feeder.read(sample, segments))
 
 
 def _in_passes(asked: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """The questions of each stream, so many that one pass can read them."""
+    """The questions of each stream, at most TOGETHER per pass."""
     for first in range(0, max(map(len, asked)), TOGETHER):
         yield [numbers[first : first + TOGETHER] for numbers in asked]
 
@@ -300,9 +303,9 @@ def _judged(benchmark: Benchmark, question: Question, text: str) -> dict[str, An
     }
 
 
-def _measured(facts: dict[str, Any], intake: StreamReader, streams: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """Facts of the pass as they are of one stream."""
-    heard = intake.heard(facts["stream_seconds"])
+def _measured(facts: dict[str, Any], reader: StreamReader, streams: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """Measurements of a pass, for one of its streams."""
+    heard = reader.heard(facts["stream_seconds"])
     shared = {key: facts[key] / streams for key in ("media", "reading")}
     return {
         **{key: value for key, value in facts.items() if key not in shared},
@@ -313,13 +316,13 @@ def _measured(facts: dict[str, Any], intake: StreamReader, streams: int, seconds
 
 
 def _late(
-    question: Question, intake: StreamReader, due: Sequence[float | None], seconds: float, *, over: bool
+    question: Question, reader: StreamReader, due: Sequence[float | None], seconds: float, *, over: bool
 ) -> dict[str, str]:
-    """A defect: the question's time lies after the end of the stream. Probes that read nothing cannot tell."""
-    time = None if question.at is None else question.at - intake.sample.start
+    """A defect if the question's time is after the end of the stream; unknown for probes that read nothing."""
+    time = None if question.at is None else question.at - reader.sample.start
     if not over or time is None or time not in due or time <= seconds + LATE:
         return {}
-    return {"late": f"asked at {time:g} s of a stream that ends at {seconds:.1f} s; asked there"}
+    return {"late": f"asked at {time:g} s of a stream that ends at {seconds:.1f} s; asked at its end"}
 
 
 def _all_in(block: Sequence[Sample], done: set[str]) -> bool:
@@ -327,7 +330,7 @@ def _all_in(block: Sequence[Sample], done: set[str]) -> bool:
 
 
 def _failures(lines: Iterable[dict[str, Any]]) -> list[Failure]:
-    """The streams that failed, each once."""
+    """The failed streams, each once."""
     found = {line["stream"]: line for line in lines if line.get("failed")}
     return [Failure(id=stream, reason=line["failed"], message=line["message"]) for stream, line in found.items()]
 

@@ -1,4 +1,4 @@
-"""What answering costs: where the time goes, when the first token comes, and the most memory that was in use."""
+"""Cost of answering: time by kind of work, time to the first token, and peak memory."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,21 +16,21 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @final
 class Clock:
-    """Wall seconds since it was made: `media` waiting for what is decoded and encoded, `answering`, and the rest.
+    """Wall seconds since construction: `media` (waiting for decoding and encoding), `answering`, and the rest.
 
-    `before` are seconds that the media took before.
+    `before`: seconds that media took earlier.
     """
 
     def __init__(self, before: float = 0.0) -> None:
         self._started, self.media, self.answering = time.perf_counter() - before, before, 0.0
 
     def chunks(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks; the time until each is there is that of the media."""
+        """The chunks; the time spent waiting for them counts as media."""
         rest = iter(chunks)
         while True:
             asked = time.perf_counter()
             chunk = next(rest, None)
-            settle()
+            synchronize()
             self.media += time.perf_counter() - asked
             if chunk is None:
                 return
@@ -38,22 +38,22 @@ class Clock:
 
     @contextmanager
     def answer(self) -> Iterator[None]:
-        """Whatever happens inside is answering."""
-        settle()
+        """The time inside of the block counts as answering."""
+        synchronize()
         asked = time.perf_counter()
         yield
         self.answering += time.perf_counter() - asked
 
     @property
     def reading(self) -> float:
-        """Seconds that the text model has spent on the stream."""
-        settle()
+        """Seconds of the text model on the stream."""
+        synchronize()
         return time.perf_counter() - self._started - self.media - self.answering
 
 
 @final
 class FirstToken:
-    """A head that notes how long it took from its making until the first logits were there."""
+    """A head that measures the time from its construction to the first logits."""
 
     def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
         self._head, self._asked = head, time.perf_counter()
@@ -62,30 +62,30 @@ class FirstToken:
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)
         if self.seconds is None:
-            settle()
+            synchronize()
             self.seconds = time.perf_counter() - self._asked
         return logits
 
 
-def settle() -> None:
-    """Wait until the device has done what it was told."""
+def synchronize() -> None:
+    """Wait until the device has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @final
 class PeakMemory:
-    """The most bytes in use since it was made: on the GPU, or resident in this process where there is none.
+    """Peak bytes since construction: on the GPU, or resident in this process without one.
 
-    Resident memory includes the model and whatever the allocator keeps of earlier streams: compare it between
-    processes that did one thing each (`benchmarks/cost.py`). None where the system does not tell.
+    Resident memory includes the model and memory that the allocator keeps from earlier streams: compare it between
+    separate processes (`benchmarks/cost.py`). None if the system does not report it.
     """
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif RESET.exists():
-            with suppress(PermissionError):  # the mark then covers the whole life of the process
+            with suppress(PermissionError):  # the peak is then that of the whole process
                 RESET.write_text("5")  # sets the high-water mark to what is resident now (man 5 proc)
 
     @property

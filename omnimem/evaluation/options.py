@@ -1,33 +1,34 @@
-"""What is evaluated, and how answers are written."""
+"""Options of an evaluation."""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, final
 
+from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.tasks import BenchmarkOptions
 
 Tracks = Literal["both", "video", "audio"]
 
 
-class EvaluationError(ValueError):
-    """An evaluation that cannot go on; the message says why and how to repair it."""
+class EvaluationError(UserError):
+    """An evaluation that cannot continue; the message says why and how to repair it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What is evaluated, and how answers are written."""
+    """Options of an evaluation."""
 
     after_training: bool = True
     benchmarks: tuple[BenchmarkOptions, ...] = ()
-    batch_size: int = 1  # streams of one layout that share a pass; above 1 each is held whole before it is read
+    batch_size: int = 1  # streams of one layout per pass; above 1 the encoded stream is held as a whole
     max_new_tokens: int = 16
     limit: int | None = None  # streams per benchmark; None: all
     probes: bool = True  # also the blind, vision-only and audio-only arms
-    max_failures: float = 0.01  # share of streams that may be unreadable before the evaluation stops
-    processes: int = 1  # that share the work on this machine, on one GPU each where there are several
-    decoders: int = 1  # processes of each that decode ahead; 0: files are decoded where they are needed
+    max_failures: float = 0.01  # share of unreadable streams that is accepted
+    processes: int = 1  # of this machine that share the work, one GPU each if there are several
+    decoders: int = 1  # decoding processes of each; 0: decode in the process itself
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "processes"):
@@ -40,13 +41,13 @@ class EvaluateOptions:
         labels = Counter(benchmark.label for benchmark in self.benchmarks)
         for label in labels:
             if labels[label] > 1:
-                raise ValueError(f"benchmarks: {label} is named {labels[label]} times; keep one, or change its options")
+                raise ValueError(f"benchmarks: {label} is given {labels[label]} times; keep one, or change its options")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of answering; `tracks` None reads no stream at all (blind)."""
+    """One way of answering; `tracks` None: no stream is read (blind)."""
 
     name: str
     policy: Policy

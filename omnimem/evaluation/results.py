@@ -1,8 +1,8 @@
-"""The lines of one arm on one benchmark, written by one process or by several at the same time.
+"""Result lines of one arm on one benchmark, written by one process or by several at the same time.
 
-A process appends to a file of its own: `eval/<arm>/<label>.jsonl` where it works alone, else one in `parts/`. When all
-is answered the lines are folded into the first file in the order of the benchmark, so that it is the same whoever
-answered what, and in whatever order.
+Each process appends to its own file: `eval/<arm>/<label>.jsonl` if it is the only one, else a file in `parts/`. At the
+end the lines are folded into the first file in the order of the benchmark: the result does not depend on how the work
+was divided.
 """
 
 import json
@@ -14,40 +14,40 @@ from typing import Any, final
 
 from omnimem.data import Sample
 from omnimem.evaluation.options import EvaluationError
-from omnimem.evaluation.sharding import Share
+from omnimem.evaluation.sharding import Shard
 from omnimem.run import append_line, write_text
 
-MEASURED = ("seconds", "peak_memory")  # what differs between two runs of the same question
+MEASURED = ("seconds", "peak_memory")  # fields that differ between two runs of the same question
 
 
 @final
 class Results:
-    """What is answered so far; a question of a stream that could not be read has a line that says so."""
+    """The lines so far; a question of an unreadable stream has a line with `failed`."""
 
-    def __init__(self, folder: Path, label: str, samples: Sequence[Sample], share: Share) -> None:
+    def __init__(self, folder: Path, label: str, samples: Sequence[Sample], shard: Shard) -> None:
         self.path, self._parts = folder / f"{label}.jsonl", folder / "parts"
         self._label = label
-        self._own = self.path if share.alone else self._parts / f"{label}.{share.name}.jsonl"
+        self._own = self.path if shard.whole else self._parts / f"{label}.{shard.index}of{shard.count}.jsonl"
         self._order = {question.item.id: None for sample in samples for question in sample.questions}
         self._own.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(self._own)
 
     def answered(self) -> set[str]:
-        """Ids of the questions that have an answer; those that failed are tried again."""
+        """Ids of the questions with an answer; failed ones are tried again."""
         return {line["id"] for line in self._lines() if not line.get("failed")}
 
     def untried(self) -> list[str]:
-        """Ids of the questions that have neither an answer nor a failure."""
+        """Ids of the questions with neither an answer nor a failure."""
         tried = {line["id"] for line in self._lines()}
         return [key for key in self._order if key not in tried]
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines."""
+        """Append lines."""
         for line in lines:
             append_line(self._own, line)
 
     def fold(self) -> list[dict[str, Any]]:
-        """All lines in the order of the benchmark, each question once; nobody may be writing any more."""
+        """Write one file in the order of the benchmark, each question once; no process may still be writing."""
         lines: dict[str, dict[str, Any]] = {}
         for line in self._lines():
             if line["id"] in self._order and not _answers(lines.get(line["id"])):
@@ -75,7 +75,7 @@ def _answers(line: Mapping[str, Any] | None) -> bool:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines; the last one may be on its way."""
+    """Complete lines; the last one may be incomplete."""
     whole = path.read_bytes().rpartition(b"\n")[0]
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
@@ -85,7 +85,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off what a process that was killed had begun to write."""
+    """Remove the incomplete last line of a killed process."""
     if path.is_file():
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:

@@ -1,4 +1,4 @@
-"""A sample on its way into a stream: its segments as they come, and what of it was seen and heard by when."""
+"""Segments of a sample as they are read, with frame counts and audio seconds over time."""
 
 import time
 from bisect import bisect_right
@@ -11,24 +11,24 @@ from omnimem.data import Sample
 from omnimem.streaming.encoder_cache import EncodedSegment, MediaStats
 from omnimem.streaming.feeder import EncodedSample, layout
 
-NEVER = 1e-6  # seconds by which ends of segments may differ that are the same
+EPSILON = 1e-6  # seconds: rounding of segment ends
 
 
 @final
 class StreamReader:
-    """Segments that pass once; a chunk that waits for its last segment has not been seen yet."""
+    """The segments of a sample, once each, with counters."""
 
     def __init__(self, sample: Sample, tracks: Tracks | None, parts: Iterable[EncodedSegment]) -> None:
         self.sample, self._parts = sample, parts
         self.tracks: Tracks | None = tracks
         self._ends: list[float] = []
         self._heard: list[MediaStats] = []
-        self.arrived: list[tuple[int, int]] = []  # audio and visual tokens of each segment that has come
-        self.gathering = 0.0  # seconds that it took to hold all segments
+        self.arrived: list[tuple[int, int]] = []  # audio and visual tokens of each segment so far
+        self.gathering = 0.0  # seconds that `gather` took
 
     @property
     def segments(self) -> Iterator[Encoded]:
-        """The segments, noted as they pass."""
+        """The segments; each is counted when it is read."""
         for part in self._parts:
             encoded = part.encoded
             self._ends.append(encoded.start + encoded.seconds)
@@ -42,14 +42,14 @@ class StreamReader:
             yield encoded
 
     def gather(self) -> tuple[object, ...]:
-        """Hold all segments; what samples must share to pass together. Raises MediaError when they cannot be read."""
+        """Read all segments in advance; the layout that samples of a batch must share. Raises MediaError."""
         began = time.perf_counter()
         self._parts = list(self._parts)
         self.gathering = time.perf_counter() - began
         return layout(self.sample, self.tracks, (part.encoded for part in self._parts))
 
     def whole(self) -> EncodedSample:
-        """The sample with all its segments, which still are to pass."""
+        """The sample with all its segments, which can still be read."""
         self.gather()
         parts = list(self._parts)
         heard = parts[-1].heard if parts else MediaStats()
@@ -58,8 +58,8 @@ class StreamReader:
         )
 
     def heard(self, until: float) -> MediaStats:
-        """What was seen and heard up to a time of the stream."""
-        count = bisect_right(self._ends, until + NEVER)
+        """Frames and audio seconds up to a time of the stream."""
+        count = bisect_right(self._ends, until + EPSILON)
         return self._heard[count - 1] if count else MediaStats()
 
     @property

@@ -11,7 +11,7 @@ from omnimem.tasks.accuracy import Line, accuracy, breakdown
 
 
 def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:
-    """`official` over counted answers, `strict` over all questions; entries, bytes and costs over what was answered."""
+    """`official` over counted answers, `strict` over all questions; entries, bytes and costs over answered ones."""
     answered = [line for line in lines if not line.get("failed")]
     kinds = sorted({str(line["kind"]) for line in lines})
     inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
@@ -35,7 +35,7 @@ def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[
 
 
 def _streams(lines: Sequence[Line]) -> list[Line]:
-    """The last line of each stream: what was read of it in all."""
+    """The last line of each stream, which covers all that was read of it."""
     last: dict[str, Line] = {}
     for line in lines:
         if line["stream"] not in last or line["stream_seconds"] >= last[line["stream"]]["stream_seconds"]:
@@ -48,7 +48,7 @@ def _late(lines: Sequence[Line]) -> list[Defect]:
 
 
 def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:
-    """Tokens and seconds a stream; seconds of wall time per second of stream."""
+    """Tokens and seconds per stream; wall seconds per second of stream."""
     length = sum(float(line["stream_seconds"]) for line in streams)
     peaks = [line["peak_memory"] for line in lines if line["peak_memory"] is not None]
 

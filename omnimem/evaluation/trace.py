@@ -1,4 +1,4 @@
-"""What each layer holds of each segment of one stream after each chunk; tokens counted by modality."""
+"""Kept tokens of one stream after each chunk, by layer, segment and modality."""
 
 from typing import Any, final
 
@@ -10,21 +10,21 @@ from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE
 
-MOST = 192  # rows (chunks) and bins (segments); beyond, every second row is dropped and neighbouring bins are joined
+MOST = 192  # rows (chunks) and bins (segments); above it, every second row is dropped and pairs of bins are joined
 
 
 @final
 class Trace:
-    """Counts after each chunk, for a table of fixed size however long the stream is."""
+    """Counts after each chunk, in a table of bounded size for streams of any length."""
 
-    def __init__(self, intake: StreamReader) -> None:
-        self._intake = intake
-        self._chunks, self._every = 0, 1  # chunks so far; how many of them a row stands for
-        self._joined = 1  # segments in a bin
+    def __init__(self, reader: StreamReader) -> None:
+        self._reader = reader
+        self._chunks, self._every = 0, 1  # chunks so far; chunks per row
+        self._joined = 1  # segments per bin
         self._rows: list[tuple[float, dict[int, Int[Tensor, "layers bins"]]]] = []
 
     def note(self, stream: Stream, seconds: float) -> None:
-        """Count what is left of every segment after a chunk that ended at `seconds`."""
+        """Count the kept tokens of every segment after a chunk that ended at `seconds`."""
         self._chunks += 1
         if self._chunks % self._every:
             return
@@ -34,7 +34,7 @@ class Trace:
             self._rows, self._every = self._rows[1::2], 2 * self._every
 
     def _counted(self, stream: Stream) -> dict[int, Int[Tensor, "layers bins"]]:
-        while len(self._intake.arrived) > MOST * self._joined:
+        while len(self._reader.arrived) > MOST * self._joined:
             self._joined *= 2
             self._rows = [(end, {kind: _joined(table) for kind, table in row.items()}) for end, row in self._rows]
         edges = self._edges(stream.usage.tokens_in[0])
@@ -45,13 +45,13 @@ class Trace:
                 mine = layer.order[0][layer.modality[0] == kind].cpu()
                 bins = torch.bucketize(mine, edges, right=True) - 1
                 held = torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
-                layers.append((held / layer.heads).round())  # what one head of several holds alone counts as its part
+                layers.append((held / layer.heads).round())  # an entry of a single head counts as 1 / heads
             found[kind] = torch.stack(layers).to(torch.int32)
         return found
 
     def _edges(self, opening: int) -> Int[Tensor, " edges"]:
-        """Arrival number of the first token of each bin; what came before is the opening."""
-        counts = torch.tensor([sum(each) for each in self._intake.arrived])
+        """Arrival number of the first token of each bin; earlier tokens are the opening."""
+        counts = torch.tensor([sum(each) for each in self._reader.arrived])
         starts = torch.cat([torch.tensor([0]), counts.cumsum(0)]) + opening
         return torch.cat([starts[: -1 : self._joined], starts[-1:]])
 
@@ -61,14 +61,14 @@ class Trace:
             counted = self._counted(stream)
             self._rows.append((seconds, counted))
         rows = self._rows
-        bins = -(-len(self._intake.arrived) // self._joined)
+        bins = -(-len(self._reader.arrived) // self._joined)
         return {
-            "video": self._intake.sample.id,
+            "video": self._reader.sample.id,
             "seconds": seconds,
-            "bin_seconds": self._intake.seconds_per_segment * self._joined,
+            "bin_seconds": self._reader.seconds_per_segment * self._joined,
             "chunk_ends": [end for end, _ in rows],
             "arrived": {
-                kind.name.lower(): self._summed([arrived[place] for arrived in self._intake.arrived])
+                kind.name.lower(): self._summed([arrived[place] for arrived in self._reader.arrived])
                 for place, kind in enumerate(EVICTABLE)
             },
             "kept": {kind.name.lower(): [_widened(row[kind], bins).tolist() for _, row in rows] for kind in EVICTABLE},
@@ -79,10 +79,10 @@ class Trace:
 
 
 def _joined(table: Int[Tensor, "layers bins"]) -> Int[Tensor, "layers half"]:
-    """Neighbouring bins as one."""
+    """Pairs of neighbouring bins joined."""
     return _widened(table, table.shape[1] + table.shape[1] % 2).unflatten(1, (-1, 2)).sum(2).to(torch.int32)
 
 
 def _widened(table: Int[Tensor, "layers bins"], bins: int) -> Int[Tensor, "layers {bins}"]:
-    """With empty bins for what had not come yet."""
+    """With empty bins for segments that had not arrived."""
     return torch.nn.functional.pad(table, (0, bins - table.shape[1]))

@@ -10,7 +10,8 @@ from typing import Any, final
 import numpy as np
 
 from omnimem.budget import Budget
-from omnimem.comparison.report import UNKNOWN, template_of
+from omnimem.comparison.formatting import UNKNOWN
+from omnimem.comparison.report import template_of
 from omnimem.inspection.retention import NEVER, UNREAD, Holding
 from omnimem.inspection.snapshot import StreamSnapshot
 from omnimem.tokens import Modality

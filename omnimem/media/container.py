@@ -14,6 +14,8 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from omnimem.errors import UserError
+
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated"]
 
 CODEC_FILLING = 0.1  # seconds; what audio codecs add at the beginning and the end to fill their blocks
@@ -25,7 +27,7 @@ DECLARING = {"mov", "matroska", "avi", "flv", "wav", "flac", "asf"}
 
 
 @final
-class MediaError(ValueError):
+class MediaError(UserError):
     """A media file that cannot be used: `path`, `reason`, and one line that says what is wrong and how to repair it."""
 
     def __init__(self, path: Path | str, reason: Reason, message: str) -> None:

@@ -10,13 +10,14 @@ from jaxtyping import Int, Int8
 from torch import Tensor
 
 from omnimem.budget import Budget
+from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.tokens import Chunk, Tokens
 from omnimem.view import LayerView, Measures
 
 
-class PolicyError(ValueError):
+class PolicyError(UserError):
     """A policy that cannot work on the streams it is given; the message says why and how to repair it."""
 
 

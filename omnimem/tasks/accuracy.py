@@ -6,7 +6,7 @@ from typing import Any
 Line = Mapping[str, Any]
 
 DURATION = "duration"
-LENGTHS = (  # seconds of stream that a question came after, for benchmarks that name no durations
+LENGTHS = (  # seconds of stream before the question, for benchmarks without durations
     (120.0, "up to 2 min"),
     (600.0, "2 to 10 min"),
     (1800.0, "10 to 30 min"),
@@ -33,7 +33,7 @@ def accuracy(lines: Sequence[Line]) -> dict[str, float | int]:
 
 
 def breakdown(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, float | int]]]:
-    """The accuracy of each label of each axis; a question of several labels is in each of them."""
+    """The accuracy of each label of each axis; a question with several labels counts under each."""
     groups: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         for axis, labels in categories_of(line).items():
@@ -43,7 +43,7 @@ def breakdown(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, float | in
 
 
 def categories_of(line: Line) -> dict[str, list[str]]:
-    """Labels by axis; where the benchmark names no duration, that of the stream up to the question."""
+    """Labels by axis; if the benchmark has no durations, the length of the stream up to the question."""
     given = {axis: list(labels) for axis, labels in line.get("categories", {}).items()}
     seconds = line.get("stream_seconds")
     if DURATION not in given and seconds is not None:

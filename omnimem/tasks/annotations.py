@@ -1,4 +1,4 @@
-"""Annotation files on their way to samples: rows with their origin, options with their letters, videos on disk."""
+"""Reads annotation files: rows with their origin, options with their letters, videos on disk."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, final
 
 from omnimem.data import Item, ManifestError, Message, Sample
 from omnimem.extras import optional
-from omnimem.tasks.base import Defect, Gap
 from omnimem.tasks.rules import LETTERS
 
 if TYPE_CHECKING:
@@ -28,8 +27,18 @@ Row = Mapping[str, Any]
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Defect:
+    """An error in the published annotations and how it was handled; listed in every result."""
+
+    rule: str  # one word for the kind of defect
+    where: str  # id of the question or of the sample
+    what: str  # the error, and how it was handled
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question as it will be put."""
+    """A question with its prompt."""
 
     item: Item
     prompt: str
@@ -40,7 +49,7 @@ class Asked:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a question: one line each as the prompt shows them, and their texts without letters."""
+    """The options of a question: lines for the prompt, and texts without letters."""
 
     lines: tuple[str, ...]
     texts: tuple[str, ...]
@@ -49,13 +58,13 @@ class Options:
 @final
 @dataclass
 class AnnotationReader:
-    """What is found while annotations are read; problems end it, defects are handled and listed."""
+    """Collects problems, which are raised at the end, and defects, which are handled and listed."""
 
     problems: list[str] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
 
     def text(self, row: Row, key: str, origin: str) -> str:
-        """The text under a key; anything else is a problem."""
+        """The text of a key; anything else is a problem."""
         value = row.get(key)
         if isinstance(value, str) and value.strip():
             return value
@@ -63,12 +72,12 @@ class AnnotationReader:
         return ""
 
     def one_of(self, row: Row, key: str, known: Sequence[str], origin: str) -> None:
-        """Anything but one of the known words is a problem: it would be in no selection."""
+        """A value outside of `known` is a problem: no selection would contain it."""
         if row.get(key) not in known:
             self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {_got(row.get(key))}; {AGAIN}")
 
     def letter(self, row: Row, key: str, origin: str) -> str:
-        """The letter of the right answer, in upper case, whatever stands around it."""
+        """The letter of the right answer, in upper case, without the characters around it."""
         found = re.match(r"\s*\(?([A-Za-z])(?![A-Za-z])", str(row.get(key) or ""))
         if found:
             return found[1].upper()
@@ -76,8 +85,8 @@ class AnnotationReader:
         return ""
 
     def options(self, strings: Sequence[str], where: str) -> Options:
-        """Options from their strings. Repairs, each of them a defect: empty strings and what stands before the
-        option A are left out, the rest of a split option is joined to it, missing letters are added.
+        """Options from their strings. Repairs, each of them a defect: empty strings and strings before option A are
+        left out, the parts of a split option are joined, missing letters are added.
         """
         filled = [string.strip() for string in strings if string.strip()]
         if len(filled) < len(strings):
@@ -87,7 +96,7 @@ class AnnotationReader:
             self.defect("option_letters", where, "options without letters; added in their order")
             return Options(lines=_lettered(filled), texts=tuple(filled))
         if first:
-            self.defect("option_list", where, f"{' '.join(filled[:first])!r} stands before option A; left out")
+            self.defect("option_list", where, f"{' '.join(filled[:first])!r} precedes option A; left out")
         lines: list[str] = []
         for string in filled[first:]:
             if _labelled(string, len(lines)):
@@ -96,37 +105,35 @@ class AnnotationReader:
                 lines[-1] += f" {string}"
         if len(lines) < len(filled) - first:
             split = f"{len(filled) - first} strings for {len(lines)} options"
-            self.defect("option_list", where, f"{split}; those without the next letter joined to the ones before")
+            self.defect("option_list", where, f"{split}; the others are joined to the previous option")
         return Options(lines=tuple(lines), texts=tuple(LABEL.sub("", line, count=1) for line in lines))
 
     def check_answer(self, answer: str, texts: Sequence[str], where: str) -> None:
-        """A right answer that is not among the options makes every prediction wrong: a defect."""
+        """A right answer outside of the options, with which no prediction is correct, is a defect."""
         if answer and texts and answer not in LETTERS[: len(texts)]:
             self.defect(
-                "answer", where, f"the right answer is {answer} of {len(texts)} options; no prediction is right"
+                "answer", where, f"the right answer is {answer} of {len(texts)} options; no prediction is correct"
             )
 
     def several_labels(self, samples: Sequence[Sample], axis: str) -> None:
-        """Notes how many questions carry several labels of an axis."""
+        """A defect if questions have several labels of an axis."""
         labels = [question.item.categories.get(axis, ()) for sample in samples for question in sample.questions]
         several = sum(len(each) > 1 for each in labels)
         if several:
-            what = f"{several:,} of {len(labels):,} questions carry several; each counts once under every one of them"
+            what = f"{several:,} of {len(labels):,} questions have several; each counts once under every label"
             self.defect("several_labels", axis, what)
 
     def defect(self, rule: str, where: str, what: str) -> None:
-        """One more defect."""
+        """Add a defect."""
         self.defects.append(Defect(rule=rule, where=where, what=what))
 
     def done(self, samples: Sequence[Sample]) -> None:
-        """Raises ManifestError when there were problems; two questions of one id are one, since their answers could
-        not be told apart, and so is having none.
-        """
+        """Raises ManifestError if there are problems; no questions, and two questions of one id, are problems too."""
         if not samples and not self.problems:
             self.problems.append(f"no questions were found; {AGAIN}")
         ids = Counter(question.item.id for sample in samples for question in sample.questions)
         self.problems += [
-            f"{sample.origin}: question {question.item.id!r} is there {ids[question.item.id]} times; {AGAIN}"
+            f"{sample.origin}: question {question.item.id!r} occurs {ids[question.item.id]} times; {AGAIN}"
             for sample in samples
             for question in sample.questions
             if ids[question.item.id] > 1
@@ -136,7 +143,7 @@ class AnnotationReader:
 
 
 def _labelled(string: str, place: int) -> bool:
-    """Whether a string begins with the letter of its place."""
+    """Whether a string begins with the letter of its position."""
     found = LABEL.match(string)
     return found is not None and place < len(LETTERS) and found[1] == LETTERS[place]
 
@@ -146,12 +153,12 @@ def _lettered(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def strings_of(value: Any) -> list[str] | None:
-    """A list of strings; None for anything else."""
+    """The value if it is a list of strings, else None."""
     return list(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
 
 
 def grouped(rows: Iterable[tuple[str, Row]], key: str) -> list[list[tuple[str, Row]]]:
-    """Rows that share a value, in the order of its first appearance."""
+    """Rows grouped by a value, in the order of first appearance."""
     groups: dict[str, list[tuple[str, Row]]] = {}
     for origin, row in rows:
         groups.setdefault(str(row.get(key)), []).append((origin, row))
@@ -159,7 +166,7 @@ def grouped(rows: Iterable[tuple[str, Row]], key: str) -> list[list[tuple[str, R
 
 
 def labels_of(row: Row, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Categories from a row: a label or a list of labels by axis; axes that the row does not have are left out."""
+    """Categories of a row: labels by axis, without the axes that the row does not have."""
     found = {key: row[key] if isinstance(row.get(key), list) else [row.get(key)] for key in keys}
     named = {key: tuple(str(label) for label in labels if label not in (None, "")) for key, labels in found.items()}
     return {key: labels for key, labels in named.items() if labels}
@@ -177,7 +184,7 @@ def stream_of(
     cluster: str = "",
     origin: str = "",
 ) -> Sample:
-    """A sample with its questions in order; `seconds` is how long the file should be, at least and at most."""
+    """A sample with its questions in order; `seconds`: the shortest and longest length expected of the file."""
     turns = [
         (Message(role="user", content=one.prompt, at=one.at), Message(role="assistant", content=one.answer))
         for one in asked
@@ -212,7 +219,7 @@ def read_lines(path: Path) -> list[tuple[str, Row]]:
     rows: list[tuple[str, Row]] = []
     problems: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other ends of lines
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may contain other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
     for number, line in enumerate(lines, start=1):
@@ -225,7 +232,7 @@ def read_lines(path: Path) -> list[tuple[str, Row]]:
         if isinstance(row, dict):
             rows.append((f"{path}:{number}", row))
         else:
-            problems.append(f"{path}:{number}: is not a JSON object; write one object a line")
+            problems.append(f"{path}:{number}: is not a JSON object; write one object per line")
     if problems:
         raise ManifestError(problems)
     return rows
@@ -241,27 +248,16 @@ def read_parquet(path: Path) -> list[tuple[str, Row]]:
 
 
 def first_file(candidates: Iterable[Path]) -> Path | None:
-    """The first that is there."""
+    """The first existing file."""
     return next((path for path in candidates if path.is_file()), None)
 
 
 def video_file(root: Path, folders: Sequence[str], stem: str) -> Path:
-    """The video of this name in one of the folders; where it should lie when it is in none."""
+    """The video of this name in one of the folders, else its expected path."""
     if PurePosixPath(stem).name != stem or "\\" in stem:
         raise ManifestError([f"{root}: {stem!r} cannot name a video; {AGAIN}"])
     paths = [root / folder / f"{stem}{suffix}" for folder in folders for suffix in SUFFIXES]
     return first_file(paths) or paths[0]
-
-
-def missing_videos(samples: Sequence[Sample], how: str) -> list[Gap]:
-    """One gap for all videos that are not there."""
-    lost = [sample for sample in samples if sample.video is not None and not sample.video.is_file()]
-    files = list(dict.fromkeys(sample.video for sample in lost))
-    if not files:
-        return []
-    known = len({sample.video for sample in samples})
-    what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
-    return [Gap(what=what, how=how, share=len(lost) / len(samples))]
 
 
 def _got(value: Any) -> str:

@@ -1,41 +1,23 @@
-"""What evaluation needs of a benchmark: streams with their questions, and what a rule set makes of an answer."""
+"""What evaluation needs of a benchmark, and the base class of those that publish annotation files and videos.
 
+A new task is one file with a subclass of `AnnotatedBenchmark`, listed in omnimem/tasks/__init__.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, final, runtime_checkable
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 from omnimem.data import Question, Sample
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a rule set makes of one prediction.
-
-    Over the questions of a benchmark: official = Σ correct / Σ counted; strict = Σ correct / all, where a question
-    that got no prediction at all is wrong; no-answer rate = mean(answer is None); format rate = mean(bare).
-    """
-
-    answer: str | None  # as it was read; None: no answer could be read
-    correct: bool  # False where there is no answer
-    counted: bool  # in the denominator of the official accuracy
-    bare: bool  # the prediction is an answer in the form that was asked for, and nothing else
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Defect:
-    """Something wrong in the annotations as published, and what was done about it; listed in every result."""
-
-    rule: str  # one word for the kind of defect
-    where: str  # id of the question or of the sample
-    what: str  # what was found, and how it was handled
+from omnimem.tasks.annotations import AnnotationReader, Defect
+from omnimem.tasks.rules import RuleSet, Verdict
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Gap:
-    """Something that is not in the benchmark's folder."""
+    """Something missing in the folder of a benchmark."""
 
     what: str
     how: str  # to get it
@@ -45,7 +27,7 @@ class Gap:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """How much there is of a benchmark as published."""
+    """Size of a benchmark as published."""
 
     videos: int
     questions: int
@@ -53,45 +35,128 @@ class Published:
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """A benchmark in a folder of the user's, under one setting of its options.
+    """A benchmark in a folder of the user's, with its options.
 
-    Nothing is read before it is asked for, so that options can be composed where the data is not.
+    Files are read on demand, so that options can be built on a machine without the data.
     """
 
     @property
     def label(self) -> str:
-        """Name of the result files and in every table; other tracks and other rules have another label."""
+        """Name of the result files and in tables; other tracks and other rules have another label."""
         ...
 
     @property
     def rules(self) -> str:
-        """The rule set of prompt, extraction and denominator."""
+        """The rule set: prompt, answer extraction and denominator."""
         ...
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """The files that questions and answers come from; their digest says which edition it was."""
+        """The files of questions and answers; their digest identifies the edition."""
         ...
 
     def gaps(self) -> list[Gap]:
-        """What is missing; nothing is decoded. A gap of share 1 leaves nothing to evaluate, a smaller one costs
-        its samples, which fail when they are opened.
+        """Missing files; nothing is decoded. With a gap of share 1 nothing can be evaluated; a smaller one costs its
+        samples, which fail when they are opened.
         """
         ...
 
     def samples(self) -> list[Sample]:
-        """One sample a stream with all questions about it, in a fixed order.
+        """One sample per stream with all its questions, in a fixed order.
 
-        A question's text is the whole prompt; `at` is its time in the file; `item` holds its id, options and
-        categories. Samples cut from one recording share a `cluster`: statistics go by it. Raises ManifestError with
+        The text of a question is the whole prompt; `at` is its time in the file; `item` has its id, options and
+        categories. Samples of one recording share a `cluster`, the unit of the statistics. Raises ManifestError with
         every problem.
         """
         ...
 
     def defects(self) -> list[Defect]:
-        """Known defects that the annotations really have, by rule."""
+        """Known defects found in the annotations, by rule."""
         ...
 
     def judge(self, question: Question, prediction: str) -> Verdict:
-        """What the rules make of a prediction; a pure function."""
+        """The verdict of the rules on a prediction; a pure function."""
         ...
+
+
+class AnnotatedBenchmark(ABC):
+    """A benchmark of annotation files and videos: a task adds its options, files, prompts and rule sets.
+
+    Subclasses are frozen dataclasses with the fields `name`, `root` and `rules`, and implement `published`,
+    `annotations`, `sources` and `read`.
+    """
+
+    rule_sets: ClassVar[Mapping[str, RuleSet]]  # by the values of `rules`; the first one is not part of the label
+    name: Any  # str: a Literal of its own in each task
+    root: str
+    rules: Any  # str: one of the keys of `rule_sets`
+
+    @property
+    @abstractmethod
+    def published(self) -> Published | None:
+        """Size as published; None if unknown."""
+
+    @property
+    @abstractmethod
+    def annotations(self) -> tuple[Path, ...]:
+        """The files of questions and answers."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[str, str]:
+        """How to get missing annotations, and missing videos."""
+
+    @abstractmethod
+    def read(self, reader: AnnotationReader) -> list[Sample]:
+        """One sample per stream, in the order of the annotations; problems and defects go to the reader."""
+
+    @property
+    def label_parts(self) -> list[str]:
+        """Words of the label before the rules."""
+        return [self.name]
+
+    @property
+    @final
+    def label(self) -> str:
+        """Name of the result files."""
+        return "_".join([*self.label_parts, *([] if self.rules == next(iter(self.rule_sets)) else [self.rules])])
+
+    def gaps(self) -> list[Gap]:
+        """Missing annotations, else missing videos."""
+        annotations, videos = self.sources
+        absent = [path for path in self.annotations if not path.is_file()]
+        if absent:
+            return [Gap(what=f"{path}", how=annotations) for path in absent]
+        return missing_videos(self.samples(), videos)
+
+    @final
+    def samples(self) -> list[Sample]:
+        """One sample per stream; raises ManifestError with every problem."""
+        return self._read()[0]
+
+    @final
+    def defects(self) -> list[Defect]:
+        """Defects of the annotations, by rule."""
+        return self._read()[1]
+
+    @final
+    def judge(self, question: Question, prediction: str) -> Verdict:
+        """The verdict of the chosen rule set."""
+        return self.rule_sets[self.rules].judge(question, prediction)
+
+    def _read(self) -> tuple[list[Sample], list[Defect]]:
+        reader = AnnotationReader()
+        samples = self.read(reader)
+        reader.done(samples)
+        return samples, reader.defects
+
+
+def missing_videos(samples: Sequence[Sample], how: str) -> list[Gap]:
+    """One gap for all missing videos."""
+    lost = [sample for sample in samples if sample.video is not None and not sample.video.is_file()]
+    files = list(dict.fromkeys(sample.video for sample in lost))
+    if not files:
+        return []
+    known = len({sample.video for sample in samples})
+    what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
+    return [Gap(what=what, how=how, share=len(lost) / len(samples))]

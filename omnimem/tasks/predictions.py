@@ -1,8 +1,8 @@
-"""Predictions that others' tools wrote, matched to the questions of a benchmark, so that our rules can judge them.
+"""Predictions of other tools, matched to the questions of a benchmark, to be judged by our rules.
 
-lmms-eval 0.7.3: `*_samples_<task>.jsonl`, one object a line: `input` (the prompt), `filtered_resps` (the answer, its
-reasoning left out), `target`, and the value of the task's metric: an object with `question_id` and `score`
-(videomme), or true and false (lvbench). Older files hold the annotation under `doc`.
+lmms-eval 0.7.3: `*_samples_<task>.jsonl`, one object per line: `input` (the prompt), `filtered_resps` (the answer,
+without reasoning), `target`, and the value of the task's metric: an object with `question_id` and `score` (videomme),
+or true and false (lvbench). Older files hold the annotation under `doc`.
 VLMEvalKit: `<model>_Video-MME*.tsv` or .xlsx with the columns `video`, `question`, `answer` and `prediction`; its
 `_score` file also has `score`.
 """
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 else:
     openpyxl, exceptions = optional("openpyxl"), optional("openpyxl.utils.exceptions")
 
-SHOWN = 5  # problems of a kind
+SHOWN = 5  # problems
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a model wrote, and whatever says to which question."""
+    """The text of a model, and the fields that identify its question."""
 
     origin: str  # file:line
     text: str
@@ -38,7 +38,7 @@ class Prediction:
     video: str | None = None
     question: str | None = None
     prompt: str | None = None
-    answer: str | None = None  # the right one, as the file has it
+    answer: str | None = None  # the right one, according to the file
     score: bool | None = None  # the tool's own verdict
 
 
@@ -83,7 +83,7 @@ def _lmms_eval(path: Path) -> Iterator[Prediction]:
 
 
 def _metric(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The value of the task's metric, whose name ends with `score`, as an object."""
+    """The task's metric, whose name ends with `score`, as an object."""
     for name, value in row.items():
         if name.endswith("score"):
             return value if isinstance(value, dict) else {"score": value}
@@ -132,7 +132,7 @@ def _text(value: Any) -> str | None:
 
 
 def _score(value: Any) -> bool | None:
-    """0 or 1, however it was written; VLMEvalKit's -1 is no verdict."""
+    """0 or 1 in any notation; VLMEvalKit's -1 means no verdict."""
     try:
         number = None if value in (None, "") else float(value)
     except ValueError:
@@ -149,20 +149,20 @@ class Matched:
     """Predictions by the id of their question."""
 
     predictions: Mapping[str, Prediction]
-    missing: tuple[str, ...]  # ids of questions without one
+    missing: tuple[str, ...]  # ids of questions without a prediction
 
 
 def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Matched:
-    """Each prediction with the question that it answers: by id, else by video and question, else by prompt.
+    """Match predictions to questions: by id, else by video and question, else by prompt.
 
-    Raises ManifestError for a prediction of no question or of several, two for one, or another right answer.
+    Raises ManifestError if a prediction matches no question or several, a question has two, or right answers differ.
     """
     asked = [(sample, question) for sample in samples for question in sample.questions]
-    places = _Places(asked)
+    index = _QuestionIndex(asked)
     problems: list[str] = []
     found: dict[str, Prediction] = {}
     for prediction in predictions:
-        questions = places.of(prediction)
+        questions = index.find(prediction)
         if len(questions) != 1:
             several = f"{len(questions)} questions" if questions else "none of the questions"
             problems.append(f"{prediction.origin}: belongs to {several}; give the benchmark that was evaluated")
@@ -185,8 +185,8 @@ def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Mat
 
 
 @final
-class _Places:
-    """Where questions are found by what a tool wrote of them."""
+class _QuestionIndex:
+    """Indexes of questions by the fields of a prediction."""
 
     def __init__(self, asked: Sequence[tuple[Sample, Question]]) -> None:
         self._asked = asked
@@ -197,22 +197,22 @@ class _Places:
             self._questions.setdefault((sample.id, _plain(question.item.question)), []).append(question)
             self._prompts.setdefault(_plain(question.text), []).append(question)
 
-    def of(self, prediction: Prediction) -> list[Question]:
-        """The questions that a prediction may answer: the first way that finds any decides."""
+    def find(self, prediction: Prediction) -> list[Question]:
+        """Questions of the first index that has any."""
         if prediction.question_id in self._ids:
             return [self._ids[prediction.question_id]]
         if prediction.video and prediction.question:
             return self._questions.get((prediction.video, _plain(prediction.question)), [])
         prompt = _plain(prediction.prompt or "")
-        return self._prompts.get(prompt) or [each for _, each in self._asked if _stands_in(each, prompt)]
+        return self._prompts.get(prompt) or [each for _, each in self._asked if _contains(prompt, each)]
 
 
-def _stands_in(question: Question, prompt: str) -> bool:
-    """Whether a prompt asks this question with these options."""
+def _contains(prompt: str, question: Question) -> bool:
+    """Whether a prompt contains the question and its options."""
     texts = [_plain(text) for text in (question.item.question, *question.item.options)]
     return texts[0] != "" and all(text in prompt for text in texts)
 
 
 def _plain(text: str) -> str:
-    """Text without differences in blanks."""
+    """Text with normalised blanks."""
     return " ".join(text.split())

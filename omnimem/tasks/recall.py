@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Literal, final
 
 from omnimem.data import Question, Sample, read_manifest
-from omnimem.tasks.base import Defect, Gap, Verdict
+from omnimem.tasks.annotations import Defect
+from omnimem.tasks.base import Gap
+from omnimem.tasks.rules import Verdict
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RecallOptions:
-    """A split of the recall task on disk; any manifest with short answers is read the same way."""
+    """A split of the recall task; any manifest with one-word answers works too."""
 
     name: Literal["recall"] = "recall"
     root: str = "data/recall"
@@ -20,22 +22,22 @@ class RecallOptions:
 
     @property
     def label(self) -> str:
-        """Of the result files."""
+        """Name of the result files."""
         return self.name
 
     @property
     def rules(self) -> str:
-        """The first word counts; a prediction without a word is no answer."""
+        """The first word is the answer."""
         return "first_word"
 
     @property
     def published(self) -> None:
-        """As many streams as were rendered."""
+        """Unknown: as many streams as were rendered."""
         return
 
     @property
     def manifest(self) -> Path:
-        """The file that lists the streams."""
+        """The list of streams."""
         return Path(self.root) / f"{self.split}.jsonl"
 
     @property
@@ -44,24 +46,21 @@ class RecallOptions:
         return (self.manifest,)
 
     def gaps(self) -> list[Gap]:
-        """The manifest, where it is not there."""
+        """The manifest, if it is missing."""
         if self.manifest.is_file():
             return []
         return [Gap(what=f"{self.manifest}", how=f"make it with `python data_prep/synthesize.py --out {self.root}`")]
 
     def samples(self) -> list[Sample]:
-        """All streams of the split, in the order of the manifest.
-
-        Raises ManifestError with every problem.
-        """
+        """All streams of the split; raises ManifestError with every problem."""
         return read_manifest(self.manifest)
 
     def defects(self) -> list[Defect]:
-        """None: what is wrong with a manifest is an error."""
+        """Always empty: problems of a manifest are errors."""
         return []
 
     def judge(self, question: Question, prediction: str) -> Verdict:
-        """The first word in lower case, compared with the answer."""
+        """Compare the first word with the answer, in lower case."""
         words = re.findall(r"[^\W_]+", prediction.lower())
         answer = words[0] if words else None
         right = None if question.answer is None else question.answer.strip().lower()

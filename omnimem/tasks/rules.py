@@ -1,7 +1,10 @@
-"""Rule sets: which letter a prediction is read as, and over which predictions an accuracy is taken.
+"""Rule sets: answer extraction (the letter of a prediction) and the denominator of the accuracy.
 
-Each restates a published scorer, quirks included, so that the same predictions give the same number; they agree on
-a bare `B` or `B.` and on little else. A rule set of another edition would get another name.
+Each reproduces a published scorer, quirks included, so that the same predictions give the same number; they agree on
+a bare `B` or `B.`, and on little else. A rule set of another edition gets another name.
+
+Extraction by task: Video-MME `video_mme`, `vlmevalkit`; LVBench `lvbench`; StreamingBench `streamingbench`; LVOmniBench
+`lvomnibench`; all of them also `lmms_eval`.
 """
 
 import re
@@ -10,21 +13,35 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.data import Question
-from omnimem.tasks.base import Verdict
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FOUR = LETTERS[:4]
 
-Read = Callable[[str, str], str | None]  # (prediction, letters of the options) -> the letter, None: there is none
+Read = Callable[[str, str], str | None]  # (prediction, letters of the options) -> letter, or None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Verdict of a rule set on one prediction.
+
+    Over the questions of a benchmark: official = Σ correct / Σ counted; strict = Σ correct / all, where a question
+    without a prediction is wrong; no-answer rate = mean(answer is None); format rate = mean(bare).
+    """
+
+    answer: str | None  # as extracted; None: no answer found
+    correct: bool  # False without an answer
+    counted: bool  # in the denominator of the official accuracy
+    bare: bool  # the prediction is an answer in the requested form, and nothing else
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RuleSet:
-    """How answers are read, and which questions the official accuracy leaves out."""
+    """How answers are extracted, and which questions the official accuracy counts."""
 
     read: Read
-    denominator: Literal["answered", "written", "all"]  # questions with a letter; with any prediction; every one
+    denominator: Literal["answered", "written", "all"]  # questions with a letter; with a prediction; all
 
     def judge(self, question: Question, prediction: str) -> Verdict:
         """The verdict on a prediction for a multiple-choice question."""
@@ -40,12 +57,12 @@ class RuleSet:
 
 
 def letters_of(question: Question) -> str:
-    """The letters of a question's options; four where the benchmark does not list them."""
+    """The letters of a question's options; four if the benchmark does not list them."""
     return LETTERS[: len(question.item.options)] or FOUR
 
 
 def is_bare(prediction: str, letters: str) -> bool:
-    """Whether a prediction is one option letter, with a full stop at most: what every rule set reads alike."""
+    """Whether a prediction is only an option letter, perhaps with a full stop: all rule sets agree on it."""
     return re.fullmatch(f"[{letters}]\\.?", prediction.strip()) is not None
 
 
@@ -62,12 +79,12 @@ PREFIXES = (
 
 
 def video_mme(prediction: str, letters: str = FOUR) -> str | None:
-    """The first of A, B, C, D once six prefixes are gone: `Answer: B` is A (Video-MME, eval_your_results.py)."""
+    """Video-MME: the first of A, B, C, D after six prefixes are removed: `Answer: B` is A (eval_your_results.py)."""
     return _first_capital(prediction, PREFIXES)
 
 
 def vlmevalkit(prediction: str, letters: str = FOUR) -> str | None:
-    """As Video-MME's, without `Answer:` and `Option:` too (VLMEvalKit, exact matching)."""
+    """As `video_mme`; `Answer:` and `Option:` are removed too (VLMEvalKit, exact matching)."""
     return _first_capital(prediction, (*PREFIXES, "Answer:", "Option:"))
 
 
@@ -79,7 +96,7 @@ def _first_capital(prediction: str, prefixes: tuple[str, ...]) -> str | None:
 
 
 def lvbench(prediction: str, letters: str = FOUR) -> str | None:
-    """The first character after the first `(`, of what stands before the first `)` (LVBench, polish_answer)."""
+    """LVBench: the text before the first `)`, from it the first character after `(` (polish_answer)."""
     inside = prediction.strip().split(")")[0].strip()
     if "(" in inside:
         inside = inside.split("(")[1].strip()
@@ -87,7 +104,7 @@ def lvbench(prediction: str, letters: str = FOUR) -> str | None:
 
 
 def streamingbench(prediction: str, letters: str = FOUR) -> str | None:
-    """The very first character, a blank too (StreamingBench, count.py)."""
+    """StreamingBench: the very first character, even a blank (count.py)."""
     return _letter(prediction, letters)
 
 
@@ -96,9 +113,9 @@ def _letter(text: str, letters: str) -> str | None:
 
 
 def lvomnibench(prediction: str, letters: str = FOUR) -> str | None:
-    """A leading letter, else `answer is|: X`, else a letter that stands alone, else any of A to F; in either case.
+    """LVOmniBench: a leading letter, else `answer is|: X`, else a letter by itself, else any of A to F; in either case.
 
-    Of several letters that stand alone, the first in the alphabet (LVOmniBench, prompt_utils.py).
+    Of several letters by themselves, the first in the alphabet (prompt_utils.py).
     """
     six, text = LETTERS[:6], prediction.upper().strip()
     if re.match(rf"[{six}]([.): ,]|\Z)", text):
@@ -114,7 +131,7 @@ def lvomnibench(prediction: str, letters: str = FOUR) -> str | None:
 
 MARKS = (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))  # around a letter, with their rank
 START, END, PHRASE, ANYWHERE = 10, 9, 7, 0  # ranks of the other places
-PHRASES = (  # of each the first occurrence counts: those that contain another one may begin later
+PHRASES = (  # the first occurrence of each counts; a phrase that contains another one may begin later
     *(f"{which}answer is" for which in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
     *(f"{which}option is" for which in ("correct ", "the correct ", "best ", "the best ")),
     *(f"{which}choice is" for which in ("", "the ", "correct ", "the correct ", "my ")),
@@ -127,8 +144,8 @@ REASONING = ("think", "analysis")
 def lmms_eval(prediction: str, letters: str = FOUR) -> str | None:
     """The letter in the highest-ranking place, the last of several (lmms-eval 0.7.2 and 0.7.3, mcq_extract.py).
 
-    Places: alone at the start, at the end, after `answer is` and its like, `(B)`, `B.`, `B:`, `B)`, before a blank,
-    anywhere. What stands in <think> or <analysis> is left out before.
+    Places: alone at the start, at the end, after `answer is` and similar phrases, `(B)`, `B.`, `B:`, `B)`, before a
+    blank, anywhere. <think> and <analysis> blocks are removed first.
     """
     text = without_reasoning(prediction).strip()
     for sign in ",.!?;:'\"":
@@ -146,7 +163,7 @@ def lmms_eval(prediction: str, letters: str = FOUR) -> str | None:
 
 
 def _declared(text: str, letters: str) -> list[tuple[int, int, str]]:
-    """Each letter where it next stands after the first occurrence of each phrase."""
+    """The next place of each letter after the first occurrence of each phrase."""
     begun = [text.lower().find(phrase) for phrase in PHRASES]
     ends = [start + len(phrase) for start, phrase in zip(begun, PHRASES, strict=True) if start >= 0]
     places = [(text.find(letter, end), letter) for end in ends for letter in letters]
@@ -154,7 +171,7 @@ def _declared(text: str, letters: str) -> list[tuple[int, int, str]]:
 
 
 def _outermost(text: str, letters: str) -> list[tuple[int, int, str]]:
-    """The first and the last character, where it is a letter by itself."""
+    """The first and the last character, if they are letters by themselves."""
     core = text.strip()
     found: list[tuple[int, int, str]] = []
     if core and core[0] in letters and not core[1:2].isalpha():
@@ -165,7 +182,7 @@ def _outermost(text: str, letters: str) -> list[tuple[int, int, str]]:
 
 
 def without_reasoning(text: str) -> str:
-    """The text without closed reasoning blocks, or after a closing tag whose opening stood in the prompt."""
+    """The text without closed reasoning blocks, or after a closing tag whose opening was in the prompt."""
     for name in REASONING:
         start, end = f"<{name}>", f"</{name}>"
         text = re.sub(f"{start}.*?{end}", "", text, flags=re.DOTALL)

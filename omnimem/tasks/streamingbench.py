@@ -1,23 +1,22 @@
-"""StreamingBench: questions at a time of a video that is still running: what is seen, heard, or was said before.
+"""StreamingBench: questions during a video, about what is seen or heard, or about earlier questions.
 
 Folder (github.com/THUNLP-MT/StreamingBench with huggingface.co/datasets/mjuicem/StreamingBench): src/data of the
 repository with questions_real.json, questions_omni.json, questions_sqa.json, and the videos in videos/ as
-scripts/preprocess.sh leaves them, or unpacked as <part>/<task>/sample_<n>/<file>.mp4. Prompts, reading and
+scripts/preprocess.sh writes them, or unpacked as <part>/<task>/sample_<n>/<file>.mp4. Prompts, extraction and
 denominator: src/benchmark/*.py and src/data/count.py there (official). Proactive output, the fourth part, is polled
-second by second and is not covered. `lmms_eval` reads the same answers by lmms-eval's shared extraction: it has no
-such task.
+every second and is not covered. `lmms_eval` applies lmms-eval's shared extraction: lmms-eval has no such task.
 
-A question sees nothing after its time stamp: with `context: all` the stream from the beginning, with `60s` the last
-minute alone.
+A question sees nothing after its time stamp: with `context: all` the stream from its beginning, with `60s` only the
+last minute.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, final, get_args
+from typing import Any, ClassVar, Literal, final, get_args
 
-from omnimem.data import Item, ManifestError, Question, Sample
+from omnimem.data import Item, ManifestError, Sample
 from omnimem.tasks import rules
 from omnimem.tasks.annotations import (
     AnnotationReader,
@@ -26,28 +25,23 @@ from omnimem.tasks.annotations import (
     Row,
     first_file,
     labels_of,
-    missing_videos,
     read_json,
     stream_of,
     strings_of,
 )
-from omnimem.tasks.base import Defect, Gap, Published, Verdict
+from omnimem.tasks.base import AnnotatedBenchmark, Published
 from omnimem.tasks.rules import LMMS_EVAL, RuleSet
 
 Part = Literal["real", "omni", "sqa"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-RULES: Mapping[str, RuleSet] = {
-    "official": RuleSet(read=rules.streamingbench, denominator="written"),
-    "lmms_eval": LMMS_EVAL,
-}
 COUNTS: Mapping[str, tuple[int, int]] = {"real": (499, 2500), "omni": (300, 1500), "sqa": (50, 250)}
 CONTEXTUAL = ("Misleading Context Understanding", "Anomaly Context Understanding")  # in questions_omni.json
 AXES = ("task_type", "required_ability", "video_categories")
 FOLDERS = ("", "src/data")
 CONTEXT_SECONDS = 60.0
-ASTRAY = 3600.0  # seconds after the window that a question was written for: no stamp, but a slip
-NEAR = 60.0  # seconds around the window in which another reading of a stamp is taken
+ASTRAY = 3600.0  # seconds after the question's window: a later time stamp is an error
+NEAR = 60.0  # seconds around the window in which another interpretation of a time stamp is used
 
 INTRODUCTION = "You are an advanced video question-answering AI assistant. You have been provided with "
 LETTER = "Respond with only the letter (A, B, C, or D) of the correct option."
@@ -74,81 +68,70 @@ BEFORE = (
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class StreamingBenchOptions:
-    """StreamingBench, all of its multiple-choice parts or some."""
+class StreamingBenchOptions(AnnotatedBenchmark):
+    """StreamingBench, all of its multiple-choice parts or some.
 
+    Answer extraction: `streamingbench` of omnimem/tasks/rules.py.
+    """
+
+    rule_sets: ClassVar[Mapping[str, RuleSet]] = {
+        "official": RuleSet(read=rules.streamingbench, denominator="written"),
+        "lmms_eval": LMMS_EVAL,
+    }
     name: Literal["streamingbench"] = "streamingbench"
     root: str = "data/StreamingBench"
     parts: tuple[Part, ...] = PARTS
-    context: Literal["all", "60s"] = "all"  # what a question may see before its time stamp
+    context: Literal["all", "60s"] = "all"  # of a question, before its time stamp
     rules: Literal["official", "lmms_eval"] = "official"
 
     def __post_init__(self) -> None:
         if not self.parts or len(set(self.parts)) < len(self.parts):
-            raise ValueError(f"parts = {list(self.parts)} must name real, omni or sqa, each once at most")
+            raise ValueError(f"parts = {list(self.parts)} must name real, omni or sqa, each at most once")
 
     @property
-    def label(self) -> str:
-        """Of the result files."""
+    def label_parts(self) -> list[str]:
+        """The name, the parts unless all are chosen, and the context."""
         part = [] if len(self.parts) == len(PARTS) else [each for each in PARTS if each in self.parts]
-        context = [] if self.context == "all" else [self.context]
-        return "_".join([self.name, *part, *context, *([] if self.rules == "official" else [self.rules])])
+        return [self.name, *part, *([] if self.context == "all" else [self.context])]
 
     @property
     def published(self) -> Published:
-        """As the annotation files of the repository count."""
+        """Counts of the annotation files in the repository."""
         videos, questions = zip(*(COUNTS[part] for part in self.parts), strict=True)
         return Published(videos=sum(videos), questions=sum(questions))
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """One file a part."""
+        """One file per part."""
         root = Path(self.root)
         names = [f"questions_{part}.json" for part in PARTS if part in self.parts]
         return tuple(first_file(root / folder / name for folder in FOLDERS) or root / name for name in names)
 
-    def gaps(self) -> list[Gap]:
-        """The annotations and the videos."""
-        absent = [path for path in self.annotations if not path.is_file()]
-        if absent:
-            how = f"get src/data of github.com/THUNLP-MT/StreamingBench and set root to it (now {self.root})"
-            return [Gap(what=f"{path}", how=how) for path in absent]
-        return missing_videos(
-            self.samples(),
+    @property
+    def sources(self) -> tuple[str, str]:
+        """Annotations of the official repository, videos of the hub."""
+        return (
+            f"get src/data of github.com/THUNLP-MT/StreamingBench and set root to it (now {self.root})",
             f"get them with `hf download mjuicem/StreamingBench --repo-type dataset --local-dir {self.root}`, unpack "
             "them and run scripts/preprocess.sh of github.com/THUNLP-MT/StreamingBench",
         )
 
-    def samples(self) -> list[Sample]:
-        """One sample a video with `context: all`, one a video and time stamp with `60s`; raises ManifestError with
-        every problem.
-        """
-        return self._read()[0]
-
-    def defects(self) -> list[Defect]:
-        """What the annotations have wrong, by rule."""
-        return self._read()[1]
-
-    def judge(self, question: Question, prediction: str) -> Verdict:
-        """By the rule set of `rules`."""
-        return RULES[self.rules].judge(question, prediction)
-
-    def _read(self) -> tuple[list[Sample], list[Defect]]:
-        reading, samples, unpacked = AnnotationReader(), list[Sample](), _unpacked(Path(self.root))
+    def read(self, reader: AnnotationReader) -> list[Sample]:
+        """One sample per video with `context: all`, one per video and time stamp with `60s`."""
+        samples, unpacked = list[Sample](), _unpacked(Path(self.root))
         for path in self.annotations:
             part = path.stem.removeprefix("questions_")
             asked: dict[str, list[Asked]] = {}
             for origin, row, earlier in _entries(path, read_json(path)):
-                name = PurePosixPath(reading.text(row, "video_path", origin)).name
+                name = PurePosixPath(reader.text(row, "video_path", origin)).name
                 mine = asked.setdefault(name, [])
-                mine += _questions(row, origin, part, f"{PurePosixPath(name).stem}#{len(mine)}", earlier, reading)
+                mine += _questions(row, origin, part, f"{PurePosixPath(name).stem}#{len(mine)}", earlier, reader)
             for name, questions in asked.items():
                 samples += self._streams(path, name, questions, unpacked)
-        reading.done(samples)
-        return samples, reading.defects
+        return samples
 
     def _streams(self, path: Path, name: str, asked: Sequence[Asked], unpacked: Mapping[str, Path]) -> list[Sample]:
-        """What of a video is streamed: up to its last question, or the minute before each."""
+        """Streams of a video: up to its last question, or the minute before each."""
         stem, video = PurePosixPath(name).stem, path.parent / "videos" / name
         video = video if video.is_file() else unpacked.get(name, video)
         ends = sorted({one.at for one in asked if one.at is not None})
@@ -171,7 +154,7 @@ class StreamingBenchOptions:
 
 
 def _entries(path: Path, table: Any) -> list[tuple[str, Row, list[str]]]:
-    """Entries with their place, and the list in which the questions of one conversation are collected."""
+    """Entries with their origin, and the list that collects the questions of one conversation."""
     if not isinstance(table, list):
         raise ManifestError([f"{path}: expected a list of entries; download the annotations again"])
     found: list[tuple[str, Row, list[str]]] = []
@@ -185,16 +168,16 @@ def _entries(path: Path, table: Any) -> list[tuple[str, Row, list[str]]]:
 
 
 def _questions(
-    entry: Row, origin: str, part: str, where: str, earlier: list[str], reading: AnnotationReader
+    entry: Row, origin: str, part: str, where: str, earlier: list[str], reader: AnnotationReader
 ) -> list[Asked]:
-    """The questions of an entry; in a conversation (sqa) each is told those before it with their right answers."""
+    """The questions of an entry; in a conversation (sqa) the prompt has the earlier ones with their right answers."""
     stem, first = where.split("#")
     asked: list[Asked] = []
     for number, row in enumerate(entry["questions"], start=int(first)):
         name = f"{stem}#{number}"
-        options = reading.options(strings_of(row.get("options")) or [], name)
-        answer, question = reading.letter(row, "answer", origin), reading.text(row, "question", origin)
-        reading.check_answer(answer, options.texts, name)
+        options = reader.options(strings_of(row.get("options")) or [], name)
+        answer, question = reader.letter(row, "answer", origin), reader.text(row, "question", origin)
+        reader.check_answer(answer, options.texts, name)
         lines = "\n".join(options.lines)
         prompt = PROMPT.format(question=question, options=lines)
         if part == "sqa":
@@ -203,13 +186,13 @@ def _questions(
             earlier.append(_before(row, question, options, answer))
         categories = _categories(part, {**entry, **row})
         item = Item(id=name, question=question, options=options.texts, categories=categories)
-        at = _time(reading.text(row, "time_stamp", origin), str(entry.get("time")), name, reading)
+        at = seconds_of(reader.text(row, "time_stamp", origin), str(entry.get("time")), name, reader)
         asked.append(Asked(item=item, prompt=prompt, answer=answer, at=at))
     return asked
 
 
 def _before(row: Row, question: str, options: Options, answer: str) -> str:
-    """How a question is told to those after it."""
+    """A question in the prompts of later ones."""
     return BEFORE.format(
         stamp=row.get("time_stamp"), question=question, options=", ".join(options.lines), answer=answer
     )
@@ -222,7 +205,7 @@ def _categories(part: str, row: Row) -> dict[str, tuple[str, ...]]:
 
 
 def _unpacked(root: Path) -> dict[str, Path]:
-    """Videos as the zip files hold them, under the names that preprocess.sh would give them."""
+    """Videos as in the zip files, by the names that preprocess.sh would give them."""
     found: dict[str, Path] = {}
     for path in sorted(root.glob("**/sample_*/*.mp4")):
         found[f"{path.parent.name}_{path.parent.parent.name.replace(' ', '_')}.mp4"] = path
@@ -232,35 +215,35 @@ def _unpacked(root: Path) -> dict[str, Path]:
 # ------------------------------------------------------------------------------------------------------- time stamps
 
 
-def _time(stamp: str, window: str, where: str, reading: AnnotationReader) -> float:
-    """Seconds of a time stamp; one that cannot be meant is read another way and listed.
+def seconds_of(stamp: str, window: str, where: str, reader: AnnotationReader) -> float:
+    """Seconds of a time stamp; an impossible one is interpreted and listed as a defect.
 
-    That is one with 60 minutes or seconds and more, or an hour after the window that the question was written for:
-    taken at its word it would let the question see the video to its end. Tried are its digits as hours, minutes and
-    seconds, and as minutes and seconds; where neither falls near the window, the window's end is taken.
+    Impossible: minutes or seconds of 60 and more, or an hour after the window of the question, which would let the
+    question see the whole video. Its digits are read as hours, minutes and seconds, else as minutes and seconds; if
+    neither is near the window, the end of the window is used.
     """
     edges = [_seconds(clock) or 0.0 for clock in re.findall(r"[\d:]+", window)]
     seconds = _seconds(stamp)
     known = len(edges) == 2
     if seconds is not None and not (known and seconds > edges[1] + ASTRAY):
         if seconds < 1:
-            reading.defect("time_stamp", where, f"{stamp} is before anything is seen; asked at 1 s")
+            reader.defect("time_stamp", where, f"{stamp} is before the first frame; asked at 1 s")
         elif stamp.count(":") == 1:
-            reading.defect("time_stamp", where, f"{stamp} is read as minutes and seconds")
+            reader.defect("time_stamp", where, f"{stamp} is read as minutes and seconds")
         return max(1.0, seconds)
     if not known:
-        reading.problems.append(f"{where} time_stamp: {stamp!r} is no time; download the annotations again")
+        reader.problems.append(f"{where} time_stamp: {stamp!r} is not a time; download the annotations again")
         return 1.0
     digits = re.sub(r"\D", "", stamp)
     tried = [_seconds(f"{digits[:2]}:{digits[2:4]}:{digits[4:6]}"), _seconds(f"{digits[:2]}:{digits[2:4]}")]
     near = [each for each in tried if each is not None and edges[0] - NEAR <= each <= edges[1] + NEAR]
     taken = (near or [edges[1]])[0]
-    reading.defect("time_stamp", where, f"{stamp} lies outside of {window}; asked at {taken:g} s")
+    reader.defect("time_stamp", where, f"{stamp} is outside of {window}; asked at {taken:g} s")
     return max(1.0, taken)
 
 
 def _seconds(clock: str) -> float | None:
-    """Seconds of H:M:S, M:S or S; None when a part is missing or counts 60 and more."""
+    """Seconds of H:M:S, M:S or S; None if a part is missing, or is 60 and more."""
     parts = clock.split(":")
     if not all(part.isdigit() for part in parts) or any(int(part) >= 60 for part in parts[1:]):
         return None

@@ -14,13 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from omnimem.errors import UserError
+
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, whichever level transformers keeps it at
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that is empty, broken or made for another base; the message says which and how to repair it."""
 
 

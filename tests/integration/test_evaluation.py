@@ -16,7 +16,7 @@ from support.thinkers import write_folder
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.data import Item, Message, Question, Sample, TooManyFailures
-from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Share, answering, results, trace
+from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Shard, answering, results, trace
 from omnimem.evaluation.results import MEASURED
 from omnimem.media import FileSource, read_audio, read_frames
 from omnimem.policies import PerturbationOptions
@@ -149,32 +149,13 @@ def test_results_are_the_same_in_1_2_or_3_shards(
     whole = judge.run(arm_of(attached), asked, tmp_path / "1")
     for count in (2, 3):
         folder = tmp_path / str(count)
-        items = {judge.answer(arm_of(attached), asked, folder, share=Share(index=i, count=count)) for i in range(count)}
+        items = {judge.answer(arm_of(attached), asked, folder, shard=Shard(index=i, count=count)) for i in range(count)}
         assert items == {-(-len(films) // size)}
         assert not (folder / "given.jsonl").exists()
         assert judge.missing(asked, folder) == 0
         assert kept_of(judge.conclude(asked, folder)) == kept_of(whole)
         assert lines_of(folder) == lines_of(tmp_path / "1")
         assert [path.name for path in folder.glob("parts/*")] == []
-
-
-def test_claimed_items_are_answered_once(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
-    asked, judge = Given([sample(film) for film in films]), evaluation(backbone, attached)
-    judge.run(arm_of(attached), asked, tmp_path / "alone")
-    claims, shared = tmp_path / "claims", tmp_path / "shared"
-    claims.mkdir()
-    (claims / "1").touch()  # by a process that is still at it
-    first, second = (Share(index=i, count=2, claims=claims) for i in range(2))
-    judge.answer(arm_of(attached), asked, shared, share=first)
-    assert judge.missing(asked, shared) == len(QUESTIONS)
-    (claims / "1").unlink()
-    judge.answer(arm_of(attached), asked, shared, share=second)
-    parts = {path.name: len(path.read_text().splitlines()) for path in (shared / "parts").iterdir()}
-    assert parts == {"given.0of2.jsonl": 12, "given.1of2.jsonl": 3}
-    judge.conclude(asked, shared)
-    assert lines_of(shared) == lines_of(tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -300,7 +281,7 @@ def test_more_bad_files_than_allowed_stop_the_evaluation_in_any_number_of_shards
     with pytest.raises(TooManyFailures, match=what):
         judge.run(arm_of(attached), asked, tmp_path / "alone")
     for index in range(4):  # a shard of its own for each file: none of them sees too many
-        judge.answer(arm_of(attached), asked, tmp_path / "shards", share=Share(index=index, count=4))
+        judge.answer(arm_of(attached), asked, tmp_path / "shards", shard=Shard(index=index, count=4))
     with pytest.raises(TooManyFailures, match=what):
         judge.conclude(asked, tmp_path / "shards")
 
@@ -401,7 +382,7 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
         {
             "rule": "time_stamp",
             "where": "film0/3",
-            "what": "asked at 5000 s of a stream that ends at 8.0 s; asked there",
+            "what": "asked at 5000 s of a stream that ends at 8.0 s; asked at its end",
         },
     ]
     blind = evaluation(backbone, attached).run(arm_of(attached, tracks=None), asked, tmp_path / "blind")
@@ -488,15 +469,15 @@ def test_a_trace_stays_small_however_long_the_stream_is(
         assert coarse["kept"][kind] == joined
 
 
-# --- shares
+# --- shards
 
 
 @pytest.mark.parametrize("text", ["4/4", "a/2", "1", "-1/2", "1/0"])
 def test_a_shard_that_does_not_exist_is_named(text: str) -> None:
     with pytest.raises(EvaluationError, match=r"shard"):
-        Share.parse(text)
+        Shard.parse(text)
 
 
 def test_shards_divide_the_items() -> None:
-    taken = [number for index in range(3) for number in range(10) if Share(index=index, count=3).takes(number)]
+    taken = [number for index in range(3) for number in range(10) if Shard(index=index, count=3).takes(number)]
     assert sorted(taken) == list(range(10))

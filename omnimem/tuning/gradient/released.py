@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnimem.attention.blocked import attend
+from omnimem.errors import UserError
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.scoring import Perturbation
@@ -20,7 +21,7 @@ from omnimem.tuning.gradient.horizon import Draws, Link
 from omnimem.view import LayerView
 
 
-class GradientError(ValueError):
+class GradientError(UserError):
     """A gradient mode that this model cannot be tuned with; the message says why and how to repair it."""
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support import task_layouts as layouts
+from support.commands import exit_code
 
 from omnimem.commands import check
 
@@ -13,7 +14,7 @@ Said = tuple[int, str, list[str]]
 
 def checked(capsys: pytest.CaptureFixture[str], name: str, root: Path, *more: str) -> Said:
     """Exit code, what was printed, and the lines of problems."""
-    code = check.main(["--benchmark", name, "--root", str(root), *more])
+    code = exit_code(check.main, ["--benchmark", name, "--root", str(root), *more])
     told = capsys.readouterr()
     return code, told.out, told.err.splitlines()
 
@@ -26,7 +27,7 @@ def test_a_whole_folder_passes_with_its_counts_categories_and_defects(
     assert "questions  all 8" in told
     assert "video with its own audio 4" in told
     assert "group: real-time visual 4, contextual 3, omni-source 1" in told
-    assert "defect: time_stamp sample_3_Source#1: 05:11:00 lies outside of [0:00:04 - 0:00:08]; asked at 8 s" in told
+    assert "defect: time_stamp sample_3_Source#1: 05:11:00 is outside of [0:00:04 - 0:00:08]; asked at 8 s" in told
 
 
 def test_fewer_questions_than_published_are_refused_unless_a_subset_is_wanted(
@@ -69,7 +70,7 @@ def test_a_video_much_shorter_than_it_should_be_is_a_failure(
     code, _, problems = checked(capsys, "video_mme", layouts.video_mme(tmp_path), "--subset")
     assert code == 2
     assert [line.split(" video: ")[1].split("/")[-1] for line in problems] == [
-        f"vid{number}.mp4 lasts 8.0 s, but {least} s at least were expected; get it again"
+        f"vid{number}.mp4 lasts 8.0 s, but at least {least} s were expected; download it again"
         for number, least in ((2, 240), (3, 1800))
     ]
     short = checked(capsys, "video_mme", tmp_path, "--subset", "--set", "durations=[short]")
@@ -108,7 +109,7 @@ def test_a_file_that_is_no_video_is_found(tmp_path: Path, capsys: pytest.Capture
 def test_what_the_command_line_has_wrong_is_told_in_a_line(
     arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check.main([*arguments, "--root", str(tmp_path)]) == 2
+    assert exit_code(check.main, [*arguments, "--root", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(problem)
 
@@ -119,6 +120,4 @@ def test_what_the_command_line_has_wrong_is_told_in_a_line(
 def test_neither_manifest_nor_benchmark_or_both_is_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        check.main(arguments)
-    assert left.value.code == 2
+    assert exit_code(check.main, arguments) == 2

@@ -74,7 +74,7 @@ def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_miss
     assert all("; " in line for line in missing)
     assert "approximate" in said
     assert "[[A red circle; the word river.<|im_end|>]]" in said
-    assert "8,192 slots a layer (1,365 audio + 6,827 visual) x 28 layers = 229,376 entries" in said
+    assert "8,192 slots per layer (1,365 audio + 6,827 visual) x 28 layers = 229,376 entries" in said
 
 
 def test_tokens_of_an_unknown_minute_follow_from_the_rates_of_the_checkpoint(
@@ -111,7 +111,7 @@ def test_only_answers_that_are_learned_stand_in_the_label_mask(
     preview.preview(recorded(tmp_path / "data", checkpoint))
     said = capsys.readouterr().out
     assert "[[red<|im_end|>]]" in said
-    assert "(nothing is learned)" in said
+    assert "(no labels)" in said
     assert "[[river" not in said
     assert f"{tmp_path}/data/train.jsonl:1" in said
 
@@ -154,7 +154,7 @@ def test_the_memory_table_and_the_budget_say_what_soft_selection_holds(
     assert skeleton is not None
     assert load_of(run, skeleton.shapes, read_sample(run, skeleton, Missing())).entries == 2 * 60
     preview.preview(run)
-    said = "soft selection holds up to 60 entries a layer in training where evaluation holds 20"
+    said = "soft selection holds up to 60 entries per layer in training, evaluation holds 20"
     assert said in capsys.readouterr().out
     assert "soft selection" not in shown(capsys)
 
@@ -179,8 +179,8 @@ def test_the_memory_table_knows_ranges_and_the_teacher(
         assert rows.get("teacher's full memory") == (expected if taught else None)
     preview.preview(run)
     said = capsys.readouterr().out
-    assert "slots a layer in training, one drawn a step: 4 to 9\n" in said
-    assert "chunk_tokens in training, one drawn a step: 20 to 70\n" in said
+    assert "slots per layer in training, one drawn per step: 4 to 9\n" in said
+    assert "chunk_tokens in training, one drawn per step: 20 to 70\n" in said
 
 
 @pytest.mark.parametrize(

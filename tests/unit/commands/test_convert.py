@@ -9,9 +9,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from support.commands import exit_code
 
-from omnimem.commands.check import main as check
-from omnimem.commands.convert import main as convert
+from omnimem.commands import check, convert
 from omnimem.commands.convert import without_tags
 from omnimem.data import read_manifest
 from omnimem.recall.renderer import write_mp4
@@ -59,7 +59,7 @@ def swift(text: str = "<video>what ?", **more: Any) -> dict[str, Any]:
 def run(media: Path, rows: list[Any], *more: str) -> tuple[int, Path]:
     out = media / "train.jsonl"
     out.unlink(missing_ok=True)
-    return convert([str(written(media, rows)), "--out", str(out), *more]), out
+    return exit_code(convert.main, [str(written(media, rows)), "--out", str(out), *more]), out
 
 
 def problems(capsys: pytest.CaptureFixture[str], media: Path) -> list[str]:
@@ -96,7 +96,7 @@ def test_sharegpt_conversations_with_both_files_become_samples(media: Path) -> N
     }
     source = written(media, [row, row], "rows.json")
     out = media / "shared.jsonl"
-    assert convert([str(source), "--out", str(out)]) == 0
+    assert exit_code(convert.main, [str(source), "--out", str(out)]) == 0
     sample = read_manifest(out)[1]
     assert (sample.video, sample.audio) == (media / "clips/silent.mp4", media / "clips/sound.wav")
     assert (sample.system, sample.questions[0].text) == ("Look.", "what ?")
@@ -178,7 +178,7 @@ def test_a_tag_after_the_first_question_is_refused(media: Path, capsys: pytest.C
     row = swift("what ?")
     row["messages"] += [{"role": "user", "content": "<video>and ?"}]
     assert run(media, [row])[0] == 2
-    assert problems(capsys, media)[0].startswith("1 messages: a tag stands after the first question")
+    assert problems(capsys, media)[0].startswith("1 messages: a tag after the first question")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_tag_after_the_first_question_is_refused(media: Path, capsys: pytest.C
     [
         ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: is not an object"]),
         ("[{]", ["is not JSON"]),
-        ('{"messages": [],\n"videos": []}', ["one object a line"]),
+        ('{"messages": [],\n"videos": []}', ["one object per line"]),
         ("", ["holds no rows"]),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_file_that_is_no_json_is_named_by_line(
 ) -> None:
     path = media / "rows.jsonl"
     path.write_text(text)
-    assert convert([str(path), "--out", str(media / "train.jsonl"), "--overwrite"]) == 2
+    assert exit_code(convert.main, [str(path), "--out", str(media / "train.jsonl"), "--overwrite"]) == 2
     found = problems(capsys, media)
     assert len(found) == len(expected)
     assert all(want in got for want, got in zip(expected, found, strict=True))
@@ -207,7 +207,7 @@ def test_rows_of_different_types_and_blank_lines_keep_their_numbers(
     path = media / "rows.jsonl"
     wrong = swift(messages=[{"role": "user", "content": [{"type": "text", "text": "q"}]}], videos="clips/talk.mp4")
     path.write_text(f"{json.dumps(swift())}\n\n\n{json.dumps(wrong)}\n{json.dumps(swift(id=4))}\n")
-    assert convert([str(path), "--out", str(media / "mixed.jsonl")]) == 2
+    assert exit_code(convert.main, [str(path), "--out", str(media / "mixed.jsonl")]) == 2
     assert problems(capsys, media)[0].startswith("4 messages[0]: expected text")
 
 
@@ -238,16 +238,16 @@ def test_media_outside_the_manifests_folder_must_be_allowed(
     media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = str(written(media, [swift()])), tmp_path / "far" / "train.jsonl"
-    assert convert([source, "--out", str(out)]) == 2
+    assert exit_code(convert.main, [source, "--out", str(out)]) == 2
     assert "--allow-absolute-paths" in capsys.readouterr().err
-    assert convert([source, "--out", str(out), "--allow-absolute-paths"]) == 0
+    assert exit_code(convert.main, [source, "--out", str(out), "--allow-absolute-paths"]) == 0
     assert read_manifest(out, allow_absolute=True)[0].video == media / "clips/talk.mp4"
 
 
 def test_a_media_root_replaces_the_folder_of_the_file(media: Path, tmp_path: Path) -> None:
     source = written(tmp_path, [swift(videos=["talk.mp4"])])
     out = media / "rooted.jsonl"
-    assert convert([str(source), "--out", str(out), "--media-root", str(media / "clips")]) == 0
+    assert exit_code(convert.main, [str(source), "--out", str(out), "--media-root", str(media / "clips")]) == 0
     assert read_manifest(out)[0].video == media / "clips/talk.mp4"
 
 
@@ -255,10 +255,10 @@ def test_two_rows_never_share_an_id_and_a_manifest_is_never_overwritten_unasked(
     media: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(media, [swift(id="a"), swift(id="a")])[0] == 2
-    assert problems(capsys, media)[0].startswith("2 id: 'a' is used at ")
+    assert problems(capsys, media)[0].startswith("2 id: 'a' is already used at ")
     code, out = run(media, [swift()])
     assert code == 0
-    assert convert([str(media / "rows.jsonl"), "--out", str(out)]) == 2
+    assert exit_code(convert.main, [str(media / "rows.jsonl"), "--out", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
 
 
@@ -280,7 +280,7 @@ def test_checking_a_good_manifest_reports_it(media: Path, capsys: pytest.Capture
     code, out = run(media, [swift(), swift(end=6)])
     capsys.readouterr()
     assert code == 0
-    assert check([str(out), "--decode"]) == 0
+    assert exit_code(check.main, [str(out), "--decode"]) == 0
     printed = capsys.readouterr()
     assert "2 (2 usable, 0 failed)" in printed.out
     assert "shortest 6.0 s" in printed.out
@@ -295,7 +295,7 @@ def test_checking_names_files_that_went_away_or_end_early(media: Path, capsys: p
     assert code == 0
     (media / "clips/lost.mp4").unlink()
     capsys.readouterr()
-    assert check([str(out)]) == 2
+    assert exit_code(check.main, [str(out)]) == 2
     assert capsys.readouterr().err.startswith(f"{out}:2 video: {media}/clips/lost.mp4: is not a file")
 
 
@@ -312,8 +312,8 @@ def test_decoding_finds_a_file_whose_header_promises_more_than_it_holds(
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     out = media / "cut.jsonl"
     out.write_text(json.dumps({"id": "a", "video": "clips/cut.mkv", "messages": swift("what ?")["messages"]}))
-    assert check([str(out)]) == 0
-    assert check([str(out), "--decode"]) == 2
+    assert exit_code(check.main, [str(out)]) == 0
+    assert exit_code(check.main, [str(out), "--decode"]) == 2
     assert "cut.mkv" in capsys.readouterr().err
 
 
@@ -321,12 +321,12 @@ def test_checking_tells_when_two_manifests_share_files(media: Path, capsys: pyte
     _, out = run(media, [swift()])
     other = media / "test.jsonl"
     other.write_text(out.read_text())
-    assert check([str(out), str(other)]) == 0
+    assert exit_code(check.main, [str(out), str(other)]) == 0
     assert "have 1 files in common" in capsys.readouterr().out
 
 
 def test_checking_an_unreadable_manifest_names_its_lines(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = media / "wrong.jsonl"
     path.write_text('{"id": "a"}\n{')
-    assert check([str(path)]) == 2
+    assert exit_code(check.main, [str(path)]) == 2
     assert [line.split(":")[1].split()[0] for line in capsys.readouterr().err.splitlines()] == ["1", "1", "2"]

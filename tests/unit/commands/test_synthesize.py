@@ -5,6 +5,7 @@ from pathlib import Path
 
 import av
 import pytest
+from support.commands import exit_code
 
 from omnimem.commands.synthesize import SPLITS, Recipe, main, manifest_line
 from omnimem.recall.worlds import WorldOptions
@@ -15,7 +16,7 @@ SMALL = ["--seconds", "8", "--train", "3", "--calibration", "1", "--test", "2", 
 @pytest.fixture(scope="module")
 def recall(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synthesize") / "recall"
-    assert main(["--out", str(out), *SMALL]) == 0
+    assert exit_code(main, ["--out", str(out), *SMALL]) == 0
     return out
 
 
@@ -68,14 +69,14 @@ def test_a_second_run_keeps_what_is_there_and_makes_what_is_missing(recall: Path
     kept, lost = videos / "train-00000.mp4", videos / "train-00001.mp4"
     before, again = kept.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
-    assert main(["--out", str(recall), *SMALL]) == 0
+    assert exit_code(main, ["--out", str(recall), *SMALL]) == 0
     assert kept.stat().st_mtime_ns == before
     assert lost.read_bytes() == again
 
 
 def test_more_streams_extend_a_folder(recall: Path) -> None:
     first = lines(recall / "calibration.jsonl")
-    assert main(["--out", str(recall), *SMALL, "--calibration", "2"]) == 0
+    assert exit_code(main, ["--out", str(recall), *SMALL, "--calibration", "2"]) == 0
     assert lines(recall / "calibration.jsonl")[:1] == first
     assert len(lines(recall / "calibration.jsonl")) == 2
 
@@ -90,12 +91,12 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path, monke
         patch.setattr("omnimem.commands.synthesize.write_mp4", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
-    assert main(arguments) == 0
+    assert exit_code(main, arguments) == 0
     assert (tmp_path / "videos" / "train-00000.mp4").stat().st_size > 10_000
 
 
 def test_several_processes_write_the_same_files_as_one(recall: Path, tmp_path: Path) -> None:
-    assert main(["--out", str(tmp_path), *SMALL, "--workers", "2", "--test", "0", "--calibration", "0"]) == 0
+    assert exit_code(main, ["--out", str(tmp_path), *SMALL, "--workers", "2", "--test", "0", "--calibration", "0"]) == 0
     for name in ("train-00000.mp4", "train-00002.mp4"):
         assert (tmp_path / "videos" / name).read_bytes() == (recall / "videos" / name).read_bytes()
 
@@ -103,7 +104,7 @@ def test_several_processes_write_the_same_files_as_one(recall: Path, tmp_path: P
 def test_another_recipe_is_refused_with_every_difference_and_the_cure(
     recall: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--out", str(recall), *SMALL, "--seed", "3", "--seconds", "12"]) == 2
+    assert exit_code(main, ["--out", str(recall), *SMALL, "--seed", "3", "--seconds", "12"]) == 2
     problems = capsys.readouterr().err.splitlines()
     assert [problem.split(":")[0].split()[-1] for problem in problems] == ["seconds", "seed"]
     assert all("8 there, 12 now" in problem or "1 there, 3 now" in problem for problem in problems)
@@ -118,7 +119,7 @@ def test_a_folder_without_a_readable_recipe_is_refused(
     (tmp_path / "videos" / "train-00000.mp4").touch()
     if content is not None:
         (tmp_path / "recipe.json").write_text(content)
-    assert main(["--out", str(tmp_path), *SMALL]) == 2
+    assert exit_code(main, ["--out", str(tmp_path), *SMALL]) == 2
     assert "choose another --out, or delete" in capsys.readouterr().err
 
 

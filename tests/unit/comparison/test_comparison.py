@@ -17,7 +17,7 @@ from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
-from omnimem.comparison.report import points
+from omnimem.comparison.formatting import points
 
 KINDS = {"visual": 8, "auditory": 16, "cross_modal": 16}
 AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
@@ -529,7 +529,7 @@ def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     path = run / "eval" / "tuned" / "trace.json"
     trace = json.loads(path.read_text())
     path.write_text(json.dumps(trace | {"chunk_ends": trace["chunk_ends"][1:]}))
-    assert "kept.audio: does not hold 32 bins a layer after each of 7 chunks" in problems(run, out=tmp_path / "out")
+    assert "kept.audio: does not hold 32 bins per layer after each of 7 chunks" in problems(run, out=tmp_path / "out")
 
 
 def test_totals_of_frames_are_compared_where_lines_do_not_say(tmp_path: Path) -> None:

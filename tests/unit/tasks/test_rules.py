@@ -5,12 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnimem.data import Item, Question
-from omnimem.tasks import own, rules
-from omnimem.tasks.lvbench import RULES as LVBENCH
-from omnimem.tasks.lvomnibench import RULES as LVOMNIBENCH
+from omnimem.tasks import (
+    LVBenchOptions,
+    LVOmniBenchOptions,
+    OwnOptions,
+    StreamingBenchOptions,
+    VideoMMEOptions,
+    own,
+    rules,
+)
 from omnimem.tasks.rules import RuleSet, is_bare
-from omnimem.tasks.streamingbench import RULES as STREAMINGBENCH
-from omnimem.tasks.video_mme import RULES as VIDEO_MME
 
 READERS = (rules.video_mme, rules.vlmevalkit, rules.lvbench, rules.lvomnibench, rules.streamingbench, rules.lmms_eval)
 GOLDEN = (  # what the scorers of READERS, in this order, make of each prediction
@@ -88,15 +92,15 @@ def test_no_rule_set_reads_a_letter_that_no_option_has(prediction: str) -> None:
 @pytest.mark.parametrize(
     ("rule_set", "unread", "empty"),
     [
-        (VIDEO_MME["official"], False, False),  # drops what it cannot read
-        (VIDEO_MME["lmms_eval"], True, True),
-        (VIDEO_MME["vlmevalkit"], True, True),
-        (LVBENCH["official"], True, True),
-        (LVBENCH["lmms_eval"], True, True),
-        (LVOMNIBENCH["official"], False, False),
-        (STREAMINGBENCH["official"], True, False),  # drops what is empty
-        (STREAMINGBENCH["lmms_eval"], True, True),
-        (own.RULES["letter"], True, True),
+        (VideoMMEOptions.rule_sets["official"], False, False),  # drops what it cannot read
+        (VideoMMEOptions.rule_sets["lmms_eval"], True, True),
+        (VideoMMEOptions.rule_sets["vlmevalkit"], True, True),
+        (LVBenchOptions.rule_sets["official"], True, True),
+        (LVBenchOptions.rule_sets["lmms_eval"], True, True),
+        (LVOmniBenchOptions.rule_sets["official"], False, False),
+        (StreamingBenchOptions.rule_sets["official"], True, False),  # drops what is empty
+        (StreamingBenchOptions.rule_sets["lmms_eval"], True, True),
+        (OwnOptions.rule_sets["letter"], True, True),
     ],
 )
 def test_what_is_counted_follows_the_denominator_of_the_scorer(rule_set: RuleSet, unread: bool, empty: bool) -> None:
@@ -107,14 +111,14 @@ def test_what_is_counted_follows_the_denominator_of_the_scorer(rule_set: RuleSet
 
 
 def test_a_verdict_is_correct_only_for_the_letter_of_the_answer() -> None:
-    judge = VIDEO_MME["official"].judge
+    judge = VideoMMEOptions.rule_sets["official"].judge
     assert judge(question("B"), "B").correct
     assert not judge(question("A"), "B").correct
     assert not judge(question(""), "").correct
 
 
 def test_letters_go_as_far_as_the_options() -> None:
-    judge = own.RULES["lmms_eval"].judge
+    judge = OwnOptions.rule_sets["lmms_eval"].judge
     assert judge(question("E", options=5), "(E)").correct
     assert judge(question("B", options=2), "C").answer is None
     assert judge(question("B", options=0), "(D)").answer == "D"  # options that are not listed: four

@@ -18,7 +18,7 @@ from omnimem.tasks import (
     VideoMMEOptions,
 )
 from omnimem.tasks.annotations import AnnotationReader
-from omnimem.tasks.streamingbench import PARTS, _time
+from omnimem.tasks.streamingbench import PARTS, seconds_of
 
 BUILT: dict[str, tuple[Callable[[Path], Path], type]] = {
     "video_mme": (layouts.video_mme, VideoMMEOptions),
@@ -312,14 +312,14 @@ def test_a_time_stamp_that_cannot_be_meant_is_read_from_its_digits(
     stamp: str, window: str, seconds: float, defects: int
 ) -> None:
     reading = AnnotationReader()
-    assert _time(stamp, window, "q", reading) == seconds
+    assert seconds_of(stamp, window, "q", reading) == seconds
     assert len(reading.defects) == defects
 
 
 def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
     reading = AnnotationReader()
-    _time("soon", "", "q", reading)
-    assert reading.problems == ["q time_stamp: 'soon' is no time; download the annotations again"]
+    seconds_of("soon", "", "q", reading)
+    assert reading.problems == ["q time_stamp: 'soon' is not a time; download the annotations again"]
 
 
 def test_the_parts_of_streamingbench_are_chosen_by_name(roots: dict[str, str]) -> None:
@@ -360,14 +360,14 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path: Path) -> No
         ({"option": []}, "1 option: unknown key; did you mean options?"),
         ({"genre": "x"}, "1 genre: unknown key; put it under categories"),
         ({"options": ["one"]}, "1 options: expected a list of 2 to 26 texts"),
-        ({"answer": "E"}, "1 answer: E is none of 2 options"),
+        ({"answer": "E"}, "1 answer: E is not one of 2 options"),
         ({"answer": "Blue"}, "1 answer: expected the letter of an option"),
         ({"question": ""}, "1 question: expected text"),
         ({"at": "soon"}, "1 at: expected seconds"),
-        ({"start": 4, "at": 3}, "1 at: 3 lies outside the stream"),
+        ({"start": 4, "at": 3}, "1 at: 3 is outside the stream"),
         ({"start": 4, "end": 3}, "1 end: 3 is not after start = 4"),
-        ({"video": "../film.mp4"}, "1 video: ../film.mp4 leaves the folder"),
-        ({"id": "q2"}, "question 'q2' is there 2 times"),
+        ({"video": "../film.mp4"}, "1 video: ../film.mp4 is outside the folder"),
+        ({"id": "q2"}, "question 'q2' occurs 2 times"),
         ({"categories": ["x"]}, "1 categories: expected an object of labels"),
     ],
 )
@@ -397,7 +397,7 @@ def test_what_stands_before_option_a_is_left_out_and_listed() -> None:
     reading = AnnotationReader()
     options = reading.options(["in the", *layouts.LETTERED], "q")
     assert options.lines == tuple(layouts.LETTERED)
-    assert [defect.what for defect in reading.defects] == ["'in the' stands before option A; left out"]
+    assert [defect.what for defect in reading.defects] == ["'in the' precedes option A; left out"]
 
 
 @pytest.mark.parametrize("string", ["A. x", "A.x", "A) x", "(A) x", "A: x", "A.  x"])

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from test_stream import policy_of
 
-from omnimem.cli.parser import USER_ERRORS
 from omnimem.config import ConfigError, load
+from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tokens import Tokens
@@ -83,7 +83,7 @@ def test_a_stop_layer_that_the_model_does_not_have_is_refused(stop_layer: int) -
     options = TuningOptions(gradient="released", stop_layer=stop_layer, selection=HARD)
     with pytest.raises(GradientError, match=rf"^tuning.stop_layer = {stop_layer} must be from 1 to 3: the model has 4"):
         gradient_of(options, 4)
-    assert GradientError in USER_ERRORS  # exit code 2
+    assert issubclass(GradientError, UserError)  # exit code 2
 
 
 class Whole(Policy):
