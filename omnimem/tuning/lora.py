@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYERS = (
-    r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
-)
+LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 

@@ -168,8 +168,8 @@ def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder: Path) ->
     assert [line["step"] for line in fresh.lines] == [1]
     (said,) = command(SCRIPT, given(folder, "used", *steps), folder, fails=True).outputs
     assert said == (
-        "runs/used exists already; continue it with --resume auto, give the run another name with name=..., "
-        "or start anew with --overwrite, which moves it to runs/used.1\n"
+        "runs/used already exists; continue it with --resume auto, give the run another name with name=..., "
+        "or start again with --overwrite, which moves it to runs/used.1\n"
     )
     shutil.rmtree(fresh.path / "checkpoint-1")
     again = tune(folder, "used", *steps, "--resume", "auto")  # no checkpoint left: from the first step, nothing twice
