@@ -43,9 +43,9 @@ from omnimem.tiny.towers import (
     decode_clips,
     encode_frames,
     encode_mel,
+    fit_towers,
     fresh_worlds,
     render_clips,
-    train_towers,
 )
 
 
@@ -311,7 +311,7 @@ def train_stage(
 def train_towers(trainee: Trainee) -> None:
     """Both towers, while the text model rests."""
     for lesson in TOWER_STAGES:
-        for record in train_towers(trainee.model, trainee.concepts, lesson, seed=trainee.seed):
+        for record in fit_towers(trainee.model, trainee.concepts, lesson, seed=trainee.seed):
             trainee.log.write(stage=lesson.name, **record)
 
 

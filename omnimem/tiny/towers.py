@@ -187,7 +187,7 @@ AUDIO_WORLDS = WorldOptions(event_rate=0.0, stray_rate=0.8)  # 16 streams of 16 
 FILE_WORLDS = WorldOptions(event_rate=1.0, stray_rate=0.5)  # 8 streams of 32 s per step, both tracks
 
 
-def train_towers(
+def fit_towers(
     model: Qwen2_5OmniThinkerForConditionalGeneration, concepts: Concepts, stage: TowerStage, *, seed: int
 ) -> Iterator[dict[str, float | int]]:
     """Regress both towers on the concepts; yields metrics every 20 steps. Seed and step determine all random draws."""
