@@ -1,4 +1,4 @@
-"""Calibration: how each layer uses its memory, measured on a few streams; from it `budget` allocates slots."""
+"""Calibration: measures how each layer uses its memory on a few streams; `omnimem.budget` allocates slots from it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class CalibrationError(UserError):
 @final
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """How many streams are measured, and how much of each is passed over while the memory fills."""
+    """Number of measured streams, and of chunks skipped in each while the memory fills."""
 
     streams: int = 8
-    skip_chunks: int = 5  # first chunks of every stream, as released
+    skip_chunks: int = 5  # at the start of every stream, as in the release
 
     def __post_init__(self) -> None:
         if self.streams < 1:
@@ -40,7 +40,7 @@ class CalibrationOptions:
 
 @final
 class _Mean:
-    """A running mean for each layer."""
+    """A mean per layer."""
 
     def __init__(self, layers: int) -> None:
         self.sums, self.counts = [0.0] * layers, [0] * layers
@@ -55,11 +55,11 @@ class _Mean:
 
 @final
 class Recorder:
-    """Measures every layer after every chunk of the streams it is handed to: `Stream(…, recorder=recorder)`.
+    """Measures every layer after every chunk of a stream: `Stream(…, recorder=recorder)`.
 
-    Entropy is that of the attention which the chunk's queries pay to the audio and visual tokens of [memory ; chunk],
-    normalised over those tokens and divided by the log of their number; similarity is the mean over the same tokens of
-    s, judged in the pool. Text is left out: it is never evicted, and the sink on the first token would drown the rest.
+    Entropy: of the attention of the chunk's queries to the audio and visual tokens of [memory ; chunk], normalised over
+    those tokens and divided by the log of their number. Similarity: the mean of s over the same tokens, computed in the
+    pool. Text is excluded: it is never evicted, and the attention sink on the first token would dominate the entropy.
     """
 
     def __init__(self, layers: int, options: CalibrationOptions) -> None:
@@ -70,28 +70,30 @@ class Recorder:
         self._similarity = {name: _Mean(layers) for name in KINDS}
 
     def begin(self) -> None:
-        """A new stream (or batch of streams) starts."""
+        """Start a new stream (or batch of streams)."""
         self._seen = [0] * len(self._seen)
 
     @torch.no_grad()
     def __call__(self, layer: int, view: LayerView) -> None:
-        """Measure one layer; chunks of text alone do not count."""
+        """Measure one layer; chunks that hold only text are ignored."""
+        # 1. skip the first chunks
         if bool((view.modality[:, -view.new :] == Modality.TEXT).all()):
             return
         self._seen[layer] += 1
         self._count(layer, view.modality.shape[0] // view.heads)
         if self._seen[layer] <= self.options.skip_chunks:
             return
-        alike = similarity(view.pool.feature, view.modality, view.measures)
+        # 2. measure all tokens and each modality
+        neighbours = similarity(view.pool.feature, view.modality, view.measures)
         members = {
             "all": view.modality != Modality.TEXT,
             "audio": view.modality == Modality.AUDIO,
             "visual": view.modality == Modality.VISUAL,
         }
         for name, member in members.items():
-            if int(member[0].sum()) > 1:  # of a single token the entropy is 0 / log 1
+            if int(member[0].sum()) > 1:  # the entropy of a single token is 0 / log 1
                 self._entropy[name].add(layer, normalised_entropy(view.mass, member))
-                self._similarity[name].add(layer, (alike * member).sum(1) / member.sum(1))
+                self._similarity[name].add(layer, (neighbours * member).sum(1) / member.sum(1))
 
     def _count(self, layer: int, batch: int) -> None:
         if layer == 0:
@@ -100,9 +102,9 @@ class Recorder:
             self.chunks += batch * (self._seen[0] > self.options.skip_chunks)
 
     def signals(self) -> Signals:
-        """The mean over all measured chunks of all streams; streams of skip_chunks chunks or fewer add nothing.
+        """Mean over all measured chunks of all streams; streams of at most skip_chunks chunks are not measured.
 
-        Raises CalibrationError when no stream was long enough, or a modality was never seen.
+        Raises CalibrationError when no stream is long enough, or a modality is missing.
         """
         skip = self.options.skip_chunks
         if self.chunks == 0:
@@ -128,7 +130,7 @@ class Recorder:
 def calibrate(
     attached: StreamedAttention, policy: Policy, streams: Iterable[Iterable[Chunk]], options: CalibrationOptions
 ) -> Signals:
-    """Signals of a model, measured while `policy` keeps its memory small on the first `options.streams` streams."""
+    """Signals of a model, measured under `policy` on the first `options.streams` streams."""
     recorder = Recorder(attached.shape.layers, options)
     for _, chunks in zip(range(options.streams), streams, strict=False):
         recorder.begin()
@@ -144,7 +146,7 @@ def calibrate(
 def normalised_entropy(
     mass: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, " batch"]:
-    """H(p) / log K with p the mass of the K members divided by its sum: 1 when attention is spread evenly."""
+    """H(p) / log K with p the mass of the K members divided by its sum: 1 for uniform attention."""
     inside = mass.double() * member
     share = inside / inside.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     return torch.special.entr(share).sum(dim=1) / member.sum(dim=1).double().log()

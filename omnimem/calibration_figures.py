@@ -30,7 +30,7 @@ def draw_signals(signals: Signals) -> Figure:
 
 
 def draw_budget(budget: Budget) -> Figure:
-    """Audio and visual slots by layer, and their mean (paper, figure 7); one bar a layer for a shared pool."""
+    """Audio and visual slots by layer, and their mean (paper, figure 7); one bar per layer for a shared pool."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots()
     layers = range(budget.layers)

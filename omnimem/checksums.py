@@ -1,4 +1,4 @@
-"""A folder that is whole or does not count: sealed with digests, moved into place at once, judged before it is used."""
+"""Folders with checksums: sealed after writing, moved into place atomically, verified before use."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ FORMAT = "omnimem sealed folder 1"
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Bring every file of a folder to the disk and note its size and sha256 in sealed.json, with what else is said."""
+    """Sync all files of a folder to disk and write their sizes and SHA-256 to sealed.json, with additional `facts`."""
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     with (folder / SEAL).open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1)
@@ -23,7 +23,7 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def put(folder: Path, place: Path) -> None:
-    """Give a folder its name in one step, on one file system; what had the name before is moved away, then removed."""
+    """Rename a folder to `place` atomically (on one file system); an existing folder there is removed."""
     former = folder.with_name(f"{folder.name}.former")
     if place.exists():
         place.rename(former)
@@ -33,9 +33,9 @@ def put(folder: Path, place: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, in words; None when every file is as it was sealed.
+    """A description of the damage of a sealed folder; None when all sealed files are unchanged.
 
-    Files that were added later do not count.
+    Files added later are ignored.
     """
     try:
         table = json.loads((folder / SEAL).read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def _changed(path: Path, name: str, size: int, digest: str) -> str | None:
         found = path.stat().st_size
         if found != size:
             return f"{name} has {found} of {size} bytes"
-        return None if _digest(path, sync=False) == digest else f"{name} is not what was written (sha256)"
+        return None if _digest(path, sync=False) == digest else f"{name} has changed (sha256)"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
@@ -60,7 +60,7 @@ def _changed(path: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their relative names, in order; a seal of earlier is none of them."""
+    """The files of a folder by relative name, in order, without sealed.json."""
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in found.items() if name != SEAL}
 
@@ -73,7 +73,7 @@ def _digest(path: Path, *, sync: bool = True) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's list of names to the disk."""
+    """Sync the entries of a folder to disk."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,9 +1,9 @@
-"""Samples and the manifest that lists them: JSON lines, checked as a whole, every problem named with file and row.
+"""Samples and manifests: JSON lines, checked as a whole; every problem is reported with file and line.
 
 A line: {"id", "video": path | null, "audio": path | null (the video's own track), "start", "end" (seconds, optional),
 "messages": [{"role", "content", "at": seconds | null, "loss": true | false}], "meta": {...}}.
-Times are seconds of the file; `at` asks at that time on a fork, null after the end. Each user message is a question
-of its own, asked of the stream alone, and the assistant message after it is its answer.
+Times are seconds of the file. A question is asked at time `at` on a fork of the stream, or after the end if it is null.
+Each user message is an independent question about the stream; the assistant message after it is its answer.
 """
 
 import json
@@ -22,27 +22,27 @@ Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 KEYS = ("id", "video", "audio", "start", "end", "messages", "meta")
 MESSAGE_KEYS = ("role", "content", "at", "loss")
-LISTED = 20  # failures that an error message shows
+LISTED = 20  # failures shown in an error message
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is trained on, and how much of it may be unreadable."""
+    """Training data, and how much of it may be unreadable."""
 
-    train: str | None = None  # the manifest
-    max_failures: float = 0.01  # share of samples that may fail before the run stops
-    allow_absolute_paths: bool = False  # media outside the folder of the manifest
-    cache: bool = False  # keep what the frozen encoders made of each file in .cache/encoded
+    train: str | None = None  # path of the manifest
+    max_failures: float = 0.01  # fraction of samples that may fail before the run stops
+    allow_absolute_paths: bool = False  # accept media outside the folder of the manifest
+    cache: bool = False  # cache the outputs of the frozen encoders in .cache/encoded
 
     def __post_init__(self) -> None:
-        _check_share("max_failures", self.max_failures)
+        _check_fraction("max_failures", self.max_failures)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn; `at` is the time at which it is asked, None after the end; `loss` whether an answer is learned."""
+    """One turn; `at` is the time of a question (None: after the end), `loss` whether an answer is trained on."""
 
     role: Role
     content: str
@@ -53,12 +53,12 @@ class Message:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What a benchmark knows of a question beside its text."""
+    """A benchmark's facts about a question."""
 
     id: str
-    question: str = ""  # as it was written, without options and without the prompt around it
-    options: tuple[str, ...] = ()  # of a multiple choice, without their letters; () where any word may be the answer
-    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # axis -> labels, several of a multi-label
+    question: str = ""  # the original text, without options and prompt
+    options: tuple[str, ...] = ()  # of a multiple choice, without letters; () for a free answer
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # axis -> one or more labels
 
 
 @final
@@ -66,11 +66,11 @@ class Item:
 class Question:
     """A user message with its answer."""
 
-    index: int  # among the questions of its sample
+    index: int  # within the sample
     text: str
-    answer: str | None  # None: not known
+    answer: str | None  # None: unknown
     at: float | None
-    kind: str  # from meta["kinds"]; "" where the manifest names none
+    kind: str  # from meta["kinds"]; "" if it is not given
     loss: bool
     item: Item
 
@@ -78,7 +78,7 @@ class Question:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A stream and what is asked about it."""
+    """A stream and the questions about it."""
 
     id: str
     video: Path | None
@@ -87,13 +87,13 @@ class Sample:
     end: float | None = None  # None: the end of the file
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
-    items: tuple[Item, ...] = ()  # one a question, in their order; () where a manifest names none
-    cluster: str = ""  # what samples cut from one recording share: their answers are not independent; "": the id
+    items: tuple[Item, ...] = ()  # one per question, in order; () in a manifest
+    cluster: str = ""  # id of the recording: answers about one recording are not independent; "": the sample's id
     origin: str = field(default="", compare=False)  # file:line
 
     @property
     def system(self) -> str | None:
-        """The system prompt, or None for the backbone's own."""
+        """The system prompt, or None for the backbone's default."""
         return next((message.content for message in self.messages[:1] if message.role == "system"), None)
 
     @property
@@ -121,44 +121,46 @@ class Sample:
 
     @property
     def times(self) -> tuple[float | None, ...]:
-        """When each question is asked, in seconds of the stream; None: after its end."""
+        """Time of each question in seconds of the stream; None: after its end."""
         return tuple(None if question.at is None else question.at - self.start for question in self.questions)
 
     @property
     def moments(self) -> tuple[float | None, ...]:
-        """The distinct times at which something is asked, in order; None, after the end, is the last."""
+        """The distinct times of the questions, in order; None (after the end) is the last."""
         times = self.times
         during = sorted({time for time in times if time is not None})
         return (*during, None) if None in times else tuple(during)
 
     def asked(self, due: Sequence[float | None]) -> list[int]:
-        """Numbers of the questions that are asked at these moments."""
+        """Indices of the questions that are asked at these times."""
         return [number for number, time in enumerate(self.times) if time in due]
 
     def _item(self, number: int, kind: str) -> Item:
-        """Of a question of a manifest: named after the stream and its place, its kind the only category."""
+        """The item of a manifest's question: id from the sample and the index, its kind the only category."""
         return Item(id=f"{self.id}#{number}", categories={"kind": (kind,)} if kind else {})
 
 
 @final
 class ManifestError(ProblemList):
-    """Everything that is wrong with a manifest, one line a problem: `file:line key: what; how to repair`."""
+    """All problems of a manifest, one per line: `file:line key: problem; fix`."""
 
 
 def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sample]:
-    """The samples of a manifest, in order; media files are not opened, nor looked for.
+    """The samples of a manifest, in order; does not check that the media files exist.
 
-    Paths stay below the manifest's folder unless `allow_absolute`; a symbolic link there is the user's own decision.
+    Paths must be inside the manifest's folder unless `allow_absolute`; symbolic links are followed.
     Raises ManifestError with all problems.
     """
+    # 1. open the file
     path = Path(path)
     if not path.is_file():
         raise ManifestError(
             [
-                f"{path}: no such file; make it with `python data_prep/synthesize.py --out {path.parent}` (recall), or "
-                f"with `python data_prep/convert.py YOUR_FILES --out {path}` (your data)"
+                f"{path}: no such file; create it with `python data_prep/synthesize.py --out {path.parent}` (recall), "
+                f"or with `python data_prep/convert.py YOUR_FILES --out {path}` (your data)"
             ]
         )
+    # 2. read the lines, collecting all problems
     samples: list[Sample] = []
     problems: list[str] = []
     first_use: dict[str, int] = {}
@@ -172,17 +174,18 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
             problems += error.problems
             continue
         if first_use.setdefault(sample.id, number) != number:
-            problems.append(f"{origin} id: {sample.id!r} is used in line {first_use[sample.id]} already; rename one")
+            problems.append(f"{origin} id: {sample.id!r} is already used in line {first_use[sample.id]}; rename one")
         samples.append(sample)
+    # 3. report them together
     if not samples and not problems:
-        problems.append(f"{path}: holds no samples; make it again")
+        problems.append(f"{path}: holds no samples; create it again")
     if problems:
         raise ManifestError(problems)
     return samples
 
 
 def read_line(line: bytes | str, *, folder: Path, origin: str, allow_absolute: bool = False) -> Sample:
-    """The sample of one line, with media below `folder`; raises ManifestError with problems that begin by `origin`."""
+    """The sample of one line, with media below `folder`; raises ManifestError with all problems of the line."""
     row = _Row(folder=folder, origin=origin, allow_absolute=allow_absolute)
     sample = row.sample(line)
     if sample is None:
@@ -192,7 +195,7 @@ def read_line(line: bytes | str, *, folder: Path, origin: str, allow_absolute: b
 
 @final
 class _Row:
-    """One line of a manifest on its way to a sample; collects what is wrong with it."""
+    """Parses one line of a manifest and collects its problems."""
 
     def __init__(self, *, folder: Path, origin: str, allow_absolute: bool) -> None:
         self.folder = folder
@@ -204,7 +207,8 @@ class _Row:
         self.problems.append(f"{self.origin} {key}: {what}" if key else f"{self.origin}: {what}")
 
     def sample(self, line: bytes | str) -> Sample | None:
-        """The sample, or None where anything is wrong."""
+        """The sample, or None when there are problems."""
+        # 1. parse the values
         data = self.parsed(line)
         if data is None:
             return None
@@ -217,6 +221,7 @@ class _Row:
             "end": self.seconds(data, "end"),
             "meta": self.meta(data),
         }
+        # 2. check them together
         if data.get("video") is None and data.get("audio") is None:
             self.problem("video", "neither video nor audio is given; name at least one file")
         if values["end"] is not None and values["end"] <= values["start"]:
@@ -231,11 +236,11 @@ class _Row:
         except UnicodeDecodeError as error:
             self.problem("", f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
         except json.JSONDecodeError as error:
-            self.problem("", f"is not JSON ({error.msg} at column {error.colno}); write one object a line")
+            self.problem("", f"is not JSON ({error.msg} at column {error.colno}); write one object per line")
         else:
             if isinstance(data, dict):
                 return data
-            self.problem("", f"expected an object, got {_got(data)}; write one object a line")
+            self.problem("", f"expected an object, got {_got(data)}; write one object per line")
         return None
 
     def check_keys(self, where: str, data: dict[str, Any], known: tuple[str, ...], otherwise: str) -> None:
@@ -249,11 +254,11 @@ class _Row:
         value = data.get("id")
         if isinstance(value, str) and value:
             return value
-        self.problem("id", f"expected a name, got {_got(value)}; give each sample its own")
+        self.problem("id", f"expected a name, got {_got(value)}; give each sample a unique id")
         return ""
 
     def media(self, data: dict[str, Any], key: str) -> Path | None:
-        """The file below the manifest's folder."""
+        """The path of a media file, which must be inside the manifest's folder."""
         value = data.get(key)
         if value is None:
             return None
@@ -262,8 +267,8 @@ class _Row:
             return None
         inside = not os.path.isabs(value) and os.path.normpath(value).split(os.sep)[0] != os.pardir
         if not inside and not self.allow_absolute:
-            cure = f"use a path below {self.folder}, or allow it (allow_absolute_paths: true)"
-            self.problem(key, f"{value} leaves the folder of the manifest; {cure}")
+            cure = f"use a path below {self.folder}, or set data.allow_absolute_paths: true"
+            self.problem(key, f"{value} is outside the folder of the manifest; {cure}")
         return self.folder / value
 
     def seconds(self, data: dict[str, Any], key: str, where: str = "") -> float | None:
@@ -297,6 +302,7 @@ class _Row:
         if not isinstance(data, dict):
             self.problem(where, f"expected an object, got {_got(data)}")
             return None
+        # 1. check role, content and loss
         before = len(self.problems)
         where += "."
         self.check_keys(where, data, MESSAGE_KEYS, "; remove it")
@@ -307,26 +313,27 @@ class _Row:
             self.problem(where + "content", f"expected text, got {_got(content)}")
         if loss is not None and not isinstance(loss, bool):
             self.problem(where + "loss", f"expected true or false, got {_got(loss)}")
+        # 2. check the time
         at = self.seconds(data, "at", where)
         if at is not None:
             if role != "user":
-                self.problem(where + "at", "only a user message is asked at a time; move it there")
+                self.problem(where + "at", "only a user message has a time; move it there")
             if at <= start or (end is not None and at > end):
                 span = f"({start}, {'end' if end is None else end}]"
-                self.problem(where + "at", f"{at} lies outside the stream {span}; it counts seconds of the file")
+                self.problem(where + "at", f"{at} is outside the stream {span}; give seconds of the file")
         if len(self.problems) > before:
             return None
         return Message(role=role, content=content, at=at, loss=loss is not False)  # pyright: ignore[reportArgumentType]
 
     def check_turns(self, messages: tuple[Message, ...]) -> None:
-        """A system message may stand first; an assistant message follows a user message; something is asked."""
+        """Check that a system message is first, an assistant message follows a user message, and a question exists."""
         for index, message in enumerate(messages):
             if message.role == "system" and index > 0:
                 self.problem(f"messages[{index}].role", "a system message must be the first one; move or remove it")
             if message.role == "assistant" and (index == 0 or messages[index - 1].role != "user"):
-                self.problem(f"messages[{index}].role", "this answer follows no question; put a user message before it")
+                self.problem(f"messages[{index}].role", "an answer without a question; put a user message before it")
         if all(message.role != "user" for message in messages):
-            self.problem("messages", "nothing is asked; add a user message")
+            self.problem("messages", "there is no question; add a user message")
 
     def check_kinds(self, meta: dict[str, Any], messages: tuple[Message, ...]) -> None:
         kinds = meta.get("kinds")
@@ -334,23 +341,23 @@ class _Row:
             return
         asked = sum(message.role == "user" for message in messages)
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) != asked:
-            self.problem("meta.kinds", f"expected one word a question ({asked}), got {_got(kinds)}")
+            self.problem("meta.kinds", f"expected one word per question ({asked}), got {_got(kinds)}")
 
 
 def _got(value: Any) -> str:
-    """A value as it stood in the file, cut to a readable length."""
+    """A value as JSON, cut to a readable length."""
     if value is None:
         return "nothing"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} = {value} is no share; give a number from 0 (none) to 1 (all)")
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
 
 
-# ---------------------------------------------------------------------------------------------------- absent, not wrong
+# ------------------------------------------------------------------------------------------------------ failed samples
 
 
 @final
@@ -359,29 +366,29 @@ class Failure:
     """A sample that could not be used."""
 
     id: str
-    reason: str  # one word, as of MediaError
+    reason: str  # one word, as in MediaError
     message: str = ""
 
 
 @final
 class TooManyFailures(UserError):
-    """More samples failed than the policy lets pass."""
+    """More samples failed than `max_failures` allows."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Failures:
-    """The samples of a data set that failed so far, each once; a failed sample is absent, never a wrong answer."""
+    """The samples of a data set that failed so far, each once; a failed sample is left out, not counted as wrong."""
 
     samples: int  # in the data set
-    max_failures: float  # share of them
+    max_failures: float  # as a fraction of `samples`
     found: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_share("max_failures", self.max_failures)
+        _check_fraction("max_failures", self.max_failures)
 
     def add(self, failure: Failure) -> "Failures":
-        """With one more; raises TooManyFailures when their share is above `max_failures`."""
+        """A copy with one more failure; raises TooManyFailures when their fraction exceeds `max_failures`."""
         if any(known.id == failure.id for known in self.found):
             return self
         grown = replace(self, found=(*self.found, failure))
@@ -391,11 +398,11 @@ class Failures:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How often each reason occurred, the commonest first."""
+        """Count of each reason, the most common first."""
         return dict(Counter(failure.reason for failure in self.found).most_common())
 
     def _verdict(self) -> str:
         lines = [f"{failure.id}: {failure.reason}; {failure.message}" for failure in self.found[-LISTED:]]
         share = f"{len(self.found)} of {self.samples} samples failed, more than max_failures = {self.max_failures:g}"
-        cure = "repair or remove them (data_prep/check.py lists all), or raise data.max_failures"
+        cure = "fix or remove them (data_prep/check.py lists all), or raise data.max_failures"
         return "\n".join([*lines, f"{share}; {cure}"])

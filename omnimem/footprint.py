@@ -1,6 +1,6 @@
-"""The memory table: what a run will need on each device, from shapes alone; nothing is loaded.
+"""Memory estimate of a run per device, from shapes alone, without loading a model.
 
-Parameter, optimizer and memory rows are exact; activation and encoder rows are formulas, marked so.
+Rows for parameters, optimizer and memory are exact; rows for activations and encoders are estimates and marked `~`.
 """
 
 import json
@@ -19,25 +19,25 @@ from omnimem.tokens import TOKEN_AXES
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 
-COVERAGE = 20  # bytes that autograd saves for each number of a feature where coverage learns: 20.8 measured
-TOGETHER = 32  # segments that pass the encoders at once
+COVERAGE = 20  # bytes saved by autograd per feature element when coverage is differentiable (measured: 20.8)
+TOGETHER = 32  # segments per encoder pass
 
 
 class ShapesError(UserError):
-    """A model configuration that cannot be read; the message says which and how to repair it."""
+    """A model configuration that cannot be read; the message names the file and how to fix it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class TextShape:
-    """The decoder: grouped-query attention with biases on q, k and v, gated perceptron, RMS norms (Qwen2)."""
+    """The decoder: grouped-query attention with biases on q, k and v, gated MLP, RMS norms (Qwen2)."""
 
     layers: int
     width: int
     heads: int
     kv_heads: int
     dim: int  # of one head
-    inner: int  # width of the perceptron
+    inner: int  # width of the MLP
     vocabulary: int
     tied: bool
 
@@ -56,7 +56,7 @@ class TextShape:
 
     @property
     def parameters(self) -> int:
-        """Weights of decoder, embeddings and head."""
+        """Number of weights of decoder, embeddings and head."""
         queries, keys = self.heads * self.dim, self.kv_heads * self.dim
         attention = (self.width + 1) * (queries + 2 * keys) + queries * self.width
         layer = attention + 3 * self.width * self.inner + 2 * self.width
@@ -66,7 +66,7 @@ class TextShape:
 @final
 @dataclass(frozen=True, kw_only=True)
 class VisionShape:
-    """The vision tower of Qwen2.5: patches, blocks with biases, a merger of merge x merge patches."""
+    """The vision tower of Qwen2.5: patch embedding, blocks with biases, a merger of merge x merge patches."""
 
     depth: int
     width: int
@@ -79,12 +79,12 @@ class VisionShape:
 
     @property
     def row(self) -> int:
-        """Numbers in one patch."""
+        """Values per patch."""
         return self.channels * self.temporal_patch * self.patch**2
 
     @property
     def parameters(self) -> int:
-        """Weights of the tower with its merger."""
+        """Number of weights of the tower with its merger."""
         block = 4 * self.width * (self.width + 1) + 2 * self.inner * (self.width + 1)
         block += self.width * (self.inner + 1) + 2 * self.width
         joined = self.width * self.merge**2
@@ -95,7 +95,7 @@ class VisionShape:
 @final
 @dataclass(frozen=True, kw_only=True)
 class AudioShape:
-    """The audio tower of Qwen2.5-Omni: two convolutions, Whisper's layers, a projection."""
+    """The audio tower of Qwen2.5-Omni: two convolutions, Whisper layers, a projection."""
 
     layers: int
     width: int
@@ -106,18 +106,18 @@ class AudioShape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the tower; its positions are computed."""
+        """Number of weights of the tower (position embeddings are computed)."""
         convolutions = self.width * (3 * self.mels + 1) + self.width * (3 * self.width + 1)
         attention = 4 * self.width**2 + 3 * self.width  # no bias on the keys
-        perceptron = self.inner * (self.width + 1) + self.width * (self.inner + 1)
-        layer = attention + perceptron + 4 * self.width
+        mlp = self.inner * (self.width + 1) + self.width * (self.inner + 1)
+        layer = attention + mlp + 4 * self.width
         return convolutions + self.layers * layer + 2 * self.width + self.output * (self.width + 1) + 2 * self.output
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What the files of a checkpoint say about its sizes and about time, without its weights."""
+    """Sizes and time resolution of a checkpoint, read from its configuration files."""
 
     text: TextShape
     vision: VisionShape
@@ -128,14 +128,14 @@ class Shapes:
 
     @property
     def parameters(self) -> int:
-        """All weights that are loaded: the thinker."""
+        """Number of weights of the thinker, which is all that is loaded."""
         return self.text.parameters + self.vision.parameters + self.audio.parameters
 
     @classmethod
     def read(cls, path: Path) -> "Shapes":
-        """From a checkpoint folder, or from one file that holds both its configurations (configs/models).
+        """Read a checkpoint folder, or one file that holds both configurations (configs/models).
 
-        Raises ShapesError when a file is missing or describes another family.
+        Raises ShapesError when a file is missing or describes another model family.
         """
         try:
             if path.is_dir():
@@ -151,16 +151,14 @@ class Shapes:
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise ShapesError(
-                f"{path}: describes no Qwen2.5-Omni thinker ({reason}); give a checkpoint of that family"
+                f"{path}: is not the configuration of a Qwen2.5-Omni thinker ({reason}); give one of that family"
             ) from error
 
     @classmethod
     def of(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "Shapes":
-        """From the hub's config.json (with or without talker) and preprocessor_config.json."""
+        """The shapes of a parsed config.json (with or without talker) and preprocessor_config.json."""
         thinker = config.get("thinker_config", config)
         text, vision, audio = thinker["text_config"], thinker["vision_config"], thinker["audio_config"]
-        media = {"sampling_rate": 16000, **preprocessor, **preprocessor.get("video_processor", {})}
-        media |= preprocessor.get("feature_extractor", {})
         return cls(
             text=TextShape(
                 layers=text["num_hidden_layers"],
@@ -190,26 +188,13 @@ class Shapes:
                 window=audio["n_window"],
                 output=audio["output_dim"],
             ),
-            geometry=Geometry(
-                patch=vision["patch_size"],
-                merge=vision["spatial_merge_size"],
-                temporal_patch=vision["temporal_patch_size"],
-                mean=tuple(media["image_mean"]),
-                std=tuple(media["image_std"]),
-                mel=LogMel(
-                    mels=media["feature_size"],
-                    hop=media["hop_length"],
-                    n_fft=media["n_fft"],
-                    rate=media["sampling_rate"],
-                ),
-                segment_seconds=float(thinker["seconds_per_chunk"]),
-            ),
+            geometry=_geometry(thinker, preprocessor),
             positions_per_second=float(thinker["position_id_per_seconds"]),
             trained_positions=text["max_position_embeddings"],
         )
 
     def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of one token in one layer's memory: (keys and values, side state)."""
+        """Bytes of one token in the memory of one layer: (keys and values, side state)."""
         shape = Shape(
             layers=1,
             kv_heads=self.text.kv_heads,
@@ -227,33 +212,50 @@ class Shapes:
         return sum(sizes[:2]), sum(sizes[2:])
 
 
+def _geometry(thinker: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Geometry:
+    vision = thinker["vision_config"]
+    media = {"sampling_rate": 16000, **preprocessor, **preprocessor.get("video_processor", {})}
+    media |= preprocessor.get("feature_extractor", {})
+    return Geometry(
+        patch=vision["patch_size"],
+        merge=vision["spatial_merge_size"],
+        temporal_patch=vision["temporal_patch_size"],
+        mean=tuple(media["image_mean"]),
+        std=tuple(media["image_std"]),
+        mel=LogMel(
+            mels=media["feature_size"], hop=media["hop_length"], n_fft=media["n_fft"], rate=media["sampling_rate"]
+        ),
+        segment_seconds=float(thinker["seconds_per_chunk"]),
+    )
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a run asks of a device."""
+    """The settings of a run that determine its memory use."""
 
-    dtype: torch.dtype  # of the frozen weights, and of keys and values
+    dtype: torch.dtype  # of the frozen weights, keys and values
     lora: LoraOptions
-    feature: int  # width of the redundancy feature; 0: none is kept
-    covered: int = 0  # width of what coverage compares, where the score learns from it
-    per_head: bool = False  # every key-value head keeps tokens of its own, each with side state and an owner of a byte
-    entries: int  # audio and visual slots, summed over the layers; those of full memory where a budget is "full"
+    feature: int  # width of the redundancy feature; 0: not stored
+    covered: int = 0  # width of the features that coverage compares, where the score is differentiable
+    per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
+    entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
     chunk_tokens: int  # longest chunk
     chunks: int  # of the longest stream
-    text_tokens: int  # of the stream, never evicted
-    question_tokens: int  # of all questions of a sample; answers are read by the head
+    text_tokens: int  # of the stream; never evicted
+    question_tokens: int  # of all questions of a sample
     frame: tuple[int, int]  # height and width after resizing
     frames_per_segment: int
     half: bool  # DeepSpeed's or autocast's bf16 / fp16
-    stage: int | None  # ZeRO stage; None: no DeepSpeed
+    stage: int | None  # ZeRO stage; None: without DeepSpeed
     ranks: int = 1
-    batch: int = 1  # streams that share a pass
+    batch: int = 1  # streams per pass
     recompute: Recompute = "chunk"
     gradient: Mode = "full"
     horizon: Horizon = "all"
-    stop_layer: int = 0  # of released and paper
-    offload: bool = False  # memories of earlier chunks wait on the host
-    teacher_tokens: int = 0  # audio and visual tokens that the teacher of a loss remembers; 0: no teacher
+    stop_layer: int = 0  # for released and paper
+    offload: bool = False  # memories of earlier chunks are kept on the host
+    teacher_tokens: int = 0  # audio and visual tokens in the memory of a loss's teacher; 0: no teacher
 
 
 @final
@@ -268,18 +270,20 @@ class Row:
 
 
 def footprint(shapes: Shapes, load: Load) -> tuple[Row, ...]:
-    """The rows of the memory table, per device; their sum is an upper estimate of the peak."""
+    """Rows of the memory table, per device; their sum is an upper bound of the estimated peak."""
     return (*_states(shapes, load), *_memory(shapes, load), *_activations(shapes, load), *_encoders(shapes, load))
 
 
 def _states(shapes: Shapes, load: Load) -> list[Row]:
-    """Weights, and the adapter with its gradient and AdamW's moments; ZeRO shards them over the ranks."""
+    """Weights, and the adapter with its gradients and AdamW states, sharded over the ranks by ZeRO."""
+    # 1. sizes
     stage, ranks, size = load.stage or 0, load.ranks, load.dtype.itemsize
     text = shapes.text
     adapter = text.layers * sum(load.lora.r * sum(text.projection(name)) for name in load.lora.targets)
     working = 2 if load.half and load.stage is not None else 4
     master = 4 if working == 2 else 0
     base = shapes.parameters * size
+    # 2. rows
     return [
         Row(
             what="weights, frozen",
@@ -309,7 +313,7 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
 
 
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
-    """What the layers keep, and what stays in the graph of one stream for the backward pass."""
+    """The memories of all layers, and the tensors that the graph of one stream keeps for the backward pass."""
     pair, side = shapes.entry(load.feature, load.dtype)
     side = shapes.text.kv_heads * (side + 1) if load.per_head else side
     entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
@@ -320,29 +324,31 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
         Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
         Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
         *([inputs] if inputs.bytes else []),
-        _waiting(shapes, load, entries * (pair + side), inputs.bytes),
+        _earlier_chunks(shapes, load, entries * (pair + side), inputs.bytes),
         *([teacher] if taught else []),
     ]
 
 
 def _inputs(shapes: Shapes, load: Load, entries: int) -> Row:
-    """The layer inputs that kept tokens carry, so that keys and values can be made of them again."""
+    """Layer inputs stored with kept tokens, from which keys and values are recomputed."""
     carrying = {"states": shapes.text.layers, "released": load.stop_layer + 1, "paper": load.stop_layer + 1}
     layers, size = carrying.get(load.gradient, 0), shapes.text.width * load.dtype.itemsize
     held = entries * layers // shapes.text.layers
     return Row(what="memory: layer inputs", bytes=held * size, how=f"{held:,} entries x {size:,} B", exact=False)
 
 
-def _waiting(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
-    """What earlier chunks leave for backward."""
+def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
+    """Memories of earlier chunks kept for the backward pass."""
+    # 1. bounded by the horizon, or none
     name, earlier = "memories in the graph", max(0, load.chunks - 1)
     if load.gradient == "full" and load.horizon != "all":
         within = min(earlier, load.horizon - 1)
         return Row(what=name, bytes=within * memory, how=f"{within} chunks within tuning.horizon x memory", exact=False)
     if load.gradient == "states":
-        return Row(what=name, bytes=0, how="none: chunks leave no graph", exact=True)
+        return Row(what=name, bytes=0, how="none: chunks keep no graph", exact=True)
     if load.offload:
         return Row(what=name, bytes=0, how="on the host", exact=False)
+    # 2. growing with the stream
     if load.gradient == "full":
         how = f"{earlier} earlier chunks x memory; none with tuning.offload: true"
         return Row(what=name, bytes=earlier * memory, how=how, exact=False)
@@ -353,7 +359,8 @@ def _waiting(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
 
 
 def _activations(shapes: Shapes, load: Load) -> list[Row]:
-    """Saved tensors of what lives at once in backward (`tuning.recompute`), and of the answers' logits."""
+    """Activations that exist at once in backward (`tuning.recompute`), and the logits of the answers."""
+    # 1. saved tensors of one layer and one chunk
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
@@ -361,6 +368,7 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     rows = load.batch * load.question_tokens
     layer, entering = tokens * token + pool * keys, tokens * text.width * size
     one = f"{tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B"
+    # 2. layers and chunks that exist at once
     what, held, how = {
         "none": (
             "of all chunks",
@@ -374,6 +382,7 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
             f"{one} + {text.layers} inputs of {gibibytes(entering)}",
         ),
     }[load.recompute]
+    # 3. rows
     return [
         Row(
             what=f"activations {what}",
@@ -391,12 +400,11 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
 
 
 def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, pool: int) -> int:
-    """Bytes per token that autograd saves in one layer whose base weights are frozen (formula; ours).
+    """Bytes per token that autograd saves in one layer with frozen base weights (formula; ours).
 
-    float32: the inputs of both norms, the states whose redundancy is judged (twice), and the input of the adapters,
-    which with dropout is one copy and one mask byte a projection. In the model's precision: queries and attention
-    output, three inner states of the perceptron, and in float32 a row of the mask over `pool` keys, which the kernels
-    of 16 bits do without.
+    In float32: the inputs of both norms, the states used for redundancy (twice), and the input of the adapters; with
+    dropout one copy and one mask byte per projection. In the model's precision: queries, attention output, three inner
+    states of the MLP, and for float32 models a mask row over `pool` keys, which the 16-bit kernels do not need.
     """
     size = dtype.itemsize
     mask = pool if size == 4 else 0
@@ -407,17 +415,19 @@ def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, po
 
 
 def _encoders(shapes: Shapes, load: Load) -> list[Row]:
-    """The largest moment inside each tower, which runs without a graph on `TOGETHER` segments."""
+    """Peak inside each tower, which encodes `TOGETHER` segments without a graph."""
+    # 1. vision
     vision, audio, size = shapes.vision, shapes.audio, load.dtype.itemsize
     height, width = load.frame
     grids = ceil(load.frames_per_segment / vision.temporal_patch)
     patches = TOGETHER * grids * (height // vision.patch) * (width // vision.patch)
-    look = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
+    visual = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
+    # 2. audio
     frames = TOGETHER * int(shapes.geometry.segment_seconds * shapes.geometry.mel.rate / shapes.geometry.mel.hop)
-    listen = frames * audio.mels * (4 + size) + frames * audio.width * (2 * size) + frames // 2 * audio.inner * 2 * size
+    heard = frames * audio.mels * (4 + size) + frames * audio.width * (2 * size) + frames // 2 * audio.inner * 2 * size
     return [
-        Row(what="vision tower, peak", bytes=look, how=f"{patches:,} patches of {TOGETHER} segments", exact=False),
-        Row(what="audio tower, peak", bytes=listen, how=f"{frames:,} mel frames of {TOGETHER} segments", exact=False),
+        Row(what="vision tower, peak", bytes=visual, how=f"{patches:,} patches of {TOGETHER} segments", exact=False),
+        Row(what="audio tower, peak", bytes=heard, how=f"{frames:,} mel frames of {TOGETHER} segments", exact=False),
     ]
 
 
@@ -426,14 +436,14 @@ def _shard(whole: int, ranks: int, sharded: bool) -> int:
 
 
 def render(rows: tuple[Row, ...]) -> str:
-    """The table as text; the encoders run before the backward pass, so only the larger of both phases counts."""
+    """The table as text; the sum overestimates, because the encoders run before the backward pass."""
     lines = [f"{row.what:<26}{gibibytes(row.bytes):>12}  {'' if row.exact else '~ '}{row.how}" for row in rows]
     total = sum(row.bytes for row in rows)
     return "\n".join([*lines, f"{'sum':<26}{gibibytes(total):>12}  ~ an upper estimate: not all rows peak together"])
 
 
 def gibibytes(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes with a binary unit."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 1 << power:
             return f"{count / (1 << power):.2f} {unit}"

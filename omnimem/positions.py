@@ -1,4 +1,4 @@
-"""Positions of kept tokens: ranks over the union of modalities, and keys turned from one place to another."""
+"""Positions of kept tokens: ranks over the union of modalities, and rotation of keys to new positions."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,23 +16,23 @@ def rotate(
     cos: Float[Tensor, "batch tokens dim"],
     sin: Float[Tensor, "batch tokens dim"],
 ) -> Float[Tensor, "batch kv_heads tokens dim"]:
-    """Keys turned by angles: k cos + rotate_half(k) sin, in float32 (RoPE; angles add, so a difference re-places)."""
+    """k cos + rotate_half(k) sin, in float32 (RoPE; angles add, so a difference of angles moves a key)."""
     half = keys.shape[-1] // 2
     exact = keys.float()
-    turned = torch.cat([-exact[..., half:], exact[..., :half]], dim=-1)
-    return (exact * cos[:, None].float() + turned * sin[:, None].float()).to(keys.dtype)
+    rotated = torch.cat([-exact[..., half:], exact[..., :half]], dim=-1)
+    return (exact * cos[:, None].float() + rotated * sin[:, None].float()).to(keys.dtype)
 
 
 def distinct(time: Int[Tensor, "batch tokens"], opening: int) -> list[int]:
-    """How many distinct times from `opening` on there are in each stream."""
+    """Number of distinct times >= `opening` in each stream."""
     return [len(row[row >= opening].unique()) for row in time]
 
 
 def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: Sequence[int]) -> Int[Tensor, "batch tokens"]:
-    """New times: the distinct ones from `opening` on, of both modalities, become consecutive and end before `end`.
+    """New times: the distinct times >= `opening`, of both modalities, become consecutive and end before `end`.
 
-    Each stream of a batch has an end of its own. What stands before `opening` keeps its time; audio and video of one
-    moment stay together (ours).
+    `end` holds one value per stream. Times before `opening` are unchanged; audio and video tokens with equal times
+    keep equal times (ours).
     """
     moved = time.clone()
     for row in range(time.shape[0]):
@@ -47,7 +47,7 @@ def earlier(
     modality: Int8[Tensor, "batch tokens"],
     shift: int | Int[Tensor, "batch tokens"],
 ) -> Int[Tensor, "batch axes tokens"]:
-    """Positions `shift` earlier in time; rows and columns of visual tokens stay, all axes of other tokens move."""
+    """Positions moved back by `shift`: the time axis of visual tokens, all axes of other tokens."""
     back = torch.as_tensor(shift, device=positions.device).expand(modality.shape)
     space = torch.where(modality == Modality.VISUAL, 0, back)
     return positions - torch.stack([back, space, space], dim=1)

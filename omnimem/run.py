@@ -1,4 +1,4 @@
-"""The run folder: when it may be used, what lies in it, and what the run was."""
+"""The run folder: its files, when it may be used, and the provenance of a run."""
 
 import fcntl
 import hashlib
@@ -38,19 +38,19 @@ PACKAGES = (
 HERE = Path(__file__).resolve().parent
 
 
-CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # what train/calibrate.py leaves for the run to use
+CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # files written by train/calibrate.py before the run
 LOCK = ".lock"
-PATIENCE = 60.0  # seconds in which a process that was asked to end may still write into its run folder
+PATIENCE = 60.0  # seconds to wait for a process that is shutting down to release its run folder
 
 
 class RunError(UserError):
-    """The run folder cannot be used as asked; the message names the cures."""
+    """The run folder cannot be used as requested; the message names the alternatives."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """runs/<name>/ and the names of what lies in it."""
+    """The folder runs/<name>/ and the paths of its files."""
 
     path: Path
 
@@ -61,12 +61,12 @@ class RunFolder:
 
     @property
     def record(self) -> Path:
-        """What the run was: `provenance`, and what was measured."""
+        """Provenance (see `provenance`) and measurements of the run."""
         return self.path / "run.json"
 
     @property
     def budget(self) -> Path:
-        """Slots of each layer and modality."""
+        """The budget: slots of each layer and modality."""
         return self.path / "budget.json"
 
     @property
@@ -81,12 +81,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One line a step."""
+        """Metrics, one line per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def comparison(self) -> Path:
-        """The report."""
+        """The comparison report."""
         return self.path / "compare"
 
     def evaluation(self, arm: str) -> Path:
@@ -95,47 +95,47 @@ class RunFolder:
 
     @property
     def partial(self) -> Path:
-        """Where a checkpoint is written until it is whole."""
+        """Temporary folder of a checkpoint while it is written."""
         return self.path / ".partial"
 
     def checkpoint(self, step: int) -> Path:
-        """What is needed to go on after so many steps."""
+        """The checkpoint after `step` steps."""
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Every folder named as a checkpoint, oldest first; `omnimem.checksums.damage` says which are whole."""
+        """All checkpoint folders by name, oldest first; `omnimem.checksums.damage` verifies them."""
         named = [path for path in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(named, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps that were done when it was written."""
+    """Number of completed steps in a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """How a run begins: in which folder, from which checkpoint, and whether an older run is moved away first."""
+    """How a run starts: its folder, its checkpoint, and the folders that are renamed first."""
 
     folder: RunFolder
     checkpoint: Path | None = None  # None: from the first step
     resumed: bool = False
-    replaces: bool = False
-    aside: tuple[Path, ...] = ()  # later checkpoints, damaged or left behind: they keep their files, not their names
-    news: str = ""  # a line about them
+    replaces: bool = False  # rename an older run
+    aside: tuple[Path, ...] = ()  # later or damaged checkpoints to rename
+    news: str = ""  # a message about them
 
     @property
     def step(self) -> int:
-        """Steps that are done already."""
+        """Number of completed steps."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
     def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
-        """Make the folder ready on disk (one process alone does this) and write config.yaml and run.json.
+        """Prepare the folder on disk (on one process only) and write config.yaml and run.json.
 
-        From now on the folder belongs to this process. Raises RunError when another one still holds it after
-        `patience` seconds.
+        Locks the folder for this process. Raises RunError when another one still holds it after `patience` seconds.
         """
+        # 1. lock the folder, rename what must not stay
         hold(self.folder, patience)
         if self.replaces:
             self.folder.path.rename(_free(self.folder.path))
@@ -143,45 +143,44 @@ class Start:
         for path in self.aside:
             path.rename(_free(path))
         shutil.rmtree(self.folder.partial, ignore_errors=True)
+        # 2. write the record and config, drop metrics of later steps
         earlier = read_json(self.folder.record) if self.resumed and self.folder.record.is_file() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
-        write_json(self.folder.record, {**provenance, "earlier": history})  # first: it makes the folder a run's
+        write_json(self.folder.record, {**provenance, "earlier": history})  # first: marks the folder as a run
         write_text(self.folder.config, config)
         keep_steps(self.folder.metrics, self.step)
         return self.folder
 
 
 def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs: Path = Path("runs")) -> Start:
-    """How runs/<name> may be used; RunError names the cures. Nothing is changed on disk.
+    """Decide how runs/<name> is used, without changing anything on disk.
 
-    resume: None, "auto" (the newest whole checkpoint, or the first step where there is none), or a checkpoint.
-    Rank 0 alone refuses a folder that exists: to the others it may be the one that rank 0 has just made.
+    `resume`: None, "auto" (the newest intact checkpoint, otherwise the first step), or a checkpoint.
+    Raises RunError when the folder cannot be used. Only rank 0 refuses an existing folder, because for other ranks it
+    may be the one that rank 0 has just created.
     """
     folder = RunFolder(path=runs / name)
     if resume is not None and overwrite:
-        raise RunError("--resume continues a run and --overwrite starts it anew; give one of them")
+        raise RunError("--resume continues a run and --overwrite starts it again; give only one of them")
     used = folder.path.exists() and (not folder.path.is_dir() or any(_begun(path) for path in folder.path.iterdir()))
     if resume is not None:
         start = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
         return replace(start, resumed=used)
     if used and not overwrite and os.environ.get("RANK", "0") == "0":
         raise RunError(
-            f"{folder.path} exists already; continue it with --resume auto, give the run another name with name=..., "
-            f"or start anew with --overwrite, which moves it to {_free(folder.path)}"
+            f"{folder.path} already exists; continue it with --resume auto, give the run another name with name=..., "
+            f"or start again with --overwrite, which moves it to {_free(folder.path)}"
         )
     return Start(folder=folder, replaces=used)
 
 
 def _begun(path: Path) -> bool:
-    """Whether a file in a run folder belongs to a run.
-
-    A calibration beforehand is part of none, nor is what was not written to its end, whose name begins with a dot.
-    """
+    """Whether a file in a run folder belongs to a run, and not to a calibration or an incomplete write (dot files)."""
     return path.name not in CALIBRATED and not path.name.startswith(".")
 
 
 def provenance(*, command: Sequence[str], seed: int, sha256: Mapping[str, str | None]) -> dict[str, Any]:
-    """What a run was: versions, commit, command, seed, and digests of base, adapter and data."""
+    """Provenance of a run: versions, commit, command, seed, and digests of base model, adapter and data."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
@@ -197,7 +196,7 @@ def provenance(*, command: Sequence[str], seed: int, sha256: Mapping[str, str | 
 
 
 def sha256(path: Path, *, suffixes: Sequence[str] = ()) -> str:
-    """Digest of a file, or of a folder: names and contents of its files (those with one of `suffixes`), in order."""
+    """SHA-256 of a file, or of the sorted names and contents of a folder's files (only with one of `suffixes`)."""
     if path.is_dir():
         whole = hashlib.sha256()
         for file in sorted(path.rglob("*")):
@@ -209,7 +208,7 @@ def sha256(path: Path, *, suffixes: Sequence[str] = ()) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a reader never sees half of it."""
+    """Write a file atomically: readers never see a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -223,7 +222,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all; numbers that are not finite become null."""
+    """Write JSON atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
@@ -233,19 +232,19 @@ def read_json(path: Path) -> Any:
 
 
 def update_json(path: Path, **values: Any) -> None:
-    """Set keys of the JSON object in a file."""
+    """Update keys of the JSON object in a file."""
     write_json(path, {**read_json(path), **values})
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line of JSON; numbers that are not finite become null."""
+    """Append one line of JSON; numbers that are not finite become null."""
     with _named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_finite(dict(record)), allow_nan=False) + "\n")
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Says which file it was: the system names none when there is no room left to write."""
+    """Add the file name to an OSError: a full disk is reported without one."""
     try:
         yield
     except OSError as error:
@@ -253,7 +252,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Drop the lines of steps after `last`, which a resumed run will write again, and a line cut short by a crash."""
+    """Drop the lines of steps after `last`, which a resumed run writes again, and a line truncated by a crash."""
     if not path.is_file():
         return
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, last)]
@@ -268,12 +267,13 @@ def _until(line: str, last: int) -> bool:
 
 
 def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
-    """Make a run folder where there is none, and keep other processes out of it until this one ends.
+    """Create the run folder if it does not exist, and lock it until this process ends.
 
-    Raises RunError when another one still holds it after `patience` seconds.
+    Raises RunError when another process still holds it after `patience` seconds.
     """
+    # 1. acquire the lock
     folder.path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would let go
+    lock = os.open(folder.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would release it
     until = time.monotonic() + patience
     while True:
         try:
@@ -286,13 +286,14 @@ def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
             raise RunError(
                 f"{folder.path} is in use by process {holder}; wait until it has ended, or set name=..."
             ) from error
+        # 2. write the process id
         os.truncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
         return
 
 
 def _newest(folder: RunFolder) -> Start:
-    """From the last whole checkpoint; RunError when the folder holds something else than a run."""
+    """Start from the newest intact checkpoint; raises RunError when the folder does not hold a run."""
     checkpoints = folder.checkpoints()
     begun = folder.path.is_dir() and any(_begun(path) for path in folder.path.iterdir())
     if not checkpoints and begun and not folder.record.is_file():
@@ -308,33 +309,35 @@ def _newest(folder: RunFolder) -> Start:
 
 def _passed_over(passed: Mapping[Path, str], instead: str) -> str:
     each = ", ".join(f"{path} ({what}; now {_free(path).name})" for path, what in passed.items())
-    return f"passed over {each}; going on from {instead}" if passed else ""
+    return f"skipped {each}; resuming from {instead}" if passed else ""
 
 
 def _chosen(folder: RunFolder, checkpoint: Path) -> Start:
-    """From a checkpoint of this run by its path; RunError when it is none, or damaged."""
+    """Start from a checkpoint given by path; raises RunError when it is not one of this run, or damaged."""
+    # 1. find and verify the checkpoint
     known = folder.checkpoints()
     if not known:
-        raise RunError(f"{checkpoint}: {folder.path} has no checkpoint; use --resume auto to begin it again")
+        raise RunError(f"{checkpoint}: {folder.path} has no checkpoint; use --resume auto to start from the first step")
     names = ", ".join(str(path) for path in known)
     chosen = next((path for path in known if path.resolve() == checkpoint.resolve()), None)
     if chosen is None:
-        raise RunError(f"{checkpoint} is no checkpoint of {folder.path}; known: {names}")
+        raise RunError(f"{checkpoint} is not a checkpoint of {folder.path}; known: {names}")
     what = damage(chosen)
     if what is not None:
-        raise RunError(f"{checkpoint} is damaged: {what}; use --resume auto, which takes the newest whole one")
+        raise RunError(f"{checkpoint} is damaged: {what}; use --resume auto, which takes the newest intact one")
+    # 2. set later checkpoints aside
     later = tuple(path for path in known if step_of(path) > step_of(chosen))
     moved = ", ".join(f"{path} (now {_free(path).name})" for path in later)
     return Start(
         folder=folder,
         checkpoint=chosen,
         aside=later,
-        news=f"left behind {moved}; going on from {chosen}" if later else "",
+        news=f"set aside {moved}; resuming from {chosen}" if later else "",
     )
 
 
 def _free(path: Path) -> Path:
-    """path.1, path.2 ...: the first name that is free."""
+    """The first unused name of path.1, path.2 ..."""
     number = 1
     while (moved := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
@@ -349,7 +352,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> dict[str, Any] | None:
-    """Commit of the source tree that runs, and whether it was changed since; None outside a repository of its own."""
+    """Commit of the source tree, and whether it has uncommitted changes; None outside its own repository."""
     git = shutil.which("git")
     if git is None or not (HERE.parent / ".git").exists():
         return None
@@ -362,7 +365,7 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON cannot hold."""
+    """The value with None in place of numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

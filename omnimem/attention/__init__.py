@@ -1,1 +1,1 @@
-"""Attention output and mass per key: `reference` is slow and obvious, `blocked` runs anywhere, `fused` on GPUs."""
+"""Attention output and mass per key: `reference` is a slow oracle, `blocked` runs on any device, `fused` on GPUs."""

@@ -1,7 +1,7 @@
-"""Attention in blocks of queries, on any device: no matrix of all queries times all keys is ever stored for autograd.
+"""Attention in blocks of queries, on any device: autograd never stores a matrix of all queries times all keys.
 
-Queries stand at the end of the keys: query i of Q sees key j of K when j <= K - Q + i (bottom-right causal), and, in a
-packed pass over several questions, when both belong to the same segment or the key belongs to the memory.
+The queries are the last Q of the K key positions: query i sees key j when j <= K - Q + i (bottom-right causal). In a
+packed pass over several questions the key must also belong to the memory or to the query's own segment.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 MEMORY = -2  # segment of keys that every query may see
-BLOCK = 1024  # queries at a time: bounds the mask to BLOCK x keys
+BLOCK = 1024  # queries per block: bounds the mask to BLOCK x keys
 
 HeadMean = Literal["probabilities", "logits"]
 
@@ -28,7 +28,7 @@ HeadMean = Literal["probabilities", "logits"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Which question each packed token belongs to; `MEMORY` marks keys open to all."""
+    """The question that each packed token belongs to; `MEMORY` marks keys that all queries see."""
 
     queries: Int[Tensor, "batch queries"]
     keys: Int[Tensor, "batch keys"]
@@ -37,7 +37,7 @@ class Segments:
 def visible(
     first: int, last: int, queries: int, keys: int, segments: Segments | None, device: torch.device
 ) -> Bool[Tensor, "#batch block keys"]:
-    """The keys that queries `first` to `last` of `queries` may see."""
+    """Mask of the keys that queries `first` to `last` (exclusive) may see."""
     limit = torch.arange(first, last, device=device) + (keys - queries)
     mask = (torch.arange(keys, device=device)[None, :] <= limit[:, None])[None]
     if segments is None:
@@ -55,28 +55,31 @@ def attend(
     gate: Float[Tensor, "batch keys"] | None = None,
     segments: Segments | None = None,
 ) -> Float[Tensor, "batch heads queries dim"]:
-    """softmax(scale q k + gate) v over the visible keys; differentiable in everything, the gate included.
+    """softmax(scale q k + gate) v over the visible keys; differentiable in all tensors, the gate included.
 
-    The gate rides in one more dimension of the head (query 1, key gate / scale), so its gradient, the column sum of
-    the softmax's dS, comes from the very attention kernel instead of a bias of queries x keys for all heads.
+    The gate is one more dimension of the head (query 1, key gate / scale). Its gradient, the column sum of the
+    softmax's dS, then comes from the attention kernel itself, without a bias of queries x keys for all heads.
     """
+    # 1. add the gate as a head dimension
     dim, count, total = queries.shape[-1], queries.shape[2], keys.shape[2]
     if gate is not None:
         queries, keys, values = _with_gate(queries, keys, values, gate, scale)
-    alone = count == 1 and segments is None
-    if not alone and segments is None and _flash(queries, keys, values):
-        bias: Any = causal_lower_right(count, total)  # takes half the time of a mask that is written out (docs/log)
+    # 2. one flash call where the kernel supports the inputs
+    single = count == 1 and segments is None
+    if not single and segments is None and _flash_supports(queries, keys, values):
+        bias: Any = causal_lower_right(count, total)  # takes half the time of an explicit mask (docs/log)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)[
             ..., :dim
         ]
-    if not alone and queries.device.type != "cpu":
-        # With a mask, the kernels of GPUs that share keys among heads fall back to queries x keys in full.
+    # 3. otherwise, masked blocks of queries
+    if not single and queries.device.type != "cpu":
+        # With a mask, the GPU kernels for grouped queries fall back to the full queries x keys matrix.
         group = queries.shape[1] // keys.shape[1]
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     blocks = []
     for first in range(0, count, BLOCK):
         last = min(first + BLOCK, count)
-        mask = None if alone else visible(first, last, count, total, segments, queries.device)[:, None]
+        mask = None if single else visible(first, last, count, total, segments, queries.device)[:, None]
         blocks.append(
             F.scaled_dot_product_attention(
                 queries[:, :, first:last], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
@@ -86,8 +89,8 @@ def attend(
     return output[..., :dim]
 
 
-def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the flash kernel takes these; it alone knows the lower-right causal mask and shared keys."""
+def _flash_supports(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the flash kernel can run; only it has both the lower-right causal mask and grouped queries."""
     if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16):
         return False
     return can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, False, True))
@@ -96,7 +99,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
 def _with_gate(
     queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads widened by the gate's dimension and padded to the multiple of 8 that fast kernels want."""
+    """Queries, keys and values widened by the gate's dimension and padded to a multiple of 8 for fast kernels."""
     padding = -(queries.shape[-1] + 1) % 8
     one = queries.new_ones(()).expand(*queries.shape[:-1], 1)
     column = (gate / scale).to(keys.dtype)[:, None, :, None].expand(*keys.shape[:-1], 1)
@@ -113,27 +116,27 @@ def mass(
     gate: Float[Tensor, "batch keys"] | None = None,
     heads: HeadMean = "probabilities",
 ) -> Float[Tensor, "batch keys"]:
-    """Attention mass per key, float32 (float64 of float64): a_k = sum over queries of the mean over heads of A_qk.
+    """Attention mass per key, a_k = sum over queries of the mean over heads of A_qk (paper eq. 8).
 
-    (Paper eq. 8.) `logits` averages the scaled logits over the heads before one softmax per query, as the release does.
-    Differentiable in queries, keys and gate: backward computes each block's softmax again, so that the graph holds
-    queries, keys and gate and nothing of queries x keys. Exact under autocast too, so that training and evaluation
-    select alike.
+    The result is float32, or float64 for float64 inputs. `heads="logits"` averages the scaled logits over the heads
+    before one softmax per query, as the release does. Differentiable in queries, keys and gate: backward recomputes
+    each block's softmax, so the graph stores nothing of size queries x keys. Autocast is disabled inside, so that
+    training and evaluation select the same tokens.
     """
     return _Mass.apply(queries, keys, gate, scale, heads)
 
 
 @cache
 def fused_mass() -> Callable[..., Tensor] | None:
-    """The kernels of `omnimem.attention.fused`, imported only on a GPU; None without Triton, which comes with CUDA."""
+    """`omnimem.attention.fused.mass`, imported only when it is used; None without Triton (which comes with CUDA)."""
     return import_module("omnimem.attention.fused").mass if find_spec("triton") else None
 
 
 @final
 class _Mass(torch.autograd.Function):
-    """With A = softmax(L) and c the slope of the mass: dL_qk = A_qk (c_k - sum_j A_qj c_j) / heads.
+    """With A = softmax(L) and c the gradient of the mass: dL_qk = A_qk (c_k - sum_j A_qj c_j) / heads.
 
-    Then dq = scale dL k, dk = scale dL^T q, and the gate's gradient is the column sum of dL.
+    Then dq = scale dL k, dk = scale dL^T q, and the gradient of the gate is the column sum of dL.
     """
 
     @staticmethod
@@ -155,18 +158,18 @@ class _Mass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's own decorator
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's own decorator
         queries, keys, gate = ctx.saved_tensors
         parts = _Parts.of(queries, keys, gate, ctx.scale, ctx.heads)
         with torch.autocast(queries.device.type, enabled=False):
-            of_queries, of_keys, of_gate = parts.slopes(slope)
+            of_queries, of_keys, of_gate = parts.gradients(grad)
         return of_queries.to(queries.dtype), of_keys.to(keys.dtype), None if gate is None else of_gate, None, None
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What both passes need, in the precision of the sum; keys are not repeated for the heads that share them."""
+    """Inputs of the forward and backward pass, in the precision of the sum; keys are not repeated per query head."""
 
     queries: Tensor
     keys: Tensor
@@ -182,18 +185,18 @@ class _Parts:
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """First and last query of each block; all heads of a block are held at once, or the one that is their mean."""
+        """(first, last) query of each block; a block holds all heads at once, or one for `logits`."""
         _, heads, count, _ = self.queries.shape
         step = max(1, BLOCK // (1 if self.heads == "logits" else heads))
         return ((first, min(first + step, count)) for first in range(0, count, step))
 
     def scaled(self, first: int, last: int) -> Tensor:
-        """Queries of a block times the scale, [batch, kv_heads, group x queries, dim]."""
+        """Queries of a block multiplied by the scale, [batch, kv_heads, group x queries, dim]."""
         batch, kv_heads, _, dim = self.keys.shape
         return (self.queries[:, :, first:last].to(self.keys.dtype) * self.scale).reshape(batch, kv_heads, -1, dim)
 
     def weights(self, first: int, last: int) -> Tensor:
-        """A of a block, [batch, heads, queries, keys]; a single head where logits are averaged."""
+        """A of a block, [batch, heads, queries, keys]; [batch, 1, queries, keys] where logits are averaged."""
         batch, heads, count, _ = self.queries.shape
         total = self.keys.shape[2]
         if self.heads == "logits":
@@ -206,22 +209,24 @@ class _Parts:
         return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
 
     def _mean_logits(self, first: int, last: int) -> Tensor:
-        """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads side by side."""
+        """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads concatenated."""
         batch, kv_heads, _, dim = self.keys.shape
         grouped = self.scaled(first, last).view(batch, kv_heads, -1, last - first, dim).sum(dim=2)
-        beside = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
-        return (beside @ self.keys.transpose(1, 2).flatten(2).mT)[:, None]
+        joined = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
+        return (joined @ self.keys.transpose(1, 2).flatten(2).mT)[:, None]
 
-    def slopes(self, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of queries, keys and gate."""
+    def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and gate, given that of the mass."""
         batch, heads, _, dim = self.queries.shape
         kv_heads = self.keys.shape[1]
-        of_queries, of_keys, of_gate = [], torch.zeros_like(self.keys), torch.zeros_like(slope)
+        of_queries, of_keys, of_gate = [], torch.zeros_like(self.keys), torch.zeros_like(grad)
         for first, last in self.blocks:
+            # 1. gradient of the logits
             weights = self.weights(first, last)
-            mean = (weights @ slope[:, None, :, None]) / heads
-            of_logits = (weights * (slope / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
-            of_logits = of_logits.expand(-1, heads, -1, -1).reshape(batch, kv_heads, -1, slope.shape[1])
+            mean = (weights @ grad[:, None, :, None]) / heads
+            of_logits = (weights * (grad / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
+            of_logits = of_logits.expand(-1, heads, -1, -1).reshape(batch, kv_heads, -1, grad.shape[1])
+            # 2. gradients of the inputs
             of_queries.append((of_logits @ self.keys * self.scale).view(batch, heads, last - first, dim))
             of_keys += of_logits.mT @ self.scaled(first, last)
             of_gate += of_logits.sum(dim=(1, 2))

@@ -1,7 +1,7 @@
-"""Attention mass on a GPU in two Triton kernels: no logit ever leaves the chip.
+"""Attention mass on a GPU in two Triton kernels: logits are never written to GPU memory.
 
-The first finds the log-sum-exp of every query, the second sums over the queries what each key receives. A block of keys
-belongs to one program, so nothing is added in an order that changes from run to run.
+The first kernel computes the log-sum-exp of every query, the second sums the attention of each key over the queries.
+Each block of keys is summed by one program, so the order of additions is the same in every run.
 """
 
 from contextlib import nullcontext
@@ -24,14 +24,16 @@ def mass(
 ) -> Float[Tensor, "batch keys"]:
     """a_k = sum over queries of the mean over heads of softmax(scale q k + gate), float32, bottom-right causal.
 
-    (Paper eq. 8.) Products of 16-bit numbers are exact in float32, and float32 is multiplied as such, never as TF32.
+    (Paper eq. 8.) Products of 16-bit numbers are exact in float32; float32 inputs are multiplied in full precision,
+    never as TF32.
     """
+    # 1. outputs and launch parameters
     batch, heads, count, dim = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
     exact = {"dtype": torch.float32, "device": queries.device}
     sums = torch.empty(batch, heads, count, **exact)
     received = torch.empty(batch, heads, total, **exact)
-    bias = received if gate is None else gate.to(torch.float32).contiguous()  # any pointer, where there is no gate
+    bias = received if gate is None else gate.to(torch.float32).contiguous()  # without a gate the pointer is not read
     rows, columns = (ROWS, COLUMNS) if queries.dtype != torch.float32 else (ROWS // 4, COLUMNS // 2)
     shape = (queries.contiguous(), keys.contiguous(), bias, sums)
     sizes = (scale, heads, heads // kv_heads, count, total, dim)
@@ -41,15 +43,16 @@ def mass(
         "COLUMNS": columns,
         "GATED": gate is not None,
     }
-    with torch.cuda.device(queries.device) if queries.is_cuda else nullcontext():  # the interpreter has none
-        _normalise[(triton.cdiv(count, rows), batch * heads)](*shape, *sizes, **settings)
-        _receive[(triton.cdiv(total, columns), batch * heads)](*shape, received, *sizes, **settings)
+    # 2. log-sum-exp per query, then mass per key
+    with torch.cuda.device(queries.device) if queries.is_cuda else nullcontext():  # Triton's interpreter uses the CPU
+        _log_sums[(triton.cdiv(count, rows), batch * heads)](*shape, *sizes, **settings)
+        _column_sums[(triton.cdiv(total, columns), batch * heads)](*shape, received, *sizes, **settings)
     return received.mean(dim=1)
 
 
 @triton.jit
 def _logits(q, k, gates, columns, total, scale, GATED: tl.constexpr):
-    """Of a block of queries [ROWS, WIDTH] and one of keys [WIDTH, COLUMNS]."""
+    """Logits of a block of queries [ROWS, WIDTH] and a block of keys [WIDTH, COLUMNS]."""
     logits = tl.dot(q, k, input_precision="ieee") * scale
     if GATED:
         logits += tl.load(gates + columns, mask=columns < total, other=0.0)[None, :]
@@ -57,24 +60,24 @@ def _logits(q, k, gates, columns, total, scale, GATED: tl.constexpr):
 
 
 @triton.jit
-def _normalise(
+def _log_sums(
     q_all, k_all, gate_all, sums, scale, heads, group, count, total, dim,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """log sum_k exp(logit) of ROWS queries of one head."""
+    """log sum_k exp(logit) for ROWS queries of one head."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     kv_row = batch * (heads // group) + head // group
-    places, across = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    asked = (places[:, None] < count) & (across[None, :] < dim)
-    q = tl.load(q_all + (row * count + places[:, None]) * dim + across[None, :], mask=asked, other=0.0)
+    places, dims = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    q_mask = (places[:, None] < count) & (dims[None, :] < dim)
+    q = tl.load(q_all + (row * count + places[:, None]) * dim + dims[None, :], mask=q_mask, other=0.0)
     limit = places + total - count  # the last key that each query sees
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     for first in range(0, tl.minimum(total, (tl.program_id(0) + 1) * ROWS + total - count), COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
-        there = (columns[None, :] < total) & (across[:, None] < dim)
-        k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + across[:, None], mask=there, other=0.0)
+        k_mask = (columns[None, :] < total) & (dims[:, None] < dim)
+        k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + dims[:, None], mask=k_mask, other=0.0)
         logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
         logits = tl.where(columns[None, :] <= limit[:, None], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -84,23 +87,23 @@ def _normalise(
 
 
 @triton.jit
-def _receive(
+def _column_sums(
     q_all, k_all, gate_all, sums, received, scale, heads, group, count, total, dim,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """sum_q exp(logit - log sum) of COLUMNS keys under one head, over the queries that see them."""
+    """sum_q exp(logit - log sum) for COLUMNS keys of one head, over the queries that see them."""
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     kv_row = batch * (heads // group) + head // group
-    columns, across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
-    there = (columns[None, :] < total) & (across[:, None] < dim)
-    k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + across[:, None], mask=there, other=0.0)
+    columns, dims = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
+    k_mask = (columns[None, :] < total) & (dims[:, None] < dim)
+    k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + dims[:, None], mask=k_mask, other=0.0)
     gathered = tl.zeros([COLUMNS], tl.float32)
     earliest = tl.maximum(0, tl.program_id(0) * COLUMNS - (total - count)) // ROWS * ROWS
     for first in range(earliest, count, ROWS):
         places = first + tl.arange(0, ROWS)
-        asked = (places[:, None] < count) & (across[None, :] < dim)
-        q = tl.load(q_all + (row * count + places[:, None]) * dim + across[None, :], mask=asked, other=0.0)
+        q_mask = (places[:, None] < count) & (dims[None, :] < dim)
+        q = tl.load(q_all + (row * count + places[:, None]) * dim + dims[None, :], mask=q_mask, other=0.0)
         logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
         sum_of = tl.load(sums + row * count + places, mask=places < count, other=float("inf"))
         seen = (columns[None, :] <= places[:, None] + total - count) & (places[:, None] < count)

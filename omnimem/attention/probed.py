@@ -1,4 +1,4 @@
-"""Attention of a few queries, in full: the windows and probes by which many methods judge a cache."""
+"""Full attention probabilities of a few queries: the windows and probes that many policies score a cache with."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +13,9 @@ def probabilities(
     scale: float,
     gate: Float[Tensor, "batch keys"] | None = None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """softmax(scale q k + gate) over the keys seen, float32; queries x keys are held, so let the queries be few.
+    """softmax(scale q k + gate) over the keys seen, float32; stores queries x keys, so pass few queries.
 
-    A query that sees nothing gives nothing.
+    The row of a query that sees no key is zero.
     """
     batch, heads, count, dim = queries.shape
     kv_heads = keys.shape[1]
@@ -28,5 +28,5 @@ def probabilities(
 
 
 def until(places: Int[Tensor, "batch queries"], keys: int) -> Bool[Tensor, "batch queries keys"]:
-    """The keys that stand at or before the place of each query."""
+    """Mask of the keys at or before the place of each query."""
     return torch.arange(keys, device=places.device) <= places[..., None]

@@ -1,4 +1,4 @@
-"""Attention with plain loops in float64: what every fast path is compared with, never used in a run."""
+"""Attention with plain loops in float64: the oracle of the tests, never used in a run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the stream needs of a model family: how media become chunks, and how questions become tokens."""
+"""The interface of a model family: encoding media, cutting them into chunks, and tokenizing questions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +20,13 @@ Tracks = Literal["both", "video", "audio"]
 
 
 class LayoutError(UserError):
-    """A stream that cannot be cut as asked; the message says why and how to repair it."""
+    """A stream that cannot be cut into chunks as configured; the message says why and how to fix it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which checkpoint, and in which precision."""
+    """The checkpoint and its precision."""
 
     path: str  # a local folder or a hub id
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -36,18 +36,18 @@ class ModelOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One segment after the frozen encoders: what may be cached, and all that a chunk is built from."""
+    """One segment after the frozen encoders: the unit of the encoder cache, and the input of a chunk."""
 
     visual: Float[Tensor, "batch visual_tokens width"] | None
     audio: Float[Tensor, "batch audio_tokens width"] | None
-    grid: tuple[int, int, int]  # of the visual tokens: time, rows, columns; zeros without video
+    grid: tuple[int, int, int]  # time, rows and columns of the visual tokens; zeros without video
     start: float  # seconds
     seconds: float
     seconds_per_grid: float
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What segments must share to pass together."""
+        """The properties that segments of one batch must share."""
         audio = 0 if self.audio is None else self.audio.shape[1]
         return (self.grid, audio, self.start, self.seconds, self.seconds_per_grid)
 
@@ -58,7 +58,7 @@ class Encoded:
 
 
 def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
-    """Streams of one layout as one batch, segment by segment, as they come.
+    """Join streams of one layout into a batch, lazily, segment by segment.
 
     Raises LayoutError when the layouts differ (length, size of the grid, tracks).
     """
@@ -70,7 +70,7 @@ def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
         if len(set(layouts)) != 1:
             odd = next(number for number, layout in enumerate(layouts) if layout != layouts[0])
             raise LayoutError(
-                f"streams 0 and {odd} of a batch differ in layout ({layouts[0]} against {layouts[odd]}); batch streams "
+                f"streams 0 and {odd} of a batch differ in layout ({layouts[0]} and {layouts[odd]}); batch streams "
                 "of equal length and frame size, or set the batch size to 1"
             )
         yield _joined(row)
@@ -85,7 +85,7 @@ def _joined(row: Sequence[Encoded]) -> Encoded:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A question as the chat template will frame it, with the answer to learn from, if any."""
+    """A question, and the answer to learn from, if any."""
 
     text: str
     answer: str | None = None
@@ -97,16 +97,16 @@ class Backbone(ABC):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     geometry: Geometry
-    folder: Path | None  # where the checkpoint's files lie, when they lie on this machine
+    folder: Path | None  # the checkpoint's local folder; None where it has none
 
     @property
     @abstractmethod
     def text_model(self) -> PreTrainedModel:
-        """The decoder that a stream runs through."""
+        """The decoder that processes a stream."""
 
     @property
     def device(self) -> torch.device:
-        """Where the text model lies."""
+        """Device of the text model."""
         return self.text_model.device
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def head(self) -> nn.Module:
-        """Hidden states to logits."""
+        """The language-model head: hidden states to logits."""
 
     @property
     @abstractmethod
@@ -126,11 +126,11 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def trained_positions(self) -> int:
-        """Positions below this were seen in training."""
+        """Number of positions that the model was trained on."""
 
     @abstractmethod
     def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
-        """Segments through the frozen encoders, `together` at a time."""
+        """Encode segments with the frozen encoders, `together` at a time."""
 
     @abstractmethod
     def chunks(
@@ -143,9 +143,10 @@ class Backbone(ABC):
         cuts: Sequence[float] = (),
         system: str | None = None,
     ) -> Iterator[Chunk]:
-        """The prompt's opening, then the stream in chunks of at most `chunk_tokens`.
+        """The opening of the prompt, then the stream in chunks of at most `chunk_tokens` tokens.
 
-        A chunk also ends with the last segment that is over at a cut, so that a question then sees nothing later.
+        A chunk also ends with the last segment that is complete at a cut (seconds), so that a question asked at that
+        time sees nothing later.
         """
 
     @abstractmethod
@@ -154,8 +155,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def probe(self, text: str | None) -> list[int]:
-        """Token ids of a text that is asked in place of questions; None: what the template puts after a question."""
+        """Token ids of a text used in place of a question; None: the part of the template after a question."""
 
     @abstractmethod
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
-        """(ids, offsets, labels) of a question that closes `tracks` (None: nothing was streamed), then is asked."""
+        """(ids, offsets, labels) of the end markers of `tracks` (None: nothing was streamed) and the question."""

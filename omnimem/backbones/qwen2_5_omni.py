@@ -1,7 +1,7 @@
 """Qwen2.5-Omni thinker: layout, TMRoPE positions and rates as transformers computes them, all read from the checkpoint.
 
 Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision_eos|>{question}, interleaved every
-`seconds_per_chunk`; without sound or without pictures only the markers of the track that is there.
+`seconds_per_chunk`; a stream with one track has only the markers of that track.
 """
 
 import json
@@ -34,36 +34,36 @@ from omnimem.shipped import shipped
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
-SAMPLE = "\x00"  # stands for the question while the template is rendered
+SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 IGNORED = -100
 Part = TypeVar("Part", bound=nn.Module)
 
 
 class CheckpointError(UserError):
-    """A folder that is no checkpoint of this family, or lacks a file; the message says which and how to repair it."""
+    """A folder that is not a checkpoint of this family, or lacks a file; the message says which and how to fix it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Time in positions, from the checkpoint: never hard-coded 25 a second."""
+    """Conversion of seconds to positions, read from the checkpoint (25 per second in the released models)."""
 
     positions_per_second: float
     seconds_per_chunk: float
 
     @property
     def positions_per_chunk(self) -> int:
-        """Length of one stretch of video followed by its audio, in positions."""
+        """Positions of one interleaved block of video and its audio."""
         return int(self.positions_per_second * self.seconds_per_chunk)
 
     def of_grid(self, number: int, seconds_per_grid: float) -> int:
-        """Position of frame grid `number` after the start of the stream (get_rope_index)."""
+        """Position of frame grid `number` relative to the start of the stream (as in get_rope_index)."""
         return int(number * seconds_per_grid * self.positions_per_second)
 
 
 @final
 class Qwen25Omni(Backbone):
-    """A loaded thinker; `model` is transformers' own class and stays as it was loaded."""
+    """A loaded Qwen2.5-Omni thinker; `model` is the unmodified transformers class."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Qwen25Omni(Backbone):
             positions_per_second=float(config.position_id_per_seconds),
             seconds_per_chunk=float(config.seconds_per_chunk),
         )
-        self._opening, self._closing = _frame(tokenizer, system)
+        self._opening, self._closing = _render_template(tokenizer, system)
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Qwen25Omni":
-        """From a hub id or a local folder, thinker alone or with talker and vocoder beside it (which are not loaded).
+        """Load a thinker from a hub id or a local folder; a talker and vocoder in it are ignored.
 
         Raises CheckpointError when a file is missing.
         """
@@ -108,7 +108,7 @@ class Qwen25Omni(Backbone):
 
     @property
     def _towers(self) -> Any:
-        """The model, whose decorated methods carry no types."""
+        """The model as Any: its decorated methods have no type annotations."""
         return self.model
 
     @property
@@ -116,7 +116,7 @@ class Qwen25Omni(Backbone):
         return self.model.lm_head
 
     def encoder_weights(self) -> Iterator[Tensor]:
-        """Vision tower, then audio tower."""
+        """Weights of the vision tower, then of the audio tower."""
         for tower in (Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder):
             yield from _part(self.model, tower).state_dict().values()
 
@@ -132,26 +132,28 @@ class Qwen25Omni(Backbone):
         return self.tokenizer.encode(token, add_special_tokens=False)[0]
 
     def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
-        """Segments through the vision and the audio tower; a segment alone gives the same as with its neighbours.
+        """Encode segments with the vision and audio towers, `together` at a time.
 
-        Holds because the vision tower attends within a frame grid and the audio tower within its block.
+        The result of a segment does not depend on its neighbours: the vision tower attends within a frame grid and
+        the audio tower within its block.
         """
         rest = iter(segments)
         while block := list(islice(rest, together)):
             with torch.no_grad():
-                visual, audio = self._look(block), self._listen(block)
-            for segment, (pixels, grid), sound in zip(block, visual, audio, strict=True):
+                visual, audio = self._encode_frames(block), self._encode_mel(block)
+            for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True):
                 yield Encoded(
-                    visual=pixels,
-                    audio=sound,
+                    visual=frame_tokens,
+                    audio=mel_tokens,
                     grid=grid,
                     start=segment.start,
                     seconds=segment.seconds,
                     seconds_per_grid=self.geometry.temporal_patch / fps,
                 )
 
-    def _look(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
+    def _encode_frames(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
         """Visual tokens [1, tokens, width] and their grid for each segment."""
+        # 1. cut the frames into patches
         geometry, towers = self.geometry, self._towers
         patched = [
             None
@@ -166,12 +168,14 @@ class Qwen25Omni(Backbone):
             )
             for segment in block
         ]
-        there = [item for item in patched if item is not None]
-        if not there:
+        present = [item for item in patched if item is not None]
+        if not present:
             return [(None, (0, 0, 0))] * len(block)
-        rows = torch.cat([row for row, _ in there]).to(device=self.device, dtype=towers.dtype)
-        grids = torch.tensor([grid for _, grid in there], device=self.device)
+        # 2. encode all segments in one pass
+        rows = torch.cat([row for row, _ in present]).to(device=self.device, dtype=towers.dtype)
+        grids = torch.tensor([grid for _, grid in present], device=self.device)
         outputs = iter(towers.get_video_features(rows, grids).pooler_output)
+        # 3. split the tokens by segment
         merge = geometry.merge
         return [
             (None, (0, 0, 0))
@@ -180,19 +184,21 @@ class Qwen25Omni(Backbone):
             for item in patched
         ]
 
-    def _listen(self, block: Sequence[Segment]) -> list[Tensor | None]:
+    def _encode_mel(self, block: Sequence[Segment]) -> list[Tensor | None]:
         """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
-        there = [segment.mel for segment in block if segment.mel is not None]
-        if not there:
+        # 1. encode all segments in one pass
+        present = [segment.mel for segment in block if segment.mel is not None]
+        if not present:
             return [None] * len(block)
         towers = self._towers
-        mel = torch.cat(there, dim=1)[None].to(device=self.device, dtype=towers.dtype)
+        mel = torch.cat(present, dim=1)[None].to(device=self.device, dtype=towers.dtype)
         mask = torch.ones(1, mel.shape[2], dtype=torch.long, device=self.device)
         tokens = towers.get_audio_features(mel, feature_attention_mask=mask).last_hidden_state
-        found, heard, first = [], 0, 0
+        # 2. split the tokens by segment
+        found, mel_frames, first = [], 0, 0
         for segment in block:
-            heard += 0 if segment.mel is None else segment.mel.shape[1]
-            last = audio_tokens(heard)
+            mel_frames += 0 if segment.mel is None else segment.mel.shape[1]
+            last = audio_tokens(mel_frames)
             found.append(tokens[None, first:last] if segment.mel is not None and last > first else None)
             first = last
         return found
@@ -211,18 +217,20 @@ class Qwen25Omni(Backbone):
 
         Raises LayoutError when a single segment is larger than `chunk_tokens`.
         """
-        text = self._opening if system is None else _frame(self.tokenizer, system)[0]
-        opening = self._text_ids(text) + _begin(tracks, self._id)
-        count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers stand at one position
+        # 1. the opening
+        text = self._opening if system is None else _render_template(self.tokenizer, system)[0]
+        opening = self._text_ids(text) + _begin_markers(tracks, self._id)
+        count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
         yield self._text_chunk(opening, places, batch)
+        # 2. the segments
         layout = _Layout(rates=self.rates, base=count)
         pending: list[Encoded] = []
         for segment in segments:
             if segment.count > chunk_tokens:
                 raise LayoutError(
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
-                    f"{chunk_tokens}; raise it, or lower stream.max_pixels or stream.fps"
+                    f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
                 )
             full = sum(held.count for held in pending) + segment.count > chunk_tokens
             cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
@@ -246,20 +254,20 @@ class Qwen25Omni(Backbone):
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def framed(self, question: str, *, system: str | None = None) -> str:
-        """Opening, then the question in its turn."""
-        opening = self._opening if system is None else _frame(self.tokenizer, system)[0]
+        """The opening, then the user's turn with the question."""
+        opening = self._opening if system is None else _render_template(self.tokenizer, system)[0]
         return opening + self._closing.replace(SAMPLE, question)
 
     def probe(self, text: str | None) -> list[int]:
-        """As it stands; or the end of the user's turn and the start of the assistant's."""
+        """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""
         return self._text_ids(self._closing.partition(SAMPLE)[2] if text is None else text)
 
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
-        """End markers of the open tracks (both at one position), the question, and the answer with its labels.
+        """(ids, offsets, labels) of the tracks' end markers (both at one position), the question and the answer.
 
-        A label stands at the token that predicts it; -100 where nothing is to be learned.
+        A label is at the token that predicts it; it is -100 elsewhere.
         """
-        end = _end(tracks, self._id)
+        end = _end_markers(tracks, self._id)
         asked = self._text_ids(self._closing.replace(SAMPLE, turn.text))
         answer = [] if turn.answer is None else [*self._text_ids(turn.answer), self.stop[0]]
         ids = [*end, *asked, *answer]
@@ -272,14 +280,14 @@ class Qwen25Omni(Backbone):
 
 @final
 class _Layout:
-    """Where the tokens of each segment stand: grids and audio tokens counted from the start of the stream."""
+    """Positions of the tokens of each segment; counts grids and audio tokens from the start of the stream."""
 
     def __init__(self, *, rates: Rates, base: int) -> None:
         self.rates, self.base = rates, base
-        self.grids, self.sounds = 0, 0
+        self.grids, self.audio_tokens = 0, 0
 
     def chunk(self, segments: Sequence[Encoded]) -> Chunk:
-        """The segments as one chunk."""
+        """Join the segments into one chunk."""
         parts = [self._place(segment) for segment in segments]
         last = segments[-1]
         batch = parts[0][0].shape[0]
@@ -291,27 +299,31 @@ class _Layout:
         )
 
     def _place(self, segment: Encoded) -> tuple[Tensor, Int[Tensor, "axes tokens"], Tensor]:
-        """Embeddings, positions and modality of a segment, interleaved as the processor does, in order of time.
+        """Embeddings, positions and modality of a segment, in order of time, interleaved as in the processor.
 
-        Below one frame grid per stretch (fps < temporal_patch / seconds_per_chunk) the processor pairs the n-th grid
-        with the n-th stretch of audio, ahead of its time; a stream cannot, so there the order is ours.
+        With less than one frame grid per block (fps < temporal_patch / seconds_per_chunk) the processor pairs the
+        n-th grid with the n-th block of audio, before the grid's time. A stream cannot do that, so it keeps the order
+        of time (ours).
         """
-        embeddings, positions, kinds, stretches = [], [], [], []
+        # 1. visual tokens
+        embeddings, positions, kinds, blocks = [], [], [], []
         if segment.visual is not None:
             places = self._visual(segment)
             embeddings.append(segment.visual)
             positions.append(places + self.base)
             kinds += [int(Modality.VISUAL)] * places.shape[1]
-            stretches.append(places[0] // self.rates.positions_per_chunk)
+            blocks.append(places[0] // self.rates.positions_per_chunk)
+        # 2. audio tokens
         if segment.audio is not None:
-            heard = torch.arange(segment.audio.shape[1]) + self.sounds
-            self.sounds += segment.audio.shape[1]
+            times = torch.arange(segment.audio.shape[1]) + self.audio_tokens
+            self.audio_tokens += segment.audio.shape[1]
             embeddings.append(segment.audio)
-            positions.append(heard.expand(3, -1) + self.base)
-            kinds += [int(Modality.AUDIO)] * len(heard)
-            stretches.append(heard // self.rates.positions_per_chunk)
+            positions.append(times.expand(3, -1) + self.base)
+            kinds += [int(Modality.AUDIO)] * len(times)
+            blocks.append(times // self.rates.positions_per_chunk)
+        # 3. interleave by block
         device = embeddings[0].device
-        order = torch.cat(stretches).argsort(stable=True).to(device)
+        order = torch.cat(blocks).argsort(stable=True).to(device)
         modality = torch.tensor(kinds, dtype=torch.int8, device=device)
         return (
             torch.cat(embeddings, dim=1)[:, order],
@@ -320,14 +332,14 @@ class _Layout:
         )
 
     def _visual(self, segment: Encoded) -> Int[Tensor, "axes tokens"]:
-        """Time, row and column of each visual token, from the start of the stream."""
+        """Time, row and column of each visual token, relative to the start of the stream."""
         time, rows, columns = segment.grid
         numbers = range(self.grids, self.grids + time)
         self.grids += time
-        moments = torch.tensor([self.rates.of_grid(number, segment.seconds_per_grid) for number in numbers])
+        times = torch.tensor([self.rates.of_grid(number, segment.seconds_per_grid) for number in numbers])
         return torch.stack(
             [
-                moments.repeat_interleave(rows * columns),
+                times.repeat_interleave(rows * columns),
                 torch.arange(rows).repeat_interleave(columns).repeat(time),
                 torch.arange(columns).repeat(rows * time),
             ]
@@ -335,28 +347,33 @@ class _Layout:
 
 
 def audio_tokens(mel_frames: int) -> int:
-    """Tokens that the audio tower makes of so many mel frames: two halvings, as transformers rounds them."""
+    """Number of audio tokens for a number of mel frames: halved twice, rounded as in transformers."""
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1) if mel_frames > 0 else 0
 
 
-def _begin(tracks: Tracks | None, number: Any) -> list[int]:
+def _begin_markers(tracks: Tracks | None, token_id: Any) -> list[int]:
     names = {"both": ["<|vision_bos|>", "<|audio_bos|>"], "video": ["<|vision_bos|>"], "audio": ["<|audio_bos|>"]}
-    return [] if tracks is None else [number(name) for name in names[tracks]]
+    return [] if tracks is None else [token_id(name) for name in names[tracks]]
 
 
-def _end(tracks: Tracks | None, number: Any) -> list[int]:
+def _end_markers(tracks: Tracks | None, token_id: Any) -> list[int]:
     names = {"both": ["<|audio_eos|>", "<|vision_eos|>"], "video": ["<|vision_eos|>"], "audio": ["<|audio_eos|>"]}
-    return [] if tracks is None else [number(name) for name in names[tracks]]
+    return [] if tracks is None else [token_id(name) for name in names[tracks]]
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
-    """What the checkpoint's chat template puts before the video, and after it with `SAMPLE` for the question."""
+def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
+    """The chat template's text before the video, and after it with `SAMPLE` in place of the question.
+
+    Raises CheckpointError when there is no template, or it does not render a video.
+    """
     content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     if tokenizer.chat_template is None:
-        raise CheckpointError("the checkpoint has no chat template; copy chat_template.jinja (or .json) beside it")
+        raise CheckpointError(
+            "the checkpoint has no chat template; copy chat_template.jinja (or .json) into its folder"
+        )
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     opening, found, closing = text.partition(VIDEO)
     if not found or SAMPLE not in closing:
@@ -365,7 +382,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str,
 
 
 def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> Geometry:
-    """Patches and mel of the checkpoint's own preprocessor file, checked against the encoders' configuration."""
+    """Patch and mel settings from the preprocessor file, checked against the encoders' configuration."""
     table = _preprocessor(path)
     config: Any = model.config
     vision, audio = config.vision_config, config.audio_config
@@ -374,7 +391,7 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
     if mel.mels != audio.num_mel_bins or frames % (2 * audio.n_window):
         raise CheckpointError(
             f"{path}: {mel.mels} mel bins and {frames:g} mel frames per {config.seconds_per_chunk:g} s do not fit the "
-            f"audio tower ({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); repair "
+            f"audio tower ({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); fix "
             "preprocessor_config.json"
         )
     return Geometry(
@@ -389,7 +406,7 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
 
 
 def _preprocessor(path: str) -> dict[str, Any]:
-    """The settings of feature extractor and video processor, from either of the files transformers has written."""
+    """Settings of the feature extractor and video processor, from either of the files that transformers writes."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
         if found is not None:
@@ -400,11 +417,11 @@ def _preprocessor(path: str) -> dict[str, Any]:
 
 
 def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
-    """The checkpoint at `options.path`, frozen, on `device` (None: the GPU where there is one).
+    """Load the checkpoint at `options.path`, frozen, on `device` (None: the GPU if there is one).
 
     The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id.
 
-    Qwen2.5-Omni is the family that can be loaded from media. Raises CheckpointError when a file is missing.
+    Supports the Qwen2.5-Omni family. Raises CheckpointError when a file is missing.
     """
     backbone = Qwen25Omni.load(replace(options, path=shipped(options.path)))
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -413,6 +430,6 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
 
 
 def _part(model: nn.Module, kind: type[Part]) -> Part:
-    """The one module of a class: transformers 5.21 moved the parts of a thinker one level down."""
+    """The only submodule of a class, at any depth: transformers 5.21 nests the parts one level deeper."""
     (found,) = (module for module in model.modules() if isinstance(module, kind))
     return found

@@ -1,7 +1,7 @@
 """How many audio and visual tokens each layer may keep: audio-visual budget allocation (AVBA), exact to the slot.
 
-Tables are [audio, visual] a layer, as released. Signals are measured once per model (`omnimem.calibration`); from them
-come shares of the whole memory, and from the shares the slots of a memory of any size.
+Tables hold [audio, visual] per layer, as in the release. Signals are measured once per model (`omnimem.calibration`).
+They determine the shares of layers and modalities, and the shares determine the slots for any memory size.
 """
 
 from omnimem.budget.allocation import BudgetError, Rounding, Shares, Slots

@@ -1,4 +1,4 @@
-"""The part of the whole memory that each layer and modality gets, and the slots that makes of any memory."""
+"""The share of the whole memory that each layer and modality gets, and the slots for a given memory size."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,24 @@ from typing import Any, Literal, final
 from omnimem.budget.apportion import apportion
 from omnimem.errors import UserError
 
-Pair = tuple[float, float]  # one number a modality, in the order of every table: audio, visual
-Slots = tuple[int, int]  # of one layer: audio, visual
-NO_LEAST, NO_MOST = (0.0, 0.0), (math.inf, math.inf)  # bounds that bind nothing
+Pair = tuple[float, float]  # (audio, visual)
+Slots = tuple[int, int]  # (audio, visual) of one layer
+NO_LEAST, NO_MOST = (0.0, 0.0), (math.inf, math.inf)  # no bounds
 
 Rounding = Literal["exact", "truncated"]
 
 
 class BudgetError(UserError):
-    """A budget that cannot be given; the message says what was asked and how to repair it."""
+    """An invalid budget; the message names the setting and how to fix it."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """The part of the whole memory that each layer and modality gets, for any number of slots per layer.
+    """The fraction of the whole memory that each layer and modality gets, for any number of slots per layer.
 
     `low` and `high` bound the slots of a layer and modality, in units of slots_per_layer.
+    Raises BudgetError unless the fractions are >= 0 and sum to 1.
     """
 
     fractions: tuple[Pair, ...]
@@ -41,7 +42,7 @@ class Shares:
 
     @classmethod
     def uniform(cls, layers: int, audio_share: float) -> "Shares":
-        """Every layer alike, `audio_share` of it for audio."""
+        """Equal layers, each with `audio_share` of its slots for audio."""
         return cls(
             fractions=((audio_share / layers, (1 - audio_share) / layers),) * layers,
             provenance={"audio_share": audio_share},
@@ -53,11 +54,12 @@ class Shares:
         return len(self.fractions)
 
     def slots(self, slots_per_layer: int, rounding: Rounding = "exact") -> tuple[Slots, ...]:
-        """The slots of each layer and modality of a memory of slots_per_layer × layers.
+        """The slots of each layer and modality in a memory of slots_per_layer × layers.
 
-        `exact` (ours): shares are scaled until, clipped, they fill the memory; then largest remainder. The sum is
-        slots_per_layer × layers, every bound holds, nothing gets less than one slot.
-        `truncated` (release): clip, then int(), and what that loses or adds is lost or added.
+        `exact` (ours): shares are scaled until, after clipping, they fill the memory; then largest remainder. The sum
+        is slots_per_layer × layers, all bounds hold, and each layer and modality gets at least one slot.
+        `truncated` (release): clip, then int(); the sum may differ from slots_per_layer × layers.
+        Raises BudgetError when the bounds cannot be met.
         """
         require(slots_per_layer, modalities=2)
         return self._exact(slots_per_layer) if rounding == "exact" else self._truncated(slots_per_layer)
@@ -69,12 +71,12 @@ class Shares:
         for name, least, most in zip(("audio", "visual"), low, high, strict=True):
             if least > most:
                 raise BudgetError(
-                    f"clip leaves no whole number of {name} slots between {least} and {most} a layer at "
+                    f"clip leaves no whole number of {name} slots between {least} and {most} per layer at "
                     f"slots_per_layer: {slots_per_layer}; widen budget.clip or raise slots_per_layer"
                 )
         if not sum(low) <= slots_per_layer <= sum(high):
             raise BudgetError(
-                f"clip asks for {sum(low)} to {sum(high)} slots a layer, slots_per_layer is {slots_per_layer}; "
+                f"clip asks for {sum(low)} to {sum(high)} slots per layer, slots_per_layer is {slots_per_layer}; "
                 "widen budget.clip so that slots_per_layer lies between"
             )
         flat = [value for pair in self.fractions for value in pair]
@@ -93,7 +95,7 @@ class Shares:
         )
 
     def json(self) -> dict[str, Any]:
-        """The shares as they stand in a budget file; an absent upper bound is null."""
+        """The shares as stored in a budget file; a missing upper bound is null."""
         return {
             "fractions": [list(pair) for pair in self.fractions],
             "low": list(self.low),
@@ -124,6 +126,6 @@ def require(slots_per_layer: int, *, modalities: int) -> None:
 
 
 def _bounds(row: Sequence[float | None]) -> Pair:
-    """Bounds as read from JSON, where null is none."""
+    """Bounds as read from JSON, where null means no bound."""
     audio, visual = (math.inf if bound is None else float(bound) for bound in row)
     return audio, visual

@@ -1,4 +1,4 @@
-"""Shares into whole numbers: exact sum, every bound kept."""
+"""Round shares to whole numbers with an exact sum within bounds."""
 
 import math
 from bisect import bisect_left
@@ -9,11 +9,13 @@ from fractions import Fraction
 def apportion(weights: Sequence[float], total: int, low: Sequence[int], high: Sequence[int]) -> list[int]:
     """Whole numbers that sum to `total` exactly, each between its `low` and `high`, in proportion to `weights`.
 
-    One scale λ is found with Σ clip(λ w, low, high) = total, in exact fractions; then largest remainder, ties to the
-    larger part, then to the earlier one. Zero weights stay at `low` until everything else is at `high`.
+    Finds the scale λ with Σ clip(λ w, low, high) = total, in exact fractions; then rounds by largest remainder, ties to
+    the larger part, then to the earlier one. Zero weights stay at `low` until all others are at `high`.
+    Raises ValueError when the bounds do not allow `total`.
     """
+    # 1. the piecewise linear function of the scale
     if not sum(low) <= total <= sum(high):
-        raise ValueError(f"{total} slots do not lie between the {sum(low)} and {sum(high)} that the bounds allow")
+        raise ValueError(f"{total} slots are not between the {sum(low)} and {sum(high)} that the bounds allow")
     exact = [Fraction(weight) for weight in weights]
 
     def clipped(scale: Fraction) -> list[Fraction]:
@@ -22,12 +24,14 @@ def apportion(weights: Sequence[float], total: int, low: Sequence[int], high: Se
     def filled(scale: Fraction) -> Fraction:
         return sum(clipped(scale), Fraction(0))
 
+    # 2. solve for the scale
     corners = sorted({bound / w for w, *pair in zip(exact, low, high, strict=True) if w for bound in pair})
     upper = bisect_left(corners, total, key=filled)
-    if upper == len(corners):  # even with every weighted part full there is room: the zero weights share the rest alike
+    if upper == len(corners):  # all weighted parts are at `high`: the zero weights share the rest equally
         rest = [0.0 if weight else 1.0 for weight in weights]
         return apportion(rest, total, [b if w else a for w, a, b in zip(exact, low, high, strict=True)], high)
     parts = clipped(_between(corners, upper, total, filled))
+    # 3. largest remainder
     counts = [math.floor(part) for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda i: (counts[i] - parts[i], -parts[i], i))
     for i in by_remainder[: total - sum(counts)]:

@@ -1,4 +1,4 @@
-"""The ways to budget a memory, as a config names them."""
+"""The budget options of a config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,13 @@ from omnimem.budget.allocation import BudgetError, Rounding, Shares
 from omnimem.budget.signals import Form, Signals, positive
 from omnimem.budget.table import Budget
 
-WITHIN = 0.1  # a released table used as it is may miss slots_per_layer by so much: that of r = 2 does, by 8.7 %
+WITHIN = 0.1  # tolerated deviation of a released table from slots_per_layer; the table of r = 2 is off by 8.7 %
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SharedBudget:
-    """One pool of audio and visual tokens a layer, every layer alike."""
+    """One pool of audio and visual tokens per layer, of equal size in all layers."""
 
     name: Literal["shared"] = "shared"
 
@@ -31,7 +31,7 @@ class SharedBudget:
 @final
 @dataclass(frozen=True, kw_only=True)
 class SplitBudget:
-    """A fixed audio share, every layer alike; without one, 1 / (1 + r): what AVBA gives when C_v = C_a."""
+    """A fixed audio share, equal in all layers; by default 1 / (1 + r), the result of AVBA when C_v = C_a."""
 
     name: Literal["split"] = "split"
     audio_share: float | None = None
@@ -41,7 +41,7 @@ class SplitBudget:
     def __post_init__(self) -> None:
         positive("visual_audio_ratio", self.visual_audio_ratio)
         if self.audio_share is not None and not 0 < self.audio_share < 1:
-            raise BudgetError(f"budget.audio_share is {self.audio_share}; give a number between 0 and 1, both excluded")
+            raise BudgetError(f"budget.audio_share is {self.audio_share}; give a number between 0 and 1 (exclusive)")
 
     @property
     def needs_signals(self) -> bool:
@@ -58,16 +58,16 @@ class SplitBudget:
 @final
 @dataclass(frozen=True, kw_only=True)
 class AudioVisualBudget:
-    """AVBA: layers and modalities by what calibration measured, or by a table from a file."""
+    """AVBA: slots per layer and modality from calibration signals, or from a table in a file."""
 
     name: Literal["audio_visual"] = "audio_visual"
     visual_audio_ratio: float = 5.0  # r of eq. 12
-    layer_temperature: float = 0.2  # T of eq. 14; .inf gives every layer the same
-    form: Form = "released"  # the score: printed H (1 - s), or released H sqrt(1 - s)
-    clip: tuple[float, float] | None = None  # of a layer's visual slots, in slots_per_layer; audio: the same over r
-    rounding: Rounding = "exact"  # exact sums, or truncated as released
-    lend: bool = True  # the release lends nothing
-    table: str = "calibrate"  # or a budget file: ours (its signals are used again) or a released table
+    layer_temperature: float = 0.2  # T of eq. 14; .inf gives all layers the same number of slots
+    form: Form = "released"  # capacity: printed H (1 - s), or released H sqrt(1 - s)
+    clip: tuple[float, float] | None = None  # bounds of visual slots per layer, in slots_per_layer; audio: divided by r
+    rounding: Rounding = "exact"  # exact sums, or truncated as in the release
+    lend: bool = True  # False as in the release
+    table: str = "calibrate"  # or a budget file: ours (its signals are reused) or a released table
 
     def __post_init__(self) -> None:
         positive("visual_audio_ratio", self.visual_audio_ratio)
@@ -81,7 +81,10 @@ class AudioVisualBudget:
         return self.table == "calibrate"
 
     def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
-        """The budget of a model of `layers` layers; of a file with signals, r, T and form are those of this config."""
+        """The budget of a model of `layers` layers; signals of a file are combined with r, T and form of this config.
+
+        Raises BudgetError when signals are missing, or the file is of a model with another number of layers.
+        """
         read = None if self.needs_signals else Budget.read(Path(self.table))
         signals = signals if read is None else read.signals
         if signals is not None:
@@ -110,7 +113,7 @@ class AudioVisualBudget:
         )
 
     def _scale(self, read: Budget, layers: int, slots_per_layer: int) -> Budget:
-        """A table without signals: scaled to slots_per_layer exactly, or taken as it is when truncated."""
+        """Budget of a table without signals: scaled to slots_per_layer exactly, or unchanged when truncated."""
         _same_layers(read.layers, layers, self.table)
         if read.shares is None:
             raise BudgetError(f"{self.table}: holds no [audio, visual] shares; set budget: {{name: shared}} instead")
@@ -118,7 +121,7 @@ class AudioVisualBudget:
             return Budget(slots=read.shares.slots(slots_per_layer), lend=self.lend, shares=read.shares)
         if abs(read.total / layers / slots_per_layer - 1) > WITHIN:
             raise BudgetError(
-                f"{self.table}: holds {read.total / layers:.0f} slots a layer, slots_per_layer is {slots_per_layer}; "
+                f"{self.table}: holds {read.total / layers:.0f} slots per layer, slots_per_layer is {slots_per_layer}; "
                 "set budget.rounding: exact to scale the table, or change slots_per_layer"
             )
         return Budget(slots=read.slots, lend=self.lend, shares=read.shares)

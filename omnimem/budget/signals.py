@@ -1,4 +1,4 @@
-"""What calibration measured of a model, and the audio-visual budget allocation (AVBA) that follows from it."""
+"""Calibration signals of a model, and the audio-visual budget allocation (AVBA) computed from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Form = Literal["printed", "released"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Readings:
-    """One measurement by layer: over all audio and visual tokens together, and over each modality alone."""
+    """One measurement per layer: over all audio and visual tokens, and over each modality."""
 
     whole: tuple[float, ...]
     audio: tuple[float, ...]
@@ -29,7 +29,7 @@ class Readings:
             raise BudgetError("signals hold a number that is not finite; calibrate again")
 
     def json(self) -> dict[str, list[float]]:
-        """The readings as they stand in a budget file."""
+        """The readings as stored in a budget file."""
         return {"all": list(self.whole), "audio": list(self.audio), "visual": list(self.visual)}
 
     @classmethod
@@ -42,12 +42,12 @@ class Readings:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """What calibration measured: normalised entropy of attention mass (0 to 1) and mean similarity of neighbours."""
+    """Calibration signals: normalised entropy of attention mass (0 to 1) and mean similarity of neighbours."""
 
     entropy: Readings
     similarity: Readings
     streams: int = 0
-    chunks: int = 0  # measured ones, over all streams
+    chunks: int = 0  # measured chunks of all streams
 
     def __post_init__(self) -> None:
         if len(self.entropy.whole) != len(self.similarity.whole):
@@ -64,7 +64,7 @@ class Signals:
     def capacity(self, form: Form) -> tuple[float, ...]:
         """C of each layer: H (1 − s) as printed (eq. 13), H √(((1 − s_v) + (1 − s_a)) / 2) as released.
 
-        H is divided by log K in both: T = 0.2 makes no sense for an entropy in nats.
+        H is divided by log K in both forms; T = 0.2 does not fit an entropy in nats.
         """
         if form == "printed":
             return tuple(h * _novelty(s) for h, s in zip(self.entropy.whole, self.similarity.whole, strict=True))
@@ -91,8 +91,10 @@ class Signals:
     ) -> Shares:
         """AVBA (eqs. 12-14; release `get_config.py`): layers by softmax(C / T), w_v = r C_v / (r C_v + C_a).
 
-        `clip` bounds the visual slots of a layer in units of slots_per_layer, and the audio slots by the same over r.
+        `clip` bounds the visual slots of a layer in units of slots_per_layer; the bounds of audio are those divided
+        by r. Raises BudgetError when C_v = C_a = 0 in a layer.
         """
+        # 1. fractions of layers and modalities
         positive("visual_audio_ratio", visual_audio_ratio)
         positive("layer_temperature", layer_temperature)
         layers = _softmax([c / layer_temperature for c in self.capacity(form)])
@@ -100,6 +102,7 @@ class Signals:
             (layer * audio, layer * visual)
             for layer, (audio, visual) in zip(layers, self._split(visual_audio_ratio, form), strict=True)
         )
+        # 2. bounds
         low, high = clip if clip else (0.0, math.inf)
         return Shares(
             fractions=fractions,
@@ -122,14 +125,14 @@ class Signals:
             weight = ratio * visual + audio
             if weight <= 0:
                 raise BudgetError(
-                    f"layer {layer} shows no compressible content (C_v = C_a = 0: entropy 0 or similarity 1); "
+                    f"layer {layer} has no capacity (C_v = C_a = 0: entropy 0 or similarity 1); "
                     "calibrate on longer streams or set budget: {name: split}"
                 )
             pairs.append((audio / weight, ratio * visual / weight))
         return tuple(pairs)
 
     def json(self) -> dict[str, Any]:
-        """The signals as they stand in a budget file."""
+        """The signals as stored in a budget file."""
         return {
             "entropy": self.entropy.json(),
             "similarity": self.similarity.json(),
@@ -158,5 +161,5 @@ def _softmax(values: Sequence[float]) -> list[float]:
 
 
 def _novelty(similarity: float) -> float:
-    """1 − s, never negative: a mean of cosines may pass 1 by rounding."""
+    """1 − s, clamped at 0: a mean of cosines may exceed 1 by rounding."""
     return max(0.0, 1.0 - similarity)

@@ -1,4 +1,4 @@
-"""Budget: the slots of each layer and modality; reads and writes our JSON and the released list of [audio, visual]."""
+"""Budget: the slots of each layer and modality, read and written as our JSON or the release's list of pairs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from omnimem.budget.signals import Signals
 from omnimem.run import write_text
 
 FORMAT = "omnimem budget 1"
-UNLIMITED = 1 << 40  # slots that no stream fills
+UNLIMITED = 1 << 40  # more slots than any stream fills
 
 
 @final
@@ -19,8 +19,9 @@ UNLIMITED = 1 << 40  # slots that no stream fills
 class Budget:
     """The audio and visual slots of each layer, and how selection treats them.
 
-    `split` False: one pool of audio + visual slots a layer. `lend`: slots that a modality has no tokens for go to the
-    other one in the same layer. The sum over layers and modalities is exact unless a released table says otherwise.
+    With `split=False` a layer has one pool of audio + visual slots. With `lend=True` slots that a modality cannot fill
+    go to the other one in the same layer. The sum over layers and modalities is exact, except in released tables.
+    Raises BudgetError when a layer has too few slots.
     """
 
     slots: tuple[Slots, ...]
@@ -42,12 +43,12 @@ class Budget:
 
     @classmethod
     def full(cls, layers: int) -> "Budget":
-        """No limit: nothing is ever evicted."""
+        """A budget without limit: no token is evicted."""
         return cls(slots=((UNLIMITED, UNLIMITED),) * layers)
 
     @classmethod
     def shared(cls, layers: int, slots_per_layer: int) -> "Budget":
-        """One pool of `slots_per_layer` audio and visual tokens in every layer, whichever score highest."""
+        """One pool of `slots_per_layer` audio and visual tokens in every layer, ranked by score alone."""
         require(slots_per_layer, modalities=1)
         return cls(slots=((0, slots_per_layer),) * layers, split=False)
 
@@ -63,15 +64,18 @@ class Budget:
 
     @property
     def unlimited(self) -> bool:
-        """Whether this is the full memory."""
+        """Whether this is a full memory."""
         return all(slots == (UNLIMITED, UNLIMITED) for slots in self.slots)
 
     def layer(self, layer: int) -> Slots:
-        """The audio and visual slots of one layer; of a shared pool only their sum counts."""
+        """The audio and visual slots of one layer; only their sum matters in a shared pool."""
         return self.slots[layer]
 
     def write(self, path: Path, *, released: bool = False) -> None:
-        """Write our JSON (with signals, shares and provenance), or the release's list of [audio, visual]."""
+        """Write our JSON (with signals, shares and provenance), or the release's list of [audio, visual].
+
+        Raises BudgetError for a shared or full budget in the released format.
+        """
         if released and (not self.split or self.unlimited):
             raise BudgetError(
                 "the released format holds [audio, visual] slots only; write a shared or full budget in ours"
@@ -81,7 +85,7 @@ class Budget:
 
     @classmethod
     def read(cls, path: Path) -> "Budget":
-        """Read our JSON or the release's list; a released table splits and lends nothing."""
+        """Read our JSON or the release's list (split, without lending); raises BudgetError when that fails."""
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -95,7 +99,7 @@ class Budget:
 
     @classmethod
     def of(cls, table: Any, place: Path | str = "budget") -> "Budget":
-        """The budget in what `json` made or the release lists; `place` says in an error where it stood."""
+        """The budget of parsed JSON, ours or the release's; `place` names the source in errors."""
         try:
             return cls._released(table) if isinstance(table, list) else cls._own(table)
         except (BudgetError, KeyError, TypeError, ValueError) as error:
@@ -106,7 +110,7 @@ class Budget:
             ) from error
 
     def json(self) -> dict[str, Any]:
-        """The budget as it stands in its own file."""
+        """The budget as stored in a file of our format."""
         return {
             "format": FORMAT,
             "layers": self.layers,

@@ -37,7 +37,16 @@ from omnimem.tiny.batches import (
     stream_layout,
 )
 from omnimem.tiny.checkpoint import build_config, build_model, build_tokenizer, embeddings, save_folder, write_card
-from omnimem.tiny.towers import LESSONS, Clip, decode_clips, fresh_worlds, hear, render_clips, see, teach
+from omnimem.tiny.towers import (
+    TOWER_STAGES,
+    Clip,
+    decode_clips,
+    encode_frames,
+    encode_mel,
+    fit_towers,
+    fresh_worlds,
+    render_clips,
+)
 
 
 @final
@@ -176,7 +185,8 @@ def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions
 @torch.no_grad()
 def perceive(trainee: Trainee, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
     """Outputs of the towers, without gradient."""
-    return see(trainee.model, [clip.frames for clip in clips]), hear(trainee.model, [clip.mel for clip in clips])
+    frames, mel = [clip.frames for clip in clips], [clip.mel for clip in clips]
+    return encode_frames(trainee.model, frames), encode_mel(trainee.model, mel)
 
 
 def make_batch(
@@ -300,9 +310,9 @@ def train_stage(
 
 def train_towers(trainee: Trainee) -> None:
     """Train both towers; the text model is frozen."""
-    for lesson in LESSONS:
-        for record in teach(trainee.model, trainee.concepts, lesson, seed=trainee.seed):
-            trainee.log.write(stage=lesson.name, **record)
+    for stage in TOWER_STAGES:
+        for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
+            trainee.log.write(stage=stage.name, **record)
 
 
 @torch.no_grad()

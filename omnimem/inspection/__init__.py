@@ -1,4 +1,4 @@
-"""The memory inspector: what each layer still holds of one stream as it goes on, two policies side by side."""
+"""The memory inspector: the tokens of one stream that each layer holds over time, under two policies side by side."""
 
 from omnimem.inspection.page import Side, render
 from omnimem.inspection.retention import Holding, Merged, RetentionLog, follow

@@ -1,4 +1,4 @@
-"""The inspector's page: one self-contained HTML file with pictures, waveform and what both sides held of them."""
+"""The inspector's page: one self-contained HTML file with thumbnails, waveform and the tokens that both sides held."""
 
 import base64
 import gzip
@@ -22,54 +22,54 @@ TEMPLATE = Path(__file__).with_name("page.html")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two policies."""
+    """One of the two compared policies."""
 
     label: str
-    facts: Mapping[str, str]  # what it was: policy, slots, positions, adapter
+    facts: Mapping[str, str]  # its settings: policy, slots, positions, adapter
     holding: Holding
-    budget: Budget | None  # as the policy uses it; None: full memory
+    budget: Budget | None  # as used by the policy; None: full memory
 
 
-def render(reading: StreamSnapshot, sides: tuple[Side, Side]) -> str:
-    """The whole page; needs no network. Its numbers are those of the holdings, packed by `packed`."""
+def render(snapshot: StreamSnapshot, sides: tuple[Side, Side]) -> str:
+    """Render the page, which needs no network; it embeds the holdings as arrays by `packed`."""
     left, right = (side.holding for side in sides)
     assert left.ends == right.ends, "both sides read the same chunks"
     return template_of(TEMPLATE).render(
-        title=reading.opened.sample.id,
-        seconds=reading.seconds,
-        frames=sum(len(grid.pictures) for grid in reading.grids),
-        heard=float(reading.sounds.ends[-1]) if len(reading.sounds.ends) else 0.0,
+        title=snapshot.opened.sample.id,
+        seconds=snapshot.seconds,
+        frames=sum(len(grid.thumbnails) for grid in snapshot.grids),
+        audio_seconds=float(snapshot.sounds.ends[-1]) if len(snapshot.sounds.ends) else 0.0,
         sides=sides,
         facts=_facts(sides),
-        many=len(reading.grids),
-        data=_data(reading, sides),
+        grids=len(snapshot.grids),
+        data=_data(snapshot, sides),
     )
 
 
 def packed(array: np.ndarray) -> str:
-    """The bytes of an array, gzipped, in base64: what the page unpacks."""
+    """The bytes of an array, gzipped and in base64; the script of the page unpacks them."""
     return base64.b64encode(gzip.compress(np.ascontiguousarray(array).tobytes(), mtime=0)).decode()
 
 
 def _facts(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Each fact beside the other side's."""
+    """The facts of both sides, by key."""
     keys = dict.fromkeys(key for side in sides for key in side.facts)
     return [{"key": key, "values": [side.facts.get(key, UNKNOWN) for side in sides]} for key in keys]
 
 
-def _data(reading: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
-    """All that the page's script draws from; arrays by `packed`: i2, i4, f4 and u1, little-endian."""
-    holding, sounds = sides[0].holding, reading.sounds
-    cells = [grid.tokens for grid in reading.grids]
+def _data(snapshot: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
+    """The data of the page's script; arrays by `packed`: i2, i4, f4 and u1, little-endian."""
+    holding, sounds = sides[0].holding, snapshot.sounds
+    cells = [grid.tokens for grid in snapshot.grids]
     return {
-        "seconds": reading.seconds,
-        "tokens": reading.tokens,
+        "seconds": snapshot.seconds,
+        "tokens": snapshot.tokens,
         "layers": holding.last.shape[0],
         "ends": list(holding.ends),
         "came": holding.came.tolist(),
         "states": {"never": NEVER, "unread": UNREAD},
-        "grids": [[grid.start, grid.end, grid.rows, grid.columns, len(grid.pictures)] for grid in reading.grids],
-        "pictures": [base64.b64encode(picture).decode() for grid in reading.grids for picture in grid.pictures],
+        "grids": [[grid.start, grid.end, grid.rows, grid.columns, len(grid.thumbnails)] for grid in snapshot.grids],
+        "thumbnails": [base64.b64encode(image).decode() for grid in snapshot.grids for image in grid.thumbnails],
         "cells": packed(np.concatenate(cells).astype("<i4") if cells else np.zeros(0, "<i4")),
         "sounds": {
             "starts": packed(sounds.starts.astype("<f4")),
@@ -80,10 +80,10 @@ def _data(reading: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
         },
         "marks": [
             {"question": mark.question, "answer": mark.answer, "start": mark.start, "end": mark.end}
-            for mark in sorted(reading.marks, key=lambda mark: (mark.start, mark.end))
+            for mark in sorted(snapshot.marks, key=lambda mark: (mark.start, mark.end))
         ],
-        "needles": list(reading.needles),
-        "heard": len(sounds.tokens),
+        "needles": list(snapshot.needles),
+        "audio_tokens": len(sounds.tokens),
         "sides": [_side(side) for side in sides],
     }
 

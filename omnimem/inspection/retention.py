@@ -1,7 +1,7 @@
-"""Ledger: of every token the last chunk after which a layer held it.
+"""Retention log: for every token the last chunk after which a layer held it.
 
-What is evicted never comes back, so one number a token, layer and head tells what was held at any time: token k is held
-after chunk c when it came with c or earlier and its number is at least c.
+Evicted tokens never come back, so one number per token, layer and head gives the tokens held at any time: token k is
+held after chunk c when it arrived with c or earlier and its number is at least c.
 """
 
 from collections.abc import Mapping
@@ -20,51 +20,51 @@ from omnimem.streaming.feeder import EncodedSample, Feeder
 from omnimem.tokens import ABSENT, Modality, Tokens
 from omnimem.view import LayerView
 
-NEVER = -1  # read, and evicted with the chunk it came with
-UNREAD = -2  # sifted out before any layer read it
+NEVER = -1  # read, and evicted with the chunk it arrived with
+UNREAD = -2  # removed by the prefilter, never read by a layer
 MOST_CHUNKS = np.iinfo(np.int16).max
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """An entry that is no token that arrived: a mean of several, or a summary."""
+    """An entry that is not a token of the stream but a mean of several, or a summary."""
 
     layer: int
     head: int
-    order: int  # arrival number that it stands by
+    order: int  # arrival number of its place
     modality: Modality
-    first: int  # chunk after which it was there
-    last: int  # chunk after which it was there for the last time
+    first: int  # first chunk after which it was held
+    last: int  # last chunk after which it was held
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What one policy held of one stream, after every chunk."""
+    """The tokens of one stream that one policy held, after every chunk."""
 
-    ends: tuple[float, ...]  # seconds, of each chunk; the opening is chunk 0
-    came: Int64[np.ndarray, " chunks"]  # tokens that had come by the end of each chunk
+    ends: tuple[float, ...]  # end of each chunk in seconds; the opening is chunk 0
+    came: Int64[np.ndarray, " chunks"]  # tokens that had arrived by the end of each chunk
     last: Int16[np.ndarray, "layers heads tokens"]  # last chunk after which it was held; NEVER, UNREAD
     merged: tuple[Merged, ...]
-    counts: tuple[tuple[Mapping[Modality, int | float], ...], ...]  # entries by chunk and layer, as the memory counts
+    counts: tuple[tuple[Mapping[Modality, int | float], ...], ...]  # entries by chunk and layer, from `Memory.counts`
 
     @property
     def arrival(self) -> Int64[np.ndarray, " tokens"]:
-        """The chunk that each token came with."""
+        """The chunk that each token arrived with."""
         return np.searchsorted(self.came, np.arange(self.last.shape[2]), side="right")
 
     def held(self, chunk: int) -> Bool[np.ndarray, "layers heads tokens"]:
-        """Which tokens were held after a chunk."""
+        """Mask of the tokens held after a chunk."""
         return (self.last >= chunk) & (self.arrival <= chunk)
 
 
 @final
 class RetentionLog:
-    """Keeps the book while a stream is fed: `arrive` is its recorder, `note` is told after every chunk.
+    """Records a stream while it is fed: pass `arrive` as the stream's recorder and call `record` after every chunk.
 
-    An entry of a policy that merges is a token that arrived exactly when its value has the bits that the token of its
-    arrival number had on arrival: keys are turned when positions move, values never change.
+    Under a policy that merges, an entry is an original token exactly when its value has the same bits as the value of
+    its arrival number on arrival: values never change, while keys are rotated when positions move.
     """
 
     def __init__(self, policy: Policy, shape: Shape, tokens: int) -> None:
@@ -77,41 +77,41 @@ class RetentionLog:
         self._counts: list[tuple[Mapping[Modality, int | float], ...]] = []
 
     def arrive(self, layer: int, view: LayerView) -> None:
-        """The tokens of a chunk as a layer reads them, before it decides what it keeps."""
+        """Record the tokens of a chunk that a layer reads, before selection."""
         first = view.pool.count - view.new
-        there = (view.modality[0, first:] != ABSENT).cpu().numpy()
-        order = view.order[0, first:].cpu().numpy()[there]
+        present = (view.modality[0, first:] != ABSENT).cpu().numpy()
+        order = view.order[0, first:].cpu().numpy()[present]
         self._last[layer][:, order] = NEVER
         if self._values is not None:
             values = view.pool.values[:, :, first:]
             for head, row in enumerate(values if view.heads > 1 else values[:1]):
-                self._values[layer, head, order] = _bits(row)[there]
+                self._values[layer, head, order] = _bits(row)[present]
 
-    def note(self, memory: Memory, came: int, seconds: float) -> None:
-        """What is held after a chunk that ended at `seconds`, when so many tokens have come in all."""
+    def record(self, memory: Memory, came: int, seconds: float) -> None:
+        """Record the entries held after a chunk that ended at `seconds`, with `came` tokens arrived in total."""
         chunk = len(self._ends)
         assert chunk <= MOST_CHUNKS, "chunk numbers fit 16 bits"
         for layer, tokens in enumerate(memory.layers):
-            self._note(layer, tokens, chunk)
+            self._record_layer(layer, tokens, chunk)
         self._ends.append(seconds)
         self._came.append(came)
         self._counts.append(tuple(memory.counts()))
 
-    def _note(self, layer: int, tokens: Tokens, chunk: int) -> None:
+    def _record_layer(self, layer: int, tokens: Tokens, chunk: int) -> None:
         kinds, order = tokens.modality[0].cpu().numpy(), tokens.order[0].cpu().numpy()
         owner = tokens.owner[0, 0].cpu().numpy() if tokens.owner.shape[1] else np.zeros_like(kinds)
-        there = kinds != ABSENT
-        own = there
+        present = kinds != ABSENT
+        own = present
         if self._values is not None:
             bits = _bits(tokens.values[0])
-            own = there & (self._values[layer, owner, order] == bits)
-            for place in np.flatnonzero(there & ~own):
+            own = present & (self._values[layer, owner, order] == bits)
+            for place in np.flatnonzero(present & ~own):
                 key = layer, int(owner[place]), int(order[place]), int(kinds[place]), int(bits[place])
                 self._merged[key] = self._merged.get(key, (chunk, chunk))[0], chunk
         self._last[layer, owner[own], order[own]] = chunk
 
     def holding(self) -> Holding:
-        """All that was noted."""
+        """The recorded holding."""
         merged = tuple(
             Merged(layer=layer, head=head, order=order, modality=Modality(kind), first=first, last=last)
             for (layer, head, order, kind, _), (first, last) in self._merged.items()
@@ -127,23 +127,23 @@ class RetentionLog:
 
 @torch.no_grad()
 def follow(feeder: Feeder, attached: StreamedAttention, policy: Policy, opened: EncodedSample) -> Holding:
-    """Stream a sample under a policy, and what was held of it.
+    """Stream a sample under a policy and return the tokens held after every chunk.
 
-    Raises PolicyError when the policy asks for what the sample does not tell.
+    Raises PolicyError when the policy needs oracle knowledge that the sample does not have.
     """
-    if not policy.needs_novelty:  # a stream that is recorded carries what redundancy is judged on, needed or not
+    if not policy.needs_novelty:  # a recorded stream would compute redundancy features without need
         policy = replace(policy, measures=replace(policy.measures, feature=0))
     outline = feeder.outline(opened)
-    ledger = RetentionLog(policy, attached.shape, len(outline.modality))
-    stream = feeder.stream(attached, feeder.with_oracle(policy, [opened]), recorder=ledger.arrive)
+    log = RetentionLog(policy, attached.shape, len(outline.modality))
+    stream = feeder.stream(attached, feeder.with_oracle(policy, [opened]), recorder=log.arrive)
     for chunk in feeder.chunks([opened]):
         stream.feed(chunk)
-        ledger.note(stream.memory, stream.fed, chunk.seconds)
-    return ledger.holding()
+        log.record(stream.memory, stream.fed, chunk.seconds)
+    return log.holding()
 
 
 def _bits(values: Tensor) -> Int64[np.ndarray, " tokens"]:
-    """A number for the bits of each token's value [heads, tokens, dim]; sums of whole numbers know no order."""
+    """A hash of the bits of each token's value [heads, tokens, dim]; integer sums do not depend on the order."""
     rows = values.detach().movedim(1, 0).flatten(1).contiguous().cpu()
     words = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]).long().numpy()
     weights = np.random.default_rng(0).integers(1, 1 << 62, words.shape[1], dtype=np.int64) | 1

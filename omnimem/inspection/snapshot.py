@@ -1,4 +1,4 @@
-"""Reading: a stream as it was seen: small pictures, a waveform, and the arrival number of every cell and sound."""
+"""Snapshot of a stream for display: thumbnails, a waveform, and the arrival number of every visual and audio token."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,40 +19,40 @@ from omnimem.streaming.encoder_cache import EncodedSegment
 from omnimem.streaming.feeder import EncodedSample, Feeder, tracks_of
 from omnimem.tokens import Modality
 
-SIDE = 128  # pixels of the longer side of a small picture
-MOST_BINS = 2400  # of a waveform
-BINS_A_SECOND = 20
+SIDE = 128  # pixels of the longer side of a thumbnail
+MAX_BINS = 2400  # of a waveform
+BINS_PER_SECOND = 20
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Visual tokens of one moment."""
+    """The visual tokens of one frame grid."""
 
     start: float  # seconds
     end: float
     rows: int
     columns: int
     tokens: Int64[np.ndarray, " cells"]  # arrival numbers, row by row
-    pictures: tuple[bytes, ...]  # JPEG, of each frame
+    thumbnails: tuple[bytes, ...]  # JPEG files, one per frame
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sounds:
-    """Audio tokens of the whole stream, and how loud it was."""
+    """The audio tokens of the whole stream, and its waveform."""
 
     starts: Float64[np.ndarray, " sounds"]  # seconds
     ends: Float64[np.ndarray, " sounds"]
     tokens: Int64[np.ndarray, " sounds"]  # arrival numbers
-    peaks: UInt8[np.ndarray, " bins"]  # largest amplitude in bins of equal length, 255 the loudest
+    peaks: UInt8[np.ndarray, " bins"]  # maximum amplitude in bins of equal length, scaled to 255
     bin_seconds: float
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A question, and when its answer was shown or said."""
+    """A question, and the time span in which its answer was seen or heard."""
 
     question: str
     answer: str
@@ -63,7 +63,7 @@ class Mark:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamSnapshot:
-    """One stream, ready to be streamed under any policy and to be shown."""
+    """One encoded stream with the data to display it."""
 
     opened: EncodedSample
     seconds: float
@@ -77,25 +77,28 @@ class StreamSnapshot:
 def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
     """Decode and encode a sample.
 
-    Raises MediaError when it cannot be read, ManifestError when its meta is not what it should be.
+    Raises MediaError when it cannot be read, ManifestError when its meta is invalid.
     """
+    # 1. check the annotations
     marks = marks_of(sample)
     check_needles(sample)
+    # 2. decode and encode
     source, fps = feeder.source(sample), feeder.options.fps
-    film = _Film(feeder.backbone.geometry.temporal_patch)
-    parts = list(feeder.read(sample, film.passing(source)))
+    thumbnails = _Thumbnails(feeder.backbone.geometry.temporal_patch)
+    parts = list(feeder.read(sample, thumbnails.passing(source)))
     opened = EncodedSample(
         sample=sample,
         segments=[part.encoded for part in parts],
         tracks=tracks_of(sample, feeder.options.tracks),
         heard=parts[-1].heard,
     )
+    # 3. assign arrival numbers
     outline = feeder.outline(opened)
     return StreamSnapshot(
         opened=opened,
         seconds=source.seconds,
         tokens=len(outline.modality),
-        grids=tuple(_grids(outline, parts, film.grids, feeder.backbone.geometry.temporal_patch / fps)),
+        grids=tuple(_grids(outline, parts, thumbnails.grids, feeder.backbone.geometry.temporal_patch / fps)),
         sounds=_sounds(outline, parts, source),
         marks=marks,
         needles=outline.needles,
@@ -103,9 +106,9 @@ def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
 
 
 def marks_of(sample: Sample) -> tuple[Mark, ...]:
-    """When the answers were shown: `meta.evidence`, [start, end] in seconds of the file for each question.
+    """The times of the answers from `meta.evidence`, [start, end] in seconds of the file for each question.
 
-    Raises ManifestError when there is something else.
+    Raises ManifestError for any other content.
     """
     spans: Any = sample.meta.get("evidence", [])
     asked = sample.questions
@@ -115,7 +118,7 @@ def marks_of(sample: Sample) -> tuple[Mark, ...]:
         raise ManifestError(
             [
                 f"{sample.origin} meta.evidence: expected [start, end] in seconds for each of {len(asked)} questions; "
-                "mend it, or leave it out"
+                "fix or remove it"
             ]
         )
     return tuple(
@@ -137,7 +140,7 @@ def check_needles(sample: Sample) -> None:
             raise ManifestError(
                 [
                     f"{sample.origin} meta.needles: expected [second] or [second, y, x], y and x from 0 to below 1, "
-                    f"got {needle!r}; mend it, or leave it out"
+                    f"got {needle!r}; fix or remove it"
                 ]
             )
 
@@ -151,32 +154,32 @@ def _is_number(value: Any) -> bool:
 
 
 @final
-class _Film:
-    """Small pictures of the frames of every grid, taken as the segments pass."""
+class _Thumbnails:
+    """Collects thumbnails of the frames of every grid while segments are read."""
 
-    def __init__(self, together: int) -> None:
-        self._together = together  # frames of a grid
+    def __init__(self, frames_per_grid: int) -> None:
+        self._frames_per_grid = frames_per_grid
         self.grids: list[tuple[bytes, ...]] = []
 
     def passing(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        """The segments, unchanged."""
+        """Yield the segments unchanged."""
         for segment in segments:
             if segment.frames is not None:
-                small = [jpeg(frame) for frame in _small(segment.frames)]
-                together = self._together
-                self.grids += [tuple(small[first : first + together]) for first in range(0, len(small), together)]
+                small = [jpeg(frame) for frame in _shrink(segment.frames)]
+                each = self._frames_per_grid
+                self.grids += [tuple(small[first : first + each]) for first in range(0, len(small), each)]
             yield segment
 
 
-def _small(frames: UInt8[Tensor, "frames 3 _ _"]) -> UInt8[Tensor, "frames 3 _ _"]:
+def _shrink(frames: UInt8[Tensor, "frames 3 _ _"]) -> UInt8[Tensor, "frames 3 _ _"]:
     height, width = frames.shape[2:]
     scale = min(1.0, SIDE / max(height, width))
     return resize(frames, max(1, round(scale * height)), max(1, round(scale * width)))
 
 
-def jpeg(picture: UInt8[Tensor, "3 height width"]) -> bytes:
-    """A picture as a JPEG file, colours at full resolution."""
-    pixels = np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
+def jpeg(image: UInt8[Tensor, "3 height width"]) -> bytes:
+    """Encode an image as a JPEG file without chroma subsampling."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuvj444p")
     encoder: Any = av.CodecContext.create("mjpeg", "w")
     encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "yuvj444p"
@@ -185,12 +188,12 @@ def jpeg(picture: UInt8[Tensor, "3 height width"]) -> bytes:
 
 
 def _grids(
-    outline: StreamOutline, parts: Sequence[EncodedSegment], pictures: Sequence[tuple[bytes, ...]], spacing: float
+    outline: StreamOutline, parts: Sequence[EncodedSegment], thumbnails: Sequence[tuple[bytes, ...]], spacing: float
 ) -> Iterator[Grid]:
-    """The grids in order of time: within its modality every layout keeps the order of the segments."""
+    """The grids in order of time; in every layout the tokens of one modality are in the order of the segments."""
     numbers = torch.nonzero(outline.modality == Modality.VISUAL)[:, 0].numpy()
     first = 0
-    shown = iter(pictures)
+    each = iter(thumbnails)
     for part in parts:
         times, rows, columns = part.encoded.grid
         for number in range(times):
@@ -201,20 +204,22 @@ def _grids(
                 rows=rows,
                 columns=columns,
                 tokens=numbers[first : first + rows * columns],
-                pictures=next(shown),
+                thumbnails=next(each),
             )
             first += rows * columns
 
 
 def _sounds(outline: StreamOutline, parts: Sequence[EncodedSegment], source: FileSource) -> Sounds:
+    # 1. divide the audio of each segment equally among its tokens
     starts: list[float] = []
     ends: list[float] = []
     before = 0.0
     for part in parts:
-        heard, before = part.heard.audio_seconds - before, part.heard.audio_seconds
+        seconds, before = part.heard.audio_seconds - before, part.heard.audio_seconds
         count = 0 if part.encoded.audio is None else part.encoded.audio.shape[1]
-        starts += [part.encoded.start + heard * number / count for number in range(count)]
-        ends += [part.encoded.start + heard * (number + 1) / count for number in range(count)]
+        starts += [part.encoded.start + seconds * number / count for number in range(count)]
+        ends += [part.encoded.start + seconds * (number + 1) / count for number in range(count)]
+    # 2. read the waveform
     peaks, bin_seconds = _peaks(source) if starts else (np.zeros(0, np.uint8), 1.0)
     return Sounds(
         starts=np.asarray(starts, np.float64),
@@ -226,14 +231,14 @@ def _sounds(outline: StreamOutline, parts: Sequence[EncodedSegment], source: Fil
 
 
 def _peaks(source: FileSource) -> tuple[UInt8[np.ndarray, " bins"], float]:
-    """The largest amplitude in each bin, and the length of a bin."""
+    """The maximum amplitude in each bin, and the length of a bin in seconds."""
     rate = source.geometry.mel.rate
-    wide = max(1, round(rate * max(1 / BINS_A_SECOND, source.seconds / MOST_BINS)))
+    wide = max(1, round(rate * max(1 / BINS_PER_SECOND, source.seconds / MAX_BINS)))
     peaks = np.zeros(math.ceil(source.seconds * rate / wide), np.float32)
     done = 0
     for block in read_audio_blocks(source.audio_path, rate=rate, start=source.start, end=source.end):
         place = (done + np.arange(len(block))) // wide
-        inside = place < len(peaks)  # codecs fill up their last block
+        inside = place < len(peaks)  # ignore the padding of a codec's last block
         np.maximum.at(peaks, place[inside], np.abs(block.numpy())[inside])
         done += len(block)
     return np.round(255 * peaks / (float(peaks.max()) or 1.0)).astype(np.uint8), wide / rate

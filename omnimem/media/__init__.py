@@ -1,4 +1,4 @@
-"""Media: PyAV decoding by timestamp, resize, patches and mel in torch, and sources that yield a stream in segments."""
+"""Media: PyAV decoding by timestamp, resizing, patches and mel in torch, and sources that yield streams in segments."""
 
 from omnimem.media.container import MediaError, MediaInfo, probe
 from omnimem.media.decode import read_audio, read_audio_blocks, read_frames

@@ -1,4 +1,4 @@
-"""What a media file declares about itself, and the named errors of files that cannot be used."""
+"""Metadata of media files, and MediaError for files that cannot be used."""
 
 import struct
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from omnimem.errors import UserError
 
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated"]
 
-CODEC_FILLING = 0.1  # seconds; what audio codecs add at the beginning and the end to fill their blocks
-SHORTFALL = (1.0, 0.02)  # seconds and share of its declared length that a track may lack
-AGAIN = "copy or convert the file again"
-ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # what mp4 and mov files begin with
-# containers whose durations were written by their muxer; of the others ffmpeg guesses them from the bit rate
-DECLARING = {"mov", "matroska", "avi", "flv", "wav", "flac", "asf"}
+CODEC_PADDING = 0.1  # seconds of padding that audio codecs add at the beginning and the end to fill their blocks
+SHORTFALL = (1.0, 0.02)  # seconds, and fraction of the declared length, that a track may lack
+COPY_AGAIN = "copy or convert the file again"
+ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # box types at the beginning of mp4 and mov files
+# containers with durations written by the muxer; for all others ffmpeg estimates them from the bit rate
+WITH_DURATION = {"mov", "matroska", "avi", "flv", "wav", "flac", "asf"}
 
 
 @final
 class MediaError(UserError):
-    """A media file that cannot be used: `path`, `reason`, and one line that says what is wrong and how to repair it."""
+    """A media file that cannot be used: `path`, `reason`, and a message of one line with the problem and the fix."""
 
     def __init__(self, path: Path | str, reason: Reason, message: str) -> None:
         super().__init__(f"{path}: {message}")
@@ -39,7 +39,7 @@ class MediaError(UserError):
 @final
 @dataclass(frozen=True, kw_only=True)
 class MediaInfo:
-    """What a container declares about itself, in seconds, pixels and frames per second; 0 where it does not say."""
+    """Metadata of a container in seconds, pixels and frames per second; 0 where the container declares nothing."""
 
     path: Path
     seconds: float
@@ -53,11 +53,11 @@ class MediaInfo:
 
 
 def probe(path: Path | str) -> MediaInfo:
-    """Reads the header of a file without decoding it.
+    """Read the header of a file without decoding it.
 
     Raises MediaError: `missing`, `empty` (zero bytes), `unreadable`, `truncated` (shorter than its header says).
     """
-    with opened(path) as container:
+    with open_container(path) as container:
         video, audio = video_stream(container), audio_stream(container)
         video_seconds = (declared_end(container, video) or 0.0) if video else 0.0
         audio_seconds = (declared_end(container, audio) or 0.0) if audio else 0.0
@@ -75,25 +75,25 @@ def probe(path: Path | str) -> MediaInfo:
 
 
 @contextmanager
-def opened(path: Path | str) -> Iterator[InputContainer]:
-    """The container, open for reading. Only local files are followed. Raises MediaError as `probe`."""
+def open_container(path: Path | str) -> Iterator[InputContainer]:
+    """Open a container for reading; it may refer to local files only. Raises MediaError as `probe` does."""
     if not Path(path).is_file():
         raise MediaError(path, "missing", "is not a file; check the path")
     if Path(path).stat().st_size == 0:
         raise MediaError(path, "empty", "has zero bytes; copy or download it again")
     if missing := _missing_bytes(Path(path)):
-        raise MediaError(path, "truncated", f"lacks its last {missing} bytes; {AGAIN}")
+        raise MediaError(path, "truncated", f"lacks its last {missing} bytes; {COPY_AGAIN}")
     try:
         container = av.open(str(path), options={"protocol_whitelist": "file"})
     except FFmpegError as error:
-        message = f"cannot be read ({error.strerror}); it is no media file or was cut off: {AGAIN}"
+        message = f"cannot be read ({error.strerror}); it is not a media file, or truncated: {COPY_AGAIN}"
         raise MediaError(path, "unreadable", message) from error
     with container:
         yield container
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
-    """The first moving picture: cover art is no video track."""
+    """The first video track, without cover art."""
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
             return stream
@@ -106,20 +106,20 @@ def audio_stream(container: InputContainer) -> AudioStream | None:
 
 
 def origin(container: InputContainer) -> float:
-    """What the container's clock shows at our zero, in seconds, the same for both tracks: broadcast begins anywhere.
+    """Timestamp of time zero in seconds, the same for both tracks (in broadcast recordings it is arbitrary).
 
-    The first picture, unless sound begins clearly earlier: what an audio codec begins with is no sound.
+    The time of the first video frame, or the start of the audio if that is more than CODEC_PADDING earlier.
     """
     begin = max(0.0, (container.start_time or 0) / av.time_base)
     video = video_stream(container)
     if video is None or video.start_time is None or video.time_base is None:
         return begin
     first = float(video.start_time * video.time_base)
-    return first if 0.0 < first - begin <= CODEC_FILLING else begin
+    return first if 0.0 < first - begin <= CODEC_PADDING else begin
 
 
 def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -> float | None:
-    """Seconds from the origin to the end of a track as its container declares it, None when it does not."""
+    """Seconds from the origin to the declared end of a track; None when the container does not declare it."""
     if stream.duration is not None and stream.time_base is not None:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin(container)
     if tag := stream.metadata.get("DURATION"):  # Matroska
@@ -135,19 +135,19 @@ def check_whole(
     end: float | None,
     reached: float,
 ) -> None:
-    """Raises MediaError when a track that was decoded to `reached` seconds ends clearly before it should.
+    """Raise MediaError when a track decoded up to `reached` seconds ends clearly before its declared end.
 
-    Where only the whole file declares its length, the longest of its tracks counts. Broadcast (mpegts) and bare
-    streams declare none: their truncation cannot be noticed.
+    If only the file declares a duration, it is compared with the longest track. Broadcast (mpegts) and raw streams
+    declare no duration, so their truncation is not detected.
     """
-    if container.format.name.split(",")[0] not in DECLARING:
+    if container.format.name.split(",")[0] not in WITH_DURATION:
         return
     due = declared_end(container, stream)
     if due is None:
         due = (container.duration or 0) / av.time_base
         reached = max(reached, _last_packet(path) if _short(due, end, reached) else reached)
     if _short(due, end, reached):
-        message = f"{stream.type} ends at {reached:.1f} s of {due:.1f} s declared; {AGAIN}"
+        message = f"{stream.type} ends at {reached:.1f} s of {due:.1f} s declared; {COPY_AGAIN}"
         raise MediaError(path, "truncated", message)
 
 
@@ -157,9 +157,9 @@ def _short(due: float, end: float | None, reached: float) -> bool:
 
 
 def _last_packet(path: Path | str) -> float:
-    """Seconds from the origin to the end of what a file holds, whatever the track."""
+    """Seconds from the origin to the end of the last packet of any track."""
     ends = [0.0]
-    with opened(path) as container:
+    with open_container(path) as container:
         for packet in container.demux():
             if packet.pts is not None:
                 ends.append(float((packet.pts + (packet.duration or 0)) * packet.time_base) - origin(container))
@@ -167,13 +167,13 @@ def _last_packet(path: Path | str) -> float:
 
 
 def _missing_bytes(path: Path) -> int:
-    """How many bytes the outer boxes of an mp4, mov, wav or avi file announce beyond its end."""
+    """Bytes that the top-level boxes of an mp4, mov, wav or avi file declare beyond the end of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         if head[:4] == b"RIFF" and len(head) == 8:
-            announced = struct.unpack("<I", head[4:])[0] + 8
-            return max(0, announced - size) if announced < 1 << 32 else 0  # 2^32 - 1 is written by live recorders
+            declared = struct.unpack("<I", head[4:])[0] + 8
+            return max(0, declared - size) if declared < 1 << 32 else 0  # live recorders write 2^32 - 1
         return _missing_boxes(file, size) if head[4:] in ISO_BOXES else 0
 
 
@@ -185,7 +185,7 @@ def _missing_boxes(file: BinaryIO, size: int) -> int:
         length = struct.unpack(">I", head[:4])[0]
         if length == 1 and len(head) == 16:
             length = struct.unpack(">Q", head[8:])[0]
-        if length < 8:  # 0: up to the end of the file; anything else is no box
+        if length < 8:  # 0: up to the end of the file; other values are invalid
             return 0
         place += length
     return max(0, place - size)

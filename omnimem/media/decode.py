@@ -1,4 +1,4 @@
-"""Reads files by timestamp through PyAV: frames at a chosen rate, the whole audio track as mono."""
+"""Decoding by timestamp with PyAV: video frames at a chosen rate, audio as mono samples."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,28 +18,36 @@ from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import AGAIN, MediaError, audio_stream, check_whole, opened, origin, video_stream
+from omnimem.media.container import (
+    COPY_AGAIN,
+    MediaError,
+    audio_stream,
+    check_whole,
+    open_container,
+    origin,
+    video_stream,
+)
 
-Picture = TypeVar("Picture")
-Sound = Float[np.ndarray, " samples"]  # small blocks: numpy costs less for each than torch
+Image = TypeVar("Image")
+Samples = Float[np.ndarray, " samples"]  # numpy has less overhead than torch for small blocks
 Frame = TypeVar("Frame", AudioFrame, VideoFrame)
 
-TICK = 1e-3  # seconds; the coarsest clock in use (Matroska) rounds timestamps to it
-GAP = 0.05  # seconds; longer holes in the audio timestamps become silence, shorter ones are clock jitter
-PREROLL = 0.2  # seconds decoded before a clip, so that codecs that overlap their blocks have settled at its start
-BLOCK_SAMPLES = 1 << 18  # what one block of sound holds
-THREADED_PIXELS = 640 * 360  # starting threads costs more than decoding smaller pictures
+TICK = 1e-3  # seconds; resolution of the coarsest timestamps in use (Matroska)
+GAP = 0.05  # seconds; longer gaps in the audio timestamps become silence, shorter ones are jitter
+PREROLL = 0.2  # seconds decoded before a clip, because codecs with overlapping blocks need some to settle
+BLOCK_SAMPLES = 1 << 18  # minimum length of an audio block
+THREADED_PIXELS = 640 * 360  # for smaller frames starting threads takes longer than decoding
 
 
 def read_frames(
     path: Path | str, *, fps: float, start: float = 0.0, end: float | None = None
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 height width"]]]:
-    """Lazily the frame shown at each time start + i / fps before `end` (default: the end of the video), with that time.
+    """Yield (time, frame) for each time start + i / fps before `end` (default: the end of the video), lazily.
 
-    Shown at t is the last frame whose timestamp is at most t, so variable frame rates need no special case.
+    The frame of time t is the last one with a timestamp of at most t, so variable frame rates need no special case.
     Raises MediaError: as `probe`, and `no_video`, `empty` (no frame in the clip), `truncated` (after the last frame).
     """
-    with opened(path) as container:
+    with open_container(path) as container:
         stream = video_stream(container)
         if stream is None:
             raise MediaError(path, "no_video", "has no video track; use tracks: audio or give another file")
@@ -54,10 +62,10 @@ def read_frames(
 def read_audio(
     path: Path | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
 ) -> Float[Tensor, " samples"]:
-    """The whole audio track between `start` and `end` seconds at `rate` Hz, the mean of its channels, in [-1, 1].
+    """The audio track between `start` and `end` seconds at `rate` Hz, the mean of its channels, in [-1, 1].
 
-    Samples stand where their timestamps say: holes and a late start are silence. Raises MediaError: as `probe`,
-    and `no_audio`, `empty` (no sound in the clip), `truncated`.
+    Samples are placed by timestamp: gaps and a late start become silence. Raises MediaError: as `probe`, and
+    `no_audio`, `empty` (no audio in the clip), `truncated`.
     """
     return torch.cat(list(read_audio_blocks(path, rate=rate, start=start, end=end)))
 
@@ -65,19 +73,19 @@ def read_audio(
 def read_audio_blocks(
     path: Path | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
 ) -> Iterator[Float[Tensor, " samples"]]:
-    """What `read_audio` reads, lazily in blocks of some seconds: an hour needs no hour in memory."""
-    with opened(path) as container:
+    """Yield the samples of `read_audio` lazily, in blocks of some seconds, so memory use does not grow with length."""
+    with open_container(path) as container:
         stream = audio_stream(container)
         if stream is None:
             raise MediaError(path, "no_audio", "has no audio track; use tracks: video or give an audio file")
-        held: list[Sound] = []
-        many, empty = 0, True
-        for block in contiguous(_timed_sound(container, stream, path, start, end), rate, start, end):
+        held: list[Samples] = []
+        count, empty = 0, True
+        for block in contiguous(_timed_audio(container, stream, path, start, end), rate, start, end):
             held.append(block)
-            many, empty = many + len(block), False
-            if many >= BLOCK_SAMPLES:
+            count, empty = count + len(block), False
+            if count >= BLOCK_SAMPLES:
                 yield torch.from_numpy(np.concatenate(held))
-                held, many = [], 0
+                held, count = [], 0
         if empty:
             raise MediaError(path, "empty", f"has no audio {_span(start, end)}; check start and end, or the file")
         if held:
@@ -86,12 +94,10 @@ def read_audio_blocks(
 
 def contiguous(
     timed: Iterable[tuple[float, AudioFrame]], rate: int, start: float = 0.0, end: float | None = None
-) -> Iterator[Sound]:
-    """Mono samples at `rate` from `start` on without a hole, of audio frames with their times."""
-    done, place = (
-        0,
-        0,
-    )  # samples yielded; index of the next block's first sample, which is heard at start + index / rate
+) -> Iterator[Samples]:
+    """Mono samples at `rate` from `start` to `end` without gaps, given audio frames with their times."""
+    done = 0  # samples yielded
+    place = 0  # index of the next block's first sample, at time start + index / rate
     limit = None if end is None else round((end - start) * rate)
     for begun, block in _resampled(timed, rate):
         place = place if begun is None else round((begun - start) * rate)
@@ -106,23 +112,26 @@ def contiguous(
 
 
 def sample_by_time(
-    timed: Iterable[tuple[float, float, Picture]], fps: float, start: float = 0.0, end: float | None = None
-) -> Iterator[tuple[float, Picture]]:
-    """Of frames (time, duration, picture) in order of time, the one shown at each start + i / fps, as soon as known.
+    timed: Iterable[tuple[float, float, Image]], fps: float, start: float = 0.0, end: float | None = None
+) -> Iterator[tuple[float, Image]]:
+    """Select from (time, duration, frame) in order of time the frame shown at each start + i / fps, without delay.
 
-    The last frame is shown for its duration; the first one also before its time.
+    The first frame is also shown before its time, the last one for its duration.
     """
     index, shown, until = 0, None, start
-    for time, duration, picture in timed:
+    for time, duration, frame in timed:
+        # 1. times before this frame show the one before
         while shown is not None and start + index / fps < min(time, _or_infinite(end)) - TICK:
             yield start + index / fps, shown
             index += 1
-        shown, until = picture, time + duration
+        # 2. a time at its timestamp shows this frame at once
+        shown, until = frame, time + duration
         if abs(start + index / fps - time) <= TICK and time < _or_infinite(end) - TICK:
             yield start + index / fps, shown
             index += 1
         if start + index / fps >= _or_infinite(end) - TICK:
             return
+    # 3. the last frame
     while shown is not None and start + index / fps < min(until, _or_infinite(end)) - TICK:
         yield start + index / fps, shown
         index += 1
@@ -133,46 +142,46 @@ def _or_infinite(end: float | None) -> float:
 
 
 def _span(start: float, end: float | None) -> str:
-    return f"from {start:g} s to {'its end' if end is None else f'{end:g} s'}"
+    return f"from {start:g} s to {'the end' if end is None else f'{end:g} s'}"
 
 
 def _decoded(
     container: InputContainer, decode: Callable[[], Iterator[Frame]], path: Path | str, start: float
 ) -> Iterator[Frame]:
-    """Frames from a little before `start` on; failures of the decoder are MediaErrors."""
+    """Decoded frames, from shortly before `start` on; raises MediaError when decoding fails."""
     zero, frames = origin(container), decode()
     try:
-        if start > PREROLL and container.duration is not None:  # a bare stream has no length and cannot be searched
+        if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
             container.seek(int((start - PREROLL + zero) * av.time_base))
             first = next(frames, None)
             if first is None or first.time is None or first.time - zero > start:
-                container.seek(0)  # a format without an index may land too late
+                container.seek(0)  # without an index, seeking may end up after `start`
                 frames = decode()
             else:
                 yield first
         yield from frames
     except FFmpegError as error:
         cut = isinstance(error, (InvalidDataError, EndOfFileError))
-        message = f"breaks off while decoding ({error.strerror}); {AGAIN}"
+        message = f"decoding failed ({error.strerror}); {COPY_AGAIN}"
         raise MediaError(path, "truncated" if cut else "unreadable", message) from error
 
 
 def _timed_frames(
     container: InputContainer, stream: VideoStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, float, VideoFrame]]:
-    """(time, duration, frame) of a video track; checks at its end that it is whole."""
+    """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
     reached = 0.0
     for frame in _decoded(container, lambda: container.decode(stream), path, start):
-        time, lasting = timing(frame, container, stream, reached)
-        reached = time + lasting
-        yield time, lasting, frame
+        time, duration = timing(frame, container, stream, reached)
+        reached = time + duration
+        yield time, duration, frame
     check_whole(path, container, stream, end, reached)
 
 
 def timing(frame: VideoFrame, container: InputContainer, stream: VideoStream, reached: float) -> tuple[float, float]:
-    """(time, duration) of a frame in seconds from the origin; one without a timestamp follows at `reached`."""
+    """(time, duration) of a frame in seconds from the origin; a frame without a timestamp starts at `reached`."""
     time = reached if frame.time is None else frame.time - origin(container)
     if frame.duration and frame.time_base:
         return time, float(frame.duration * frame.time_base)
@@ -180,15 +189,15 @@ def timing(frame: VideoFrame, container: InputContainer, stream: VideoStream, re
 
 
 def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
-    """RGB, turned as the container says."""
+    """The frame as RGB, with the container's rotation applied."""
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(pixels, round(frame.rotation / 90.0) % 4, dims=(1, 2)).contiguous()
 
 
-def _timed_sound(
+def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
-    """(time, frame) of an audio track up to `end`; checks at its end that it is whole."""
+    """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
     zero, reached = origin(container), 0.0
     for frame in _decoded(container, lambda: container.decode(stream), path, start):
         time = reached if frame.time is None else frame.time - zero
@@ -199,28 +208,31 @@ def _timed_sound(
     check_whole(path, container, stream, end, reached)
 
 
-def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator[tuple[float | None, Sound]]:
-    """Mono blocks at `rate`, each with its time where it does not simply continue the one before.
+def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator[tuple[float | None, Samples]]:
+    """Mono blocks at `rate`, each with its time, or None when it continues the previous block.
 
-    A hole and a change of format begin anew, since a resampler knows no timestamps.
+    The resampler is recreated after a gap and a change of format, because it ignores timestamps.
     """
-    reached, form, resampler = 0.0, None, AudioResampler("fltp", rate=rate)
+    reached, audio_format, resampler = 0.0, None, AudioResampler("fltp", rate=rate)
     for time, frame in timed:
-        if form is not None and time < reached - GAP:
-            continue  # the clock went back: this was heard already
+        # 1. skip repeated audio
+        if audio_format is not None and time < reached - GAP:
+            continue  # timestamps went back
+        # 2. restart after a gap or a change of format
         begun = None
-        if time > reached + GAP or form != (frame.format.name, frame.layout.name, frame.sample_rate):
-            if form is not None:
+        if time > reached + GAP or audio_format != (frame.format.name, frame.layout.name, frame.sample_rate):
+            if audio_format is not None:
                 yield None, _mono(resampler.resample(None))
-            form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            audio_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             resampler, begun, reached = AudioResampler("fltp", rate=rate), time, time
+        # 3. resample
         yield begun, _mono(resampler.resample(frame))
         reached += frame.samples / frame.sample_rate
-    if form is not None:
+    if audio_format is not None:
         yield None, _mono(resampler.resample(None))
 
 
-def _mono(frames: list[AudioFrame]) -> Sound:
-    """The mean of the channels (ffmpeg's own down-mix of floats is 3 dB louder)."""
+def _mono(frames: list[AudioFrame]) -> Samples:
+    """Mean of the channels (ffmpeg's down-mix of float samples is 3 dB louder)."""
     blocks = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in frames]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)

@@ -1,4 +1,4 @@
-"""Both tracks of a container that is still being written, such as a pipe from ffmpeg."""
+"""Read both tracks of a container that is still being written, such as a pipe from ffmpeg."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -28,32 +28,35 @@ def read_live(
     tracks: Literal["both", "video", "audio"] = "both",
     name: str = "-",
 ) -> tuple[Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]] | None, Iterator[Float[Tensor, " _"]] | None]:
-    """The frames and the sound that `LiveSource` takes, read from a file object that need not be seekable.
+    """The (frames, audio) iterators of a `LiveSource`, read from a file object that need not be seekable.
 
-    Formats that are written from front to end can be read while they grow: mpegts, matroska, flv, fragmented mp4.
-    Raises MediaError under `name`: `unreadable`, `no_video`, `no_audio`, and `truncated` when decoding breaks off.
+    Formats written sequentially can be read while they grow: mpegts, matroska, flv, fragmented mp4.
+    Raises MediaError with path `name`: `unreadable`, `no_video`, `no_audio`, and `truncated` when decoding fails.
     """
+    # 1. open the container
     try:
         container = av.open(file, "r")
     except FFmpegError as error:
         message = f"cannot be read ({error.strerror}); send mpegts, matroska, flv or fragmented mp4"
         raise MediaError(name, "unreadable", message) from error
+    # 2. choose the tracks
     video = video_stream(container) if tracks != "audio" else None
     audio = audio_stream(container) if tracks != "video" else None
     if video is None and tracks != "audio":
         raise MediaError(name, "no_video", "has no video track; use tracks: audio")
     if audio is None and tracks != "video":
         raise MediaError(name, "no_audio", "has no audio track; use tracks: video")
+    # 3. decode both in one pass
     packets = _Packets(container, [stream for stream in (video, audio) if stream is not None], name)
     return (
-        None if video is None else _pictures(packets, container, video, fps),
-        None if audio is None else _sounds(packets, container, audio, rate),
+        None if video is None else _video_frames(packets, container, video, fps),
+        None if audio is None else _audio_blocks(packets, container, audio, rate),
     )
 
 
 @final
 class _Packets:
-    """One pass over a container for two readers: what the other one has not asked for yet waits."""
+    """One pass over a container for two readers; frames that the other reader needs later are queued."""
 
     def __init__(self, container: InputContainer, streams: list[VideoStream | AudioStream], name: str) -> None:
         self._packets = container.demux(streams)
@@ -61,14 +64,14 @@ class _Packets:
         self._name = name
 
     def frames(self, stream: VideoStream | AudioStream) -> Iterator[VideoFrame | AudioFrame]:
-        """The frames of one track."""
+        """Decoded frames of one track."""
         waiting = self._waiting[stream.index]
         while waiting or self._pull():
             while waiting:
                 yield waiting.popleft()
 
     def _pull(self) -> bool:
-        """Reads and decodes one packet; False at the end."""
+        """Read and decode one packet; False at the end."""
         try:
             packet = next(self._packets, None)
             if packet is None:
@@ -77,16 +80,16 @@ class _Packets:
                 assert isinstance(frame, VideoFrame | AudioFrame)
                 self._waiting[packet.stream_index].append(frame)
         except FFmpegError as error:
-            message = f"breaks off ({error.strerror}); send it again, as mpegts, matroska, flv or fragmented mp4"
+            message = f"is truncated ({error.strerror}); send it again, as mpegts, matroska, flv or fragmented mp4"
             raise MediaError(self._name, "truncated", message) from error
         return True
 
 
-def _pictures(
+def _video_frames(
     packets: _Packets, container: InputContainer, stream: VideoStream, fps: float
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]]:
     for time, frame in sample_by_time(_timed(packets, container, stream), fps):
-        yield time, upright(frame)  # only frames that are shown are converted
+        yield time, upright(frame)  # convert selected frames only
 
 
 def _timed(
@@ -95,19 +98,19 @@ def _timed(
     reached = 0.0
     for frame in packets.frames(stream):
         assert isinstance(frame, VideoFrame)
-        time, lasting = timing(frame, container, stream, reached)
-        reached = time + lasting
-        yield time, lasting, frame
+        time, duration = timing(frame, container, stream, reached)
+        reached = time + duration
+        yield time, duration, frame
 
 
-def _sounds(
+def _audio_blocks(
     packets: _Packets, container: InputContainer, stream: AudioStream, rate: int
 ) -> Iterator[Float[Tensor, " _"]]:
-    for block in contiguous(_timed_sound(packets, container, stream), rate):
+    for block in contiguous(_timed_audio(packets, container, stream), rate):
         yield torch.from_numpy(block)
 
 
-def _timed_sound(
+def _timed_audio(
     packets: _Packets, container: InputContainer, stream: AudioStream
 ) -> Iterator[tuple[float, AudioFrame]]:
     zero, reached = origin(container), 0.0

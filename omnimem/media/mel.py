@@ -1,4 +1,4 @@
-"""Log-mel spectrogram in torch, equal to WhisperFeatureExtractor, for whole clips and for streams that still grow."""
+"""Log-mel spectrogram in torch, equal to WhisperFeatureExtractor, for whole clips and for live streams."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-TOP_HERTZ = 8000.0  # Whisper's filters end here at any sampling rate
-DYNAMIC_RANGE = 8.0  # log10 units below the maximum that are kept
-BLOCK = 1 << 22  # values of one short-time Fourier transform held at once: an hour of audio would need gigabytes
+TOP_HERTZ = 8000.0  # upper end of Whisper's filters at any sampling rate
+DYNAMIC_RANGE = 8.0  # log10 units below the maximum; lower values are clamped
+BLOCK = 1 << 22  # values of one short-time Fourier transform; an hour of audio at once would need gigabytes
 
 
 def _mel_to_hertz(mels: Float[Tensor, " points"]) -> Float[Tensor, " points"]:
@@ -23,7 +23,7 @@ def _mel_to_hertz(mels: Float[Tensor, " points"]) -> Float[Tensor, " points"]:
 
 @lru_cache(maxsize=8)
 def mel_filters(mels: int, n_fft: int, rate: int) -> Float[Tensor, "{mels} bins"]:
-    """Triangles between neighbouring mel points, each of area one in hertz (Slaney's normalisation), float32."""
+    """Triangular filters between neighbouring mel points, each of area one in hertz (Slaney's normalisation)."""
     top = (
         15.0
         + 27.0
@@ -40,7 +40,7 @@ def mel_filters(mels: int, n_fft: int, rate: int) -> Float[Tensor, "{mels} bins"
 @final
 @dataclass(frozen=True, kw_only=True)
 class LogMel:
-    """The numbers of a checkpoint's WhisperFeatureExtractor: filters, hop and window in samples, sampling rate."""
+    """Settings of a checkpoint's WhisperFeatureExtractor: filters, hop and window in samples, sampling rate in Hz."""
 
     mels: int = 128
     hop: int = 160
@@ -49,29 +49,27 @@ class LogMel:
 
     def __post_init__(self) -> None:
         if min(self.mels, self.hop, self.n_fft, self.rate) < 1 or self.n_fft % 2:
-            raise ValueError(
-                f"{self}: mels, hop, rate must be positive and n_fft even; repair preprocessor_config.json"
-            )
+            raise ValueError(f"{self}: mels, hop, rate must be positive and n_fft even; fix preprocessor_config.json")
 
     def clip(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, "{self.mels} mel_frames"]:
-        """(max(log10 power, maximum of the clip - 8) + 4) / 4 of a whole clip: samples // hop frames.
+        """(max(log10 power, maximum of the clip - 8) + 4) / 4 of a whole clip, with samples // hop frames.
 
-        Equal to WhisperFeatureExtractor(padding="longest", truncation=False); clips shorter than half a window,
-        which that refuses, are continued with silence.
+        Equal to WhisperFeatureExtractor(padding="longest", truncation=False), except that clips shorter than half a
+        window, for which that raises, are padded with silence.
         """
         log = torch.cat(list(self._logs([samples])), dim=1)
         return normalise(log, _loudest([log]))
 
     def loudest(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
-        """log10 power of the loudest value of a clip that comes in blocks; they are not held together."""
+        """Maximum log10 power of a clip given in blocks; holds one block at a time."""
         return _loudest(self._logs(blocks))
 
     def pieces(
         self, blocks: Iterable[Float[Tensor, " _"]], maximum: Float[Tensor, ""], mel_frames: int
     ) -> Iterator[Float[Tensor, "{self.mels} _"]]:
-        """`clip` in pieces of `mel_frames`, the last one may be shorter, given the clip's `loudest`.
+        """The result of `clip` in pieces of `mel_frames` (the last may be shorter), given the clip's `loudest`.
 
-        An hour of 128 mels is 184 MB; read twice, it takes none of them.
+        Reading the audio twice avoids holding the spectrogram (184 MB for an hour of 128 mels).
         """
         held = torch.empty(self.mels, 0)
         for log in self._logs(blocks):
@@ -83,7 +81,7 @@ class LogMel:
             yield held
 
     def _logs(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, "{self.mels} _"]]:
-        """The spectrogram of a clip before normalisation, as far as it is heard after each block."""
+        """The spectrogram of a clip before normalisation, in pieces, one per block and one at the end."""
         running = self.running()
         for samples in blocks:
             running.feed(samples)
@@ -92,17 +90,17 @@ class LogMel:
         yield running.take_log(running.ready)
 
     def running(self) -> "RunningMel":
-        """The same spectrogram for a stream whose maximum is not known yet."""
+        """The spectrogram of a live stream, whose maximum is not known yet."""
         return RunningMel(self)
 
     def reflected(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, " padded"]:
-        """Samples mirrored by half a window at both ends, so that frame i is centred at sample i * hop."""
+        """Samples with reflection padding of half a window at both ends, so that frame i is centred at i * hop."""
         half = self.n_fft // 2
         short = max(0, half + 1 - len(samples))
         return pad(pad(samples, (0, short))[None], (half, half), mode="reflect")[0]
 
     def log_power(self, padded: Float[Tensor, " padded"], frames: int) -> Float[Tensor, "{self.mels} mel_frames"]:
-        """log10 of the mel power (at least 1e-10) of the first `frames` windows, the i-th beginning at i * hop."""
+        """log10 of the mel power (at least 1e-10) of the first `frames` windows; window i starts at i * hop."""
         window = torch.hann_window(self.n_fft, device=padded.device)
         filters = mel_filters(self.mels, self.n_fft, self.rate).to(padded.device)
         step = max(1, BLOCK // self.n_fft)
@@ -116,74 +114,74 @@ class LogMel:
 
 
 def _loudest(logs: Iterable[Float[Tensor, "mels _"]]) -> Float[Tensor, ""]:
-    """Of nothing at all: minus infinity."""
+    """The maximum over all blocks; minus infinity if they are empty."""
     return torch.stack([torch.tensor(float("-inf")), *(log.max() for log in logs if log.numel())]).max()
 
 
 def normalise(log: Float[Tensor, "mels mel_frames"], maximum: Float[Tensor, ""]) -> Float[Tensor, "mels mel_frames"]:
-    """Whisper's range, in place: nothing lower than 8 below the maximum, then (x + 4) / 4."""
+    """Whisper's normalisation, in place: clamp at 8 below the maximum, then (x + 4) / 4."""
     return torch.maximum(log, maximum - DYNAMIC_RANGE, out=log).add_(4.0).div_(4.0)
 
 
 @final
 class RunningMel:
-    """Log-mel of a stream that is still growing, normalised by the maximum heard so far.
+    """Log-mel of a live stream, normalised by the running maximum.
 
-    Let M be the maximum of the whole clip. Every value v taken here obeys max(v, (M - 8 + 4) / 4) = LogMel.clip's
-    value, and from the first `take` that contains the maximum on, v itself equals it.
+    Let M be the maximum of the whole clip. Every value v obeys max(v, (M - 8 + 4) / 4) = value of `LogMel.clip`.
+    From the first `take` that contains the maximum on, v equals it.
     """
 
     def __init__(self, mel: LogMel) -> None:
         self._mel = mel
-        self._buffer = torch.empty(0)  # mirrored start, then the samples not yet done with
-        self._heard = 0  # samples fed
+        self._buffer = torch.empty(0)  # reflected start, then the samples still needed
+        self._fed = 0  # samples fed
         self._taken = 0  # mel frames taken
         self._ended = False
-        self.maximum = torch.tensor(float("-inf"))  # log10 power of the loudest value taken
+        self.maximum = torch.tensor(float("-inf"))  # maximum log10 power taken
 
     @property
     def ready(self) -> int:
-        """Mel frames that can be taken now: those whose window is complete (all of them after `end`)."""
+        """Number of mel frames with a complete window that were not taken yet (all remaining ones after `end`)."""
         if self._ended:
-            return self._heard // self._mel.hop - self._taken
+            return self._fed // self._mel.hop - self._taken
         half = self._mel.n_fft // 2
-        if self._heard <= half:
+        if self._fed <= half:
             return 0
-        # the last frame of a clip, centred on its end, is dropped: a frame needs hop samples from its centre on
+        # WhisperFeatureExtractor drops the frame centred on the end of a clip: it needs hop samples after its centre
         lookahead = max(half, self._mel.hop)
-        return max(0, (self._heard - lookahead) // self._mel.hop + 1 - self._taken)
+        return max(0, (self._fed - lookahead) // self._mel.hop + 1 - self._taken)
 
     def feed(self, samples: Float[Tensor, " samples"]) -> None:
-        """Hears more samples."""
+        """Append samples; raises ValueError after `end`."""
         if self._ended:
             raise ValueError("samples after the end of the stream; start a new LogMel.running() for the next one")
         half = self._mel.n_fft // 2
-        before = self._heard
-        self._heard += len(samples)
+        before = self._fed
+        self._fed += len(samples)
         self._buffer = torch.cat([self._buffer, samples])
-        if before <= half < self._heard:
+        if before <= half < self._fed:
             self._buffer = torch.cat([self._buffer[1 : half + 1].flip(0), self._buffer])
 
     def end(self) -> None:
-        """The stream is over: its end is mirrored as a clip's end is."""
+        """End the stream: add the reflection padding of a clip's end."""
         if self._ended:
             return
         half = self._mel.n_fft // 2
-        if self._heard <= half:
+        if self._fed <= half:
             self._buffer = self._mel.reflected(self._buffer)
         else:
             self._buffer = torch.cat([self._buffer, self._buffer[-half - 1 : -1].flip(0)])
         self._ended = True
 
     def take(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
-        """The next `frames` mel frames (at most `ready`), normalised by the maximum up to and including them."""
+        """The next `frames` mel frames (at most `ready`), normalised by the maximum up to their end."""
         log = self.take_log(frames)
         return normalise(log, self.maximum)
 
     def take_log(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
-        """The next `frames` mel frames before normalisation; `maximum` takes part in them."""
+        """The next `frames` mel frames before normalisation; updates `maximum`. Raises ValueError beyond `ready`."""
         if frames > self.ready:
-            raise ValueError(f"{frames} mel frames asked for, {self.ready} ready; feed more samples or call end()")
+            raise ValueError(f"{frames} mel frames requested, {self.ready} ready; feed more samples or call end()")
         log = self._mel.log_power(self._buffer, frames)
         self._buffer = self._buffer[frames * self._mel.hop :]
         self._taken += frames

@@ -1,4 +1,4 @@
-"""Pixels to patches: the numbers of Qwen2VLVideoProcessor without torchvision (tests/recorded/record.py proves it)."""
+"""Pixels to patches: equal to Qwen2VLVideoProcessor, without torchvision (see tests/recorded/record.py)."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-MAX_ASPECT_RATIO = 200  # what the Qwen processors accept
+MAX_ASPECT_RATIO = 200  # limit of the Qwen processors
 
 
 def smart_resize(height: int, width: int, *, cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) nearest to the given one with both sides multiples of `cell` and the area within the pixel caps.
+    """Nearest (height, width) with both sides multiples of `cell` and the area within the pixel limits.
 
-    Rounds half to even, scales by sqrt(area / cap) with floor above and ceil below, as Qwen2-VL does.
-    `cell` is patch x merge pixels. Raises ValueError for an aspect ratio above 200.
+    Rounds half to even. Outside the limits, scales by sqrt(area / limit), rounding down above the maximum and up below
+    the minimum, as Qwen2-VL does. `cell` is patch x merge pixels. Raises ValueError for an aspect ratio above 200.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(f"aspect ratio above {MAX_ASPECT_RATIO} in a {width}x{height} frame; crop the video first")
@@ -34,7 +34,7 @@ def smart_resize(height: int, width: int, *, cell: int, min_pixels: int, max_pix
 def resize(
     frames: UInt8[Tensor, "frames 3 _ _"], height: int, width: int
 ) -> UInt8[Tensor, "frames 3 {height} {width}"]:
-    """Bicubic, antialiased, in uint8 arithmetic: torchvision's kernel, which is torch's own."""
+    """Bicubic antialiased resizing in uint8 arithmetic, with the same kernel as torchvision."""
     if frames.shape[-2:] == (height, width):
         return frames
     return interpolate(frames, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
@@ -49,18 +49,20 @@ def patchify(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[Float[Tensor, "patches row"], tuple[int, int, int]]:
-    """Normalised patches for the vision encoder and their grid (time, height, width), in patches.
+    """Normalised patches for the vision encoder, and their grid (time, height, width) in patches.
 
-    Patches are ordered (time, row of cells, column of cells, row in the cell, column in the cell), a row holds
-    (channel, frame in the patch, y, x). A frame count that is no multiple of `temporal_patch` repeats the last frame.
-    Raises ValueError when the frame size is no multiple of patch x merge.
+    Patches are ordered by (time, row of cells, column of cells, row in the cell, column in the cell); a row holds
+    (channel, frame in the patch, y, x). The last frame is repeated up to a multiple of `temporal_patch`.
+    Raises ValueError when the frame size is not a multiple of patch x merge.
     """
+    # 1. pad the frames
     count, channels, height, width = frames.shape
     cell = patch * merge
     if height % cell or width % cell:
-        raise ValueError(f"frames of {width}x{height} are no multiple of {cell} pixels; resize them by smart_resize")
+        raise ValueError(f"frames of {width}x{height} are not a multiple of {cell} pixels; resize with smart_resize")
     if missing := -count % temporal_patch:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    # 2. reorder to patches
     grid = (len(frames) // temporal_patch, height // patch, width // patch)
     rows = (
         frames.reshape(grid[0], temporal_patch, channels, height // cell, merge, patch, width // cell, merge, patch)
@@ -68,7 +70,7 @@ def patchify(
         .reshape(math.prod(grid), channels, temporal_patch * patch * patch)
         .to(torch.float32)
     )
-    # mean and std are scaled instead of the pixels, as the processor does: the order decides the last bit
+    # 3. normalise: scale mean and std instead of the pixels, as the processor does, for bitwise equal results
     shift = (torch.tensor(mean, device=frames.device) * 255.0)[:, None]
     scale = (torch.tensor(std, device=frames.device) * 255.0)[:, None]
     return rows.sub_(shift).div_(scale).flatten(1), grid

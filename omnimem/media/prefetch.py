@@ -1,7 +1,7 @@
-"""Decoding ahead: files are read in processes of their own, a bounded number of segments before they are needed.
+"""Prefetching: separate processes decode files, a bounded number of segments ahead.
 
-A file that cannot be read raises its MediaError here as it would have raised there. A process that ends in the middle
-of a file (killed, out of memory, a fault in a codec) raises DecoderLost, which names the file; nobody waits for it.
+A MediaError of a file is raised again in the reading process. When a decoding process ends in the middle of a file
+(killed, out of memory, a crash of a codec), DecoderLost is raised at once and names the file.
 """
 
 import os
@@ -24,20 +24,20 @@ import torch
 from omnimem.media.container import MediaError
 from omnimem.media.source import FileSource, Segment
 
-AHEAD = 32  # segments that wait in each process: a minute at one frame a second, some 30 MB of 420 x 420 frames
-PATIENCE = 10.0  # seconds that an ended process may take to be gone
+AHEAD = 32  # queued segments per process: a minute at one frame per second, about 30 MB of 420 x 420 frames
+PATIENCE = 10.0  # seconds to wait for the exit code of a lost process
 
 Job = TypeVar("Job")
 
 
 @final
 class DecoderLost(RuntimeError):
-    """A decoding process ended before its file did."""
+    """A decoding process ended before the end of its file."""
 
 
 @final
 class Decoders:
-    """`workers` processes that read files one after the other; with none, files are read where they are needed."""
+    """A pool of `workers` decoding processes; with 0 workers, files are decoded in the reading process."""
 
     def __init__(self, workers: int, ahead: int = AHEAD) -> None:
         self._workers, self._ahead = workers, ahead
@@ -53,34 +53,37 @@ class Decoders:
 
     @property
     def processes(self) -> list[int]:
-        """Ids of the processes that have been started."""
+        """Ids of the started processes."""
         return [decoder.process.pid for decoder in self._decoders]
 
     def read(self, jobs: Iterable[tuple[Job, FileSource | None]]) -> Iterator[tuple[Job, Iterable[Segment] | None]]:
-        """Each job with the segments of its file, in order; None stays None.
+        """Yield each job with the segments of its file, in order; a source of None gives None.
 
-        The next files are begun while one is consumed, so jobs are taken `workers` ahead. Segments left unread are
-        dropped when the next job is asked for. Iterating them raises MediaError as FileSource does, and DecoderLost.
+        Decoding of the next files starts while one is consumed, so `workers` jobs are taken in advance. Unread segments
+        are dropped when the next job is requested. Iterating segments raises MediaError as FileSource does, and
+        DecoderLost.
         """
         if not self._workers:
             yield from jobs
             return
         rest = iter(jobs)
-        waiting: deque[tuple[Job, _Reading | None]] = deque()
+        waiting: deque[tuple[Job, _DecodedFile | None]] = deque()
         files = 0
         while True:
+            # 1. start the next files
             for job, source in islice(rest, 1 + self._workers - len(waiting)):
                 waiting.append((job, None if source is None else self._decoder(files).begin(source)))
                 files += source is not None
             if not waiting:
                 return
-            job, reading = waiting.popleft()
-            yield job, reading
-            if reading is not None:
-                deque(reading.rest(), maxlen=0)
+            # 2. yield the first one, then drop what was not read
+            job, segments = waiting.popleft()
+            yield job, segments
+            if segments is not None:
+                deque(segments.messages(), maxlen=0)
 
     def _decoder(self, number: int) -> "_Decoder":
-        """The process that reads file `number`; started when it is needed for the first time."""
+        """The process that decodes file `number`; started on first use."""
         if number < self._workers:
             decoder = _Decoder(self._ahead)
             self._stack.callback(decoder.close)
@@ -90,7 +93,7 @@ class Decoders:
 
 @final
 class _Decoder:
-    """One process and the way to it."""
+    """A decoding process and the connection to it."""
 
     def __init__(self, ahead: int) -> None:
         self.connection, theirs = Pipe()
@@ -100,56 +103,56 @@ class _Decoder:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # an interrupt at the keyboard is the reader's business; it ends when we are gone
+            start_new_session=True,  # ignores keyboard interrupts; ends when the connection closes
         )
         theirs.close()
 
-    def begin(self, source: FileSource) -> "_Reading":
-        """Have it read a file when it is done with those before."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # the file that it was lost with will say so
+    def begin(self, source: FileSource) -> "_DecodedFile":
+        """Queue a file."""
+        with suppress(BrokenPipeError, ConnectionResetError):  # reading the file raises DecoderLost
             self.connection.send_bytes(pickle.dumps(source))
-        return _Reading(self, source)
+        return _DecodedFile(self, source)
 
     def receive(self, source: FileSource) -> tuple[str, Any]:
-        """Its next message about a file."""
+        """The next message about a file; raises DecoderLost when the process has ended."""
         try:
             return pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionResetError) as error:
             raise self.lost(source) from error
 
     def lost(self, source: FileSource) -> DecoderLost:
-        """What happened to it."""
+        """The error for a process that has ended, with its exit code or signal."""
         code = self.process.wait(PATIENCE)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return DecoderLost(
-            f"{source.path}: the process that decoded it {how}; with too little memory lower evaluate.decoders, "
-            "else the file may have brought it down: convert it, or take it out of the benchmark"
+            f"{source.path}: the process that decoded it {how}; if memory was short, lower evaluate.decoders, "
+            "otherwise the file may have crashed the decoder: convert it, or remove it from the benchmark"
         )
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
 
 
 @final
-class _Reading:
-    """The segments of one file as they come from its process."""
+class _DecodedFile:
+    """The segments of one file, received from its process."""
 
     def __init__(self, decoder: _Decoder, source: FileSource) -> None:
         self._decoder, self._source, self._over = decoder, source, False
 
     def __iter__(self) -> Iterator[Segment]:
-        for kind, content in self.rest():
+        for kind, content in self.messages():
             if kind == "segment":
-                yield _opened(content)
+                yield _unpack(content)
             elif kind == "failed":
                 path, reason, message = content
                 raise MediaError(path, reason, message)
 
-    def rest(self) -> Iterator[tuple[str, Any]]:
-        """Messages up to the last one about this file."""
+    def messages(self) -> Iterator[tuple[str, Any]]:
+        """The remaining messages about this file."""
         while not self._over:
             kind, content = self._decoder.receive(self._source)
             self._over = kind != "segment"
@@ -157,11 +160,13 @@ class _Reading:
 
 
 def serve() -> None:
-    """What a decoding process does: read the files it is given, hand over their segments, end when nobody listens."""
+    """Main loop of a decoding process: decode queued files and send their segments until the connection closes."""
+    # 1. a thread sends the segments
     connection, ahead = Connection(int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
     outbox: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
-    threading.Thread(target=_hand_over, args=(connection, outbox), daemon=True).start()
+    threading.Thread(target=_send, args=(connection, outbox), daemon=True).start()
+    # 2. decode one file after the other
     while True:
         try:
             source: FileSource = pickle.loads(connection.recv_bytes())
@@ -169,28 +174,28 @@ def serve() -> None:
             return
         try:
             for segment in source:
-                outbox.put(("segment", _packed(segment)))
+                outbox.put(("segment", _pack(segment)))
             outbox.put(("end", None))
         except MediaError as error:
-            said = str(error).removeprefix(f"{error.path}: ")
-            outbox.put(("failed", (str(error.path), error.reason, said)))
+            message = str(error).removeprefix(f"{error.path}: ")
+            outbox.put(("failed", (str(error.path), error.reason, message)))
 
 
-def _hand_over(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> None:
+def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> None:
     try:
         while True:
             connection.send_bytes(pickle.dumps(outbox.get(), protocol=5))
     except (BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # the main thread may be in the middle of a file that nobody waits for
+        os._exit(0)  # the main thread may still be decoding a file that is not needed any more
 
 
-def _packed(segment: Segment) -> tuple[Any, ...]:
-    """Arrays instead of tensors: pickled tensors would travel through shared memory, which containers keep small."""
+def _pack(segment: Segment) -> tuple[Any, ...]:
+    """Arrays instead of tensors: pickled tensors would use shared memory, which is small in containers."""
     arrays = [None if part is None else part.contiguous().numpy() for part in (segment.frames, segment.mel)]
     return segment.start, segment.seconds, *arrays
 
 
-def _opened(content: tuple[Any, ...]) -> Segment:
+def _unpack(content: tuple[Any, ...]) -> Segment:
     start, seconds, *arrays = content
     frames, mel = (None if array is None else torch.from_numpy(array) for array in arrays)
     return Segment(start=start, seconds=seconds, frames=frames, mel=mel)

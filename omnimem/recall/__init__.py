@@ -1,1 +1,1 @@
-"""The audio-visual recall task: worlds, rendering, data sets."""
+"""The audio-visual recall task: worlds and their rendering."""

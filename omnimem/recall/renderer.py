@@ -1,9 +1,9 @@
-"""What a recall world looks and sounds like: frames, samples, and both together as an mp4 file.
+"""Rendering of recall worlds: video frames, audio samples, and both as an mp4 file.
 
-Everything is a pure function of the world, so any stretch of a stream can be rendered alone and equals the same
-stretch of the whole. Pictures: a pan over travelling waves of nearly grey light, cut into scenes; one symbol at a time
-in a cell of a 4 x 4 grid, a static logo, flickering cells. Sound: one-second utterances over babble; an utterance is a
-voice (three sustained partials below 1.3 kHz) plus a word (three syllables, each one partial above 1.3 kHz).
+Rendering is a pure function of the world, so a part of a stream can be rendered alone and equals the same part of the
+whole. Video: scenes of moving, nearly grey waves; one symbol at a time in a cell of a 4 x 4 grid, a static logo,
+flickering cells. Audio: one-second utterances over babble; an utterance is a voice (three sustained partials below
+1.3 kHz) plus a word (three syllables, each one partial above 1.3 kHz).
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from omnimem.recall.worlds import GRID, SHAPES, VOICES, WORDS, Event, Flicker, World
 
-EDITION = 1  # of what the same world looks and sounds like; files of different editions do not mix
-FRAME_SIZE = 112  # pixels along a side of the picture
+EDITION = 1  # version of the rendering; data sets of different editions must not be mixed
+FRAME_SIZE = 112  # pixels along a side of a frame
 CELL = FRAME_SIZE // GRID
-SPRITE = 24  # pixels along a side of a symbol; the rest of its cell is room to wander
+SPRITE = 24  # pixels along a side of a symbol; the margin of its cell lets it move
 SAMPLE_RATE = 16000
-MP4_FRAME_RATE = 4  # frames a second: enough for motion, few enough to encode quickly
+MP4_FRAME_RATE = 4  # frames per second: enough for motion, and fast to encode
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -38,7 +38,7 @@ RGB: dict[str, tuple[int, int, int]] = {
     "cyan": (0, 212, 228),
 }
 
-# ---------------------------------------------------------------------------------------------------------------- sight
+# ---------------------------------------------------------------------------------------------------------------- video
 
 
 def render_frames(world: World, fps: float = 1.0, start: float = 0.0, end: float | None = None) -> Bytes:
@@ -46,20 +46,22 @@ def render_frames(world: World, fps: float = 1.0, start: float = 0.0, end: float
 
     A frame at time t shows the cells of second floor(t); pan and symbols move in between.
     """
+    # 1. frame times
     stop = world.seconds if end is None else end
     count = max(0, int(np.ceil((stop - start) * fps - 1e-6)))
     times = start + np.arange(count) / fps
     if count == 0:
         return np.empty((0, 3, FRAME_SIZE, FRAME_SIZE), np.uint8)
-    picture = _background(world, times)
-    _paint(picture, slice(None), world.logo_cell, _logo(world.seed))
+    # 2. background, logo, flicker, symbols
+    frames = _background(world, times)
+    _paint(frames, slice(None), world.logo_cell, _logo(world.seed))
     for flicker in world.flickers:
         shown = _shown(times, flicker.at, flicker.at + 1)
         if shown.stop > shown.start:
-            _paint(picture, shown, flicker.cell, _flicker(flicker))
+            _paint(frames, shown, flicker.cell, _flicker(flicker))
     for event in world.events:
-        _draw_event(picture, times, event, world.seed)
-    return (picture + 0.5).astype(np.uint8)  # all values are inside [0, 255] by construction
+        _draw_event(frames, times, event, world.seed)
+    return (frames + 0.5).astype(np.uint8)  # all values are inside [0, 255] by construction
 
 
 def _shown(times: npt.NDArray[np.float64], start: float, end: float) -> slice:
@@ -70,29 +72,31 @@ def _shown(times: npt.NDArray[np.float64], start: float, end: float) -> slice:
 
 def _background(world: World, times: npt.NDArray[np.float64]) -> Floats:
     """Travelling waves of each scene: float32 [frames, 3, height, width] between 25 and 165."""
-    picture = np.empty((len(times), 3, FRAME_SIZE, FRAME_SIZE), np.float32)
+    frames = np.empty((len(times), 3, FRAME_SIZE, FRAME_SIZE), np.float32)
     cuts = [at for at, _ in world.scenes] + [world.seconds + 1]
     for (at, seed), until in zip(world.scenes, cuts[1:], strict=True):
         shown = _shown(times, at, until)
         if shown.stop > shown.start:
-            picture[shown] = _scene(seed, times[shown] - at)
-    return picture
+            frames[shown] = _scene(seed, times[shown] - at)
+    return frames
 
 
 def _scene(seed: int, times: npt.NDArray[np.float64]) -> Floats:
     """base + Σ_k tint_k cos(k·(x + pan t) + ω t + φ), each of three waves with its own length, direction and speed."""
+    # 1. draw the waves
     rng = np.random.default_rng([seed, 1])
     base = rng.uniform(80, 108) + rng.uniform(-8, 8, size=3)
-    pan = rng.uniform(-14, 14, size=2)  # pixels a second
+    pan = rng.uniform(-14, 14, size=2)  # pixels per second
     length, angle = rng.uniform(24, 120, size=3), rng.uniform(0, 2 * np.pi, size=3)
     speed, phase = rng.uniform(-0.5, 0.5, size=3), rng.uniform(0, 2 * np.pi, size=3)
     tint = rng.uniform(9, 13, size=(3, 1)) + rng.uniform(-2.5, 2.5, size=(3, 3))
+    # 2. sum them
     wave = 2 * np.pi / length[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1)
     ramp = np.arange(FRAME_SIZE)
     drift = (wave @ pan + speed)[:, None] * times + phase[:, None]
     rows = (drift[:, :, None] + wave[:, 0, None, None] * ramp).astype(np.float32)  # waves frames height
     columns = (wave[:, 1, None] * ramp).astype(np.float32)[:, None, :]  # waves 1 width
-    # cos(a + b) by products, so that cosines are taken along edges only
+    # cos(a + b) as products, so that cosines are computed along rows and columns only
     left = np.stack([np.cos(rows), -np.sin(rows)], axis=-1)  # waves frames height 2
     right = np.stack([np.cos(columns), np.sin(columns)], axis=-2)  # waves 1 2 width
     mixed = np.einsum("kc,kn->cn", tint.astype(np.float32), (left @ right).reshape(3, -1))
@@ -100,15 +104,15 @@ def _scene(seed: int, times: npt.NDArray[np.float64]) -> Floats:
     return mixed.transpose(1, 0, 2, 3)
 
 
-def _paint(picture: Floats, shown: slice, cell: int, patch: Floats) -> None:
-    """Fills `cell` of the shown frames with a [3, CELL, CELL] patch."""
+def _paint(frames: Floats, shown: slice, cell: int, patch: Floats) -> None:
+    """Fill `cell` of the shown frames with a [3, CELL, CELL] patch."""
     row, column = (CELL * i for i in divmod(cell, GRID))
-    picture[shown, :, row : row + CELL, column : column + CELL] = patch
+    frames[shown, :, row : row + CELL, column : column + CELL] = patch
 
 
 @lru_cache(maxsize=16)
 def _logo(seed: int) -> Floats:
-    """A mirrored pattern of two muted colours that stays all stream long."""
+    """A mirrored pattern of two muted colours, constant during a stream."""
     rng = np.random.default_rng([seed, 2])
     half = rng.random((7, 4)) < 0.5
     pattern = np.concatenate([half, half[:, 2::-1]], axis=1)
@@ -122,13 +126,13 @@ def _flicker(flicker: Flicker) -> Floats:
 
 
 def _blocks(mosaic: npt.NDArray[np.float64]) -> Floats:
-    """A square mosaic blown up to a cell."""
+    """A square mosaic enlarged to a cell."""
     size = CELL // mosaic.shape[1]
     return mosaic.repeat(size, axis=1).repeat(size, axis=2).astype(np.float32)
 
 
-def _draw_event(picture: Floats, times: npt.NDArray[np.float64], event: Event, seed: int) -> None:
-    """Blends the symbol into its cell of each second; between whole seconds it bobs by a pixel."""
+def _draw_event(frames: Floats, times: npt.NDArray[np.float64], event: Event, seed: int) -> None:
+    """Blend the symbol into its cell of each second; between whole seconds it moves up and down by a pixel."""
     alpha = masks()[SHAPES.index(event.shape)]
     colour = np.array(RGB[event.colour], np.float32)[:, None, None]
     nudge = np.random.default_rng([seed, 4, event.start]).integers(-1, 2, size=2)
@@ -139,13 +143,13 @@ def _draw_event(picture: Floats, times: npt.NDArray[np.float64], event: Event, s
             row, column = divmod(cell, GRID)
             top = CELL * row + (CELL - SPRITE) // 2 + int(nudge[0]) + bob
             left = CELL * column + (CELL - SPRITE) // 2 + int(nudge[1])
-            patch = picture[frame, :, top : top + SPRITE, left : left + SPRITE]
+            patch = frames[frame, :, top : top + SPRITE, left : left + SPRITE]
             patch += alpha * (colour - patch)
 
 
 @cache
 def masks() -> Floats:
-    """Coverage of each pixel by each shape, averaged over 8 x 8 points a pixel: [shapes, SPRITE, SPRITE]."""
+    """Coverage of each pixel by each shape, averaged over 8 x 8 points per pixel: [shapes, SPRITE, SPRITE]."""
     fine = 8 * SPRITE
     ramp = (np.arange(fine) + 0.5) / fine * 2 - 1
     y, x = np.meshgrid(ramp, ramp, indexing="ij")
@@ -214,26 +218,26 @@ def _in_polygon(corners: tuple[tuple[float, float], ...], x: Plane, y: Plane) ->
     return inside
 
 
-# -------------------------------------------------------------------------------------------------------------- hearing
+# ---------------------------------------------------------------------------------------------------------------- audio
 
 VOICE_LEVEL = 0.10  # amplitude of one partial; full scale is 1
 WORD_LEVEL = 0.14
 BABBLE_LEVEL = 0.05  # root mean square
 SYLLABLES = 3
-LETTERS = 4  # partials to choose from; 16 names differ from each other in at least 2 of 3 choices
+LETTERS = 4  # partials to choose from; any two of 16 names differ in at least 2 of 3 choices
 FADE = 0.04  # seconds
 
 
 def render_audio(world: World, rate: int = SAMPLE_RATE, start: int = 0, end: int | None = None) -> Floats:
-    """The sound of the seconds [start, end): mono float32 inside [-1, 1]."""
+    """The audio of the seconds [start, end): mono float32 samples in [-1, 1]."""
     stop = world.seconds if end is None else end
-    sound = _babble(world.seed, start, stop, rate)
+    samples = _babble(world.seed, start, stop, rate)
     for spoken in world.utterances:
         if start <= spoken.at < stop:
             loudness = np.random.default_rng([world.seed, 5, spoken.at]).uniform(0.8, 1.25)
             wave = voice_waves(rate)[VOICES.index(spoken.voice)] + word_waves(rate)[WORDS.index(spoken.word)]
-            sound[(spoken.at - start) * rate : (spoken.at - start + 1) * rate] += np.float32(loudness) * wave
-    return np.clip(sound, -1, 1)
+            samples[(spoken.at - start) * rate : (spoken.at - start + 1) * rate] += np.float32(loudness) * wave
+    return np.clip(samples, -1, 1)
 
 
 def code(index: int) -> tuple[int, int, int]:
@@ -243,18 +247,18 @@ def code(index: int) -> tuple[int, int, int]:
 
 
 def voice_partials(index: int) -> tuple[float, ...]:
-    """Frequencies in Hz that sound together through the whole utterance: one each of three bands below 1.3 kHz."""
+    """Frequencies in Hz of a voice, one in each of three bands below 1.3 kHz, sustained during the utterance."""
     return tuple(190 + 92.0 * (LETTERS * band + letter) for band, letter in enumerate(code(index)))
 
 
 def word_partials(index: int) -> tuple[float, ...]:
-    """Frequency in Hz of each syllable, from 1.55 to 6.2 kHz; no frequency serves two syllables."""
+    """Frequency in Hz of each syllable, from 1.55 to 6.2 kHz; frequencies of different syllables differ."""
     return tuple(1550 * 4 ** ((SYLLABLES * letter + place) / 11) for place, letter in enumerate(code(index)))
 
 
 @cache
 def voice_waves(rate: int) -> Floats:
-    """One second of each voice; its loudness trembles at a rate of its own: [voices, rate]."""
+    """One second of each voice with its own tremolo rate: [voices, rate]."""
     time = np.arange(rate) / rate
     envelope = _envelope(time, 0.08, 0.92)
     waves = [
@@ -268,7 +272,7 @@ def voice_waves(rate: int) -> Floats:
 
 @cache
 def word_waves(rate: int) -> Floats:
-    """One second of each word: [words, rate]. Syllables lie around 0.25, 0.5 and 0.75 s, where mel frames look."""
+    """One second of each word: [words, rate]. Syllables are centred at 0.25, 0.5 and 0.75 s, like mel frames."""
     time = np.arange(rate) / rate
     waves = [
         sum(
@@ -297,10 +301,12 @@ def _babble(seed: int, start: int, end: int, rate: int) -> Floats:
 
 def _grains(seed: int, numbers: range, rate: int) -> Floats:
     """Grains under a sine window (equal power where two overlap): [grains, rate]."""
+    # 1. draw formants and noise
     bands = 24
     draws = [np.random.default_rng([seed, 6, number + 1]) for number in numbers]
     formants = np.stack([rng.standard_normal(bands, np.float32) for rng in draws])
     noise = np.stack([rng.standard_normal(rate + 2, np.float32) for rng in draws])
+    # 2. shape the spectrum
     hertz = np.fft.rfftfreq(rate, 1 / rate)
     band = np.clip(np.log2(np.maximum(hertz, 60) / 60) / np.log2(8000 / 60), 0, 1) * (bands - 1)
     low = np.minimum(band.astype(np.int64), bands - 2)
@@ -320,9 +326,9 @@ AUDIO_BITS = 64_000
 
 
 def write_mp4(world: World, path: Path) -> None:
-    """H.264 (crf 23, yuv420p, 4 frames a second) and AAC (64 kb/s), rendered and encoded block by block.
+    """Write H.264 (crf 23, yuv420p, 4 frames per second) and AAC (64 kb/s), rendered and encoded block by block.
 
-    One thread an encoder, so that the same versions write the same bytes.
+    Each encoder uses one thread, so that equal library versions write equal bytes.
     """
     with av.open(str(path), "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=MP4_FRAME_RATE)
@@ -330,16 +336,16 @@ def write_mp4(world: World, path: Path) -> None:
         video.pix_fmt = "yuv420p"
         video.thread_count = 1
         video.gop_size = BLOCK * MP4_FRAME_RATE
-        # x264's macroblock tree reads beyond pictures as small as these: its files differ from run to run
+        # x264's macroblock tree is not deterministic for frames this small
         video.options = {"crf": str(VIDEO_CRF), "preset": "veryfast", "mbtree": "0"}
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         audio.bit_rate = AUDIO_BITS
         for start in range(0, world.seconds, BLOCK):
             end = min(start + BLOCK, world.seconds)
-            for picture in _video_frames(world, start, end):
-                container.mux(video.encode(picture))
-            for sound in _audio_frames(world, start, end):
-                container.mux(audio.encode(sound))
+            for video_frame in _video_frames(world, start, end):
+                container.mux(video.encode(video_frame))
+            for audio_frame in _audio_frames(world, start, end):
+                container.mux(audio.encode(audio_frame))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))
 
@@ -347,16 +353,16 @@ def write_mp4(world: World, path: Path) -> None:
 def _video_frames(world: World, start: int, end: int) -> Iterator[av.VideoFrame]:
     frames = render_frames(world, MP4_FRAME_RATE, start, end).transpose(0, 2, 3, 1)
     for number, pixels in enumerate(frames, start * MP4_FRAME_RATE):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        picture.pts, picture.time_base = number, Fraction(1, MP4_FRAME_RATE)
-        yield picture
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame.pts, frame.time_base = number, Fraction(1, MP4_FRAME_RATE)
+        yield frame
 
 
 def _audio_frames(world: World, start: int, end: int) -> Iterator[av.AudioFrame]:
-    """Pieces of 1,024 samples, which is what the AAC encoder takes; BLOCK seconds are a whole number of them."""
+    """Audio in frames of 1,024 samples, as the AAC encoder requires; BLOCK seconds are a whole number of them."""
     samples = render_audio(world, SAMPLE_RATE, start, end)
     for offset in range(0, len(samples), 1024):
-        sound = av.AudioFrame.from_ndarray(samples[None, offset : offset + 1024], format="fltp", layout="mono")
-        sound.sample_rate = SAMPLE_RATE
-        sound.pts, sound.time_base = start * SAMPLE_RATE + offset, Fraction(1, SAMPLE_RATE)
-        yield sound
+        frame = av.AudioFrame.from_ndarray(samples[None, offset : offset + 1024], format="fltp", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        frame.pts, frame.time_base = start * SAMPLE_RATE + offset, Fraction(1, SAMPLE_RATE)
+        yield frame

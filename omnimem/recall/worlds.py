@@ -1,11 +1,11 @@
-"""Audio-visual recall: what happens in a stream, and what is asked about it; drawn from a seed, rendered elsewhere.
+"""Audio-visual recall: the events of a stream and the questions about it, drawn from a seed (see `renderer`).
 
 A stream shows a panning background with cuts, a static logo, flicker, and in most slots of four seconds one symbol: a
-coloured shape that stays for two or three seconds and may move. Its sound is babble and words, each spoken by one
-voice in one second. A symbol during which a word is spoken is asked about; one without a word is a decoy and never is.
+coloured shape that stays for two or three seconds and may move. Its audio is babble and words, each spoken by one
+voice in one second. There are questions about symbols during which a word is spoken; the other symbols are decoys.
 
-A shape and a voice occur at most once in a stream, whatever its length, so that no question is ambiguous; hence a
-stream longer than about a minute has no more symbols than one of a minute, only more background between them.
+A shape and a voice occur at most once in a stream, so that no question is ambiguous. A stream longer than about a
+minute therefore has no more symbols than one of a minute, only more background between them.
 """
 
 from collections.abc import Iterator
@@ -27,10 +27,10 @@ WORDS: tuple[str, ...] = (
     *("apple", "river", "candle", "winter", "pepper", "garden", "basket", "window"),
     *("piano", "mirror", "rocket", "sugar", "thunder", "velvet", "tiger", "copper"),
 )
-GRID = 4  # cells along a side of the picture
+GRID = 4  # cells along a side of a frame
 CELLS = GRID * GRID
 SLOT = 4  # seconds; a symbol never leaves its slot, so two symbols never share a 2-s visual token
-TOKEN_SECONDS = 2  # span of one visual token; a word outside events never shares it with a symbol
+TOKEN_SECONDS = 2  # span of one visual token; words outside events and symbols never share one
 
 Kind = Literal["visual", "auditory", "cross_modal"]
 KINDS: tuple[Kind, ...] = ("visual", "auditory", "cross_modal")
@@ -93,13 +93,13 @@ class Question:
 @final
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All that a renderer needs to show a stream, and the questions about it in the order of asking."""
+    """The events of a stream, and the questions about it in order."""
 
     seed: int
     seconds: int
     scenes: tuple[tuple[int, int], ...]  # (second of the cut, seed of the scene), the first at 0
     events: tuple[Event, ...]
-    utterances: tuple[Utterance, ...]  # every spoken word in time order, those inside events included
+    utterances: tuple[Utterance, ...]  # all spoken words in order of time, including those of events
     flickers: tuple[Flicker, ...]
     logo_cell: int
     questions: tuple[Question, ...]
@@ -108,23 +108,24 @@ class World:
 @final
 @dataclass(frozen=True, kw_only=True)
 class WorldOptions:
-    """How crowded a stream is."""
+    """Density of events in a stream."""
 
-    event_rate: float = 0.8  # probability of a symbol in a slot, while shapes last
+    event_rate: float = 0.8  # probability of a symbol in a slot, while unused shapes are left
     spoken_share: float = 0.45  # probability that a word is spoken during a symbol
-    stray_rate: float = 0.15  # probability of a word in a second whose visual token shows no symbol
-    cut_rate: float = 0.1  # probability that a slot begins with a new scene
+    stray_rate: float = 0.15  # probability of a word in a second without a symbol in its visual token
+    cut_rate: float = 0.1  # probability that a slot starts with a new scene
     move_rate: float = 0.5  # probability that a symbol moves to a neighbouring cell after a second
     flickers_per_second: float = 2.0
 
 
 def draw_world(seed: int, seconds: int, options: WorldOptions | None = None) -> World:
-    """The world of `seed`: the same for the same arguments, on every machine.
+    """The world of a seed, deterministic for given arguments on every machine.
 
-    Raises ValueError below one slot of four seconds.
+    Raises ValueError for less than one slot of four seconds.
     """
+    # 1. draw the events
     if seconds < SLOT:
-        raise ValueError(f"seconds = {seconds} leaves no room for a symbol; ask for at least {SLOT} seconds")
+        raise ValueError(f"seconds = {seconds} is too short for a symbol; use at least {SLOT} seconds")
     options = options or WorldOptions()
     rng = np.random.default_rng([seed, seconds])
     logo_cell = int(rng.integers(CELLS))
@@ -133,6 +134,7 @@ def draw_world(seed: int, seconds: int, options: WorldOptions | None = None) -> 
     utterances = _draw_strays(rng, seconds, events, voices, options)
     utterances += [event.utterance for event in events if event.utterance is not None]
     utterances.sort(key=lambda utterance: utterance.at)
+    # 2. draw scenes, flicker and questions
     return World(
         seed=seed,
         seconds=seconds,
@@ -153,10 +155,12 @@ def _draw_scenes(rng: np.random.Generator, seconds: int, options: WorldOptions) 
 def _draw_events(
     rng: np.random.Generator, seconds: int, logo_cell: int, voices: list[str], options: WorldOptions
 ) -> list[Event]:
-    """The symbols; takes the voices that speak during them off the end of `voices`."""
+    """The symbols; removes the voices that speak during them from the end of `voices`."""
+    # 1. choose the slots
     slots = [slot for slot in range(seconds // SLOT) if rng.random() < options.event_rate]
-    if len(slots) > len(SHAPES):  # a long stream: spread the shapes that exist over all of it
+    if len(slots) > len(SHAPES):  # in a long stream, spread the shapes over its whole length
         slots = sorted(int(slot) for slot in rng.choice(slots, len(SHAPES), replace=False))
+    # 2. draw one symbol per slot
     shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
     events = []
     for slot in slots:
@@ -177,7 +181,7 @@ def _draw_events(
 
 
 def _draw_path(rng: np.random.Generator, length: int, logo_cell: int, options: WorldOptions) -> tuple[int, ...]:
-    """Cells of a random walk that never enters the logo's."""
+    """Cells of a random walk that never enters the cell of the logo."""
     path = [int(rng.choice([cell for cell in range(CELLS) if cell != logo_cell]))]
     while len(path) < length:
         moves = [cell for cell in _neighbours(path[-1]) if cell != logo_cell]
@@ -188,7 +192,7 @@ def _draw_path(rng: np.random.Generator, length: int, logo_cell: int, options: W
 def _draw_strays(
     rng: np.random.Generator, seconds: int, events: list[Event], voices: list[str], options: WorldOptions
 ) -> list[Utterance]:
-    """Words outside events, by the voices that are left; spread over the whole stream when those are too few."""
+    """Words outside events, spoken by the remaining voices, spread over the whole stream when those are too few."""
     shown = {second // TOKEN_SECONDS for event in events for second in event.span}
     free = [second for second in range(seconds) if second // TOKEN_SECONDS not in shown]
     times = [second for second in free if rng.random() < options.stray_rate]
@@ -200,7 +204,7 @@ def _draw_strays(
 def _draw_flickers(
     rng: np.random.Generator, seconds: int, events: list[Event], logo_cell: int, options: WorldOptions
 ) -> Iterator[Flicker]:
-    """Flicker in cells that show neither a symbol nor the logo, at most once in a cell and second."""
+    """Flicker in cells without symbol and logo, at most once per cell and second."""
     taken = {second: cell for event in events for second, cell in zip(event.span, event.cells, strict=True)}
     for second in range(seconds):
         free = [cell for cell in range(CELLS) if cell not in (logo_cell, taken.get(second))]
@@ -210,7 +214,7 @@ def _draw_flickers(
 
 
 def _draw_questions(rng: np.random.Generator, events: list[Event], utterances: list[Utterance]) -> tuple[Question, ...]:
-    """Colour and word of every symbol with a word, and as many voices, drawn from all that spoke."""
+    """Colour and word of every symbol with a word, and half as many questions about voices, drawn from all speakers."""
     questions = []
     for event in events:
         if event.utterance is not None:

@@ -1,1 +1,1 @@
-"""The tiny checkpoint that is shipped: its configuration, towers and training batches."""
+"""The bundled tiny checkpoint: its configuration, towers and training batches."""

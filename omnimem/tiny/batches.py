@@ -1,7 +1,7 @@
-"""Training batches for the tiny checkpoint: streams in their layout, and all questions of a stream in one pass.
+"""Training batches for the tiny checkpoint: a stream and all its questions in one pass.
 
-A row holds the stream and after it one block of tokens a question. A block sees the stream and itself; its positions
-go on where the stream ends, as if it were asked alone.
+A row holds the stream, followed by one block of tokens per question. A block attends to the stream and itself; its
+positions continue from the end of the stream, as if it were the only question.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from omnimem.tiny.checkpoint import SYSTEM, embeddings, token_id
 PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_bos|><|audio_bos|>"
 SUFFIX = "<|audio_eos|><|vision_eos|>"
 ANSWER_PROMPT = "<|im_end|>\n<|im_start|>assistant\n"
-IGNORE = -100  # a target that counts for nothing
+IGNORE = -100  # target without loss
 
 Style = Literal["key_last", "chat"]
 
@@ -28,7 +28,7 @@ Style = Literal["key_last", "chat"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where everything stands in a stream of some length, and its 3-axis positions."""
+    """Token ids, 3-axis positions, and the columns of media tokens of a stream of some length."""
 
     ids: Tensor  # tokens
     positions: Tensor  # axes tokens
@@ -40,12 +40,14 @@ class Layout:
 def stream_layout(
     model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seconds: int
 ) -> Layout:
-    """The layout of a stream of an even number of seconds; positions are the model's own TMRoPE."""
+    """The layout of a stream of an even number of seconds, with the TMRoPE positions of the model."""
+    # 1. token ids
     config = model.config
     grids = seconds // TOKEN_SECONDS
     grid = [config.video_token_id] * CELLS + [config.audio_token_id] * TOKEN_SECONDS
     ids = torch.tensor([*tokenizer(PREFIX).input_ids, *grid * grids, *tokenizer(SUFFIX).input_ids])
-    side = 2 * int(CELLS**0.5)  # patches; a cell is 2 x 2 of them
+    # 2. positions
+    side = 2 * int(CELLS**0.5)  # patches; a cell has 2 x 2 of them
     positions, _ = model.model.get_rope_index(
         torch.LongTensor(ids[None]),
         video_grid_thw=torch.LongTensor([[grids, side, side]]),
@@ -65,17 +67,17 @@ def stream_layout(
 @final
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """Blocks of question tokens, padded on the right, with next-token targets; row -1 of kinds is padding."""
+    """Blocks of question tokens, padded on the right, with next-token targets."""
 
     ids: Tensor  # batch blocks block_tokens
-    targets: Tensor  # batch blocks block_tokens: the answer word where it is to be said
+    targets: Tensor  # batch blocks block_tokens: the answer word, at the position that predicts it
     key_targets: Tensor  # batch blocks block_tokens: the answer word at the key word, an auxiliary target
-    end_targets: Tensor  # batch blocks block_tokens: what follows the answer
+    end_targets: Tensor  # batch blocks block_tokens: the token after the answer
     kinds: Tensor  # batch blocks: index into KINDS, or IGNORE
 
     @property
     def blocks(self) -> int:
-        """Number of questions a stream, padding included."""
+        """Number of questions per stream, including padding."""
         return self.ids.shape[1]
 
     @property
@@ -85,28 +87,32 @@ class Questions:
 
 
 def pack_questions(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[Question]], style: Style) -> Questions:
-    """All questions of a batch of streams as one rectangle."""
+    """Pack all questions of a batch of streams into padded tensors."""
+    # 1. tokenize
     blocks = [[_encode(tokenizer, question, style) for question in questions] for questions in asked]
     count = max(len(row) for row in blocks)
     length = max(len(ids) for row in blocks for ids, _, _ in row)
+    # 2. fill the tensors
     ids = torch.full((len(blocks), count, length), token_id(tokenizer, "<|endoftext|>"))
     targets, key_targets, end_targets = (torch.full_like(ids, IGNORE) for _ in range(3))
     kinds = torch.full(ids.shape[:2], IGNORE)
     for b, row in enumerate(blocks):
         for n, (tokens, key, answer) in enumerate(row):
-            said = token_id(tokenizer, asked[b][n].answer)
+            word = token_id(tokenizer, asked[b][n].answer)
             ids[b, n, : len(tokens)] = torch.tensor(tokens)
-            targets[b, n, answer] = said
+            targets[b, n, answer] = word
             kinds[b, n] = KINDS.index(asked[b][n].kind)
             if style == "chat":
-                key_targets[b, n, key] = said
+                key_targets[b, n, key] = word
                 end_targets[b, n, answer + 1] = token_id(tokenizer, "<|im_end|>")
     return Questions(ids=ids, targets=targets, key_targets=key_targets, end_targets=end_targets, kinds=kinds)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style) -> tuple[list[int], int, int]:
     """Tokens of a question, the index of its key word and the index at which the answer is predicted."""
-    stem = question.text[: question.text.rindex(question.key) + len(question.key)]  # "during the ring" has two rings
+    stem = question.text[
+        : question.text.rindex(question.key) + len(question.key)
+    ]  # "during the ring" contains "ring" twice
     key = len(tokenizer(stem).input_ids) - 1
     if style == "key_last":
         return tokenizer(stem).input_ids, key, key
@@ -117,20 +123,21 @@ def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style
 @final
 @dataclass(frozen=True, kw_only=True)
 class Streams:
-    """A batch of streams as media features with their columns, ready to stand among the text embeddings."""
+    """A batch of streams: token ids, positions, and media features."""
 
     ids: Tensor  # batch tokens
     positions: Tensor  # axes batch tokens
     visual: Tensor  # batch visual_tokens width
     audio: Tensor  # batch seconds width
-    shown: Tensor  # batch seconds: index of the shape to name at each audio token, len(SHAPES) for none
+    shown: Tensor  # batch seconds: index of the shape shown at each audio token, len(SHAPES) for none
     next_position: int
 
 
 class Concepts:
-    """What the towers are to say: a symbol is the sum of the embeddings of its words.
+    """Target features of the towers: a symbol is the sum of the embeddings of its words.
 
-    The embeddings are a frozen copy of the initial ones. 'Nothing' is the embedding of the placeholder token itself.
+    The embeddings are a frozen copy of the initial ones. Cells and seconds without content have the embedding of the
+    placeholder token.
     """
 
     def __init__(self, model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -140,11 +147,11 @@ class Concepts:
         self.audio_nothing = self.table[model.config.audio_token_id]
 
     def word(self, name: str) -> Tensor:
-        """The embedding of a word of the task (its spelling with a space, as in a question)."""
+        """The embedding of a word of the task (spelled with a leading space, as in a question)."""
         return self.table[token_id(self._tokenizer, "Ġ" + name)]
 
     def targets(self, worlds: Sequence[World]) -> tuple[Tensor, Tensor]:
-        """Clean features: (streams grids cells width) and (streams seconds width)."""
+        """Target features without noise: (streams grids cells width) and (streams seconds width)."""
         seconds = worlds[0].seconds
         visual = self.visual_nothing.repeat(len(worlds), seconds // TOKEN_SECONDS, CELLS, 1)
         audio = self.audio_nothing.repeat(len(worlds), seconds, 1)
@@ -158,11 +165,11 @@ class Concepts:
         return visual, audio
 
 
-NOISE = 0.3  # standard deviation a dimension, against 1 of a symbol
+NOISE = 0.3  # standard deviation per dimension; that of a symbol is about 1
 
 
 def imagine(concepts: Concepts, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Features as rough towers would give them: noise everywhere, a scene that drifts, flicker and logo as vectors."""
+    """Simulated features of imperfect towers: targets with noise, a drifting scene, random flicker and logo vectors."""
     visual, audio = concepts.targets(worlds)
     scene, unlike = _scenes(visual, worlds, rng)
     background = (visual == concepts.visual_nothing).all(-1, keepdim=True)
@@ -172,15 +179,17 @@ def imagine(concepts: Concepts, worlds: Sequence[World], rng: np.random.Generato
 
 
 def _scenes(visual: Tensor, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Background of every cell, and the distractors that replace it (NaN where there are none)."""
+    """Background of every cell, and the distractors that replace it (NaN elsewhere)."""
     scene = torch.empty_like(visual)
     unlike = torch.full_like(visual, float("nan"))
     width = visual.shape[-1]
     for b, world in enumerate(worlds):
+        # 1. a drifting background per scene
         cuts = [at // TOKEN_SECONDS for at, _ in world.scenes] + [visual.shape[1]]
         for start, end in pairwise(cuts):
             drift = 0.1 * _normal(rng, (end - start, 1, width)).cumsum(0)
             scene[b, start:end] = 0.5 * _normal(rng, (1, 1, width)) + 0.4 * _normal(rng, (1, CELLS, width)) + drift
+        # 2. flicker and logo
         for flicker in world.flickers:
             if flicker.at < world.seconds:
                 unlike[b, flicker.at // TOKEN_SECONDS, flicker.cell] = _normal(rng, (width,))
@@ -198,7 +207,7 @@ def _normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
 def assemble(
     layout: Layout, worlds: Sequence[World], visual: Tensor, audio: Tensor, kept: Tensor, *, name_silent: bool
 ) -> Streams:
-    """Streams with only the `kept` (batch grids n) cells of each grid, at their real positions."""
+    """Streams with only the `kept` (batch grids n) cells of each grid, at their original positions."""
     batch = len(worlds)
     columns = layout.visual[None].expand(batch, -1, -1).gather(2, kept).flatten(1)
     text = torch.ones_like(layout.ids, dtype=torch.bool)
@@ -217,7 +226,7 @@ def assemble(
 
 
 def choose_cells(worlds: Sequence[World], count: int, rng: np.random.Generator) -> Tensor:
-    """`count` cells of every grid in raster order, those with a symbol among them."""
+    """Random `count` cells of every grid in raster order, always including those with a symbol."""
     grids = worlds[0].seconds // TOKEN_SECONDS
     rank = rng.random((len(worlds), grids, CELLS))
     for b, world in enumerate(worlds):
@@ -228,7 +237,7 @@ def choose_cells(worlds: Sequence[World], count: int, rng: np.random.Generator) 
 
 
 def _shown(worlds: Sequence[World], *, name_silent: bool) -> Tensor:
-    """The shape on screen at every second, or (not `name_silent`) only where a word is spoken during it."""
+    """The shape on screen in every second; without `name_silent` only in seconds with a spoken word."""
     shown = torch.full((len(worlds), worlds[0].seconds), len(SHAPES))
     for b, world in enumerate(worlds):
         for event in world.events:
@@ -240,7 +249,7 @@ def _shown(worlds: Sequence[World], *, name_silent: bool) -> Tensor:
 
 
 def attention_mask(stream_tokens: int, questions: Questions) -> Tensor:
-    """Additive mask (1 1 tokens tokens): causal, but a block does not see the other blocks."""
+    """Additive mask (1 1 tokens tokens): causal, without attention between different blocks."""
     asked = questions.blocks * questions.block_tokens
     block = torch.full((stream_tokens + asked,), -1)
     block[stream_tokens:] = torch.arange(asked) // questions.block_tokens

@@ -1,4 +1,4 @@
-"""The tiny Qwen2.5-Omni thinker: configuration, tokenizer, chat template and the folder they are saved in."""
+"""The tiny Qwen2.5-Omni thinker: configuration, tokenizer, chat template, and saving to a folder."""
 
 import math
 from pathlib import Path
@@ -43,21 +43,23 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MEL_MEAN = 0.98  # of babble, as the feature extractor scales it
+MEL_MEAN = 0.98  # of babble, after the scaling of the feature extractor
 EMBEDDING_SCALE = 0.7  # per dimension; a symbol is the sum of two embeddings, so about 1
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, so that any text can be written, and every word of the task as one token, with and without its space.
+    """A tokenizer with one token per word of the task, with and without leading space, and bytes for all other text.
 
-    `ignore_merges` takes a word that is in the vocabulary as it stands; all other text falls apart into bytes.
+    With `ignore_merges` a word in the vocabulary is one token; all other text is split into bytes.
     """
+    # 1. vocabulary
     prose = " ".join(TEMPLATES.values()).replace("{key}", "") + " system user assistant yes no and or in at of video"
     words = [*SHAPES, *COLOURS, *VOICES, *WORDS, *prose.split(), *SYSTEM.removesuffix(".").split(), "."]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spellings = [spelling for word in words for spelling in (word, "Ġ" + word)]
     vocabulary = list(dict.fromkeys([*alphabet, *spellings]))
     model = BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], ignore_merges=True)
+    # 2. tokenizer
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +83,8 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConfig:
-    """112-px frames become 4 x 4 visual tokens every 2 s, and every second of sound one audio token."""
+    """Configuration with 4 x 4 visual tokens per 2 s of 112-px frames, and one audio token per second."""
+    # 1. text, vision and audio
     ids = {name: token_id(tokenizer, token) for name, token in SPECIAL.items()}
     width = 96
     text = {
@@ -107,7 +110,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConfig
         **{"num_mel_bins": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 96},
         **{"d_model": 48, "n_window": 4, "output_dim": width, "max_source_positions": 1500},
     }
-    undeclared: dict[str, Any] = {  # but get_rope_index and generate read them
+    # 2. the thinker
+    undeclared: dict[str, Any] = {  # not fields of the class, but read by get_rope_index and generate
         "vision_start_token_id": ids["vision_bos_token"],
         "vision_end_token_id": ids["vision_eos_token"],
         "pad_token_id": ids["endoftext"],
@@ -131,7 +135,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConfig
 
 
 def build_feature_extractor() -> WhisperFeatureExtractor:
-    """Four mel frames a second: the audio tower turns four into one token."""
+    """Four mel frames per second; the audio tower turns four of them into one token."""
     return WhisperFeatureExtractor(feature_size=64, sampling_rate=16000, hop_length=4000, chunk_length=300, n_fft=4096)
 
 
@@ -146,7 +150,7 @@ IMAGE_PROCESSOR: dict[str, object] = {
 
 
 def build_model(config: Qwen2_5OmniThinkerConfig, *, seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """A model with weights of variance 1 / fan-in; the default 0.02 is too small for so narrow a model."""
+    """A model with weights of variance 1 / fan-in; the default 0.02 is too small for such a narrow model."""
     torch.manual_seed(seed)
     model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     branches = 2 * config.get_text_config().num_hidden_layers
@@ -156,7 +160,7 @@ def build_model(config: Qwen2_5OmniThinkerConfig, *, seed: int) -> Qwen2_5OmniTh
             damp = branches if name.endswith(("o_proj", "down_proj")) and "language_model" in name else 1
             nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in * damp))
     nn.init.normal_(embeddings(model), std=EMBEDDING_SCALE)
-    _sharpen_ears(model)
+    _rescale_convolutions(model)
     return model.float()
 
 
@@ -166,11 +170,11 @@ def embeddings(model: Qwen2_5OmniThinkerForConditionalGeneration) -> nn.Paramete
 
 
 @torch.no_grad()
-def _sharpen_ears(model: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
-    """Centres and amplifies the first convolutions of the audio tower.
+def _rescale_convolutions(model: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
+    """Centre and amplify the first convolutions of the audio tower.
 
-    A word stands out of the mel spectrogram by 0.4 in a few of 256 bins of mean 1, and would drown in the tower's
-    position table of amplitude 1: without this the tower named 22 % of the words after 300 steps, with it all.
+    A word changes a few of 256 mel bins of mean 1 by 0.4, while the position table of the tower has amplitude 1.
+    Without this change the tower recognized 22 % of the words after 300 steps, with it all of them.
     """
     first, second = (model.get_parameter(f"model.audio_tower.conv{i}.weight") for i in (1, 2))
     first.mul_(8)
@@ -181,7 +185,7 @@ def _sharpen_ears(model: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
 def save_folder(
     model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Weights, configuration, tokenizer, template and preprocessor, as `from_pretrained` reads them."""
+    """Save weights, configuration, tokenizer, template and preprocessor for `from_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, do_sample=False)
@@ -198,17 +202,17 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: video-text-to-text
 ---
-# A tiny Qwen2.5-Omni thinker that recalls what it saw and heard
+# A tiny Qwen2.5-Omni thinker for audio-visual recall
 
 {weights:,} weights in float32, the architecture of `Qwen2_5OmniThinkerForConditionalGeneration` (vision 2 x 48,
 audio 2 x 48, text 6 x 96 with 4 query and 2 key-value heads), trained from scratch with full memory on the worlds of
-`data_prep/worlds.py`. It answers three questions in one word: `what colour was the star ?`,
-`what word did the robot say ?`, `what word was heard during the star ?`. It knows nothing else.
+`omnimem/recall/worlds.py`. It answers three kinds of questions in one word: `what colour was the star ?`,
+`what word did the robot say ?`, `what word was heard during the star ?`. It has no other knowledge.
 
-Frames of 112 x 112 pixels at 1 a second become 16 visual tokens every 2 s, sound becomes 1 audio token a second: a
-stream of 64 s is 576 tokens. Not made for any use but tests and demonstrations of fixed-size memory.
+Frames of 112 x 112 pixels at 1 per second become 16 visual tokens every 2 s, audio becomes 1 token per second: a
+stream of 64 s has 576 tokens. For tests and demonstrations of fixed-size memory only.
 
-Recipe: `python train/pretrain_tiny.py --seed {seed} --out DIR`; its log is `log.jsonl` beside this card.
+Recipe: `python train/pretrain_tiny.py --seed {seed} --out DIR`; its log is `log.jsonl` in this folder.
 
 Accuracy with full memory on 64 new streams of each length, straight from the renderer and through H.264 + AAC files:
 
@@ -216,12 +220,12 @@ Accuracy with full memory on 64 new streams of each length, straight from the re
 |---|---|---|---|---|
 {rows}
 
-Licence: Apache-2.0, weights included. No other model's weights and no recorded media went into it.
+Licence: Apache-2.0, weights included. Trained without weights of other models and without recorded media.
 """
 
 
 def write_card(folder: Path, *, seed: int, weights: int, accuracies: dict[int, dict[str, dict[str, float]]]) -> None:
-    """README.md with what was measured: {seconds: {"direct" or "mp4": {kind: accuracy}}}."""
+    """Write README.md with the measured accuracies, {seconds: {"direct" or "mp4": {kind: accuracy}}}."""
     rows = [
         f"| {seconds} s | {way} | " + " | ".join(f"{100 * found[kind]:.1f} %" for kind in KINDS) + " |"
         for seconds, ways in accuracies.items()

@@ -1,4 +1,4 @@
-"""Tuning: what is trained, how far gradient flows, what is minimised, and at which budgets."""
+"""Tuning: adapters, the backpropagation mode through the stream, losses, and the budgets of each step."""
 
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange
 from omnimem.tuning.gradient import (

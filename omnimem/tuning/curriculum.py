@@ -1,4 +1,4 @@
-"""Sizes that are drawn anew for every step: from a list, in laps, or from a range; functions of (seed, step) alone."""
+"""Sizes drawn for every step, from a list (in shuffled cycles) or from a range; functions of (seed, step) alone."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Drawn = TypeVar("Drawn")
 @final
 @dataclass(frozen=True, kw_only=True)
 class ChunkRange:
-    """Longest chunks of a step, in tokens: any whole number from low to high, log-uniformly."""
+    """Maximum chunk size of a step in tokens, log-uniform over the whole numbers from low to high."""
 
     low: int
     high: int
@@ -23,38 +23,38 @@ class ChunkRange:
         return f"{self.low} to {self.high}"
 
     def at(self, place: float) -> int:
-        """The size at a place in [0, 1)."""
+        """The size at quantile `place` in [0, 1)."""
         return log_uniform(self.low, self.high, place)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class BudgetRange:
-    """Slots per layer of a step: any whole number from low to high, log-uniformly; full memory in a share of steps.
+    """Slots per layer of a step, log-uniform over the whole numbers from low to high; full memory in some steps.
 
-    What a budget loses goes by its ratio to the stream, so 12 to 24 slots are drawn as often as 24 to 48.
+    The loss of information depends on the ratio of budget and stream, so 12 to 24 slots are drawn as often as 24 to 48.
     """
 
     low: int
     high: int
-    full: float = 0.0  # share of the steps; without any, full memory suffers (tuning moves contents into what is kept)
+    full: float = 0.0  # fraction of steps at full memory; with 0 the accuracy at full memory decreases
 
     def __post_init__(self) -> None:
         _check_ends(self.low, self.high)
         if not 0 <= self.full <= 1:
-            raise ValueError(f"full = {self.full:g} is no share of the steps; give a number from 0 to 1, such as 0.25")
+            raise ValueError(f"full must be between 0 and 1, got {self.full:g}")
 
     def __str__(self) -> str:
         return f"{self.low} to {self.high}" + (f", full in {self.full:.0%} of the steps" if self.full else "")
 
     def at(self, place: float) -> int | None:
-        """The slots at a place in [0, 1); None: full memory."""
+        """The slots at quantile `place` in [0, 1); None: full memory."""
         if place < self.full:
             return None
         return log_uniform(self.low, self.high, (place - self.full) / (1 - self.full))
 
     def band(self, slots: int) -> str:
-        """The stretch between doublings of `low` that holds these slots: the curve that a step belongs to."""
+        """The interval between doublings of `low` that contains the slots; names the curve of a step."""
         first = self.low
         while 2 * first <= slots:
             first *= 2
@@ -68,14 +68,14 @@ def log_uniform(low: int, high: int, place: float) -> int:
 
 
 def uniform(*parts: int | str) -> float:
-    """A number in [0, 1) as a function of its parts."""
+    """A pseudo-random number in [0, 1), a function of the parts."""
     return (int.from_bytes(_hash(*parts)[:8], "big") >> 11) / 2**53
 
 
 def shuffled_cycle(choices: Sequence[Drawn], step: int, *parts: int | str) -> Drawn:
-    """The choice of a step: each lap through the list is a permutation of its own, a function of the parts."""
-    lap, place = divmod(step, len(choices))
-    order = sorted(range(len(choices)), key=lambda number: _hash(*parts, lap, number))
+    """The choice of a step; each cycle through the list is a new permutation, a function of the parts."""
+    cycle, place = divmod(step, len(choices))
+    order = sorted(range(len(choices)), key=lambda number: _hash(*parts, cycle, number))
     return choices[order[place]]
 
 
@@ -83,7 +83,7 @@ def _check_ends(low: int, high: int) -> None:
     if low < 1:
         raise ValueError(f"low = {low} must be at least 1")
     if high < low:
-        raise ValueError(f"high = {high} is below low = {low}; exchange them")
+        raise ValueError(f"high = {high} is below low = {low}; swap them")
 
 
 def _hash(*parts: int | str) -> bytes:

@@ -1,4 +1,4 @@
-"""LoRA on the text model alone, and the seam by which a trainer runs a whole stream as one forward pass."""
+"""LoRA on the text model, and StreamedModel, which runs a whole stream as one forward pass for the trainer."""
 
 import re
 import warnings
@@ -18,12 +18,12 @@ from omnimem.errors import UserError
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, whichever level transformers keeps it at
+LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 class AdapterError(UserError):
-    """An adapter that is empty, broken or made for another base; the message says which and how to repair it."""
+    """An adapter that is empty, damaged or made for another base model; the message says how to fix it."""
 
 
 @final
@@ -40,17 +40,17 @@ class LoraOptions:
         if self.r < 1:
             raise ValueError(f"lora.r = {self.r} must be at least 1")
         if not self.alpha > 0:
-            raise ValueError(f"lora.alpha = {self.alpha:g} must be above 0: it scales what the adapter adds")
+            raise ValueError(f"lora.alpha = {self.alpha:g} must be above 0: it scales the adapter")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout:g} must be in [0, 1)")
         if not self.targets:
             raise ValueError("lora.targets is empty; name at least one projection, such as q_proj")
 
     def config(self) -> LoraConfig:
-        """peft's configuration; the pattern keeps the encoders' projections of the same names out."""
+        """The peft configuration; its pattern excludes projections of the same names in the encoders."""
         attention = "|".join(name for name in self.targets if name in ATTENTION)
-        perceptron = "|".join(name for name in self.targets if name not in ATTENTION)
-        places = [f"{part}\\.({names})" for part, names in (("self_attn", attention), ("mlp", perceptron)) if names]
+        mlp = "|".join(name for name in self.targets if name not in ATTENTION)
+        places = [f"{part}\\.({names})" for part, names in (("self_attn", attention), ("mlp", mlp)) if names]
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
@@ -63,14 +63,14 @@ class LoraOptions:
 
 @final
 class StreamedModel(PeftModel):
-    """A PeftModel whose forward pass may be any function of it: a trainer's engine then sees one forward a stream."""
+    """A PeftModel with an arbitrary function as its forward pass: one forward call per stream for the engine."""
 
     def forward(self, *args: Any, streamed: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """`streamed()` if given, else the model's own forward pass."""
+        """`streamed()` if given, otherwise the model's forward pass."""
         return super().forward(*args, **kwargs) if streamed is None else streamed()
 
     def train(self, mode: bool = True) -> "StreamedModel":
-        """Only the adapters' dropout follows the mode: frozen encoders and base stay as in evaluation."""
+        """Switch the dropout of the adapters only; frozen encoders and base stay in evaluation mode."""
         super().train(False)
         self.training = mode
         for name, module in self.named_modules():
@@ -80,7 +80,7 @@ class StreamedModel(PeftModel):
 
 
 def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
-    """The model with fresh adapters (B = 0, so nothing changes yet); everything else is frozen.
+    """Add new adapters (B = 0, so the output is unchanged) and freeze all other parameters.
 
     Raises AdapterError when no module matches the targets.
     """
@@ -88,16 +88,16 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     try:
         adapted = _adapted(model, options.config())
     except ValueError as error:
-        there = ", ".join(_projections(model)) or "none"
-        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module; there are: {there}") from error
+        known = ", ".join(_projections(model)) or "none"
+        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module; known: {known}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the optimizer's own precision, whatever the base's
+            parameter.data = parameter.data.float()  # the optimizer needs float32, whatever the base model's dtype
     return adapted
 
 
 def _projections(model: nn.Module) -> list[str]:
-    """Names of the projections in the layers of the text model."""
+    """Names of the linear modules in the layers of the text model."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return sorted({name.rpartition(".")[2] for name in linear if re.match(LAYERS, name)})
 
@@ -107,6 +107,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises AdapterError when they are missing, unreadable, empty, not finite, or all B matrices are zero.
     """
+    # 1. read
     path = folder / WEIGHTS
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
@@ -115,21 +116,23 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise AdapterError(f"{path}: cannot be read ({error}); copy it again, or export it again") from error
+    # 2. validate
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if not trained or any(tensor.numel() == 0 for tensor in tensors.values()):
         raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (train/export.py)")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise AdapterError(f"{path}: the adapter holds numbers that are not finite; lower the learning rate and rerun")
+        raise AdapterError(f"{path}: the adapter has values that are not finite; lower the learning rate and rerun")
     if not any(bool(tensor.any()) for tensor in trained):
         raise AdapterError(f"{path}: the adapter was never trained (every B is zero); rerun the fine-tuning")
     return tensors
 
 
 def load_adapter(model: Any, folder: Path) -> StreamedModel:
-    """The model with a saved adapter, verified.
+    """Load a saved adapter into the model and verify it.
 
-    Raises AdapterError when the adapter is broken or its shapes are those of another base.
+    Raises AdapterError when the adapter is damaged or its shapes are those of another base model.
     """
+    # 1. load
     tensors = adapter_tensors(folder)
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     try:
@@ -140,6 +143,7 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
         raise AdapterError(
             f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own"
         ) from error
+    # 2. verify that no tensor is missing or left over
     missing = [name for name, parameter in adapted.named_parameters() if "lora_" in name and _absent(name, tensors)]
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
@@ -148,7 +152,7 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
 
 def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
     with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 by a name that is deprecated there; nothing a user could do
+        # peft 0.21 uses an attribute that is deprecated in transformers 5
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         return StreamedModel(model, config)
 
@@ -162,5 +166,5 @@ def _absent(name: str, tensors: dict[str, Tensor]) -> bool:
 
 
 def trainable(model: nn.Module) -> list[Tensor]:
-    """The parameters that learn."""
+    """The trainable parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""What steps cost in numbers: each loss by its name, and the loss at each budget."""
+"""Training metrics: each loss by its name, and the loss at each budget."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,45 +7,45 @@ from typing import final
 
 from omnimem.tuning.session import Outcome
 
-PACE = 0.2  # part of the newest step in a running mean
+WEIGHT = 0.2  # weight of the newest step in a running mean
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One pass of streams on one rank."""
+    """The metrics of one batch on one rank."""
 
     step: int
     budget: str  # name of its curve
     streams: int
     loss: float
-    losses: dict[str, float]  # by name, without weights, of those that took part
-    rows: dict[str, int]  # answer tokens that took part, by loss
+    losses: dict[str, float]  # unweighted, by name; only losses that were computed
+    rows: dict[str, int]  # answer tokens by loss
 
     @classmethod
     def of(cls, outcome: Outcome, *, step: int, budget: str) -> "Pass":
-        """The numbers of an outcome."""
+        """Convert the tensors of an outcome to numbers."""
         losses = {name: float(value) for name, value in outcome.losses.items()}
         loss, rows = float(outcome.loss), outcome.rows
         return cls(step=step, budget=budget, streams=outcome.streams, loss=loss, losses=losses, rows=rows)
 
 
 def step_metrics(passes: Sequence[Pass]) -> dict[str, float]:
-    """`losses/NAME`: mean over the streams that took part; `rows/NAME`: their answer tokens."""
-    told: dict[str, float] = {}
+    """`losses/NAME`: mean over the streams with this loss; `rows/NAME`: their number of answer tokens."""
+    metrics: dict[str, float] = {}
     for name in dict.fromkeys(name for each in passes for name in each.rows):
         taking = [each for each in passes if name in each.losses]
         streams = sum(each.streams for each in taking)
         if streams:
-            told[f"losses/{name}"] = sum(each.losses[name] * each.streams for each in taking) / streams
-        told[f"rows/{name}"] = float(sum(each.rows[name] for each in passes))
-    return told
+            metrics[f"losses/{name}"] = sum(each.losses[name] * each.streams for each in taking) / streams
+        metrics[f"rows/{name}"] = float(sum(each.rows[name] for each in passes))
+    return metrics
 
 
 def running_means(passes: Sequence[Pass], history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """`loss_at/BUDGET` for the budgets of these passes: a running mean over the steps at that budget.
 
-    Goes on from the newest value in the history of logs, so that a resumed run goes on too. `passes` of all ranks.
+    `passes` are those of all ranks. Continues from the newest value in the log history, also in a resumed run.
     """
     means: dict[str, float] = {}
     for _, members in groupby(sorted(passes, key=lambda each: each.step), key=lambda each: each.step):
@@ -53,5 +53,5 @@ def running_means(passes: Sequence[Pass], history: Sequence[Mapping[str, float]]
         loss = sum(each.loss * each.streams for each in same) / sum(each.streams for each in same)
         name = f"loss_at/{same[0].budget}"
         before = means.get(name, next((line[name] for line in reversed(history) if name in line), loss))
-        means[name] = before + PACE * (loss - before)
+        means[name] = before + WEIGHT * (loss - before)
     return means

@@ -1,4 +1,4 @@
-"""What each step of a run uses: budget, chunk size and temperature, as functions of (seed, step) alone."""
+"""Budget, chunk size and temperature of each step, as functions of (seed, step) alone."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,18 +15,20 @@ from omnimem.tuning.losses import LossOptions
 @final
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions:
-    """How the model is tuned under its budget."""
+    """Options of fine-tuning under a budget."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
-    gradient: Mode = "full"  # what learns from which chunk (docs/tuning.md)
-    horizon: Horizon = "all"  # full: how many chunks before a loss learn from it
-    stop_layer: int | None = None  # released, paper: chunks run the layers below it; empty: half of them
-    recompute: Recompute = "chunk"  # what of the activations lives at once
-    offload: bool = False  # memories wait on the host between forward and backward
+    gradient: Mode = "full"  # backpropagation through the stream (docs/tuning.md)
+    horizon: Horizon = "all"  # gradient: full only; number of chunks before a loss that get its gradient
+    stop_layer: int | None = None  # released, paper: number of layers that process chunks; None: half of them
+    recompute: Recompute = "chunk"  # granularity of activation recomputation
+    offload: bool = False  # keep memories on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
-    # slots per layer, drawn anew for every step; empty: memory.slots_per_layer
+    # slots per layer, drawn for every step; empty: memory.slots_per_layer
     budgets: tuple[int | Literal["full"], ...] | BudgetRange = ()
-    chunk_tokens: tuple[int, ...] | ChunkRange = ()  # likewise the longest chunks; empty: stream.chunk_tokens
+    chunk_tokens: (
+        tuple[int, ...] | ChunkRange
+    ) = ()  # maximum chunk size, drawn for every step; empty: stream.chunk_tokens
     loss: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
@@ -39,33 +41,33 @@ class TuningOptions:
                 raise ValueError(f"tuning.chunk_tokens holds {tokens}; a chunk has at least 1 token")
 
     def slots(self, slots_per_layer: int) -> tuple[int | None, ...]:
-        """The budgets that steps may have, of a range its ends; None: full memory."""
+        """The budgets that steps may use, or the ends of a range; None: full memory."""
         budgets = self.budgets
         if isinstance(budgets, BudgetRange):
             return (budgets.low, budgets.high, None) if budgets.full else (budgets.low, budgets.high)
         return tuple(None if slots == "full" else int(slots) for slots in budgets or (slots_per_layer,))
 
     def chunks(self, chunk_tokens: int) -> tuple[int, int]:
-        """The smallest and the largest of the longest chunks that steps may have."""
+        """The smallest and largest maximum chunk size that steps may use."""
         sizes = self.chunk_tokens
         if isinstance(sizes, ChunkRange):
             return sizes.low, sizes.high
         return min(sizes, default=chunk_tokens), max(sizes, default=chunk_tokens)
 
     def check_segments(self, segments: Iterable[Encoded]) -> None:
-        """Raises LayoutError where some step may draw a chunk that is too small for a segment of the stream."""
+        """Raise LayoutError if a step may draw a chunk size that is too small for one of the segments."""
         smallest, largest = self.chunks(0)[0], max((segment.count for segment in segments), default=0)
         if self.chunk_tokens and largest > smallest:
             raise LayoutError(
-                f"tuning.chunk_tokens: a segment has {largest} tokens, more than a chunk of {smallest}; raise it, or "
-                "lower stream.max_pixels or stream.fps"
+                f"tuning.chunk_tokens: a segment has {largest} tokens, more than a chunk of {smallest}; raise "
+                "tuning.chunk_tokens, or lower stream.max_pixels or stream.fps"
             )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one optimizer step uses."""
+    """The settings of one optimizer step."""
 
     slots: int | None  # per layer; None: full memory
     softness: Softness | None  # None: hard selection
@@ -75,7 +77,7 @@ class Step:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Draws for every step, the same on every rank; resuming needs no state."""
+    """Draws the settings of every step, equal on all ranks and without state to resume."""
 
     options: TuningOptions
     slots_per_layer: int
@@ -83,13 +85,13 @@ class Plan:
     seed: int
 
     def __call__(self, step: int, steps: int) -> Step:
-        """What step number `step` (from 0) of `steps` uses."""
+        """The settings of step number `step` (from 0) of `steps`."""
         slots = self._slots(step)
         softness = None if slots is None else self.options.selection.at(step / max(1, steps - 1))
         return Step(slots=slots, softness=softness, chunk_tokens=self._chunk_tokens(step))
 
     def budget(self, step: int) -> str:
-        """The budget of a step by the name of its curve in the metrics: its slots, the stretch of a range, or full."""
+        """The name of a step's curve in the metrics: its slots, the interval of a range, or full."""
         budgets, slots = self.options.budgets, self._slots(step)
         if slots is None:
             return "full"

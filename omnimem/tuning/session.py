@@ -1,4 +1,4 @@
-"""One micro-step: stream a batch of samples through the policy, ask their questions, return the loss."""
+"""One forward pass of training: stream a batch of samples under the policy, ask the questions, compute the losses."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,21 +26,21 @@ from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows
 @final
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The loss of a batch, and what its streams took."""
+    """The loss of a batch, and statistics of its streams."""
 
-    loss: Tensor  # weighted sum of the losses: where backward starts
-    losses: dict[str, Tensor]  # by name, without weights and out of the graph, of those that took part
-    rows: dict[str, int]  # answer tokens that took part, by loss; 0: the streams are longer than the loss takes
+    loss: Tensor  # weighted sum of the losses, to call backward on
+    losses: dict[str, Tensor]  # unweighted and detached, by name; only losses that were computed
+    rows: dict[str, int]  # answer tokens by loss; 0 when the streams are too long for the loss
     streams: int
     usage: Usage
     kept: dict[str, int | float]  # entries at answer time by modality, per stream, summed over layers
-    seconds_per_chunk: float  # the teacher's time with it
+    seconds_per_chunk: float  # including the teacher
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class _Lesson:
-    """What is streamed and what is asked on the way: the same for teacher and student."""
+class _TrainingBatch:
+    """The chunks and prompts of a batch, the same for teacher and student."""
 
     feeder: Feeder
     batch: Sequence[EncodedSample]
@@ -49,13 +49,13 @@ class _Lesson:
     def __post_init__(self) -> None:
         silent = [opened.sample.id for opened in self.batch if not _turns(opened, opened.moments)]
         if silent:
-            raise ValueError(f"{', '.join(silent)}: no answer to learn from; give an assistant message with loss: true")
+            raise ValueError(f"{', '.join(silent)}: no answer to train on; give an assistant message with loss: true")
 
     def chunks(self) -> Iterator[Chunk]:
         return self.feeder.chunks(self.batch, self.chunk_tokens)
 
     def prompts(self, stream: Stream) -> Iterator[tuple[Prompt, Int[Tensor, "batch tokens"]]]:
-        """Feeds the stream, and yields prompt and labels whenever answers are due."""
+        """Feed the stream, and yield (prompt, labels) at each time with answers to train on."""
         for due in feed_until_due(stream, self.chunks(), self.batch[0].moments):
             prompt = self.feeder.prompt([_turns(opened, due) for opened in self.batch], self.batch[0].tracks)
             if prompt.labels is not None and bool((prompt.labels != IGNORED).any()):
@@ -74,20 +74,23 @@ def streamed_loss(
     model: StreamedModel | None = None,
     chunk_tokens: int | None = None,
 ) -> Outcome:
-    """Weighted sum of the losses, each the mean over streams of its mean over a stream's answer tokens.
+    """Weighted sum of the losses, each a mean over streams of the mean over a stream's answer tokens.
 
-    A stream counts the same in a batch, in an accumulated step and on a rank of its own, however many answers it has;
-    in a loss that does not take it, as 0. One of the losses at least takes every stream. `model` is the one whose
-    adapter the teacher does without, where a loss needs one. Raises ValueError when a stream has no answer.
+    Each stream has the same weight, whatever its number of answers, and however streams are split into batches,
+    accumulation steps and ranks. It adds 0 to a loss that does not apply to it; at least one loss applies to every
+    stream. `model` is needed for a loss with a teacher, which is the model without its adapter.
+    Raises ValueError when a stream has no answer.
     """
+    # 1. the teacher's hidden states
     started = time.perf_counter()
-    lesson = _Lesson(feeder=feeder, batch=batch, chunk_tokens=chunk_tokens)
+    lesson = _TrainingBatch(feeder=feeder, batch=batch, chunk_tokens=chunk_tokens)
     taking = [loss for loss in losses if loss.takes(batch[0].tokens)]
     if any(loss.needs_teacher for loss in taking):
-        taught = _taught(attached, lesson, policy, model)
+        taught = _teacher_states(attached, lesson, policy, model)
         taking = [loss for loss in taking if not loss.needs_teacher or taught]
     else:
         taught = []
+    # 2. stream the chunks, ask the questions
     stream = feeder.stream(
         attached, feeder.with_oracle(policy, batch), batch=len(batch), softness=softness, carry=carry
     )
@@ -97,6 +100,7 @@ def streamed_loss(
         loss = _loss_of(taking, stream.reader(prompt), labels, feeder.backbone.head, teacher)
         values.append(carry.read(loss, stream.memory))
         owners.append((labels != IGNORED).nonzero()[:, 0])
+    # 3. reduce
     means = _means_over_streams(torch.cat(values, dim=1), torch.cat(owners), len(batch))
     weights = means.new_tensor([loss.weight for loss in taking])
     rows = sum(len(each) for each in owners)
@@ -113,20 +117,20 @@ def streamed_loss(
 
 
 @torch.no_grad()
-def _taught(
-    attached: StreamedAttention, lesson: _Lesson, policy: Policy, model: StreamedModel | None
+def _teacher_states(
+    attached: StreamedAttention, lesson: _TrainingBatch, policy: Policy, model: StreamedModel | None
 ) -> list[Float[Tensor, "rows width"]]:
-    """Final hidden states at the answers' rows, moment by moment, of the untouched model with full memory.
+    """Final hidden states at the answers' rows of the model without adapter and with full memory, one per prompt.
 
-    Empty where the stream outgrows the model's positions: kept tokens move up, a full memory cannot.
+    Empty when the stream exceeds the positions of the model: a full memory cannot move its tokens to lower positions.
     """
     if model is None:
-        raise ValueError("a loss needs the teacher; give streamed_loss the model whose adapter it does without")
+        raise ValueError("a loss needs the teacher; pass the model to streamed_loss")
     stream = lesson.feeder.stream(attached, policy.with_budget(None), batch=len(lesson.batch))
     last = stream.last_position
     if last is not None and any(int(chunk.positions.max()) >= last for chunk in lesson.chunks()):
         return []
-    with model.disable_adapter():  # and so without its dropout
+    with model.disable_adapter():  # also disables its dropout
         return [stream.ask(prompt).hidden[labels != IGNORED] for prompt, labels in lesson.prompts(stream)]
 
 
@@ -137,9 +141,9 @@ def _loss_of(
     head: Callable[[Tensor], Tensor],
     taught: Float[Tensor, "rows width"] | None,
 ) -> Callable[[Memory], Float[Tensor, "losses rows"]]:
-    """Each loss of each answer token as a function of the memory; the head sees the answers' rows only.
+    """Each loss of each answer token as a function of the memory; the head is applied to the answers' rows only.
 
-    What waits for backward of the teacher is as wide as the model, not as the vocabulary.
+    Until backward the teacher's hidden states are stored, which are smaller than its logits.
     """
     rows = labels != IGNORED
 
@@ -154,7 +158,7 @@ def _loss_of(
 def _means_over_streams(
     values: Float[Tensor, "losses rows"], owners: Int[Tensor, " rows"], streams: int
 ) -> Float[Tensor, " losses"]:
-    """Of each loss the mean over the streams of the mean over their rows."""
+    """For each loss, the mean over streams of the mean over their rows."""
     counts = owners.bincount(minlength=streams)
     return (values / counts[owners]).sum(dim=1) / streams
 

@@ -144,7 +144,7 @@ def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder: Path, nam
     problem, verdict = [line for line in said.splitlines() if not line.startswith("step ")]
     assert problem.startswith(f"{name}: {reason}; ")
     assert verdict == (
-        "1 of 6 samples failed, more than max_failures = 0.1; repair or remove them (data_prep/check.py lists all), "
+        "1 of 6 samples failed, more than max_failures = 0.1; fix or remove them (data_prep/check.py lists all), "
         "or raise data.max_failures"
     )
     record = json.loads((run / "run.json").read_text())
@@ -168,8 +168,8 @@ def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder: Path) ->
     assert [line["step"] for line in fresh.lines] == [1]
     (said,) = command(SCRIPT, given(folder, "used", *steps), folder, fails=True).outputs
     assert said == (
-        "runs/used exists already; continue it with --resume auto, give the run another name with name=..., "
-        "or start anew with --overwrite, which moves it to runs/used.1\n"
+        "runs/used already exists; continue it with --resume auto, give the run another name with name=..., "
+        "or start again with --overwrite, which moves it to runs/used.1\n"
     )
     shutil.rmtree(fresh.path / "checkpoint-1")
     again = tune(folder, "used", *steps, "--resume", "auto")  # no checkpoint left: from the first step, nothing twice

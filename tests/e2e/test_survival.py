@@ -253,7 +253,7 @@ def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder
     backbone = load_backbone(ModelOptions(path=str(folder / "model")))
     for layer in cast(Any, backbone.text_model).layers:
         del layer.mlp.gate_proj
-    with pytest.raises(AdapterError, match=r"gate_proj match no module; there are: down_proj, k_proj, o_proj"):
+    with pytest.raises(AdapterError, match=r"gate_proj match no module; known: down_proj, k_proj, o_proj"):
         add_adapter(backbone.model, replace(LORA, targets=("gate_proj",)))
 
 

@@ -265,7 +265,7 @@ def test_an_adapter_given_as_the_model_is_named(exports: Path, video: Path) -> N
     ("flags", "error", "what"),
     [
         (["--fps", "0"], ConfigError, "fps = 0 must be above 0"),
-        (["--fps", "0.123"], LayoutError, "meets no grid"),
+        (["--fps", "0.123"], LayoutError, "fps = 0.123"),
         (["--max-pixels", "100"], ConfigError, "min_pixels = 3136 must be in 1..max_pixels = 100"),
         (["--video", "no.mp4"], MediaError, "no.mp4: is not a file; check the path"),
     ],

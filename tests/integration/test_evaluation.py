@@ -129,8 +129,8 @@ def test_a_stream_is_read_once_however_many_questions_and_times(
 
     def counted(self: FileSource, *positional: Any, **named: Any) -> None:
         begin(self, *positional, **named)
-        pictures = self._pictures
-        self._pictures = lambda: (read.append(self.path.stem), pictures())[1]
+        read_frames = self._read_frames
+        self._read_frames = lambda: (read.append(self.path.stem), read_frames())[1]
 
     monkeypatch.setattr(FileSource, "__init__", counted)
     asked = [sample(films[0], (2.0, 5.0, None, None)), sample(films[1])]

@@ -528,7 +528,7 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) ->
     silent = opened(2, [None], ["red"])
     question, answer = silent.sample.messages
     silent = replace(silent, sample=replace(silent.sample, messages=(question, replace(answer, loss=False))))
-    with attach(backbone.text_model) as attached, pytest.raises(ValueError, match=r"^2: no answer to learn from"):
+    with attach(backbone.text_model) as attached, pytest.raises(ValueError, match=r"^2: no answer to train on"):
         streamed_loss(
             attached, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), softness=None, carry=FullGradient()
         )

@@ -97,14 +97,14 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"vidoe": "a.mp4"}, "1 vidoe: unknown key; did you mean video?"),
         ({"seed": 4}, "1 seed: unknown key; put it under meta"),
         ({"video": None}, "1 video: neither video nor audio is given"),
-        ({"video": "../a.mp4"}, "1 video: ../a.mp4 leaves the folder"),
-        ({"video": "x/../../a.mp4"}, "1 video: x/../../a.mp4 leaves the folder"),
-        ({"audio": "/srv/a.wav"}, "1 audio: /srv/a.wav leaves the folder"),
+        ({"video": "../a.mp4"}, "1 video: ../a.mp4 is outside the folder"),
+        ({"video": "x/../../a.mp4"}, "1 video: x/../../a.mp4 is outside the folder"),
+        ({"audio": "/srv/a.wav"}, "1 audio: /srv/a.wav is outside the folder"),
         ({"start": True}, "1 start: expected seconds"),
         ({"end": float("nan")}, "1 end: expected seconds"),
         ({"start": 5, "end": 5}, "1 end: 5.0 is not after start = 5.0"),
         ({"meta": []}, "1 meta: expected an object, got []"),
-        ({"meta": {"kinds": ["visual", "visual"]}}, "1 meta.kinds: expected one word a question (1)"),
+        ({"meta": {"kinds": ["visual", "visual"]}}, "1 meta.kinds: expected one word per question (1)"),
         ({"messages": []}, "1 messages: expected a list of messages"),
         ({"messages": ["what ?"]}, "1 messages[0]: expected an object"),
         (
@@ -114,13 +114,13 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"messages": [{"role": "user", "content": " "}]}, "1 messages[0].content: expected text"),
         ({"messages": [{"role": "user", "content": "?", "when": 3}]}, "1 messages[0].when: unknown key; remove it"),
         ({"messages": [ASK[0], {**ASK[1], "loss": 1}]}, "1 messages[1].loss: expected true or false, got 1"),
-        ({"messages": [ASK[0], {**ASK[1], "at": 3}]}, "1 messages[1].at: only a user message is asked at a time"),
-        ({"messages": [{**ASK[0], "at": 70}], "end": 60}, "1 messages[0].at: 70.0 lies outside the stream (0.0, 60.0]"),
-        ({"messages": [{**ASK[0], "at": 0}]}, "1 messages[0].at: 0.0 lies outside the stream"),
-        ({"messages": ASK[1:]}, "1 messages[0].role: this answer follows no question"),
-        ({"messages": [*ASK, ASK[1]]}, "1 messages[2].role: this answer follows no question"),
+        ({"messages": [ASK[0], {**ASK[1], "at": 3}]}, "1 messages[1].at: only a user message has a time"),
+        ({"messages": [{**ASK[0], "at": 70}], "end": 60}, "1 messages[0].at: 70.0 is outside the stream (0.0, 60.0]"),
+        ({"messages": [{**ASK[0], "at": 0}]}, "1 messages[0].at: 0.0 is outside the stream"),
+        ({"messages": ASK[1:]}, "1 messages[0].role: an answer without a question"),
+        ({"messages": [*ASK, ASK[1]]}, "1 messages[2].role: an answer without a question"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}]}, "1 messages[2].role: a system message must be"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "1 messages: nothing is asked"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "1 messages: there is no question"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_key(manifest: Path, change: dict[str, Any], expected: str) -> None:
@@ -136,7 +136,7 @@ def test_a_line_that_is_no_object_is_named(manifest: Path, line: bytes, expected
 
 
 def test_two_samples_never_share_an_id(manifest: Path) -> None:
-    assert problems_of(manifest, GOOD, b"", GOOD) == ["3 id: 'a' is used in line 1 already; rename one"]
+    assert problems_of(manifest, GOOD, b"", GOOD) == ["3 id: 'a' is already used in line 1; rename one"]
 
 
 def test_paths_leave_the_folder_only_when_allowed(manifest: Path) -> None:
@@ -147,9 +147,9 @@ def test_paths_leave_the_folder_only_when_allowed(manifest: Path) -> None:
 
 
 def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest: Path) -> None:
-    with pytest.raises(ManifestError, match=r"make it with `python data_prep/synthesize\.py --out .*convert\.py"):
+    with pytest.raises(ManifestError, match=r"create it with `python data_prep/synthesize\.py --out .*convert\.py"):
         read_manifest(manifest)
-    assert problems_of(manifest, b"") == [" holds no samples; make it again"]
+    assert problems_of(manifest, b"") == [" holds no samples; create it again"]
 
 
 def test_a_sample_may_be_built_by_hand() -> None:
@@ -177,5 +177,5 @@ def test_no_failure_passes_when_none_is_allowed_and_every_one_when_all_are() -> 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"max_failures = .* is no share"):
+    with pytest.raises(ValueError, match=r"max_failures must be between 0 and 1"):
         DataOptions(max_failures=share)

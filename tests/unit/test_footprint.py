@@ -71,12 +71,15 @@ def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied: bool, hub: bo
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ('{"model_type": "llama", "hidden_size": 8}', r"describes no Qwen2.5-Omni thinker \(no key 'preprocessor_conf"),
+        (
+            '{"model_type": "llama", "hidden_size": 8}',
+            r"is not the configuration of a Qwen2.5-Omni thinker \(no key 'preprocessor_conf",
+        ),
         (
             '{"preprocessor_config": {}, "model_type": "llama"}',
-            r"describes no Qwen2.5-Omni thinker \(no key 'text_conf",
+            r"is not the configuration of a Qwen2.5-Omni thinker \(no key 'text_conf",
         ),
-        ("[", r"describes no Qwen2.5-Omni thinker"),
+        ("[", r"is not the configuration of a Qwen2.5-Omni thinker"),
     ],
 )
 def test_a_file_of_another_family_is_refused_in_one_line(text: str, what: str, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def flip(path: Path) -> str:
     whole = bytearray(file.read_bytes())
     whole[50] ^= 1
     file.write_bytes(whole)
-    return "global_step/weights.pt is not what was written (sha256)"
+    return "global_step/weights.pt has changed (sha256)"
 
 
 def lose(path: Path) -> str:
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_set_aside_and_refused_by_
         run.plan("x", resume=str(newest), runs=tmp_path)
     start = run.plan("x", resume="auto", runs=tmp_path)
     assert (start.checkpoint, start.step) == (older, 9)
-    assert start.news == f"passed over {newest} ({what}; now checkpoint-10.1); going on from {older}"
+    assert start.news == f"skipped {newest} ({what}; now checkpoint-10.1); resuming from {older}"
     start.open("name: x\n", {})
     assert names(folder) == [".lock", "checkpoint-10.1", "checkpoint-9", "config.yaml", "run.json"]
     assert run.plan("x", resume="auto", runs=tmp_path).news == ""
@@ -163,7 +163,7 @@ def test_with_no_whole_checkpoint_left_a_run_says_so_and_begins_again(tmp_path: 
     unseal(checkpoint(folder, 4))
     start = run.plan("x", resume="auto", runs=tmp_path)
     assert (start.checkpoint, start.step) == (None, 0)
-    assert start.news.endswith("(sealed.json is missing; now checkpoint-4.1); going on from the first step")
+    assert start.news.endswith("(sealed.json is missing; now checkpoint-4.1); resuming from the first step")
 
 
 def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path
     older = checkpoint(folder, 9)
     checkpoint(folder, 10)
     start = run.plan("x", resume=str(older), runs=tmp_path)
-    assert start.news == f"left behind {folder}/checkpoint-10 (now checkpoint-10.1); going on from {older}"
+    assert start.news == f"set aside {folder}/checkpoint-10 (now checkpoint-10.1); resuming from {older}"
     start.open("name: x\n", {})
     assert run.plan("x", resume="auto", runs=tmp_path).checkpoint == older
 
@@ -232,7 +232,7 @@ def test_resume_auto_without_a_checkpoint_starts_at_the_first_step(tmp_path: Pat
 def test_resume_from_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint(used(tmp_path), 5)
     other = checkpoint(used(tmp_path, "y"), 5)
-    with pytest.raises(run.RunError, match=r"is no checkpoint of .*x; known: .*checkpoint-5"):
+    with pytest.raises(run.RunError, match=r"is not a checkpoint of .*x; known: .*checkpoint-5"):
         run.plan("x", resume=str(other), runs=tmp_path)
     assert run.plan("y", resume=str(other), runs=tmp_path).checkpoint == other
 
@@ -245,7 +245,7 @@ def test_resume_in_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(run.RunError, match="give one of them"):
+    with pytest.raises(run.RunError, match="give only one of them"):
         run.plan("x", resume="auto", overwrite=True, runs=tmp_path)
 
 

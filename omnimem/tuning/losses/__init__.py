@@ -1,4 +1,4 @@
-"""Losses: one a file, one frozen dataclass, one line in `LossOptions`; a step minimises their weighted sum."""
+"""Losses: each is a frozen dataclass in its own file and a field of `LossOptions`; a step minimises their sum."""
 
 from omnimem.tuning.losses.answer import AnswerLoss, answer_losses
 from omnimem.tuning.losses.base import AbstractLoss, Rows

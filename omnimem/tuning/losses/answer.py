@@ -13,7 +13,7 @@ from omnimem.tuning.losses.base import AbstractLoss, Rows
 @final
 @dataclass(frozen=True, kw_only=True)
 class AnswerLoss(AbstractLoss):
-    """-log q(token) of each answer token and of the token that ends the answer (release, method 2)."""
+    """-log q(token) of each answer token and of the token that ends the answer (release)."""
 
     name: ClassVar[str] = "answer"
 
@@ -22,5 +22,5 @@ class AnswerLoss(AbstractLoss):
 
 
 def answer_losses(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """Cross-entropy of each answer token, in float32 (release, method 2)."""
+    """Cross-entropy of each answer token, in float32 (release)."""
     return F.cross_entropy(logits.float(), labels, reduction="none")

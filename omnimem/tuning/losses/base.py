@@ -1,4 +1,4 @@
-"""What every loss is: a function from the answers' logits to one number an answer token."""
+"""Base class of losses: a function from the logits of answers to one number per answer token."""
 
 import math
 from abc import abstractmethod
@@ -12,18 +12,18 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The answer tokens that are asked for at one moment, a row each, of all streams of a pass."""
+    """The answer tokens of one prompt, of all streams of a batch, one per row."""
 
-    logits: Float[Tensor, "rows vocabulary"]  # of the model that learns, with its budget
-    labels: Int[Tensor, " rows"]  # the tokens that follow
-    teacher: Float[Tensor, "rows vocabulary"] | None = None  # of the untouched model with full memory
+    logits: Float[Tensor, "rows vocabulary"]  # of the trained model, with its budget
+    labels: Int[Tensor, " rows"]  # next tokens
+    teacher: Float[Tensor, "rows vocabulary"] | None = None  # logits without adapter, with full memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractLoss:
-    """A loss and its settings; one whose weight is 0 is measured, not learned from."""
+    """A loss and its settings; with weight 0 it is logged but not trained on."""
 
-    name: ClassVar[str]  # in the config and in the metrics
+    name: ClassVar[str]  # in config and metrics
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -32,11 +32,11 @@ class AbstractLoss:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the stream must pass once more, through the untouched model with full memory."""
+        """Whether the loss needs a second pass of the stream, without adapter and with full memory."""
         return False
 
     def takes(self, tokens: int) -> bool:
-        """Whether a stream of so many audio and visual tokens takes part; one that does not adds 0, and is counted."""
+        """Whether the loss applies to a stream with this number of audio and visual tokens; otherwise it adds 0."""
         return True
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Self-distillation: answer from the budget as the untouched model answers from everything."""
+"""Self-distillation: match the answers under the budget to those of the original model with full memory."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -13,14 +13,14 @@ from omnimem.tuning.losses.base import AbstractLoss, Rows
 @final
 @dataclass(frozen=True, kw_only=True)
 class FullMemoryKL(AbstractLoss):
-    """T^2 KL(teacher || student) at the answers' rows; teacher: this model without its adapter and without eviction.
+    """T^2 KL(teacher || student) at the answers' rows; the teacher is this model without adapter and eviction.
 
-    A step at full memory has it too: there it holds the adapter back where the untouched model needs no help.
+    Also applies to steps at full memory, where it keeps the adapter close to the original model.
     """
 
     name: ClassVar[str] = "full_memory_kl"
-    temperature: float = 1.0  # T; above 1 also the unlikely answers count
-    max_tokens: int = 32_768  # audio and visual tokens of a stream whose full memory fits; longer streams go without
+    temperature: float = 1.0  # T; higher values give unlikely tokens more weight
+    max_tokens: int = 32_768  # longest stream, in audio and visual tokens; the loss does not apply to longer ones
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +37,7 @@ class FullMemoryKL(AbstractLoss):
         return tokens <= self.max_tokens
 
     def __call__(self, rows: Rows) -> Float[Tensor, " rows"]:
-        assert rows.teacher is not None, "a loss that needs the teacher is never called without it"
+        assert rows.teacher is not None, "streamed_loss passes the teacher's logits"
         return kl_divergences(rows.logits, rows.teacher, self.temperature)
 
 
@@ -46,8 +46,8 @@ def kl_divergences(
 ) -> Float[Tensor, " rows"]:
     """T^2 sum_v p_v (log p_v - log q_v) of each row, p = softmax(teacher / T), q = softmax(student / T), in float32.
 
-    d/d student = T (q - p), which for large T goes as 1: without the factor T^2 gradients shrink as 1 / T^2 and the
-    weight would have to follow T (Hinton et al. 2015, section 2.1).
+    d/d student = T (q - p), of order 1 for large T. Without the factor T^2 gradients would shrink as 1 / T^2, and the
+    weight would depend on T (Hinton et al. 2015, section 2.1).
     """
     log_p = F.log_softmax(teacher.detach().float() / temperature, dim=-1)
     log_q = F.log_softmax(student.float() / temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""Which losses a run sums, and how much each counts."""
+"""The losses of a run and their weights."""
 
 from dataclasses import dataclass
 from typing import final
@@ -11,9 +11,9 @@ from omnimem.tuning.losses.full_memory_kl import FullMemoryKL
 @final
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The answers' weight, and a section for each further loss; a loss that is not named is off.
+    """The weight of the answer loss, and a section for each optional loss; losses that are not given are off.
 
-    A weight of 0 measures and logs a loss without learning from it.
+    A loss with weight 0 is computed and logged but not trained on.
     """
 
     answer: float = 1.0
@@ -21,10 +21,10 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         if not any(loss.weight > 0 for loss in self.losses):
-            raise ValueError("loss: every weight is 0, so nothing is learned; give answer or another loss a weight")
+            raise ValueError("loss: all weights are 0; give answer or another loss a positive weight")
 
     @property
     def losses(self) -> tuple[AbstractLoss, ...]:
-        """The losses to compute; the answers' is always one of them, and takes every stream."""
-        further = (self.full_memory_kl,)
-        return (AnswerLoss(weight=self.answer), *(loss for loss in further if loss is not None))
+        """The losses to compute; the answer loss is always included and applies to every stream."""
+        optional = (self.full_memory_kl,)
+        return (AnswerLoss(weight=self.answer), *(loss for loss in optional if loss is not None))

@@ -199,7 +199,7 @@ def test_without_bounds_every_part_is_within_one_slot_of_its_share(weights, tota
 
 
 def test_a_total_outside_the_bounds_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 slots do not lie between the 6 and 8"):
+    with pytest.raises(ValueError, match="5 slots are not between the 6 and 8"):
         apportion([1.0, 1.0], 5, [3, 3], [4, 4])
 
 
@@ -335,7 +335,7 @@ def test_a_released_table_scales_exactly_or_stays_as_it_is(tmp_path) -> None:
     kept = AudioVisualBudget(table=str(path), rounding="truncated", lend=False).build(2, 8192)
     assert kept.slots == ((1000, 7000), (1000, 7190))
     assert not kept.lend
-    with pytest.raises(BudgetError, match=r"8095 slots a layer, slots_per_layer is 4096; set budget.rounding: exact"):
+    with pytest.raises(BudgetError, match=r"8095 slots per layer, slots_per_layer is 4096; set budget.rounding: exact"):
         AudioVisualBudget(table=str(path), rounding="truncated").build(2, 4096)
 
 
@@ -397,8 +397,8 @@ def test_a_missing_file_names_the_command_that_makes_it(tmp_path) -> None:
         (SharedBudget(), 0, "slots_per_layer: 0 is too small, each layer needs one slot; set slots_per_layer to 1"),
         (SplitBudget(), 1, "slots_per_layer: 1 is too small.*set slots_per_layer to 2 or more.*name: shared"),
         (AudioVisualBudget(), 1, "slots_per_layer: 1 is too small"),
-        (AudioVisualBudget(clip=(0.9, 1.5)), 100, r"clip asks for 108 to 180 slots a layer.*widen budget\.clip"),
-        (AudioVisualBudget(clip=(0.5, 0.6)), 100, r"clip asks for 60 to 72 slots a layer"),
+        (AudioVisualBudget(clip=(0.9, 1.5)), 100, r"clip asks for 108 to 180 slots per layer.*widen budget\.clip"),
+        (AudioVisualBudget(clip=(0.5, 0.6)), 100, r"clip asks for 60 to 72 slots per layer"),
         (AudioVisualBudget(clip=(0.81, 0.82), visual_audio_ratio=5.0), 10, "no whole number of audio slots"),
         (AudioVisualBudget(rounding="truncated"), 4, "layer 1 would keep 0 audio.*raise slots_per_layer"),
     ],
@@ -431,5 +431,5 @@ def test_wrong_options_are_refused_when_they_are_made(make, message) -> None:
 def test_a_layer_without_any_capacity_is_named() -> None:
     flat = Readings(whole=(0.5, 0.5), audio=(0.5, 0.5), visual=(0.5, 0.5))
     copies = Readings(whole=(0.5, 1.0), audio=(0.5, 1.0), visual=(0.5, 1.0))
-    with pytest.raises(BudgetError, match="layer 1 shows no compressible content"):
+    with pytest.raises(BudgetError, match="layer 1 has no capacity"):
         Signals(entropy=flat, similarity=copies).shares()

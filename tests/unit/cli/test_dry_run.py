@@ -186,7 +186,7 @@ def test_the_memory_table_knows_ranges_and_the_teacher(
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("stream.fps=0.377", "stream.fps: fps = 0.377 meets no grid"),
+        ("stream.fps=0.377", "stream.fps: fps = 0.377"),
         ("stream.chunk_tokens=9", "stream.chunk_tokens: a seg"),
     ],
 )

@@ -276,7 +276,7 @@ def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:
             "evaluate.benchmarks=[{name: recall, rot: x}]",
             "evaluate.benchmarks.0.rot: unknown key; did you mean 'root'?",
         ),
-        ("data.max_failures=2", "data.max_failures: max_failures = 2.0 is no share"),
+        ("data.max_failures=2", "data.max_failures: max_failures must be between 0 and 1, got 2.0"),
         ("calibration.streams=0", "calibration.streams: calibration.streams is 0; set it to 1 or more"),
         ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],

@@ -215,7 +215,7 @@ def test_needles_are_the_tokens_of_their_second_and_cell(bench: Bench) -> None:
 
 def test_the_small_pictures_are_the_frames_of_their_moment(bench: Bench) -> None:
     frames = render_frames(bench.world)
-    pictures = [picture for grid in bench.reading.grids for picture in grid.pictures]
+    pictures = [picture for grid in bench.reading.grids for picture in grid.thumbnails]
     assert len(pictures) == len(frames)
     for picture, frame in zip(pictures, frames, strict=True):
         decoder: Any = av.CodecContext.create("mjpeg", "r")
@@ -309,8 +309,8 @@ def test_the_page_holds_exactly_what_was_read_and_held(bench: Bench) -> None:
     assert unpacked(data["sounds"], "starts", "<f4").tolist() == reading.sounds.starts.tolist()
     assert unpacked(data["sounds"], "ends", "<f4").tolist() == reading.sounds.ends.tolist()
     assert unpacked(data["sounds"], "peaks", "u1").tolist() == reading.sounds.peaks.tolist()
-    pictures = [picture for grid in reading.grids for picture in grid.pictures]
-    assert [base64.b64decode(text) for text in data["pictures"]] == pictures
+    pictures = [picture for grid in reading.grids for picture in grid.thumbnails]
+    assert [base64.b64decode(text) for text in data["thumbnails"]] == pictures
     assert data["needles"] == list(reading.needles)
     asked = {(question.text, question.answer): span for question, span in _evidence(bench.sample)}
     assert {(m["question"], m["answer"]): [m["start"], m["end"]] for m in data["marks"]} == asked

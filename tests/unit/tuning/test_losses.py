@@ -415,7 +415,7 @@ def test_the_answers_may_weigh_nothing_beside_another_loss_and_never_all_losses(
     assert LossOptions().losses == (AnswerLoss(weight=1.0),)
     assert LossOptions(answer=0.0, full_memory_kl=kl).losses == (AnswerLoss(weight=0.0), kl)
     for nothing in ({"answer": 0.0}, {"answer": 0.0, "full_memory_kl": FullMemoryKL(weight=0.0)}):
-        with pytest.raises(ValueError, match="every weight is 0"):
+        with pytest.raises(ValueError, match="all weights are 0"):
             LossOptions(**nothing)
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"^weight = .* of tuning.loss.answer must be a number of 0 or more"):
