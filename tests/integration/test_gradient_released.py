@@ -80,7 +80,7 @@ def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_abov
             stream = Stream(attached, policy, carry=carry)
             for chunk in episode.chunks:
                 stream.feed(chunk)
-            loss = carry.read(lambda memory: sum(layer.values.sum() for layer in memory.layers), stream.memory)
+            loss = stream.read(lambda memory: sum(layer.values.sum() for layer in memory.layers))
             found = by_layer(model, loss)
             assert [layer for layer, norm in enumerate(found) if norm > 0] == learning
 

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, ProbePrompt
+from omnimem.policies.base import JointPolicy
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import allotted, part, settings
 from omnimem.policies.baselines.ranked import newest
+from omnimem.policies.capabilities import ProbePrompt
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.selection.layer_slots import groups
 from omnimem.tokens import Modality, Tokens
@@ -74,7 +75,7 @@ class Bands:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class HermesPolicy(Policy):
+class HermesPolicy(JointPolicy):
     """With i the place among the T audio and visual tokens of a layer's pool and d = (T - 1 - i) / (T - 1):
 
     shallow  exp(-k d), k = decay[0]
@@ -96,15 +97,11 @@ class HermesPolicy(Policy):
     recursive: bool
     summary: bool
     proxy_forward: Literal["true", "raw_embed"]
-
-    @property
-    def joint(self) -> bool:
-        """Scores are smoothed over the layers."""
-        return self.budget is not None
+    reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
 
     @property
     def merges(self) -> bool:
-        """Summaries are no tokens that arrived."""
+        """Summaries are averages of evicted tokens."""
         return self.summary
 
     @property
@@ -114,10 +111,6 @@ class HermesPolicy(Policy):
             return ()
         read = self.proxy_forward == "true"
         return ProbePrompt(text=f"{self.local}; {self.overall}", read=read), ProbePrompt(text=self.overall, read=read)
-
-    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """Everything: under a budget the layers settle it together."""
-        return view.pool
 
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, what is kept carries gradient."""

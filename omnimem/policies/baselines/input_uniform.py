@@ -9,8 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, PolicyError, Prefiltered, StreamOutline
+from omnimem.policies.base import Policy, PolicyError
 from omnimem.policies.baselines.presets import Preset, allotted
+from omnimem.policies.capabilities import Prefiltered, StreamOutline
 from omnimem.selection import Softness
 from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.view import LayerView
@@ -22,11 +23,6 @@ class InputUniformPolicy(Policy):
     """Of F frames n = slots / (tokens of a frame) are read, those at places floor((i + 1/2) F / n), and all is kept."""
 
     chosen: tuple[int, ...] | None = None  # arrival numbers that are read; None: not told of a stream yet
-
-    @property
-    def needs_oracle(self) -> bool:
-        """Under a budget it must know beforehand what comes."""
-        return self.budget is not None
 
     def with_oracle(self, streams: Sequence[StreamOutline]) -> "InputUniformPolicy":
         """Streams of a batch have one layout, so the first one speaks for all."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.budget.apportion import apportion
-from omnimem.policies.base import Policy
+from omnimem.policies.base import JointPolicy
 from omnimem.policies.baselines.presets import PresetWithRelease, allotted, part, settings
 from omnimem.policies.baselines.pyramidkv import resplit
 from omnimem.policies.baselines.ranked import best, left_of, newest, pooled
@@ -38,7 +38,7 @@ class Share:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LavaPolicy(Policy):
+class LavaPolicy(JointPolicy):
     """s = (max_k |V_k|_1 / w) maxpool(sum over the last w queries of A_qk), the highest of the query heads of a head.
 
     Layers: B_l = e_l / sum(e) of all slots but the window's, with e_l the entropy of the layer's scores, normalised
@@ -54,20 +54,12 @@ class LavaPolicy(Policy):
     head_floor: float  # alpha
     floor_of: Literal["layer", "mean"]
     entropy: Literal["count", "log"]
-
-    @property
-    def joint(self) -> bool:
-        """Shares of the layers hang on all of them."""
-        return self.budget is not None
+    per_head: bool = True  # every key-value head keeps tokens of its own
 
     @property
     def ragged(self) -> bool:
         """Heads keep unequal numbers."""
         return True
-
-    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """Everything: under a budget the layers settle it together."""
-        return view.pool
 
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, what is kept carries gradient."""
@@ -198,5 +190,4 @@ class LavaOptions:
 
     def build(self, budget: Budget | None) -> LavaPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = {**settings(self, PRESETS), "budget": allotted(budget, self.preset), "per_head": True}
-        return part(LavaPolicy, chosen)
+        return part(LavaPolicy, {**settings(self, PRESETS), "budget": allotted(budget, self.preset)})

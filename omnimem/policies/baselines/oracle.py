@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, PolicyError, StreamOutline
+from omnimem.policies.base import Policy, PolicyError
 from omnimem.policies.baselines.presets import Preset, allotted
+from omnimem.policies.capabilities import StreamOutline
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.tokens import Tokens
 from omnimem.view import LayerView
@@ -21,11 +22,6 @@ class OraclePolicy(Policy):
     """The needles first, the dearest of them before the others, then the most recent tokens."""
 
     needles: tuple[tuple[int, ...], ...] = ()  # arrival numbers, stream by stream, the dearest first
-
-    @property
-    def needs_oracle(self) -> bool:
-        """Under a budget it must know beforehand what comes."""
-        return self.budget is not None
 
     def with_oracle(self, streams: Sequence[StreamOutline]) -> "OraclePolicy":
         """Each stream has needles of its own.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from omnimem.budget import Budget
 from omnimem.policies.base import Policy, slots_of_layer
 from omnimem.selection import LayerSlots, Softness, select
-from omnimem.tokens import ABSENT, HIDDEN, Modality, Tokens
+from omnimem.tokens import Modality, Tokens
 from omnimem.view import LayerView
 
 Pooling = Literal["mean", "max"]
@@ -49,6 +49,8 @@ class RankedPolicy(Policy):
 
     ranking: AbstractRanking
     shape: AbstractShape | None = None  # None: as the budget has it
+    per_head: bool = False  # every key-value head keeps tokens of its own
+    reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened where scores learn."""
@@ -105,12 +107,7 @@ def left_of(pool: Tokens, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
     counts = stays.sum(dim=1, keepdim=True)
     most = int(counts.max())
     found = pool.gather((~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
-    there = torch.arange(most, device=stays.device) < counts
-    return replace(
-        found,
-        modality=torch.where(there, found.modality, torch.full_like(found.modality, ABSENT)),
-        gate=torch.where(there, found.gate, torch.full_like(found.gate, HIDDEN)),
-    )
+    return found.masked(torch.arange(most, device=stays.device) < counts)
 
 
 def above_all(

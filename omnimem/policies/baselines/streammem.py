@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, Prefiltered, ProbePrompt, slots_of_layer
+from omnimem.policies.base import Policy, slots_of_layer
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import Preset, allotted, part, settings
 from omnimem.policies.baselines.ranked import best, learning, left_of
+from omnimem.policies.capabilities import Prefiltered, ProbePrompt
 from omnimem.selection import LayerSlots, Softness
 from omnimem.selection.layer_slots import taken
-from omnimem.tokens import ABSENT, EVICTABLE, HIDDEN, Chunk, Modality, Tokens
+from omnimem.tokens import ABSENT, EVICTABLE, Chunk, Modality, Tokens
 from omnimem.view import LayerView
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,7 @@ class StreamMemPolicy(Policy):
     frame_filter: bool
     threshold: float
     prototypes: bool
+    per_head: bool = False  # every key-value head keeps tokens of its own
 
     @property
     def probes(self) -> tuple[ProbePrompt, ...]:
@@ -119,13 +121,8 @@ def _with_prototypes(
     centre = torch.stack([time, *(_middle(view.pool.positions[:, axis], frames) for axis in (1, 2))], dim=1)
     last = torch.where(frames, view.order[:, None], -1).amax(dim=2).clamp_min(0)
     new = merged(view, Merge(weights=weights, positions=centre, order=last), Modality.VISUAL)
-    there = torch.arange(frames.shape[1], device=count.device) < count[:, None]
-    new = replace(
-        new,
-        modality=torch.where(there, new.modality, torch.full_like(new.modality, ABSENT)),
-        gate=torch.where(there, new.gate, torch.full_like(new.gate, HIDDEN)),
-    )
-    both = with_merged(kept, new)
+    present = torch.arange(frames.shape[1], device=count.device) < count[:, None]
+    both = with_merged(kept, new.masked(present))
     return left_of(both, both.modality != ABSENT)
 
 
