@@ -56,7 +56,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: 
     [
         ("snapkv", "kernel=4", "policy.kernel = 4 must be odd and at least 1"),
         ("snapkv", "window=0", "policy.window = 0 must be at least 1"),
-        ("pyramidkv", "beta=0.5", "policy.beta = 0.5 must be at least 1; at 1 all layers are alike"),
+        ("pyramidkv", "beta=0.5", "policy.beta = 0.5 must be at least 1; at 1 all layers have the same slots"),
         ("h2o", "recent_share=2.0", "policy.recent_share = 2 must be between 0 and 1"),
         ("lava", "head_floor=-1.0", "policy.head_floor = -1 must be between 0 and 1"),
         ("infinipot_v", "temporal_share=1.5", "policy.temporal_share = 1.5 must be between 0 and 1"),
