@@ -194,10 +194,9 @@ def backward(model: PreTrainedModel, policy: Policy, way: Way, chunks: Iterator[
         stream = Stream(attached, policy_in_training(tuning, policy), softness=tuning.selection.at(0.0), carry=carry)
         for chunk in chunks:
             stream.feed(chunk)
-        read, memory = stream.reader(prompt), stream.memory
-        size = memory.bytes
-        loss = carry.read(lambda kept: answer_losses((read(kept).hidden @ weights.T)[0], labels[0]), memory)
-        del stream, memory
+        read, size = stream.reader(prompt), stream.memory.bytes
+        loss = stream.read(lambda kept: answer_losses((read(kept).hidden @ weights.T)[0], labels[0]))
+        del stream
         torch.autograd.grad(loss.mean(), learning)
     return size
 

@@ -139,7 +139,7 @@ def evaluated(
     for name, trial in trials.items():
         budget = trial.allocate(_split(run), attached.shape.layers, slots, signals)
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
-        mine = Feeder(feeder.backbone, options, feeder.cache, encoder=feeder.encoder)
+        mine = Feeder(feeder.backbone, options, feeder.cache)
         evaluation = Evaluation(attached=attached, feeder=mine, options=run.evaluate)
         told = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
         target = RunFolder(path=OUT / study / place).evaluation(name)

@@ -204,12 +204,13 @@ class Shapes:
             dtype=dtype,
             device=torch.device("meta"),
         )
-        fields = Memory.empty(shape, batch=1).layers[0].tensors()
-        sizes = [
-            prod(size for number, size in enumerate(tensor.shape) if number != axis) * tensor.element_size()
-            for tensor, axis in zip(fields, TOKEN_AXES, strict=True)
-        ]
-        return sum(sizes[:2]), sum(sizes[2:])
+        tokens = Memory.empty(shape, batch=1).layers[0]
+        sizes = {
+            name: prod(size for number, size in enumerate(tensor.shape) if number != axis) * tensor.element_size()
+            for (name, axis), tensor in zip(TOKEN_AXES.items(), tokens.tensors(), strict=True)
+        }
+        key_value = sizes.pop("keys") + sizes.pop("values")
+        return key_value, sum(sizes.values())
 
 
 def _geometry(thinker: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Geometry:

@@ -1,21 +1,19 @@
-"""The memory of all layers: a value, never changed in place."""
+"""The memory of all layers: a value that is never changed in place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from omnimem.tokens import ABSENT, Modality, Tokens
-
-FIELDS = len(fields(Tokens))
+from omnimem.tokens import ABSENT, TOKEN_AXES, Modality, Tokens
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What an empty memory must know of a text model."""
+    """Sizes of a text model that an empty memory depends on."""
 
     layers: int
     kv_heads: int
@@ -32,7 +30,6 @@ class Memory:
     """What every layer remembers of the streams of one batch; empty at the start of a stream."""
 
     layers: tuple[Tokens, ...]
-    note: object = None  # what the stream's carry wrote for itself (tuning.gradient); no part of what is remembered
 
     @classmethod
     def empty(cls, shape: Shape, batch: int) -> "Memory":
@@ -62,12 +59,13 @@ class Memory:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Memory":
         """A memory from the flat tensors of `tensors()`."""
-        rows = (tensors[first : first + FIELDS] for first in range(0, len(tensors), FIELDS))
+        size = len(TOKEN_AXES)
+        rows = (tensors[first : first + size] for first in range(0, len(tensors), size))
         return cls(layers=tuple(Tokens.of(row) for row in rows))
 
     def detached(self) -> "Memory":
-        """The same values, without a past."""
-        return Memory.of([tensor.detach() for tensor in self.tensors()])
+        """The same values outside the autograd graph."""
+        return Memory(layers=tuple(layer.detached() for layer in self.layers))
 
     @property
     def batch(self) -> int:
@@ -75,7 +73,7 @@ class Memory:
         return self.layers[0].modality.shape[0]
 
     def counts(self) -> list[dict[Modality, int | float]]:
-        """Tokens per modality of each layer, the mean over the streams of the batch, and over heads that differ."""
+        """Tokens per modality of each layer: mean over streams, and over heads that keep tokens of their own."""
         parts = [self.batch * layer.heads for layer in self.layers]
         return [
             {kind: _mean(int((layer.modality == kind).sum()), part) for kind in Modality}
@@ -84,27 +82,27 @@ class Memory:
 
     @property
     def entries(self) -> int | float:
-        """Audio and visual entries per stream, summed over the layers: what the budget bounds.
+        """Audio and visual entries per stream, summed over the layers; the budget limits this number.
 
-        An entry is a key and a value of every key-value head, so a token that one head of H keeps is 1 / H.
+        An entry is a key and a value of every key-value head, so a token that one of H heads keeps counts 1 / H.
         """
         return sum(_mean(int((layer.modality > 0).sum()), self.batch * layer.heads) for layer in self.layers)
 
     @property
     def bytes(self) -> int:
-        """Bytes per stream with text and all side state; what fills up streams that keep less is none's."""
+        """Bytes per stream with text and all side state; padding of shorter streams is not counted."""
         return sum(int(layer.bytes * self._held(layer)) for layer in self.layers) // self.batch
 
     @property
     def key_value_bytes(self) -> int:
-        """Bytes per stream of keys and values alone."""
+        """Bytes per stream of keys and values alone; padding is not counted."""
         return sum(int(layer.key_value_bytes * self._held(layer)) for layer in self.layers) // self.batch
 
     def _held(self, layer: Tokens) -> float:
-        """The share of a layer's places that hold something; a stream alone has no other."""
+        """The fraction of a layer's places that is not padding; a batch of one stream has no padding."""
         return 1.0 if self.batch == 1 else float((layer.modality != ABSENT).float().mean()) if layer.count else 1.0
 
 
 def _mean(total: int, parts: int) -> int | float:
-    """A whole number where it is one."""
+    """total / parts, as an integer where it is one."""
     return total // parts if total % parts == 0 else total / parts

@@ -1,14 +1,14 @@
-"""Tokens that key-value heads keep by themselves: each head of each stream is a row, stored without padding.
+"""Tokens that key-value heads keep separately: each head of each stream is a row, stored without padding.
 
-Where heads keep tokens of their own, a layer is worked on as rows: [streams x kv_heads] streams of one key-value head
-with the query heads that share it. So every score, selection and attention that serves streams serves heads, and a
-head sees its own tokens only. Between chunks the rows of a stream lie one after the other in a single list of
-(key, value) pairs, `owner` saying whose each is: heads may hold unequal numbers and nothing is stored but what is
-held, at one byte a pair. Positions, arrival numbers and the other side state exist once a pair, so they cost kv_heads
-times what they cost where heads keep the same tokens; bytes count that.
+Where heads keep tokens of their own, a layer is processed as rows: [streams x kv_heads] streams of one key-value head
+with the query heads that share it. So every score, selection and attention that works on streams works on heads, and
+a head sees its own tokens only. Between chunks the rows of a stream are concatenated to a single list of (key, value)
+pairs, and `owner` gives the head of each: heads may hold unequal numbers without padding, at one byte per pair.
+Positions, arrival numbers and the other side state exist once per pair, so they take kv_heads times the memory that
+they take where heads keep the same tokens; `Tokens.bytes` counts that.
 
-Rows of unequal length are filled up while they are worked on, with places whose modality is ABSENT and whose gate
-hides them. In a batch, a stream that keeps less than another is filled up between chunks too, and is not charged.
+Rows of unequal length are padded while they are processed: modality ABSENT, and a gate that hides them. In a batch,
+the list of a stream that keeps less than another is padded between chunks too; the padding is not counted.
 """
 
 from dataclasses import replace
@@ -17,28 +17,33 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnimem.tokens import ABSENT, HIDDEN, TOKEN_AXES, Tokens
+from omnimem.tokens import ABSENT, TOKEN_AXES, Tokens
 
 
 def rows_of(tokens: Tokens, kv_heads: int) -> Tokens:
-    """Each head of each stream as a row: of tokens that all heads hold, or of a list by owner."""
-    return _by_owner(tokens, kv_heads) if tokens.owner.shape[1] else _alike(tokens, kv_heads)
+    """Each head of each stream as a row, from tokens that all heads hold or from a list by owner."""
+    return _by_owner(tokens, kv_heads) if tokens.owner.shape[1] else _shared(tokens, kv_heads)
 
 
 def packed(rows: Tokens, kv_heads: int) -> Tokens:
-    """The rows of each stream as one list, row after row, without the places that hold nothing."""
+    """The rows of each stream concatenated to one list, without padding."""
     batch, count = rows.modality.shape[0] // kv_heads, rows.count
-    parts = [
-        part.unflatten(0, (batch, kv_heads)).movedim(1, axis).flatten(axis, axis + 1)
-        for part, axis in zip(rows.tensors(), TOKEN_AXES, strict=True)
-    ]
+
+    def joined(part: Tensor, axis: int) -> Tensor:
+        return part.unflatten(0, (batch, kv_heads)).movedim(1, axis).flatten(axis, axis + 1)
+
     owner = torch.arange(kv_heads, dtype=torch.int8, device=rows.keys.device).repeat_interleave(count)
-    listed = replace(Tokens.of(parts), owner=owner.expand(batch, 1, -1).contiguous())
-    held = listed.modality != ABSENT
-    most = int(held.sum(dim=1).max())
+    listed = replace(rows.map(joined), owner=owner.expand(batch, 1, -1).contiguous())
+    present = listed.modality != ABSENT
+    most = int(present.sum(dim=1).max())
     if most == kv_heads * count:
         return listed
-    return listed.gather((~held).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
+    return listed.gather((~present).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
+
+
+def head_rows(part: Float[Tensor, "batch kv_heads tokens dim"]) -> Float[Tensor, "rows 1 tokens dim"]:
+    """Keys or values of each key-value head as a row."""
+    return part.flatten(0, 1)[:, None]
 
 
 def query_rows(
@@ -53,37 +58,32 @@ def of_rows(output: Float[Tensor, "rows group queries dim"], kv_heads: int) -> F
     return output.unflatten(0, (-1, kv_heads)).flatten(1, 2)
 
 
-def _alike(tokens: Tokens, kv_heads: int) -> Tokens:
-    """Every row with all tokens."""
-    keys, values = (part.flatten(0, 1)[:, None] for part in (tokens.keys, tokens.values))
-    parts = [part.repeat_interleave(kv_heads, dim=0) for part in tokens.tensors()[2:]]
-    return Tokens.of([keys, values, *parts])
+def _shared(tokens: Tokens, kv_heads: int) -> Tokens:
+    """Every row with all tokens: keys and values of its own head, a copy of the other fields."""
+    copied = TOKEN_AXES.keys() - {"keys", "values"}
+    return Tokens(
+        keys=head_rows(tokens.keys),
+        values=head_rows(tokens.values),
+        **{name: getattr(tokens, name).repeat_interleave(kv_heads, dim=0) for name in copied},
+    )
 
 
 def _by_owner(tokens: Tokens, kv_heads: int) -> Tokens:
-    """Every row with what its head owns, filled up to the longest."""
-    held = tokens.modality != ABSENT
-    heads = torch.arange(kv_heads, device=held.device)
-    counts = ((tokens.owner[:, 0, :, None] == heads) & held[..., None]).sum(dim=1)
+    """Every row with the tokens that its head owns, padded to the longest."""
+    present = tokens.modality != ABSENT
+    heads = torch.arange(kv_heads, device=present.device)
+    counts = ((tokens.owner[:, 0, :, None] == heads) & present[..., None]).sum(dim=1)
     most = int(counts.max())
     if int(counts.min()) < most:
-        tokens = _filled_up(tokens, counts, most)
-    parts = [
-        part.unflatten(axis, (kv_heads, most)).movedim(axis, 1).flatten(0, 1)
-        for part, axis in zip(tokens.tensors(), TOKEN_AXES, strict=True)
-    ]
-    return Tokens.of([*parts[:-1], parts[-1][:, :0]])
+        tokens = _padded(tokens, counts, most)
+    rows = tokens.map(lambda part, axis: part.unflatten(axis, (kv_heads, most)).movedim(axis, 1).flatten(0, 1))
+    return replace(rows, owner=rows.owner[:, :0])
 
 
-def _filled_up(tokens: Tokens, counts: Int[Tensor, "batch kv_heads"], most: int) -> Tokens:
-    """The list with `most` places for each head; those beyond what it owns hold nothing."""
+def _padded(tokens: Tokens, counts: Int[Tensor, "batch kv_heads"], most: int) -> Tokens:
+    """The list with `most` places for each head, padding after the tokens that it owns."""
     places = torch.arange(most, device=counts.device)
-    there = (places < counts[..., None]).flatten(1)
+    present = (places < counts[..., None]).flatten(1)
     starts = counts.cumsum(dim=1) - counts
     index = (starts[..., None] + places).flatten(1).clamp_max(max(0, tokens.count - 1))
-    found = tokens.gather(index)
-    return replace(
-        found,
-        modality=torch.where(there, found.modality, torch.full_like(found.modality, ABSENT)),
-        gate=torch.where(there, found.gate, torch.full_like(found.gate, HIDDEN)),
-    )
+    return tokens.gather(index).masked(present)

@@ -11,18 +11,18 @@ owners   1 where every key-value head keeps tokens of its own, else 0
 axes     the three axes of a position: time, height, width
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import final
+from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 
 class Modality(IntEnum):
-    """What a token is; text is never evicted (release, method 1.5)."""
+    """What a token encodes; text is never evicted (docs/paper.md, "Eviction cycle")."""
 
     TEXT = 0
     AUDIO = 1
@@ -30,30 +30,41 @@ class Modality(IntEnum):
 
 
 EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
-ABSENT = -1  # modality of a place that holds nothing: rows that keep unequal numbers are filled up with such places
-HIDDEN = -1e4  # gate of such a place: no query sees it, in any precision
+ABSENT = -1  # modality of padding: rows that keep unequal numbers of tokens are padded to the longest
+HIDDEN = -1e4  # gate of padding: no query attends to it, in any precision
+
+
+def token_axis(number: int) -> dict[str, Any]:
+    """Metadata of a field of `Tokens`: which axis of the tensor counts tokens."""
+    return {"token_axis": number}
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What one layer remembers of some tokens: keys after RoPE, values, and what selection needs to judge them.
+    """What one layer remembers of some tokens: keys after RoPE, values, and the side state that selection needs.
 
     `gate` is the additive attention bias of softened selection: 0 for hard selection and for text. Where every
     key-value head keeps tokens of its own, `tokens` counts those of all heads (`omnimem.per_head`).
     """
 
-    keys: Float[Tensor, "batch kv_heads tokens dim"]
-    values: Float[Tensor, "batch kv_heads tokens dim"]
-    positions: Int[Tensor, "batch axes tokens"]
-    modality: Int8[Tensor, "batch tokens"]
-    order: Int[Tensor, "batch tokens"]  # arrival number in the stream, from 0
-    importance: Float[Tensor, "batch tokens"]  # accumulated attention mass, float32
-    novelty: Float[Tensor, "batch tokens"]  # 1 - redundancy as judged at arrival, float32
-    feature: Float[Tensor, "batch tokens feature"]  # what redundancy is judged on
-    gate: Float[Tensor, "batch tokens"]
-    states: Float[Tensor, "batch tokens states"]  # what entered the layer, where gradient asks for it; else empty
-    owner: Int8[Tensor, "batch owners tokens"]  # the key-value head that holds a token alone; empty: all heads hold all
+    keys: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
+    values: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
+    positions: Int[Tensor, "batch axes tokens"] = field(metadata=token_axis(2))
+    modality: Int8[Tensor, "batch tokens"] = field(metadata=token_axis(1))
+    # arrival number in the stream, from 0
+    order: Int[Tensor, "batch tokens"] = field(metadata=token_axis(1))
+    # accumulated attention mass, float32
+    importance: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
+    # 1 - redundancy as measured at arrival, float32
+    novelty: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
+    # the vectors that redundancy is measured on
+    feature: Float[Tensor, "batch tokens feature"] = field(metadata=token_axis(1))
+    gate: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
+    # inputs of the layer, where the gradient mode recomputes keys and values from them; else of width 0
+    states: Float[Tensor, "batch tokens states"] = field(metadata=token_axis(1))
+    # the one key-value head that holds the token; empty: all heads hold all tokens
+    owner: Int8[Tensor, "batch owners tokens"] = field(metadata=token_axis(2))
 
     @property
     def count(self) -> int:
@@ -76,34 +87,45 @@ class Tokens:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors in the order of the fields; `Tokens.of` is the inverse."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        """The tensors in the order of `TOKEN_AXES`; `Tokens.of` is the inverse."""
+        return tuple(getattr(self, name) for name in TOKEN_AXES)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Tokens":
         """Tokens from the flat tensors of `tensors()`."""
-        return cls(**{field.name: tensor for field, tensor in zip(fields(cls), tensors, strict=True)})
+        return cls(**dict(zip(TOKEN_AXES, tensors, strict=True)))
+
+    def map(self, function: Callable[[Tensor, int], Tensor]) -> "Tokens":
+        """Tokens whose fields are `function(tensor, token axis)` of these fields."""
+        return type(self)(**{name: function(getattr(self, name), axis) for name, axis in TOKEN_AXES.items()})
 
     def gather(self, index: Int[Tensor, "batch kept"]) -> "Tokens":
         """The tokens at `index`, each stream by its own row."""
-        return type(self).of(
-            [
-                tensor.gather(axis, _expand(index, tensor, axis))
-                for tensor, axis in zip(self.tensors(), TOKEN_AXES, strict=True)
-            ]
-        )
+        return self.map(lambda tensor, axis: tensor.gather(axis, _expand(index, tensor, axis)))
 
     def cat(self, later: "Tokens") -> "Tokens":
         """These tokens followed by `later`."""
-        pairs = zip(self.tensors(), later.tensors(), TOKEN_AXES, strict=True)
-        return type(self).of([torch.cat([a, b], dim=axis) for a, b, axis in pairs])
+        pairs = {name: [getattr(self, name), getattr(later, name)] for name in TOKEN_AXES}
+        return type(self)(**{name: torch.cat(pair, dim=TOKEN_AXES[name]) for name, pair in pairs.items()})
+
+    def masked(self, present: Bool[Tensor, "batch tokens"]) -> "Tokens":
+        """The same tokens; those that are not `present` become padding."""
+        return replace(
+            self,
+            modality=torch.where(present, self.modality, torch.full_like(self.modality, ABSENT)),
+            gate=torch.where(present, self.gate, torch.full_like(self.gate, HIDDEN)),
+        )
+
+    def detached(self) -> "Tokens":
+        """The same values outside the autograd graph."""
+        return self.map(lambda tensor, axis: tensor.detach())
 
 
-TOKEN_AXES: tuple[int, ...] = (2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 2)  # the axis of `tokens` in each field
+TOKEN_AXES: dict[str, int] = {each.name: each.metadata["token_axis"] for each in fields(Tokens)}
 
 
 def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:
-    """`index` broadcast over every axis of `like` but the batch and the token axis, as `gather` wants it."""
+    """`index` expanded over all axes of `like` but the batch and the token axis, as `gather` requires."""
     shape = [1] * like.ndim
     shape[0], shape[axis] = index.shape
     target = list(like.shape)
@@ -116,14 +138,14 @@ def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:
 class DeepStack:
     """Extra visual features that some text models add after their first layers (Qwen3-VL, Qwen3-Omni)."""
 
-    mask: Tensor  # batch tokens, bool: where the visual tokens stand
-    features: tuple[Tensor, ...]  # one a level: visual tokens of the whole batch x width
+    mask: Tensor  # batch tokens, bool: which tokens are visual
+    features: tuple[Tensor, ...]  # one per level: visual tokens of the whole batch x width
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A stretch of the stream, ready for the text model: embeddings, 3-axis positions and modality of each token."""
+    """A segment of the stream as the text model reads it: embedding, 3-axis position and modality of each token."""
 
     embeddings: Float[Tensor, "batch tokens width"]
     positions: Int[Tensor, "batch axes tokens"]
@@ -137,7 +159,7 @@ class Chunk:
         return self.modality.shape[1]
 
     def gather(self, index: Int[Tensor, "batch kept"]) -> "Chunk":
-        """The tokens at `index`, each stream by its own row and every one once; deepstack features go with theirs."""
+        """The tokens at `index`, each stream by its own row, no index twice; with their deepstack features."""
         deepstack = self.deepstack
         if deepstack is not None:
             mask = deepstack.mask.gather(1, index)

@@ -1,4 +1,4 @@
-"""LayerView: all that a scorer may see of a layer after a chunk. There is no field for the question."""
+"""LayerView: everything a scorer may use of a layer after a chunk. There is no field for the question."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,20 +23,20 @@ FLOOR = (
 @final
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """How importance and redundancy are measured; `paper` and `released` of `policies` differ in these."""
+    """How importance and redundancy are measured (docs/paper.md, "Scores" and "Neighbours and edges")."""
 
     heads: blocked.HeadMean = "probabilities"  # mean over heads of the probabilities, or of the logits (release)
     carry: Literal["sum", "halve"] = "sum"  # across chunks: old + new, or (old + new) / 2 (release)
-    neighbours: Literal["pool", "arrival"] = "pool"  # judged again in the pool at every eviction, or once at arrival
+    neighbours: Literal["pool", "arrival"] = "pool"  # measured again in the pool at every eviction, or once at arrival
     of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
     ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
-    feature: int | None = None  # width of the fixed random projection redundancy is judged on; None: the exact state
+    feature: int | None = None  # width of the random projection that redundancy is measured on; None: the exact input
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """What a layer makes of a probe that stands after the chunk; both after RoPE."""
+    """Queries and keys of a probe in one layer, at positions after the chunk, after RoPE."""
 
     queries: Float[Tensor, "batch heads probe dim"]
     keys: Float[Tensor, "batch kv_heads probe dim"]
@@ -55,10 +55,10 @@ class LayerView:
     queries: Float[Tensor, "batch heads queries dim"]  # of the chunk, after RoPE
     scale: float
     measures: Measures
-    gradient: ScoreGradient = "redundancy"  # what of the score carries gradient, where gradient is wanted at all
-    rotary: Rotary | None = None  # the model's own; None where no model is there
-    probes: tuple[Probed, ...] = ()  # those that the policy asks for, in its order
-    heads: int = 1  # rows a stream: where key-value heads keep tokens of their own, each is a row
+    gradient: ScoreGradient = "redundancy"  # which part of the score has gradient, if gradients are enabled
+    rotary: Rotary | None = None  # of the model; None without a model
+    probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
+    heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:
@@ -80,7 +80,7 @@ class LayerView:
 
     @cached_property
     def importance(self) -> Float[Tensor, "batch tokens"]:
-        """a_k over all chunks so far: the carried value of a memory token joined with the new mass."""
+        """a_k over all chunks so far: the carried value of a memory token combined with the new mass."""
         old = self.pool.importance
         if self.measures.carry == "sum":
             total = old + self.mass
@@ -129,5 +129,5 @@ def _neighbour_cosine(
     count = torch.cat([border, there], 1) + torch.cat([there, border], 1)
     if ends == "one":
         return (total + (2 - count)) / 2
-    alone = count == 0  # no neighbour at all: nothing replaces it, so it is not redundant
+    alone = count == 0  # no neighbour at all: not redundant
     return torch.where(alone, torch.zeros_like(total), total / count.clamp_min(1))

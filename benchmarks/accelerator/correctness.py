@@ -20,10 +20,11 @@ from omnimem.policies.base import Policy
 from omnimem.scoring import AbstractScorer
 from omnimem.selection import Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Chunk
-from omnimem.tuning import BackpropMode, FullGradient
+from omnimem.tuning import FullGradient
 from omnimem.view import LayerView
 
 LENGTHS = (23, 31, 1, 15, 26)
@@ -267,25 +268,13 @@ def _shared(found: Tensor, expected: Tensor) -> float:
     return float(torch.isin(expected.cpu(), found.cpu()).float().mean())
 
 
-class Stored:
-    """Plain autograd: nothing is recomputed."""
-
-    def __call__(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
-        """The step itself."""
-        return step(memory, embeddings)
-
-    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
-        """`loss(memory)`."""
-        return loss(memory)
-
-
 def streamed_loss(
     attached: StreamedAttention,
     policy: Policy,
     chunks: Sequence[Chunk],
     prompt: Prompt,
     head: Callable[[Tensor], Tensor],
-    carry: BackpropMode,
+    carry: MemoryStep,
     temperature: float,
 ) -> Tensor:
     """Cross-entropy of the answers asked after the stream."""
@@ -300,7 +289,7 @@ def streamed_loss(
     def loss(memory: Memory) -> Tensor:
         return F.cross_entropy(head(reader(memory).hidden[rows]).float(), labels[rows])
 
-    return carry.read(loss, stream.memory)
+    return stream.read(loss)
 
 
 def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
@@ -308,7 +297,7 @@ def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device)
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     policy = POLICIES["omnimem"].build(Budget(slots=SLOTS))
     seed, _, _ = _clear(exact_model, toy.width, policy, dtype, questions(1, 8, 300, CPU))
-    plain = _slope(model, policy, chunks_of(toy.width, seed, dtype, device), Stored())
+    plain = _slope(model, policy, chunks_of(toy.width, seed, dtype, device), DirectStep())
     for name, carry, by_layer in (
         ("recomputed", FullGradient(), False),
         ("recomputed, offloaded", FullGradient(offload=True), False),
@@ -317,12 +306,12 @@ def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device)
         found = _slope(model, policy, chunks_of(toy.width, seed, dtype, device), carry, by_layer=by_layer)
         record.check(f"gradient, {name}", dtype, relative(found, plain), BOUNDS[dtype].gradient / 10)
     if dtype == torch.float32:
-        exact = _slope(exact_model, policy, chunks_of(toy.width, seed, dtype, CPU), Stored())
+        exact = _slope(exact_model, policy, chunks_of(toy.width, seed, dtype, CPU), DirectStep())
         record.check("gradient, CPU", dtype, relative(plain, exact), 10 * BOUNDS[dtype].gradient)
 
 
 def _slope(
-    model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], carry: BackpropMode, *, by_layer: bool = False
+    model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], carry: MemoryStep, *, by_layer: bool = False
 ) -> Tensor:
     """Gradient of the streamed loss in the query, key and value projections, as one vector."""
     parts = [p for name, p in model.named_parameters() if any(n in name for n in ("q_proj", "k_proj", "v_proj"))]

@@ -20,7 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache, PreTrainedModel
 
 from accelerator.clock import Arm, Clock, Work, release
-from accelerator.correctness import Stored, streamed_loss
+from accelerator.correctness import streamed_loss
 from accelerator.models import OPENING, Sizes, questions, random_model, stretch
 from accelerator.record import Record
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
@@ -29,10 +29,11 @@ from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOption
 from omnimem.policies.base import Policy
 from omnimem.selection import LayerSlots, select
 from omnimem.streaming.attach import attach
+from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
-from omnimem.tuning import BackpropMode, FullGradient
+from omnimem.tuning import FullGradient
 
 ARMS: dict[str, PolicyOptions] = {
     "distinct": DistinctOptions(),  # as budget8k.yaml has it
@@ -347,7 +348,7 @@ def training(bench: Bench) -> None:
     prompt = questions(1, sizes.question, sizes.text["vocab_size"], bench.device)
     policy = bench.policy(ARMS["lambda 0.02, feature 128"])
 
-    def arm(carry: BackpropMode, *, by_layer: bool = False) -> Arm:
+    def arm(carry: MemoryStep, *, by_layer: bool = False) -> Arm:
         @contextmanager
         def opened() -> Iterator[Work]:
             with attach(model, recompute_layers=by_layer) as attached:
@@ -365,7 +366,7 @@ def training(bench: Bench) -> None:
         "recompute, offload": arm(FullGradient(offload=True)),
         "recompute by layers too": arm(FullGradient(), by_layer=True),
         "recompute by layers too, offload": arm(FullGradient(offload=True), by_layer=True),
-        "stored": arm(Stored()),
+        "stored": arm(DirectStep()),
     }
     bench.measure(f"training, {len(chunks)} chunks of {length}", arms, ms_a_chunk=lambda ms: ms / len(chunks))
 

@@ -14,7 +14,6 @@ from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample, read_manifest
 from omnimem.media import MediaError
 from omnimem.policies import DistinctOptions
-from omnimem.policies.base import ScoredPolicy
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
@@ -55,7 +54,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
 def _check_policy(run: RunConfig, budget: Budget, file: Path) -> None:
     """Raises BudgetError if the signals of a file were measured under another policy."""
     own, measured = run.memory.policy.build(None), budget.provenance.get("policy")
-    if budget.signals is None or measured is None or not isinstance(own, ScoredPolicy) or own.per_head:
+    if budget.signals is None or measured is None or not own.supports("calibration"):
         return
     if measured != own.name:
         raise BudgetError(
@@ -100,7 +99,7 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
     with tqdm(total=run.calibration.streams, desc="calibration", unit="stream", disable=None) as bar:
         streams = _streams(samples, feeder, run.data.max_failures, used, bar)
         own = run.memory.policy.build(even)
-        policy = own if isinstance(own, ScoredPolicy) and not own.per_head else DistinctOptions().build(even)
+        policy = own if own.supports("calibration") else DistinctOptions().build(even)
         signals = calibrate(attached, policy, streams, run.calibration)
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)
     provenance = {

@@ -27,8 +27,8 @@ from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policies.base import Policy, ScoredPolicy
-from omnimem.scoring import Covered
+from omnimem.policies.base import Policy
+from omnimem.policies.capabilities import compared_by, keeps_per_head, needs_novelty
 from omnimem.streaming.feeder import IGNORED, tracks_of
 from omnimem.tokens import Modality
 from omnimem.tuning.gradient.build import stop_layer_of
@@ -306,9 +306,9 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     return Load(
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
-        feature=width if policy.needs_novelty else 0,
+        feature=width if needs_novelty(policy) else 0,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
-        per_head=policy.per_head,
+        per_head=keeps_per_head(policy),
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(facts.chunks),
@@ -331,11 +331,8 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
     """Width of the vectors that `Covered` compares; 0 for other scores."""
-    if not isinstance(policy, ScoredPolicy) or not isinstance(policy.scorer, Covered):
-        return 0
-    if policy.scorer.compared == "inputs":
-        return feature
-    return shapes.text.kv_heads * shapes.text.dim
+    widths = {None: 0, "inputs": feature, "values": shapes.text.kv_heads * shapes.text.dim}
+    return widths[compared_by(policy)]
 
 
 def _deepspeed(run: RunConfig) -> str:

@@ -18,7 +18,7 @@ from omnimem.config.source import ConfigError, Key, Problem, dotted, override, r
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import DistinctOptions, PolicyOptions
-from omnimem.policies.base import ScoredPolicy
+from omnimem.policies.capabilities import keeps_per_head, merges
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
@@ -130,20 +130,20 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
         if slots < least:
             yield ("tuning", "budgets", key), f"{slots} is too small; each layer needs {need}"
     policy, mode = run.memory.policy.build(None), run.tuning.gradient
-    if mode == "states" and (policy.per_head or policy.merges):
-        what = "keeps other tokens in every head" if policy.per_head else "merges tokens"
+    if mode == "states" and (keeps_per_head(policy) or merges(policy)):
+        what = "keeps other tokens in every head" if keeps_per_head(policy) else "merges tokens"
         yield (
             ("tuning", "gradient"),
-            f"states makes keys anew from the input of each token, and policy {policy.name} {what}; set it to full",
+            f"states recomputes keys from the input of each token, and policy {policy.name} {what}; set it to full",
         )
-    if mode == "paper" and (policy.per_head or not isinstance(policy, ScoredPolicy)):
+    if mode == "paper" and not policy.supports("paper"):
         what = "carries tokens that one score chose for all heads"
         yield ("tuning", "gradient"), f"paper {what}, which policy {policy.name} does not; set it to full"
-    if mode == "released" and not isinstance(policy, ScoredPolicy):
+    if mode == "released" and not policy.supports("released"):
         yield ("tuning", "gradient"), f"released selects by similarity, not by policy {policy.name}; set it to full"
     selection = run.tuning.selection
     learns = selection.gradient == "both" and selection.softening != "hard"
-    if learns and isinstance(policy, ScoredPolicy) and not policy.scorer.needs_importance:
+    if learns and not policy.supports("learned_importance"):
         what = f"policy {policy.name}, whose score measures no attention"
         yield ("tuning", "selection", "gradient"), f"both means nothing with {what}; set it to redundancy"
 

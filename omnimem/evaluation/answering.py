@@ -20,6 +20,7 @@ from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
 from omnimem.media import FileSource, MediaError, Segment
 from omnimem.media.prefetch import Decoders
+from omnimem.policies.capabilities import needs_oracle
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder, feed_until_due, tracks_of
@@ -128,7 +129,7 @@ class Evaluation:
         if arm.tracks in (None, self.feeder.options.tracks):
             return self.feeder
         options = replace(self.feeder.options, tracks=arm.tracks)
-        return Feeder(self.feeder.backbone, options, self.feeder.cache, encoder=self.feeder.encoder)
+        return Feeder(self.feeder.backbone, options, self.feeder.cache)
 
     def _job(self, block: int, sample: Sample, arm: Arm, feeder: Feeder) -> tuple[_Job, FileSource | None]:
         """A sample, with its file if that must be decoded."""
@@ -206,7 +207,7 @@ class Evaluation:
         """One line per question of the batch."""
         clock, peak, first = Clock(sum(reader.gathering for reader in batch)), PeakMemory(), batch[0]
         policy = arm.policy
-        if policy.needs_oracle:
+        if needs_oracle(policy):
             policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
         progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)

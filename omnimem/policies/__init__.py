@@ -1,4 +1,4 @@
-"""Policies by name: presets of OmniMem, the controls it must beat, and its rivals; one a file."""
+"""Policies by name: presets of OmniMem, controls, and baselines; one per file."""
 
 from omnimem.policies.baselines.controls import ControlOptions
 from omnimem.policies.baselines.h2o import H2OOptions

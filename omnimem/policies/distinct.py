@@ -1,4 +1,4 @@
-"""Distinct (ours): keys unlike the mean key, discounted by what the values of a better token already hold."""
+"""Distinct (ours): distance from the mean key, discounted by the similarity of values to a better token."""
 
 import math
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from omnimem.scoring import Compared, Covered, KeyDifference
 class DistinctOptions:
     """score_k = (1 - cos(k, mean key)) (1 - c_k)^coverage, c_k the largest cosine to a better token of its modality.
 
-    Both parts are read off the cache: no attention is measured, no layer input is carried. An event that lasts has
-    keys unlike the rest for as long as it lasts, and its copies have like values, so one copy of it stays.
+    Both factors come from the cache: no attention is measured, no layer input is carried. The keys of a long event
+    differ from the rest for its whole duration, but its copies have similar values, so one copy of it is kept.
     """
 
     name: Literal["distinct"] = "distinct"
     coverage: float = 0.5  # the power of 1 - c; 0: no discount
-    compared: Compared = "values"  # what c is the cosine of: the values of all heads, or the layer's input
-    centred: bool = True  # on the mean of the modality in the pool
-    per_head: bool = False  # every key-value head keeps its own tokens; not with gradient: states or paper
+    compared: Compared = "values"  # vectors of the cosine c: the values of all heads, or the layer's input
+    centred: bool = True  # subtract the mean of the modality in the pool
+    per_head: bool = False  # every key-value head keeps tokens of its own; not with gradient: states or paper
 
     def __post_init__(self) -> None:
         if not 0 <= self.coverage < math.inf:

@@ -1,4 +1,4 @@
-"""OmniMem: as we run it, as printed and as released."""
+"""OmniMem's policy: ours, as printed in the paper, and as released."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, final
@@ -29,15 +29,14 @@ PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released
 @final
 @dataclass(frozen=True, kw_only=True)
 class PerturbationOptions:
-    """`name` chooses a preset; any other field given replaces the preset's value.
+    """`name` chooses a preset; every other field replaces the preset's value.
 
     paper     eqs. 8-10 as printed: softmax per head, masses summed over chunks, (1 - s) to the power 1
-    released  what the authors' code does: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s),
-              a missing neighbour counts as cosine 1, no lending between modalities (method 1.6-1.8 and 8)
-    omnimem   ours, on the paper: the printed score with redundancy judged once, at arrival, so that
-              copies of one needle do not become neighbours in the pool and fall together; and discounted by what a
-              better token already holds (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that
-              one copy stays and not three
+    released  as in the authors' code: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s), cosine 1
+              for a missing neighbour, no lending (docs/paper.md, "Differences between paper and release")
+    omnimem   ours: the printed score with redundancy measured once, at arrival, so that copies of one event do not
+              become neighbours in the pool and are evicted together; discounted by the similarity to a better token
+              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy is kept, not three
     """
 
     name: Literal["omnimem", "paper", "released"] = "omnimem"
@@ -63,7 +62,7 @@ class PerturbationOptions:
         return {**PRESETS[self.name], **given}
 
     def written_out(self) -> "PerturbationOptions":
-        """The same with every value of the preset given, so that it means the same when a preset changes."""
+        """The same options with all values of the preset written out, independent of later changes of the preset."""
         return replace(self, **self._chosen())
 
     def build(self, budget: Budget | None) -> ScoredPolicy:

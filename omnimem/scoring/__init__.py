@@ -1,4 +1,4 @@
-"""Scorers: one method, one file, one frozen dataclass; the highest scores stay."""
+"""Scorers: one frozen dataclass per method and file; tokens with the highest scores are kept."""
 
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.covered import Compared, Covered

@@ -1,4 +1,4 @@
-"""What every scorer is: a function from a layer's view to one number a token."""
+"""The base of all scorers: a function from a layer's view to one number per token."""
 
 from abc import abstractmethod
 from dataclasses import dataclass

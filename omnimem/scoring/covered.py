@@ -1,4 +1,4 @@
-"""What a better token already holds is not lost with this one (ours)."""
+"""Discount of tokens that resemble a token of higher score (ours)."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -14,8 +14,8 @@ from omnimem.tokens import EVICTABLE
 from omnimem.view import FLOOR, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
-NOISE = 0.05  # length of what sets a token apart from the mean, below which its direction learns nothing
-ALONE = -1.0  # cosine to a better token where there is none
+NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
+ALONE = -1.0  # c of the best token, which has no better one
 
 Compared = Literal["inputs", "values"]
 
@@ -25,26 +25,26 @@ Compared = Literal["inputs", "values"]
 class Covered(AbstractScorer):
     """s_k (1 - c_k)^beta, c_k = max cos(h_k - m, h_j - m) over the tokens j of k's modality with s_j > s_k.
 
-    h is what tokens are compared by, at length 1, and m its mean over the modality in the pool, so that what all tokens
-    share counts for nothing. A score s alone keeps every copy of an event, or drops them all; this keeps the best copy
-    and discounts the others. The best token of a modality has no better one: c = -1. Ties count as in selection: the
-    more recent token is the better one. One pass, no loop over tokens: in order of s each looks at those before it.
-    The score inside must not be negative.
+    h is the compared vector, normalised, and m its mean over the modality in the pool, so that a component common to
+    all tokens has no effect. A score s alone keeps every copy of an event, or evicts them all; this keeps the best copy
+    and discounts the others. The best token of a modality has c = -1. Ties are resolved as in selection: the more
+    recent token is the better one. One pass without a loop over tokens: in order of s each is compared with those
+    before it. The inner score must not be negative. See docs/paper.md, "Scores", for s.
     """
 
     inner: AbstractScorer
     power: float = 0.5  # beta
     centred: bool = True  # False: m = 0
-    compared: Compared = "inputs"  # the layer's input, as redundancy is judged on it; or the values of a row's heads
+    compared: Compared = "inputs"  # the layer's input, as for redundancy; or the values of a row's heads
 
     @property
     def needs_importance(self) -> bool:
-        """As the score inside."""
+        """Same as the inner score."""
         return self.inner.needs_importance
 
     @property
     def needs_novelty(self) -> bool:
-        """Where layer inputs are what tokens are compared by, or as the score inside."""
+        """If layer inputs are compared, or same as the inner score."""
         return self.compared == "inputs" or self.inner.needs_novelty
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
@@ -61,10 +61,10 @@ def uncovered(
     *,
     centred: bool = True,
 ) -> Float[Tensor, "batch tokens"]:
-    """1 - c_k, clamped to >= 1e-6; 1 for text, which competes with nobody.
+    """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
-    Which better token is nearest is found without gradient, in the precision of the feature (in bfloat16 cosines are
-    told apart from 0.004 on); the cosine to it is float32 or more and carries gradient to both.
+    The nearest better token is found without gradient, in the precision of the feature (bfloat16 resolves cosines to
+    0.004); the cosine to it is float32 or more and has gradient to both tokens.
     """
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
@@ -88,8 +88,9 @@ def uncovered(
 
 
 def _turned(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
-    """What sets tokens apart, at length 1; where that is next to nothing (silence, a still picture) it is noise, and
-    its direction learns nothing: the gradient goes with 1 / length.
+    """Differences from the mean, normalised; without gradient where they are close to 0 (silence, a still image).
+
+    There the direction is noise, and its gradient grows with 1 / length.
     """
     unit = F.normalize(apart, dim=-1, eps=1e-12)
     return torch.where(apart.detach().norm(dim=-1, keepdim=True) < NOISE, unit.detach(), unit)
@@ -97,10 +98,10 @@ def _turned(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "bat
 
 @torch.no_grad()
 def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor, "batch members"]:
-    """For each the place of the most alike of those before it, the first one if several; 0 for the first.
+    """For each member the index of the most similar one before it, the first if several; 0 for the first member.
 
-    In blocks of rows, so that members x members is never held. The same under autocast, so that training and
-    evaluation select alike.
+    Computed in blocks of rows, so that no members x members matrix exists. Autocast has no effect, so that training
+    and evaluation select the same tokens.
     """
     places = torch.arange(ranked.shape[1], device=ranked.device)
     found = []

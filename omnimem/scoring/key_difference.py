@@ -1,4 +1,4 @@
-"""How unlike the mean key a token's keys are: KeyDiff's score (arXiv 2504.15364)."""
+"""Distance of a token's keys from the mean key: KeyDiff's score (arXiv 2504.15364)."""
 
 from dataclasses import dataclass
 from typing import final
@@ -17,8 +17,8 @@ from omnimem.view import FLOOR, LayerView
 class KeyDifference(AbstractScorer):
     """1 - cos(k, mean of the normalised keys), mean over the key-value heads of a row; clamped to >= 1e-6.
 
-    The source is silent on streams and on text: keys are as stored (after RoPE), and the mean is taken over the whole
-    pool [memory ; chunk], text included, as it is over the whole cache there. Needs no attention and no side state.
+    The source does not mention streams or text: here keys are as stored (after RoPE), and the mean is over the whole
+    pool [memory ; chunk] with its text, as it is over the whole cache there. Needs no attention and no side state.
     """
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:

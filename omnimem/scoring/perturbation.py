@@ -1,4 +1,4 @@
-"""OmniMem's score."""
+"""OmniMem's score (docs/paper.md, "Scores")."""
 
 from dataclasses import dataclass
 from typing import final
@@ -13,7 +13,7 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class Perturbation(AbstractScorer):
-    """psi = a^lambda (1 - s)^gamma: how far the output moves when a position is dropped (OmniMem eq. 10)."""
+    """psi = a^lambda (1 - s)^gamma: change of the output when a token is evicted (OmniMem eq. 10)."""
 
     sharpness: float = 0.02  # lambda; 0: similarity only, no attention mass is measured
     novelty_power: float = 1.0  # gamma: 1 as printed, 0.5 as released
@@ -25,7 +25,7 @@ class Perturbation(AbstractScorer):
 
     @property
     def needs_novelty(self) -> bool:
-        """Redundancy is always judged."""
+        """Redundancy is always measured."""
         return True
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:

@@ -1,4 +1,4 @@
-"""A control: every token of the stream is equally likely to stay."""
+"""A control: every token of the stream is kept with the same probability."""
 
 from dataclasses import dataclass
 from typing import final
@@ -14,9 +14,9 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class Random(AbstractScorer):
-    """Score = a fixed random number of (seed, arrival number), so that a token keeps its draw: reservoir sampling.
+    """Score = a fixed random number of (seed, arrival number), that a token keeps for good: reservoir sampling.
 
-    Drawing anew at every eviction would forget old tokens exponentially; a fixed draw is age-unbiased.
+    A new draw at every eviction would forget old tokens exponentially; a fixed draw does not depend on age.
     """
 
     seed: int = 0

@@ -1,4 +1,4 @@
-"""A control: the most recent tokens stay."""
+"""A control: the most recent tokens are kept."""
 
 from dataclasses import dataclass
 from typing import final
@@ -13,7 +13,7 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class Recency(AbstractScorer):
-    """Score = arrival number: a window of the recent N (baselines, recent-N)."""
+    """Score = arrival number: a window of the latest tokens."""
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         return view.order.float()

@@ -1,4 +1,4 @@
-"""The order of scores: what is highest, and which of equals."""
+"""Top-k of scores with a fixed rule for ties."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ def highest(
     """Indices of the `count` highest members, in falling order; ties go to the most recent token.
 
     A stable sort from the newest to the oldest breaks ties. A NaN can only come from a NaN of the model itself; it
-    ranks last instead of first, where top-k would put it.
+    ranks last, not first as in torch.topk.
     """
     ranked = scores.detach().nan_to_num(nan=-torch.finfo(scores.dtype).max).masked_fill(~member, float("-inf"))
     newest_first = ranked.flip(1).argsort(dim=1, descending=True, stable=True)

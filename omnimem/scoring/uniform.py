@@ -1,4 +1,4 @@
-"""A control: tokens spread evenly over the whole stream stay."""
+"""A control: tokens spread evenly over the whole stream are kept."""
 
 from dataclasses import dataclass
 from typing import final
@@ -10,7 +10,7 @@ from torch import Tensor
 from omnimem.scoring.base import AbstractScorer
 from omnimem.view import LayerView
 
-BASE = 7  # of the digits: a stream repeats its layout every so many tokens, and 7 rarely divides that number
+BASE = 7  # of the digits: the layout of a stream is periodic, and 7 rarely divides the period
 DIGITS = 8  # 7^8 = 5.8 million tokens; whole numbers below 2^24 are exact in float32
 
 
@@ -19,9 +19,9 @@ DIGITS = 8  # 7^8 = 5.8 million tokens; whole numbers below 2^24 are exact in fl
 class Uniform(AbstractScorer):
     """Score = the van der Corput value of the arrival number (its digits reversed), lowest first.
 
-    The tokens above any threshold are then spread over the stream, at every length and without knowing it beforehand:
-    the age-unbiased form of uniform sampling (thinning the survivors again and again forgets the past). Digits in base
-    2 would alias with frames: of 16 visual tokens every 2 s, half the budget would go to the same half of each frame.
+    The tokens above any threshold are then spread over the stream, whatever its length, which need not be known: the
+    form of uniform sampling that does not depend on age (thinning the kept tokens repeatedly forgets the past). Digits
+    in base 2 would alias with frames: of 16 visual tokens every 2 s, half the slots would go to one half of each frame.
     """
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:

@@ -1,4 +1,4 @@
-"""Which tokens of a pool stay: hard top-k per modality, and the temperature-softened forms of it used in training."""
+"""Selection of the tokens to keep: hard top-k per modality, and its softened forms for training."""
 
 from omnimem.selection.choice import Selected, select
 from omnimem.selection.layer_slots import LayerSlots, taken

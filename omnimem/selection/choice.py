@@ -1,4 +1,4 @@
-"""The choice itself: all text, the highest scores of each group, and the gates behind which they stay."""
+"""Selection: all text, the highest scores of each group, and the gates of softened selection."""
 
 from dataclasses import dataclass
 from typing import final
@@ -16,7 +16,7 @@ from omnimem.selection.softness import Softness
 @final
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """What stays of a pool, and what softened selection needs to pass gradient to the scores."""
+    """Indices of the kept tokens, and the gates that pass gradient to their scores."""
 
     index: Int[Tensor, "batch kept"]  # ascending: the order of arrival is kept
     gate: Float[Tensor, "batch kept"] | None  # additive attention bias; None when selection is hard
@@ -31,10 +31,11 @@ def select(
 ) -> Selected:
     """All text and the highest scores per modality (or of both together, unsplit); ties go to the most recent token.
 
-    Every stream of the batch holds the same number of tokens of each modality. Softened, `carried` are the gates that
-    the tokens bring along: those of straight-through add up, as each eviction that a token survives has its slope; a
-    soft gate is judged anew at every contested eviction, as hard selection judges again whom it kept, so that a token
-    near the threshold may come back and no token fades with the number of chunks. Where all stay, gates stay.
+    Every stream of the batch has the same number of tokens of each modality. In softened selection (docs/paper.md,
+    "Softened selection") `carried` are the present gates of the tokens. Straight-through gates add up, as each eviction
+    that a token survives has its own slope. A soft gate is computed again at every contested eviction, as hard
+    selection ranks kept tokens again, so that a token near the threshold may recover and no token fades with the
+    number of chunks. Where nothing is evicted, gates do not change.
     """
     contestants = groups(modality, room)
     text = text_of(modality)
@@ -49,7 +50,7 @@ def select(
 
 
 def _softened(scores: Tensor, group: Group, softness: Softness, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Who stays of a group, and behind which gates."""
+    """Kept tokens of a group, and their gates."""
     count = softness.stay(group.kept, group.size)
     ranked = highest(scores, group.member, max(count, group.kept + 1))
     index = ranked[:, :count]

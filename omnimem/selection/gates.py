@@ -1,4 +1,4 @@
-"""Gates of softened selection: additive attention biases by which the scores of tokens learn."""
+"""Gates of softened selection: additive attention biases that pass gradient to the scores."""
 
 import torch
 from jaxtyping import Float, Int
@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from omnimem.selection.layer_slots import Group
 
-TIE = 1e-4  # standard deviations by which a token that stays counts as better than an equal one that goes
-FAINTEST = -50.0  # of gates; below it a key weighs nothing in any precision, and float16 would overflow
+TIE = 1e-4  # standard deviations by which a kept token counts as better than an evicted one of equal score
+FAINTEST = -50.0  # lower bound of gates: the weight of a key is 0 there, and float16 would overflow below
 
 
 def straight_through(
@@ -16,8 +16,8 @@ def straight_through(
 ) -> Float[Tensor, "batch kept"]:
     """log(1 + g - stop(g)) of the kept tokens, g = sigmoid((z - tau) / T): 0 in value, with the slope of g (ours).
 
-    z is the score standardised within the group, tau the midpoint between the last that stays and the first that goes;
-    both are held fixed.
+    z is the score standardised within the group, tau the midpoint between the last kept and the first evicted;
+    both are constants.
     """
     threshold, deviation = _scale(scores.detach(), group, ranked)
     kept = scores.gather(1, ranked[:, : group.kept])
@@ -28,10 +28,10 @@ def straight_through(
 def soft(
     scores: Float[Tensor, "batch tokens"], group: Group, ranked: Int[Tensor, "batch ranked"], temperature: float
 ) -> Float[Tensor, "batch ranked"]:
-    """log sigmoid((z - tau) / T) of the ranked tokens, in value and gradient (design 7).
+    """log sigmoid((z - tau) / T) of the ranked tokens, in value and gradient.
 
-    Mean, deviation and tau are functions of the scores and carry gradient too: what all scores have in common moves
-    no gate. A tie counts as a distance of TIE, so that gates tend to 0 and minus infinity wherever tau lies.
+    Mean, deviation and tau are functions of the scores and have gradient too, so that a common shift of all scores
+    moves no gate. A tie counts as a distance of TIE, so that gates tend to 0 or minus infinity for any tau.
     """
     threshold, deviation = _scale(scores, group, ranked)
     places = torch.arange(ranked.shape[1], device=scores.device)

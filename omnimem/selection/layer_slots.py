@@ -1,4 +1,4 @@
-"""What may stay: slots of a layer, lending between modalities, and the groups of tokens that compete for them."""
+"""Slots of a layer, lending between modalities, and the groups of tokens that compete for slots."""
 
 from dataclasses import dataclass
 from typing import final
@@ -18,26 +18,26 @@ class LayerSlots:
     audio: int
     visual: int
     split: bool = True  # False: audio and visual compete for audio + visual slots
-    lend: bool = True  # slots that one modality cannot fill go to the other one
+    lend: bool = True  # free slots of one modality go to the other one
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tokens that compete for the same slots; every stream of the batch has as many."""
+    """Tokens that compete for the same slots; every stream of the batch has the same number."""
 
     member: Bool[Tensor, "batch tokens"]
-    kept: int  # by hard selection
+    kept: int  # number of tokens, by hard selection
     size: int
 
     @property
     def contested(self) -> bool:
-        """Whether some stay and some go: else there is no threshold."""
+        """Whether some are kept and some evicted: otherwise there is no threshold."""
         return 0 < self.kept < self.size
 
 
 def taken(available: dict[Modality, int], room: LayerSlots) -> dict[Modality, int]:
-    """Tokens of each modality that stay under `room`, lending included; exact integers.
+    """Number of kept tokens of each modality, lending included.
 
     A modality exceeds its own slots only by what the other one cannot fill.
     """

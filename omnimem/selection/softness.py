@@ -1,4 +1,4 @@
-"""How training softens selection: the options of a run, its temperature over the steps, and what one step uses."""
+"""Softened selection in training: options of a run, temperature over its steps, and the settings of one step."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,25 +8,25 @@ from omnimem.view import ScoreGradient
 
 Softening = Literal["hard", "straight_through", "soft"]
 
-WIDTH = 3  # `soft` keeps at most so many times what hard selection keeps
-FULL_WIDTH = 0.2  # from this temperature on it keeps that many; below, the surplus shrinks with the temperature
+WIDTH = 3  # `soft` keeps at most this many times the tokens of hard selection
+FULL_WIDTH = 0.2  # temperature from which it keeps that many; below, the surplus is proportional to it
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Softness:
-    """How one training step softens selection; where there is none, selection is hard."""
+    """How one training step softens selection; without one, selection is hard."""
 
     temperature: float  # T, in standard deviations of the scores
     form: Literal["straight_through", "soft"] = "straight_through"
-    gradient: ScoreGradient = "redundancy"  # which part of the score is to learn
+    gradient: ScoreGradient = "redundancy"  # which part of the score has gradient
 
     def stay(self, kept: int, size: int) -> int:
-        """How many of `size` tokens stay where hard selection keeps `kept`: kept + floor(2 kept min(1, T / 0.2)).
+        """How many of `size` tokens are kept where hard selection keeps `kept`: kept + floor(2 kept min(1, T / 0.2)).
 
-        A count that hangs on nothing but T is the same for all streams of a batch and on all ranks, and known before.
-        Why in proportion: the tokens that still weigh something lie within a few T of the threshold. Where scores are
-        bell-shaped and one in five stays, those left out below T = 0.2 weigh under three thousandths each.
+        The number depends on T alone, so it is the same for all streams of a batch and on all ranks, and known in
+        advance. It is proportional to T because tokens with a noticeable weight lie within a few T of the threshold:
+        for bell-shaped scores of which one in five is kept, those left out below T = 0.2 weigh under 0.003 each.
         """
         if self.form == "straight_through":
             return kept
@@ -62,27 +62,29 @@ class TemperatureOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
-    """How selection is softened in training; evaluation is always hard (design 7)."""
+    """Softening of selection in training; evaluation is hard (docs/paper.md, "Softened selection")."""
 
     softening: Softening = "straight_through"
     temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
-    gradient: Literal["redundancy", "both"] = "redundancy"  # what of the score learns; both: attention received too
+    gradient: Literal["redundancy", "both"] = (
+        "redundancy"  # which part of the score learns; both: received attention too
+    )
 
     def __post_init__(self) -> None:
         if self.softening == "hard" and self.gradient == "both":
             raise ValueError(
-                "gradient = both asks scores to learn, which softening = hard keeps from them; "
+                "gradient = both has no effect with softening = hard, under which scores do not learn; "
                 "choose straight_through or soft, or leave gradient out"
             )
 
     def at(self, progress: float) -> Softness | None:
-        """How a step at a fraction of the run selects; None: hard."""
+        """The softness of a step at a fraction of the run; None: hard."""
         if self.softening == "hard":
             return None
         return Softness(temperature=self.temperature.at(progress), form=self.softening, gradient=self.gradient)
 
     def most(self, slots: int) -> int:
-        """The most entries that a training step may hold after an eviction where evaluation holds `slots`."""
+        """The largest number of entries after an eviction in training, where evaluation keeps `slots`."""
         widest = max(self.temperature.start, self.temperature.end)
         form = "soft" if self.softening == "soft" else "straight_through"
         return Softness(temperature=widest, form=form).stay(slots, WIDTH * slots)

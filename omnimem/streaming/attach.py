@@ -1,9 +1,9 @@
 """The one place that hooks into transformers' attention: `with attach(text_model) as attached`.
 
-An attention function is registered under a name without a mask function, so transformers builds no mask and every
-layer may see keys of its own number. The step of a pass travels as a keyword through the decoder layers; a pre-hook
-on each adds the layer's number and its input, the residual stream. Nothing is kept between calls and no attribute is
-left on a module, so a layer that is computed again in backward sees what it saw in forward.
+An attention function is registered under a name without a mask function, so transformers builds no mask and each
+layer may have its own number of keys. The layer step of a pass travels as a keyword through the decoder layers; a
+pre-hook on each adds the layer's number and its input, the residual stream. Nothing is kept between calls and no
+attribute remains on a module, so a layer that is recomputed in backward gets the same inputs as in forward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +28,10 @@ KEYWORD = "omnimem_layer"
 
 @runtime_checkable
 class LayerStep(Protocol):
-    """What happens in a layer's attention: sees the layer's input and projections, returns the attention output.
+    """The attention of a layer: a function of the layer's input and projections that returns the attention output.
 
-    `memory` is what `StreamedAttention.run` was given for the layer, flat; a step that is recomputed in backward
-    holds none itself.
+    `memory` are the layer's flat tensors, as given to `StreamedAttention.run`; a step that is recomputed in backward
+    holds no memory itself.
     """
 
     def __call__(
@@ -49,7 +49,7 @@ class LayerStep(Protocol):
 @final
 @dataclass(frozen=True)
 class _Layer:
-    """What travels to the attention function; the pre-hook of each decoder layer fills in the layer."""
+    """The keyword that reaches the attention function; the pre-hook of each layer fills in number and states."""
 
     step: LayerStep
     memories: Mapping[int, tuple[Tensor, ...]]  # by layer
@@ -70,7 +70,9 @@ def _attention(
     """transformers' attention function: [batch, heads, queries, dim] in, [batch, queries, heads, dim] out."""
     layer: _Layer | None = kwargs.get(KEYWORD)
     if layer is None or layer.states is None:
-        raise RuntimeError("the text model is attached to a stream; call it through Seam.run, not directly")
+        raise RuntimeError(
+            "the text model is attached to a stream; call it through StreamedAttention.run, not directly"
+        )
     memory = layer.memories.get(layer.number, ())
     output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
     return output.transpose(1, 2).contiguous(), None
@@ -78,7 +80,7 @@ def _attention(
 
 @final
 class _Projection:
-    """A layer step that attends to nothing and notes the queries, keys and values that it is given."""
+    """A layer step without attention that notes queries, keys and values."""
 
     def __init__(self) -> None:
         self._found: tuple[Tensor, Tensor, Tensor] | None = None
@@ -90,14 +92,14 @@ class _Projection:
         return queries
 
     def found(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three."""
+        """Queries, keys and values."""
         assert self._found is not None, "every attention module calls the attention function"
         return self._found
 
 
 @final
 class StreamedAttention:
-    """A text model whose layers read and write a memory of ours."""
+    """A text model whose layers read and write an OmniMem memory."""
 
     def __init__(self, text_model: PreTrainedModel, recompute_layers: bool = False) -> None:
         self.text_model, self.recompute_layers = text_model, recompute_layers
@@ -129,7 +131,7 @@ class StreamedAttention:
         deepstack: DeepStack | None,
         memories: Mapping[int, tuple[Tensor, ...]],
     ) -> Float[Tensor, "batch queries width"]:
-        """What consecutive layers alone, those with an entry in `memories`, make of their input: as in a whole pass."""
+        """Output of consecutive layers alone, those with an entry in `memories`, computed as in a whole pass."""
         model: Any = self.text_model
         extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: _Layer(step, memories)}
         rotary = model.rotary_emb(states, positions.transpose(0, 1))
@@ -151,10 +153,10 @@ class StreamedAttention:
         Float[Tensor, "batch kv_heads tokens dim"],
         Float[Tensor, "batch kv_heads tokens dim"],
     ]:
-        """Queries, keys (both after RoPE) and values that a layer makes of these inputs, with its own modules.
+        """Queries, keys (both after RoPE) and values that a layer computes from these inputs, with its own modules.
 
-        The layer's whole attention module runs, so that nothing of any family is known here; its output goes
-        unused. The generators stand afterwards where they stood: other dropout draws what it would have drawn.
+        The layer's whole attention module runs, so that no model family is a special case; its output is unused. The
+        random generators are restored afterwards, so that later dropout masks do not change.
         """
         model: Any = self.text_model
         decoder, step = model.layers[layer], _Projection()
@@ -169,11 +171,10 @@ class StreamedAttention:
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Decoder layers in training mode, which their checkpointing asks for; their parts keep their own mode."""
+        """Decoder layers in training mode, which their checkpointing requires; their submodules keep their own mode."""
         layers: list[Any] = list(cast(Any, self.text_model).layers)
-        wanted = self.recompute_layers and torch.is_grad_enabled()
         modes = [layer.training for layer in layers]
-        for layer in layers if wanted else ():
+        for layer in layers if self.recompute_layers and torch.is_grad_enabled() else ():
             layer.training = True
         try:
             yield
@@ -192,8 +193,8 @@ class StreamedAttention:
         return model.rotary_emb(like, positions)
 
 
-def _hand_over(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    """Pre-hook of decoder layer `number`: its input is what redundancy is judged on."""
+def _layer_hook(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
+    """Pre-hook of decoder layer `number`: adds the number and the layer's input to the keyword."""
 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -208,20 +209,23 @@ def _hand_over(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, An
 
 
 def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) -> Any:
-    """Decoder layer `number` by torch's checkpoint, with every tensor that it reads as an argument.
+    """Decoder layer `number` under torch's checkpoint, with every tensor that it reads as an argument.
 
     A tensor in a closure escapes the hooks on saved tensors: inside a recomputed chunk it would stay until the end of
     backward, for every layer of every chunk.
     """
+    # 1. take the layer step out of the keywords; its closure holds the number of memory tensors, not the tensors
     keywords = dict(layer_forward.keywords)
     layer: _Layer = keywords.pop(KEYWORD)
     step, inner, fixed = layer.step, layer_forward.func, layer_forward.args
     memory = layer.memories.get(number, ())
-    held = len(memory)  # the closure knows their number, not the tensors
+    held = len(memory)
+    # 2. separate the tensors among the other arguments from the rest
     leaves, structure = tree_flatten((rest, keywords))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
+    # 3. the layer as a function of tensors alone
     def again(states: Tensor, *tensors: Tensor) -> Any:
         values = list(plain)
         for place, tensor in zip(places, tensors[held:], strict=True):
@@ -234,7 +238,7 @@ def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) 
 
 
 def shape_of(text_model: PreTrainedModel) -> Shape:
-    """Sizes of the memory of a text model; the redundancy feature is the exact layer input unless a policy projects."""
+    """Sizes of the memory of a text model; the redundancy feature is the layer input unless a policy projects it."""
     config: Any = text_model.config
     dim = config.head_dim if "head_dim" in config.to_dict() else None
     return Shape(
@@ -252,8 +256,9 @@ def shape_of(text_model: PreTrainedModel) -> Shape:
 def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> Iterator[StreamedAttention]:
     """The text model with our attention inside the block; its implementation and hooks are restored after it.
 
-    With `recompute_layers`, activations of one layer at a time live in backward, at the price of one more forward.
+    With `recompute_layers`, activations of one layer at a time live in backward, at the cost of one more forward.
     """
+    # 1. register the attention function and hook every decoder layer
     before = text_model.config._attn_implementation or "sdpa"
     AttentionInterface.register(NAME, _attention)
     attached, decoder = StreamedAttention(text_model, recompute_layers), cast(Any, text_model)
@@ -261,11 +266,12 @@ def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> It
     try:
         text_model.set_attn_implementation(NAME)
         for number, layer in enumerate(decoder.layers):
-            handles.append(layer.register_forward_pre_hook(_hand_over(number), with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(_layer_hook(number), with_kwargs=True))
             if recompute_layers:
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(_recompute, number)
         yield attached
+    # 2. restore the model
     finally:
         for handle in handles:
             handle.remove()

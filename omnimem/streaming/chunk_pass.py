@@ -1,4 +1,4 @@
-"""The chunk pass: every layer attends to [memory ; chunk], then keeps its budget of it."""
+"""The chunk pass: every layer attends to [memory ; chunk], then evicts tokens until its budget holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from omnimem.attention.blocked import attend
 from omnimem.memory import Memory
-from omnimem.per_head import of_rows, packed, query_rows, rows_of
-from omnimem.policies.base import Policy, ProbePrompt
+from omnimem.per_head import head_rows, of_rows, packed, query_rows, rows_of
+from omnimem.policies.base import JointPolicy, Policy
+from omnimem.policies.capabilities import ProbePrompt, joint_of, keeps_per_head, probes_of, ragged
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
@@ -24,52 +25,89 @@ Recorder = Callable[[int, LayerView], None]
 
 @runtime_checkable
 class MemoryStep(Protocol):
-    """How a memory passes from chunk to chunk; `tuning.gradient` has the ways that matter in training."""
+    """How the memory of one stream passes a chunk, and how a loss reads it; the gradient modes of `tuning.gradient`.
 
-    def __call__(self, step: "ChunkStep", memory: Memory, embeddings: Tensor) -> Memory: ...
+    A value, as the memory is: the call returns the memory after the chunk and the memory step of the next chunk, which
+    holds what the mode remembers of the stream. So a fork of the stream shares nothing with it.
+    """
+
+    def __call__(self, step: "ChunkStep", memory: Memory, embeddings: Tensor) -> tuple[Memory, "MemoryStep"]: ...
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        """`loss(memory)`, with the gradient of this mode."""
+        ...
 
 
-def step_directly(step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
-    """The step itself, nothing recomputed."""
-    return step(memory, embeddings)
+@final
+@dataclass(frozen=True)
+class DirectStep:
+    """The chunk step itself, nothing recomputed: evaluation, and plain autograd in training."""
+
+    def __call__(self, step: "ChunkStep", memory: Memory, embeddings: Tensor) -> tuple[Memory, "DirectStep"]:
+        """The memory after the chunk."""
+        return step(memory, embeddings), self
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        """`loss(memory)`."""
+        return loss(memory)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class ReadConfig:
-    """What a stream does with every chunk. It holds no memory: a step that waits in the graph for backward must not
-    hold on to what the graph produced, or neither is ever freed.
+    """How a stream reads every chunk.
+
+    It holds no memory: a step that waits in the autograd graph for backward must not refer to tensors of that graph,
+    or neither is ever freed.
     """
 
     policy: Policy
     softness: Softness | None
     recorder: Recorder | None
     projection: Tensor | None
-    probes: tuple[Int[Tensor, " _"], ...] = ()  # token ids of those that the policy asks for
+    probe_ids: tuple[Int[Tensor, " _"], ...] = ()  # token ids of the policy's probe prompts
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every key-value head keeps tokens of its own: layers are then processed as rows."""
+        return keeps_per_head(self.policy)
+
+    @property
+    def joint(self) -> JointPolicy | None:
+        """The policy, if its layers decide together after the pass."""
+        return joint_of(self.policy)
 
     @property
     def gated(self) -> bool:
-        """Whether attention must heed the gates of what is remembered."""
-        return self.softness is not None or self.policy.ragged
+        """Whether attention must apply the gates of the memory."""
+        return self.softness is not None or ragged(self.policy)
+
+    @property
+    def probes(self) -> list[tuple[ProbePrompt, Int[Tensor, " _"]]]:
+        """The policy's probe prompts and their token ids."""
+        return list(zip(probes_of(self.policy), self.probe_ids, strict=True))
 
     def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
-        """What redundancy of these states is judged on."""
+        """The vectors that redundancy of these layer inputs is measured on."""
         return states if self.projection is None else states @ self.projection
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Compaction:
-    """Kept audio and visual tokens move up to ranks that end before `end`, their keys turned to match (design 5)."""
+    """Moves kept audio and visual tokens up to ranks that end before `end`, and rotates their keys accordingly.
 
-    opening: int  # positions below this stay
+    See docs/paper.md, "Positions".
+    """
+
+    opening: int  # positions below this do not move
     end: tuple[int, ...]  # of each stream, the same in all layers
 
     def __call__(self, memory: Memory, rotary: Rotary) -> Memory:
         """The memory at its new positions."""
-        return Memory(layers=tuple(self._of(layer, rotary) for layer in memory.layers))
+        return Memory(layers=tuple(self._moved(layer, rotary) for layer in memory.layers))
 
-    def _of(self, layer: Tokens, rotary: Rotary) -> Tokens:
+    def _moved(self, layer: Tokens, rotary: Rotary) -> Tokens:
         time = ranks(layer.positions[:, 0], self.opening, self.end)
         positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
         cos, sin = rotary((positions - layer.positions).transpose(0, 1))
@@ -81,11 +119,11 @@ class Compaction:
 class ChunkStep:
     """Reading a chunk as a function of the memory and the chunk's embeddings.
 
-    It holds neither of them: it waits in the graph and may run again in backward, when more has been fed.
+    It holds neither of them: it waits in the autograd graph and may run again in backward, when more has been fed.
     """
 
     attached: StreamedAttention
-    manner: ReadConfig
+    config: ReadConfig
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
     deepstack: DeepStack | None
@@ -95,27 +133,33 @@ class ChunkStep:
     def __call__(
         self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
     ) -> Memory:
-        """Every layer attends to its memory and the chunk, then keeps its budget, on demand with its layer inputs."""
-        memory, reader = self.compacted(memory), ChunkAttention(self, states=states)
+        """The memory after the chunk; with `states`, it carries the layer inputs of its tokens."""
+        # 1. move the memory up, if positions run out
+        memory = self.compacted(memory)
+        # 2. append the probe prompts to the chunk
         embeddings, positions, deepstack = self._with_probes(embeddings)
+        # 3. run all layers: each attends to [memory ; chunk], then evicts (`ChunkAttention`)
+        attention = ChunkAttention(self, states=states)
         try:
-            self.attached.run(reader, embeddings, positions, deepstack, layer_tensors(memory))
-        finally:  # a recomputation ends by an exception, as soon as backward has what it needs
-            kept, views = reader.take_results()
-        if self.manner.policy.joint:
-            kept = self._settled([views[layer] for layer in range(len(memory.layers))])
+            self.attached.run(attention, embeddings, positions, deepstack, layer_tensors(memory))
+        finally:  # a recomputation ends by an exception, as soon as backward has the tensors that it needs
+            kept, views = attention.take_results()
+        # 4. evict in all layers at once, if the policy decides over them together
+        if (policy := self.config.joint) is not None:
+            kept = self._selected(policy, [views[layer] for layer in range(len(memory.layers))])
         return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
 
-    def _settled(self, views: Sequence[LayerView]) -> dict[int, Tokens]:
-        """What the layers keep, where they decide together."""
-        policy = self.manner.policy
-        kept = policy.select_joint(views, self.manner.softness)
+    def _selected(self, policy: JointPolicy, views: Sequence[LayerView]) -> dict[int, Tokens]:
+        """The tokens that the layers keep, decided together."""
+        kept = policy.select_joint(views, self.config.softness)
         heads = self.attached.shape.kv_heads
-        return dict(enumerate([packed(rows, heads) for rows in kept] if policy.per_head else kept))
+        return dict(enumerate([packed(rows, heads) for rows in kept] if self.config.per_head else kept))
 
     def _with_probes(self, embeddings: Tensor) -> tuple[Tensor, Tensor, DeepStack | None]:
-        """What passes through the layers: the chunk, then the probes that are read, each placed right after it."""
-        read = [(self.embedded(ids), self.after(ids)) for probe, ids in self.asked if probe.read]
+        """Embeddings, positions and deepstack of the pass: the chunk, then each probe that is read, right after it."""
+        read = [
+            (self.probe_embeddings(ids), self.probe_positions(ids)) for probe, ids in self.config.probes if probe.read
+        ]
         if not read:
             return embeddings, self.positions, self.deepstack
         rows, places = (torch.cat(parts, dim=axis) for parts, axis in zip(zip(*read, strict=True), (1, 2), strict=True))
@@ -125,39 +169,34 @@ class ChunkStep:
             deepstack = replace(deepstack, mask=torch.cat([deepstack.mask, plain], dim=1))
         return torch.cat([embeddings, rows], dim=1), torch.cat([self.positions, places], dim=2), deepstack
 
-    @property
-    def asked(self) -> list[tuple[ProbePrompt, Int[Tensor, " _"]]]:
-        """The probes and their token ids."""
-        return list(zip(self.manner.policy.probes, self.manner.probes, strict=True))
-
-    def embedded(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "batch tokens width"]:
-        """A probe's embeddings, the same for every stream."""
+    def probe_embeddings(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "batch tokens width"]:
+        """Embeddings of a probe, the same for every stream."""
         return self.attached.embed(ids[None]).expand(self.modality.shape[0], -1, -1)
 
-    def after(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "batch axes tokens"]:
-        """The positions that follow the chunk, one a token of a probe."""
+    def probe_positions(self, ids: Int[Tensor, " tokens"]) -> Int[Tensor, "batch axes tokens"]:
+        """Positions of a probe: those that follow the chunk."""
         last = self.positions.amax(dim=(1, 2))[:, None]
         places = last + 1 + torch.arange(len(ids), device=last.device)
         return places[:, None].expand(-1, self.positions.shape[1], -1)
 
     def compacted(self, memory: Memory) -> Memory:
-        """The memory as the chunk meets it, at its new positions if it must move."""
+        """The memory at the positions at which the chunk reads it."""
         return memory if self.compaction is None else self.compaction(memory, self.attached.rotary)
 
     def layers(
         self, memory: Mapping[int, Tokens], states: Float[Tensor, "batch tokens width"], *, recompute_kv: bool = False
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Tokens]]:
-        """The consecutive layers whose memory is given, alone: what they pass on, and what each kept with its inputs.
+        """Output of the consecutive layers whose memory is given, and the tokens that each keeps, with layer inputs.
 
         With `recompute_kv`, keys and values of the memory are computed from its layer inputs, so that the weights
         learn from them.
         """
-        reader = ChunkAttention(self, states=True, recompute_kv=recompute_kv)
+        attention = ChunkAttention(self, states=True, recompute_kv=recompute_kv)
         flat = {layer: tokens.tensors() for layer, tokens in memory.items()}
         try:
-            states = self.attached.layers(reader, states, self.positions, self.deepstack, flat)
-        finally:  # as above
-            kept, _ = reader.take_results()
+            states = self.attached.layers(attention, states, self.positions, self.deepstack, flat)
+        finally:  # as in `__call__`
+            kept, _ = attention.take_results()
         return states, [kept[layer] for layer in memory]
 
     def arriving(
@@ -166,7 +205,7 @@ class ChunkStep:
         keys: Float[Tensor, "batch kv_heads tokens dim"],
         values: Float[Tensor, "batch kv_heads tokens dim"],
     ) -> Tokens:
-        """The chunk as a layer with these inputs, keys and values will remember it."""
+        """The chunk as entries of a layer with these inputs, keys and values."""
         zeros = torch.zeros(self.modality.shape, dtype=torch.float32, device=keys.device)
         return Tokens(
             keys=keys,
@@ -176,8 +215,8 @@ class ChunkStep:
             order=self.order,
             importance=zeros,
             novelty=zeros,
-            feature=self.manner.feature(states),
-            gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if self.manner.policy.ragged else zeros,
+            feature=self.config.feature(states),
+            gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if ragged(self.config.policy) else zeros,
             states=states[..., :0],
             owner=self.modality[:, None, :][:, :0],
         )
@@ -185,10 +224,10 @@ class ChunkStep:
 
 @final
 class ChunkAttention:
-    """A layer step: attend to [memory ; chunk], then keep the layer's budget of it, or hand over what was seen.
+    """A layer step: attend to [memory ; chunk], then evict until the layer's budget holds.
 
-    Layers that are recomputed in backward hold on to their step, so the step holds neither memory nor embeddings.
-    Probes follow the chunk: each sees [memory ; chunk] and its own past; the chunk sees none of them.
+    Layers that are recomputed in backward refer to their step, so the step holds neither memory nor embeddings.
+    Probes follow the chunk: each attends to [memory ; chunk] and its own past; the chunk attends to no probe.
     """
 
     def __init__(self, chunk: ChunkStep, *, states: bool, recompute_kv: bool = False) -> None:
@@ -199,14 +238,17 @@ class ChunkAttention:
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
-        chunk, manner, heads = self.chunk, self.chunk.manner, keys.shape[1]
-        policy, softness, count = manner.policy, manner.softness, chunk.modality.shape[1]
+        chunk, config, heads = self.chunk, self.chunk.config, keys.shape[1]
+        policy, softness, count = config.policy, config.softness, chunk.modality.shape[1]
+        # 1. pool = [memory ; chunk]; where heads keep tokens of their own, each head is a row from here on
         fresh = chunk.arriving(states[:, :count], keys[:, :, :count], values[:, :, :count])
         pool = self._pool(layer, Tokens.of(memory), states[:, :count], fresh)
-        if policy.per_head:
-            queries, (keys, values) = query_rows(queries, heads), (head_rows(part) for part in (keys, values))
-        gate = pool.gate if manner.gated else None
+        if config.per_head:
+            queries, keys, values = query_rows(queries, heads), head_rows(keys), head_rows(values)
+        # 2. the chunk attends to the pool
+        gate = pool.gate if config.gated else None
         output = attend(queries[:, :, :count], pool.keys, pool.values, scale=scale, gate=gate)
+        # 3. the probes attend to the pool and to themselves
         view = LayerView(
             pool=pool,
             new=count,
@@ -216,89 +258,89 @@ class ChunkAttention:
             gradient="none" if softness is None else softness.gradient,
             rotary=chunk.attached.rotary,
             probes=self._probed(layer, queries, keys),
-            heads=heads if policy.per_head else 1,
+            heads=heads if config.per_head else 1,
         )
         if queries.shape[2] > count:
-            output = torch.cat([output, *self._of_probes(view, gate, queries, keys, values)], dim=2)
-        self._decide(layer, view, heads)
-        return of_rows(output, heads) if policy.per_head else output
-
-    def _decide(self, layer: int, view: LayerView, heads: int) -> None:
-        """Keep the layer's budget, or leave it until all layers have read."""
-        manner = self.chunk.manner
-        if manner.recorder is not None:
-            manner.recorder(layer, view)
-        if manner.policy.joint:
-            if self._kept is not None:
-                self._views[layer] = view
-            return
-        kept = manner.policy.keep(layer, view, manner.softness)
-        if self._kept is not None:
-            self._kept[layer] = packed(kept, heads) if manner.policy.per_head else kept
+            output = torch.cat([output, *self._probe_outputs(view, gate, queries, keys, values)], dim=2)
+        # 4. evict: keep the layer's budget of the pool
+        self._evict(layer, view, heads)
+        return of_rows(output, heads) if config.per_head else output
 
     def _pool(self, layer: int, old: Tokens, states: Tensor, fresh: Tokens) -> Tokens:
-        """The memory and the chunk, with layer inputs where they are carried; by head where heads keep their own."""
-        if self.chunk.manner.policy.per_head:
-            heads = self.chunk.attached.shape.kv_heads
+        """The memory followed by the chunk, with layer inputs where they are carried."""
+        attached = self.chunk.attached
+        if self.chunk.config.per_head:
+            heads = attached.shape.kv_heads
             return rows_of(old, heads).cat(rows_of(fresh, heads))
         if self.states:
             fresh = replace(fresh, states=states)
-            if not old.count:  # an empty memory knows not yet what is carried
+            if not old.count:  # the states of an empty memory have width 0
                 old = replace(old, states=states[:, :0])
-        return (kv_from_states(old, self.chunk.attached, layer) if self.recompute_kv and old.count else old).cat(fresh)
+        if self.recompute_kv and old.count:
+            old = kv_from_states(old, attached, layer)
+        return old.cat(fresh)
+
+    def _evict(self, layer: int, view: LayerView, heads: int) -> None:
+        """Note the tokens that the layer keeps, or its view where all layers decide together after the pass."""
+        config = self.chunk.config
+        if config.recorder is not None:
+            config.recorder(layer, view)
+        if config.joint is not None:
+            if self._kept is not None:
+                self._views[layer] = view
+            return
+        kept = config.policy.keep(layer, view, config.softness)
+        if self._kept is not None:
+            self._kept[layer] = packed(kept, heads) if config.per_head else kept
 
     def _spans(self) -> Iterator[slice]:
-        """Where the probes that are read stand in the pass."""
+        """Which queries of the pass belong to each probe that is read."""
         first = self.chunk.modality.shape[1]
-        for probe, ids in self.chunk.asked:
+        for probe, ids in self.chunk.config.probes:
             if probe.read:
                 yield slice(first, first + len(ids))
                 first += len(ids)
 
     def _probed(self, layer: int, queries: Tensor, keys: Tensor) -> tuple[Probed, ...]:
         """Queries and keys of every probe in this layer."""
-        spans, found = self._spans(), []
-        for probe, ids in self.chunk.asked:
+        chunk, spans, found = self.chunk, self._spans(), []
+        for probe, ids in chunk.config.probes:
             if probe.read:
                 span = next(spans)
                 found.append(Probed(queries=queries[:, :, span], keys=keys[:, :, span]))
-            else:
-                asking, own, _ = self.chunk.attached.project(layer, self.chunk.embedded(ids), self.chunk.after(ids))
-                if self.chunk.manner.policy.per_head:
-                    asking, own = query_rows(asking, own.shape[1]), head_rows(own)
-                found.append(Probed(queries=asking, keys=own))
+                continue
+            probe_queries, probe_keys, _ = chunk.attached.project(
+                layer, chunk.probe_embeddings(ids), chunk.probe_positions(ids)
+            )
+            if chunk.config.per_head:
+                probe_queries, probe_keys = query_rows(probe_queries, probe_keys.shape[1]), head_rows(probe_keys)
+            found.append(Probed(queries=probe_queries, keys=probe_keys))
         return tuple(found)
 
-    def _of_probes(
+    def _probe_outputs(
         self, view: LayerView, gate: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Iterator[Tensor]:
         """Attention output of the probes that are read."""
         pool = view.pool
         for span in self._spans():
-            own = gate if gate is None else F.pad(gate, (0, span.stop - span.start))
             yield attend(
                 queries[:, :, span],
                 torch.cat([pool.keys, keys[:, :, span]], dim=2),
                 torch.cat([pool.values, values[:, :, span]], dim=2),
                 scale=view.scale,
-                gate=own,
+                gate=gate if gate is None else F.pad(gate, (0, span.stop - span.start)),
             )
 
     def take_results(self) -> tuple[dict[int, Tokens], dict[int, LayerView]]:
-        """What every layer kept or saw; the step forgets it, and notes no more: a layer may be recomputed alone."""
+        """Kept tokens and views by layer; the step drops them and notes no more, as a layer may be recomputed alone."""
         kept, views, self._kept, self._views = self._kept, self._views, None, {}
         return kept or {}, views
 
 
-def head_rows(part: Float[Tensor, "batch kv_heads tokens dim"]) -> Float[Tensor, "rows 1 tokens dim"]:
-    """Each key-value head as a row."""
-    return part.flatten(0, 1)[:, None]
-
-
 def kv_from_states(tokens: Tokens, attached: StreamedAttention, layer: int) -> Tokens:
-    """The tokens with the gradient of keys and values computed from their states now, at the values that they have.
+    """The tokens with the gradient of keys and values recomputed from their states; the values do not change.
 
-    x + (y - stop(y)) is x to the bit: rounding of another matrix shape or other draws of dropout do not show.
+    x + (y - stop(y)) equals x to the bit: rounding of another matrix shape or other dropout masks have no effect.
     """
     _, keys, values = attached.project(layer, tokens.states, tokens.positions)
     keys, values = tokens.keys + (keys - keys.detach()), tokens.values + (values - values.detach())

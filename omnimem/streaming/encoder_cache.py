@@ -1,4 +1,4 @@
-"""The encoders' outputs of a sample on disk: one safetensors file per sample and setting."""
+"""Encoder outputs on disk: one safetensors file per sample and reading options."""
 
 import errno
 import hashlib
@@ -14,14 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from omnimem.backbones import Backbone, Encoded
+from omnimem.data import Sample
+from omnimem.media import FileSource, MediaError
 
-FORMAT = 2  # of the files in the cache
+FORMAT = 2  # version of the cache files
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class MediaStats:
-    """What was really seen and heard of a sample."""
+    """How much of a sample was decoded."""
 
     frames: int = 0
     audio_seconds: float = 0.0
@@ -30,7 +32,7 @@ class MediaStats:
 @final
 @dataclass(frozen=True, kw_only=True)
 class EncodedSegment:
-    """An encoded segment, and what was seen and heard of the stream up to its end."""
+    """An encoded segment, and how much of the stream was decoded up to its end."""
 
     encoded: Encoded
     heard: MediaStats
@@ -44,42 +46,68 @@ def fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-def store_segments(parts: Sequence[EncodedSegment], path: Path) -> None:
-    """One file a sample, renamed into place when whole."""
-    tensors, table = {}, []
-    for number, part in enumerate(parts):
-        segment, heard = part.encoded, part.heard
-        for name, track in (("visual", segment.visual), ("audio", segment.audio)):
-            if track is not None:
-                tensors[f"{number}.{name}"] = track.contiguous()
-        times = [segment.start, segment.seconds, segment.seconds_per_grid]
-        table.append([segment.grid, *times, heard.frames, heard.audio_seconds])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.{id(parts)}.part")
-    try:
-        save_file(tensors, partial, metadata={"segments": json.dumps(table)})
-    except SafetensorError as error:  # a full disk, in its own words
-        partial.unlink(missing_ok=True)
-        raise OSError(errno.EIO, str(error), str(path)) from error
-    partial.replace(path)
+@final
+@dataclass(frozen=True)
+class EncoderCache:
+    """A folder of encoder outputs; a file is found by the sha256 of its inputs."""
 
+    folder: Path
+    fingerprint: str  # of the encoders
 
-def restore_segments(path: Path, device: torch.device) -> Iterator[EncodedSegment]:
-    """The segments as they were made, on the device where they would be made, one after the other."""
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for number, row in enumerate(json.loads(file.metadata()["segments"])):
-            (time, rows, columns), start, seconds, spacing, frames, audio_seconds = row
-            visual, audio = (
-                file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
-                for name in ("visual", "audio")
-            )
-            encoded = Encoded(
-                visual=visual,
-                audio=audio,
-                grid=(time, rows, columns),
-                start=start,
-                seconds=seconds,
-                seconds_per_grid=spacing,
-            )
-            yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
+    def path_of(self, sample: Sample, source: FileSource) -> Path:
+        """The cache file of a sample as `source` reads it, whether or not it exists.
+
+        Raises MediaError when a media file of the sample is missing.
+        """
+        span = f"{source.start} {source.end}{' causal' if source.causal else ''}"
+        digest = hashlib.sha256(f"{FORMAT} {self.fingerprint} {source.options} {span}".encode())
+        for path in (sample.video, sample.audio):
+            if path is not None:
+                if not path.is_file():
+                    raise MediaError(path, "missing", "is not there; restore it or correct the manifest")
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return self.folder / f"{digest.hexdigest()}.safetensors"
+
+    @staticmethod
+    def load(path: Path, device: torch.device) -> Iterator[EncodedSegment]:
+        """The segments of a cache file, one after the other, on a device."""
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for number, row in enumerate(json.loads(file.metadata()["segments"])):
+                (time, rows, columns), start, seconds, spacing, frames, audio_seconds = row
+                visual, audio = (
+                    file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
+                    for name in ("visual", "audio")
+                )
+                encoded = Encoded(
+                    visual=visual,
+                    audio=audio,
+                    grid=(time, rows, columns),
+                    start=start,
+                    seconds=seconds,
+                    seconds_per_grid=spacing,
+                )
+                yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
+
+    @staticmethod
+    def store(path: Path, segments: Sequence[EncodedSegment]) -> None:
+        """Write the segments to a cache file, renamed into place when complete."""
+        # 1. tensors by segment number and track, and a table of the rest
+        tensors, table = {}, []
+        for number, segment in enumerate(segments):
+            encoded, heard = segment.encoded, segment.heard
+            for name, track in (("visual", encoded.visual), ("audio", encoded.audio)):
+                if track is not None:
+                    tensors[f"{number}.{name}"] = track.contiguous()
+            times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
+            table.append([encoded.grid, *times, heard.frames, heard.audio_seconds])
+        # 2. write beside the file, then rename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.{id(segments)}.part")
+        try:
+            save_file(tensors, partial, metadata={"segments": json.dumps(table)})
+        except SafetensorError as error:  # a full disk
+            partial.unlink(missing_ok=True)
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        partial.replace(path)

@@ -1,6 +1,5 @@
-"""From a sample to a stream: decode, encode (or take the encoders' outputs from a cache), cut, pack the questions."""
+"""From a sample to a stream: decode and encode (or read the encoder outputs from a cache), cut, pack the questions."""
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,28 +14,22 @@ from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policies.base import Policy, StreamOutline
+from omnimem.policies.base import Policy
+from omnimem.policies.capabilities import StreamOutline, needs_oracle, probes_of, with_oracle
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.encoder_cache import (
-    FORMAT,
-    EncodedSegment,
-    MediaStats,
-    fingerprint,
-    restore_segments,
-    store_segments,
-)
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 
 IGNORED = -100
-QUESTION_ROOM = 1024  # positions kept free for a question and its answer
+QUESTION_ROOM = 1024  # positions reserved for a question and its answer
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """What chunks are cut from: the encoded segments of a sample, as a list or as they come."""
+    """A sample with encoded segments to cut chunks from, as a list or while they are decoded."""
 
     @property
     def sample(self) -> Sample: ...
@@ -46,23 +39,23 @@ class Readable(Protocol):
 
     @property
     def tracks(self) -> Tracks | None:
-        """None: nothing of the stream is read."""
+        """The tracks that are read; None: no stream."""
         ...
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class EncodedSample:
-    """A sample whose segments are encoded; `tracks` says which it has."""
+    """A sample with all its encoded segments."""
 
     sample: Sample
     segments: Sequence[Encoded]
-    tracks: Tracks | None  # None: nothing of the stream is read
+    tracks: Tracks | None  # None: no stream
     heard: MediaStats
 
     @property
     def moments(self) -> tuple[float | None, ...]:
-        """The distinct times at which something is asked, in order; None, after the end, is the last."""
+        """The distinct times at which questions are asked, in order; None (after the end) comes last."""
         return self.sample.moments
 
     @property
@@ -71,38 +64,62 @@ class EncodedSample:
         return sum(segment.count for segment in self.segments)
 
     def asked(self, due: Sequence[float | None]) -> list[int]:
-        """Numbers of the questions that are asked at these moments."""
+        """Numbers of the questions at these moments."""
         return self.sample.asked(due)
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What samples must share to pass together."""
+        """The properties that samples of one batch must share."""
         return layout(self.sample, self.tracks, self.segments)
 
 
 def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
-    """What samples must share to pass together."""
+    """The properties that samples of one batch must share."""
     return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.moments)
 
 
 @final
 class Feeder:
-    """Turns samples into chunks and prompts for one backbone and one way of reading."""
+    """Turns samples into chunks and prompts for one backbone and one set of stream options."""
 
-    def __init__(
-        self, backbone: Backbone, options: StreamOptions, cache: Path | None = None, *, encoder: str | None = None
-    ) -> None:
-        """With a cache folder, what the frozen encoders made of a file is kept there under its sha256.
+    def __init__(self, backbone: Backbone, options: StreamOptions, cache: Path | EncoderCache | None = None) -> None:
+        """`cache` is a folder for the outputs of the frozen encoders, or the cache of a feeder over the same encoders.
 
-        `encoder` is the fingerprint of the encoders, for another feeder over the same ones. Raises LayoutError when
-        no frame grid ends with an audio block at this rate.
+        Raises LayoutError when no frame grid ends with an audio block at this rate.
         """
-        self.backbone, self.options, self.cache = backbone, options, cache
+        self.backbone, self.options = backbone, options
         try:
             backbone.geometry.segment(options.fps)
         except ValueError as error:
             raise LayoutError(f"stream.{error}") from error
-        self.encoder = encoder or (fingerprint(backbone) if cache is not None else "")
+        self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
+
+    # ------------------------------------------------------------------------------------ decoding and encoding
+
+    def source(self, sample: Sample) -> FileSource:
+        """The file of a sample, up to the last question.
+
+        Where questions are asked during the stream, audio after a question must not change its answer, and nothing is
+        read after the last one. Raises MediaError as `tracks_of`.
+        """
+        return FileSource(
+            sample.video or sample.audio or "",
+            sample.audio,
+            options=self.options.source(tracks_of(sample, self.options.tracks)),
+            geometry=self.backbone.geometry,
+            start=sample.start,
+            end=self._end(sample),
+            causal=any(time is not None for time in sample.times),
+        )
+
+    def _end(self, sample: Sample) -> float | None:
+        """Seconds of the file that are read; None: to its end."""
+        during = [time for time in sample.times if time is not None]
+        if not during or None in sample.times:
+            return sample.end
+        step = self.backbone.geometry.segment(self.options.fps)[0]
+        last = sample.start + (math.floor(max(during) / step) + 1) * step
+        return last if sample.end is None else min(last, sample.end)
 
     def open(self, sample: Sample) -> EncodedSample:
         """Decode and encode a whole sample.
@@ -115,21 +132,33 @@ class Feeder:
         return EncodedSample(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
 
     def read(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> Iterator[EncodedSegment]:
-        """The segments of a sample as they come: from the cache, or decoded and encoded on the way.
+        """The segments of a sample one after the other: from the cache, or decoded and encoded on demand.
 
-        `decoded` are the segments of `source(sample)` where something else reads it. Raises MediaError as `open`.
+        `decoded` are the segments of `source(sample)`, if they are decoded elsewhere. Raises MediaError as `open`.
         """
-        path = self._cached(sample)
-        if path is not None and path.is_file():
-            yield from restore_segments(path, self.backbone.device)
+        path = self._cache_file(sample)
+        if self.cache is not None and path is not None and path.is_file():
+            yield from self.cache.load(path, self.backbone.device)
             return
-        parts = self._encoded(sample, self.source(sample) if decoded is None else decoded)
-        if path is not None:
-            parts = list(parts)
-            store_segments(parts, path)
-        yield from parts
+        encoded = self._encoded(sample, self.source(sample) if decoded is None else decoded)
+        if self.cache is not None and path is not None:
+            encoded = list(encoded)
+            self.cache.store(path, encoded)
+        yield from encoded
+
+    def stored(self, sample: Sample) -> bool:
+        """Whether the cache holds the encoder outputs of a sample, so that it need not be decoded."""
+        path = self._cache_file(sample)
+        return path is not None and path.is_file()
+
+    def _cache_file(self, sample: Sample) -> Path | None:
+        return None if self.cache is None else self.cache.path_of(sample, self.source(sample))
 
     def _encoded(self, sample: Sample, segments: Iterable[Segment]) -> Iterator[EncodedSegment]:
+        """Encode segments, and count the media decoded up to the end of each.
+
+        Raises MediaError when there is none.
+        """
         mel, total = self.backbone.geometry.mel, MediaStats()
         heard: deque[MediaStats] = deque()
 
@@ -145,62 +174,30 @@ class Feeder:
         for encoded in self.backbone.encode(counted(), fps=self.options.fps):
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
         if total == MediaStats():
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no sound")
-
-    def stored(self, sample: Sample) -> bool:
-        """Whether the cache has what the encoders made of a sample, so that nothing of it need be decoded."""
-        path = self._cached(sample)
-        return path is not None and path.is_file()
+            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no audio")
 
     def unseen(self, sample: Sample) -> EncodedSample:
-        """The sample without its stream: what a blind arm gets."""
+        """The sample without its stream, for an arm that sees the question alone."""
         return EncodedSample(sample=sample, segments=[], tracks=None, heard=MediaStats())
 
-    def prompt_text(self, sample: Sample, question: str) -> str:
-        """The whole prompt as text, the stream left out: its sha256 says whether two arms were asked the same."""
-        return self.backbone.framed(question, system=sample.system)
-
-    def source(self, sample: Sample) -> FileSource:
-        """The file of a sample, as far as it is asked about.
-
-        Where questions are asked on the way, nothing that is heard later may change what they are answered from, and
-        after the last of them nothing is read. Raises MediaError as `tracks_of`.
-        """
-        return FileSource(
-            sample.video or sample.audio or "",
-            sample.audio,
-            options=self.options.source(tracks_of(sample, self.options.tracks)),
-            geometry=self.backbone.geometry,
-            start=sample.start,
-            end=self._end(sample),
-            causal=any(time is not None for time in sample.times),
-        )
-
-    def _end(self, sample: Sample) -> float | None:
-        """Seconds of the file after which nothing of it is needed; None: its end."""
-        during = [time for time in sample.times if time is not None]
-        if not during or None in sample.times:
-            return sample.end
-        step = self.backbone.geometry.segment(self.options.fps)[0]
-        last = sample.start + (math.floor(max(during) / step) + 1) * step
-        return last if sample.end is None else min(last, sample.end)
+    # --------------------------------------------------------------------------------- streams and their chunks
 
     def stream(self, attached: StreamedAttention, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
-        """An empty stream; with `positions: compact` it stays within the positions the model was trained on."""
+        """An empty stream; with `positions: compact` it stays within the trained positions of the model."""
         compact = self.options.positions == "compact"
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
-        probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.probes]
+        probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in probes_of(policy)]
         return Stream(attached, policy, batch=batch, last_position=last, probes=probes, **settings)
 
     def with_oracle(self, policy: Policy, batch: Sequence[Readable]) -> Policy:
-        """The policy, told what the streams will hold where it asks to know; their segments must pass twice then."""
-        return policy.with_oracle([self.outline(readable) for readable in batch]) if policy.needs_oracle else policy
+        """The policy with the content of the streams, where it needs that; their segments are then read twice."""
+        return with_oracle(policy, [self.outline(readable) for readable in batch]) if needs_oracle(policy) else policy
 
     def outline(self, readable: Readable) -> StreamOutline:
-        """What a stream will hold: its tokens and their places, and which of them its `meta.needles` are.
+        """Modality and position of all tokens of a stream, and the tokens of its `meta.needles`.
 
-        A needle is [second] of sound, or [second, y, x] of a picture, from its top left corner 0, 0 to 1, 1.
+        A needle is [second] for audio, or [second, y, x] for a frame, y and x from 0 (top, left) to 1.
         """
         segments, sample = list(readable.segments), readable.sample
         chunks = self.backbone.chunks(
@@ -214,7 +211,7 @@ class Feeder:
     def chunks(self, batch: Sequence[Readable], chunk_tokens: int | None = None) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked.
 
-        `chunk_tokens` stands in for that of the options; what the encoders made is the same at any size.
+        `chunk_tokens` overrides that of the options; encoder outputs do not depend on it.
         """
         first = batch[0]
         return self.backbone.chunks(
@@ -227,9 +224,9 @@ class Feeder:
         )
 
     def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
-        """The opening and the chunks of a file or a live stream, each decoded and encoded when it is asked for.
+        """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
 
-        A chunk also ends at each of the `cuts`, in seconds, so that a question then sees nothing later.
+        A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later.
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
@@ -242,6 +239,12 @@ class Feeder:
             cuts=cuts,
         )
 
+    # ------------------------------------------------------------------------------------------------ questions
+
+    def prompt_text(self, sample: Sample, question: str) -> str:
+        """The whole prompt as text without the stream; its sha256 shows whether two arms had the same prompt."""
+        return self.backbone.framed(question, system=sample.system)
+
     def answers(
         self,
         stream: Stream,
@@ -250,9 +253,9 @@ class Feeder:
         max_new_tokens: int = 16,
         head: Callable[[Tensor], Tensor] | None = None,
     ) -> list[str]:
-        """Greedy answers to questions about one stream as it stands; it does not remember having been asked.
+        """Greedy answers to questions about one stream; the stream does not change.
 
-        `head` stands in for the backbone's own: it sees every token come.
+        `head` replaces the backbone's own; it is called for every new token.
         """
         rows = stream.answer(
             self.prompt([[Turn(text=question) for question in questions]], self.options.tracks),
@@ -279,42 +282,28 @@ class Feeder:
             columns += [(i, number, o, label) for i, o, label in zip(ids, offsets, labels, strict=True)]
         return torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T
 
-    def _cached(self, sample: Sample) -> Path | None:
-        if self.cache is None:
-            return None
-        source = self.source(sample)
-        span = f"{source.start} {source.end}{' causal' if source.causal else ''}"
-        digest = hashlib.sha256(f"{FORMAT} {self.encoder} {source.options} {span}".encode())
-        for path in (sample.video, sample.audio):
-            if path is not None:
-                if not path.is_file():
-                    raise MediaError(path, "missing", "is not there; restore it or mend the manifest")
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return self.cache / f"{digest.hexdigest()}.safetensors"
-
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
-    """Arrival number of the token that shows or sounds a needle."""
+    """Arrival number of the token that holds a needle."""
     at, *place = needle
     if not place:
-        sound = (outline.modality == Modality.AUDIO).nonzero()[:, 0]
-        return int(sound[min(len(sound) - 1, int(at * len(sound) / sum(segment.seconds for segment in segments)))])
+        audio = (outline.modality == Modality.AUDIO).nonzero()[:, 0]
+        return int(audio[min(len(audio) - 1, int(at * len(audio) / sum(segment.seconds for segment in segments)))])
     visual = (outline.modality == Modality.VISUAL).nonzero()[:, 0]
     time, *space = outline.positions[:, visual]
-    mine = time == time.unique()[int(at / segments[0].seconds_per_grid)]
+    found = time == time.unique()[int(at / segments[0].seconds_per_grid)]
     for axis, part in zip(space, place, strict=True):
-        mine &= axis == axis.min() + int(part * int(axis.max() - axis.min() + 1))
-    return int(visual[mine][0])
+        found &= axis == axis.min() + int(part * int(axis.max() - axis.min() + 1))
+    return int(visual[found][0])
 
 
 def feed_until_due(
     stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]
 ) -> Iterator[list[float | None]]:
-    """Feed the chunks, and yield the moments that have come whenever it is time to ask.
+    """Feed the chunks to the stream, and yield the due moments whenever it is time to ask.
 
-    A question at a moment sees the chunks that were over by then, and nothing later; None comes after the end, and so
-    does a moment that the stream does not reach. After the last moment nothing is read.
+    A question at a moment sees the chunks that end by then, and nothing later. None, and a moment that the stream does
+    not reach, is due after the end. After the last moment nothing is read.
     """
     waiting = list(moments)
     for chunk in chunks:
@@ -329,24 +318,24 @@ def feed_until_due(
         yield waiting
 
 
-def batch_by_layout(opened: Iterable[EncodedSample], size: int) -> Iterator[list[EncodedSample]]:
+def batch_by_layout(encoded: Iterable[EncodedSample], size: int) -> Iterator[list[EncodedSample]]:
     """Samples in batches of at most `size` that share a layout, in order of first arrival."""
     waiting: dict[tuple[object, ...], list[EncodedSample]] = {}
-    for one in opened:
-        batch = waiting.setdefault(one.layout, [])
-        batch.append(one)
+    for sample in encoded:
+        batch = waiting.setdefault(sample.layout, [])
+        batch.append(sample)
         if len(batch) == size:
-            yield waiting.pop(one.layout)
+            yield waiting.pop(sample.layout)
     yield from waiting.values()
 
 
 def tracks_of(sample: Sample, asked: Tracks) -> Tracks:
-    """The tracks to read: those asked for, or the only one that the manifest names.
+    """The tracks to read: those asked for, or the only one in the manifest.
 
-    Raises MediaError when an audio-only sample is asked for its pictures.
+    Raises MediaError when the video track of an audio-only sample is asked for.
     """
     if sample.video is not None:
         return asked
     if asked == "video":
-        raise MediaError(sample.audio or Path(sample.id), "no_video", "has sound only, but stream.tracks is video")
+        raise MediaError(sample.audio or Path(sample.id), "no_video", "has audio only, but stream.tracks is video")
     return "audio"

@@ -1,4 +1,4 @@
-"""The prompt pass: packed questions read the memory on a fork; the memory stays as it is."""
+"""The prompt pass: packed questions read the memory, which does not change."""
 
 from dataclasses import dataclass
 from typing import final
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import MEMORY, Segments, attend
-from omnimem.per_head import of_rows, query_rows, rows_of
+from omnimem.per_head import head_rows, of_rows, query_rows, rows_of
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.chunk_pass import ReadConfig, head_rows, kv_from_states
+from omnimem.streaming.chunk_pass import ReadConfig, kv_from_states
 from omnimem.tokens import Tokens
 
 PADDING = -1  # segment of padding in a packed pass
@@ -20,62 +20,69 @@ PADDING = -1  # segment of padding in a packed pass
 @final
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Packed questions of each stream, to be read at the end of what was fed."""
+    """Packed questions of each stream; they follow the tokens fed so far."""
 
     ids: Int[Tensor, "batch tokens"]
     segments: Int[Tensor, "batch tokens"]  # number of the question; PADDING where a row is shorter
-    offsets: Int[Tensor, "batch tokens"]  # position relative to the first one after the stream
-    labels: Int[Tensor, "batch tokens"] | None = None  # the token each row should predict next; -100: none
+    offsets: Int[Tensor, "batch tokens"]  # position relative to the first position after the stream
+    labels: Int[Tensor, "batch tokens"] | None = None  # the next token at each place; -100: no loss
 
 
 @final
 class PromptAttention:
-    """A layer step: packed questions attend to the memory and to their own segment; the memory stays as it is.
+    """A layer step: packed questions attend to the memory and to their own segment; the memory does not change.
 
-    Where the memory carries layer inputs, its keys and values are made of them anew: their values are as they were,
-    and the weights that make them learn.
+    Where the memory carries layer inputs, its keys and values are recomputed from them: the values stay the same, and
+    the weights that produce them learn.
     """
 
     def __init__(
-        self, attached: StreamedAttention, manner: ReadConfig, segments: Tensor, before: "PromptState | None"
+        self, attached: StreamedAttention, config: ReadConfig, segments: Tensor, before: "PromptState | None"
     ) -> None:
-        self.attached, self.manner, self.segments, self.before = attached, manner, segments, before
+        self.attached, self.config, self.segments, self.before = attached, config, segments, before
         self._read: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def __call__(
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
+        # 1. the memory, with gradient to the weights where it carries layer inputs
         kept = Tokens.of(memory)
         if kept.states.shape[-1]:
             kept = kv_from_states(kept, self.attached, layer)
-        asked = self.segments
+        # 2. keys and values of the questions, after those of the tokens that were read before
+        key_segments = query_segments = self.segments
         if self.before is not None:
             keys = torch.cat([self.before.keys[layer], keys], dim=2)
             values = torch.cat([self.before.values[layer], values], dim=2)
-            asked = torch.cat([self.before.segments, asked], dim=1)
+            key_segments = torch.cat([self.before.segments, key_segments], dim=1)
         if self._read is not None:
             self._read[layer] = keys, values
-        asking, heads = self.segments, keys.shape[1]
-        if self.manner.policy.per_head:
-            kept, queries, (keys, values) = (
+        # 3. attend to [memory ; questions]; where heads keep tokens of their own, each head is a row
+        heads = keys.shape[1]
+        if self.config.per_head:
+            kept, queries, keys, values = (
                 rows_of(kept, heads),
                 query_rows(queries, heads),
-                map(head_rows, (keys, values)),
+                head_rows(keys),
+                head_rows(values),
             )
-            asking, asked = (part.repeat_interleave(heads, dim=0) for part in (asking, asked))
-        open_to_all = torch.full_like(kept.order, MEMORY)
+            key_segments, query_segments = (
+                part.repeat_interleave(heads, dim=0) for part in (key_segments, query_segments)
+            )
         output = attend(
             queries,
             torch.cat([kept.keys, keys], dim=2),
             torch.cat([kept.values, values], dim=2),
             scale=scale,
-            gate=F.pad(kept.gate, (0, keys.shape[2])) if self.manner.gated else None,
-            segments=Segments(queries=asking, keys=torch.cat([open_to_all, asked], dim=1)),
+            gate=F.pad(kept.gate, (0, keys.shape[2])) if self.config.gated else None,
+            segments=Segments(
+                queries=query_segments, keys=torch.cat([torch.full_like(kept.order, MEMORY), key_segments], dim=1)
+            ),
         )
-        return of_rows(output, heads) if self.manner.policy.per_head else output
+        return of_rows(output, heads) if self.config.per_head else output
 
     def take_results(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys and values of the questions in every layer; the step forgets them, and notes no more."""
+        """Keys and values of the questions in every layer; the step drops them and notes no more."""
         read, self._read = self._read, None
         return read or {}
 
@@ -83,7 +90,7 @@ class PromptAttention:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PromptState:
-    """Questions read so far: final hidden states of the last tokens read, and the keys and values to go on from."""
+    """Questions read so far: final hidden states of the latest tokens, and keys and values of all of them."""
 
     hidden: Float[Tensor, "batch tokens width"]
     segments: Int[Tensor, "batch read"]
@@ -96,7 +103,7 @@ def last_of_each(prompt: Prompt) -> tuple[Int[Tensor, "batch asked"], Int[Tensor
     """Index and offset of the last token of every question; offset -1 where a row has no such question."""
     count = int(prompt.segments.max()) + 1
     place = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)
-    mine = prompt.segments[:, None, :] == torch.arange(count, device=place.device)[None, :, None]
-    last = torch.where(mine, place, -1).amax(dim=-1)
+    own = prompt.segments[:, None, :] == torch.arange(count, device=place.device)[None, :, None]
+    last = torch.where(own, place, -1).amax(dim=-1)
     offset = prompt.offsets.gather(1, last.clamp_min(0))
     return last.clamp_min(0), torch.where(last < 0, -1, offset)

@@ -1,4 +1,4 @@
-"""Stream: feed chunks, ask questions on a fork, at any time; the same object in training and in evaluation."""
+"""Stream: feed chunks and ask questions at any time; training and evaluation use the same object."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, projection
+from omnimem.policies.capabilities import needs_novelty, prefiltered, probes_of, reindexes
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import (
     ChunkStep,
     Compaction,
+    DirectStep,
     MemoryStep,
     ReadConfig,
     Recorder,
     layer_tensors,
-    step_directly,
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
 from omnimem.tokens import Chunk, Modality
@@ -29,9 +30,9 @@ from omnimem.tokens import Chunk, Modality
 @final
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the memory of a stream took, per stream; entries are audio and visual tokens summed over the layers."""
+    """Sizes that the memory of a stream reached; entries are audio and visual tokens summed over the layers."""
 
-    peak_entries: int | float = 0  # right before an eviction: memory and chunk
+    peak_entries: int | float = 0  # most right before an eviction: memory and chunk
     kept_entries: int | float = 0  # most after an eviction
     bytes: int = 0  # most after an eviction: keys, values, text and side state
     tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
@@ -40,7 +41,7 @@ class Usage:
 
 @final
 class Stream:
-    """A batch of streams of one layout, each with a memory of its own."""
+    """A batch of streams of one layout, each with its own memory."""
 
     def __init__(
         self,
@@ -49,44 +50,46 @@ class Stream:
         *,
         batch: int = 1,
         softness: Softness | None = None,
-        carry: MemoryStep = step_directly,
+        carry: MemoryStep | None = None,
         recorder: Recorder | None = None,
         last_position: int | None = None,
         probes: Sequence[Int[Tensor, " _"]] = (),
     ) -> None:
         """An empty stream; a softness softens selection and carries its gate (training only).
 
-        Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (design 5).
-        `probes` are the token ids of those that the policy asks for. Raises ValueError when their number differs.
+        `carry` is how the memory passes from chunk to chunk: a gradient mode of `tuning.gradient`, or nothing special.
+        Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (docs/paper.md,
+        "Positions"). `probes` are the token ids of the policy's probe prompts. Raises ValueError when their number
+        differs.
         """
-        if len(probes) != len(policy.probes):
+        if len(probes) != len(wanted := probes_of(policy)):
             raise ValueError(
-                f"policy {policy.name} asks {len(policy.probes)} probes after every chunk and {len(probes)} are given; "
+                f"policy {policy.name} asks {len(wanted)} probes after every chunk, got {len(probes)}; "
                 "open the stream by Feeder.stream, which has the tokenizer"
             )
         self.attached, self.policy, self.softness = attached, policy, softness
-        self.carry, self.recorder, self.last_position = carry, recorder, last_position
-        self._manner = ReadConfig(
+        self.carry, self.recorder, self.last_position = carry or DirectStep(), recorder, last_position
+        self._config = ReadConfig(
             policy=policy,
             softness=softness,
             recorder=recorder,
             projection=self._feature_projection(),
-            probes=tuple(probes),
+            probe_ids=tuple(probes),
         )
-        shape, matrix = attached.shape, self._manner.projection
+        shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
         self.memory = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
-        self._next = (0,) * batch  # position that follows what was fed, of each stream
-        self._moved = (0,) * batch  # by how much later tokens stand earlier than the backbone counts
+        self._next = (0,) * batch  # of each stream, the position that follows the latest chunk
+        self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
 
     def _feature_projection(self) -> Tensor | None:
-        """None: the exact state; a matrix without columns where nothing judges redundancy."""
+        """None: the exact layer input; a matrix without columns where redundancy is not measured."""
         shape, wanted = self.attached.shape, self.policy.measures.feature
-        judged = self.policy.needs_novelty and self.policy.budget is not None
-        if not judged and self.recorder is None:
+        measured = needs_novelty(self.policy) and self.policy.budget is not None
+        if not measured and self.recorder is None:
             wanted = 0
         if wanted is None or wanted >= shape.width:
             return None
@@ -94,64 +97,74 @@ class Stream:
 
     @property
     def next_position(self) -> int:
-        """The position that follows what was fed; of a batch the furthest."""
+        """The position that follows the latest chunk; the largest of the batch."""
         return max(self._next)
 
     @property
     def moved(self) -> int:
-        """By how much later tokens stand earlier than the backbone counts; of a batch the most."""
+        """By how much positions of new tokens are below those of the backbone; the largest of the batch."""
         return max(self._moved)
 
     def feed(self, chunk: Chunk) -> None:
-        """Read a chunk: every layer attends to its memory and what the policy lets pass, then keeps its budget."""
+        """Read a chunk: every layer attends to its memory and the chunk, then evicts until its budget holds.
+
+        Raises ValueError when positions pass `last_position` even with a compacted memory.
+        """
+        # 1. place: the positions of the chunk in this stream
         chunk, compaction = self._placed(chunk)
+        # 2. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
-        sifted = self.policy.prefilter(chunk, arrival.expand(chunk.modality.shape))
-        read = sifted.chunk
-        before = self.memory.entries
-        if read.count:
+        passed = prefiltered(self.policy, chunk, arrival.expand(chunk.modality.shape))
+        entries = self.memory.entries
+        # 3. read and evict (`ChunkAttention`), as the gradient mode carries the memory
+        if passed.chunk.count:
             step = ChunkStep(
                 attached=self.attached,
-                manner=self._manner,
-                positions=read.positions,
-                modality=read.modality,
-                deepstack=read.deepstack,
-                order=sifted.order,
+                config=self._config,
+                positions=passed.chunk.positions,
+                modality=passed.chunk.modality,
+                deepstack=passed.chunk.deepstack,
+                order=passed.order,
                 compaction=compaction,
             )
-            self.memory = self.carry(step, self.memory, read.embeddings)
+            self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
         elif compaction is not None:
             self.memory = compaction(self.memory, self.attached.rotary)
-        self._account(chunk, read, before)
+        # 4. account: tokens fed, next positions, usage
+        self._account(chunk, passed.chunk, entries)
 
-    def _placed(self, chunk: Chunk) -> tuple[Chunk, "Compaction | None"]:
-        """The chunk at the positions it will have in this stream, and how room is made below `last_position` first."""
+    def _placed(self, chunk: Chunk) -> tuple[Chunk, Compaction | None]:
+        """The chunk at its positions in this stream, and the compaction that has to come first, if any."""
+        # 1. text before the first audio or visual token is the opening
         if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
+        # 2. compact where the policy does so after every chunk, or where positions run out
         limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        if self.policy.reindex or (limit is not None and last - min(self._moved) >= limit):
+        if reindexes(self.policy) or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
-            ways = zip(self._moved, self._next, compaction.end, strict=True)
-            self._moved, self._next = tuple(moved + old - new for moved, old, new in ways), compaction.end
+            shifts = zip(self._moved, self._next, compaction.end, strict=True)
+            self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
             reached = last - min(self._moved)
             if limit is not None and reached >= limit:
                 raise ValueError(
                     f"memory and chunk reach position {reached} even when compacted, the model was trained below "
                     f"{limit}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
+        # 3. shift the chunk by as much as the memory has moved
         if not any(self._moved):
             return chunk, compaction
         back = torch.tensor(self._moved, device=chunk.positions.device)[:, None].expand(chunk.modality.shape)
         return replace(chunk, positions=earlier(chunk.positions, chunk.modality, back)), compaction
 
     def _compaction(self) -> Compaction:
-        """How what is kept moves up as far as it can, each stream by itself."""
+        """The compaction that moves the kept tokens up as far as possible, each stream on its own."""
         times = [distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers]
         return Compaction(opening=self.opening, end=tuple(self.opening + max(row) for row in zip(*times, strict=True)))
 
-    def _account(self, chunk: Chunk, read: Chunk, before: int | float) -> None:
+    def _account(self, chunk: Chunk, read: Chunk, entries: int | float) -> None:
+        """Update counters and usage; `entries` are those of the memory before the chunk."""
         arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
-        pool = before + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
+        pool = entries + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
         self.fed += chunk.count
         ends = chunk.positions.amax(dim=(1, 2)).tolist()
         self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
@@ -165,7 +178,7 @@ class Stream:
         )
 
     def fork(self) -> "Stream":
-        """A stream with the same past; what is fed to one is not seen by the other."""
+        """A stream with the same past; chunks fed to one of them do not reach the other."""
         twin = Stream(
             self.attached,
             self.policy,
@@ -174,41 +187,45 @@ class Stream:
             carry=self.carry,
             recorder=self.recorder,
             last_position=self.last_position,
-            probes=self._manner.probes,
+            probes=self._config.probe_ids,
         )
         twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
         twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
         return twin
 
+    def read(self, loss: Callable[[Memory], Tensor]) -> Tensor:
+        """`loss` of the memory, with the gradient of the stream's gradient mode."""
+        return self.carry.read(loss, self.memory)
+
     def ask(self, prompt: Prompt, before: PromptState | None = None) -> PromptState:
-        """Read packed questions (or, after `before`, their continuation); the memory stays as it is."""
+        """Read packed questions (or, after `before`, their continuation); the memory does not change."""
         return self.reader(prompt, before)(self.memory)
 
     def reader(self, prompt: Prompt, before: PromptState | None = None) -> Callable[[Memory], PromptState]:
-        """`ask` as a function of a memory, asked where the stream is now, however often and however late it is called.
+        """`ask` as a function of a memory, at the present end of the stream however often and late it is called.
 
-        It holds no memory of its own: in training the questions are read again in backward (`tuning.gradient`).
+        It holds no memory itself: in training the questions are read again in backward (`tuning.gradient`).
         """
-        attached, manner, compaction, first = self.attached, self._manner, None, self._next
-        if self.policy.reindex:
+        attached, config, compaction, first = self.attached, self._config, None, self._next
+        if reindexes(self.policy):
             compaction = self._compaction()
             first = compaction.end
         starts = torch.tensor(first, device=prompt.offsets.device)[:, None]
         positions = (prompt.offsets + starts)[:, None, :].expand(-1, 3, -1)
 
         def read(memory: Memory) -> PromptState:
-            step = PromptAttention(attached, manner, prompt.segments, before)
+            attention = PromptAttention(attached, config, prompt.segments, before)
             if compaction is not None:
                 memory = compaction(memory, attached.rotary)
             try:
-                hidden = attached.run(step, attached.embed(prompt.ids), positions, memories=layer_tensors(memory))
-            finally:  # as for chunks
-                pairs = step.take_results()
+                hidden = attached.run(attention, attached.embed(prompt.ids), positions, memories=layer_tensors(memory))
+            finally:  # a recomputation ends by an exception, as for chunks
+                pairs = attention.take_results()
             past = () if before is None else (before,)
             return PromptState(
                 hidden=hidden,
-                segments=torch.cat([*(reading.segments for reading in past), prompt.segments], dim=1),
-                offsets=torch.cat([*(reading.offsets for reading in past), prompt.offsets], dim=1),
+                segments=torch.cat([*(state.segments for state in past), prompt.segments], dim=1),
+                offsets=torch.cat([*(state.offsets for state in past), prompt.offsets], dim=1),
                 keys={layer: keys for layer, (keys, _) in pairs.items()},
                 values={layer: values for layer, (_, values) in pairs.items()},
             )
@@ -230,10 +247,12 @@ class Stream:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-        reading = self.ask(prompt)
+        # 1. read the questions; the logits of their last tokens
+        state = self.ask(prompt)
         last, offsets = last_of_each(prompt)
-        logits = head(reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1])))
+        logits = head(state.hidden.gather(1, last[..., None].expand(-1, -1, state.hidden.shape[-1])))
         numbers = torch.arange(last.shape[1], device=last.device).expand_as(last)
+        # 2. decode all answers together, one token of each per pass
         ends = torch.tensor(list(stop), device=last.device)
         written: list[Tensor] = []
         done = offsets < 0  # rows with fewer questions than the longest
@@ -244,11 +263,12 @@ class Stream:
             if bool(done.all()) or step + 1 == max_new_tokens:
                 break
             following = Prompt(ids=ids, segments=numbers, offsets=offsets.clamp_min(0) + 1 + step)
-            reading = self.ask(following, reading)
-            logits = head(reading.hidden)
+            state = self.ask(following, state)
+            logits = head(state.hidden)
+        # 3. token ids of the real questions, without padding
         rows = torch.stack(written, dim=-1).tolist()
-        asked = (offsets >= 0).tolist()
+        real = (offsets >= 0).tolist()
         return [
-            [[number for number in ids if number >= 0] for ids, real in zip(row, real_row, strict=True) if real]
-            for row, real_row in zip(rows, asked, strict=True)
+            [[number for number in ids if number >= 0] for ids, asked in zip(row, real_row, strict=True) if asked]
+            for row, real_row in zip(rows, real, strict=True)
         ]

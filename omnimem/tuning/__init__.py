@@ -2,7 +2,6 @@
 
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange
 from omnimem.tuning.gradient import (
-    BackpropMode,
     FullGradient,
     GradientError,
     HorizonGradient,
@@ -29,7 +28,6 @@ __all__ = [
     "AbstractLoss",
     "AdapterError",
     "AnswerLoss",
-    "BackpropMode",
     "BudgetRange",
     "ChunkRange",
     "FullGradient",

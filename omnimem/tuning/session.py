@@ -14,11 +14,11 @@ from omnimem.memory import Memory
 from omnimem.policies.base import Policy
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.streaming.feeder import IGNORED, EncodedSample, Feeder, feed_until_due
 from omnimem.streaming.prompt_pass import Prompt, PromptState
 from omnimem.streaming.stream import Stream, Usage
 from omnimem.tokens import Chunk, Modality
-from omnimem.tuning.gradient import BackpropMode
 from omnimem.tuning.lora import StreamedModel
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows
 
@@ -69,7 +69,7 @@ def streamed_loss(
     policy: Policy,
     *,
     softness: Softness | None,
-    carry: BackpropMode,
+    carry: MemoryStep,
     losses: Sequence[AbstractLoss] = (AnswerLoss(),),
     model: StreamedModel | None = None,
     chunk_tokens: int | None = None,
@@ -98,7 +98,7 @@ def streamed_loss(
     for number, (prompt, labels) in enumerate(lesson.prompts(stream)):
         teacher = taught[number] if taught else None
         loss = _loss_of(taking, stream.reader(prompt), labels, feeder.backbone.head, teacher)
-        values.append(carry.read(loss, stream.memory))
+        values.append(stream.read(loss))
         owners.append((labels != IGNORED).nonzero()[:, 0])
     # 3. reduce
     means = _means_over_streams(torch.cat(values, dim=1), torch.cat(owners), len(batch))

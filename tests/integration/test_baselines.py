@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policies.base import Policy, StreamOutline
+from omnimem.policies.base import Policy
 from omnimem.policies.baselines.h2o import H2OOptions
 from omnimem.policies.baselines.hermes import HermesOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
@@ -29,6 +29,7 @@ from omnimem.policies.baselines.snapkv import SnapKVOptions
 from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.policies.baselines.streammem import StreamMemOptions
 from omnimem.policies.baselines.value_norm import ValueNormOptions
+from omnimem.policies.capabilities import StreamOutline, merges, probes_of, with_oracle
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
@@ -131,13 +132,13 @@ def policy_of(name: str, whole: Chunk | None = None) -> Policy:
     whole = whole_stream() if whole is None else whole
     policy = OPTIONS[name].build(SPLIT)
     needles = [(40 + row, 12, 70) for row in range(whole.modality.shape[0])]
-    return policy.with_oracle(
-        [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
+    return with_oracle(
+        policy, [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
     )
 
 
 def opened(attached: StreamedAttention, policy: Policy, batch: int = 1, **settings: Any) -> Stream:
-    probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(policy.probes)]
+    probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(probes_of(policy))]
     return Stream(attached, policy, batch=batch, probes=probes, **settings)
 
 
@@ -179,7 +180,7 @@ def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is
                 for row in rows:
                     numbers = [k for k, _ in row]
                     assert numbers == sorted(numbers)
-                    assert policy.merges or len(set(numbers)) == len(numbers)
+                    assert merges(policy) or len(set(numbers)) == len(numbers)
                 held.append(sum(kind > 0 for row in rows for _, kind in row) / len(rows))
             slots = [room.audio + room.visual for room in rooms]
             if name.startswith(("lava", "pyramidkv")):
@@ -263,9 +264,8 @@ def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name
         with attach(model, recompute_layers=layers) as attached:
             carry = FullGradient(recompute=recompute)
             stream = fed(attached, policy, chunks, carry=carry)
-            loss = carry.read(
-                lambda memory, stream=stream: stream.reader(prompt_of())(memory).hidden.pow(2).mean(), stream.memory
-            )
+            read = stream.reader(prompt_of())
+            loss = stream.read(lambda memory, read=read: read(memory).hidden.pow(2).mean())
             loss.backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     first, *others = found

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.episodes import Stored
 from support.fake_gpu import GPU, PretendedGPU
 from support.models import cut, text_model, whole_stream
 from support.thinkers import write_folder
@@ -24,6 +23,7 @@ from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.selection import Softness
 from omnimem.streaming.attach import attach
+from omnimem.streaming.chunk_pass import DirectStep
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
@@ -146,7 +146,9 @@ def test_a_streamed_loss_lies_on_the_models_device(
     with attach(backbone.text_model) as attached:
         batch = [feeder.open(sample(video, number, at=4.0)) for number in range(2)]
         policy = policy_at(backbone)
-        loss = streamed_loss(attached, feeder, batch, policy, softness=Softness(temperature=0.5), carry=Stored()).loss
+        loss = streamed_loss(
+            attached, feeder, batch, policy, softness=Softness(temperature=0.5), carry=DirectStep()
+        ).loss
     assert loss.device == GPU
 
 

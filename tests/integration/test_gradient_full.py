@@ -17,7 +17,6 @@ from support.episodes import (
     OneShot,
     ScoresByChunk,
     Softened,
-    Stored,
     mean_answer_loss,
     one_shot_loss,
 )
@@ -37,13 +36,14 @@ from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
 from omnimem.streaming.encoder_cache import MediaStats
 from omnimem.streaming.feeder import EncodedSample, Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import Prompt, PromptState
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
-from omnimem.tuning import BackpropMode, FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
+from omnimem.tuning import FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PreTrainedModel:
@@ -104,7 +104,7 @@ def streamed_loss_of(
     attached: StreamedAttention,
     episode: Episode,
     policy: Policy,
-    carry: BackpropMode,
+    carry: MemoryStep,
     softness: Softness | None = None,
     **settings: int,
 ) -> Tensor:
@@ -118,7 +118,7 @@ def streamed_loss_of(
         if number in asked:
             prompt = asked[number]
             loss = loss_of(stream.reader(prompt), head_of(attached.text_model), prompt.labels)
-            losses.append(carry.read(loss, stream.memory))
+            losses.append(stream.read(loss))
     answers = sum((prompt.labels != IGNORED).sum(dim=1) for prompt in asked.values())
     return (torch.cat(losses, dim=1).sum(dim=1) / answers).mean()
 
@@ -233,7 +233,7 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
 ) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
-    for way, layers in ((carry, by_layer), (Stored(), False)):
+    for way, layers in ((carry, by_layer), (DirectStep(), False)):
         with attach(model, recompute_layers=layers) as attached:
             torch.manual_seed(5)
             loss = streamed_loss_of(attached, episode, policy_of("omnimem"), way, softness)
@@ -249,7 +249,7 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
 def test_gradient_passes_through_positions_that_move_up() -> None:
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     found = []
-    for way, last in ((FullGradient(), 40), (Stored(), 40), (Stored(), 1000)):
+    for way, last in ((FullGradient(), 40), (DirectStep(), 40), (DirectStep(), 1000)):
         with attach(model) as attached:
             loss = streamed_loss_of(
                 attached, episode, policy_of("omnimem"), way, Softness(temperature=0.3), last_position=last
@@ -297,7 +297,7 @@ def long_episode(count: int) -> Episode:
 SLOTS = ((4, 8), (2, 20), (6, 6), (1, 10))
 
 
-def saved_after(attached: StreamedAttention, count: int, carry: BackpropMode) -> tuple[int, int]:
+def saved_after(attached: StreamedAttention, count: int, carry: MemoryStep) -> tuple[int, int]:
     """(bytes saved when the loss is known, bytes of one memory after an eviction)."""
     episode, policy = long_episode(count), policy_of("omnimem", SLOTS)
     stream = Stream(attached, policy, carry=carry)
@@ -314,7 +314,7 @@ def saved_after(attached: StreamedAttention, count: int, carry: BackpropMode) ->
 def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone() -> None:
     with attach(adapted("qwen2_5_omni", torch.float32)) as attached:
         full = {count: saved_after(attached, count, FullGradient()) for count in (4, 8, 16)}
-        stored = {count: saved_after(attached, count, Stored()) for count in (4, 8, 16)}
+        stored = {count: saved_after(attached, count, DirectStep()) for count in (4, 8, 16)}
     memory = full[4][1]
     # keys and values; feature; positions and order; importance, novelty and gate; modality
     entry = 2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 3 * 4 + 1

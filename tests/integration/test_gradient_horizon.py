@@ -1,10 +1,11 @@
 """Gradient within a horizon: of each loss, that of one plain pass in which older chunks are constants."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from support.episodes import ChunkStep, Episode, KeptByChunk, OneShot, ScoresByChunk, Softened, Stored, one_shot_loss
+from support.episodes import Episode, KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
 from test_gradient_full import (
     WAYS,
     adapted,
@@ -21,6 +22,7 @@ from omnimem.memory import Memory
 from omnimem.policies.base import Policy
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.chunk_pass import ChunkStep, DirectStep, MemoryStep
 from omnimem.tuning import FullGradient, HorizonGradient
 
 HELD = {**{name: (way, False) for name, way in WAYS.items()}, "recomputed by layer": (FullGradient(), True)}
@@ -43,22 +45,25 @@ def noted(
     attached: StreamedAttention, episode: Episode, policy: Policy, softness: Softness | None
 ) -> tuple[list[list[Tensor]], Softened | None]:
     """What was kept after each chunk, and the scores that decided it."""
-    noting, scores = KeptByChunk(Stored()), ScoresByChunk(inner=policy.scorer)
+    noting, scores = KeptByChunk(DirectStep()), ScoresByChunk(inner=policy.scorer)
     streamed_loss_of(attached, episode, replace(policy, scorer=scores), noting, softness)
     if softness is None:
         return noting.kept, None
     return noting.kept, Softened(policy=policy, scores=scores.seen, temperature=softness.temperature)
 
 
-class CutOnce(Stored):
+class CutOnce:
     """Plain autograd with the memory detached before chunk number `before` (from 1)."""
 
     def __init__(self, before: int) -> None:
         self.before, self.read_so_far = before, 0
 
-    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> tuple[Memory, MemoryStep]:
         self.read_so_far += 1
-        return step(memory.detached() if self.read_so_far == self.before else memory, embeddings)
+        return step(memory.detached() if self.read_so_far == self.before else memory, embeddings), self
+
+    def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
+        return loss(memory)
 
 
 def test_gradient_reaches_as_many_chunks_back_as_the_horizon_says(family: str) -> None:

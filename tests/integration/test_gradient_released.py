@@ -71,7 +71,7 @@ def by_layer(model: nn.Module, loss: Tensor) -> list[float]:
 
 
 def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_above() -> None:
-    """Method 8.10, by cutting the question off: its own pass teaches every layer."""
+    """docs/paper.md, "Gradient in the release", by cutting the question off: its own pass teaches every layer."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     policy = by_similarity(policy_of("released"))
     with attach(model) as attached:
@@ -80,7 +80,7 @@ def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_abov
             stream = Stream(attached, policy, carry=carry)
             for chunk in episode.chunks:
                 stream.feed(chunk)
-            loss = carry.read(lambda memory: sum(layer.values.sum() for layer in memory.layers), stream.memory)
+            loss = stream.read(lambda memory: sum(layer.values.sum() for layer in memory.layers))
             found = by_layer(model, loss)
             assert [layer for layer, norm in enumerate(found) if norm > 0] == learning
 

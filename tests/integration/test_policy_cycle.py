@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.per_head import packed, rows_of
-from omnimem.policies.base import PolicyError, StreamOutline
+from omnimem.policies.base import PolicyError
 from omnimem.policies.baselines.hermes import Bands, HermesOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
 from omnimem.policies.baselines.input_uniform import InputUniformOptions
@@ -23,10 +23,12 @@ from omnimem.policies.baselines.oracle import OracleOptions
 from omnimem.policies.baselines.recent_frames import RecentFramesOptions
 from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.policies.baselines.streammem import StreamMemOptions, filtered
+from omnimem.policies.capabilities import StreamOutline
 from omnimem.positions import rotate
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import Compaction
 from omnimem.tokens import Modality, Tokens
+from omnimem.tuning import StatesGradient
 from omnimem.view import LayerView, Probed
 
 LENGTHS = [3, 17, 9, 28, 12]
@@ -274,7 +276,7 @@ def test_moved_keys_equal_the_kept_tokens_encoded_at_their_new_places(options, f
     """In every layer, with the model's own modules, from the inputs that entered the layer."""
     policy = options.build(POOL)
     with attach(text_model(family)) as attached, torch.no_grad():
-        stream = opened(attached, policy, carry=lambda step, memory, rows: step(memory, rows, states=True))
+        stream = opened(attached, policy, carry=StatesGradient())
         for chunk in cut(whole_stream()):
             stream.feed(chunk)
         moved = stream._compaction()(stream.memory, attached.rotary)

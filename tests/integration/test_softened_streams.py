@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference
-from support.episodes import KeptByChunk, OneShot, ScoresByChunk, Softened, Stored, one_shot_loss
+from support.episodes import KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
 from support.models import FAMILIES, assert_equal_logits, cut, text_model, whole_stream
 from test_gradient_full import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
 from test_stream import LENGTHS, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
@@ -17,6 +17,7 @@ from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.streaming.attach import attach
+from omnimem.streaming.chunk_pass import DirectStep
 from omnimem.tokens import Modality
 from omnimem.tuning import FullGradient, TuningOptions, gradient_of
 
@@ -105,10 +106,10 @@ def test_soft_gradient_equals_one_shot_with_gates(preset: str, temperature: floa
 def test_every_gradient_mode_reads_a_soft_memory_alike(way: TuningOptions) -> None:
     """The gates have values, so the loss is that of plain autograd under soft selection, whoever learns."""
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32)
-    carries = (gradient_of(way, 4), Stored())
+    carries = (gradient_of(way, 4), DirectStep())
     with attach(model) as attached:
         losses = [streamed_loss_of(attached, episode, policy_of("omnimem"), carry, soft(0.5)) for carry in carries]
-        hard = streamed_loss_of(attached, episode, policy_of("omnimem"), Stored())
+        hard = streamed_loss_of(attached, episode, policy_of("omnimem"), DirectStep())
         assert bool(gradient(losses[0], model).isfinite().all())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
     assert abs(float((losses[1] - hard).detach())) > 1e-4
@@ -118,7 +119,7 @@ def test_every_gradient_mode_reads_a_soft_memory_alike(way: TuningOptions) -> No
 def test_recomputed_soft_gradient_equals_the_stored_one_bit_for_bit(part: str) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
-    for way, by_layer in ((FullGradient(), False), (FullGradient(offload=True), True), (Stored(), False)):
+    for way, by_layer in ((FullGradient(), False), (FullGradient(offload=True), True), (DirectStep(), False)):
         with attach(model, recompute_layers=by_layer) as attached:
             torch.manual_seed(5)
             loss = streamed_loss_of(attached, episode, policy_of("omnimem"), way, soft(0.3, part))

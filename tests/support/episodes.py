@@ -14,9 +14,9 @@ from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.scoring import AbstractScorer, Covered, KeyDifference
 from omnimem.selection import taken
 from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.tokens import EVICTABLE, Chunk, DeepStack, Modality
-from omnimem.tuning import BackpropMode
 from omnimem.view import FLOOR, LayerView, similarity
 
 IGNORED = -100
@@ -67,38 +67,31 @@ class Episode:
         return DeepStack(mask=torch.cat([*(part.mask for part in parts), *plain], dim=1), features=features)
 
 
-class Stored:
-    """Plain autograd: nothing is recomputed."""
+@final
+class CutOff:
+    """A memory without a past: gradient ends at each chunk."""
 
-    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
-        return step(memory, embeddings)
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> tuple[Memory, MemoryStep]:
+        return step(memory, embeddings).detached(), self
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         return loss(memory)
 
 
 @final
-class CutOff(Stored):
-    """A memory without a past: gradient ends at each chunk."""
+class KeptByChunk:
+    """Notes the arrival numbers kept after each chunk, [chunk][layer] batch x kept, and the input bytes."""
 
-    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
-        return Memory.of([tensor.detach() for tensor in step(memory, embeddings).tensors()])
-
-
-@final
-class KeptByChunk(Stored):
-    """Notes the arrival numbers kept after each chunk, [chunk][layer] batch x kept, and bytes of what went in."""
-
-    def __init__(self, inner: BackpropMode) -> None:
+    def __init__(self, inner: MemoryStep) -> None:
         self.inner = inner
         self.kept: list[list[Tensor]] = []
         self.bytes: list[int] = []
 
-    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> tuple[Memory, MemoryStep]:
         self.bytes.append(memory.bytes * memory.batch + embeddings.numel() * embeddings.element_size())
-        after = self.inner(step, memory, embeddings)
+        after, self.inner = self.inner(step, memory, embeddings)
         self.kept.append([layer.order for layer in after.layers])
-        return after
+        return after, self
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         return self.inner.read(loss, memory)

@@ -1,1 +1,1 @@
-"""The methods that OmniMem is compared with, one file each."""
+"""Baselines: the methods that OmniMem is compared with, one per file."""

@@ -1,4 +1,4 @@
-"""Controls: what any memory method must beat at the same entries."""
+"""Controls: baselines that every memory method must beat with the same number of entries."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -12,9 +12,9 @@ from omnimem.scoring import AbstractScorer, Random, Recency, Uniform
 @final
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """Selection that does not look at the content: the recent tokens, tokens at random, or tokens spread evenly.
+    """Selection independent of the content: the latest tokens, random tokens, or tokens spread evenly.
 
-    as_published  one pool of audio and visual tokens a layer
+    as_published  one pool of audio and visual tokens per layer
     shared_split  the audio-visual split of the budget
     """
 

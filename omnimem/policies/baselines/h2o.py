@@ -20,11 +20,11 @@ PRESETS: dict[str, dict[str, Any]] = {"as_published": {"recent_share": 0.5, "per
 @final
 @dataclass(frozen=True, kw_only=True)
 class HeavyHitters(AbstractRanking):
-    """The attention that a token has received from every query so far; the most recent tokens stay in any case.
+    """The attention that a token has received from all queries so far; the most recent tokens are always kept.
 
-    a_k = sum over queries of A_qk, carried from chunk to chunk and filtered with what is kept, mean over the query
-    heads of a row. `per_observer` divides it by the number of tokens that came since, which could all have seen it
-    (kvpress's ObservedAttention): without that, old tokens have had more queries to be heavy in.
+    a_k = sum over queries of A_qk, carried from chunk to chunk for the kept tokens, mean over the query heads of a row.
+    `per_observer` divides it by the number of later tokens, whose queries could attend to it (kvpress's
+    ObservedAttention): otherwise old tokens have the advantage of more queries.
     """
 
     recent_share: float
@@ -32,7 +32,7 @@ class HeavyHitters(AbstractRanking):
 
     @property
     def needs_importance(self) -> bool:
-        """The running sum."""
+        """The running sum is carried."""
         return True
 
     def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
@@ -50,22 +50,22 @@ class HeavyHitters(AbstractRanking):
 class H2OOptions:
     """The streaming port: attention is summed over the queries of each chunk, and evicted after it.
 
-    as_published  half of the slots for recent tokens, half for heavy hitters, as its 10 % + 10 % has it; every
-                  key-value head keeps its own tokens (mean over the query heads that share it), of one pool of audio
+    as_published  half of the slots for recent tokens, half for heavy hitters, like its 10 % + 10 %; every
+                  key-value head keeps tokens of its own (mean over the query heads that share it), of one pool of audio
                   and visual tokens; original positions
     shared_split  the same within each modality of the budget's audio-visual split
-    The class defaults of the release, 4 hitters and 512 recent tokens, are no setting that it evaluates: no preset.
+    The class defaults of the release (4 hitters, 512 recent tokens) are not among its evaluated settings: no preset.
     """
 
     name: Literal["h2o"] = "h2o"
     preset: Preset = "as_published"
     recent_share: float | None = None  # of the slots
     per_observer: bool | None = None  # sums are divided by the number of queries that could see the token
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:
         if self.recent_share is not None and not 0 <= self.recent_share <= 1:
-            raise ValueError(f"policy.recent_share = {self.recent_share:g} must lie between 0 and 1")
+            raise ValueError(f"policy.recent_share = {self.recent_share:g} must be between 0 and 1")
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""

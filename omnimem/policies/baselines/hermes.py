@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, ProbePrompt
+from omnimem.policies.base import JointPolicy
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import allotted, part, settings
 from omnimem.policies.baselines.ranked import newest
+from omnimem.policies.capabilities import ProbePrompt
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.selection.layer_slots import groups
 from omnimem.tokens import Modality, Tokens
@@ -44,13 +45,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "as_released": {"recursive": True, "proxy_forward": "raw_embed"},
     "january": {"recursive": True, "proxy_forward": "raw_embed", "decay": (20.0, 0.5), "recency": (1.0, 0.1)},
 }
-EMPTY = 1e-9  # widths below it count as no width at all
+EMPTY = 1e-9  # ranges below it count as 0
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Bands:
-    """Which part of the depth a layer belongs to: at least one layer is shallow and one is deep."""
+    """Bands of layers: shallow, middle, deep; at least one layer is shallow and one is deep."""
 
     layers: int
     shallow: int
@@ -58,7 +59,7 @@ class Bands:
 
     @classmethod
     def of(cls, layers: int, shallow: float, deep: float) -> "Bands":
-        """Bands by shares of the depth, rounded."""
+        """Bands from fractions of the depth, rounded."""
         below = min(max(1, round(shallow * layers)), layers - 1)
         return cls(layers=layers, shallow=below, deep=min(max(1, round(deep * layers)), layers - below))
 
@@ -74,16 +75,16 @@ class Bands:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class HermesPolicy(Policy):
-    """With i the place among the T audio and visual tokens of a layer's pool and d = (T - 1 - i) / (T - 1):
+class HermesPolicy(JointPolicy):
+    """With i the index among the T audio and visual tokens of a layer's pool and d = (T - 1 - i) / (T - 1):
 
     shallow  exp(-k d), k = decay[0]
     middle   (1 - w) A + w R, A the attention of the probe and R = exp(-k d), both scaled to 0 .. 1; w and k run from
              recency[0] and decay[0] to recency[1] and decay[1] over the band
     deep     the attention of the probe
-    then, from the top down, S_l <- (1 - lambda) S_l + lambda S_{l+1}, place by place. Attention is the mean over heads
-    and tokens of the probe of its softmax over the pool and its own tokens. Deep layers keep one token less, and one
-    that is the mean of the evicted: values as they are, keys turned to the place after the last kept one first.
+    then, from the top down, S_l <- (1 - lambda) S_l + lambda S_{l+1}, index by index. Attention is the mean over heads
+    and tokens of the probe of its softmax over the pool and its own tokens. Deep layers keep one token
+    less, and the mean of the evicted ones: their keys are rotated to the position after the last kept token first.
     """
 
     local: str
@@ -96,32 +97,24 @@ class HermesPolicy(Policy):
     recursive: bool
     summary: bool
     proxy_forward: Literal["true", "raw_embed"]
-
-    @property
-    def joint(self) -> bool:
-        """Scores are smoothed over the layers."""
-        return self.budget is not None
+    reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
 
     @property
     def merges(self) -> bool:
-        """Summaries are no tokens that arrived."""
+        """Summaries are averages of evicted tokens."""
         return self.summary
 
     @property
     def probes(self) -> tuple[ProbePrompt, ...]:
-        """For the middle layers both texts, for the deep ones the second; shallow ones ask nothing."""
+        """Both texts for the middle layers, the second for the deep ones, none for the shallow ones."""
         if self.budget is None:
             return ()
         read = self.proxy_forward == "true"
         return ProbePrompt(text=f"{self.local}; {self.overall}", read=read), ProbePrompt(text=self.overall, read=read)
 
-    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """Everything: under a budget the layers settle it together."""
-        return view.pool
-
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
-        """The memory of every layer; selection is hard in training too, what is kept carries gradient."""
-        assert self.budget is not None, "without a budget nothing is settled"
+        """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
+        assert self.budget is not None, "joint selection needs a budget"
         bands = Bands.of(len(views), self.shallow, self.deep)
         with torch.no_grad():
             scores = self._smoothed([self._score(view, *bands.place(layer)) for layer, view in enumerate(views)], bands)
@@ -134,7 +127,7 @@ class HermesPolicy(Policy):
         return kept
 
     def _score(self, view: LayerView, band: int, depth: float) -> Float[Tensor, "batch places"]:
-        """Of the audio and visual tokens alone, in order."""
+        """Scores of the audio and visual tokens alone, in order."""
         member = view.modality > 0
         places = int(member[0].sum())
         age = (
@@ -151,7 +144,7 @@ class HermesPolicy(Policy):
         return (1 - share) * _scaled(attention) + share * _scaled(recency)
 
     def _attention(self, view: LayerView, probe: int) -> Float[Tensor, "batch tokens"]:
-        """Of one probe, whose own tokens take part in the softmax; causally where it is read through the layers."""
+        """Attention of one probe; its own tokens take part in the softmax, causally if it passes the layers."""
         asked, pool = view.probes[probe], view.pool
         count = asked.queries.shape[2]
         own = torch.ones(count, count, dtype=torch.bool, device=pool.keys.device)
@@ -177,7 +170,7 @@ class HermesPolicy(Policy):
 
 
 def _kept(view: LayerView, scores: Float[Tensor, "batch tokens"], room: LayerSlots, summed_up: bool) -> Tokens:
-    """What a layer keeps: the highest scores, and on demand one token for the evicted ones."""
+    """The highest scores, and with `summed_up` one token for the evicted ones."""
     contested = any(group.contested for group in groups(view.modality, room))
     if not (summed_up and contested):
         return view.pool.gather(select(scores, view.modality, room).index)
@@ -188,10 +181,10 @@ def _kept(view: LayerView, scores: Float[Tensor, "batch tokens"], room: LayerSlo
 
 
 def _summary(view: LayerView, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
-    """One visual token for what is evicted: its pictures, or its sound where no picture goes."""
-    going = ~stays & (view.modality > 0)
-    pictures = going & (view.modality == Modality.VISUAL)
-    sources = torch.where(pictures.any(dim=1, keepdim=True), pictures, going)
+    """One visual token for the evicted visual tokens, or for the audio tokens where no visual one is evicted."""
+    evicted = ~stays & (view.modality > 0)
+    visual = evicted & (view.modality == Modality.VISUAL)
+    sources = torch.where(visual.any(dim=1, keepdim=True), visual, evicted)
     last = newest(_preferred(stays, view.modality), 1).to(torch.int8).argmax(dim=1, keepdim=True)
     target = view.pool.positions.gather(2, last[:, None].expand(-1, 3, -1))
     after = target + torch.tensor([1, 0, 0], device=target.device)[None, :, None]
@@ -201,14 +194,14 @@ def _summary(view: LayerView, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
 
 
 def _preferred(stays: Tensor, kinds: Tensor) -> Bool[Tensor, "batch tokens"]:
-    """Kept visual tokens, kept audio where there are none, text where nothing else is kept."""
+    """Kept visual tokens; kept audio if there are none; kept text if there is neither."""
     of_kinds = [stays & (kinds == kind) for kind in (Modality.VISUAL, Modality.AUDIO)]
     rest = torch.where(of_kinds[1].any(dim=1, keepdim=True), of_kinds[1], stays)
     return torch.where(of_kinds[0].any(dim=1, keepdim=True), of_kinds[0], rest)
 
 
 def _members(values: Float[Tensor, "batch tokens"], member: Tensor) -> Float[Tensor, "batch places"]:
-    """The values of the members, in order; every row has as many."""
+    """The values of the members, in order; every row has the same number."""
     front = (~member).to(torch.int8).argsort(dim=1, stable=True)
     return values.gather(1, front)[:, : int(member[0].sum())]
 
@@ -228,7 +221,7 @@ def _scaled(values: Float[Tensor, "batch places"]) -> Float[Tensor, "batch place
 
 
 def _stretched(values: Float[Tensor, "batch above"], places: int) -> Float[Tensor, "batch places"]:
-    """The values at as many places, by linear interpolation, ends to ends."""
+    """The values at `places` points, by linear interpolation with aligned ends."""
     if values.shape[1] in (0, places) or places == 0:
         return values if values.shape[1] == places else values.new_zeros(len(values), places)
     return F.interpolate(values[:, None], size=places, mode="linear", align_corners=True)[:, 0]
@@ -237,32 +230,32 @@ def _stretched(values: Float[Tensor, "batch above"], places: int) -> Float[Tenso
 @final
 @dataclass(frozen=True, kw_only=True)
 class HermesOptions:
-    """Scores hang on texts that describe no question; conversation is never part of them: asking leaves no trace here.
+    """Scores depend on fixed texts, not on questions: asking does not change the memory.
 
     as_published  recency weight 0.75 to 0.15 over the middle layers, smoothing with the raw scores of the layer above,
                   probes read through all layers (`proxy_forward: true`)
-    as_released   smoothing with what is smoothed already, and probes that every layer projects from their raw
-                  embeddings, as the score path of the release does
+    as_released   smoothing with the smoothed scores of the layer above, and probes that every layer projects from
+                  their raw embeddings, as the score path of the release does
     january       the earlier file: k to 0.5 and weight 1 to 0.1 over the middle layers
     shared_split  as published, each modality in its own slots; layers of unequal length are smoothed by interpolation
-    Where the source is silent: k of the paper (20 to 8 as the later file; distance normalised as in every file); bands
-    of a few layers (at least one shallow and one deep); the scale of deep scores (the attention as it is); sound (a
-    token like any other; a summary is of pictures where pictures go, and stands one step after the last kept visual
-    token, in its row and column); positions (original; `reindex` moves kept tokens up after every chunk, the eager
-    form; `stream.positions: compact` is the lazy one; times are ranks over both modalities and all layers end at one
-    position, so that the next chunk stands alike for all; rows and columns stay, as they are the cells of a picture).
+    Choices where the source says nothing: k of the paper (20 to 8 as in the later file; distance normalised as in every
+    file); bands of a few layers (at least one shallow and one deep); the scale of deep scores (plain attention); audio
+    (like visual tokens; a summary averages visual tokens if some are evicted, and is one step after the last kept
+    visual token, in its row and column); positions (original; `reindex` is the eager form, which moves kept tokens up
+    after every chunk, `stream.positions: compact` the lazy one; times are ranks over both modalities, and all layers
+    end at one position, so that the next chunk is the same for all; rows and columns stay, as cells of a frame).
     """
 
     name: Literal["hermes"] = "hermes"
     preset: Literal["as_published", "as_released", "january", "shared_split"] = "as_published"
-    local: str | None = None  # the text that asks for the present, with `overall` in the middle layers
-    overall: str | None = None  # the text that asks for the whole, alone in the deep layers
-    shallow: float | None = None  # share of the layers
-    deep: float | None = None  # share of the layers
+    local: str | None = None  # the text about the present, with `overall` in the middle layers
+    overall: str | None = None  # the text about the whole video, alone in the deep layers
+    shallow: float | None = None  # fraction of the layers
+    deep: float | None = None  # fraction of the layers
     decay: tuple[float, float] | None = None  # k at both ends of the middle layers
     recency: tuple[float, float] | None = None  # its weight there
     smoothing: tuple[float, float, float] | None = None  # lambda of shallow, middle and deep layers
-    recursive: bool | None = None  # with what is smoothed already
+    recursive: bool | None = None  # with the smoothed scores of the layer above
     summary: bool | None = None
     proxy_forward: Literal["true", "raw_embed"] | None = None
     reindex: bool | None = None
@@ -271,10 +264,10 @@ class HermesOptions:
         for name in ("shallow", "deep"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise ValueError(f"policy.{name} = {value:g} must lie between 0 and 1")
+                raise ValueError(f"policy.{name} = {value:g} must be between 0 and 1")
         for name in ("recency", "smoothing"):
             if any(not 0 <= value <= 1 for value in getattr(self, name) or ()):
-                raise ValueError(f"policy.{name} = {list(getattr(self, name))} must lie between 0 and 1")
+                raise ValueError(f"policy.{name} = {list(getattr(self, name))} must be between 0 and 1")
 
     def build(self, budget: Budget | None) -> HermesPolicy:
         """The policy at a budget; None: full memory."""

@@ -1,4 +1,4 @@
-"""InfiniPot-V: what differs from the same place in recent frames, and what has long values (arXiv 2506.15745)."""
+"""InfiniPot-V: keys unlike the same cell of recent frames, and long values (arXiv 2506.15745)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -38,7 +38,7 @@ KERNELS = (7, 5, 3, 1)  # by quarter of the depth
 @final
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Where the visual tokens of each row stand: frame counted from the latest (0), cell within the frame."""
+    """Frame (counted from the latest, 0) and cell within the frame of the visual tokens of each row."""
 
     frame: Int[Tensor, "batch tokens"]
     cell: Int[Tensor, "batch tokens"]
@@ -50,9 +50,9 @@ class Cells:
 @final
 @dataclass(frozen=True, kw_only=True)
 class TemporalAndValue(AbstractRanking):
-    """TaR fills a share of the slots, value norm the rest.
+    """TaR fills a fraction of the slots, value norm the rest.
 
-    TaR   -mean over the r most recent frames of cos(K[t, cell], K[t', cell]): how little the last frames resemble it
+    TaR   -mean over the r most recent frames of cos(K[t, cell], K[t', cell]): difference from the last frames
     VaN   |V|_2, averaged over neighbouring cells of its frame
     I_TaR = the recent frames and the best of the past by TaR, temporal_share x slots in all; then the highest VaN,
     those of I_TaR first.
@@ -79,15 +79,15 @@ class TemporalAndValue(AbstractRanking):
             return above_all(scores, first)
 
     def _temporal(self, view: LayerView, cells: Cells) -> tuple[Tensor, Bool[Tensor, "batch tokens"]]:
-        """TaR of every token, and which tokens are recent: of pictures by frames, of sound by tokens."""
+        """TaR of every token, and the recent tokens: by frames for visual tokens, by number for audio."""
         keys = F.normalize(_unrotated(view) if self.keys == "unrotated" else view.pool.keys.float(), dim=-1)
         visual, audio = view.modality == Modality.VISUAL, view.modality == Modality.AUDIO
         frames = (self.recent_share * cells.frames).round().clamp_min(1)
-        sounds = (self.recent_share * audio.sum(dim=1)).round().clamp_min(1)
+        latest = (self.recent_share * audio.sum(dim=1)).round().clamp_min(1)
         recent_visual = visual & (cells.frame < frames[:, None])
-        recent_audio = newest(audio, sounds[:, None])
+        recent_audio = newest(audio, latest[:, None])
         size = cells.rows * cells.columns
-        place = torch.where(audio, size, cells.cell)  # all sound is one more cell
+        place = torch.where(audio, size, cells.cell)  # all audio is one more cell
         alike = _likeness(keys, place, recent_visual | recent_audio, size + 1)
         return -alike, recent_visual | recent_audio
 
@@ -98,7 +98,7 @@ def _likeness(
     recent: Bool[Tensor, "batch tokens"],
     cells: int,
 ) -> Float[Tensor, "batch tokens"]:
-    """Mean cosine of each token to the recent ones of its cell that are there (0: none), mean over heads."""
+    """Mean cosine of each token to the recent tokens of its cell (0: none), mean over heads."""
     batch, heads, _, dim = keys.shape
     index = cell.clamp(0, cells - 1)[:, None, :, None].expand_as(keys)
     total = keys.new_zeros(batch, heads, cells, dim).scatter_add(2, index, keys * recent[:, None, :, None])
@@ -108,10 +108,10 @@ def _likeness(
 
 
 def slot_cells(view: LayerView) -> Cells:
-    """As released: the visual tokens held, in order, are taken for frames of p, whatever was evicted between.
+    """As released: the kept visual tokens, in order, count as frames of p tokens, whatever was evicted in between.
 
-    p is the number of cells that the positions held span. Counted from the end, so that new frames stand in their own
-    cells where the number held is no multiple of p (the release keeps whole multiples).
+    p is the number of cells that the positions span. Counted from the end, so that new frames have their own cells
+    where the number of tokens is not a multiple of p (the release keeps whole multiples).
     """
     visual = view.modality == Modality.VISUAL
     rows, columns, _, _ = _extent(view)
@@ -142,7 +142,7 @@ def _ranks(values: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
 
 
 def _extent(view: LayerView) -> tuple[int, int, int, int]:
-    """Rows, columns, first row and first column of the visual positions; one cell where nothing is visual."""
+    """Rows, columns, first row and first column of the visual positions; one cell without visual tokens."""
     visual = view.modality == Modality.VISUAL
     if not bool(visual.any()):
         return 1, 1, 0, 0
@@ -158,7 +158,7 @@ def smoothed(
     smoothing: Smoothing,
     depth: float,
 ) -> Float[Tensor, "batch tokens"]:
-    """Norms of visual tokens averaged over the neighbouring cells that are held, by quarter of the depth.
+    """Norms of visual tokens averaged over the neighbouring tokens in memory, by quarter of the depth.
 
     paper    squares of 7, 5, 3, 1 cells of a frame: its thresholds on the variation of the norms are not published,
              so the kernels follow the depth, as they do in the release
@@ -186,7 +186,7 @@ def _fitting(kernel: int, size: int) -> int:
 def _around(
     norms: Tensor, visual: Tensor, cells: Cells, frames: int, kernel: list[int]
 ) -> Float[Tensor, "batch tokens"]:
-    """Mean over the tokens held within a box of frames, rows and columns."""
+    """Mean over the tokens within a box of frames, rows and columns."""
     size = cells.rows * cells.columns
     place = (cells.frame * size + cells.cell).clamp(0, frames * size - 1)
     shape = (norms.shape[0], 1, frames, cells.rows, cells.columns)
@@ -204,7 +204,7 @@ def _around(
 
 
 def _along(norms: Tensor, visual: Tensor, kernel: int) -> Float[Tensor, "batch tokens"]:
-    """Mean over neighbours in a row of visual tokens, those there are."""
+    """Mean over neighbours in the sequence of visual tokens."""
     front = (~visual).to(torch.int8).argsort(dim=1, stable=True)
     sums, counts = (
         F.avg_pool1d(part.gather(1, front)[:, None], kernel, stride=1, padding=kernel // 2)[:, 0]
@@ -231,27 +231,27 @@ class InfiniPotVOptions:
                   positions
     as_released   r = 0.25, cells by slot, no smoothing (its switch is off)
     shared_split  as published, each modality in its own slots
-    Where the source is silent: it has no sound; here all sound is one cell, and r of it counts tokens; audio is never
-    smoothed. r is at least one frame, and where that is more than alpha of the slots, nothing of the past is chosen by
-    TaR. Keys are compared as stored, after RoPE, so age shows; `keys: unrotated` takes it away. `reindex` is the
-    streaming form: contiguous times after every chunk, by rank over both modalities; rows and columns stay.
+    Choices where the source says nothing: all audio is one cell, and r of it counts tokens; audio is never smoothed. r
+    is at least one frame; if that is more than alpha of the slots, TaR chooses no older tokens. Keys are compared as
+    stored, after RoPE, so age matters; `keys: unrotated` removes it. `reindex` is the streaming form: contiguous times
+    after every chunk, by rank over both modalities; rows and columns stay.
     """
 
     name: Literal["infinipot_v"] = "infinipot_v"
     preset: PresetWithRelease = "as_published"
     temporal_share: float | None = None  # alpha
     recent_share: float | None = None  # r over the number of frames held
-    grid: Grid | None = None  # the same cell: by slot as released, or by the token's own row and column
+    grid: Grid | None = None  # cells by slot as released, or by the token's own row and column
     smoothing: Smoothing | None = None  # of value norms
     keys: Literal["stored", "unrotated"] | None = None  # on which TaR is judged
     reindex: bool | None = None  # contiguous positions after every chunk
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:
         for name in ("temporal_share", "recent_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"policy.{name} = {value:g} must lie between 0 and 1")
+                raise ValueError(f"policy.{name} = {value:g} must be between 0 and 1")
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""

@@ -1,4 +1,4 @@
-"""k-center: the tokens that lie farthest apart stay, so that every other one has a kept one near it (Gonzalez 1985)."""
+"""k-center: keeps tokens that are far apart, so that every evicted one is near a kept one (Gonzalez 1985)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -24,9 +24,9 @@ PRESETS: dict[str, dict[str, Any]] = {"as_published": {"per_head": False}}
 class FarthestFirst(AbstractRanking):
     """K - i for the i-th token of farthest-first traversal, 0 for those not reached in K slots.
 
-    Points are the keys and values of all heads side by side, each at length 1. The traversal begins at the most recent
-    token that competes; the next is the one whose nearest token so far is farthest away, the most recent of equals.
-    One step a slot: K passes over the pool, so this is for tables, not for thousands of slots.
+    Points are the normalised keys and values of all heads, concatenated. The traversal begins at the most recent token
+    that competes; the next is the one whose nearest token so far is farthest away, the most recent of equals. One step
+    per slot: K passes over the pool, so this is for comparisons, not for thousands of slots.
     """
 
     @torch.no_grad()
@@ -48,15 +48,15 @@ class FarthestFirst(AbstractRanking):
 @final
 @dataclass(frozen=True, kw_only=True)
 class KCenterOptions:
-    """Coverage and nothing else: no token is better than another, as in coresets of a cache (CoRDS, arXiv 2605.14310).
+    """Coverage without a score per token, as in coresets of a cache (CoRDS, arXiv 2605.14310).
 
-    as_published  one set of tokens for all heads, of one pool of audio and visual tokens a layer
+    as_published  one set of tokens for all heads, of one pool of audio and visual tokens per layer
     shared_split  the same with the audio-visual split of the budget
     """
 
     name: Literal["k_center"] = "k_center"
     preset: Preset = "as_published"
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""

@@ -1,4 +1,4 @@
-"""KeyDiff: the tokens whose keys differ most from the mean key stay (arXiv 2504.15364, as kvpress writes it)."""
+"""KeyDiff: keeps the tokens whose keys differ most from the mean key (arXiv 2504.15364, as in kvpress)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -14,15 +14,15 @@ PRESETS: dict[str, dict[str, Any]] = {"as_published": {"per_head": True}}
 @final
 @dataclass(frozen=True, kw_only=True)
 class KeyDiffOptions:
-    """A text method, judged after every chunk instead of once.
+    """A method for text, applied after every chunk instead of once.
 
-    as_published  every key-value head keeps its own tokens, of one pool of audio and visual tokens
+    as_published  every key-value head keeps tokens of its own, of one pool of audio and visual tokens
     shared_split  the same with the audio-visual split of the budget
     """
 
     name: Literal["keydiff"] = "keydiff"
     preset: Preset = "as_published"
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""

@@ -1,4 +1,4 @@
-"""LAVa: slots of layers by entropy, slots of heads by what their tokens weigh (arXiv 2509.09754)."""
+"""LAVa: slots of layers by entropy, slots of heads by the scores of their tokens (arXiv 2509.09754)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.budget.apportion import apportion
-from omnimem.policies.base import Policy
+from omnimem.policies.base import JointPolicy
 from omnimem.policies.baselines.presets import PresetWithRelease, allotted, part, settings
 from omnimem.policies.baselines.pyramidkv import resplit
 from omnimem.policies.baselines.ranked import best, left_of, newest, pooled
@@ -31,22 +31,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Share:
     """Slots of one layer of one stream, on average over its heads, beside the window's."""
 
-    size: int  # that the layer has
-    ranked: int  # by entropy alone: so many of its pairs per head say how its heads share
+    size: int  # of the layer
+    ranked: int  # by entropy alone: the number of top pairs per head that determines the slots of its heads
     base: float  # if all layers had the same
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class LavaPolicy(Policy):
-    """s = (max_k |V_k|_1 / w) maxpool(sum over the last w queries of A_qk), the highest of the query heads of a head.
+class LavaPolicy(JointPolicy):
+    """s = (max_k |V_k|_1 / w) maxpool(sum over the last w queries of A_qk), max over the query heads of a head.
 
-    Layers: B_l = e_l / sum(e) of all slots but the window's, with e_l the entropy of the layer's scores, normalised
-    over all its heads. Heads: of the H B_l highest pairs of the layer each head has some; half of its slots are that
-    number, the other half B_l. So heads and layers of one stream keep unequal numbers, the sum of all is exact.
+    Layers: B_l = e_l / sum(e) of all slots except the window, with e_l the entropy of the layer's scores, normalised
+    over all its heads. Heads: of the H B_l highest pairs of the layer each head has some; half of its slots follow
+    that number, the other half B_l. So heads and layers of one stream keep unequal numbers, with an exact sum.
 
-    The source cuts earlier layers again as later ones are read; the last cut is the one that is made here, after the
-    pass. Rounding there is head by head; here slots are apportioned, bounded by what there is.
+    The source evicts from earlier layers again as later ones are read; here only the last eviction is made, after the
+    pass. It rounds head by head; here slots are apportioned, bounded by the number of tokens.
     """
 
     window: int
@@ -54,24 +54,16 @@ class LavaPolicy(Policy):
     head_floor: float  # alpha
     floor_of: Literal["layer", "mean"]
     entropy: Literal["count", "log"]
-
-    @property
-    def joint(self) -> bool:
-        """Shares of the layers hang on all of them."""
-        return self.budget is not None
+    per_head: bool = True  # every key-value head keeps tokens of its own
 
     @property
     def ragged(self) -> bool:
         """Heads keep unequal numbers."""
         return True
 
-    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """Everything: under a budget the layers settle it together."""
-        return view.pool
-
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
-        """The memory of every layer; selection is hard in training too, what is kept carries gradient."""
-        assert self.budget is not None, "without a budget nothing is settled"
+        """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
+        assert self.budget is not None, "joint selection needs a budget"
         budget, heads = self.budget, views[0].heads
         window = min(self.window, budget.total // len(views) // 2)
         with torch.no_grad():
@@ -87,7 +79,7 @@ class LavaPolicy(Policy):
         return [left_of(view.pool, chosen) for view, chosen in zip(views, stays, strict=True)]
 
     def _scores(self, view: LayerView, window: int) -> Float[Tensor, "rows tokens"]:
-        """What a pair weighs, comparable over heads and layers; pairs of the window are not judged."""
+        """Scores of pairs, comparable over heads and layers; pairs of the window have none."""
         received = watched(view, self.window).sum(dim=2)
         group = received.shape[1]
         past = older(view.modality, window).repeat_interleave(group, dim=0)
@@ -113,7 +105,7 @@ class LavaPolicy(Policy):
             yield Share(size=size, ranked=by_entropy, base=base)
 
     def _entropy(self, scores: Float[Tensor, " pairs"]) -> float:
-        """H of the scores over their sum, by their number or by its logarithm; 0 where there are none."""
+        """Entropy of the normalised scores, divided by their number or its logarithm; 0 without scores."""
         total = float(scores.sum())
         if len(scores) < 2 or total <= 0:
             return 0.0
@@ -123,7 +115,7 @@ class LavaPolicy(Policy):
     def _chosen(
         self, budget: Budget, layer: int, share: Share, kinds: Tensor, scores: Tensor, window: int
     ) -> Bool[Tensor, "heads tokens"]:
-        """The audio and visual pairs of one layer of one stream that stay."""
+        """The kept audio and visual pairs of one layer of one stream."""
         heads, latest = len(kinds), ~older(kinds, window)
         stays = torch.zeros_like(latest)
         for member, slots in _groups(budget, layer, share.size + window, kinds):
@@ -136,7 +128,7 @@ class LavaPolicy(Policy):
     def _of_heads(
         self, scores: Tensor, past: Bool[Tensor, "heads tokens"], free: int, share: Share
     ) -> Int[Tensor, " heads"]:
-        """How many of `free` pairs each head has."""
+        """How many of `free` pairs each head keeps."""
         heads, part = len(past), free / max(1, len(past) * share.size)
         asking = round(len(past) * share.ranked * part)
         flat = best(scores.flatten()[None], past.flatten()[None], torch.tensor([asking], device=past.device))
@@ -154,7 +146,7 @@ def older(kinds: Int8[Tensor, "batch tokens"], window: int) -> Bool[Tensor, "bat
 
 
 def _groups(budget: Budget, layer: int, size: int, kinds: Tensor) -> Iterator[tuple[Bool[Tensor, "heads tokens"], int]]:
-    """The pairs that compete for the same slots, and how many of them stay, all heads together."""
+    """The pairs that compete for the same slots, and how many of them are kept, over all heads."""
     heads = len(kinds)
     if not budget.split:
         yield kinds > 0, heads * size
@@ -172,31 +164,30 @@ def _groups(budget: Budget, layer: int, size: int, kinds: Tensor) -> Iterator[tu
 @final
 @dataclass(frozen=True, kw_only=True)
 class LavaOptions:
-    """The end of every chunk stands for the end of the prefill; budgets are shared anew after each, over all layers.
+    """The end of every chunk counts as the end of the prefill; slots are allocated over all layers after each.
 
-    as_published  window 32, max over 7 neighbours, alpha 0.5, entropy over the number of pairs (a note's wording; what
-                  the layers have in common cancels), floor of a head: its layer's slots
+    as_published  window 32, max over 7 neighbours, alpha 0.5, entropy over the number of pairs (as a note
+                  says; a factor common to the layers cancels), floor of a head: its layer's slots
     as_released   entropy over the logarithm of the number, floor of a head: the mean slots of all layers (an attribute
                   is misspelt there)
-    shared_split  as published; within each layer audio and visual slots as the budget's audio-visual split has them
+    shared_split  as published; within each layer audio and visual slots in the budget's audio-visual split
     The window counts as slots: it is at most half of the mean slots of a layer, and with the split at most half of
     each modality's. Original positions.
     """
 
     name: Literal["lava"] = "lava"
     preset: PresetWithRelease = "as_published"
-    window: int | None = None  # queries, and tokens that stay in any case
+    window: int | None = None  # number of queries, whose tokens are always kept
     kernel: int | None = None  # neighbours that are pooled; odd
-    head_floor: float | None = None  # alpha: 1 gives all heads of a layer the same
+    head_floor: float | None = None  # alpha; 1: all heads of a layer have the same slots
     floor_of: Literal["layer", "mean"] | None = None
     entropy: Literal["count", "log"] | None = None
 
     def __post_init__(self) -> None:
         refuse(self.window, self.kernel)
         if self.head_floor is not None and not 0 <= self.head_floor <= 1:
-            raise ValueError(f"policy.head_floor = {self.head_floor:g} must lie between 0 and 1")
+            raise ValueError(f"policy.head_floor = {self.head_floor:g} must be between 0 and 1")
 
     def build(self, budget: Budget | None) -> LavaPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = {**settings(self, PRESETS), "budget": allotted(budget, self.preset), "per_head": True}
-        return part(LavaPolicy, chosen)
+        return part(LavaPolicy, {**settings(self, PRESETS), "budget": allotted(budget, self.preset)})

@@ -1,4 +1,4 @@
-"""Merged tokens: several become one, their keys turned to one place before they are averaged."""
+"""Merged tokens: averages of several, whose keys are rotated to one position first."""
 
 from dataclasses import dataclass
 from typing import final
@@ -15,21 +15,21 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Which tokens of a pool become which new ones."""
+    """Weights, positions and order of merged tokens."""
 
     weights: Float[Tensor, "batch merged tokens"]  # of each source, summing to 1
     positions: Int[Tensor, "batch axes merged"]
-    order: Int[Tensor, "batch merged"]  # arrival numbers that they stand by
+    order: Int[Tensor, "batch merged"]  # arrival numbers that they inherit
 
 
 def merged(view: LayerView, merge: Merge, kind: Modality) -> Tokens:
-    """The new tokens: V = sum of w V, K = sum of w K turned from its own place to the new one.
+    """The new tokens: V = sum of w V, K = sum of w K, with K rotated from its own position to the new one.
 
-    Averaging keys after RoPE as they stand would mix phases. Differentiable in keys and values, not in the weights.
-    Raises ValueError where no model gives its rotary embedding.
+    Averaging keys after RoPE at their own positions would mix phases. Differentiable in keys and values, not in the
+    weights. Raises ValueError when the view has no rotary embedding.
     """
     if view.rotary is None:
-        raise ValueError("merging turns keys with the text model's rotary embedding; feed the policy by a Stream")
+        raise ValueError("merging rotates keys with the text model's rotary embedding; feed the policy by a Stream")
     pool, weights = view.pool, merge.weights.detach()
     keys = []
     for number in range(weights.shape[1]):
@@ -41,7 +41,7 @@ def merged(view: LayerView, merge: Merge, kind: Modality) -> Tokens:
 
 
 def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modality) -> Tokens:
-    """Tokens that nothing is known of beside their keys and values."""
+    """Tokens of these keys and values, without other side state."""
     count = merge.order.shape[1]
     zeros = torch.zeros(merge.order.shape, dtype=torch.float32, device=pool.keys.device)
     weights = merge.weights.detach()
@@ -61,6 +61,6 @@ def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modalit
 
 
 def with_merged(kept: Tokens, new: Tokens) -> Tokens:
-    """Both, in order of arrival; a merged token stands after the one whose number it has."""
+    """Both, in order of arrival; a merged token follows the token of the same number."""
     both = kept.cat(new)
     return both.gather(both.order.argsort(dim=1, stable=True))

@@ -1,4 +1,4 @@
-"""Oracle: it is told which tokens hold the answers. An upper bound, no method."""
+"""Oracle: knows which tokens hold the answers; an upper bound, not a method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, PolicyError, StreamOutline
+from omnimem.policies.base import Policy, PolicyError
 from omnimem.policies.baselines.presets import Preset, allotted
+from omnimem.policies.capabilities import StreamOutline
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.tokens import Tokens
 from omnimem.view import LayerView
@@ -18,29 +19,24 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class OraclePolicy(Policy):
-    """The needles first, the dearest of them before the others, then the most recent tokens."""
+    """The needles in order of importance, then the most recent tokens."""
 
-    needles: tuple[tuple[int, ...], ...] = ()  # arrival numbers, stream by stream, the dearest first
-
-    @property
-    def needs_oracle(self) -> bool:
-        """Under a budget it must know beforehand what comes."""
-        return self.budget is not None
+    needles: tuple[tuple[int, ...], ...] = ()  # arrival numbers, stream by stream, most important first
 
     def with_oracle(self, streams: Sequence[StreamOutline]) -> "OraclePolicy":
-        """Each stream has needles of its own.
+        """The policy with the needles of each stream.
 
-        Raises PolicyError when one has none.
+        Raises PolicyError when a stream has none.
         """
         if any(not outline.needles for outline in streams) and self.budget is not None:
             raise PolicyError(
-                "policy oracle must be told which tokens hold the answers, and a stream has no `needles` in its meta; "
+                "policy oracle must know which tokens hold the answers, and a stream has no `needles` in its meta; "
                 "make recall streams with data_prep/synthesize.py"
             )
         return replace(self, needles=tuple(outline.needles for outline in streams))
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """The layer's memory after the chunk in `view`; nothing is learned about which tokens stay."""
+        """The layer's memory after the chunk in `view`; selection has no gradient."""
         room: LayerSlots | None = self.layer_slots(layer)
         if room is None:
             return view.pool
@@ -48,11 +44,11 @@ class OraclePolicy(Policy):
 
     def _scores(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         if len(self.needles) != len(view.order):
-            raise PolicyError("policy oracle was not told of these streams; open them by Feeder.begin")
+            raise PolicyError("policy oracle does not know these streams; call Feeder.with_oracle first")
         scores = view.order.float()
         top = float(view.order.max()) + 1
-        for row, mine in enumerate(self.needles):
-            for place, number in enumerate(reversed(mine)):
+        for row, needles in enumerate(self.needles):
+            for place, number in enumerate(reversed(needles)):
                 scores[row].masked_fill_(view.order[row] == number, top + place)
         return scores
 
@@ -60,9 +56,9 @@ class OraclePolicy(Policy):
 @final
 @dataclass(frozen=True, kw_only=True)
 class OracleOptions:
-    """One copy of every event, in every layer: the least that answers all questions of a recall stream.
+    """One copy of every event, in every layer: the fewest tokens that answer all questions of a recall stream.
 
-    as_published  one pool of audio and visual tokens a layer
+    as_published  one pool of audio and visual tokens per layer
     shared_split  the audio-visual split of the budget
     """
 

@@ -1,4 +1,4 @@
-"""Presets of the rivals, named after their source: how options become settings, and what they do with a budget."""
+"""Presets of the baselines, named after their source: settings from options, and their use of the budget."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -8,30 +8,32 @@ from omnimem.budget import Budget
 from omnimem.budget.apportion import apportion
 
 Preset = Literal["as_published", "shared_split"]
-PresetWithRelease = Literal["as_published", "as_released", "shared_split"]  # of methods whose code does something else
+PresetWithRelease = Literal[
+    "as_published", "as_released", "shared_split"
+]  # of methods whose code differs from the paper
 
 Part = TypeVar("Part")
 
 
 def settings(options: Any, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of the preset that `options` name, with those replaced that are given.
+    """The settings of the preset of `options`, overridden by the options that are given.
 
-    `shared_split` is as published where it says nothing else.
+    `shared_split` starts from `as_published`.
     """
     given = {field.name: value for field in fields(options) if (value := getattr(options, field.name)) is not None}
     return {**presets["as_published"], **presets.get(options.preset, {}), **given}
 
 
 def part(kind: type[Part], chosen: Mapping[str, Any]) -> Part:
-    """The part of a method that these settings describe."""
+    """An instance of a class from the settings that are its fields."""
     return kind(**{field.name: chosen[field.name] for field in fields(kind) if field.name in chosen})  # type: ignore[arg-type]
 
 
 def allotted(budget: Budget | None, preset: str) -> Budget | None:
-    """The budget as a preset uses it: as it is given, or as published, one pool of equal size in every layer.
+    """The budget of a preset: with `shared_split` the given one, otherwise one pool of equal size in every layer.
 
-    No rival knows audio: as published, audio and visual tokens compete for the same slots; with `shared_split` each
-    modality and layer has what our audio-visual budget gives it. Both hold the same entries in all.
+    No baseline was published for audio: as published, audio and visual tokens compete for the same slots; with
+    `shared_split` each modality and layer has its slots of our audio-visual budget. Both have the same total.
     """
     if budget is None or preset == "shared_split":
         return budget

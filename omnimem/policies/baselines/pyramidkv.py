@@ -19,9 +19,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Pyramid(AbstractShape):
     """Slots that fall linearly with depth, from max = 2 base - base / beta down to base / beta, and the window on top.
 
-    base is the mean number of slots without the window w. Of N tokens that have arrived no layer can keep more than
-    N - w beside the window: then max = N - w and min = 2 base - max; below 2 base all layers are alike. The source
-    rounds the step down, which leaves a remainder; here slots are apportioned, so that the sum is exact.
+    base is the mean number of slots without the window w. Of N arrived tokens no layer can keep more than N - w beside
+    the window: then max = N - w and min = 2 base - max; below 2 base all layers have the same number. The source rounds
+    the step down, which leaves a remainder; here slots are apportioned, so that the sum is exact.
     """
 
     window: int
@@ -44,7 +44,7 @@ class Pyramid(AbstractShape):
 
 
 def resplit(slots: Slots, size: int, split: bool) -> Slots:
-    """`size` slots in the same audio-visual proportion; of a shared pool all are the pool's."""
+    """`size` slots in the same audio-visual proportion; all of them in a shared pool."""
     if not split:
         return 0, size
     audio, visual = apportion([float(part) for part in slots], size, [min(1, size // 2)] * 2, [size] * 2)
@@ -54,11 +54,11 @@ def resplit(slots: Slots, size: int, split: bool) -> Slots:
 @final
 @dataclass(frozen=True, kw_only=True)
 class PyramidKVOptions:
-    """The end of every chunk stands for the end of the prefill; N counts what has arrived, as there it is the prompt.
+    """The end of every chunk counts as the end of the prefill; N is the number of arrived tokens (there: the prompt).
 
-    as_published  window 32, mean over 5 neighbours, beta 20; one pool of audio and visual tokens a layer
-    shared_split  the same layers; within each, audio and visual slots as the budget's audio-visual split has them
-    The window is at most half of the mean slots of a layer. The rest is silent as in SnapKV, and chosen alike.
+    as_published  window 32, mean over 5 neighbours, beta 20; one pool of audio and visual tokens per layer
+    shared_split  the same layers; within each, audio and visual slots in the budget's audio-visual split
+    The window is at most half of the mean slots of a layer. All other choices are those of SnapKV.
     """
 
     name: Literal["pyramidkv"] = "pyramidkv"
@@ -67,12 +67,12 @@ class PyramidKVOptions:
     kernel: int | None = None
     pooling: Pooling | None = None
     beta: float | None = None  # base over the slots of the last layer
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:
         refuse(self.window, self.kernel)
         if self.beta is not None and self.beta < 1:
-            raise ValueError(f"policy.beta = {self.beta:g} must be at least 1; at 1 all layers are alike")
+            raise ValueError(f"policy.beta = {self.beta:g} must be at least 1; at 1 all layers have the same slots")
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""

@@ -1,4 +1,4 @@
-"""Methods that rank the tokens of one layer: what a score may know, and the policy that keeps the highest."""
+"""Methods that rank the tokens of one layer: the base of their scores, and the policy that keeps the highest."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from omnimem.budget import Budget
 from omnimem.policies.base import Policy, slots_of_layer
 from omnimem.selection import LayerSlots, Softness, select
-from omnimem.tokens import ABSENT, HIDDEN, Modality, Tokens
+from omnimem.tokens import Modality, Tokens
 from omnimem.view import LayerView
 
 Pooling = Literal["mean", "max"]
@@ -21,7 +21,7 @@ Pooling = Literal["mean", "max"]
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractRanking(ABC):
-    """A query-agnostic score that may know how many tokens stay; a row is a stream, or one key-value head of it."""
+    """A query-agnostic score that may depend on the slots; a row is a stream, or one key-value head of it."""
 
     @property
     def needs_importance(self) -> bool:
@@ -30,28 +30,30 @@ class AbstractRanking(ABC):
 
     @abstractmethod
     def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
-        """Scores in float32; the highest stay, ties go to the most recent token. `depth` is layer / layers."""
+        """Scores in float32; the highest are kept, ties go to the most recent token. `depth` is layer / layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractShape(ABC):
-    """How a method shares its slots among the layers, when it does so by a rule of its own."""
+    """A method's own rule for the slots of the layers."""
 
     @abstractmethod
     def __call__(self, budget: Budget, arrived: int) -> Budget:
-        """The budget with as many slots in all, once `arrived` audio and visual tokens have come."""
+        """A budget of the same total, after `arrived` audio and visual tokens."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RankedPolicy(Policy):
-    """The highest ranks within the layer's slots; each layer decides by itself, in the pass."""
+    """Keeps the highest ranks within the layer's slots; each layer decides alone, in the pass."""
 
     ranking: AbstractRanking
-    shape: AbstractShape | None = None  # None: as the budget has it
+    shape: AbstractShape | None = None  # None: the slots of the budget
+    per_head: bool = False  # every key-value head keeps tokens of its own
+    reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """The layer's memory after the chunk in `view`; with a softness, selection is softened where scores learn."""
+        """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
         if self.budget is None:
             return view.pool
         budget = self.budget if self.shape is None else self.shape(self.budget, arrived(view))
@@ -64,12 +66,12 @@ class RankedPolicy(Policy):
 
 
 def arrived(view: LayerView) -> int:
-    """Audio and visual tokens that have come so far; text is never evicted, so what it numbers is known."""
+    """Number of audio and visual tokens so far; text is never evicted, so its number is known."""
     return int(view.order[0].max()) + 1 - int((view.modality[0] == Modality.TEXT).sum())
 
 
 def learning(view: LayerView, of: Literal["content", "attention"]) -> AbstractContextManager[object]:
-    """Gradient through a score: of keys and values unless the view's scores learn nothing, of attention on demand."""
+    """Gradient through a score: of content unless `view.gradient` is none, of attention if it is both."""
     wanted = view.gradient == "both" if of == "attention" else view.gradient != "none"
     return torch.set_grad_enabled(torch.is_grad_enabled() and wanted)
 
@@ -85,14 +87,14 @@ def oldest(member: Bool[Tensor, "batch tokens"], count: int | Tensor) -> Bool[Te
 
 
 def from_end(member: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
-    """The place of each member counted from the end, the last one 1; what is no member has the place of the next."""
+    """Index of each member counted from the end, the last one 1; other tokens have that of the next member."""
     return member.flip(1).cumsum(dim=1).flip(1)
 
 
 def best(
     scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], count: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch tokens"]:
-    """The `count` highest members of each row, as many as it says for the row; ties go to the most recent."""
+    """The `count[row]` highest members of each row; ties go to the most recent."""
     fixed = scores.detach().nan_to_num(nan=-torch.finfo(scores.dtype).max).masked_fill(~member, float("-inf"))
     ranked = fixed.flip(1).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
@@ -101,22 +103,17 @@ def best(
 
 
 def left_of(pool: Tokens, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
-    """What stays of each row, in order; rows that keep less than the fullest are filled up with empty places."""
+    """The kept tokens of each row, in order; shorter rows are padded."""
     counts = stays.sum(dim=1, keepdim=True)
     most = int(counts.max())
     found = pool.gather((~stays).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
-    there = torch.arange(most, device=stays.device) < counts
-    return replace(
-        found,
-        modality=torch.where(there, found.modality, torch.full_like(found.modality, ABSENT)),
-        gate=torch.where(there, found.gate, torch.full_like(found.gate, HIDDEN)),
-    )
+    return found.masked(torch.arange(most, device=stays.device) < counts)
 
 
 def above_all(
     scores: Float[Tensor, "batch tokens"], chosen: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, "batch tokens"]:
-    """The scores with those of the chosen tokens above every other one, by 1; among themselves recency decides."""
+    """The scores, with all chosen tokens 1 above the highest; ties among these go to the most recent."""
     top = scores.detach().amax(dim=1, keepdim=True) + 1
     return torch.where(chosen, top, scores)
 
@@ -124,10 +121,10 @@ def above_all(
 def pooled(
     scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], kernel: int, pooling: Pooling
 ) -> Float[Tensor, "batch tokens"]:
-    """Scores smoothed along the members of each row, in order, as if nothing stood between them; others get 0.
+    """Scores pooled along the members of each row, in order, as if they were adjacent; others get 0.
 
-    Beyond both ends stand zeros, which count in a mean (torch's avg_pool1d, as SnapKV uses it). Scores are >= 0.
-    Summed in float64: windows over the same tokens then tie, whatever the order of summation.
+    Both ends are padded with zeros, which count in a mean (torch's avg_pool1d, as in SnapKV). Scores are >= 0.
+    Summed in float64, so that windows over the same tokens tie, whatever the order of summation.
     """
     front = (~member).to(torch.int8).argsort(dim=1, stable=True)
     row = F.pad((scores.double() * member).gather(1, front), (kernel // 2, kernel // 2))
@@ -137,9 +134,9 @@ def pooled(
 
 
 def last_queries(view: LayerView, count: int) -> Int[Tensor, "batch queries"]:
-    """Places in the chunk of the queries of its last `count` audio and visual tokens (of text where it has only text).
+    """Indices in the chunk of its last `count` audio and visual tokens (text, if it has only text), for their queries.
 
-    Every stream of a batch has them at as many places.
+    Every stream of a batch has the same number.
     """
     fresh = view.modality[:, -view.new :] > 0
     if not bool(fresh.any()):

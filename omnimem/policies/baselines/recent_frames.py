@@ -1,4 +1,4 @@
-"""Recent-N frames: nothing but the latest whole frames and their sound (SimpleStream, arXiv 2604.02317)."""
+"""Recent-N frames: only the latest whole frames and their audio (SimpleStream, arXiv 2604.02317)."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -19,12 +19,12 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class RecentFramesPolicy(Policy):
-    """As many of the latest frames as fit the slots, each with the sound from its own time on."""
+    """As many of the latest frames as fit the slots, each with the audio from its own time on."""
 
-    frames: int | None  # at most so many; None: as many as fit
+    frames: int | None  # at most this many; None: as many as fit
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
-        """The layer's memory after the chunk in `view`; nothing is learned about which tokens stay."""
+        """The layer's memory after the chunk in `view`; selection has no gradient."""
         if self.budget is None:
             return view.pool
         kinds = view.modality
@@ -35,12 +35,12 @@ class RecentFramesPolicy(Policy):
         return view.pool.gather(torch.cat(index, dim=1).sort(dim=1).values)
 
     def _whole(self, view: LayerView, member: Tensor, slots: int) -> int:
-        """How many of the latest members are whole frames; where not one fits, or none is there, as many as fit."""
-        pictures = member & (view.modality[0] == Modality.VISUAL)
-        if not bool(pictures.any()):
+        """How many of the latest members are whole frames; as many members as fit if no frame fits or exists."""
+        visual = member & (view.modality[0] == Modality.VISUAL)
+        if not bool(visual.any()):
             return slots
         times = view.pool.positions[0, 0]
-        starts = times[pictures].unique().flip(0)[: self.frames]
+        starts = times[visual].unique().flip(0)[: self.frames]
         counts = [int((member & (times >= start)).sum()) for start in starts]
         return max((count for count in counts if count <= slots), default=slots)
 
@@ -48,18 +48,18 @@ class RecentFramesPolicy(Policy):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RecentFramesOptions:
-    """What separates perception from memory: a method of memory should beat it.
+    """Perception without memory: every memory method should beat it.
 
     as_published  whole frames in one pool of audio and visual tokens; slots that no whole frame fits into stay empty,
-                  so entries may be fewer than those of the other methods. The source reads the frames afresh; here
-                  their keys and values were computed when older frames were still held.
-    shared_split  whole frames in the visual slots and the latest sound in the audio slots of the budget's split
+                  so there may be fewer entries than with other methods. The source encodes the frames again; here
+                  their keys and values were computed when older frames were still in memory.
+    shared_split  whole frames in the visual slots and the latest audio in the audio slots of the budget's split
     The window of tokens that fills every slot is the policy `recency`.
     """
 
     name: Literal["recent_frames"] = "recent_frames"
     preset: Preset = "as_published"
-    frames: int | None = None  # at most so many (the source's best: 4); empty: as many as fit
+    frames: int | None = None  # at most this many (best in the source: 4); None: as many as fit
 
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:

@@ -1,4 +1,4 @@
-"""Recursive uniform: every n-th token of the cache stays, again and again (the `uniform` of InfiniPot-V's release)."""
+"""Recursive uniform: keeps every n-th token of the cache, repeatedly (the `uniform` of InfiniPot-V's release)."""
 
 from dataclasses import dataclass
 from typing import Literal, final
@@ -18,7 +18,7 @@ from omnimem.view import LayerView
 @final
 @dataclass(frozen=True, kw_only=True)
 class EveryNth(AbstractRanking):
-    """1 for the tokens at places floor(i N / K), i = 0 .. K - 1, of the N that compete for K slots; else 0."""
+    """1 for the tokens at indices floor(i N / K), i = 0 .. K - 1, of the N that compete for K slots; else 0."""
 
     def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         scores = torch.zeros_like(view.order, dtype=torch.float32)
@@ -33,11 +33,11 @@ class EveryNth(AbstractRanking):
 @final
 @dataclass(frozen=True, kw_only=True)
 class RecursiveUniformOptions:
-    """A trap kept for comparison: what has survived is thinned again, so the past is forgotten exponentially.
+    """For comparison: kept tokens are thinned again and again, so the past is forgotten exponentially.
 
-    The age-unbiased form is the policy `uniform`, the one that samples before the encoders `input_uniform`.
-    as_published  one pool of audio and visual tokens a layer
-    shared_split  each modality by itself, in the budget's audio-visual split
+    `uniform` is the form that does not depend on age, `input_uniform` the one that samples before the model reads.
+    as_published  one pool of audio and visual tokens per layer
+    shared_split  each modality separately, in the budget's audio-visual split
     """
 
     name: Literal["recursive_uniform"] = "recursive_uniform"

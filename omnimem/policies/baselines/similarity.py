@@ -1,4 +1,4 @@
-"""Similarity alone: the tokens least like their neighbours stay (the row `similarity only` of OmniMem's table 4)."""
+"""Similarity alone: keeps the tokens least similar to their neighbours (`similarity only` of OmniMem's table 4)."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, final
@@ -15,9 +15,10 @@ from omnimem.view import Measures
 class SimilarityOptions:
     """psi at lambda = 0, which measures no attention: 1 - s, s the mean cosine to both neighbours in the pool.
 
-    as_published  one pool of audio and visual tokens a layer
-    as_released   a missing neighbour counts as cosine 1, no lending between modalities (method 8.5, 8.6)
-    shared_split  the audio-visual split of the budget, as the paper's own row has it
+    as_published  one pool of audio and visual tokens per layer
+    as_released   a missing neighbour counts as cosine 1, no lending between modalities (docs/paper.md,
+                  "Neighbours and edges" and "Budget allocation")
+    shared_split  the audio-visual split of the budget, as in the paper's own row
     """
 
     name: Literal["similarity"] = "similarity"

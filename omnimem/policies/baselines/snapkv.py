@@ -1,4 +1,4 @@
-"""SnapKV: what the last queries attend to stays (arXiv 2404.14469), as a streaming method."""
+"""SnapKV: keeps the tokens that the last queries attend to (arXiv 2404.14469), as a streaming method."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -33,10 +33,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Window(AbstractRanking):
-    """Attention that the last queries of the chunk pay to a token, pooled over its neighbours; the window itself stays.
+    """Attention of the chunk's last queries to a token, pooled over its neighbours; the window itself is kept.
 
-    s = pool(sum over the last w queries of A_qk), mean over the query heads of a row. Pooled are the tokens that
-    compete, in order of arrival, zeros beyond the ends.
+    s = pool(sum over the last w queries of A_qk), mean over the query heads of a row. The tokens that compete are
+    pooled in order of arrival, padded with zeros.
     """
 
     window: int
@@ -56,7 +56,7 @@ class Window(AbstractRanking):
 
 
 def watched(view: LayerView, window: int) -> Float[Tensor, "batch heads queries tokens"]:
-    """What the queries of the last `window` audio and visual tokens of the chunk pay to every token of the pool."""
+    """Attention of the last `window` audio and visual tokens of the chunk to every token of the pool."""
     places = last_queries(view, window)
     index = places[:, None, :, None].expand(-1, view.queries.shape[1], -1, view.queries.shape[-1])
     seen = until(places + view.pool.count - view.new, view.pool.count)
@@ -66,23 +66,23 @@ def watched(view: LayerView, window: int) -> Float[Tensor, "batch heads queries 
 @final
 @dataclass(frozen=True, kw_only=True)
 class SnapKVOptions:
-    """The end of every chunk stands for the end of the prefill.
+    """The end of every chunk counts as the end of the prefill.
 
     as_published  the streaming port of InfiniPot-V's tables: the last 32 visual tokens as queries (here the last 32
                   audio and visual ones), mean over 7 neighbours
     as_released   FasterDecoding's pooling over 5 neighbours
     shared_split  as published, within each modality of the budget's audio-visual split
-    All: every key-value head keeps its own tokens, by the mean over the query heads that share it (kvpress); the
-    original stores keys once a query head, which is another memory. The window counts as slots, and where it is
-    longer than half of them, only its last tokens up to half the slots are sure to stay. Original positions.
+    All: every key-value head keeps tokens of its own, by the mean over the query heads that share it (kvpress); the
+    original stores keys once per query head, a memory of another size. The window takes slots; if it is longer than
+    half of them, only its last tokens up to half the slots are always kept. Original positions.
     """
 
     name: Literal["snapkv"] = "snapkv"
     preset: PresetWithRelease = "as_published"
-    window: int | None = None  # queries, and tokens that stay in any case
+    window: int | None = None  # number of queries, whose tokens are always kept
     kernel: int | None = None  # neighbours that are pooled; odd
     pooling: Pooling | None = None
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:
         refuse(self.window, self.kernel)
@@ -99,7 +99,7 @@ class SnapKVOptions:
 
 
 def refuse(window: int | None, kernel: int | None) -> None:
-    """Raise ValueError when a window or a kernel cannot be."""
+    """Raise ValueError when a window or a kernel is out of range."""
     if window is not None and window < 1:
         raise ValueError(f"policy.window = {window} must be at least 1")
     if kernel is not None and (kernel < 1 or kernel % 2 == 0):

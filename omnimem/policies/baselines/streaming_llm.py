@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {"as_published": {"sinks": 4, "reindex": Tr
 @final
 @dataclass(frozen=True, kw_only=True)
 class SinksAndWindow(AbstractRanking):
-    """Arrival number, and above it the first `sinks` tokens that compete; at most half of the slots are sinks."""
+    """Arrival number, with the first `sinks` competing tokens above all; at most half of the slots are sinks."""
 
     sinks: int
 
@@ -34,17 +34,17 @@ class SinksAndWindow(AbstractRanking):
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLMOptions:
-    """Sinks of the source are the first tokens of the text; here that text is never evicted, whatever the policy.
+    """The sinks of the source are the first tokens of the text; here no policy evicts that text.
 
-    as_published  besides, the first 4 audio and visual tokens stay, counted as slots; positions are places in the
-                  cache: after every chunk the kept tokens move up (ranks of their times; rows and columns stay)
+    as_published  in addition the first 4 audio and visual tokens are kept and take slots; positions are indices in
+                  the cache: after every chunk the kept tokens move up (ranks of their times; rows and columns stay)
     shared_split  4 sinks of each modality, within the budget's audio-visual split
     """
 
     name: Literal["streaming_llm"] = "streaming_llm"
     preset: Preset = "as_published"
     sinks: int | None = None
-    reindex: bool | None = None  # positions are places in the cache; false: the original ones
+    reindex: bool | None = None  # positions are indices in the cache; false: the original ones
 
     def __post_init__(self) -> None:
         if self.sinks is not None and self.sinks < 0:

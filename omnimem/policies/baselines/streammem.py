@@ -1,4 +1,4 @@
-"""StreamMem: what the chat template's own tokens attend to stays, frames leave a prototype (arXiv 2508.15717)."""
+"""StreamMem: keeps what the chat template's tokens attend to, and a prototype per frame (arXiv 2508.15717)."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, Prefiltered, ProbePrompt, slots_of_layer
+from omnimem.policies.base import Policy, slots_of_layer
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import Preset, allotted, part, settings
 from omnimem.policies.baselines.ranked import best, learning, left_of
+from omnimem.policies.capabilities import Prefiltered, ProbePrompt
 from omnimem.selection import LayerSlots, Softness
 from omnimem.selection.layer_slots import taken
-from omnimem.tokens import ABSENT, EVICTABLE, HIDDEN, Chunk, Modality, Tokens
+from omnimem.tokens import ABSENT, EVICTABLE, Chunk, Modality, Tokens
 from omnimem.view import LayerView
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,31 +29,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True, kw_only=True)
 class StreamMemPolicy(Policy):
     """Importance of a token: softmax(q K / sqrt d) over the audio and visual keys of [memory ; chunk], mean over the
-    tokens of the probe and over heads. The highest stay. Where some must go, every new frame also leaves a prototype,
-    sum of w K and sum of w V over its tokens with w their importances, at the frame's centre.
+    tokens of the probe and over heads. The highest are kept. If some are evicted, every new frame also has a prototype,
+    the sums of w K and w V over its tokens, w their importances, at the frame's centre.
     """
 
     frame_filter: bool
     threshold: float
     prototypes: bool
+    per_head: bool = False  # every key-value head keeps tokens of its own
 
     @property
     def probes(self) -> tuple[ProbePrompt, ...]:
-        """What the chat template puts after a question."""
+        """The tokens that the chat template puts after a question."""
         return () if self.budget is None else (ProbePrompt(text=None),)
 
     @property
     def merges(self) -> bool:
-        """Prototypes are no tokens that arrived."""
+        """Prototypes are averages of tokens."""
         return self.prototypes
 
     @property
     def ragged(self) -> bool:
-        """The filter leaves streams of a batch with unequal numbers."""
+        """Filtered streams of a batch have unequal numbers of tokens."""
         return self.frame_filter
 
     def prefilter(self, chunk: Chunk, order: Int[Tensor, "batch tokens"]) -> Prefiltered:
-        """The chunk with frames averaged that look like the one before."""
+        """The chunk with similar consecutive frames averaged."""
         if not self.frame_filter or not bool((chunk.modality == Modality.VISUAL).any()):
             return Prefiltered(chunk=chunk, order=order)
         return filtered(chunk, order, self.threshold)
@@ -78,7 +80,7 @@ class StreamMemPolicy(Policy):
         return _with_prototypes(view, kept, importance, frames, merging) if int(merging.max()) else kept
 
     def _importance(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
-        """What the probe pays to each audio or visual token, of all that it pays to them."""
+        """Attention of the probe to each audio or visual token, normalised over these."""
         queries = view.probes[0].queries
         seen = (view.modality > 0)[:, None]
         weights = probabilities(queries, view.pool.keys, seen, scale=view.scale, gate=view.pool.gate)
@@ -86,7 +88,7 @@ class StreamMemPolicy(Policy):
 
 
 def _groups(kinds: Tensor, room: LayerSlots) -> list[tuple[Bool[Tensor, "batch tokens"], Int[Tensor, " batch"]]]:
-    """The groups that compete and how many of them stay, row by row, since rows may hold unequal numbers."""
+    """The groups that compete and how many of each are kept, row by row, as rows may have unequal numbers."""
     if not room.split:
         member = kinds > 0
         return [(member, member.sum(dim=1).clamp_max(room.audio + room.visual))]
@@ -119,13 +121,8 @@ def _with_prototypes(
     centre = torch.stack([time, *(_middle(view.pool.positions[:, axis], frames) for axis in (1, 2))], dim=1)
     last = torch.where(frames, view.order[:, None], -1).amax(dim=2).clamp_min(0)
     new = merged(view, Merge(weights=weights, positions=centre, order=last), Modality.VISUAL)
-    there = torch.arange(frames.shape[1], device=count.device) < count[:, None]
-    new = replace(
-        new,
-        modality=torch.where(there, new.modality, torch.full_like(new.modality, ABSENT)),
-        gate=torch.where(there, new.gate, torch.full_like(new.gate, HIDDEN)),
-    )
-    both = with_merged(kept, new)
+    present = torch.arange(frames.shape[1], device=count.device) < count[:, None]
+    both = with_merged(kept, new.masked(present))
     return left_of(both, both.modality != ABSENT)
 
 
@@ -138,10 +135,10 @@ def _middle(places: Int[Tensor, "batch tokens"], frames: Tensor) -> Int[Tensor, 
 
 
 def filtered(chunk: Chunk, order: Int[Tensor, "batch tokens"], threshold: float) -> Prefiltered:
-    """A frame whose mean embedding has a cosine above the threshold to the running mean before it is averaged into it.
+    """The chunk with each frame whose mean embedding is similar to the running mean before it averaged into that.
 
-    The merged frame stands where the first of them stood. Sound and text pass. Streams of a batch in which unequal
-    numbers of frames are left are filled up at the end with places that hold nothing.
+    Similar: a cosine above the threshold. The averaged frame has the position of the first. Audio and text pass.
+    Streams of a batch with unequal numbers of remaining frames are padded at the end.
     """
     visual = chunk.modality[0] == Modality.VISUAL
     times = chunk.positions[0, 0, visual]
@@ -149,9 +146,9 @@ def filtered(chunk: Chunk, order: Int[Tensor, "batch tokens"], threshold: float)
     if frames < 2 or frames * size != len(times):
         return Prefiltered(chunk=chunk, order=order)
     parts = [chunk.embeddings[:, visual]] if chunk.deepstack is None else [chunk.embeddings[:, visual], *_levels(chunk)]
-    pictures = [part.unflatten(1, (frames, size)) for part in parts]
-    owners = torch.stack([_owners(row, threshold) for row in pictures[0].float()])
-    means = [_averaged(part, owners).flatten(1, 2).to(part.dtype) for part in pictures]
+    images = [part.unflatten(1, (frames, size)) for part in parts]
+    owners = torch.stack([_owners(row, threshold) for row in images[0].float()])
+    means = [_averaged(part, owners).flatten(1, 2).to(part.dtype) for part in images]
     there = chunk.modality != ABSENT
     there[:, visual] = (owners == torch.arange(frames, device=owners.device)).repeat_interleave(size, dim=1)
     embeddings = chunk.embeddings.clone()
@@ -192,7 +189,7 @@ def _levels(chunk: Chunk) -> list[Float[Tensor, "batch visual width"]]:
 
 
 def _only(chunk: Chunk, order: Tensor, there: Bool[Tensor, "batch tokens"]) -> Prefiltered:
-    """The tokens that are there, in order, each row filled up to the fullest."""
+    """The tokens marked in `there`, in order; shorter rows are padded."""
     counts = there.sum(dim=1, keepdim=True)
     most = int(counts.max())
     index = (~there).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
@@ -205,16 +202,16 @@ def _only(chunk: Chunk, order: Tensor, there: Bool[Tensor, "batch tokens"]) -> P
 @final
 @dataclass(frozen=True, kw_only=True)
 class StreamMemOptions:
-    """A proxy question without content; no official code is known, so every choice of ours is an interpretation.
+    """A proxy question without content; there is no official code, so our choices are interpretations.
 
-    as_published  frame filter at 0.95, prototypes, one pool of audio and visual tokens a layer
+    as_published  frame filter at 0.95, prototypes, one pool of audio and visual tokens per layer
     shared_split  the same with the audio-visual split of the budget
-    Where the source is silent: one vector a frame for the filter is the mean over its cells, compared with the running
-    mean within a chunk; tokens of the probe, query heads and heads are averaged, one set of tokens a layer (`per_head`:
-    one a key-value head); prototypes count as slots, are visual tokens at the frame's centre cell that may be evicted
-    later, are at most half of the slots (the latest frames'), and are made only where something must go; keys are
-    turned to the centre before they are averaged; sound is a token like any other and has no prototypes. Original
-    positions; the stretching by YaRN that the source adds for other models is left out (1 for Qwen2.5).
+    Choices where the source says nothing: the filter compares the mean over a frame's cells with the running mean in
+    the chunk; probe tokens, query heads and heads are averaged, with one set of tokens per layer (`per_head`: one per
+    key-value head); prototypes take slots, are visual tokens at the frame's centre cell that may be evicted later, take
+    at most half of the slots (the latest frames first), and exist only if tokens are evicted; keys are rotated to the
+    centre before they are averaged; audio tokens are treated like visual ones and have no prototypes. Original
+    positions; the scaling by YaRN that the source adds for other models is left out (1 for Qwen2.5).
     """
 
     name: Literal["streammem"] = "streammem"
@@ -222,7 +219,7 @@ class StreamMemOptions:
     frame_filter: bool | None = None
     threshold: float | None = None  # cosine of frames above which they are averaged
     prototypes: bool | None = None
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not -1 <= self.threshold <= 1:

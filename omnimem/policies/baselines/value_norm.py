@@ -1,4 +1,4 @@
-"""Value norm: the tokens with the longest values stay (the VaN score of InfiniPot-V alone, arXiv 2506.15745)."""
+"""Value norm: keeps the tokens with the longest values (the VaN score of InfiniPot-V alone, arXiv 2506.15745)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -28,15 +28,15 @@ class ValueNorm(AbstractRanking):
 @final
 @dataclass(frozen=True, kw_only=True)
 class ValueNormOptions:
-    """Published only as half of InfiniPot-V; alone, and without its pooling, it is the plainest content-based rival.
+    """Published only as half of InfiniPot-V; alone and without its pooling, the simplest content-based baseline.
 
-    as_published  every key-value head keeps its own tokens, of one pool of audio and visual tokens
+    as_published  every key-value head keeps tokens of its own, of one pool of audio and visual tokens
     shared_split  the same with the audio-visual split of the budget
     """
 
     name: Literal["value_norm"] = "value_norm"
     preset: Preset = "as_published"
-    per_head: bool | None = None  # every key-value head keeps its own tokens
+    per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""

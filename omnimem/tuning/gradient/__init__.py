@@ -1,12 +1,11 @@
-"""Gradient modes: what the memory carries through the graph, and how far gradient flows back; one a file."""
+"""Gradient modes: how the memory passes through the graph, and how far gradient flows back; one per file."""
 
-from omnimem.tuning.gradient.full import BackpropMode, FullGradient
+from omnimem.tuning.gradient.full import FullGradient
 from omnimem.tuning.gradient.horizon import HorizonGradient
 from omnimem.tuning.gradient.released import GradientError, ReleasedGradient, by_similarity
 from omnimem.tuning.gradient.states import StatesGradient
 
 __all__ = [
-    "BackpropMode",
     "FullGradient",
     "GradientError",
     "HorizonGradient",

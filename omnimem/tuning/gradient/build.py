@@ -1,8 +1,8 @@
-"""From a run's options to how far its gradient reaches, and what that changes for the policy."""
+"""Gradient mode and training policy of a run, from its options."""
 
-from omnimem.policies.base import Policy, ScoredPolicy
+from omnimem.policies.base import Policy
+from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.tuning.gradient import (
-    BackpropMode,
     FullGradient,
     GradientError,
     HorizonGradient,
@@ -15,8 +15,8 @@ from omnimem.tuning.plan import TuningOptions
 ONE_POLICY = "the one used in evaluation"
 
 
-def gradient_of(options: TuningOptions, layers: int) -> BackpropMode:
-    """How memories are carried in a run, for a model of so many layers.
+def gradient_of(options: TuningOptions, layers: int) -> MemoryStep:
+    """The gradient mode of a run, for a model of so many layers.
 
     Raises GradientError when the model has no layer above `stop_layer`.
     """
@@ -30,7 +30,7 @@ def gradient_of(options: TuningOptions, layers: int) -> BackpropMode:
 
 
 def stop_layer_of(options: TuningOptions, layers: int) -> int:
-    """The first layer that chunks do not run: half-way up where nothing is said, as the paper's 18 of 36."""
+    """The first layer that chunks do not run; by default the middle one, as the paper's 18 of 36."""
     stop = layers // 2 if options.stop_layer is None else options.stop_layer
     if not 0 < stop < layers:
         raise GradientError(f"tuning.stop_layer = {stop} must be from 1 to {layers - 1}: the model has {layers} layers")
@@ -38,22 +38,22 @@ def stop_layer_of(options: TuningOptions, layers: int) -> int:
 
 
 def policy_in_training(options: TuningOptions, policy: Policy) -> Policy:
-    """The policy of evaluation itself, but for `gradient: released`, where similarity alone decides as in the release.
+    """The policy of evaluation, or with `gradient: released` similarity alone, as in the release.
 
-    Raises GradientError when the mode cannot carry what the policy keeps.
+    Raises GradientError when the policy does not support the mode.
     """
     if options.gradient == "released":
         return by_similarity(policy)
-    if options.gradient != "full" and (policy.per_head or not isinstance(policy, ScoredPolicy)):
+    if not policy.supports(options.gradient):
         raise GradientError(
-            f"tuning.gradient = {options.gradient} carries tokens as they came, one choice for all heads, and "
-            f"policy {policy.name} does not; set it to full"
+            f"tuning.gradient = {options.gradient} needs one score per token that holds for all heads, and "
+            f"policy {policy.name} has none; set it to full"
         )
     return policy
 
 
 def described(options: TuningOptions, policy: Policy, layers: int) -> str:
-    """What the policy in training is, for run.json: anything but ONE_POLICY is a departure that must be said.
+    """The policy in training in words, for run.json: ONE_POLICY, or how it differs from evaluation.
 
     Raises GradientError as `policy_in_training`.
     """

@@ -1,4 +1,4 @@
-"""Gradient to the weights that make keys and values of retained tokens, without a graph of the past."""
+"""Gradient to the weights that produce keys and values of kept tokens, without a graph of earlier chunks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,20 +15,21 @@ from omnimem.tuning.gradient.full import FullGradient
 @final
 @dataclass(frozen=True, kw_only=True)
 class StatesGradient:
-    """`gradient: states`: kept tokens carry their layer inputs as constants; whoever reads the memory makes their keys
-    and values of them with the current weights.
+    """`gradient: states`: kept tokens carry their layer inputs as constants, and a question recomputes their keys and
+    values from them with the current weights.
 
-    So k_proj and v_proj learn from what is retained, all other weights from the question's own pass, and the chunks run
-    without a graph: memory and loss are those of `full`, to the bit. Scores get no gradient, so softened selection
-    learns as hard selection does (design 6; the release does so below its stop layer, method 2).
+    So k_proj and v_proj learn from the kept tokens, all other weights from the question's own pass, and the chunks run
+    without a graph: memory and loss equal those of `full` to the bit. Scores get no gradient, so softened selection
+    learns as hard selection does. The release does this below its stop layer (docs/paper.md, "Gradient in the
+    release").
     """
 
     question: FullGradient = field(default_factory=FullGradient)  # how questions are kept for backward
 
-    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> Memory:
+    def __call__(self, step: ChunkStep, memory: Memory, embeddings: Tensor) -> tuple[Memory, "StatesGradient"]:
         """The memory after the chunk, with layer inputs."""
         with torch.no_grad():
-            return step(memory, embeddings, states=True)
+            return step(memory, embeddings, states=True), self
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         """`loss(memory)`."""

@@ -402,7 +402,7 @@ VIDEO = ("--video", "one.mp4")
         ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),
         ((*VIDEO, "--policies", "omnimem", "snapkv", "--tuned", "left"), "--tuned left: nothing tunes that side"),
         ((*VIDEO, "--policies", "omnimem", "snapkv", "--id", "one"), "--id one: names a stream of a manifest"),
-        ((*VIDEO, "--policies", "omnimem", "oracle"), "policy oracle must be told which tokens hold the answers"),
+        ((*VIDEO, "--policies", "omnimem", "oracle"), "policy oracle must know which tokens hold the answers"),
         ((*VIDEO, "--policies", "omnimem", "snapkv", "--adapter", "none"), "none: adapter_config.json is missing"),
         (("--video", "two.mp4", "--policies", "omnimem", "snapkv"), "two.mp4: is not a file; check the path"),
         (("--manifest", "test.jsonl", "--id", "two"), "test.jsonl: no stream has the id 'two'; the first is 'one'"),

@@ -116,7 +116,7 @@ def test_lambda_zero_is_similarity_only_and_measures_no_attention(monkeypatch: p
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stream_of_exact_duplicates_keeps_the_latest_and_no_nan(preset: str, dtype: torch.dtype) -> None:
-    """The release keeps NaN first (docs/paper.md, "Scores"); here copies tie, and ties go to the most recent token."""
+    """The release ranks NaN first (docs/paper.md, "Differences between paper and release"); here the latest stay."""
     chunks = [with_states(c, c.states[:, :1].expand_as(c.states).to(dtype)) for c in arrivals([18, 18], layout=(2,))]
     copy = chunks[0].states[:, :1]
     chunks = [with_states(c, copy.expand(-1, 18, -1)) for c in chunks]

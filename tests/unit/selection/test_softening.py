@@ -438,7 +438,7 @@ def test_hard_selection_and_full_memory_have_no_softness() -> None:
             "tuning.selection.softening: expected 'hard', 'straight_through' or 'soft'",
         ),
         ("tuning.selection.gradient=none", "tuning.selection.gradient: expected 'redundancy' or 'both'"),
-        ("tuning.selection={softening: hard, gradient: both}", "gradient = both asks scores to learn"),
+        ("tuning.selection={softening: hard, gradient: both}", "gradient = both has no effect with softening = hard"),
         ("tuning.selection.temperature.start=.inf", "start = inf and end = 0.05 must both be finite numbers above 0"),
         ("tuning.selection.temperature={end: 0}", "start = 1 and end = 0 must both be finite numbers above 0"),
         ("tuning.selection.temperature.schedule=step", "expected 'constant', 'linear' or 'cosine'"),

@@ -96,7 +96,7 @@ def test_the_model_is_restored_even_after_an_exception() -> None:
 
 def test_a_direct_call_of_an_attached_model_is_refused() -> None:
     model = text_model("qwen2_5_omni")
-    with attach(model), pytest.raises(RuntimeError, match=r"Seam\.run"):
+    with attach(model), pytest.raises(RuntimeError, match=r"StreamedAttention\.run"):
         one_shot(model, whole_stream())
 
 

@@ -9,9 +9,9 @@ from omnimem.config import ConfigError, load
 from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.selection import SelectionOptions, Softness
+from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.tokens import Tokens
 from omnimem.tuning import (
-    BackpropMode,
     FullGradient,
     GradientError,
     HorizonGradient,
@@ -41,7 +41,7 @@ HARD = SelectionOptions(softening="hard")
         ),
     ],
 )  # fmt: skip
-def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: BackpropMode) -> None:
+def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: MemoryStep) -> None:
     assert gradient_of(options, 36) == built
 
 
@@ -52,13 +52,13 @@ def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: Ba
         (["tuning.horizon=some"], "tuning.horizon: expected a whole number or 'all', got 'some'; known: all"),
         (["tuning.gradient=state"], "tuning.gradient: expected 'full', 'states', 'released' or 'paper', got 'state'; "
          "did you mean 'states'?"),
-        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon: horizon = 2 means nothing with "
-         "gradient: states, which has a reach of its own; set horizon: all, or gradient: full"),
-        (["tuning.stop_layer=2"], "tuning.stop_layer: stop_layer = 2 means nothing with gradient: full, whose "
-         "chunks run all layers; leave it out, or set gradient: released"),
+        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon: horizon = 2 applies to gradient: "
+         "full only (got states); set horizon: all, or gradient: full"),
+        (["tuning.stop_layer=2"], "tuning.stop_layer: stop_layer = 2 applies to gradient: released "
+         "or paper only (got full, whose chunks run all layers); leave it out, or set gradient: released"),
         (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer: stop_layer = 0 must be at "
          "least 1: chunks run the layers below it"),
-        (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through means nothing "
+        (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through has no effect "
          "with gradient: released, whose selection does not learn; set it to hard"),
         (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
          "paper carries tokens that one score chose for all heads, which policy distinct does not; set it to full"),
