@@ -14,11 +14,8 @@ from omnimem.run import RunFolder
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
 from omnimem.training.shutdown import Stopped
 
-CANNOT_WRITE = (
-    "PytorchStreamWriter",
-    "inline_container",
-    "iostream error",
-)  # torch.save on a full disk
+# In the messages of torch.save when the disk is full.
+CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @final
