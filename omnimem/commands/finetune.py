@@ -236,7 +236,7 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     finally:
         if first:
-            failed = [asdict(failure) for failure in trainer.skipped.found]
+            failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
             steps = trainer.state.global_step
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)

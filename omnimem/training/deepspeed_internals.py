@@ -1,7 +1,7 @@
 """Every attribute of DeepSpeed outside its documented interface that this package uses, one small function each.
 
-Tested with DeepSpeed 0.19.8. Each function raises RunError when the installed version is outside the range that
-`pyproject.toml` allows, or when an attribute is missing, instead of reading the wrong tensor.
+Tested with DeepSpeed 0.18.0 and 0.19.8. Each function raises RunError when the installed version is outside the range
+that `pyproject.toml` allows, or when an attribute is missing, instead of reading the wrong tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from omnimem.run import RunError
 
-TESTED = ("0.19.8",)
+TESTED = ("0.18.0", "0.19.8")
 FIRST, BELOW = (0, 18), (0, 20)  # range of versions, as in pyproject.toml
 
 

@@ -10,7 +10,7 @@ from omnimem.training.collectives import gather_lists
 
 
 @final
-class SkippedSamples:
+class FailedSamples:
     """The failed samples of a run; too many of them end it."""
 
     def __init__(self, failures: Failures) -> None:

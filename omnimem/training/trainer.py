@@ -23,7 +23,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
-from omnimem.training.failures import SkippedSamples
+from omnimem.training.failures import FailedSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
@@ -40,7 +40,7 @@ class StreamTrainer(Trainer):
     """Streams the samples of each step at its own budget and temperature.
 
     `training_step` is the whole step. Everything else that the Trainer calls is delegated to an owned object:
-    `batching`, `nonfinite`, `shutdown`, `watchdog`, `metrics`, `skipped`, `checkpoints` and, under ZeRO-3, `gathering`.
+    `batching`, `nonfinite`, `shutdown`, `watchdog`, `metrics`, `failed`, `checkpoints` and, under ZeRO-3, `gathering`.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class StreamTrainer(Trainer):
         # 2. the owned objects
         layout = Layout.of(self)
         self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
-        self.skipped = SkippedSamples(failures)
+        self.failed = FailedSamples(failures)
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
-        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.skipped)
+        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
@@ -119,7 +119,7 @@ class StreamTrainer(Trainer):
                 encoded.append(self.feeder.open(sample))
                 self.plan.options.check_segments(encoded[-1].segments)
             except MediaError as error:
-                self.skipped.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
+                self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return encoded
 
     def _stream(self, encoded: Sequence[EncodedSample], step: Step) -> Tensor:
