@@ -162,9 +162,11 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
 
     Raises ConfigError when transformers refuses them.
     """
+    # 1. our defaults
     defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
     defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
+    # 2. build and check
     try:
         if "report_to" in given:
             raise ValueError("report_to: TensorBoard event files and metrics.jsonl are always written")

@@ -53,14 +53,17 @@ def written_by_all(folder: RunFolder, place: Path, ranks: Accelerator) -> Iterat
     All ranks must share the file system of the run folder. Raises Stopped, with exit code 1, when writing fails; a
     former `place` then stays as it was.
     """
+    # 1. an empty partial folder
     partial = folder.partial / place.name
     if ranks.is_main_process:
         shutil.rmtree(folder.partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.wait_for_everyone()
+    # 2. all ranks write
     with _explained(folder, place):
         yield partial
     ranks.wait_for_everyone()
+    # 3. seal and rename
     if ranks.is_main_process:
         with _explained(folder, place):
             seal(partial, ranks=ranks.num_processes)

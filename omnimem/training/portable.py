@@ -91,12 +91,14 @@ class State:
 
     def __init__(self, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, engine: Any = None) -> None:
         """`engine` is DeepSpeed's; None without DeepSpeed."""
+        # 1. the ZeRO stage, and float32 copies of half-precision weights
         self.weights, self.optimizer = weights, optimizer
         self.stage: int = 0 if engine is None else engine.zero_optimization_stage()
         wrapper: Any = None if engine is None else engine.optimizer
         half = engine is not None and not self.stage and (engine.bfloat16_enabled() or engine.fp16_enabled())
         copies = {id(weight): copy for weight, copy in float32_copies(wrapper)} if half else {}
 
+        # 2. where the optimizer keeps its part of each weight
         def piece(weight: Tensor) -> Piece | None:
             if not self.stage:
                 return Piece(store=copies.get(id(weight), weight), start=0, count=weight.numel(), at=0)
