@@ -1,4 +1,4 @@
-"""Fine-tunes a model under its memory budget, then evaluates it beside the untouched one.
+"""Fine-tune a model under its memory budget, then evaluate it beside the base model.
 
 deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--resume auto|PATH] [--overwrite]
     [--skip-preflight]
@@ -40,26 +40,28 @@ from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
-from omnimem.training.watchdog import Watchdog
 from omnimem.training.zero3 import stage_of, whole
 from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check everything, then train; or, with --dry-run, show what would be done."""
+    """Check everything, then train; with --dry-run, show what would be done instead."""
     follow_launcher()
+    # 1. read the config
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
     if given.dry_run:
         preview(run)
         return
-    require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # not after hours of training
+    require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
+    # 2. decide on the run folder and the checkpoint
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
     if start.checkpoint is not None:
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
+    # 3. read and check the data
     samples = training_samples(run)
     check_answers(samples)
     if run.evaluate.after_training:
@@ -67,77 +69,106 @@ def main(arguments: Sequence[str]) -> None:
     longest = None
     if rank() == 0 and not given.skip_preflight:
         line, longest = check_data(run, samples)
-        tell(line)
+        report(line)
+    # 4. train
     prepare_process()
     finetune(run, start, samples, longest)
 
 
+def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None) -> None:
+    """Train, save and verify the adapter, evaluate, compare; every rank runs this.
+
+    `longest` is the sample of the rehearsal, on the first rank; None: no preflight.
+    """
+    # 1. open the run folder
+    settings, partitioned = training_arguments(run.train, start.folder), stage_of(run.train) == 3
+    first = settings.process_index == 0
+    if first:
+        start.open(dump(run), _provenance(run, settings))
+        if start.news:
+            print(start.news, flush=True)
+    # 2. build the model with its adapter
+    backbone, model, feeder = build_model(run, settings)
+    with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
+        # 3. read or measure the budget of the layers
+        with settings.main_process_first(local=False, desc="budget"):
+            budget = budget_of(run, attached, feeder, start.folder)
+        policies = policies_of(run, budget)
+        parts = Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
+        if first:
+            in_training = described(run.tuning, policies(None), attached.shape.layers)
+            update_json(start.folder.record, policy_in_training=in_training)
+        # 4. rehearse one step
+        if longest is not None:
+            rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
+        # 5. train, and save the adapter
+        trainer = build_trainer(run, start, samples, parts, settings)
+        train(trainer, start, first=first)
+        trainer.save_adapter(start.folder.adapter)
+        # 6. verify what was saved, evaluate, compare
+        if first and not partitioned:
+            conclude(run, start.folder, parts)
+    if first and partitioned:
+        with reloaded(run, start.folder, policies) as parts:
+            conclude(run, start.folder, parts)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
 def check_budget(run: RunConfig, start: Start) -> None:
-    """Raises BudgetError when a budget is to be measured where no process holds the whole model."""
+    """Raises BudgetError when the budget must be measured and no process holds the whole model."""
     measured = start.folder.budget.is_file() and not start.replaces
     if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
         raise BudgetError(
-            "memory.budget: under ZeRO-3 no process holds the whole model that would be measured; run "
-            f"train/calibrate.py with this config before, which writes {start.folder.budget}"
+            "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
+            f"train/calibrate.py with this config first, which writes {start.folder.budget}"
         )
 
 
 def check_answers(samples: Sequence[Sample]) -> None:
-    """Raises ManifestError when a stream teaches nothing: no question of it has an answer to learn."""
+    """Raises ManifestError when no question of a sample has an answer to learn."""
     silent = [s for s in samples if not any(q.loss and q.answer is not None for q in s.questions)]
     if silent:
         what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
         raise ManifestError([f"{sample.origin} {what}" for sample in silent])
 
 
-def tell(line: str) -> None:
-    """Say what the preflight found."""
+def report(line: str) -> None:
+    """Print a finding of the preflight."""
     print(f"preflight: {line}", flush=True)
 
 
-def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None) -> None:
-    """Train, save and verify the adapter, evaluate, compare; every rank runs this.
+def rehearse_run(
+    run: RunConfig, folder: RunFolder, parts: "Parts", longest: Sample, settings: TrainingArguments, saves: int
+) -> None:
+    """The part of the preflight that needs the model; under ZeRO-3 no rank can take a step alone."""
+    for line in check_run(run, parts.model, folder.path, saves):
+        report(line)
+    if stage_of(run.train) == 3:
+        report("step: not tried, since under ZeRO-3 no process holds the whole model")
+    else:
+        batch = settings.per_device_train_batch_size
+        report(rehearse(run, parts.attached, parts.feeder, parts.policies, parts.model, longest, batch))
 
-    `longest` is the sample to rehearse with, on the first rank; None: no preflight.
-    """
-    settings = training_arguments(run.train, start.folder)
-    first = settings.process_index == 0
-    if first:
-        start.open(dump(run), _provenance(run, settings))
-        if start.news:
-            print(start.news, flush=True)
-    backbone = load_backbone(run.model, settings.device)
-    torch.manual_seed(seed_of(settings.seed, "adapter"))
-    decoder = set(backbone.text_model.parameters())
-    encoders = [each for each in backbone.model.parameters() if each not in decoder]
-    model = add_adapter(backbone.model, run.tuning.lora)
-    with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
-        feeder = feeder_of(run, backbone)  # looks at the encoders, where it keeps what they make
-    with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
-        with settings.main_process_first(local=False, desc="budget"):
-            budget = budget_of(run, attached, feeder, start.folder)
-        parts = Parts(
-            backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies_of(run, budget)
-        )
-        departure = described(run.tuning, parts.policies(None), attached.shape.layers)
-        if first:
-            update_json(start.folder.record, policy_in_training=departure)
-        if longest is not None:
-            rehearsed(run, start.folder, parts, longest, settings, saves_of(settings, len(samples)))
-        trainer = trainer_of(run, start, samples, parts, settings)
-        train(trainer, start, first=first)
-        trainer.save_whole(start.folder.adapter)
-        if first and stage_of(run.train) != 3:
-            conclude(run, start.folder, parts)
-    if first and stage_of(run.train) == 3:
-        with reloaded(run, start.folder, parts.policies) as parts:
-            conclude(run, start.folder, parts)
+
+def checkpoint_count(settings: TrainingArguments, samples: int) -> int:
+    """Number of checkpoints that a run writes, including those it removes later."""
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    epoch = ceil(samples / batch)
+    steps = settings.max_steps if settings.max_steps > 0 else ceil(epoch * settings.num_train_epochs)
+    interval = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
+    every = {"no": inf, "epoch": epoch, "steps": max(1, interval)}[SaveStrategy(settings.save_strategy).value]
+    return ceil(steps / every)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What training and evaluation share: the very same objects."""
+    """The objects that training and evaluation share."""
 
     backbone: Backbone
     model: StreamedModel
@@ -146,73 +177,49 @@ class Parts:
     policies: Policies
 
 
-def rehearsed(
-    run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, settings: TrainingArguments, saves: int
-) -> None:
-    """The part of the preflight that needs the model; under ZeRO-3 no rank alone can take a step."""
-    for line in check_run(run, parts.model, folder.path, saves):
-        tell(line)
-    if stage_of(run.train) == 3:
-        tell("step: not tried, since under ZeRO-3 no process holds the whole model")
-    else:
-        batch = settings.per_device_train_batch_size
-        tell(rehearse(run, parts.attached, parts.feeder, parts.policies, parts.model, longest, batch))
+def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, StreamedModel, Feeder]:
+    """The base model, the same model with its adapter, and the feeder, which needs whole encoders."""
+    backbone = load_backbone(run.model, settings.device)
+    torch.manual_seed(seed_of(settings.seed, "adapter"))
+    decoder = set(backbone.text_model.parameters())
+    encoders = [each for each in backbone.model.parameters() if each not in decoder]
+    model = add_adapter(backbone.model, run.tuning.lora)
+    with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
+        return backbone, model, feeder_of(run, backbone)
 
 
-def saves_of(settings: TrainingArguments, samples: int) -> int:
-    """How many checkpoints a run writes, were none removed."""
-    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    lap = ceil(samples / batch)
-    steps = settings.max_steps if settings.max_steps > 0 else ceil(lap * settings.num_train_epochs)
-    share = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
-    every = {"no": inf, "epoch": lap, "steps": max(1, share)}[SaveStrategy(settings.save_strategy).value]
-    return ceil(steps / every)
-
-
-def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
-    """All steps that are left; how far it came and which samples failed is noted even if it is stopped."""
-    try:
-        with Progress() as progress:
-            trainer.add_callback(progress)
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-    finally:
-        if first:
-            failed = [asdict(failure) for failure in trainer.failures.found]
-            left_out = [asdict(bad) for bad in trainer.bad_steps.found]
-            steps = trainer.state.global_step
-            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
-
-
-def trainer_of(
+def build_trainer(
     run: RunConfig, start: Start, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
 ) -> StreamTrainer:
     """The trainer of a run."""
-    own = OwnSettings.of(run.train)
     return StreamTrainer(
+        # 1. the model and how it is streamed
         model=parts.model,
-        args=settings,
-        samples=samples,
         layers=cast(Any, parts.backbone.text_model).layers,
-        folder=start.folder,
-        max_bad_steps=own.max_bad_steps,
-        watch=Watchdog(own.step_timeout_seconds, settings.process_index),
-        callbacks=callbacks_of(start, first=settings.process_index == 0),
         attached=parts.attached,
         feeder=parts.feeder,
         policies=parts.policies,
+        # 2. the steps
+        args=settings,
+        own=OwnSettings.of(run.train),
         plan=Plan(
             options=run.tuning,
             slots_per_layer=run.memory.slots_per_layer,
             chunk_tokens=run.stream.chunk_tokens,
             seed=settings.seed,
         ),
+        # 3. the data
+        samples=samples,
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
+        # 4. what is written
+        folder=start.folder,
+        callbacks=callbacks_of(start, first=settings.process_index == 0),
     )
 
 
 @contextmanager
 def reloaded(run: RunConfig, folder: RunFolder, policies: Policies) -> Iterator[Parts]:
-    """The model once more, whole, with the adapter: ZeRO-3 has left each rank a part."""
+    """The whole model with the saved adapter, loaded again: under ZeRO-3 each rank holds a part."""
     unset_hf_deepspeed_config()
     backbone = load_backbone(run.model)
     model, feeder = load_adapter(backbone.model, folder.adapter), feeder_of(run, backbone)
@@ -220,8 +227,26 @@ def reloaded(run: RunConfig, folder: RunFolder, policies: Policies) -> Iterator[
         yield Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
 
 
+# --------------------------------------------------------------------------------------------------- training and after
+
+
+def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
+    """Take all remaining steps; run.json records steps, failed samples and skipped steps even when it is stopped."""
+    try:
+        with Progress() as progress:
+            trainer.add_callback(progress)
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    finally:
+        if first:
+            failed = [asdict(failure) for failure in trainer.failed.found]
+            left_out = [asdict(step) for step in trainer.nonfinite.found]
+            steps = trainer.state.global_step
+            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
+
+
 def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
-    """Verify what was saved, note it in run.json, and evaluate all arms if the config says so."""
+    """Verify the saved adapter, record it in run.json, and evaluate all arms when the config asks for it."""
+    # 1. verify and describe the adapter
     tensors = adapter_tensors(folder.adapter)
     update_json(
         folder.record,
@@ -231,8 +256,10 @@ def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
     print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
     if not run.evaluate.after_training:
         return
+    # 2. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     evaluate_arms(run, evaluation, parts.policies, folder, applicable(run, tuned=True), parts.model)
+    # 3. compare
     compare([folder.path], folder.comparison)
     print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
@@ -253,7 +280,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dry-run", action="store_true", help="show settings, a sample, budget and memory; no training"
     )
-    parser.add_argument("--resume", metavar="auto|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("--skip-preflight", action="store_true", help="train at once, without a look at data and disk")
-    parser.add_argument("--overwrite", action="store_true", help="start anew; the old run folder is moved to <name>.1")
+    parser.add_argument("--resume", metavar="auto|PATH", help="resume from the newest checkpoint, or from this one")
+    parser.add_argument("--skip-preflight", action="store_true", help="train without checking data and disk first")
+    parser.add_argument("--overwrite", action="store_true", help="start a new run; the old folder is moved to <name>.1")
     return parser

@@ -1,1 +1,1 @@
-"""The training loop and what keeps it alive: checkpoints, ranks, non-finite steps, signals."""
+"""The training loop: one trainer, and the objects it owns for batches, checkpoints, metrics and interruptions."""

@@ -1,4 +1,4 @@
-"""The section `train`: fields and types of transformers.TrainingArguments, checked without building it, and our own."""
+"""The section `train`: the fields of transformers.TrainingArguments, checked without building it, and our own."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from omnimem.config import ConfigError, strict
 from omnimem.run import RunFolder
 
-Check = tuple[Callable[[float], bool], str]  # which numbers will do, in a test and in words
+Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
-OURS = {  # fields that another part decides
-    "output_dir": "set by `name`: a run lives in runs/<name>",
+OURS = {  # fields that are set elsewhere
+    "output_dir": "set by `name`: the run folder is runs/<name>",
     "resume_from_checkpoint": "given on the command line: --resume auto, or --resume runs/X/checkpoint-N",
     "local_rank": "given by the launcher; remove it",
     "do_train": "finetune.py always trains; remove it",
@@ -34,27 +34,27 @@ OURS = {  # fields that another part decides
     "activation_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
     "auto_find_batch_size": "would change what a step is; set per_device_train_batch_size",
     "parallelism_config": "cannot be written in YAML; use deepspeed",
-    "save_only_model": "no run could go on from such checkpoints; train/export.py takes the adapter out of whole ones",
-    "save_on_each_node": "a checkpoint is one folder, which all nodes share; remove it",
-    "torch_compile": "each chunk of a stream has a shape of its own; remove it",
-    "use_liger_kernel": "it replaces the parts of the model that streams attach to; remove it",
-    "fsdp": "use deepspeed: deepspeed/zero3.json shares out the weights too",
-    "fsdp_config": "use deepspeed: deepspeed/zero3.json shares out the weights too",
-    "accelerator_config": "ranks are dealt their samples by this project; remove it",
-    "ignore_data_skip": "a resumed run would take samples twice and leave others out; remove it",
-    "label_smoothing_factor": "a loss is the whole of what `tuning.loss` says; remove it",
-    "neftune_noise_alpha": "noise that no seed of the step decides would differ in a resumed run; remove it",
-    "use_cpu": "a host without a GPU trains on the CPU; beside a GPU, set CUDA_VISIBLE_DEVICES to nothing",
-    "push_to_hub": "nothing is uploaded; use train/export.py and upload what it writes",
+    "save_only_model": "no run could resume from such a checkpoint; train/export.py writes its adapter alone",
+    "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
+    "torch_compile": "every chunk of a stream has a different shape; remove it",
+    "use_liger_kernel": "it replaces the modules that streams attach to; remove it",
+    "fsdp": "use deepspeed: deepspeed/zero3.json partitions the weights too",
+    "fsdp_config": "use deepspeed: deepspeed/zero3.json partitions the weights too",
+    "accelerator_config": "samples are distributed over ranks by this project; remove it",
+    "ignore_data_skip": "a resumed run would repeat some samples and skip others; remove it",
+    "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
+    "neftune_noise_alpha": "its noise ignores the seed of the step, so a resumed run would differ; remove it",
+    "use_cpu": "a host without a GPU trains on the CPU; elsewhere set CUDA_VISIBLE_DEVICES to an empty string",
+    "push_to_hub": "nothing is uploaded; use train/export.py and upload its output",
 }
-FORMER = {  # names of transformers 4 that are gone
-    "warmup_ratio": "gone in transformers 5; set warmup_steps, where a number below 1 is a share of all steps",
-    "overwrite_output_dir": "gone in transformers 5; use --overwrite",
-    "logging_dir": "gone in transformers 5; event files lie in runs/<name>/tb",
-    "evaluation_strategy": "gone in transformers 5; set evaluate.after_training instead",
-    "group_by_length": "gone in transformers 5; set train_sampling_strategy",
-    "no_cuda": "gone in transformers 5; set CUDA_VISIBLE_DEVICES to nothing",
-    "save_safetensors": "gone in transformers 5; weights are always safetensors",
+FORMER = {  # names of transformers 4 that were removed
+    "warmup_ratio": "removed in transformers 5; set warmup_steps, where a number below 1 is a fraction of all steps",
+    "overwrite_output_dir": "removed in transformers 5; use --overwrite",
+    "logging_dir": "removed in transformers 5; event files are in runs/<name>/tb",
+    "evaluation_strategy": "removed in transformers 5; set evaluate.after_training instead",
+    "group_by_length": "removed in transformers 5; set train_sampling_strategy",
+    "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
+    "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
 REFUSED = {**OURS, **FORMER}
 
@@ -65,7 +65,7 @@ BELOW_1: Check = (lambda number: 0 <= number < 1, "0 or more, and below 1")
 SEED: Check = (lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
 EVERY: Check = (
     lambda number: 0 < number < 1 or (number >= 1 and number == int(number)),
-    "a whole number of steps, or a share of all steps below 1",
+    "a whole number of steps, or a fraction of all steps below 1",
 )
 RANGES: dict[str, Check] = {
     "per_device_train_batch_size": FROM_1,
@@ -97,28 +97,28 @@ RANGES: dict[str, Check] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class OwnSettings:
-    """Settings of `train` that transformers does not know."""
+    """Settings of `train` that are not transformers'."""
 
-    max_bad_steps: int = 3  # steps in a row whose loss or gradient is not finite, before the run stops
-    step_timeout_seconds: float = 1800.0  # of a micro-step, or of a checkpoint, before the run ends; 0: no limit
+    max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient that end the run
+    step_timeout_seconds: float = 1800.0  # limit of a micro-step, and of writing a checkpoint; 0: no limit
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "OwnSettings":
-        """Ours in a section `train`."""
+        """Our settings in a section `train`."""
         return cls(**{name: value for name, value in section.items() if name in own_names() and value is not None})
 
 
 def own_names() -> tuple[str, ...]:
-    """Keys of `train` that are ours."""
+    """Names of our settings."""
     return tuple(each.name for each in fields(OwnSettings))
 
 
 def train_section() -> type:
-    """A strict dataclass with a field for each setting that `train` may hold, and one for each that is refused."""
+    """A strict dataclass with one field per allowed setting of `train`, and one per refused setting."""
     hints = {**get_type_hints(TrainingArguments), **get_type_hints(OwnSettings)}
-    theirs = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
-    kinds = {name: _exact(hints[name]) for name in (*theirs, *own_names())}
-    kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are not known beforehand
+    allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
+    kinds = {name: _exact(hints[name]) for name in (*allowed, *own_names())}
+    kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are unknown in advance
     kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # `best` would need an evaluation during training
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
@@ -129,7 +129,7 @@ def train_section() -> type:
 
 
 def _exact(hint: Any) -> Any:
-    """The hint with the words of an enumeration in place of `Enum | str`, which would let any word pass."""
+    """The hint with the values of an enumeration in place of `Enum | str`, which would accept any string."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
     if not enums:
@@ -140,11 +140,11 @@ def _exact(hint: Any) -> Any:
 
 
 def _within(check: Check) -> Callable[[Any], Any]:
-    accepts, words = check
+    accepts, allowed = check
 
     def within(value: Any) -> Any:
         if value is not None and not accepts(value):
-            raise ValueError(f"{value:g} is out of range; give {words}")
+            raise ValueError(f"{value:g} is out of range; give {allowed}")
         return value
 
     return within
@@ -158,16 +158,18 @@ def _refuse(reason: str) -> Callable[[Any], Any]:
 
 
 def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
-    """transformers' arguments of a run; a host without a GPU trains on the CPU.
+    """The TrainingArguments of a run; a host without a GPU trains on the CPU.
 
     Raises ConfigError when transformers refuses them.
     """
+    # 1. our defaults
     defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
-    defaults["ddp_find_unused_parameters"] = False  # every adapter is used in every step
+    defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
+    # 2. build and check
     try:
         if "report_to" in given:
-            raise ValueError("report_to: TensorBoard's event files and metrics.jsonl are always written")
+            raise ValueError("report_to: TensorBoard event files and metrics.jsonl are always written")
         arguments = TrainingArguments(
             **{**defaults, **given},
             output_dir=str(folder.path),
@@ -177,13 +179,13 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
         )
         _try_recipe(arguments)
         _try_engine(arguments)
-    except (ValueError, TypeError, ImportError) as error:  # do not go together, or cannot be had on this machine
+    except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:
-    """Optimizer and schedule once in the small: their own options are looked at only when they are built."""
+    """Build a small optimizer and schedule: transformers checks their options only then."""
     Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     options: Any = arguments.lr_scheduler_kwargs
@@ -191,7 +193,7 @@ def _try_recipe(arguments: TrainingArguments) -> None:
 
 
 def _try_engine(arguments: TrainingArguments) -> None:
-    """What DeepSpeed says of its settings, and of half precision, only when the engine is built."""
+    """Check settings that DeepSpeed would check only when the engine is built."""
     if arguments.fp16 and not torch.cuda.is_available():
         raise ValueError("fp16 needs a GPU; bf16 does not")
     if not arguments.deepspeed:
@@ -199,12 +201,12 @@ def _try_engine(arguments: TrainingArguments) -> None:
     settings = arguments.hf_deepspeed_config
     if settings.mismatches:
         each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
-        raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes ours)')
+        raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes the value of train)')
     given = settings.config.get("zero_optimization", {})
     known = {name: value for name, value in given.items() if value != "auto"}
-    theirs = import_module("deepspeed.runtime.zero.config")  # only now: `prepare_process` says for which device
+    zero = import_module("deepspeed.runtime.zero.config")  # only now: `prepare_process` sets the device first
     try:
-        theirs.DeepSpeedZeroConfig(**known)
+        zero.DeepSpeedZeroConfig(**known)
     except ValidationError as error:
         each = (f"zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
         raise ValueError(f"{arguments.deepspeed}: {', '.join(each)}") from error

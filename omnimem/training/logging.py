@@ -1,25 +1,94 @@
-"""What is told while a run trains: metrics.jsonl, TensorBoard, one progress bar; and the end of a resumed run."""
+"""Logging of a training run: metrics.jsonl, TensorBoard, one progress bar; and the end of a run without steps left."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from omnimem.run import Start, append_line
+from omnimem.tokens import Modality
+from omnimem.training.collectives import gather_lists
+from omnimem.training.failures import FailedSamples
+from omnimem.training.nonfinite import NonFiniteGuard, mean_without
+from omnimem.tuning import Outcome, Pass, Plan, running_means, step_metrics
 
 
 @final
-class MetricsLines(TrainerCallback):
-    """metrics.jsonl: one line a logged step; `beside` is what the next one says besides numbers."""
+@dataclass
+class StepMetrics(TrainerCallback):
+    """Collects the streams of the steps since the last log, and writes one line of metrics.jsonl per logged step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.beside: Mapping[str, Any] = {}
+    path: Path
+    plan: Plan
+    layers: int  # decoder layers
+    nonfinite: NonFiniteGuard
+    failed: FailedSamples
+    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
+    samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
+    logged: int = 0  # the last logged step
+    names: Mapping[str, Any] = field(default_factory=dict)  # sample ids of the next line
+
+    def add(self, step: int, outcome: Outcome) -> None:
+        """Record the streams of a batch."""
+        self.outcomes.append((step, replace(outcome, loss=outcome.loss.detach())))
+
+    def complete(self, logs: Mapping[str, float], trainer: Trainer, first: int) -> dict[str, float]:
+        """The logs of the Trainer with the metrics of the streams; collective. `first`: step that the run began at."""
+        state, ranks = trainer.state, trainer.args.world_size
+        # 1. losses by name and by budget, of all ranks
+        self.failed.share(trainer.args)
+        passes = gather_lists(self._passes(), ranks)
+        complete = {**logs, **step_metrics(passes), **running_means(passes, state.log_history)}
+        # 2. memory, tokens and time of the streams of this rank
+        if self.outcomes:
+            complete |= self._usage(state.global_step - 1, state.max_steps)
+        # 3. loss and gradient norm without skipped steps
+        skipped = self.nonfinite.since(self.logged)
+        if skipped:
+            steps = state.global_step - max(self.logged, first)
+            complete["loss"] = mean_without(len(skipped), steps, complete["loss"])
+        if skipped and skipped[-1].step == state.global_step and "grad_norm" in complete:
+            complete["grad_norm"] = math.nan
+        # 4. sample ids of all ranks
+        samples, left_out = gather_lists(self.samples, ranks), [name for each in skipped for name in each.samples]
+        self.names = {"samples": samples, "left_out": left_out}
+        self.outcomes, self.samples, self.logged = [], [], state.global_step
+        return complete
+
+    def _passes(self) -> list[Pass]:
+        """Losses since the last log, without skipped steps."""
+        skipped = {each.step - 1 for each in self.nonfinite.found}
+        return [
+            Pass.of(outcome, step=step, budget=self.plan.budget(step))
+            for step, outcome in self.outcomes
+            if step not in skipped
+        ]
+
+    def _usage(self, number: int, steps: int) -> dict[str, float]:
+        step = self.plan(number, steps)
+        outcomes = [outcome for _, outcome in self.outcomes]
+        count = len(outcomes)
+        usage: dict[str, float] = {
+            "slots": float(step.slots if step.slots is not None else -1),
+            "chunk_tokens": float(step.chunk_tokens),
+            "temperature": step.softness.temperature if step.softness else 0.0,
+            "entries": max(outcome.usage.kept_entries for outcome in outcomes) / self.layers,
+            "bytes": float(max(outcome.usage.bytes for outcome in outcomes)),
+            "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in outcomes) / count,
+            "failed_samples": float(len(self.failed.found)),
+        }
+        for kind in Modality:
+            name = kind.name.lower()
+            usage[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in outcomes) / count
+            usage[f"kept/{name}"] = sum(outcome.kept[name] for outcome in outcomes) / count / self.layers
+        return usage
 
     def on_log(
         self,
@@ -29,7 +98,7 @@ class MetricsLines(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Nested where TensorBoard's names have a slash."""
+        """Append the line; GROUP/NAME is nested as {GROUP: {NAME: ...}}."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         line: dict[str, Any] = {"step": state.global_step}
@@ -39,12 +108,12 @@ class MetricsLines(TrainerCallback):
                 line.setdefault(group, {})[member] = value
             else:
                 line[name] = value
-        append_line(self.path, {**line, **self.beside})
+        append_line(self.path, {**line, **self.names})
 
 
 @final
 class Progress(TrainerCallback):
-    """One bar with loss, budget and temperature; where stderr is no terminal, about ten lines over the whole run."""
+    """A progress bar with loss, budget and temperature; without a terminal, about ten lines over the whole run."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -53,12 +122,12 @@ class Progress(TrainerCallback):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Closed after an exception too, so that its message begins a line of its own."""
+        """Close the bar after an exception too, so that the error message starts on a new line."""
         if self.bar is not None:
             self.bar.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run goes on where it was."""
+        """Start the bar at the step of the checkpoint."""
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None
@@ -72,12 +141,12 @@ class Progress(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """The bar moves when the loss of its step is known."""
+        """Move the bar to the logged step."""
         if self.bar is None or not logs or "loss" not in logs:
             return
         slots, temperature = logs.get("slots"), logs.get("temperature", 0)
         shown = {"loss": f"{logs['loss']:.4g}"}
-        if slots is not None:  # none where every sample of the step failed
+        if slots is not None:  # missing when every sample of the step failed
             shown["slots"] = "full" if slots < 0 else f"{slots:g}"
         if temperature > 0:
             shown["temperature"] = f"{temperature:.3g}"
@@ -89,21 +158,21 @@ class Progress(TrainerCallback):
 
 
 class Finished(Exception):
-    """All steps are done."""
+    """The run has no steps left."""
 
 
 @final
 class EndOfRun(TrainerCallback):
-    """Raises Finished where a resumed run has no step left, its weights loaded: the Trainer would take one more."""
+    """Raises Finished, once the weights are loaded, when no steps are left: the Trainer would take one more."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Every rank comes here."""
+        """Called on every rank."""
         if state.global_step >= state.max_steps:
             raise Finished
 
 
 def callbacks_of(start: Start, *, first: bool) -> list[TrainerCallback]:
-    """The end of a resumed run and, on the first process, TensorBoard's event files, without what it will do again."""
+    """`EndOfRun` and, on the first process, TensorBoard event files, purged of the steps that a resumed run repeats."""
     found: list[TrainerCallback] = [EndOfRun()]
     if first:
         writer = SummaryWriter(str(start.folder.tensorboard), purge_step=start.step + 1 if start.step else None)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: weights and optimizer stay as they were, on every rank alike."""
+"""Steps whose loss or gradient is not finite are skipped: no rank changes its weights or its optimizer state."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,18 @@ from types import TracebackType
 from typing import Any, final
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from omnimem.training.collectives import highest
+from omnimem.training.collectives import gather_lists, highest
 from omnimem.tuning import trainable
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class NonFiniteStep:
-    """A step that was left out, and the samples that spoiled it."""
+    """A skipped step, and the samples whose loss or gradient was not finite."""
 
     step: int
     samples: tuple[str, ...]
@@ -27,32 +26,33 @@ class NonFiniteStep:
 
 @final
 @dataclass(kw_only=True)
-class _Pass:
+class _MicroStep:
     """One micro-step on this rank."""
 
     samples: Sequence[str]
-    bad: Tensor  # whether a number of it was not finite
+    nonfinite: Tensor  # bool: whether its loss or a gradient was not finite
 
 
 @final
 @dataclass
 class NonFiniteGuard(TrainerCallback):
-    """Looks at the loss and at each gradient of a step, and keeps the optimizer from taking one that is not finite.
+    """Checks the loss and each gradient of a step, and skips the update when one of them is not finite.
 
-    The same for every engine: gradients are looked at where autograd delivers them, before ranks share them, and what
-    is not finite is set to 0, so that no engine makes something of it. The optimizer then finds no gradient at all,
-    and changes neither a weight nor a state. The number of the step and its learning rate go on.
+    Independent of the engine: hooks check the gradients as autograd produces them, before they are reduced over the
+    ranks, and replace non-finite values by 0, so that the engine sees finite numbers. Before the update all gradients
+    are set to None, so the optimizer changes neither weights nor state. The step still counts, and so does its
+    learning rate.
     """
 
-    limit: int  # of such steps in a row
+    limit: int  # non-finite steps in a row that end the run
     found: list[NonFiniteStep] = field(default_factory=list)
     in_a_row: int = 0
 
     def __enter__(self) -> "NonFiniteGuard":
         self._hooks: list[Any] = []
-        self._passes: list[_Pass] = []
+        self._micro_steps: list[_MicroStep] = []
         self._verdict: bool | None = None
-        self._finite = 0.0
+        self._logged = 0.0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -61,75 +61,90 @@ class NonFiniteGuard(TrainerCallback):
 
     @property
     def too_many(self) -> bool:
-        """Whether as many in a row were found as the run may have."""
+        """Whether `limit` steps in a row were not finite."""
         return self.in_a_row >= self.limit
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Now that the engine stands; before, it may change what gradients look like."""
+        """Registers the hooks, after the engine has been built."""
         self._device = args.device
         self._hooks.append(register_optimizer_step_pre_hook(self._before_update))
-        if not args.fp16:  # there the engine looks for infinities itself and lowers its scale
-            self._hooks += [parameter.register_hook(self._delivered) for parameter in trainable(model)]
+        if not args.fp16:  # in fp16 the engine checks for infinities itself, to lower its loss scale
+            self._hooks += [parameter.register_hook(self._check_gradient) for parameter in trainable(model)]
 
     def begin(self, samples: Sequence[str]) -> None:
-        """A micro-step begins."""
-        self._passes.append(_Pass(samples=samples, bad=torch.zeros((), dtype=torch.bool, device=self._device)))
+        """Start a micro-step with these sample ids."""
+        nonfinite = torch.zeros((), dtype=torch.bool, device=self._device)
+        self._micro_steps.append(_MicroStep(samples=samples, nonfinite=nonfinite))
 
-    def judged(self, loss: Tensor) -> Tensor:
-        """The loss of the micro-step, looked at."""
-        self._passes[-1].bad |= ~torch.isfinite(loss.detach()).all()
-        return loss
+    def check(self, loss: Tensor) -> None:
+        """Record whether the loss of the micro-step is finite."""
+        self._micro_steps[-1].nonfinite |= ~torch.isfinite(loss.detach()).all()
 
-    def counted(self, loss: Tensor, *, last: bool) -> Tensor:
-        """What the micro-step adds to the loss that is logged: over a bad step 0 in sum."""
+    def loss_to_log(self, loss: Tensor, *, last: bool) -> Tensor:
+        """The loss that the micro-step adds to the logged sum; the sum over a skipped step is 0.
+
+        `last`: the micro-step is the last of its step.
+        """
         finite = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-        if last and self._bad():
-            finite, self._finite = -torch.full_like(loss, self._finite), 0.0
+        if last and self._any_nonfinite():
+            finite, self._logged = -torch.full_like(loss, self._logged), 0.0
         else:
-            self._finite = 0.0 if last else self._finite + float(finite)
+            self._logged = 0.0 if last else self._logged + float(finite)
         return finite
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Every rank comes here and learns which samples they were."""
-        bad, passes = self._bad(), self._passes
-        self._passes, self._verdict = [], None
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if not bad:
+        """Records a skipped step and its samples on every rank; collective."""
+        # 1. agree on whether the step was finite
+        skipped, micro_steps = self._any_nonfinite(), self._micro_steps
+        self._micro_steps, self._verdict = [], None
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        if not skipped:
             return
-        mine = [sample for each in passes if bool(each.bad) for sample in each.samples]
-        samples = mine if args.world_size == 1 else gather_object(mine)
+        # 2. record the samples of all ranks
+        mine = [sample for each in micro_steps if bool(each.nonfinite) for sample in each.samples]
+        samples = gather_lists(mine, args.world_size)
         self.found.append(NonFiniteStep(step=state.global_step, samples=tuple(samples)))
+        # 3. report it, and end the run after too many
         control.should_log = True
         if state.is_world_process_zero:
-            print(f"step {state.global_step}: left out, not finite: {', '.join(samples)}", flush=True)
+            print(f"step {state.global_step}: skipped, not finite: {', '.join(samples)}", flush=True)
         if self.too_many:
             control.should_save = control.should_training_stop = True
 
+    def verdict(self) -> str:
+        """Why the run ends, with the samples of the last steps and a cure."""
+        steps = self.found[-self.in_a_row :]
+        names = ", ".join(dict.fromkeys(name for each in steps for name in each.samples))
+        return (
+            f"{self.in_a_row} steps in a row, the last of them {steps[-1].step}, were not finite, with {names}; "
+            "nothing was learned from them; lower train.learning_rate or check these samples"
+        )
+
     def since(self, step: int) -> list[NonFiniteStep]:
-        """Those after a step."""
+        """The skipped steps after this one."""
         return [each for each in self.found if each.step > step]
 
-    def _delivered(self, gradient: Tensor) -> Tensor:
-        if self._passes:
-            self._passes[-1].bad |= ~torch.isfinite(gradient).all()
+    def _check_gradient(self, gradient: Tensor) -> Tensor:
+        if self._micro_steps:
+            self._micro_steps[-1].nonfinite |= ~torch.isfinite(gradient).all()
         return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._bad():
+        if self._any_nonfinite():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
 
-    def _bad(self) -> bool:
-        """Whether the step is bad on any rank; asked once a step, after its last backward pass."""
+    def _any_nonfinite(self) -> bool:
+        """Whether the step is not finite on any rank; collective once per step, after its last backward pass."""
         if self._verdict is None:
-            mine = any(bool(each.bad) for each in self._passes)
+            mine = any(bool(each.nonfinite) for each in self._micro_steps)
             self._verdict = highest(int(mine), self._device) > 0
         return self._verdict
 
 
-def without(bad: int, steps: int, mean: float) -> float:
-    """The mean loss of the steps that were taken, from the mean in which the bad ones counted 0."""
-    return mean * steps / (steps - bad) if steps > bad else math.nan
+def mean_without(skipped: int, steps: int, mean: float) -> float:
+    """The mean loss of the other steps, from a mean over `steps` in which the skipped ones count as 0."""
+    return mean * steps / (steps - skipped) if steps > skipped else math.nan

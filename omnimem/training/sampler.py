@@ -1,4 +1,4 @@
-"""Which samples a step takes: the same on any number of ranks, accumulated or in a batch."""
+"""Which samples a step takes: the same on any number of ranks, with gradient accumulation or a larger batch."""
 
 import hashlib
 import math
@@ -12,16 +12,16 @@ from omnimem.data import Sample
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed as a function of its parts: a draw depends on (seed, step, sample ids), never on what came before."""
+    """A seed computed from its parts alone, such as (seed, step, sample ids): no generator state is involved."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How an epoch falls into steps of `size` samples over all ranks and accumulated micro-steps.
+    """How an epoch is divided into steps of `size` samples, counted over all ranks and accumulated micro-steps.
 
-    The last step of an epoch takes what is left; with `drop_last` it is left out.
+    The last step of an epoch takes the remaining samples; with `drop_last` they are skipped.
     """
 
     samples: int
@@ -30,17 +30,26 @@ class Batching:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """Steps per epoch."""
         return self.samples // self.size if self.drop_last else math.ceil(self.samples / self.size)
 
     def taken(self, step: int) -> int:
-        """How many samples step number `step` of the run takes."""
+        """Number of samples in step `step` of the run, counted from 0."""
         return min(self.size, self.samples - step % self.steps * self.size)
+
+    def sample_weight(self, step: int, micro_batch: int) -> float:
+        """Weight of a sample in the loss of its micro-step: size / (micro_batch * taken(step)).
+
+        The mean over ranks and micro-steps that follows divides by positions, of which the last step of an epoch may
+        leave some empty; with this weight all samples of a step have the same weight, and their sum is 1.
+        """
+        filled = self.taken(step) / self.size
+        return 1 / (micro_batch * filled)
 
 
 @final
-class Samples(Dataset[Sample | None]):
-    """A manifest's samples; at places beyond them is nobody."""
+class SampleDataset(Dataset[Sample | None]):
+    """The samples of a manifest; a padding index gives None."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -48,21 +57,21 @@ class Samples(Dataset[Sample | None]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> Sample | None:
-        return self.samples[place] if place < len(self.samples) else None
+    def __getitem__(self, index: int) -> Sample | None:
+        return self.samples[index] if index < len(self.samples) else None
 
 
-def in_a_batch(samples: Sequence[Sample | None]) -> dict[str, list[Sample]]:
-    """The collator: nothing is padded, streams are decoded where the loss is computed."""
+def collate(samples: Sequence[Sample | None]) -> dict[str, list[Sample]]:
+    """A batch without its padding; the samples are decoded in the training step."""
     return {"samples": [sample for sample in samples if sample is not None]}
 
 
 @final
-class EpochOrder(Sampler[int]):
-    """The samples in an order that is a function of (seed, epoch, sample id) alone, or as the manifest has them.
+class EpochSampler(Sampler[int]):
+    """Indices of the samples, in an order that depends on (seed, epoch, sample id) alone, or in manifest order.
 
-    Filled up with nobody to whole steps, so that every rank has its part of each: the stock sampler would repeat
-    samples on some numbers of ranks and not on others, and its order hangs on whichever seed was set last.
+    Padding indices fill the last step, so that every rank has its part of each step. The stock sampler would repeat
+    samples on some numbers of ranks only, and its order depends on the global seed.
     """
 
     def __init__(
@@ -75,8 +84,8 @@ class EpochOrder(Sampler[int]):
         return self.batching.steps * self.batching.size
 
     def __iter__(self) -> Iterator[int]:
-        number, places = self.epoch(), list(range(len(self.ids)))
+        epoch, indices = self.epoch(), list(range(len(self.ids)))
         if self.shuffled:
-            places.sort(key=lambda place: seed_of(self.seed, number, self.ids[place]))
-        nobody = [len(self.ids)] * max(0, len(self) - len(places))
-        return iter((places + nobody)[: len(self)])
+            indices.sort(key=lambda index: seed_of(self.seed, epoch, self.ids[index]))
+        padding = [len(self.ids)] * max(0, len(self) - len(indices))
+        return iter((indices + padding)[: len(self)])

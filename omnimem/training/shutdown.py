@@ -1,6 +1,6 @@
-"""How a run is asked to stop: by SIGTERM, by SIGINT, or by the end of the process that launched it.
+"""A run is asked to stop by SIGTERM, by SIGINT, or by the end of the process that launched it.
 
-It finishes the step it is in, writes a checkpoint and ends with 128 + the signal's number (143, 130). All ranks stop
+It finishes the current step, writes a checkpoint and exits with 128 + the signal number (143, 130). All ranks stop
 after the same step.
 """
 
@@ -21,12 +21,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from omnimem.training.collectives import highest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ALONE = 60.0  # seconds that a rank without a launcher has to finish its step and its checkpoint
+ALONE = 60.0  # seconds for a rank whose launcher has ended to finish its step and its checkpoint
 
 
 @final
 class Stopped(Exception):
-    """A run that ended before its last step, on purpose; `code` is the process's exit code."""
+    """The run ends before its last step, on purpose; `code` is the exit code of the process."""
 
     def __init__(self, what: str, code: int) -> None:
         super().__init__(what)
@@ -35,20 +35,20 @@ class Stopped(Exception):
 
 @final
 class ShutdownSignal(TrainerCallback):
-    """Within its `with` a signal is a request; every rank learns of it at the end of the step."""
+    """Inside its `with` a signal is a request to stop, on which all ranks agree at the end of the step."""
 
     def __init__(self) -> None:
-        self.asked = 0  # number of the signal that this rank got
-        self.agreed = 0  # of the one that the ranks stop for
+        self.asked = 0  # the signal that this rank received
+        self.agreed = 0  # the signal that all ranks stop for
 
     def __enter__(self) -> "ShutdownSignal":
         self.former = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """A process on its way out stays deaf to signals: a launcher signals all ranks once the first has gone.
+        """Restores the former handlers, except on the way out: the launcher then signals all remaining ranks.
 
-        A request that came too late for all ranks to hear of it goes to whoever was asked before: it is never lost.
+        A request that came too late for the ranks to agree on it is raised again, so that it is never lost.
         """
         if kind is Stopped:
             return
@@ -60,29 +60,29 @@ class ShutdownSignal(TrainerCallback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks twice does not want to wait
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Every rank comes here."""
+        """Save and stop when a rank was asked to; collective."""
         if self.agree(args.device):
             control.should_save = control.should_training_stop = True
 
     def agree(self, device: torch.device) -> int:
-        """The signal that the ranks stop for, 0: none; every rank must ask."""
+        """The signal that all ranks stop for; 0: none; collective."""
         self.agreed = highest(self.asked, device)
         return self.agreed
 
 
 def follow_launcher() -> None:
-    """From now on the end of a launcher is a SIGTERM, so that no rank is left behind by one that was killed.
+    """From now on the end of a launcher raises SIGTERM here, so that no rank outlives a launcher that was killed.
 
-    Linux only: elsewhere nothing tells a process that another one has ended.
+    Linux only, which alone has file descriptors for processes.
     """
     if sys.platform != "linux":
         return
     try:
         ends = [os.pidfd_open(number) for number in launchers()]
-    except (ProcessLookupError, FileNotFoundError):  # it ended before this process was ready
+    except (ProcessLookupError, FileNotFoundError):  # the launcher ended before this process was ready
         os.kill(os.getpid(), signal.SIGTERM)
         return
     if ends:
@@ -96,11 +96,11 @@ def _follow(ends: Sequence[int]) -> None:
     waiting.poll()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ALONE)
-    os._exit(1)  # a rank whose peers are gone waits for them for ever
+    os._exit(1)  # a rank whose peers are gone would wait for ever
 
 
 def launchers() -> Iterator[int]:
-    """Processes without which a rank has no reason to go on: `launch.sh`, the `deepspeed` command, its launch.py."""
+    """Process ids of the launchers of this rank: `launch.sh`, the `deepspeed` command, its launch.py."""
     if script := os.environ.get("OMNIMEM_LAUNCHER"):
         yield int(script)
     if "LOCAL_RANK" in os.environ:
@@ -112,5 +112,5 @@ def launchers() -> Iterator[int]:
 
 
 def _parent(number: int) -> int:
-    """The parent of a process; 0: none."""
+    """The parent of a process; 0 when it has no parent."""
     return int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,79 +1,132 @@
-"""HF Trainer whose loss streams a sample through the memory; everything else is the Trainer's own."""
+"""The trainer: a Hugging Face Trainer whose step streams its samples through the memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, final
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, final
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
+from omnimem.run import RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
-from omnimem.tokens import Modality
-from omnimem.training.dealt import DealtTrainer
-from omnimem.training.sampler import seed_of
-from omnimem.tuning import (
-    Outcome,
-    Pass,
-    Plan,
-    Step,
-    StreamedModel,
-    gradient_of,
-    policy_in_training,
-    running_means,
-    step_metrics,
-    streamed_loss,
-)
+from omnimem.training.arguments import OwnSettings
+from omnimem.training.checkpoints import CheckpointWriter, written_by_all
+from omnimem.training.failures import FailedSamples
+from omnimem.training.gradient_sync import whole_gradient
+from omnimem.training.logging import Finished, StepMetrics
+from omnimem.training.nonfinite import NonFiniteGuard
+from omnimem.training.portable import Layout, State, restore_portable
+from omnimem.training.sampler import Batching, EpochSampler, SampleDataset, collate, seed_of
+from omnimem.training.shutdown import ShutdownSignal, Stopped
+from omnimem.training.watchdog import Watchdog
+from omnimem.training.zero3 import LayerGathering, whole
+from omnimem.tuning import Plan, Step, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 
 @final
-class StreamTrainer(DealtTrainer):
-    """Streams each batch at the budget and temperature of its step; one backward a micro-step."""
+class StreamTrainer(Trainer):
+    """Streams the samples of each step at its own budget and temperature.
+
+    `training_step` is the whole step. Everything else that the Trainer calls is delegated to an owned object:
+    `batching`, `nonfinite`, `shutdown`, `watchdog`, `metrics`, `failed`, `checkpoints` and, under ZeRO-3, `gathering`.
+    """
 
     def __init__(
         self,
         *,
         model: StreamedModel,
+        args: TrainingArguments,
+        own: OwnSettings,
+        samples: Sequence[Sample],
+        layers: Sequence[nn.Module],
         attached: StreamedAttention,
         feeder: Feeder,
         policies: Policies,
         plan: Plan,
+        folder: RunFolder,
         failures: Failures,
-        **kwargs: Any,
+        callbacks: list[TrainerCallback],
     ) -> None:
-        super().__init__(model=model, **kwargs)
+        """`layers` are the decoder layers, which ZeRO-3 partitions."""
+        dataset = SampleDataset(samples)
+        super().__init__(model=model, args=args, data_collator=collate, train_dataset=dataset, callbacks=callbacks)
+        # 1. what is trained, and how it is streamed
+        self.adapted, self.samples, self.layers = model, samples, layers
         self.attached, self.feeder, self.policies, self.plan = attached, feeder, policies, plan
-        self.failures = failures
-        self.carry = gradient_of(plan.options, attached.shape.layers)
-        self.model_accepts_loss_kwargs = False  # the Trainer then divides by the accumulation steps, exactly once
-        self.outcomes: list[tuple[int, Outcome]] = []  # with the number of their step, until the next log
-        for chatty in (PrinterCallback, ProgressCallback):
-            self.remove_callback(chatty)  # they print every log as a dict; `Progress` has one bar
+        self.backprop = gradient_of(plan.options, attached.shape.layers)
+        # 2. the owned objects
+        layout = Layout.of(self)
+        self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
+        self.failed = FailedSamples(failures)
+        self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
+        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed)
+        self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
+        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
+        self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
+        for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):
+            self.add_callback(callback)
+        # 3. settings of the Trainer
+        self.model_accepts_loss_kwargs = False  # it then counts no tokens to divide the loss by
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)  # `Progress` shows one bar instead
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Mapping[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """This rank's part of the mean loss of the step, the whole stream inside one forward pass of the engine."""
+    # -------------------------------------------------------------------------------------------------------- the step
+
+    def training_step(self, model: Any, inputs: Mapping[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One micro-step, forward and backward; returns its part of the loss to log."""
+        samples: Sequence[Sample] = inputs["samples"]
         step = self.plan(self.state.global_step, self.state.max_steps)
-        opened = self._opened(inputs["samples"])
-        self.watch.doing("in its streams")
-        loss = model(streamed=lambda: self.delivered(self._loss(opened, step)))
-        return self.bad_steps.judged(loss)
+        self._begin(model, [sample.id for sample in samples])
+        with self.gathering.micro_step() if self.gathering else nullcontext():
+            # 1. decode and encode the samples, without those that fail
+            encoded = self._encode(samples)
+            # 2. stream the chunks, evicting after each, ask the questions, and compute the loss: one forward pass
+            self.watchdog.doing("in its streams")
+            loss = model(streamed=lambda: self._in_one_node(self._stream(encoded, step)))
+            # 3. check the loss; hooks check the gradients
+            self.nonfinite.check(loss)
+            # 4. backward; the mean over accumulated micro-steps
+            loss = loss / self.current_gradient_accumulation_steps
+            self._backward(loss)
+        # 5. count it in the logged loss; the update follows in the Trainer, or in the engine's backward
+        return self.nonfinite.loss_to_log(loss.detach(), last=self.accelerator.sync_gradients)
 
-    def _loss(self, opened: Sequence[EncodedSample], step: Step) -> Tensor:
-        """Each sample weighs the same however the step is dealt out; one that failed weighs nothing."""
+    def _begin(self, model: Any, ids: Sequence[str]) -> None:
+        self.watchdog.begin(self.state.global_step + 1, ids)
+        self.nonfinite.begin(ids)
+        self.metrics.samples += ids
+        model.train()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "train", None)):  # of schedule-free optimizers
+            optimizer.train()
+
+    def _encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
+        encoded = []
+        for sample in samples:
+            try:
+                encoded.append(self.feeder.open(sample))
+                self.plan.options.check_segments(encoded[-1].segments)
+            except MediaError as error:
+                self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
+        return encoded
+
+    def _stream(self, encoded: Sequence[EncodedSample], step: Step) -> Tensor:
+        """Weighted sum of the losses of the samples; 0 without samples."""
         policy = policy_in_training(self.plan.options, self.policies(step.slots))
         losses = [torch.zeros((), device=self.args.device)]
-        for batch in batch_by_layout(opened, len(opened)):
+        for batch in batch_by_layout(encoded, len(encoded)):
             torch.manual_seed(seed_of(self.args.seed, self.state.global_step, *(one.sample.id for one in batch)))
             outcome = streamed_loss(
                 self.attached,
@@ -81,80 +134,112 @@ class StreamTrainer(DealtTrainer):
                 batch,
                 policy,
                 softness=step.softness,
-                carry=self.carry,
+                carry=self.backprop,
                 losses=self.plan.options.loss.losses,
                 model=self.adapted,
                 chunk_tokens=step.chunk_tokens,
             )
-            self.outcomes.append((self.state.global_step, replace(outcome, loss=outcome.loss.detach())))
+            self.metrics.add(self.state.global_step, outcome)
             losses.append(outcome.loss * len(batch))
-        return torch.stack(losses).sum() * self.share
+        weight = self.batching.sample_weight(self.state.global_step, self.args.per_device_train_batch_size)
+        return torch.stack(losses).sum() * weight
 
-    def _opened(self, samples: Sequence[Sample]) -> list[EncodedSample]:
-        opened = []
-        for sample in samples:
+    def _in_one_node(self, loss: Tensor) -> Tensor:
+        """The loss with one backward node: ranks whose streams differ then reduce their gradients in the same order."""
+        self.watchdog.doing("in backward, the update, or waiting for other ranks")
+        if self.gathering is None:
+            return whole_gradient(loss, trainable(self.adapted))
+        self.gathering.settle()  # all ranks begin backward together
+        return whole_gradient(loss, trainable(self.adapted), finish=self.gathering.settle)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Backward with the options that the Trainer gives some engines and optimizers."""
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        options: dict[str, Any] = {}
+        if self.args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            options["learning_rate"] = self._get_learning_rate()
+        if self.is_deepspeed_enabled:
+            options["scale_wrt_gas"] = False  # the loss is a mean over micro-steps already
+        self.accelerator.backward(loss, **options)
+
+    # ----------------------------------------------------------------------------------------------- start, end, resume
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. Raises Stopped, after a checkpoint, on a signal or too many non-finite steps."""
+        output = None
+        with self.watchdog, self.nonfinite, self.shutdown:
             try:
-                opened.append(self.feeder.open(sample))
-                self.plan.options.check_segments(opened[-1].segments)
-            except MediaError as error:
-                self._note(Failure(id=sample.id, reason=error.reason, message=str(error)))
-        return opened
+                output = super().train(*args, **kwargs)
+            except Finished:
+                self.checkpoints.saved = self.state.global_step
+            self._stop_if_asked()
+        return output
 
-    def _note(self, failure: Failure) -> None:
-        """Noted before it is judged: the one that stops the run stands in run.json too."""
-        before = self.failures
-        if all(known.id != failure.id for known in before.found):
-            self.failures = replace(before, found=(*before.found, failure))
-            before.add(failure)
+    def _stop_if_asked(self) -> None:
+        """Raises Stopped on every rank, with a message on the first.
 
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated: the Trainer's formula knows no streams."""
-        return 0
+        Also when training is complete and a signal arrived during its last checkpoint: a long evaluation may follow.
+        """
+        # 1. agree on whether to stop
+        too_many = self.nonfinite.too_many
+        if not too_many and not self.shutdown.agreed and not self.shutdown.agree(self.args.device):
+            return
+        # 2. write a checkpoint, unless the step has one
+        self._save_checkpoint(self.model_wrapped, None)
+        # 3. end all ranks together: a launcher ends the others when the first one exits
+        self.accelerator.wait_for_everyone()
+        step = self.state.global_step
+        code, reason = 128 + self.shutdown.agreed, f"stopped after step {step}"
+        if too_many:
+            code, reason = 1, self.nonfinite.verdict()
+        cure = f"continue from {self.checkpoints.folder.checkpoint(step)} with --resume auto"
+        raise Stopped(f"{reason}; {cure}" if self.is_world_process_zero() else "", code)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        native, portable = self.checkpoints.sources(resume_from_checkpoint)
+        engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
+        if portable is not None:
+            restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
+        if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
+            self.gathering = LayerGathering(engine, self.layers)
+        return engine, loader
+
+    # ------------------------------------------------------------------------------- what the Trainer calls, delegated
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        shuffled = self.args.train_sampling_strategy == "random"
+        return EpochSampler(self.samples, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log with what the streams of the step took; every rank comes here."""
+        """As `Trainer.log`, with the metrics of the streams; collective."""
         if "loss" in logs:
-            self._share_failures()
-            passes = self._passes()
-            logs = {**logs, **step_metrics(passes), **running_means(passes, self.state.log_history)}
-            if self.outcomes:
-                logs |= self._taken()
-                self.outcomes = []
+            logs = self.metrics.complete(logs, self, self._initial_global_step)
         super().log(logs, *args, **kwargs)
 
-    def _share_failures(self) -> None:
-        """Every rank learns which samples failed on the others; rank 0 judges their share of the whole data set."""
-        if self.args.world_size == 1:
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: the formula of the Trainer does not apply to streams."""
+        return 0
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints.parent
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        files, state = partial(super()._save_checkpoint, model, trial), partial(State.of, self, self.adapted)
+        self.checkpoints.save(self.state.global_step, files, state, self.lr_scheduler)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; under ZeRO-3 peft would write empty tensors, and the Trainer gather the base model."""
+        if self.gathering is None:
+            super().save_model(output_dir, _internal_call)
             return
-        known = {failure.id: failure for failure in gather_object(list(self.failures.found))}
-        if self.is_world_process_zero():
-            for failure in known.values():
-                self._note(failure)
-        else:
-            self.failures = replace(self.failures, found=tuple(known.values()))
+        with whole(trainable(self.adapted)):
+            if self.args.should_save:
+                self._save(output_dir)
 
-    def _passes(self) -> list[Pass]:
-        """The losses since the last log, of all ranks, without steps that were left out."""
-        left_out = {bad.step - 1 for bad in self.bad_steps.found}
-        taken = [(step, outcome) for step, outcome in self.outcomes if step not in left_out]
-        mine = [Pass.of(outcome, step=step, budget=self.plan.budget(step)) for step, outcome in taken]
-        return mine if self.args.world_size == 1 else gather_object(mine)
-
-    def _taken(self) -> dict[str, float]:
-        step = self.plan(self.state.global_step - 1, self.state.max_steps)
-        outcomes = [outcome for _, outcome in self.outcomes]
-        count, layers = len(outcomes), self.attached.shape.layers
-        taken: dict[str, float] = {
-            "slots": float(step.slots if step.slots is not None else -1),
-            "chunk_tokens": float(step.chunk_tokens),
-            "temperature": step.softness.temperature if step.softness else 0.0,
-            "entries": max(outcome.usage.kept_entries for outcome in outcomes) / layers,
-            "bytes": float(max(outcome.usage.bytes for outcome in outcomes)),
-            "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in outcomes) / count,
-            "failed_samples": float(len(self.failures.found)),
-        }
-        for kind in Modality:
-            name = kind.name.lower()
-            taken[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in outcomes) / count
-            taken[f"kept/{name}"] = sum(outcome.kept[name] for outcome in outcomes) / count / layers
-        return taken
+    def save_adapter(self, place: Path) -> None:
+        """Write the adapter into a folder of its own; collective."""
+        with written_by_all(self.checkpoints.folder, place, self.accelerator) as partial_folder:
+            self.save_model(str(partial_folder))

@@ -1,7 +1,8 @@
-"""A step that does not end: which rank, step and samples it was, said on stderr; then the process ends, with 1.
+"""Time limit of a step: prints rank, step and samples to stderr, then ends the process with exit code 1.
 
-A launcher ends the other ranks when one has ended. Nothing is asked of the thread that is stuck, be it in a decoder or
-waiting for other ranks; where it does not even let go of the interpreter, faulthandler's own clock ends the process.
+The launcher ends the other ranks. The check runs in its own thread and needs nothing from the thread that is stuck, be
+it in a decoder or in a collective; when that thread holds the interpreter lock, the timer of faulthandler ends the
+process.
 """
 
 import faulthandler
@@ -15,13 +16,13 @@ from typing import Any, final
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-GRACE = 10.0  # seconds in which the other ranks, which wait for this one, can say where they are
-LOCKED = 30.0  # seconds after which a thread that keeps the interpreter is given up
+GRACE = 10.0  # seconds for the other ranks, which wait for this one, to report as well
+LOCKED = 30.0  # further seconds until faulthandler ends the process
 
 
 @final
 class Watchdog(TrainerCallback):
-    """Within its `with`, what is noted as begun must be followed by something else in so many seconds (0: no limit)."""
+    """Inside its `with`, each micro-step and each pause between two steps may take `seconds` (0: no limit)."""
 
     def __init__(self, seconds: float, rank: int) -> None:
         self.seconds, self.rank = seconds, rank
@@ -39,16 +40,16 @@ class Watchdog(TrainerCallback):
         faulthandler.cancel_dump_traceback_later()
 
     def begin(self, step: int, samples: Sequence[str]) -> None:
-        """A micro-step begins: from now its time counts."""
+        """Start the clock of a micro-step."""
         self._step, self._samples = step, f"{', '.join(samples) or 'no sample'}, "
         self._restart("reading its files")
 
     def doing(self, what: str) -> None:
-        """What the micro-step is at."""
+        """Note the current stage of the micro-step, without a new time limit."""
         self._what = what
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What follows, logging and saving, has its own time."""
+        """Start the clock of logging and saving."""
         self._step, self._samples = state.global_step, ""
         self._restart("after the step: logging or saving")
 
@@ -64,10 +65,10 @@ class Watchdog(TrainerCallback):
                 self._give_up()
 
     def _give_up(self) -> None:
-        said = (
-            f"rank {self.rank}, step {self._step}: {self._samples}{self._what} for more than {self.seconds:g} s; look "
-            "at the sample, or raise train.step_timeout_seconds; go on with --resume auto\n"
+        report = (
+            f"rank {self.rank}, step {self._step}: {self._samples}{self._what} for more than {self.seconds:g} s; check "
+            "the sample, or raise train.step_timeout_seconds; continue with --resume auto\n"
         )
-        os.write(sys.stderr.fileno(), said.encode())  # at once and whole, whatever the main thread holds
+        os.write(sys.stderr.fileno(), report.encode())  # one write, without the locks of sys.stderr
         time.sleep(GRACE)
         os._exit(1)

@@ -1,14 +1,14 @@
-"""ZeRO-3 with ranks that do different things: when one of them needs a layer's weights, all of them gather it.
+"""ZeRO-3 for ranks that do different things: when one of them needs the weights of a layer, all of them gather it.
 
-DeepSpeed gathers in the hooks of the modules, so every rank must pass the same modules in the same order, forward and
-backward. Ours do not: streams differ in chunks and questions, a batch may fall into several streams, a sample may fail
-or have no sound, a teacher may take one stream and not another. Here the ranks agree on each gathering: all say which
-layer they want next, the highest wins, everybody gives their part of it, and who is not concerned drops it again and
-asks once more. Who has done its share wants nothing and goes on giving until all have done theirs. Ranks that do the
-same stay in step and each gathering serves all; no order of passes is assumed, so none can hang the others (ours).
+DeepSpeed gathers in module hooks, so every rank must run the same modules in the same order, forward and backward.
+With streams they do not: streams differ in their chunks and questions, a batch may be divided into several streams, a
+sample may fail or have no audio, and a teacher may read only some of the streams. Here the ranks all-reduce (max) the
+index of the layer that they need next and gather that layer together; a rank that does not need it releases it and asks
+again. A rank that needs nothing more asks for nothing and takes part until no rank asks. Ranks in step share each
+gathering, and since no order is assumed, no rank can block the others (ours).
 
-Sharded are the frozen matrices of the decoder layers. All else (encoders, embeddings, head, norms, adapters) is whole
-while a micro-step runs.
+Partitioned are the frozen matrices of the decoder layers. Everything else (encoders, embeddings, head, norms, adapters)
+is gathered for the whole micro-step.
 """
 
 import json
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omnimem.training.collectives import highest
+from omnimem.training.deepspeed_internals import gather, release, remove_gathering_hooks
 
 
 def stage_of(section: Mapping[str, Any]) -> int | None:
-    """The ZeRO stage that a section `train` asks for; None: no DeepSpeed."""
+    """The ZeRO stage in a section `train`; None without DeepSpeed."""
     settings = section.get("deepspeed")
     if isinstance(settings, str):
         settings = json.loads(Path(settings).read_text(encoding="utf-8"))
@@ -35,11 +36,11 @@ def stage_of(section: Mapping[str, Any]) -> int | None:
 
 @final
 class LayerGathering:
-    """The weights of a model under ZeRO-3; at most one decoder layer is whole at a time."""
+    """Gathers the weights of a model under ZeRO-3; at most one decoder layer is whole at a time."""
 
     def __init__(self, engine: Any, layers: Sequence[nn.Module]) -> None:
-        """Takes over from DeepSpeed's own hooks."""
-        engine.optimizer.parameter_offload.destroy()
+        """Replaces the hooks of DeepSpeed."""
+        remove_gathering_hooks(engine)
         self.device: torch.device = engine.device
         self.layers: list[list[Tensor]] = []
         for number, layer in enumerate(layers):
@@ -47,33 +48,33 @@ class LayerGathering:
             for part in frozen:
                 part.forward = partial(_linear, self, number, part.weight, part.bias)  # pyright: ignore[reportAttributeAccessIssue]
             self.layers.append([part.weight for part in frozen])
-        sharded = {id(weight) for weights in self.layers for weight in weights}
-        self.rest = [parameter for parameter in engine.module.parameters() if id(parameter) not in sharded]
+        partitioned = {id(weight) for weights in self.layers for weight in weights}
+        self.rest = [parameter for parameter in engine.module.parameters() if id(parameter) not in partitioned]
         self._held: int | None = None
 
     @contextmanager
     def micro_step(self) -> Iterator[None]:
-        """Every rank is in it at the same time."""
-        for weights in self.layers:  # DeepSpeed may have left small ones whole
+        """Gathers everything but the decoder layers; collective."""
+        for weights in self.layers:  # small weights are not partitioned by DeepSpeed yet
             release(weights)
         with whole(self.rest):
             yield
 
     def open(self, number: int) -> None:
-        """Until the next call the weights of a layer are whole."""
+        """Gather the weights of a layer, until the next call."""
         if self._held != number:
             self._drop()
             while self._agreed(number + 1) != number + 1:
                 pass
 
     def settle(self) -> None:
-        """Give until every rank is here."""
+        """Take part in the gatherings of the other ranks until every rank is here."""
         self._drop()
         while self._agreed(0):
             pass
 
     def _agreed(self, wish: int) -> int:
-        """The highest wish of all ranks, granted; it is kept by those whose wish it was."""
+        """Gather the layer of the highest wish of all ranks (its index + 1; 0: none); other ranks release it again."""
         agreed = highest(wish, self.device)
         if agreed:
             gather(self.layers[agreed - 1])
@@ -90,7 +91,7 @@ class LayerGathering:
 
 @contextmanager
 def whole(parameters: Sequence[Any], *, changed: bool = False) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has dealt out are whole; every rank enters it, and changes them alike or not."""
+    """Inside, partitioned parameters are whole; collective. `changed`: all ranks change them in the same way."""
     gather(parameters)
     try:
         yield
@@ -98,34 +99,22 @@ def whole(parameters: Sequence[Any], *, changed: bool = False) -> Iterator[None]
         release(parameters, changed=changed)
 
 
-def gather(parameters: Sequence[Any]) -> None:
-    """Every rank gives its part; `all_gather` is what DeepSpeed adds to a parameter that it has dealt out."""
-    if parameters:
-        parameters[0].all_gather(param_list=list(parameters))
-
-
-def release(parameters: Sequence[Any], *, changed: bool = False) -> None:
-    """Each rank keeps its part alone."""
-    if parameters:
-        parameters[0].partition(param_list=list(parameters), has_been_updated=changed)
-
-
-def _linear(shards: LayerGathering, number: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return _Linear.apply((shards, number, weight, bias), inputs)  # pyright: ignore[reportReturnType]
+def _linear(gathering: LayerGathering, number: int, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    return _Linear.apply((gathering, number, weight, bias), inputs)  # pyright: ignore[reportReturnType]
 
 
 @final
 class _Linear(torch.autograd.Function):
-    """x W^T + b with a frozen W that is asked for whenever it is needed, forward and backward, and never saved."""
+    """x W^T + b with a frozen W, which is gathered in forward and in backward and never saved."""
 
     @staticmethod
     def forward(ctx: Any, layer: tuple[LayerGathering, int, Tensor, Tensor | None], inputs: Tensor) -> Tensor:
-        shards, number, weight, bias = ctx.layer = layer
-        shards.open(number)
+        gathering, number, weight, bias = ctx.layer = layer
+        gathering.open(number)
         return F.linear(inputs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor]:
-        shards, number, weight, _ = ctx.layer
-        shards.open(number)
+        gathering, number, weight, _ = ctx.layer
+        gathering.open(number)
         return None, upstream[0] @ weight

@@ -147,7 +147,7 @@ def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_w
     assert ended.codes == (1, 1), ended.outputs
     line = json.loads((folder / "runs" / "stuck" / "metrics.jsonl").read_text().splitlines()[0])
     known = {f"film{number}" for number in range(6)} - set(line["samples"])
-    cure = "for more than 12 s; look at the sample, or raise train.step_timeout_seconds"
+    cure = "for more than 12 s; check the sample, or raise train.step_timeout_seconds"
     places = ("in backward, the update, or waiting for other ranks", "in its streams")
     said = ([row for row in output.splitlines() if cure in row] for output in ended.outputs)
     for number, (rows, place) in enumerate(zip(said, places, strict=True)):

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import omnimem.commands.finetune
-import omnimem.training.dealt
+import omnimem.training.checkpoints
 import omnimem.training.trainer
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.checksums import damage
 from omnimem.cli import preflight
 from omnimem.cli.preflight import check_data, check_run
-from omnimem.commands.finetune import saves_of
+from omnimem.commands.finetune import checkpoint_count
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import DataOptions, TooManyFailures, read_manifest
 from omnimem.run import sha256
@@ -113,7 +113,8 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
 
         def step(factor: float, sample: str) -> None:
             bad.begin([sample])
-            loss = bad.judged(model(torch.ones(3)).square().sum() * factor)
+            loss = model(torch.ones(3)).square().sum() * factor
+            bad.check(loss)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -246,7 +247,7 @@ def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
 )
 def test_the_preflight_knows_how_many_checkpoints_come(settings: dict[str, Any], saves: int, tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    assert saves_of(arguments, 6) == saves
+    assert checkpoint_count(arguments, 6) == saves
 
 
 def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder: Path) -> None:
@@ -300,7 +301,7 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
     assert damage(checkpoint) is None
     step = int(checkpoint.name.rpartition("-")[2])
     last = ended.outputs[0].splitlines()[-1]
-    assert last == f"stopped after step {step}; go on from runs/{name}/{checkpoint.name} with --resume auto"
+    assert last == f"stopped after step {step}; continue from runs/{name}/{checkpoint.name} with --resume auto"
     assert not (path / "adapter").exists()
     resumed = tune(folder, name, *STEPS, *engine, "--resume", "auto", ranks=ranks)
     whole = tune(folder, f"whole-{ranks}", *STEPS, *engine, ranks=ranks)
@@ -310,47 +311,47 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
 
 def ask_in_last_checkpoint() -> None:
     """The last rank gets SIGTERM when the end of its last step is behind it, in the process that calls this."""
-    sound = omnimem.training.dealt.write_portable
+    sound = omnimem.training.checkpoints.write_portable
 
     def asked(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
         if step == 6 and os.environ.get("RANK", "0") == str(layout.ranks - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         sound(folder, state, layout, step, schedule)
 
-    omnimem.training.dealt.write_portable = asked
+    omnimem.training.checkpoints.write_portable = asked
 
 
 def ask_at_the_end_of_training() -> None:
     """SIGTERM between the end of the last step and the ranks' last question."""
-    sound = omnimem.commands.finetune.StreamTrainer._require_end
+    sound = omnimem.commands.finetune.StreamTrainer._stop_if_asked
 
     def asked(self: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         sound(self)
 
-    omnimem.commands.finetune.StreamTrainer._require_end = asked
+    omnimem.commands.finetune.StreamTrainer._stop_if_asked = asked
 
 
 def ask_after_agreement() -> None:
     """SIGTERM when the ranks have asked each other for the last time."""
-    sound = omnimem.commands.finetune.StreamTrainer._require_end
+    sound = omnimem.commands.finetune.StreamTrainer._stop_if_asked
 
     def asked(self: Any) -> None:
         sound(self)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    omnimem.commands.finetune.StreamTrainer._require_end = asked
+    omnimem.commands.finetune.StreamTrainer._stop_if_asked = asked
 
 
 def ask_before_adapter() -> None:
     """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
-    sound = omnimem.commands.finetune.StreamTrainer.save_whole
+    sound = omnimem.commands.finetune.StreamTrainer.save_adapter
 
     def asked(self: Any, place: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         sound(self, place)
 
-    omnimem.commands.finetune.StreamTrainer.save_whole = asked
+    omnimem.commands.finetune.StreamTrainer.save_adapter = asked
 
 
 @pytest.mark.slow
@@ -386,7 +387,7 @@ def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_ve
     assert ended.codes == (143,), ended.outputs
     assert [each.name for each in (folder / "runs" / "kept-none").glob("checkpoint-*")] == ["checkpoint-6"]
     said = ended.outputs[0].splitlines()[-1]
-    assert said == "stopped after step 6; go on from runs/kept-none/checkpoint-6 with --resume auto"
+    assert said == "stopped after step 6; continue from runs/kept-none/checkpoint-6 with --resume auto"
     resumed = tune(folder, "kept-none", "train.max_steps=6", "--resume", "auto")
     assert torch.equal(resumed.adapter, tune(folder, "kept-none-whole", "train.max_steps=6").adapter)
 
@@ -449,8 +450,8 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samp
     assert ended.codes == (1,)
     last = ended.outputs[0].splitlines()[-1]
     assert last.startswith("2 steps in a row, the last of them ")
-    assert "gave numbers that are not finite, with film" in last
-    assert "; lower train.learning_rate or look at these samples; go on from runs/diverged/checkpoint-" in last
+    assert "were not finite, with film" in last
+    assert "; lower train.learning_rate or check these samples; continue from runs/diverged/checkpoint-" in last
     assert "Traceback" not in ended.outputs[0]
 
 
@@ -468,9 +469,7 @@ def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_w
     assert ended.codes == (1,)
     last = ended.outputs[0].splitlines()[-1]
     assert last.startswith("runs/full/checkpoint-4 could not be written (")
-    assert (
-        "MB free); runs/full/checkpoint-2 is whole; make room or mend the disk, then go on with --resume auto" in last
-    )
+    assert "MB free); runs/full/checkpoint-2 is complete; free some space or repair the disk, then continue" in last
     assert "Traceback" not in ended.outputs[0]
     path = folder / "runs" / "full"
     assert [each.name for each in path.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -109,10 +109,10 @@ def test_a_key_of_the_training_section_at_the_top_is_sent_home(tmp_path: Path) -
         ("train.bf16=yes", "expected true or false, got 'yes'"),
         ("train.save_strategy=step", "expected 'no', 'steps' or 'epoch', got 'step'; did you mean 'steps'?"),
         ("train.report_to=3", "expected a word or a list, got 3"),
-        ("train.output_dir=out", "set by `name`: a run lives in runs/<name>"),
+        ("train.output_dir=out", "set by `name`: the run folder is runs/<name>"),
         (
             "train.warmup_ratio=0.1",
-            "gone in transformers 5; set warmup_steps, where a number below 1 is a share of all",
+            "removed in transformers 5; set warmup_steps, where a number below 1 is a fraction of all",
         ),
         ("train.deepspeed=deepspeed/zero4.json", "no file deepspeed/zero4.json; did you mean 'deepspeed/zero3.json'?"),
         ("train=[1]", "expected a section of key: value lines, got [1]"),

@@ -11,7 +11,7 @@ from omnimem.training.arguments import OwnSettings, train_section, training_argu
 SECTION = train_section()
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
 STAGE_2 = {"zero_optimization": {"stage": 2}}
-EVERY = "give a whole number of steps, or a share of all steps below 1"
+EVERY = "give a whole number of steps, or a fraction of all steps below 1"
 
 
 def loaded(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -68,7 +68,7 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
         ({"optim_args": "x"}, "not enough values to unpack"),
         ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set when"),
         ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
-        ({"report_to": "wandb"}, r"report_to: TensorBoard's event files and metrics\.jsonl are always written"),
+        ({"report_to": "wandb"}, r"report_to: TensorBoard event files and metrics\.jsonl are always written"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
         ({"deepspeed": {"zero_optimization": {"stag": 2}}}, r"zero_optimization\.stag: Extra inputs are not"),
         ({"deepspeed": {**STAGE_2, "train_batch_size": 64}}, "ds train_batch_size=64 vs hf train_batch_size .*=8"),

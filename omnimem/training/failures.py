@@ -1,0 +1,40 @@
+"""Samples that could not be decoded during training, known to all ranks."""
+
+from dataclasses import replace
+from typing import final
+
+from transformers import TrainingArguments
+
+from omnimem.data import Failure, Failures
+from omnimem.training.collectives import gather_lists
+
+
+@final
+class FailedSamples:
+    """The failed samples of a run; too many of them end it."""
+
+    def __init__(self, failures: Failures) -> None:
+        self.failures = failures
+
+    @property
+    def found(self) -> tuple[Failure, ...]:
+        """Each failed sample once."""
+        return self.failures.found
+
+    def record(self, failure: Failure) -> None:
+        """Record a failure first, so that run.json has it too, then raise TooManyFailures above the limit."""
+        before = self.failures
+        if all(known.id != failure.id for known in before.found):
+            self.failures = replace(before, found=(*before.found, failure))
+            before.add(failure)
+
+    def share(self, args: TrainingArguments) -> None:
+        """Merge the failures of all ranks; rank 0 checks the limit of the whole data set; collective."""
+        if args.world_size == 1:
+            return
+        known = {failure.id: failure for failure in gather_lists(self.found, args.world_size)}
+        if args.process_index == 0:
+            for failure in known.values():
+                self.record(failure)
+        else:
+            self.failures = replace(self.failures, found=tuple(known.values()))

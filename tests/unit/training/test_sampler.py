@@ -1,0 +1,74 @@
+"""Batching: an epoch that ends with an uneven step, on any number of ranks, accumulated or in a larger batch."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+import omnimem.training.trainer
+from omnimem.data import Sample
+from omnimem.training.sampler import Batching, EpochSampler, SampleDataset, collate
+from omnimem.training.trainer import StreamTrainer
+
+SAMPLES = [Sample(id=str(number), video=Path(f"{number}.mp4"), audio=None, messages=()) for number in range(7)]
+LOSS = {sample.id: 1.5 ** int(sample.id) for sample in SAMPLES}
+
+
+def steps(ranks: int, micro_batch: int, accumulated: int) -> list[list[list[Sample]]]:
+    """The samples of every micro-step of every rank, by step, over two epochs."""
+    batching, found = Batching(samples=7, size=ranks * micro_batch * accumulated), []
+    for epoch in range(2):
+        indices = list(EpochSampler(SAMPLES, batching, 3, lambda epoch=epoch: epoch, shuffled=True))
+        batches = [indices[at : at + micro_batch] for at in range(0, len(indices), micro_batch)]
+        micro_steps = [collate([SampleDataset(SAMPLES)[index] for index in batch])["samples"] for batch in batches]
+        each = ranks * accumulated
+        found += [micro_steps[at : at + each] for at in range(0, len(micro_steps), each)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "accumulated"), [(1, 4, 1), (4, 1, 1), (2, 1, 2), (2, 2, 1), (1, 3, 1)]
+)
+def test_every_sample_of_a_step_has_the_same_weight_even_in_the_last_uneven_one(
+    ranks: int, micro_batch: int, accumulated: int
+) -> None:
+    batching = Batching(samples=7, size=ranks * micro_batch * accumulated)
+    for step, micro_steps in enumerate(steps(ranks, micro_batch, accumulated)):
+        weight = batching.sample_weight(step, micro_batch)
+        means = [sum(LOSS[sample.id] for sample in samples) * weight for samples in micro_steps]
+        taken = [LOSS[sample.id] for samples in micro_steps for sample in samples]
+        assert len(taken) == batching.taken(step)
+        assert sum(means) / len(means) == pytest.approx(sum(taken) / len(taken))
+
+
+def test_an_uneven_last_step_is_padded_or_dropped_and_its_samples_weigh_more() -> None:
+    batching = Batching(samples=7, size=4)
+    assert (batching.steps, [batching.taken(step) for step in range(4)]) == (2, [4, 3, 4, 3])
+    assert [batching.sample_weight(step, 2) for step in range(2)] == [1 / 2, pytest.approx(2 / 3)]
+    assert list(EpochSampler(SAMPLES, batching, 0, lambda: 0, shuffled=False)) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert SampleDataset(SAMPLES)[7] is None
+    dropped = Batching(samples=7, size=4, drop_last=True)
+    assert (dropped.steps, len(EpochSampler(SAMPLES, dropped, 0, lambda: 0, shuffled=False))) == (1, 4)
+
+
+def test_the_trainer_weighs_the_samples_of_its_current_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two steps takes 3 samples on 4 positions; this rank's micro-batch of 2 has one of them."""
+    encoded = [SimpleNamespace(sample=SAMPLES[0])]
+    outcome = SimpleNamespace(loss=torch.tensor(3.0))
+    monkeypatch.setattr(omnimem.training.trainer, "streamed_loss", lambda *_, **__: outcome)
+    monkeypatch.setattr(omnimem.training.trainer, "batch_by_layout", lambda opened, size: [opened])
+    monkeypatch.setattr(omnimem.training.trainer, "policy_in_training", lambda options, policy: policy)
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(seed=0, device="cpu", per_device_train_batch_size=2),
+        state=SimpleNamespace(global_step=1),
+        batching=Batching(samples=7, size=4),
+        plan=SimpleNamespace(options=SimpleNamespace(loss=SimpleNamespace(losses=()))),
+        policies=lambda slots: None,
+        metrics=SimpleNamespace(add=lambda step, outcome: None),
+        **dict.fromkeys(("attached", "feeder", "backprop", "adapted")),
+    )
+    step: Any = SimpleNamespace(slots=8, softness=None, chunk_tokens=36)
+    loss = StreamTrainer._stream(trainer, cast(Any, encoded), step)
+    assert float(loss) == pytest.approx(3 * 2 / 3)
