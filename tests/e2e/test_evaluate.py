@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.evaluations import dying
 from support.finished_run import config_of, write_adapter, write_run
 from support.ranks import command, start
 from support.thinkers import write_folder
-from test_evaluation import MEASURED, dying
 
 from omnimem.cli.workers import LocalWorkers
 from omnimem.evaluation import EvaluationError, results
+from omnimem.evaluation.results import MEASURED
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 

@@ -9,8 +9,8 @@ import torch
 from support.episodes import Stored
 from support.fake_gpu import GPU, PretendedGPU
 from support.models import cut, text_model, whole_stream
+from support.streams import LENGTHS, POLICIES, policy_of, prompt_of
 from support.thinkers import write_folder
-from test_stream import LENGTHS, POLICIES, policy_of, prompt_of
 
 from omnimem.attention import blocked
 from omnimem.backbones import Backbone, ModelOptions, load_backbone

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import av
 import pytest
 import torch
+from support.evaluations import Line, dying
 from support.thinkers import write_folder
 
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
@@ -29,7 +30,6 @@ from omnimem.tasks import Defect, Gap, Verdict
 
 SECONDS = (8, 8, 12, 8, 8)
 QUESTIONS = ("what was seen ?", "what was heard ?", "which colour ?")
-Line = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -195,22 +195,6 @@ def test_decoding_ahead_and_the_cache_change_nothing(
 
 class Killed(BaseException):
     """Stands for the end of a process: nothing may catch it."""
-
-
-def dying(at: int, *, torn: bool, end: Callable[[], None]) -> Callable[[Path, Line], None]:
-    """`append_line` that ends the process at a line: before it, or in the middle of it."""
-    left = at
-
-    def append(path: Path, line: Line) -> None:
-        nonlocal left
-        text = json.dumps(line) + "\n"
-        with path.open("a") as file:
-            file.write(text if left else text[: len(text) // 2 * torn])
-        if not left:
-            end()
-        left -= 1
-
-    return append
 
 
 @pytest.mark.parametrize("trial", range(6))

@@ -14,10 +14,10 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.comparison_runs import write_arm
 from support.finished_run import config_of, write_adapter, write_run
 from support.models import assert_equal_logits
 from support.thinkers import write_folder
-from test_comparison import write_arm
 from torch import Tensor
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import task_layouts as layouts
-from test_predictions import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
+from support.task_layouts import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
 
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare, score

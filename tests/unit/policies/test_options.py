@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_baselines import OPTIONS
+from support.policy_streams import OPTIONS
 
 from omnimem.budget import Budget
 from omnimem.cli.parser import run_command

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.layer_views import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
-from test_base import LENGTHS, run
-from test_selection import Case, cases
+from support.layer_views import LENGTHS, SCALE, Arrival, arrivals, run, tokens_of, view_of, with_states
+from support.selection_cases import Case, cases
 from torch import Tensor
 from torch.autograd import gradcheck
 

@@ -12,15 +12,11 @@ from typing import Any
 import pytest
 from openpyxl import Workbook
 from support import task_layouts as layouts
-from support.paths import RECORDED
+from support.task_layouts import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
 
 from omnimem.data import ManifestError, Question
 from omnimem.tasks import Benchmark, LVBenchOptions, VideoMMEOptions
 from omnimem.tasks.predictions import Matched, matched, read_predictions
-
-LMMS_VIDEO_MME = RECORDED / "lmms_eval_samples_videomme.jsonl"
-LMMS_LVBENCH = RECORDED / "lmms_eval_samples_lvbench.jsonl"
-VLMEVALKIT = RECORDED / "vlmevalkit_Video-MME_score.tsv"
 
 
 @pytest.fixture(scope="module")

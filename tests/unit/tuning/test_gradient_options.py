@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_stream import policy_of
+from support.streams import policy_of
 
 from omnimem.cli.parser import USER_ERRORS
 from omnimem.config import ConfigError, load

@@ -11,9 +11,9 @@ import pytest
 import torch
 from support import reference_losses as reference
 from support.episodes import IGNORED, Episode, KeptByChunk, OneShot
+from support.gradients import assert_same_gradient, episode_from, gradient, opened, policy_at
 from support.thinkers import write_folder
 from support.tiny_run import Run, tune, write_films
-from test_gradient_full import assert_same_gradient, episode_from, gradient, opened, policy_at
 from torch import Tensor, nn
 
 from omnimem.backbones import LayoutError, ModelOptions, Qwen25Omni

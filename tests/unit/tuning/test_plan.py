@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.configs import loaded, problems
+from support.gradients import opened
 from support.ranks import ROOT, command
 from support.thinkers import write_folder
 from support.tiny_run import SCRIPT, given, write_films
-from test_bad_input import material, said
-from test_config import loaded, problems
-from test_gradient_full import opened
 
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import AudioVisualBudget, Readings, Signals
@@ -34,7 +33,6 @@ from omnimem.streaming.stream import Stream
 from omnimem.tuning import BudgetRange, ChunkRange, Plan, TuningOptions
 from omnimem.tuning.curriculum import log_uniform
 
-__all__ = ["material", "said"]
 RANGE = BudgetRange(low=12, high=64, full=0.25)
 
 
