@@ -70,24 +70,6 @@ def test_a_section_that_fails_is_noted_and_the_others_still_run(
     assert not found["ok"]
 
 
-@pytest.mark.parametrize(("found", "bound", "ok"), [(1e-6, 1e-5, True), (1e-4, 1e-5, False), (float("nan"), 1, False)])
-def test_a_check_holds_up_to_its_bound_and_never_for_nan(
-    found: float, bound: float, ok: bool, tmp_path: Path, part: Callable[[str], ModuleType]
-) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
-    record.check("sum", torch.float32, found, bound)
-    assert record.ok == ok
-
-
-def test_no_section_is_begun_when_the_time_is_up(tmp_path: Path, part: Callable[[str], ModuleType]) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=0.0)
-    begun: list[int] = []
-    record.section("late", lambda: begun.append(1))
-    assert not begun
-    assert record.sections["late"]["state"] == "left out"
-    assert not record.ok
-
-
 def test_an_arm_without_memory_leaves_the_others_their_turns(part: Callable[[str], ModuleType]) -> None:
     turns: list[str] = []
 

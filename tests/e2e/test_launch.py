@@ -188,9 +188,3 @@ def test_anything_else_shows_the_usage_and_exits_with_2(folder: Path, arguments:
     assert launched.returncode == 2
     assert said.startswith("usage: ./launch.sh demo")
     assert not (folder / "pids").exists()
-
-
-def test_continuous_integration_runs_the_test_command() -> None:
-    assert "exec ./launch.sh test\n" in (ROOT / ".ci" / "run").read_text()
-    for script in (ROOT / ".ci" / "run", ROOT / "launch.sh"):
-        assert os.access(script, os.X_OK)

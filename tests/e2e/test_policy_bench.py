@@ -1,8 +1,6 @@
 """The table of policies: paired, at equal entries only; needles stand where the world put them."""
 
-import json
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,19 +75,6 @@ def test_arms_of_other_entries_are_refused(scripts: Any, entries: float, fewer: 
         return
     with pytest.raises(ComparisonError, match=r"snapkv and omnimem at 18 slots.*not the same budget"):
         scripts["policy_table"].table(sheets, "omnimem")
-
-
-def test_a_table_is_written_read_and_drawn_alike_twice(scripts: Any, tmp_path: Path) -> None:
-    table = scripts["policy_table"]
-    rows = table.table([sheet(scripts, "omnimem", [[True, False]]), sheet(scripts, "h2o", [[False, False]])], "omnimem")
-    for folder in ("a", "b"):
-        table.write(rows, tmp_path / folder, {"split": "test"})
-    written = json.loads((tmp_path / "a" / "table.json").read_text())
-    assert written["split"] == "test"
-    assert [row["arm"] for row in written["rows"]] == ["omnimem", "h2o"]
-    pictures = [(tmp_path / folder / "accuracy_by_bytes.svg").read_bytes() for folder in ("a", "b")]
-    assert pictures[0] == pictures[1]
-    assert "minus omnimem" in next(table.shown(rows, "omnimem"))
 
 
 def test_every_policy_is_tried_and_every_study_fills_the_same_slots(scripts: Any) -> None:

@@ -36,8 +36,3 @@ def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_siz
     answers, memory = printed.getvalue().splitlines()
     assert answers in [f"['{colour}']" for colour in COLOURS]
     assert re.fullmatch(rf"{LAYERS * SLOTS} entries, \d+ bytes", memory)
-
-
-def test_the_lines_are_about_ten() -> None:
-    lines = [line for line in first_block((ROOT / "README.md").read_text()).splitlines() if line.strip()]
-    assert len([line for line in lines if not line.startswith(("import ", "from "))]) <= 10

@@ -9,17 +9,15 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from support.finished_run import write_adapter, write_run
+from support.finished_run import write_run
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import LayoutError, ModelOptions, load_backbone
+from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
-from omnimem.cli.tuned_model import write_adapter_description
 from omnimem.commands import ask, export
-from omnimem.config import ConfigError
-from omnimem.media import LiveSource, MediaError
+from omnimem.media import LiveSource
 from omnimem.policies import DistinctOptions, PerturbationOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -92,11 +90,6 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
     assert 0 < reading < total
 
 
-def test_a_merged_folder_brings_its_own_memory(exports: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "--model", exports / "merged", "--video", video, QUESTION)
-    assert "  tokens in 16 s: 16 audio + 128 visual; kept in each layer: 4 audio + 8 visual" in lines
-
-
 def test_base_and_adapter_answer_as_the_merged_folder_does(
     base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,15 +98,6 @@ def test_base_and_adapter_answer_as_the_merged_folder_does(
     untuned = said(capsys, "--model", base, "--video", video, "--slots", "12", "--max-new-tokens", "5", QUESTION)
     assert untimed(merged) == untimed(adapted)
     assert merged[0] != untuned[0], "the adapter changes nothing, so nothing was shown"
-
-
-def test_a_runs_own_adapter_brings_the_runs_memory(
-    base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = exports / "runs" / "x"
-    write_adapter_description(run)
-    own = said(capsys, "--model", base, "--adapter", run / "adapter", "--video", video, QUESTION)
-    assert untimed(own) == untimed(said(capsys, "--model", exports / "merged", "--video", video, QUESTION))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +114,6 @@ def test_flags_replace_what_was_exported(
 ) -> None:
     lines = said(capsys, "--model", exports / "merged", "--video", video, *flags, QUESTION)
     assert any(line.endswith(f"kept in each layer: {kept}") for line in lines), lines
-
-
-def test_another_policy_keeps_other_tokens(exports: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own, recent = (
-        said(capsys, "--model", exports / "merged", "--video", video, *flags, QUESTION, "what word ?", "who ?")[:3]
-        for flags in ([], ["--policy", "recency"])
-    )
-    assert own != recent
 
 
 def test_without_settings_everything_is_kept_and_that_is_said(
@@ -246,36 +222,6 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
     with pytest.raises(AdapterError, match=r"made for another base than .*alike \(sha256"):
         ask.main(["--model", str(alike), "--adapter", str(exports / "adapter"), "--video", str(video), QUESTION])
-
-
-def test_an_adapter_of_other_shapes_is_refused(base: Path, video: Path, tmp_path: Path) -> None:
-    adapter = write_adapter(base, tmp_path / "adapter")
-    config = adapter / "adapter_config.json"
-    config.write_text(config.read_text().replace('"r": 4', '"r": 8'))
-    with pytest.raises(AdapterError, match="made for another base than"):
-        ask.main(["--model", str(base), "--adapter", str(adapter), "--video", str(video), QUESTION])
-
-
-def test_an_adapter_given_as_the_model_is_named(exports: Path, video: Path) -> None:
-    with pytest.raises(AdapterError, match=r"adapter is an adapter; give its base as --model, and this folder as"):
-        ask.main(["--model", str(exports / "adapter"), "--video", str(video), QUESTION])
-
-
-@pytest.mark.parametrize(
-    ("flags", "error", "what"),
-    [
-        (["--fps", "0"], ConfigError, "fps = 0 must be above 0"),
-        (["--fps", "0.123"], LayoutError, "meets no grid"),
-        (["--max-pixels", "100"], ConfigError, "min_pixels = 3136 must be in 1..max_pixels = 100"),
-        (["--video", "no.mp4"], MediaError, "no.mp4: is not a file; check the path"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(
-    base: Path, video: Path, flags: list[str], error: type[Exception], what: str
-) -> None:
-    with pytest.raises(error) as refused:
-        ask.main(["--model", str(base), "--video", str(video), *flags, QUESTION])
-    assert what in str(refused.value)
 
 
 @pytest.mark.parametrize(

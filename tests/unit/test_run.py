@@ -56,11 +56,6 @@ def test_another_rank_does_not_take_the_folder_of_rank_0_for_an_old_run(
     assert run.plan("x", runs=tmp_path).step == 0
 
 
-def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    assert not run.plan("x", runs=tmp_path).replaces
-
-
 @pytest.mark.parametrize("broken", ["run.json", "config.yaml"])
 def test_a_run_that_ended_while_its_folder_was_made_goes_on_with_resume_auto(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,12 +91,6 @@ def test_overwrite_moves_the_old_run_to_the_next_free_number(tmp_path: Path) -> 
         run.plan("x", overwrite=True, runs=tmp_path).open("name: x\n", {"seed": seed})
     seeds = {path.name: run.read_json(path / "run.json")["seed"] for path in tmp_path.iterdir()}
     assert seeds == {"x": 2, "x.1": 0, "x.2": 1}
-
-
-def test_planning_changes_nothing_on_disk(tmp_path: Path) -> None:
-    run.plan("x", runs=tmp_path)
-    run.plan("x", overwrite=True, runs=tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path: Path) -> None:
@@ -223,30 +212,12 @@ def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> No
     assert (tmp_path / "x" / "config.yaml").is_file()
 
 
-def test_resume_auto_without_a_checkpoint_starts_at_the_first_step(tmp_path: Path) -> None:
-    assert run.plan("x", resume="auto", runs=tmp_path).step == 0
-    used(tmp_path)
-    assert run.plan("x", resume="auto", runs=tmp_path).checkpoint is None
-
-
 def test_resume_from_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint(used(tmp_path), 5)
     other = checkpoint(used(tmp_path, "y"), 5)
     with pytest.raises(run.RunError, match=r"is no checkpoint of .*x; known: .*checkpoint-5"):
         run.plan("x", resume=str(other), runs=tmp_path)
     assert run.plan("y", resume=str(other), runs=tmp_path).checkpoint == other
-
-
-def test_resume_in_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "thesis.txt").touch()
-    with pytest.raises(run.RunError, match=r"no run to resume"):
-        run.plan("x", resume="auto", runs=tmp_path)
-
-
-def test_resume_and_overwrite_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(run.RunError, match="give one of them"):
-        run.plan("x", resume="auto", overwrite=True, runs=tmp_path)
 
 
 def test_a_resumed_run_keeps_what_the_earlier_parts_were(tmp_path: Path) -> None:

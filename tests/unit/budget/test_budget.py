@@ -259,29 +259,12 @@ def test_without_clip_truncation_loses_less_than_one_slot_a_part() -> None:
     assert 0 < 8192 * 36 - sum(map(sum, shares.slots(8192, "truncated"))) < 2 * 36
 
 
-def test_every_layer_keeps_one_slot_of_both_where_the_softmax_would_leave_none() -> None:
-    table = signals_of(4).shares(layer_temperature=0.005).slots(8)
-    assert min(min(pair) for pair in table) == 1
-    assert sum(map(sum, table)) == 32
-
-
-def test_a_split_without_a_share_follows_the_ratio() -> None:
-    assert SplitBudget(visual_audio_ratio=2.0).build(3, 17).slots == ((6, 11),) * 3
-    assert SplitBudget(audio_share=0.5).build(2, 16).slots == ((8, 8),) * 2
-
-
 @given(layers=st.integers(1, 40), slots=st.integers(2, 9000), share=st.floats(0.01, 0.99))
 @example(layers=2, slots=3, share=0.5)
 @QUICK
 def test_a_split_gives_every_layer_exactly_slots_per_layer(layers, slots, share) -> None:
     budget = SplitBudget(audio_share=share).build(layers, slots)
     assert {sum(pair) for pair in budget.slots} == {slots}
-
-
-def test_a_shared_budget_is_one_pool_a_layer() -> None:
-    budget = SharedBudget().build(3, 5)
-    assert not budget.split
-    assert [sum(budget.layer(layer)) for layer in range(3)] == [5, 5, 5]
 
 
 def test_the_full_memory_is_unlimited_in_every_layer() -> None:
@@ -291,22 +274,7 @@ def test_the_full_memory_is_unlimited_in_every_layer() -> None:
     assert not SharedBudget().build(3, 5).unlimited
 
 
-def test_audio_visual_budgets_of_one_calibration_scale_to_any_size() -> None:
-    options = AudioVisualBudget(visual_audio_ratio=2.0, layer_temperature=1.0)
-    for slots in (8, 17, 8192):
-        assert options.build(36, slots, signals_of()).total == 36 * slots
-
-
 # files
-
-
-def test_our_file_holds_signals_shares_and_provenance_and_reads_back_equal(tmp_path) -> None:
-    budget = AudioVisualBudget(clip=(0.5, 1.5)).build(36, 8192, signals_of())
-    budget.write(tmp_path / "budget.json")
-    assert Budget.read(tmp_path / "budget.json") == budget
-    assert budget.signals is not None
-    assert budget.shares is not None
-    assert budget.shares.provenance["chunks"] == 40
 
 
 @pytest.mark.parametrize("budget", [Budget.full(3), SharedBudget().build(3, 7), SplitBudget(lend=False).build(3, 12)])
@@ -349,12 +317,6 @@ def test_a_table_of_ours_without_signals_is_scaled(tmp_path) -> None:
     assert AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16).slots == ((4, 12),) * 4
 
 
-def test_a_shared_budget_cannot_stand_for_an_audio_visual_table(tmp_path) -> None:
-    SharedBudget().build(4, 8).write(tmp_path / "budget.json")
-    with pytest.raises(BudgetError, match=r"holds no \[audio, visual\] shares; set budget: \{name: shared\}"):
-        AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16)
-
-
 def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
     with pytest.raises(BudgetError, match="write a shared or full budget in ours"):
         SharedBudget().build(3, 7).write(tmp_path / "budget.json", released=True)
@@ -379,11 +341,6 @@ def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_pa
     with pytest.raises(BudgetError, match=message) as caught:
         Budget.read(tmp_path / "budget.json")
     assert str(caught.value).startswith(str(tmp_path / "budget.json"))
-
-
-def test_a_missing_file_names_the_command_that_makes_it(tmp_path) -> None:
-    with pytest.raises(BudgetError, match=r"No such file.*train/calibrate\.py"):
-        Budget.read(tmp_path / "budget.json")
 
 
 # refusals

@@ -87,38 +87,3 @@ def test_a_question_after_the_end_of_its_video_is_known_and_no_failure(
     assert "note: q1 is asked after the end of its video (8.0 s): it sees all of it" in told
     assert "questions  all 3" in told
     assert "rows       2 (2 usable" in told  # files, each looked at once
-
-
-def test_a_file_that_is_no_video_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = layouts.own(tmp_path)
-    (root / "b.mp4").write_bytes(b"no film")
-    code, told, problems = checked(capsys, "own", root)
-    assert code == 2
-    assert "failures   unreadable 1" in told
-    assert len(problems) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--benchmark", "lvbnch"], "command line benchmark.name: 'lvbnch' is unknown; did you mean 'lvbench'?"),
-        (["--benchmark", "lvbench", "--set", "rulez=x"], "benchmark.rulez: unknown key; did you mean 'rules'?"),
-    ],
-)
-def test_what_the_command_line_has_wrong_is_told_in_a_line(
-    arguments: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert check.main([*arguments, "--root", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(problem)
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["--benchmark", "lvbench"], ["x.jsonl", "--benchmark", "own", "--root", "."]]
-)
-def test_neither_manifest_nor_benchmark_or_both_is_refused(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        check.main(arguments)
-    assert left.value.code == 2

@@ -11,8 +11,8 @@ from support import thinkers
 from omnimem.backbones import load_backbone
 from omnimem.cli import dry_run as preview
 from omnimem.cli.dry_run import Missing, load_of, read_sample, skeleton_of
-from omnimem.config import ConfigError, RunConfig, load
-from omnimem.footprint import Shapes, footprint, render
+from omnimem.config import RunConfig, load
+from omnimem.footprint import footprint
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import WorldOptions, draw_world
 from omnimem.streaming.attach import attach
@@ -77,14 +77,6 @@ def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_miss
     assert "8,192 slots a layer (1,365 audio + 6,827 visual) x 28 layers = 229,376 entries" in said
 
 
-def test_tokens_of_an_unknown_minute_follow_from_the_rates_of_the_checkpoint(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    said = shown(capsys, "stream.max_pixels=176400")
-    assert "64 frames resized to 560 x 308" in said
-    assert f"{64 * 25:,} audio, {32 * 20 * 11:,} visual" in said
-
-
 def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, checkpoint: Path) -> None:
     run = recorded(tmp_path / "data", checkpoint)
     missing = Missing()
@@ -127,24 +119,6 @@ def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_
     assert any(line.startswith("missing: the first sample's media (") for line in said.splitlines())
 
 
-def test_a_model_of_unknown_shapes_is_listed_and_the_rest_is_still_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    said = shown(capsys, "model.path=someone/else")
-    assert "missing: shapes of someone/else" in said
-    assert "--- settings" in said
-    assert "--- memory" not in said
-
-
-def test_the_memory_table_takes_the_largest_budget_of_training(tmp_path: Path, checkpoint: Path) -> None:
-    run = recorded(tmp_path / "data", checkpoint, "tuning.budgets=[4, full]")
-    skeleton = skeleton_of(run, Missing())
-    assert skeleton is not None
-    reading = read_sample(run, skeleton, Missing())
-    media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
-    load = load_of(run, skeleton.shapes, reading)
-    assert (load.entries, load.stage, load.half) == (2 * media, 2, True)
-    assert "keys and values" in render(footprint(Shapes.read(checkpoint), load))
-
-
 def test_the_memory_table_and_the_budget_say_what_soft_selection_holds(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,19 +155,3 @@ def test_the_memory_table_knows_ranges_and_the_teacher(
     said = capsys.readouterr().out
     assert "slots a layer in training, one drawn a step: 4 to 9\n" in said
     assert "chunk_tokens in training, one drawn a step: 20 to 70\n" in said
-
-
-@pytest.mark.parametrize(
-    ("override", "what"),
-    [
-        ("stream.fps=0.377", "stream.fps: fps = 0.377 meets no grid"),
-        ("stream.chunk_tokens=9", "stream.chunk_tokens: a seg"),
-    ],
-)
-def test_settings_that_the_checkpoints_grids_cannot_give_are_refused(
-    override: str, what: str, tmp_path: Path, checkpoint: Path
-) -> None:
-    with pytest.raises(ConfigError) as error:
-        preview.preview(recorded(tmp_path / "data", checkpoint, override))
-    (line,) = error.value.problems
-    assert line.startswith(what)

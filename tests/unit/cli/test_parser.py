@@ -1,12 +1,9 @@
 """Commands: overrides anywhere, no abbreviations, and exit codes that mean something."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 
 from omnimem.cli import parser as command
 from omnimem.cli.parser import Parser, run_command
@@ -70,10 +67,6 @@ def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys: pyte
     assert outcome(capsys, ConfigError(problems)) == (2, problems)
 
 
-def test_a_command_that_ends_leaves_with_0(capsys: pytest.CaptureFixture[str]) -> None:
-    assert outcome(capsys, None) == (0, [])
-
-
 @pytest.mark.parametrize(
     ("local_rank", "error", "told"),
     [("0", None, True), ("1", None, False), ("0", ConfigError(["x"]), False), ("0", Stopped("y", 143), False)],
@@ -92,16 +85,6 @@ def test_the_first_rank_of_a_machine_tells_launch_sh_when_its_command_came_to_it
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     outcome(capsys, error)
     assert unfinished.exists() != told
-
-
-def test_help_is_an_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unfinished = tmp_path / "unfinished"
-    unfinished.touch()
-    monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))
-    with pytest.raises(SystemExit) as leaving:
-        parser().parse(["--help"])
-    assert leaving.value.code == 0
-    assert not unfinished.exists()
 
 
 def raised(error: Exception) -> None:
@@ -138,43 +121,3 @@ def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="closed by peer"):  # the first one has nobody to speak for it
         raised(lost)
-
-
-@pytest.mark.parametrize("kind", command.USER_ERRORS, ids=lambda kind: kind.__name__)
-def test_every_error_of_the_user_is_a_value_error(kind: type[Exception]) -> None:
-    assert issubclass(kind, ValueError)
-
-
-SCRIPT = """
-from collections.abc import Sequence
-from omnimem.config import load
-from omnimem.training.arguments import train_section
-from omnimem.cli.parser import Parser, run_command
-
-def main(arguments: Sequence[str]) -> None:
-    parser = Parser(None)
-    parser.add_config()
-    given = parser.parse(arguments)
-    print(load(given.config, given.overrides, train=train_section()).name)
-
-run_command(main)
-"""
-
-
-@pytest.mark.slow
-def test_a_real_process_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
-    script = tmp_path / "say.py"
-    script.write_text(SCRIPT)
-    wrong = ["train.learning_rat=1e-5", "memory.slots_per_layer=few"]
-    said = subprocess.run(
-        [sys.executable, str(script), "--config", "budget8k.yaml", *wrong],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-    )
-    assert (said.returncode, said.stdout) == (2, "")
-    assert [line.split(":")[0] for line in said.stderr.splitlines()] == [
-        "command line train.learning_rat",
-        "command line memory.slots_per_layer",
-    ]

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from support.configs import SMALL, TRAIN, loaded, problems
 
-from omnimem.budget import SharedBudget
 from omnimem.config import CONFIGS, ConfigError, dump, load, refuse_changes
 
 
@@ -62,18 +61,6 @@ fps: 2
     ]
 
 
-def test_an_unknown_section_made_by_an_override_is_told_at_the_command_line(tmp_path: Path) -> None:
-    assert problems(tmp_path, overrides=["memry.slots=3"]) == [
-        "command line memry: unknown key; did you mean 'memory'?"
-    ]
-
-
-def test_a_key_of_the_training_section_at_the_top_is_sent_home(tmp_path: Path) -> None:
-    assert problems(tmp_path, overrides=["learning_rate=1e-4"]) == [
-        "command line learning_rate: unknown key; did you mean train.learning_rate?"
-    ]
-
-
 @pytest.mark.parametrize(
     ("override", "what"),
     [
@@ -100,10 +87,6 @@ def test_the_training_section_is_checked_against_the_fields_of_transformers(
     assert lines[0].startswith(f"command line {key}: {what}")
 
 
-def test_half_precision_can_be_asked_for_on_a_host_without_gpu(tmp_path: Path) -> None:
-    assert loaded(tmp_path, "train.bf16=true", "train.tf32=true").train["bf16"] is True
-
-
 def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
@@ -111,16 +94,6 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Pa
     assert "mine.json holds no JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
-
-
-@pytest.mark.parametrize(
-    ("budget", "slots", "need"),
-    [("shared", 0, "one slot"), ("split", 1, "one audio and one visual slot"), ("audio_visual", -5, "one audio and")],
-)
-def test_fewer_slots_than_a_layer_needs_are_refused(budget: str, slots: int, need: str, tmp_path: Path) -> None:
-    lines = problems(tmp_path, overrides=[f"memory.slots_per_layer={slots}", f"memory.budget={{name: {budget}}}"])
-    assert len(lines) == 1
-    assert lines[0].startswith(f"command line memory.slots_per_layer: {slots} is too small; each layer needs {need}")
 
 
 def test_what_a_part_refuses_is_told_at_the_first_key_that_it_names(tmp_path: Path) -> None:
@@ -185,11 +158,6 @@ def test_an_override_that_cannot_be_placed_says_why(override: str, what: str, tm
     assert what in problems(tmp_path, text, [override])[0]
 
 
-def test_an_item_of_a_list_can_be_overridden(tmp_path: Path) -> None:
-    text = SMALL.replace("1e-5}", "1e-5, report_to: [none]}")
-    assert loaded(tmp_path, "train.report_to.0=tensorboard", text=text).train["report_to"] == ["tensorboard"]
-
-
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -226,10 +194,6 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) ->
         "config.yaml tuning.lora.r: 128 there, 8 now; "
         "resume with the former, or start anew with name=... or --overwrite",
     ]
-
-
-def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:
-    assert loaded(tmp_path).memory.budget == SharedBudget()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from omnimem.cli.parser import run_command
 from omnimem.commands import show_memory
 from omnimem.commands.synthesize import Stream as Recipe
 from omnimem.commands.synthesize import manifest_line
-from omnimem.config import ConfigError
 from omnimem.data import ManifestError, Sample, read_manifest
 from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, render
 from omnimem.inspection.retention import NEVER, UNREAD
@@ -148,26 +147,6 @@ def test_held_and_merged_entries_count_as_the_memory_counts(bench: Bench, name: 
                 merged = [one for one in holding.merged if one.layer == layer and one.modality == kind]
                 alive = sum(one.first <= chunk <= one.last for one in merged)
                 assert counts[kind] == pytest.approx((held[layer][:, kinds == kind].sum() + alive) / heads)
-
-
-def test_merged_entries_are_those_that_stand_where_no_token_of_their_number_stood(bench: Bench) -> None:
-    positions = bench.feeder.outline(bench.reading.opened).positions
-    holding = followed(bench, "streammem_prototypes")
-    with attach(bench.feeder.backbone.text_model) as attached:
-        found = memories(bench, attached, "streammem_prototypes")
-    for chunk, layers in enumerate(found):
-        for layer, tokens in enumerate(layers):
-            moved = (tokens.positions[0] != positions[:, tokens.order[0]]).any(dim=0)
-            alive = [one for one in holding.merged if one.layer == layer and one.first <= chunk <= one.last]
-            assert sorted(one.order for one in alive) == sorted(tokens.order[0][moved].tolist())
-
-
-@pytest.mark.parametrize("name", ["hermes", "hermes_reindexed"])
-def test_hermes_merges_in_its_deep_layer_alone_and_turned_keys_merge_nothing(bench: Bench, name: str) -> None:
-    holding = followed(bench, name)
-    assert {one.layer for one in holding.merged} == {holding.last.shape[0] - 1}
-    chunks = Counter(one.first for one in holding.merged)
-    assert set(chunks.values()) == {1}
 
 
 def test_what_was_sifted_out_was_never_read_and_what_was_read_has_a_last_chunk_or_none(bench: Bench) -> None:
@@ -431,11 +410,6 @@ def test_a_refusal_is_one_line_and_exit_code_2(
     assert len(err) == 1
     assert said in err[0]
     assert not (place / "refused").exists()
-
-
-def test_a_folder_is_no_page(place: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--out: \. is a folder; name a file in it, such as memory.html"):
-        show_memory.main(["--config", "x.yaml", *VIDEO, "--policies", "omnimem", "snapkv", "--out", "."])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch.autograd import gradcheck
 
 from omnimem.attention.blocked import attend, mass
 from omnimem.budget import Budget
-from omnimem.config import ConfigError, load
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.base import ScoredPolicy
 from omnimem.scoring import AbstractScorer
@@ -139,19 +138,6 @@ def test_what_the_surplus_leaves_out_weighs_under_three_thousandths_where_scores
     for temperature in (0.02, 0.05, 0.1):
         gates = select(scores, modality, LayerSlots(audio=0, visual=1000), soft(temperature)).gate.detach()
         assert math.log(1e-5) < float(gates.min()) < math.log(3e-3), temperature
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [1e-6, 0.0, 1.0])
-def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
-    scores = torch.full((1, 12), value, dtype=dtype).requires_grad_()
-    for temperature in (1.0, 0.05, VANISHING):
-        selected = select(
-            scores, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=3), soft(temperature)
-        )
-        (gradient,) = torch.autograd.grad(selected.gate.sum(), scores)
-        assert bool(selected.gate.isfinite().all())
-        assert bool(gradient.isfinite().all())
 
 
 # ---------------------------------------------------------------------------------------------------------- gradcheck
@@ -427,24 +413,3 @@ def test_hard_selection_and_full_memory_have_no_softness() -> None:
     steps = [plan_of(SelectionOptions(softening="soft"), 8, "full")(step, 10) for step in range(10)]
     assert {(step.slots is None) == (step.softness is None) for step in steps} == {True}
     assert any(step.slots is None for step in steps)
-
-
-@pytest.mark.parametrize(
-    ("override", "complaint"),
-    [
-        (
-            "tuning.selection.softening=smooth",
-            "tuning.selection.softening: expected 'hard', 'straight_through' or 'soft'",
-        ),
-        ("tuning.selection.gradient=none", "tuning.selection.gradient: expected 'redundancy' or 'both'"),
-        ("tuning.selection={softening: hard, gradient: both}", "gradient = both asks scores to learn"),
-        ("tuning.selection.temperature.start=.inf", "start = inf and end = 0.05 must both be finite numbers above 0"),
-        ("tuning.selection.temperature={end: 0}", "start = 1 and end = 0 must both be finite numbers above 0"),
-        ("tuning.selection.temperature.schedule=step", "expected 'constant', 'linear' or 'cosine'"),
-    ],
-)
-def test_a_wrong_setting_is_named_in_one_line(override: str, complaint: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load("tiny.yaml", [override])
-    (line,) = str(error.value).splitlines()
-    assert complaint in line
