@@ -7,7 +7,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from support.paths import ROOT
@@ -21,32 +20,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return import_module("cost")
-
-
-def line(at: float, first_token: float) -> dict[str, Any]:
-    """What a result says of a question that was asked at this second."""
-    return {
-        "stream_seconds": at,
-        "tokens_in": {"audio": at, "visual": 8 * at},
-        "entries": 18.0,
-        "seconds": {"media": 0.01 * at, "reading": 0.02 * at, "first_token": first_token, "answer": 0.5},
-        "peak_memory": 700 + at,
-        "bytes": 166,
-    }
-
-
-def test_a_cost_is_that_of_the_whole_stream_and_the_first_token_a_median(script: ModuleType) -> None:
-    cost = script.cost_of([line(100, 0.1), line(40, 0.4), line(60, 0.2)], loaded=600)
-    assert cost == {
-        "tokens_in": 900,
-        "kept": 18.0,
-        "media_seconds": pytest.approx(0.01),
-        "text_model_seconds": pytest.approx(0.02),
-        "first_token_seconds": 0.2,
-        "beyond_the_model": 200,
-        "bytes": 166,
-    }
-    assert script.cost_of([line(100, 0.1)], loaded=None)["beyond_the_model"] is None
 
 
 @pytest.mark.slow

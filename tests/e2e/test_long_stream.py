@@ -12,7 +12,6 @@ import pytest
 from support.paths import ROOT
 
 from omnimem.commands.synthesize import evidence
-from omnimem.data import read_line
 
 
 @pytest.fixture
@@ -33,15 +32,6 @@ def test_every_question_comes_after_its_evidence_and_every_mark_has_one(script: 
     spread = sorted(evidence(world, question)[0] for question, _ in asked)
     assert spread[0] < 600
     assert spread[-1] > 3000
-
-
-def test_a_stream_that_ends_early_asks_nothing_about_what_it_does_not_show(script: ModuleType, tmp_path: Path) -> None:
-    world = script.world_of(30, 10)
-    stream = script.Stream(id="w", world=world)
-    sample = read_line(json.dumps(script.manifest_line(stream, 10, 600)), folder=tmp_path, origin="line")
-    assert sample.end == 600
-    shown = {question.text for question in world.questions if evidence(world, question)[1] <= 600}
-    assert {question.text for question in sample.questions} == shown
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Signals, Spli
 from omnimem.calibration import (
     CalibrationError,
     CalibrationOptions,
-    Recorder,
     calibrate,
     draw_budget,
     draw_signals,
@@ -132,17 +131,6 @@ def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str)
         measure([cut(deaf, LENGTHS)], skip=1)
 
 
-def test_recording_does_not_change_what_is_kept() -> None:
-    kept = []
-    for recorder in (None, Recorder(4, CalibrationOptions(skip_chunks=1))):
-        with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-            stream = Stream(attached, small_policy(), recorder=recorder)
-            for chunk in cut(whole_stream(), LENGTHS):
-                stream.feed(chunk)
-            kept.append([layer.order.tolist() for layer in stream.memory.layers])
-    assert kept[0] == kept[1]
-
-
 # figures
 
 
@@ -200,13 +188,6 @@ def test_the_command_measures_the_training_streams_and_writes_budget_and_figures
     names = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
     assert names == {"budget.json", "budget.svg", "signals.svg"}
     assert "18 slots in 2 layers" in capsys.readouterr().out
-
-
-def test_the_command_writes_where_it_is_told_and_repeats_itself(folder: Path, tmp_path: Path) -> None:
-    files = [tmp_path / name / "table.json" for name in ("one", "two")]
-    for file in files:
-        main(["--config", str(folder / "a.yaml"), "calibration.streams=1", "--out", str(file)])
-    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("policy", ["{name: keydiff}", "{name: snapkv}", "{name: distinct, per_head: true}"])

@@ -363,16 +363,6 @@ def logits_at(
     return found
 
 
-def test_after_its_last_question_a_file_is_read_no_further(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
-    feeder = evaluation(backbone, attached).feeder
-    asked = sample(films[2], (2.0, 5.0))
-    assert feeder.source(asked).end == 6.0
-    assert feeder.source(sample(films[2], (2.0, None))).end is None
-    assert [part.heard.frames for part in feeder.read(asked)] == [2, 4, 6]
-
-
 def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
     backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
@@ -479,8 +469,3 @@ def test_a_trace_stays_small_however_long_the_stream_is(
 def test_a_shard_that_does_not_exist_is_named(text: str) -> None:
     with pytest.raises(EvaluationError, match=r"shard"):
         Share.parse(text)
-
-
-def test_shards_divide_the_items() -> None:
-    taken = [number for index in range(3) for number in range(10) if Share(index=index, count=3).takes(number)]
-    assert sorted(taken) == list(range(10))

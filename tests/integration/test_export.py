@@ -27,7 +27,7 @@ from omnimem.commands.export import main
 from omnimem.comparison import compare
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.exported import Exported
-from omnimem.policies import ControlOptions, PerturbationOptions, perturbation
+from omnimem.policies import ControlOptions
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -139,16 +139,6 @@ def test_peft_loads_an_exported_adapter(base: Path, adapter: Path, video: Path) 
     assert_equal_logits(heard(backbone, exported, exported.policy, video), expected)
 
 
-@pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_the_bases_own_files_travel_with_the_weights(base: Path, kind: str, request: pytest.FixtureRequest) -> None:
-    folder: Path = request.getfixturevalue(kind)
-    own = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json", "LICENSE")
-    for name in (*own, "generation_config.json"):
-        assert (folder / name).read_bytes() == (base / name).read_bytes(), name
-    assert not (folder / "notes.txt").exists()
-    assert (folder / "config.json").is_file() == (kind == "merged")
-
-
 def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFolder, merged: Path) -> None:
     exported, run = Exported.read(merged), config_of(base)
     written_out = replace(run.memory, policy=run.memory.policy.written_out())
@@ -163,13 +153,6 @@ def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFold
     assert origin.run == read_json(done.record)
     assert exported.verified["difference"] <= 1e-5
     assert exported.verified["adapter_effect"] > 0.01
-
-
-def test_an_export_means_the_same_when_a_preset_changes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = Exported.read(adapter).policy
-    monkeypatch.setitem(perturbation.PRESETS, "omnimem", {**perturbation.OURS, "coverage": 0.9, "sharpness": 0.7})
-    assert Exported.read(adapter).policy == before
-    assert PerturbationOptions().build(before.budget) != before
 
 
 def audio_visual(layers: int) -> Signals:

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from omnimem.data import (
-    DataOptions,
     Failure,
     Failures,
     ManifestError,
-    Message,
-    Sample,
     TooManyFailures,
     read_manifest,
 )
@@ -65,12 +62,6 @@ def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(mani
         None,
         "auditory",
     )
-
-
-def test_what_is_left_out_has_its_default(manifest: Path) -> None:
-    (sample,) = read_manifest(written(manifest, GOOD))
-    assert (sample.audio, sample.start, sample.end, sample.system, sample.meta) == (None, 0.0, None, None, {})
-    assert [(question.loss, question.kind) for question in sample.questions] == [(True, "")]
 
 
 def test_blank_lines_count_but_hold_nothing(manifest: Path) -> None:
@@ -152,11 +143,6 @@ def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifes
     assert problems_of(manifest, b"") == [" holds no samples; make it again"]
 
 
-def test_a_sample_may_be_built_by_hand() -> None:
-    sample = Sample(id="a", video=Path("a.mp4"), audio=None, messages=(Message(role="user", content="what ?"),))
-    assert [question.text for question in sample.questions] == ["what ?"]
-
-
 def test_the_run_stops_at_the_first_failure_above_the_allowed_share() -> None:
     failures = Failures(samples=200, max_failures=0.01)
     for name in ("a", "b", "a", "b"):
@@ -173,9 +159,3 @@ def test_no_failure_passes_when_none_is_allowed_and_every_one_when_all_are() -> 
     with pytest.raises(TooManyFailures, match="1 of 1000 samples failed"):
         Failures(samples=1000, max_failures=0.0).add(Failure(id="a", reason="missing"))
     assert Failures(samples=1, max_failures=1.0).add(Failure(id="a", reason="missing")).reasons == {"missing": 1}
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"max_failures = .* is no share"):
-        DataOptions(max_failures=share)

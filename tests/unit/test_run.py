@@ -34,12 +34,6 @@ def used(runs: Path, name: str = "x") -> Path:
     return runs / name
 
 
-def test_a_new_run_gets_its_folder_with_config_and_record(tmp_path: Path) -> None:
-    folder = run.plan("x", runs=tmp_path).open("name: x\n", {"seed": 3})
-    assert folder.config.read_text() == "name: x\n"
-    assert run.read_json(folder.record) == {"seed": 3, "earlier": []}
-
-
 def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_path: Path) -> None:
     folder = used(tmp_path)
     with pytest.raises(run.RunError, match=r"--resume auto.*name=.*--overwrite") as error:
@@ -91,14 +85,6 @@ def test_overwrite_moves_the_old_run_to_the_next_free_number(tmp_path: Path) -> 
         run.plan("x", overwrite=True, runs=tmp_path).open("name: x\n", {"seed": seed})
     seeds = {path.name: run.read_json(path / "run.json")["seed"] for path in tmp_path.iterdir()}
     assert seeds == {"x": 2, "x.1": 0, "x.2": 1}
-
-
-def test_resume_auto_takes_the_newest_whole_checkpoint_by_number(tmp_path: Path) -> None:
-    folder = used(tmp_path)
-    checkpoint(folder, 9)
-    newest = checkpoint(folder, 10)
-    start = run.plan("x", resume="auto", runs=tmp_path)
-    assert (start.checkpoint, start.step, start.aside, start.news) == (newest, 10, (), "")
 
 
 def shorten(path: Path) -> str:
@@ -163,12 +149,6 @@ def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path
     assert start.news == f"left behind {folder}/checkpoint-10 (now checkpoint-10.1); going on from {older}"
     start.open("name: x\n", {})
     assert run.plan("x", resume="auto", runs=tmp_path).checkpoint == older
-
-
-def test_files_added_to_a_sealed_folder_do_not_count(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 1)
-    (path / "notes.txt").touch()
-    assert damage(path) is None
 
 
 def test_a_folder_put_in_place_replaces_what_was_there(tmp_path: Path) -> None:

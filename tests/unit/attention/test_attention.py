@@ -212,12 +212,6 @@ def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block: int) -> N
     assert torch.equal(received, mass(exact[0], exact[1], scale=SCALE, gate=gate.float()))
 
 
-def test_a_gate_of_zero_leaves_bfloat16_attention_as_it_is(block: int) -> None:
-    queries, keys, values, _ = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
-    gated = attend(queries, keys, values, scale=SCALE, gate=torch.zeros(2, 23))
-    torch.testing.assert_close(gated, attend(queries, keys, values, scale=SCALE), rtol=0.01, atol=0.01)
-
-
 def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> None:
     """Theory (method 3): without key k and renormalised, |o' - o| = a / (1 - a) |v - o|."""
     queries, keys, values, gate = drawn(2, 1, 3, 8)

@@ -11,7 +11,7 @@ from support.models import assert_equal_logits
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn, collate
+from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, collate
 from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions
@@ -216,10 +216,3 @@ def test_audio_token_count_is_the_towers_own(tmp_path: Path) -> None:
     for frames in [*range(1, 30), 199, 200, 201, 203, 999]:
         _, expected = tower._get_feat_extract_output_lengths(torch.tensor(frames))
         assert audio_tokens(frames) == max(0, int(expected))
-
-
-def test_encoded_counts_its_tokens() -> None:
-    encoded = Encoded(
-        visual=torch.zeros(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
-    )
-    assert encoded.count == 4

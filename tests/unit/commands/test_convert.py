@@ -172,13 +172,6 @@ def test_a_wrong_row_is_named_with_its_cure(
     assert problems(capsys, media)[0].startswith(expected)
 
 
-def test_a_tag_after_the_first_question_is_refused(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = swift("what ?")
-    row["messages"] += [{"role": "user", "content": "<video>and ?"}]
-    assert run(media, [row])[0] == 2
-    assert problems(capsys, media)[0].startswith("1 messages: a tag stands after the first question")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -213,13 +206,6 @@ def test_some_rows_may_fail_when_allowed_and_the_report_counts_them(
     assert "failures   missing 1" in printed.out
     assert "1 rows: no tag: the stream is placed before the first question" in printed.out
     assert "gone.mp4" in printed.err
-
-
-def test_silent_videos_pass_only_when_the_run_asks_for_no_sound(
-    media: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(media, [swift(videos=["clips/silent.mp4"])], "--tracks", "video")[0] == 0
-    assert "video only 1" in capsys.readouterr().out
 
 
 def test_media_outside_the_manifests_folder_must_be_allowed(

@@ -23,12 +23,6 @@ def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suf
     assert load("budget8k.yaml") == load("budget8k") == load(CONFIGS / "budget8k.yaml")
 
 
-def test_the_current_folder_comes_before_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("budget8k.yaml").write_text(SMALL)
-    assert load("budget8k.yaml").name == "small"
-
-
 def test_an_unknown_config_names_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"budget8.yaml: no such config .*did you mean 'budget8k.yaml'"):
         load("budget8.yaml")
@@ -94,12 +88,6 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Pa
     assert "mine.json holds no JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
-
-
-def test_what_a_part_refuses_is_told_at_the_first_key_that_it_names(tmp_path: Path) -> None:
-    text = f"{SMALL}stream:\n  min_pixels: 500\n  max_pixels: 400\n"
-    (line,) = problems(tmp_path, text)
-    assert line.startswith("my.yaml:9 stream.min_pixels: min_pixels = 500 ")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])

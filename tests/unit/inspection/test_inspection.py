@@ -15,7 +15,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from support.finished_run import write_adapter
 from support.thinkers import write_folder
 
 from omnimem.backbones import ModelOptions, load_backbone
@@ -180,18 +179,6 @@ def test_every_token_of_the_stream_is_shown_once_where_its_position_says(bench: 
     assert float(reading.sounds.ends[-1]) == pytest.approx(SECONDS)
 
 
-def test_needles_are_the_tokens_of_their_second_and_cell(bench: Bench) -> None:
-    reading = bench.reading
-    for (at, *place), token in zip(NEEDLES, reading.needles, strict=True):
-        if place:
-            (grid,) = (grid for grid in reading.grids if grid.start <= at < grid.end)
-            cell = int(place[0] * grid.rows) * grid.columns + int(place[1] * grid.columns)
-            assert grid.tokens[cell] == token
-        else:
-            sounds = reading.sounds
-            assert sounds.tokens[(sounds.starts <= at) & (at < sounds.ends)].tolist() == [token]
-
-
 def test_the_small_pictures_are_the_frames_of_their_moment(bench: Bench) -> None:
     frames = render_frames(bench.world)
     pictures = [picture for grid in bench.reading.grids for picture in grid.pictures]
@@ -352,14 +339,6 @@ def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(p
     held = [sum(sum(layer[1:]) for layer in side["counts"][-1]) for side in data["sides"]]
     assert held == [2 * 8, 2 * 12]
     assert len(data["marks"]) > 1
-
-
-def test_an_adapter_may_tune_one_side_alone(place: Path) -> None:
-    write_adapter(place / "model", place / "adapter")
-    plain = shown(place, "--video", "one.mp4", "--policies", "omnimem", "snapkv")
-    data = shown(place, "--video", "one.mp4", "--adapter", "adapter", "--tuned", "right")
-    assert [side["label"] for side in data["sides"]] == ["omnimem, untouched", "omnimem, tuned"]
-    assert data["sides"][0]["last"] == plain["sides"][0]["last"] != data["sides"][1]["last"]
 
 
 VIDEO = ("--video", "one.mp4")

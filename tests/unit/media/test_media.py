@@ -238,11 +238,6 @@ def test_a_running_mel_gives_no_frame_before_its_window_is_complete() -> None:
         running.feed(torch.zeros(1))
 
 
-def test_nonsense_mel_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_fft even"):
-        LogMel(n_fft=401)
-
-
 # --- frames by timestamp
 
 
@@ -278,11 +273,6 @@ def test_variable_frame_rates_are_read_by_timestamp(folder: Path) -> None:
         path = write(folder / f"variable.{suffix}", times=times)
         assert shown(path, fps=1.0) == [0, 2, 2, 4, 5, 5, 6], suffix
         assert shown(path, fps=3.0, start=2.9, end=3.9) == [3, 5, 5], suffix
-
-
-def test_a_clock_of_milliseconds_shifts_no_frame(folder: Path) -> None:
-    path = write(folder / "thirds.mkv", times=ticks(4, 3))  # 1/3 s is stored as 333 ms, 2/3 s as 667 ms
-    assert shown(path, fps=3.0) == list(range(12))
 
 
 def test_a_container_that_begins_at_any_time_begins_at_zero(folder: Path) -> None:
@@ -602,11 +592,6 @@ def test_the_longer_track_goes_on_alone(folder: Path) -> None:
     assert seconds_of(segments)[-1] == (4.0, 2.0)
 
 
-def test_the_filling_of_the_last_codec_block_is_no_segment(folder: Path) -> None:
-    path = write(folder / "filling.mkv", times=ticks(4, 4), samples=noise(4.06), codec="pcm_s16le")
-    assert len(list(FileSource(path, options=SourceOptions(), geometry=geometry(WHISPER)))) == 2
-
-
 def test_tracks_choose_what_is_read_and_another_file_can_sound(film: Path, folder: Path) -> None:
     silent = write(folder / "with_other_sound.mp4", times=ticks(4, 4))
     sound = write(folder / "other.wav", samples=noise(4), codec="pcm_s16le")
@@ -624,14 +609,6 @@ def test_frames_are_resized_to_whole_cells_under_the_pixel_cap(folder: Path) -> 
     raw = torch.stack([frame for _, frame in read_frames(path, fps=1.0)])
     assert segment.frames.shape == (2, 3, 112, 140)
     assert torch.equal(segment.frames, resize(raw, 112, 140))
-
-
-def test_frames_are_decoded_only_when_asked_for(broken: dict[str, tuple[Path, str, str]]) -> None:
-    path = broken["mkv cut"][0]
-    segments = iter(FileSource(path, options=SourceOptions(tracks="video"), geometry=geometry()))
-    assert [next(segments).start for _ in range(3)] == [0.0, 2.0, 4.0]
-    with pytest.raises(MediaError, match="video ends at"):
-        list(segments)
 
 
 def live_frames(path: Path, fps: float) -> Iterator[tuple[float, Tensor]]:
@@ -685,14 +662,6 @@ def test_a_live_segment_comes_as_soon_as_both_tracks_cover_it() -> None:
             assert pulled["frames"] == segment.start + 1.0  # its last frame, no later one
             assert pulled["audio"] == pytest.approx(segment.start + 2.1)  # half a window past its end, in tenths
     assert source.seconds == 9.0
-
-
-def test_a_live_stream_may_change_its_picture_size_on_the_way() -> None:
-    frames = [
-        (float(i), torch.zeros(3, *size, dtype=torch.uint8)) for i, size in enumerate([(60, 90), (120, 180), (90, 60)])
-    ]
-    segments = list(LiveSource(iter(frames), None, options=SourceOptions(tracks="video"), geometry=geometry()))
-    assert [segment.frames.shape for segment in segments] == [(2, 3, 56, 84), (1, 3, 56, 84)]
 
 
 def test_a_live_stream_without_a_track_it_is_asked_for_is_refused() -> None:

@@ -14,7 +14,7 @@ from support.selection_cases import Case, cases
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from omnimem.attention.blocked import attend, mass
+from omnimem.attention.blocked import mass
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.base import ScoredPolicy
@@ -199,24 +199,6 @@ def heads(kv_heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     shapes = [(2, 4, 3, 4), (2, kv_heads, 5, 4), (2, 5)]
     queries, keys, gate = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
     return queries.requires_grad_(), keys.requires_grad_(), gate.requires_grad_()
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("mean", ["probabilities", "logits"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_gradcheck_of_attention_mass(kv_heads: int, mean: str, gated: bool) -> None:
-    queries, keys, gate = heads(kv_heads)
-    if gated:
-        assert gradcheck(lambda q, k, g: mass(q, k, scale=0.7, gate=g, heads=mean), (queries, keys, gate))
-    else:
-        assert gradcheck(lambda q, k: mass(q, k, scale=0.7, heads=mean), (queries, keys))
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_gradcheck_of_attention_through_its_gate(kv_heads: int) -> None:
-    queries, keys, gate = heads(kv_heads)
-    values = torch.randn(keys.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    assert gradcheck(lambda q, k, v, g: attend(q, k, v, scale=0.7, gate=g), (queries, keys, values, gate))
 
 
 @pytest.mark.parametrize("of", ["sequence", "modality"])

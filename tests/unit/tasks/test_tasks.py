@@ -18,7 +18,7 @@ from omnimem.tasks import (
     VideoMMEOptions,
 )
 from omnimem.tasks.annotations import AnnotationReader
-from omnimem.tasks.streamingbench import PARTS, _time
+from omnimem.tasks.streamingbench import _time
 
 BUILT: dict[str, tuple[Callable[[Path], Path], type]] = {
     "video_mme": (layouts.video_mme, VideoMMEOptions),
@@ -156,24 +156,6 @@ def test_subtitles_are_those_on_the_screen_at_the_frames_that_are_seen(
     assert "Between two frames." in texts(denser.samples())["001-1"]
 
 
-def test_a_video_without_subtitles_says_so_as_each_rule_set_does(roots: dict[str, str]) -> None:
-    official = VideoMMEOptions(root=roots["video_mme"], subtitles=True).samples()
-    assert texts(official)["002-1"].startswith("This video's subtitles are listed below:\n\nSelect")
-    theirs = VideoMMEOptions(root=roots["video_mme"], subtitles=True, rules="lmms_eval").samples()
-    assert texts(theirs)["002-1"].startswith(
-        "This video's subtitles are listed below: \nNo subtitles available\nSelect"
-    )
-
-
-def test_subtitles_that_were_not_unpacked_are_a_gap(tmp_path: Path) -> None:
-    root = layouts.video_mme(tmp_path)
-    (root / "subtitle" / "vid1.srt").unlink()
-    (root / "subtitle").rmdir()
-    (gap,) = VideoMMEOptions(root=str(root), subtitles=True).gaps()
-    assert "subtitle.zip" in gap.how
-    assert gap.share == 1
-
-
 def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(tmp_path: Path) -> None:
     root = layouts.video_mme(tmp_path)
     sliced = VideoMMEOptions(root=str(root), durations=("long",))
@@ -270,14 +252,6 @@ def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(
     assert second.text.endswith(f"of the correct option.\n\n{told}\n\n{asked}")
 
 
-def test_groups_follow_the_paper_not_the_files(roots: dict[str, str]) -> None:
-    samples = StreamingBenchOptions(root=roots["streamingbench"]).samples()
-    groups = [[question.item.categories["group"] for question in sample.questions] for sample in samples]
-    assert groups[0][0] == ("real-time visual",)
-    assert groups[2] == [("omni-source",), ("contextual",)]
-    assert groups[3] == [("contextual",)] * 2
-
-
 def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots: dict[str, str]) -> None:
     benchmark = StreamingBenchOptions(root=roots["streamingbench"])
     found = [(defect.rule, defect.where) for defect in benchmark.defects()]
@@ -320,12 +294,6 @@ def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
     reading = AnnotationReader()
     _time("soon", "", "q", reading)
     assert reading.problems == ["q time_stamp: 'soon' is no time; download the annotations again"]
-
-
-def test_the_parts_of_streamingbench_are_chosen_by_name(roots: dict[str, str]) -> None:
-    counts = [len(StreamingBenchOptions(root=roots["streamingbench"], parts=(part,)).samples()) for part in PARTS]
-    assert counts == [2, 1, 1]
-    assert StreamingBenchOptions(parts=("omni", "sqa")).published.questions == 1750
 
 
 # ---------------------------------------------------------------------------------------------------------------- own
@@ -380,14 +348,6 @@ def test_a_wrong_line_of_ones_own_is_named_with_its_key(
     with pytest.raises(ManifestError) as raised:
         OwnOptions(root=str(root)).samples()
     assert any(problem in line for line in raised.value.problems)
-
-
-def test_media_outside_the_folder_are_used_only_where_that_is_allowed(tmp_path: Path) -> None:
-    root = layouts.own(tmp_path / "set")
-    row = {"id": "q", "video": str(tmp_path / "film.mp4"), "question": "?", "options": ["a", "b"], "answer": "A"}
-    layouts.write_lines(root / "questions.jsonl", [row])
-    (sample,) = OwnOptions(root=str(root), allow_absolute_paths=True).samples()
-    assert sample.video == tmp_path / "film.mp4"
 
 
 # ------------------------------------------------------------------------------------------------------------- shared

@@ -1,11 +1,6 @@
 """What each step uses: a function of (seed, step) alone; lists in laps, ranges by their law; refused in one line."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from math import log, sqrt
 from pathlib import Path
@@ -14,13 +9,10 @@ import pytest
 import torch
 from support.configs import loaded, problems
 from support.gradients import opened
-from support.ranks import ROOT, command
 from support.thinkers import write_folder
-from support.tiny_run import SCRIPT, given, write_films
 
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import AudioVisualBudget, Readings, Signals
-from omnimem.commands import finetune
 from omnimem.config import MemoryOptions, dump, load
 from omnimem.config.exported import policies_of
 from omnimem.data import Message, Sample
@@ -57,37 +49,6 @@ def test_a_step_is_a_function_of_seed_and_step_in_any_order_and_any_plan() -> No
     assert sum(a.chunk_tokens != b.chunk_tokens for a, b in zip(forwards, other, strict=True)) > 20
 
 
-DRAW = """
-from omnimem.tuning import BudgetRange, ChunkRange, Plan, TuningOptions
-options = [dict(budgets=(8, 4, "full"), chunk_tokens=(36, 72)),
-           dict(budgets=BudgetRange(low=12, high=64, full=0.25), chunk_tokens=ChunkRange(low=36, high=144))]
-plans = [Plan(options=TuningOptions(**each), slots_per_layer=18, chunk_tokens=72, seed=42) for each in options]
-drawn = [(plan(step, 30), plan.budget(step)) for plan in plans for step in range(30)]
-"""
-
-
-@pytest.mark.slow
-def test_another_rank_with_another_hash_seed_draws_alike() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", f"{DRAW}\nprint(drawn)"],
-        env={**os.environ, "RANK": "3", "LOCAL_RANK": "3", "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    here: dict[str, object] = {}
-    exec(DRAW, here)
-    assert ended.stdout == f"{here['drawn']}\n"
-    assert ended.stdout.count("slots=") == 60
-
-
-def test_without_a_curriculum_every_step_is_as_in_evaluation() -> None:
-    plan = plan_of()
-    assert {(plan(step, 9).slots, plan(step, 9).chunk_tokens, plan.budget(step)) for step in range(9)} == {
-        (18, 72, "18")
-    }
-
-
 # --------------------------------------------------------------------------------------------------------------- lists
 
 
@@ -101,11 +62,6 @@ def test_each_lap_through_a_list_is_a_permutation_of_its_own() -> None:
         laps = [tuple(drawn[first : first + len(choices)]) for first in range(0, 240, len(choices))]
         assert all(Counter(lap) == Counter(choices) for lap in laps)
         assert len(set(laps)) > 4  # not one order for ever
-
-
-def test_a_budget_named_twice_is_drawn_twice_as_often() -> None:
-    drawn = Counter(plan_of(budgets=(18, 18, "full"))(step, 300).slots for step in range(300))
-    assert drawn == {18: 200, None: 100}
 
 
 def test_chunk_sizes_are_drawn_apart_from_budgets() -> None:
@@ -152,17 +108,6 @@ def test_steps_of_a_range_belong_to_the_curve_of_their_doubling() -> None:
     for step in range(200):
         slots = plan(step, 200).slots
         assert plan.budget(step) == ("full" if slots is None else RANGE.band(slots))
-
-
-def test_options_say_between_what_sizes_steps_may_be() -> None:
-    """For the memory table, and for whoever tries a step at the largest budget before hours of work."""
-    assert TuningOptions().slots(18) == (18,)
-    assert TuningOptions(budgets=(9, "full")).slots(18) == (9, None)
-    assert TuningOptions(budgets=RANGE).slots(18) == (12, 64, None)
-    assert TuningOptions(budgets=BudgetRange(low=3, high=5)).slots(18) == (3, 5)
-    assert TuningOptions().chunks(72) == (72, 72)
-    assert TuningOptions(chunk_tokens=(144, 36)).chunks(72) == (36, 144)
-    assert TuningOptions(chunk_tokens=ChunkRange(low=40, high=50)).chunks(72) == (40, 50)
 
 
 # --------------------------------------------------------------------------------------- what budgets and chunks change
@@ -289,24 +234,3 @@ def test_the_least_of_a_range_leaves_each_modality_a_slot(tmp_path: Path) -> Non
     (line,) = problems(tmp_path, overrides=[split, "tuning.budgets={low: 1, high: 12}"])
     assert line == ("command line tuning.budgets.low: 1 is too small; each layer needs one audio and one visual slot")
     assert loaded(tmp_path, "tuning.budgets={low: 1, high: 12}").tuning.budgets == BudgetRange(low=1, high=12)
-
-
-def test_fine_tuning_leaves_with_2_at_a_wrong_range_or_weight(said: Callable[..., list[str]]) -> None:
-    given = ("--config", "tiny.yaml", "model.path=@model", "data.train=@film.jsonl")
-    for wrong in ("tuning.budgets={low: 9, high: 3}", "tuning.chunk_tokens=[0]", "tuning.loss={answer: 0}"):
-        (line,) = said(finetune.main, *given, wrong)
-        assert line.startswith(f"command line {wrong.partition('=')[0]}")
-        assert not Path("runs").exists()
-
-
-@pytest.mark.slow
-def test_a_chunk_drawn_too_small_ends_a_run_with_2_before_its_first_step(tmp_path: Path) -> None:
-    folder = write_films(tmp_path)
-    arguments = given(folder, "small", "tuning.chunk_tokens={low: 12, high: 72}", "train.max_steps=3")
-    (shown,) = command(SCRIPT, arguments, folder, fails=True).outputs
-    (line,) = [line for line in shown.splitlines() if not line.startswith("preflight: ")]
-    assert line.startswith("tuning.chunk_tokens: a segment has 18 tokens, more than a chunk of 12; raise it, or lower")
-    (shown,) = command(SCRIPT, [*arguments, "--dry-run"], folder, fails=True).outputs
-    assert shown.splitlines()[-1] == line
-    assert not (folder / "runs" / "small" / "metrics.jsonl").exists()
-    assert "steps" not in json.loads((folder / "runs" / "small" / "run.json").read_text())  # no training began
