@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache, PreTrainedModel
 
-from accelerator.clock import Arm, Clock, Work, release
-from accelerator.correctness import Stored, streamed_loss
-from accelerator.models import OPENING, Sizes, questions, random_model, stretch
-from accelerator.record import Record
+from benchmarks.accelerator.clock import Arm, Clock, Work, release
+from benchmarks.accelerator.correctness import Stored, streamed_loss
+from benchmarks.accelerator.models import OPENING, Sizes, questions, random_model, stretch
+from benchmarks.accelerator.record import Record
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions

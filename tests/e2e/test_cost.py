@@ -4,22 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.paths import ROOT
 
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return import_module("cost")
 
 
 @pytest.mark.slow

@@ -6,23 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from support.paths import ROOT
 
+from benchmarks.accelerator.clock import Clock
+from benchmarks.accelerator.record import Record
+
 CHECKED = {"attention", "streaming", "kept sets", "gradient"}
 MEASURED = {"ceilings", "chunk steps", "asking", "training", "attention"}
-
-
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of the script by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return lambda name: import_module(f"accelerator.{name}")
 
 
 @pytest.mark.slow
@@ -53,10 +47,8 @@ def test_the_script_checks_and_measures_everything_on_a_small_model(tmp_path: Pa
     assert (tmp_path / "gpu.md").read_text() in result.stdout
 
 
-def test_a_section_that_fails_is_noted_and_the_others_still_run(
-    tmp_path: Path, part: Callable[[str], ModuleType]
-) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
+def test_a_section_that_fails_is_noted_and_the_others_still_run(tmp_path: Path) -> None:
+    record = Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
 
     def broken() -> None:
         raise RuntimeError("no kernel image is available")
@@ -70,7 +62,7 @@ def test_a_section_that_fails_is_noted_and_the_others_still_run(
     assert not found["ok"]
 
 
-def test_an_arm_without_memory_leaves_the_others_their_turns(part: Callable[[str], ModuleType]) -> None:
+def test_an_arm_without_memory_leaves_the_others_their_turns() -> None:
     turns: list[str] = []
 
     def arm(name: str) -> Callable[[], object]:
@@ -85,7 +77,7 @@ def test_an_arm_without_memory_leaves_the_others_their_turns(part: Callable[[str
 
         return opened
 
-    clock = part("clock").Clock(device=torch.device("cpu"), repeats=2, seconds=60.0)
+    clock = Clock(device=torch.device("cpu"), repeats=2, seconds=60.0)
     rows = clock.side_by_side({name: arm(name) for name in ("small", "large")})
     assert turns == ["small", "large", "small", "small"]
     assert rows["large"] == {"error": "CUDA out of memory. Tried to allocate 200 GiB", "out_of_memory": True}

@@ -131,9 +131,6 @@ def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str)
         measure([cut(deaf, LENGTHS)], skip=1)
 
 
-# figures
-
-
 def calibrated() -> Budget:
     signals = measure([cut(whole_stream(), LENGTHS)], skip=2)
     return AudioVisualBudget(layer_temperature=1.0).build(4, 12, signals)
@@ -148,9 +145,6 @@ def test_figures_show_every_layers_numbers() -> None:
     assert [list(line.get_ydata()) for line in right.lines][2] == list(budget.signals.similarity.visual)
     heights = [bar.get_height() for bar in draw_budget(budget).axes[0].patches]
     assert heights == [slots[1] for slots in budget.slots] + [slots[0] for slots in budget.slots]
-
-
-# the command
 
 
 @pytest.fixture(scope="module")

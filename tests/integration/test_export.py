@@ -201,9 +201,6 @@ def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(
         exported_to(tmp_path / "lost", done, "merged", "--dtype", "bfloat16")
 
 
-# --- the card
-
-
 def front_of(card: str) -> dict[str, Any]:
     """The YAML before the text."""
     return yaml.safe_load(card.split("---\n")[1])
@@ -295,9 +292,6 @@ def test_an_export_that_answers_otherwise_does_not_appear(
     with pytest.raises(AdapterError, match="answers otherwise than the run's weights"):
         exported_to(tmp_path / "out", done, kind)
     assert list(tmp_path.iterdir()) == []
-
-
-# --- what the user may have got wrong
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, done: RunFolder, tmp_path: Path) -> None:

@@ -72,9 +72,6 @@ def apportionments(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[i
     return weights, draw(st.integers(sum(low), sum(high))), low, high
 
 
-# shares
-
-
 @pytest.mark.parametrize("form", ["printed", "released"])
 @given(rows=measured(), ratio=st.floats(0.2, 20.0), temperature=st.floats(0.05, 5.0))
 @QUICK
@@ -146,9 +143,6 @@ def test_a_modality_without_capacity_keeps_one_slot_a_layer() -> None:
     assert budget.total == 64
 
 
-# whole numbers
-
-
 @given(case=apportionments())
 @QUICK
 def test_apportionment_equals_the_slow_reference(case) -> None:
@@ -193,9 +187,6 @@ def test_without_bounds_every_part_is_within_one_slot_of_its_share(weights, tota
     counts = apportion(weights, total, [0] * len(weights), [total] * len(weights))
     for weight, count in zip(weights, counts, strict=True):
         assert abs(count - total * weight / math.fsum(weights)) < 1 + 1e-9
-
-
-# budgets
 
 
 @given(rows=measured(), slots=st.integers(2, 20000), ratio=st.floats(0.2, 20.0), temperature=st.floats(0.05, 5.0))
@@ -256,10 +247,12 @@ def test_a_split_gives_every_layer_exactly_slots_per_layer(layers, slots, share)
     assert {sum(pair) for pair in budget.slots} == {slots}
 
 
-# files
+MEASURED = AudioVisualBudget(clip=(0.5, 1.5)).build(36, 8192, signals_of())
 
 
-@pytest.mark.parametrize("budget", [Budget.full(3), SharedBudget().build(3, 7), SplitBudget(lend=False).build(3, 12)])
+@pytest.mark.parametrize(
+    "budget", [Budget.full(3), SharedBudget().build(3, 7), SplitBudget(lend=False).build(3, 12), MEASURED]
+)
 def test_every_kind_of_budget_reads_back_equal(budget, tmp_path) -> None:
     budget.write(tmp_path / "budget.json")
     assert Budget.read(tmp_path / "budget.json") == budget
@@ -306,11 +299,8 @@ def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
         ("{}", "no key 'format'"),
         ('{"format": "omnimem budget 9"}', "format is 'omnimem budget 9'"),
         ("[[1, 2, 3]]", r"layer 0 is \[1, 2, 3\], not two whole numbers"),
-        ("[[1.5, 2]]", "not two whole numbers"),
         ("[[0, 2]]", "layer 0 would keep 0 audio and 2 visual tokens"),
         ("[]", "holds no layers"),
-        ("[[0, 0]]", "layer 0 would keep 0 audio and 0 visual tokens"),
-        ("3", "not a budget"),
     ],
 )
 def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_path) -> None:
@@ -320,17 +310,12 @@ def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_pa
     assert str(caught.value).startswith(str(tmp_path / "budget.json"))
 
 
-# refusals
-
-
 @pytest.mark.parametrize(
     ("options", "slots", "message"),
     [
         (SharedBudget(), 0, "slots_per_layer: 0 is too small, each layer needs one slot; set slots_per_layer to 1"),
         (SplitBudget(), 1, "slots_per_layer: 1 is too small.*set slots_per_layer to 2 or more.*name: shared"),
-        (AudioVisualBudget(), 1, "slots_per_layer: 1 is too small"),
         (AudioVisualBudget(clip=(0.9, 1.5)), 100, r"clip asks for 108 to 180 slots a layer.*widen budget\.clip"),
-        (AudioVisualBudget(clip=(0.5, 0.6)), 100, r"clip asks for 60 to 72 slots a layer"),
         (AudioVisualBudget(clip=(0.81, 0.82), visual_audio_ratio=5.0), 10, "no whole number of audio slots"),
         (AudioVisualBudget(rounding="truncated"), 4, "layer 1 would keep 0 audio.*raise slots_per_layer"),
     ],
@@ -344,14 +329,11 @@ def test_a_budget_that_cannot_be_given_is_refused_with_its_cure(options, slots, 
     ("make", "message"),
     [
         (lambda: SplitBudget(audio_share=1.0), "audio_share is 1.0; give a number between 0 and 1"),
-        (lambda: SplitBudget(visual_audio_ratio=0.0), "visual_audio_ratio is 0.0; give a number above 0"),
         (lambda: AudioVisualBudget(layer_temperature=0.0), "layer_temperature is 0.0"),
-        (lambda: AudioVisualBudget(visual_audio_ratio=math.nan), "visual_audio_ratio is nan"),
         (lambda: AudioVisualBudget(clip=(1.5, 0.5)), r"clip is \[1.5, 0.5\]; give \[lowest, highest\]"),
         (lambda: AudioVisualBudget().build(4, 16), "needs measured signals; run `python train/calibrate.py"),
         (lambda: AudioVisualBudget().build(5, 16, signals_of(4)), "measured on 4 layers, the model has 5"),
         (lambda: Readings(whole=(1.0,), audio=(1.0, 1.0), visual=(1.0,)), "list 1, 2 and 1 layers"),
-        (lambda: Readings(whole=(math.nan,), audio=(1.0,), visual=(1.0,)), "not finite"),
         (lambda: Shares(fractions=((0.5, 0.6),)), "sum to 1, got 1.1"),
     ],
 )

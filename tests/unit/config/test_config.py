@@ -60,16 +60,13 @@ fps: 2
     [
         ("train.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
         ("train.learning_rate=high", "expected a number, got 'high'"),
-        ("train.bf16=yes", "expected true or false, got 'yes'"),
         ("train.save_strategy=step", "expected 'no', 'steps' or 'epoch', got 'step'; did you mean 'steps'?"),
-        ("train.report_to=3", "expected a word or a list, got 3"),
         ("train.output_dir=out", "set by `name`: a run lives in runs/<name>"),
         (
             "train.warmup_ratio=0.1",
             "gone in transformers 5; set warmup_steps, where a number below 1 is a share of all",
         ),
         ("train.deepspeed=deepspeed/zero4.json", "no file deepspeed/zero4.json; did you mean 'deepspeed/zero3.json'?"),
-        ("train=[1]", "expected a section of key: value lines, got [1]"),
     ],
 )
 def test_the_training_section_is_checked_against_the_fields_of_transformers(
@@ -134,8 +131,6 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None
     ("override", "what"),
     [
         ("memory", "not a setting; write section.key=value, without blanks around ="),
-        ("=3", "not a setting; write section.key=value, without blanks around ="),
-        ("memory..x=3", "not a setting; write section.key=value, without blanks around ="),
         ("name.first=x", "name is 'small', not a section; set name itself"),
         ("memory.slots_per_layer=[1", "not valid YAML"),
         ("train.report_to.4=x", "train.report_to has 1 items, counted from 0; set train.report_to=[...]"),
@@ -150,11 +145,9 @@ def test_an_override_that_cannot_be_placed_says_why(override: str, what: str, tm
     ("text", "what"),
     [
         ("", "my.yaml:1: holds no settings; write sections such as `name:` and `model:`"),
-        ("- a\n- b\n", "my.yaml:1: holds no settings; write sections such as `name:` and `model:`"),
         ("name: x\nname: y\n", "my.yaml:2 name: given before at my.yaml:1; keep one of them"),
         ("name: x\nmodel: {path: [}\n", "my.yaml:2: not valid YAML"),
         ("name: !!python/object:os.system x\n", "my.yaml:1: not valid YAML"),
-        ("name: \x07\n", "my.yaml:1: not valid YAML"),
     ],
 )
 def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text: str, what: str, tmp_path: Path) -> None:
@@ -188,21 +181,10 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) ->
     ("override", "what"),
     [
         ("tuning.budgets=[8192, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'; did you mean"),
-        ("tuning.budgets=[64, 0]", "tuning.budgets: "),
         ("tuning.lora.targets=[q_proj, q]", "tuning.lora.targets.1: expected 'q_proj', 'k_proj', 'v_proj'"),
-        ("tuning.gradient=none", "tuning.gradient: expected 'full'"),
         ("evaluate.benchmarks=[{name: video_mne}]", "evaluate.benchmarks.0.name: 'video_mne' is unknown; did you mean"),
-        (
-            "evaluate.benchmarks=[{name: lvbench, rules: lmms}]",
-            "evaluate.benchmarks.0.rules: expected 'official' or 'lmms_eval', got 'lmms'; did you mean",
-        ),
         ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is named 2 times"),
-        (
-            "evaluate.benchmarks=[{name: recall, rot: x}]",
-            "evaluate.benchmarks.0.rot: unknown key; did you mean 'root'?",
-        ),
         ("data.max_failures=2", "data.max_failures: max_failures = 2.0 is no share"),
-        ("calibration.streams=0", "calibration.streams: calibration.streams is 0; set it to 1 or more"),
         ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],
 )

@@ -66,9 +66,6 @@ def noise(seconds: float, seed: int = 0, rate: int = RATE) -> Tensor:
     return (samples * swell).clamp(-1, 1)
 
 
-# --- files made by the tests
-
-
 def write(
     path: Path,
     *,
@@ -171,9 +168,6 @@ def test_frames_too_slender_or_off_the_cell_grid_are_refused() -> None:
         )
 
 
-# --- mel, against transformers' extractor
-
-
 @pytest.mark.parametrize("log_mel", [WHISPER, TINY], ids=["whisper", "tiny"])
 @pytest.mark.parametrize("seconds", [2.0, 7.77, 31.0])
 def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel: LogMel, seconds: float) -> None:
@@ -238,9 +232,6 @@ def test_a_running_mel_gives_no_frame_before_its_window_is_complete() -> None:
         running.feed(torch.zeros(1))
 
 
-# --- frames by timestamp
-
-
 def test_the_frame_shown_at_each_time_is_read(film: Path) -> None:
     assert shown(film, fps=1.0) == [0, 4, 8, 12, 16, 20, 24, 28]
     assert shown(film, fps=4.0) == list(range(30))
@@ -296,9 +287,6 @@ def test_pictures_are_turned_upright(folder: Path) -> None:
     assert frame[:, 36:].max() < 50
 
 
-# --- sound
-
-
 def test_the_whole_track_is_heard_beyond_300_seconds(folder: Path) -> None:
     samples = torch.cat([torch.zeros(305 * 4000), tone(5, 440, 4000)])
     heard = read_audio(write(folder / "long.wav", samples=samples, rate=4000, codec="pcm_s16le"))
@@ -350,9 +338,6 @@ def test_holes_in_the_sound_and_a_late_start_are_silence(folder: Path) -> None:
     assert heard[: RATE // 2 - 20].abs().max() < 1e-3
     assert heard[hole : hole + RATE].abs().max() < 1e-3
     assert (heard[hole + RATE :] - tone(4, 500)[32 * 1024 :]).abs().max() < 1e-3
-
-
-# --- what the header says, and errors
 
 
 def test_probe_tells_tracks_and_durations(film: Path, folder: Path) -> None:
@@ -417,33 +402,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "missing",
-        "a folder",
-        "zero bytes",
-        "text",
-        "mp4 cut before its index",
-        "mp4 cut after its index",
-        "mkv cut",
-        "flv cut",
-        "wav cut",
-        "no video",
-        "cover art",
-        "no audio",
-    ],
-)
-def test_a_file_that_cannot_be_used_raises_one_named_line(
-    case: str, broken: dict[str, tuple[Path, str, str]], capfd: pytest.CaptureFixture[str]
-) -> None:
-    path, reason, words = broken[case]
-    with pytest.raises(MediaError, match=words) as raised:
-        list(FileSource(path, options=SourceOptions(), geometry=geometry()))
-    assert raised.value.reason == reason
-    assert raised.value.path == path
-    assert str(raised.value).startswith(str(path))
-    assert "\n" not in str(raised.value)
+def test_a_file_that_cannot_be_used_raises_one_named_line(broken, capfd: pytest.CaptureFixture[str]) -> None:
+    for case, (path, reason, words) in broken.items():
+        with pytest.raises(MediaError, match=words) as raised:
+            list(FileSource(path, options=SourceOptions(), geometry=geometry()))
+        assert (raised.value.reason, raised.value.path) == (reason, path), case
+        assert str(raised.value).startswith(str(path)), case
+        assert "\n" not in str(raised.value), case
     assert capfd.readouterr().err == ""
 
 
@@ -505,9 +470,6 @@ def test_damaged_bytes_raise_nothing_but_a_media_error(film: Path, tmp_path: Pat
         except MediaError:
             refused += 1
     assert refused > 0
-
-
-# --- sources
 
 
 def seconds_of(segments: list[Segment]) -> list[tuple[float, float]]:

