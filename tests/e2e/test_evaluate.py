@@ -140,9 +140,6 @@ def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     assert found(here) == alone
 
 
-# --- settings
-
-
 def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place: Path, here: Path) -> None:
     arguments = [*CONFIG, "--arm", "tuned", "--arm", "training_free", benchmark(place)]
     command(SCRIPT, arguments, here)

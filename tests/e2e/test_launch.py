@@ -71,15 +71,6 @@ def test_a_signal_ends_every_process_of_the_run(folder: Path, number: signal.Sig
     assert given(folder)[1] == "train/finetune.py --config x.yaml a.b=[1, 2] name=y"
 
 
-def test_two_runs_on_one_machine_get_ports_of_their_own(folder: Path) -> None:
-    ports = set()
-    for _ in range(2):
-        start(folder, "", "finetune", "x.yaml").communicate(timeout=20)
-        ports.add(given(folder)[0])
-    assert len(ports) == 2
-    assert 29500 not in ports
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [

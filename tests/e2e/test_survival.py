@@ -45,9 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_films(tmp_path_factory.mktemp("survival"))
 
 
-# -------------------------------------------------------------------------------------------------------- without a run
-
-
 @pytest.fixture
 def arguments(tmp_path: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
@@ -199,9 +196,6 @@ def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
     assert "preflight" not in blind.ended.outputs[0]
     assert looked.lines == blind.lines
     assert torch.equal(looked.adapter, blind.adapter)
-
-
-# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:

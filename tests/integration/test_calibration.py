@@ -10,13 +10,11 @@ import torch
 from support.models import cut, text_model, whole_stream
 from support.thinkers import write_folder
 
-from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Signals, SplitBudget
+from omnimem.budget import Budget, BudgetError, Signals, SplitBudget
 from omnimem.calibration import (
     CalibrationError,
     CalibrationOptions,
     calibrate,
-    draw_budget,
-    draw_signals,
     normalised_entropy,
 )
 from omnimem.cli.build import budget_of
@@ -115,12 +113,6 @@ def test_short_streams_add_nothing() -> None:
     assert measure([long, short], skip=2) == measure([long], skip=2)
 
 
-@pytest.mark.parametrize("skip", [6, 9])
-def test_streams_that_are_all_too_short_name_skip_chunks(skip: int) -> None:
-    with pytest.raises(CalibrationError, match=rf"skip_chunks: {skip} \(the longest has 6 chunks\); set .* below 6"):
-        measure([cut(whole_stream(), LENGTHS)], skip=skip)
-
-
 @pytest.mark.parametrize(("missing", "name"), [(Modality.AUDIO, "audio"), (Modality.VISUAL, "visual")])
 def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str) -> None:
     whole = whole_stream()
@@ -129,22 +121,6 @@ def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str)
     deaf = Chunk(embeddings=whole.embeddings, positions=whole.positions, modality=modality)
     with pytest.raises(CalibrationError, match=rf"no {name} tokens.*both tracks.*name: shared"):
         measure([cut(deaf, LENGTHS)], skip=1)
-
-
-def calibrated() -> Budget:
-    signals = measure([cut(whole_stream(), LENGTHS)], skip=2)
-    return AudioVisualBudget(layer_temperature=1.0).build(4, 12, signals)
-
-
-def test_figures_show_every_layers_numbers() -> None:
-    budget = calibrated()
-    assert budget.signals is not None
-    left, right = draw_signals(budget.signals).axes
-    drawn = {str(line.get_label()): list(line.get_ydata()) for line in left.lines}
-    assert drawn["audio"] == list(budget.signals.entropy.audio)
-    assert [list(line.get_ydata()) for line in right.lines][2] == list(budget.signals.similarity.visual)
-    heights = [bar.get_height() for bar in draw_budget(budget).axes[0].patches]
-    assert heights == [slots[1] for slots in budget.slots] + [slots[0] for slots in budget.slots]
 
 
 @pytest.fixture(scope="module")

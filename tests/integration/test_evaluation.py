@@ -4,7 +4,6 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from support.thinkers import write_folder
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.data import Item, Message, Question, Sample, TooManyFailures
-from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Share, answering, results, trace
+from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Share, answering, results
 from omnimem.evaluation.results import MEASURED
 from omnimem.media import FileSource, read_audio, read_frames
 from omnimem.policies import PerturbationOptions
@@ -116,9 +115,6 @@ def lines_of(folder: Path) -> list[Line]:
 def kept_of(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary without its times."""
     return {key: value for key, value in summary.items() if key != "cost"}
-
-
-# --- once, the same, by whomever
 
 
 def test_a_stream_is_read_once_however_many_questions_and_times(
@@ -227,9 +223,6 @@ def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_come
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
 
 
-# --- bad files
-
-
 @pytest.fixture
 def spoilt(films: list[Path], tmp_path: Path) -> list[Path]:
     """Four films: the second one breaks off, the fourth is gone."""
@@ -299,9 +292,6 @@ def test_a_file_that_is_there_again_is_tried_again(
     film.write_bytes(films[1].read_bytes())
     assert judge.run(arm_of(attached), asked, tmp_path / "out")["failed"] == {}
     assert not any(line.get("failed") for line in lines_of(tmp_path / "out"))
-
-
-# --- times
 
 
 def test_a_question_on_the_way_never_sees_what_comes_later(
@@ -382,9 +372,6 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
     assert len(blind["defects"]) == 1
 
 
-# --- what a line says
-
-
 def test_a_line_says_what_was_asked_seen_kept_and_spent(
     backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
 ) -> None:
@@ -440,29 +427,6 @@ def test_a_trace_counts_what_every_layer_holds(
         held = [sum(layer) for layer in trace["kept"][kind][-1]]
         assert sum(held) / len(held) == line["kept"][kind]
         assert [sum(layer[2:]) for layer in trace["kept"][kind][0]] == [0, 0]  # nothing of what is still to come
-
-
-def test_a_trace_stays_small_however_long_the_stream_is(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At most 4 rows and bins: the table is the fine one, joined."""
-    asked = Given([sample(films[2])])
-    judge = evaluation(backbone, attached)
-    judge = replace(judge, feeder=Feeder(backbone, StreamOptions(chunk_tokens=18, max_pixels=12544)))
-    judge.run(arm_of(attached), asked, tmp_path / "fine")
-    monkeypatch.setattr(trace, "MOST", 4)
-    judge.run(arm_of(attached), asked, tmp_path / "coarse")
-    fine, coarse = (json.loads((tmp_path / name / "trace.json").read_text()) for name in ("fine", "coarse"))
-    assert (fine["bin_seconds"], coarse["bin_seconds"]) == (2.0, 4.0)
-    assert (fine["chunk_ends"], coarse["chunk_ends"]) == ([2.0, 4.0, 6.0, 8.0, 10.0, 12.0], [4.0, 8.0, 12.0])
-    for kind in ("audio", "visual"):
-        assert coarse["arrived"][kind] == [a + b for a, b in zip(*[iter(fine["arrived"][kind])] * 2, strict=True)]
-        rows = [row for end, row in zip(fine["chunk_ends"], fine["kept"][kind], strict=True) if end % 4 == 0]
-        joined = [[[a + b for a, b in zip(*[iter(layer)] * 2, strict=True)] for layer in row] for row in rows]
-        assert coarse["kept"][kind] == joined
-
-
-# --- shares
 
 
 @pytest.mark.parametrize("text", ["4/4", "a/2", "1", "-1/2", "1/0"])

@@ -27,7 +27,7 @@ from omnimem.commands.export import main
 from omnimem.comparison import compare
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.exported import Exported
-from omnimem.policies import ControlOptions
+from omnimem.policies import ControlOptions, PerturbationOptions, perturbation
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -155,6 +155,13 @@ def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFold
     assert exported.verified["adapter_effect"] > 0.01
 
 
+def test_an_export_means_the_same_when_a_preset_changes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Exported.read(adapter).policy
+    monkeypatch.setitem(perturbation.PRESETS, "omnimem", {**perturbation.OURS, "coverage": 0.9, "sharpness": 0.7})
+    assert Exported.read(adapter).policy == before
+    assert PerturbationOptions().build(before.budget) != before
+
+
 def audio_visual(layers: int) -> Signals:
     rows = [tuple(0.3 + 0.1 * number + 0.2 * layer for layer in range(layers)) for number in range(3)]
     readings = Readings(whole=rows[0], audio=rows[1], visual=rows[2])
@@ -251,9 +258,6 @@ def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base: Pa
     assert f": {pair['verdict']}\n" in text
     exported_to(tmp_path / "checkpoint", run, "adapter", "--checkpoint", "4")
     assert "These weights were not evaluated" in (tmp_path / "checkpoint" / "README.md").read_text()
-
-
-# --- nothing half-written
 
 
 @pytest.mark.parametrize("there", ["file", "folder"])

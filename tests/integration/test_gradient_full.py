@@ -145,9 +145,6 @@ def test_gradient_passes_through_positions_that_move_up() -> None:
     assert not torch.allclose(found[1], found[2], rtol=1e-3)  # they did move
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd saves outside of recomputed chunks, every storage once, weights left out."""
 
@@ -227,9 +224,6 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
     assert moved.bytes == sum(noting.bytes) + stream.memory.bytes
 
 
-# --------------------------------------------------------------------------------------------- softened selection alone
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
 @pytest.mark.parametrize(
     "room", [LayerSlots(audio=2, visual=5), LayerSlots(audio=0, visual=7, split=False)], ids=["split", "shared"]
@@ -287,9 +281,6 @@ def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: LayerS
     competing = stays & (modality[0] != 0)
     assert bool((got[0][competing] != 0).all())
     assert not got[0][~competing].any()
-
-
-# ------------------------------------------------------------------------------------ the loss that the trainer streams
 
 
 @pytest.fixture(scope="module")

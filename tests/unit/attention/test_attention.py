@@ -226,9 +226,6 @@ def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> Non
         torch.testing.assert_close((moved - output).norm(dim=-1), share / (1 - share) * distance, rtol=1e-9, atol=1e-12)
 
 
-# --- the kernels of a GPU, run by Triton's interpreter
-
-
 @pytest.fixture(scope="module")
 def fused() -> ModuleType:
     """The kernels, where Triton can be had; read past the hook that checks shapes, whose decorators are no kernels."""

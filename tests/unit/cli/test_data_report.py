@@ -41,15 +41,6 @@ def test_fewer_questions_than_published_are_refused_unless_a_subset_is_wanted(
     ]
 
 
-def test_missing_annotations_come_with_the_command_that_gets_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, told, problems = checked(capsys, "lvomnibench", tmp_path)
-    assert (code, told) == (2, "")
-    cure = f"get it with `hf download KD-TAO/LVOmniBench --repo-type dataset --local-dir {tmp_path}`"
-    assert problems == [f"missing: {tmp_path}/data.json; {cure}"]
-
-
 def test_missing_videos_are_each_named_and_their_share_may_be_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,17 +97,6 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, chec
     assert reading.last_position == stream.next_position - 1
 
 
-def test_only_answers_that_are_learned_stand_in_the_label_mask(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    preview.preview(recorded(tmp_path / "data", checkpoint))
-    said = capsys.readouterr().out
-    assert "[[red<|im_end|>]]" in said
-    assert "(nothing is learned)" in said
-    assert "[[river" not in said
-    assert f"{tmp_path}/data/train.jsonl:1" in said
-
-
 def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_shown(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,20 +106,6 @@ def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_
     said = capsys.readouterr().out
     assert "synthetic: 64.0 s" in said
     assert any(line.startswith("missing: the first sample's media (") for line in said.splitlines())
-
-
-def test_the_memory_table_and_the_budget_say_what_soft_selection_holds(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    soft = "tuning.selection.softening=soft"
-    run = recorded(tmp_path / "data", checkpoint, "tuning.budgets=[4, 20]", "memory.slots_per_layer=20", soft)
-    skeleton = skeleton_of(run, Missing())
-    assert skeleton is not None
-    assert load_of(run, skeleton.shapes, read_sample(run, skeleton, Missing())).entries == 2 * 60
-    preview.preview(run)
-    said = "soft selection holds up to 60 entries a layer in training where evaluation holds 20"
-    assert said in capsys.readouterr().out
-    assert "soft selection" not in shown(capsys)
 
 
 def test_the_memory_table_knows_ranges_and_the_teacher(

@@ -28,7 +28,7 @@ from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, rend
 from omnimem.inspection.retention import NEVER, UNREAD
 from omnimem.inspection.snapshot import check_needles
 from omnimem.media import read_audio
-from omnimem.policies import ControlOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.baselines.hermes import HermesOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
 from omnimem.policies.baselines.input_uniform import InputUniformOptions
@@ -195,18 +195,6 @@ def test_the_waveform_is_the_largest_amplitude_of_each_bin(bench: Bench) -> None
     assert len(sounds.peaks) * sounds.bin_seconds == pytest.approx(SECONDS, abs=sounds.bin_seconds)
 
 
-@pytest.mark.parametrize(("tracks", "grids", "sounds"), [("video", SECONDS // 2, 0), ("audio", 0, SECONDS)])
-def test_a_stream_of_one_track_is_shown_as_such(bench: Bench, tracks: Any, grids: int, sounds: int) -> None:
-    feeder = Feeder(bench.feeder.backbone, replace(bench.feeder.options, tracks=tracks))
-    reading = read(feeder, replace(bench.sample, meta={}))
-    assert (len(reading.grids), len(reading.sounds.tokens)) == (grids, sounds)
-    with attach(feeder.backbone.text_model) as attached:
-        holdings = [
-            follow(feeder, attached, POLICIES[name].build(BUDGET), reading.opened) for name in ("omnimem", "snapkv")
-        ]
-    assert unpacked(page_of(reading, holdings), "cells", "<i4").size == sum(len(grid.tokens) for grid in reading.grids)
-
-
 def page_of(reading: StreamSnapshot, holdings: Sequence[Holding]) -> dict[str, Any]:
     return Page(whole_page(reading, holdings)).data
 
@@ -354,12 +342,3 @@ def test_marks_that_are_none_are_refused(bench: Bench, meta: dict[str, Any], sai
         read(bench.feeder, replace(bench.sample, meta=meta))
     assert said in str(refused.value)
     check_needles(replace(bench.sample, meta={"needles": NEEDLES}))
-
-
-def test_under_recency_the_latest_sounds_are_lit_and_no_others(bench: Bench) -> None:
-    recency = ControlOptions(name="recency").build(BUDGET)
-    with attach(bench.feeder.backbone.text_model) as attached:
-        holding = follow(bench.feeder, attached, recency, bench.reading.opened)
-    last = len(holding.ends) - 1
-    sounds = bench.reading.sounds.tokens
-    assert np.flatnonzero(holding.held(last)[0, 0][sounds]).tolist() == list(range(len(sounds) - 4, len(sounds)))

@@ -40,9 +40,6 @@ def visual_pool(scores: list[float] | Tensor) -> tuple[Tensor, Tensor]:
     return row.requires_grad_(), torch.full(row.shape, int(VISUAL), dtype=torch.int8)
 
 
-# ------------------------------------------------------------------------------------------------------ one eviction
-
-
 @given(case=cases(), temperature=TEMPERATURES, seed=st.integers(0, 9))
 @SOME
 def test_who_stays_and_every_gate_equal_plain_loops(case: Case, temperature: float, seed: int) -> None:
@@ -140,9 +137,6 @@ def test_what_the_surplus_leaves_out_weighs_under_three_thousandths_where_scores
         assert math.log(1e-5) < float(gates.min()) < math.log(3e-3), temperature
 
 
-# ---------------------------------------------------------------------------------------------------------- gradcheck
-
-
 SCORES = st.lists(st.integers(-300, 300).map(lambda n: n / 100), min_size=4, max_size=10, unique=True)
 
 
@@ -227,9 +221,6 @@ def test_gradcheck_of_a_score_through_attention_and_redundancy_together(preset: 
         return policy.scorer(view_of(moved, policy.measures, gradient="both"))
 
     assert gradcheck(score, [t.double().requires_grad_() for t in (arrival.queries, arrival.keys, arrival.states)])
-
-
-# ----------------------------------------------------------------------------------------------------- many evictions
 
 
 def by_loops(preset: str, chunks, stream: int, budget: Budget, temperature: float):
@@ -332,9 +323,6 @@ def test_gates_do_not_fade_with_the_number_of_chunks() -> None:
     assert float(after[1].gate.detach().min()) < math.log(0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 def test_attention_mass_saves_its_inputs_and_nothing_of_queries_times_keys() -> None:
     queries, keys, gate = heads(2)
     saved: list[Tensor] = []
@@ -353,9 +341,6 @@ def test_attention_mass_is_exact_under_autocast_forward_and_backward(mean: str) 
             received = mass(queries, keys, scale=0.7, gate=gate, heads=mean)
             found.append((received, *torch.autograd.grad((received * torch.arange(5)).sum(), (queries, keys, gate))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- plan and options
 
 
 CLOSED = {
@@ -382,12 +367,6 @@ def test_temperatures_follow_their_closed_form_from_the_first_step_to_the_last(s
 
 def plan_of(selection: SelectionOptions, *budgets: int | Literal["full"]) -> Plan:
     return Plan(options=TuningOptions(selection=selection, budgets=budgets), slots_per_layer=8, chunk_tokens=64, seed=0)
-
-
-def test_a_run_of_one_step_starts_at_the_start_and_longer_ones_never_pass_the_end() -> None:
-    temperature = TemperatureOptions(start=0.8, end=0.1)
-    assert plan_of(SelectionOptions(temperature=temperature))(0, 1).softness == Softness(temperature=0.8)
-    assert temperature.at(1.5) == temperature.at(1.0) == pytest.approx(0.1)
 
 
 def test_hard_selection_and_full_memory_have_no_softness() -> None:

@@ -13,7 +13,6 @@ from omnimem.tasks import (
     LVBenchOptions,
     LVOmniBenchOptions,
     OwnOptions,
-    RecallOptions,
     StreamingBenchOptions,
     VideoMMEOptions,
 )
@@ -86,20 +85,6 @@ def test_annotations_that_cannot_be_read_are_an_error_with_their_file(name: str,
         benchmark.samples()
 
 
-def test_labels_tell_tracks_and_rules_apart() -> None:
-    assert VideoMMEOptions().label == "video_mme"
-    assert VideoMMEOptions(durations=("long",), subtitles=True, rules="lmms_eval").label == (
-        "video_mme_long_subtitles_lmms_eval"
-    )
-    assert LVBenchOptions(rules="lmms_eval").label == "lvbench_lmms_eval"
-    assert StreamingBenchOptions(parts=("sqa",), context="60s").label == "streamingbench_sqa_60s"
-    assert OwnOptions(title="mine", rules="letter").label == "mine_letter"
-    assert RecallOptions().label == "recall"
-
-
-# ---------------------------------------------------------------------------------------------------------- Video-MME
-
-
 def test_video_mme_asks_three_questions_of_each_video_with_the_official_prompt(roots: dict[str, str]) -> None:
     samples = VideoMMEOptions(root=roots["video_mme"]).samples()
     assert ids(samples) == [[f"00{video}-{place}" for place in (1, 2, 3)] for video in (1, 2, 3)]
@@ -167,9 +152,6 @@ def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(t
         sliced.samples()
 
 
-# ------------------------------------------------------------------------------------------------------------ LVBench
-
-
 def test_lvbench_asks_what_stands_in_the_question_and_knows_several_labels(roots: dict[str, str]) -> None:
     benchmark = LVBenchOptions(root=roots["lvbench"])
     first, second = benchmark.samples()
@@ -192,9 +174,6 @@ def test_a_video_that_video2dataset_numbered_is_found_by_its_address(roots: dict
     assert second.video == Path(roots["lvbench"]) / "videos" / "00000" / "000000001.mp4"
 
 
-# -------------------------------------------------------------------------------------------------------- LVOmniBench
-
-
 def test_lvomnibench_shows_letters_whether_its_options_have_them_or_not(roots: dict[str, str]) -> None:
     benchmark = LVOmniBenchOptions(root=roots["lvomnibench"])
     first, second = benchmark.samples()
@@ -210,9 +189,6 @@ def test_lvomnibench_shows_letters_whether_its_options_have_them_or_not(roots: d
         "video_0#1": "option_letters",
         "video_1#0": "option_list",
     }
-
-
-# ----------------------------------------------------------------------------------------------------- StreamingBench
 
 
 def test_streamingbench_asks_at_the_time_stamp_and_streams_nothing_after_the_last_one(roots: dict[str, str]) -> None:
@@ -296,9 +272,6 @@ def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
     assert reading.problems == ["q time_stamp: 'soon' is no time; download the annotations again"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- own
-
-
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
 def test_ends_of_lines_that_json_lets_stand_do_not_cut_a_question(end: str, tmp_path: Path) -> None:
     root = layouts.own(tmp_path)
@@ -344,16 +317,6 @@ def test_a_wrong_line_of_ones_own_is_named_with_its_key(
     with pytest.raises(ManifestError) as raised:
         OwnOptions(root=str(root)).samples()
     assert any(problem in line for line in raised.value.problems)
-
-
-# ------------------------------------------------------------------------------------------------------------- shared
-
-
-def test_what_stands_before_option_a_is_left_out_and_listed() -> None:
-    reading = AnnotationReader()
-    options = reading.options(["in the", *layouts.LETTERED], "q")
-    assert options.lines == tuple(layouts.LETTERED)
-    assert [defect.what for defect in reading.defects] == ["'in the' stands before option A; left out"]
 
 
 @pytest.mark.parametrize("string", ["A. x", "A.x", "A) x", "(A) x", "A: x", "A.  x"])

@@ -1,10 +1,9 @@
 """Losses: what they are by plain loops, what they see of a stream, who counts, and that learning reaches LoRA alone."""
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ from support import reference_losses as reference
 from support.episodes import IGNORED, Episode, KeptByChunk, OneShot
 from support.gradients import assert_same_gradient, episode_from, gradient, opened, policy_at
 from support.thinkers import write_folder
-from support.tiny_run import Run, tune, write_films
 from torch import Tensor, nn
 
 from omnimem.backbones import LayoutError, ModelOptions, Qwen25Omni
-from omnimem.recall.renderer import write_mp4
-from omnimem.recall.worlds import draw_world
-from omnimem.streaming.attach import attach
+from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import QUESTION_ROOM, EncodedSample, Feeder
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import (
@@ -85,21 +81,20 @@ def batch_of() -> list[EncodedSample]:
     return [opened(1, TIMES, ["red", "blue", "green", "red"]), opened(2, TIMES, ["dark red", "red", "blue", "a b c"])]
 
 
+def streamed(
+    attached: StreamedAttention, tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, **settings: Any
+) -> Outcome:
+    """`streamed_loss` with hard selection and the full gradient."""
+    given = {"carry": FullGradient(), "model": tuned.model, "feeder": tuned.feeder(), **settings}
+    return streamed_loss(attached, given.pop("feeder"), batch, policy_at(slots), softness=None, **given)
+
+
 def learned(
     tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, *losses: AbstractLoss
 ) -> tuple[Outcome, Tensor]:
     """The outcome, its loss out of the graph, and the gradient of that loss."""
     with attach(tuned.backbone.text_model) as attached:
-        outcome = streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(slots),
-            softness=None,
-            carry=FullGradient(),
-            losses=losses,
-            model=tuned.model,
-        )
+        outcome = streamed(attached, tuned, batch, slots, losses=losses)
         found = gradient(outcome.loss, tuned.backbone.model)
     return replace(outcome, loss=outcome.loss.detach()), found
 
@@ -141,9 +136,6 @@ def labels_of(episode: Episode) -> list[list[list[int]]]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- by plain loops
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
 def test_kl_and_its_slope_equal_plain_loops(temperature: float) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -166,9 +158,6 @@ def test_answer_losses_equal_plain_loops() -> None:
         reference.cross_entropy(row, label) for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
     torch.testing.assert_close(answer_losses(logits, labels), torch.tensor(expected))
-
-
-# -------------------------------------------------------------------------------------------- what they see of a stream
 
 
 def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned: Taught) -> None:
@@ -204,16 +193,7 @@ def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taugh
     batch, loss = batch_of(), FullMemoryKL(weight=0.7, temperature=2.0)
     noting = KeptByChunk(FullGradient())
     with attach(tuned.backbone.text_model) as attached:
-        outcome = streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(6),
-            softness=None,
-            carry=noting,
-            losses=(AnswerLoss(weight=0.5), loss),
-            model=tuned.model,
-        )
+        outcome = streamed(attached, tuned, batch, 6, carry=noting, losses=(AnswerLoss(weight=0.5), loss))
         got = gradient(outcome.loss, tuned.backbone.model)
         episode = episode_from(attached, tuned.feeder(), batch)
         step = OneShot(episode, noting.kept)
@@ -286,11 +266,7 @@ def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of
 def test_gradient_reaches_lora_alone(thinker: Path) -> None:
     tuned = taught(thinker, std=0.2)
     with attach(tuned.backbone.text_model) as attached:
-        losses, policy = (FullMemoryKL(temperature=2.0),), policy_at(6)
-        carry, feeder = FullGradient(), tuned.feeder()
-        streamed_loss(
-            attached, feeder, batch_of(), policy, softness=None, carry=carry, losses=losses, model=tuned.model
-        ).loss.backward()
+        streamed(attached, tuned, batch_of(), 6, losses=(FullMemoryKL(temperature=2.0),)).loss.backward()
     reached = {name for name, weight in tuned.model.named_parameters() if weight.grad is not None}
     assert reached == {name for name, _ in tuned.model.named_parameters() if "lora_" in name}
     assert all(bool(weight.grad.any()) for weight in trainable(tuned.model) if weight.grad is not None)
@@ -301,23 +277,11 @@ def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(
     learning = len(trainable(tuned.model))
     before = float(outcome_of(tuned, batch, 6, *losses).loss)
     with attach(tuned.backbone.text_model) as attached, pytest.raises(LayoutError, match="chunk_tokens"):
-        streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(6),
-            softness=None,
-            carry=FullGradient(),
-            losses=losses,
-            model=tuned.model,
-            chunk_tokens=5,  # a segment has 6: the teacher, which streams first, cannot cut it
-        )
+        # a segment has 6 tokens: the teacher, which streams first, cannot cut it
+        streamed(attached, tuned, batch, 6, losses=losses, chunk_tokens=5)
     assert tuned.model.get_model_status().enabled is True
     assert len(trainable(tuned.model)) == learning
     assert float(outcome_of(tuned, batch, 6, *losses).loss) == before
-
-
-# -------------------------------------------------------------------------------------------------------- who counts
 
 
 def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned: Taught) -> None:
@@ -350,16 +314,7 @@ def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_
         for positions in ("original", "compact"):
             feeder = Feeder(backbone, StreamOptions(chunk_tokens=12, positions=positions))
             with attach(backbone.text_model) as attached:
-                outcome = streamed_loss(
-                    attached,
-                    feeder,
-                    batch,
-                    policy_at(6),
-                    softness=None,
-                    carry=FullGradient(),
-                    losses=(AnswerLoss(), FullMemoryKL()),
-                    model=tuned.model,
-                )
+                outcome = streamed(attached, tuned, batch, 6, losses=(AnswerLoss(), FullMemoryKL()), feeder=feeder)
             rows[positions] = outcome.rows["full_memory_kl"]
     finally:
         config.max_position_embeddings = before
@@ -385,9 +340,6 @@ def test_a_loss_of_weight_0_is_measured_and_not_learned_from(tuned: Taught) -> N
     assert_same_gradient(got, expected, 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ options and metrics
-
-
 def passed(step: int, budget: str, loss: float, streams: int = 1, kl: float | None = None) -> Pass:
     losses = {"answer": loss} if kl is None else {"answer": loss, "full_memory_kl": kl}
     rows = {"answer": 3 * streams, "full_memory_kl": 0 if kl is None else 3 * streams}
@@ -410,61 +362,3 @@ def test_each_budget_has_a_running_mean_that_goes_on_from_the_log() -> None:
     history = [{"loss": 9.0, "step": 1}, {"loss_at/18": 7.0}, {**means, "loss": 1.0}, {"loss_at/full": 0.4}]
     later = running_means([passed(4, "18", 1.2), passed(3, "9", 5.0)], history)
     assert later == pytest.approx({"loss_at/18": 2.2 - 0.2, "loss_at/9": 5.0})
-
-
-# ----------------------------------------------------------------------------------------------- by the entry point
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films and manifest that all runs share; one film is too long for a full memory of 80 tokens."""
-    place = write_films(tmp_path_factory.mktemp("losses"))
-    write_mp4(draw_world(0, 12), place / "0.mp4")
-    return place
-
-
-SGD = ("train.optim=sgd", "train.max_steps=6", "train.max_grad_norm=0")
-DISTILLED = (
-    "tuning.loss={answer: 0.5, full_memory_kl: {temperature: 2, max_tokens: 80}}",
-    "tuning.budgets={low: 3, high: 12, full: 0.3}",
-    "tuning.chunk_tokens=[36, 24]",
-)
-
-
-def curves(run: Run) -> set[str]:
-    return {name for line in run.lines for name in line["loss_at"]}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_ranks_and_accumulation_mean_the_same_with_distillation(folder: Path, stage: str) -> None:
-    """Budgets and chunk sizes are those of the step on every rank; plain SGD, so that a scale would show. In some
-    steps one rank has a teacher and the other has none."""
-    settings = (*SGD, *DISTILLED, f"train.deepspeed=deepspeed/{stage}.json")
-    two = tune(folder, f"kl-ranks-{stage}", *settings, ranks=2)
-    accumulated = tune(folder, f"kl-accumulated-{stage}", *settings, "train.gradient_accumulation_steps=2")
-    torch.testing.assert_close(two.losses, accumulated.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(two.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
-    for first, second in zip(two.lines, accumulated.lines, strict=True):
-        for group in ("losses", "rows", "loss_at"):
-            assert first[group] == pytest.approx(second[group], rel=1e-5)
-        assert (first["slots"], first["chunk_tokens"]) == (second["slots"], second["chunk_tokens"])
-    assert curves(two) <= {"3-5", "6-11", "12", "full"}
-    assert {line["chunk_tokens"] for line in two.lines} == {36.0, 24.0}
-    parts = [line["rows"]["full_memory_kl"] / line["rows"]["answer"] for line in two.lines]
-    assert any(0 < part < 1 for part in parts)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_resumed_run_goes_on_with_the_same_budgets_chunks_losses_and_curves(folder: Path) -> None:
-    whole = tune(folder, "kl", *DISTILLED)
-    kept = Run(path=whole.path.rename(folder / "runs" / "kl.whole"), ended=whole.ended)
-    shutil.copytree(kept.path, whole.path)  # as a crash after step 5 leaves it
-    shutil.rmtree(whole.path / "checkpoint-10")
-    resumed = tune(folder, "kl", *DISTILLED, "--resume", "auto")
-    assert "step 5 of 10" not in resumed.ended.outputs[0]
-    assert resumed.lines == kept.lines
-    assert torch.equal(resumed.adapter, kept.adapter)
-    assert len(curves(kept)) >= 2

@@ -13,7 +13,7 @@ from support.thinkers import write_folder
 
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import AudioVisualBudget, Readings, Signals
-from omnimem.config import MemoryOptions, dump, load
+from omnimem.config import MemoryOptions
 from omnimem.config.exported import policies_of
 from omnimem.data import Message, Sample
 from omnimem.recall.renderer import write_mp4
@@ -161,23 +161,6 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
     for sizes in ((72, 5), ChunkRange(low=5, high=72)):
         with pytest.raises(LayoutError, match=r"^tuning.chunk_tokens: a segment has 6 tokens, more than a chunk of 5;"):
             TuningOptions(chunk_tokens=sizes).check_segments(segments)
-
-
-def test_both_forms_are_read_written_and_read_again(tmp_path: Path) -> None:
-    run = loaded(
-        tmp_path,
-        "tuning.budgets={low: 12, high: 64, full: 0.25}",
-        "tuning.chunk_tokens=[4096, 16384]",
-        "tuning.loss={answer: 0.5, full_memory_kl: {weight: 2, temperature: 3, max_tokens: 9000}}",
-    )
-    assert run.tuning.budgets == RANGE
-    assert run.tuning.chunk_tokens == (4096, 16384)
-    assert [loss.weight for loss in run.tuning.loss.losses] == [0.5, 2.0]
-    (tmp_path / "again.yaml").write_text(dump(run))
-    assert load(tmp_path / "again.yaml") == run
-    ranged = loaded(tmp_path, "tuning.chunk_tokens={low: 4096, high: 16384}", "tuning.loss.answer=2")
-    assert ranged.tuning.chunk_tokens == ChunkRange(low=4096, high=16384)
-    assert [(loss.name, loss.weight) for loss in ranged.tuning.loss.losses] == [("answer", 2.0)]
 
 
 @pytest.mark.parametrize(
