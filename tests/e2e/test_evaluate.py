@@ -126,7 +126,7 @@ def kill_at(at: int, torn: bool) -> None:
     results.append_line = dying(at, torn=torn, end=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("trial", range(4))
 def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     place: Path, here: Path, alone: dict[str, Any], trial: int
 ) -> None:

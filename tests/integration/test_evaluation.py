@@ -193,7 +193,7 @@ class Killed(BaseException):
     """Stands for the end of a process: nothing may catch it."""
 
 
-@pytest.mark.parametrize("trial", range(6))
+@pytest.mark.parametrize("trial", range(4))
 def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_comes_twice(
     backbone: Backbone,
     attached: StreamedAttention,

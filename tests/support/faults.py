@@ -43,19 +43,17 @@ SETTINGS = (f"train.max_steps={STEPS}", "train.save_steps=2", "train.save_total_
 @final
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What trains."""
+    """A number of ranks and a ZeRO stage."""
 
     ranks: int
     deepspeed: str | None = None
 
     @property
     def name(self) -> str:
-        """As the table has it."""
         return f"{self.deepspeed or 'plain'} x {self.ranks}"
 
     @property
     def settings(self) -> list[str]:
-        """On the command line of a run."""
         return [f"train.deepspeed=deepspeed/{self.deepspeed}.json"] if self.deepspeed else []
 
 
@@ -79,7 +77,6 @@ class Launched:
 
     @property
     def launcher(self) -> int:
-        """Its number."""
         return self.process.pid or 0
 
     @property
@@ -108,7 +105,7 @@ class Fault:
     """One kind of fault: when it strikes a run, and how."""
 
     name: str
-    strikes: Callable[[Launched, random.Random], str]  # what it did, in words
+    strikes: Callable[[Launched, random.Random], str]  # a description
 
 
 def preload() -> None:
@@ -121,13 +118,13 @@ def preload() -> None:
 def launch(home: Path, name: str, engine: Engine, *arguments: str) -> Launched:
     """`finetune.py --config NAME.yaml ARGUMENTS` on so many ranks."""
     command = ["finetune.py", *given(home, name, *SETTINGS, *engine.settings, *arguments)]
-    told, tell = FORK.Pipe(duplex=False)
-    launcher = FORK.Process(target=_launcher, args=(home, name, command, engine.ranks, tell))
+    receive, send = FORK.Pipe(duplex=False)
+    launcher = FORK.Process(target=_launcher, args=(home, name, command, engine.ranks, send))
     launcher.start()
-    return Launched(process=launcher, ranks=tuple(told.recv()), path=home / "runs" / name)
+    return Launched(process=launcher, ranks=tuple(receive.recv()), path=home / "runs" / name)
 
 
-def _launcher(home: Path, name: str, command: list[str], count: int, tell: Connection) -> None:
+def _launcher(home: Path, name: str, command: list[str], count: int, send: Connection) -> None:
     """As launch.py: start the ranks, pass SIGTERM on, end all when one has failed."""
     os.setsid()
     os.chdir(home)
@@ -139,15 +136,15 @@ def _launcher(home: Path, name: str, command: list[str], count: int, tell: Conne
     ranks = [FORK.Process(target=_rank, args=(command, rank, count, port)) for rank in range(count)]
     for rank in ranks:
         rank.start()
-    tell.send([rank.pid for rank in ranks])
+    send.send([rank.pid for rank in ranks])
     signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
     sys.exit(outcome(ranks) % 256)
 
 
 def outcome(ranks: Sequence[ForkProcess]) -> int:
-    """Wait for all ranks, and end the others once one has failed; its code, 0 when none did.
+    """Wait for all ranks and end the others once one has failed; its exit code, else 0.
 
-    A rank lets go of its sentinel before it can be waited for: its code may be there only at a second look.
+    The sentinel of a process is closed before its exit code is known, so both are checked in a loop.
     """
     while (running := [rank for rank in ranks if rank.exitcode is None]) and not failure(ranks):
         wait([rank.sentinel for rank in running], timeout=PATIENCE)
@@ -162,12 +159,12 @@ def outcome(ranks: Sequence[ForkProcess]) -> int:
 
 
 def failure(ranks: Sequence[ForkProcess]) -> int:
-    """The code of a rank that has failed; 0: none has so far."""
+    """Exit code of a failed rank; 0 if none has failed yet."""
     return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
 
 
 def _rank(command: list[str], rank: int, count: int, port: str) -> None:
-    """Become the command."""
+    """Run finetune.py in this process as one rank."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
     os.environ.update({**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": "0"})
@@ -176,7 +173,7 @@ def _rank(command: list[str], rank: int, count: int, port: str) -> None:
 
 
 def lives(number: int) -> bool:
-    """Whether a process is there and is no zombie."""
+    """Whether a process is running (a zombie is not)."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -205,7 +202,7 @@ def terminate(run: Launched, draw: random.Random) -> str:
 
 
 def terminate_at_the_end(run: Launched, draw: random.Random) -> str:
-    """SIGTERM to one rank, or to the launcher, when little or nothing is left to stop."""
+    """SIGTERM to a rank or the launcher close to the end of the run."""
     moment = run.path / draw.choice(LAST_MOMENTS)
     waiting(run, lambda: run.steps >= STEPS - 1 and (moment.exists() or (run.path / moment.name).exists()))
     delay = draw.uniform(0.0, 0.03)
@@ -214,7 +211,7 @@ def terminate_at_the_end(run: Launched, draw: random.Random) -> str:
 
 
 def damage_checkpoint(run: Launched, draw: random.Random) -> str:
-    """All are killed, and a file of the newest checkpoint is cut short, or has one bit turned over."""
+    """Kill all processes, then truncate a file of the newest checkpoint or flip one of its bits."""
     at = in_a_step(run, draw, first=3)
     kill_all(run)
     newest = max(run.path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -231,7 +228,7 @@ def damage_checkpoint(run: Launched, draw: random.Random) -> str:
 
 
 def kill_while_writing(run: Launched, draw: random.Random) -> str:
-    """All are killed while a checkpoint is being written, when so many files of it have appeared."""
+    """Kill all processes after a random number of files of a checkpoint were written."""
     wanted, files = draw.choice((2, 4, 6)), draw.randrange(FILES)
     partial = run.path / ".partial" / f"checkpoint-{wanted}"
     waiting(run, lambda: len(list(partial.glob("*"))) >= files or (run.path / partial.name).exists())
@@ -261,14 +258,14 @@ def in_a_step(run: Launched, draw: random.Random, *, first: int = 0) -> str:
 
 
 def waiting(run: Launched, until: Callable[[], bool]) -> None:
-    """Until it is so, or the run is over."""
+    """Poll until the condition holds or the run has ended."""
     limit = time.monotonic() + LIMIT
     while not until() and lives(run.ranks[0]) and time.monotonic() < limit:
         time.sleep(0.002)
 
 
 def kill_all(run: Launched) -> None:
-    """As when the machine goes down."""
+    """SIGKILL to every process, as in a power failure."""
     for number in (run.launcher, *run.ranks):
         strike(number, signal.SIGKILL)
 
@@ -289,7 +286,7 @@ def strike(number: int, kind: signal.Signals) -> None:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left, without what a clock says."""
+    """Adapter and metrics of a run, without timings."""
 
     adapter: bytes = b""  # none
     described: bool = False  # whether run.json knows these very weights
@@ -302,7 +299,7 @@ class Result:
 
     @property
     def taken(self) -> Counter[str]:
-        """How often each sample was."""
+        """How often each sample was used."""
         return Counter(sample for step in self.samples for sample in step)
 
     @classmethod
@@ -321,7 +318,7 @@ class Result:
 
 
 def unbroken(home: Path, engine: Engine) -> Result:
-    """The run that nothing happens to."""
+    """Train without a fault."""
     name = f"whole-{engine.name.replace(' ', '')}"
     shutil.rmtree(home / "runs" / name, ignore_errors=True)
     run = launch(home, name, engine)
@@ -332,7 +329,7 @@ def unbroken(home: Path, engine: Engine) -> Result:
 
 
 def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, draw: random.Random) -> dict[str, Any]:
-    """One fault, and what came of it."""
+    """Run, inject one fault, resume until finished; the row of the table."""
     name, started = f"trial-{number}", time.monotonic()
     shutil.rmtree(home / "runs" / name, ignore_errors=True)
     log = home / f"{name}.log"
