@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -14,7 +13,7 @@ from omnimem.recall.worlds import draw_world
 
 
 @pytest.mark.slow
-def test_arms_are_measured_on_a_file_of_ones_own_and_drawn(tmp_path: Path) -> None:
+def test_arms_are_measured_on_a_file_of_ones_own_and_drawn(tmp_path) -> None:
     film, script = tmp_path / "film.mp4", ROOT / "benchmarks" / "cost.py"
     write_mp4(draw_world(3, 24), film)
     given = ["--config", "tiny.yaml", "--out", tmp_path, "--video", film, "--ask", "what colour was the star ?"]

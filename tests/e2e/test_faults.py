@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -11,7 +10,7 @@ from support.paths import ROOT
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_survives_every_kind_of_fault_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_survives_every_kind_of_fault_bit_for_bit(tmp_path) -> None:
     arguments = ["--trials", "6", "--engines", "1", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "faults.py", *arguments], capture_output=True, text=True, check=False

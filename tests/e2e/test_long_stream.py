@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -24,7 +23,7 @@ def test_every_question_comes_after_its_evidence_and_every_mark_has_one() -> Non
 
 
 @pytest.mark.slow
-def test_two_minutes_are_streamed_answered_and_written_down(tmp_path: Path) -> None:
+def test_two_minutes_are_streamed_answered_and_written_down(tmp_path) -> None:
     script = ROOT / "benchmarks" / "long_stream.py"
     command = [sys.executable, script, "--config", "tiny.yaml", "--minutes", "2", "--every", "1", "--out", tmp_path]
     done = subprocess.run(

@@ -58,7 +58,7 @@ def test_rows_pool_all_settings_and_are_paired_by_question() -> None:
 @pytest.mark.parametrize(
     ("entries", "fewer", "allowed"), [(17.0, False, False), (17.0, True, True), (19.0, True, False)]
 )
-def test_arms_of_other_entries_are_refused(entries: float, fewer: bool, allowed: bool) -> None:
+def test_arms_of_other_entries_are_refused(entries, fewer, allowed) -> None:
     sheets = [
         sheet("omnimem", [[True]]),
         sheet("snapkv", [[True]], entries=entries, fewer=fewer),

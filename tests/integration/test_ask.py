@@ -62,7 +62,7 @@ def untimed(lines: list[str]) -> list[str]:
     return [line for line in lines if not line.startswith("  seconds:")]
 
 
-def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_answer_comes_first_then_what_it_took(base, video, capsys) -> None:
     flags = ["--slots", "12", "--chunk-tokens", "36", "--max-new-tokens", "5"]
     lines = said(capsys, "--model", base, "--video", video, *flags, QUESTION)
     backbone = load_backbone(ModelOptions(path=str(base)))
@@ -87,9 +87,7 @@ def test_the_answer_comes_first_then_what_it_took(base: Path, video: Path, capsy
     assert 0 < reading < total
 
 
-def test_base_and_adapter_answer_as_the_merged_folder_does(
-    base: Path, exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_and_adapter_answer_as_the_merged_folder_does(base, exports, video, capsys) -> None:
     merged = said(capsys, "--model", exports / "merged", "--video", video, QUESTION)
     adapted = said(capsys, "--model", base, "--adapter", exports / "adapter", "--video", video, QUESTION)
     untuned = said(capsys, "--model", base, "--video", video, "--slots", "12", "--max-new-tokens", "5", QUESTION)
@@ -106,16 +104,12 @@ def test_base_and_adapter_answer_as_the_merged_folder_does(
         (["--tracks", "video"], "0 audio + 12 visual"),
     ],
 )
-def test_flags_replace_what_was_exported(
-    exports: Path, video: Path, capsys: pytest.CaptureFixture[str], flags: list[str], kept: str
-) -> None:
+def test_flags_replace_what_was_exported(exports, video, capsys, flags, kept) -> None:
     lines = said(capsys, "--model", exports / "merged", "--video", video, *flags, QUESTION)
     assert any(line.endswith(f"kept in each layer: {kept}") for line in lines), lines
 
 
-def test_without_settings_everything_is_kept_and_that_is_said(
-    base: Path, video: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsys) -> None:
     capsys.readouterr()
     ask.main(["--model", str(base), "--video", str(video), QUESTION])
     out, err = capsys.readouterr()
@@ -123,9 +117,7 @@ def test_without_settings_everything_is_kept_and_that_is_said(
     assert f"no omnimem.json in {base}: everything is kept; --slots N keeps N tokens a layer" in err
 
 
-def test_each_question_at_each_time_sees_what_was_over_by_then(
-    exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, capsys) -> None:
     times = ["--at", "9.9", "--at", "4", "--at", "40"]
     lines = said(capsys, "--model", exports / "merged", "--video", video, *times, QUESTION, "what word ?")
     assert [line.partition(" -> ")[0] for line in lines if " -> " in line] == [
@@ -139,9 +131,7 @@ def test_each_question_at_each_time_sees_what_was_over_by_then(
     ]
 
 
-def test_a_question_on_the_way_leaves_the_memory_as_it_was(
-    exports: Path, video: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_question_on_the_way_leaves_the_memory_as_it_was(exports, video, capsys) -> None:
     command = ["--model", exports / "merged", "--chunk-tokens", "18", "--video", video]
     often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "40", QUESTION)
     once = said(capsys, *command, "--at", "40", QUESTION)
@@ -154,7 +144,7 @@ def asking(base: Path, tracks: str = "both") -> ask.Asking:
 
 
 @torch.no_grad()
-def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base: Path) -> None:
+def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base) -> None:
     shown: list[float] = []
 
     def camera() -> Iterator[tuple[float, Tensor]]:
@@ -186,9 +176,7 @@ def remuxed(video: Path, path: Path) -> Path:
     return path
 
 
-def test_a_pipe_is_read_as_a_live_stream(
-    exports: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_is_read_as_a_live_stream(exports, video, tmp_path, capsys, monkeypatch) -> None:
     command = ["--model", exports / "merged", "--tracks", "video", QUESTION, "--video"]
     expected = said(capsys, *command, video)
     with remuxed(video, tmp_path / "live.mkv").open("rb") as pipe:
@@ -198,7 +186,7 @@ def test_a_pipe_is_read_as_a_live_stream(
 
 
 @pytest.mark.slow
-def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports: Path, video: Path) -> None:
+def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, video) -> None:
     command = [sys.executable, "train/ask.py", "--model", str(exports / "merged"), "--video", "-", QUESTION]
     with subprocess.Popen(["cat", str(video)], stdout=subprocess.PIPE) as source:
         done = subprocess.run(command, stdin=source.stdout, capture_output=True, text=True, check=False)
@@ -207,9 +195,7 @@ def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports: Pat
     assert "matroska" in done.stderr.splitlines()[-1]
 
 
-def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(
-    exports: Path, video: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
     with pytest.raises(AdapterError, match=r"made for another base than .*alike \(sha256"):
         ask.main(["--model", str(alike), "--adapter", str(exports / "adapter"), "--video", str(video), QUESTION])
@@ -224,9 +210,7 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(
         (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
     ],
 )
-def test_a_refusal_is_one_line_and_exit_code_2(
-    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_is_one_line_and_exit_code_2(arguments, what, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ask.py", *arguments])
     with pytest.raises(SystemExit) as leaving:
         run_command(ask.main)

@@ -114,7 +114,7 @@ def test_short_streams_add_nothing() -> None:
 
 
 @pytest.mark.parametrize(("missing", "name"), [(Modality.AUDIO, "audio"), (Modality.VISUAL, "visual")])
-def test_a_missing_modality_is_named_with_its_cure(missing: Modality, name: str) -> None:
+def test_a_missing_modality_is_named_with_its_cure(missing, name) -> None:
     whole = whole_stream()
     other = Modality.VISUAL if missing is Modality.AUDIO else Modality.AUDIO
     modality = torch.where(whole.modality == missing, torch.tensor(int(other), dtype=torch.int8), whole.modality)
@@ -146,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_measures_the_training_streams_and_writes_budget_and_figures(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["--config", str(folder / "a.yaml")])
@@ -161,9 +161,7 @@ def test_the_command_measures_the_training_streams_and_writes_budget_and_figures
 
 
 @pytest.mark.parametrize("policy", ["{name: keydiff}", "{name: snapkv}", "{name: distinct, per_head: true}"])
-def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(
-    policy: str, folder: Path, tmp_path: Path
-) -> None:
+def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(policy, folder, tmp_path) -> None:
     """Heads of their own, or attention of probes: the signals are those of the default policy, and it says so."""
     for name, chosen in (("theirs", policy), ("ours", "{name: distinct}")):
         main(["--config", str(folder / "a.yaml"), f"memory.policy={chosen}", "--out", str(tmp_path / f"{name}.json")])
@@ -172,7 +170,7 @@ def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(
     assert theirs.provenance["policy"] == "distinct"
 
 
-def test_a_file_measured_for_another_run_is_refused_not_used(folder: Path, tmp_path: Path) -> None:
+def test_a_file_measured_for_another_run_is_refused_not_used(folder, tmp_path) -> None:
     """Read where it lies in the run's folder: nothing is measured, so neither model nor streams are needed."""
     here, nothing = RunFolder(path=tmp_path), cast(Any, None)
     main(["--config", str(folder / "a.yaml"), "--out", str(here.budget)])
@@ -195,9 +193,7 @@ def test_a_file_measured_for_another_run_is_refused_not_used(folder: Path, tmp_p
         ("data.train=null", "data.train names no manifest"),
     ],
 )
-def test_settings_that_cannot_be_measured_are_refused_with_their_cure(
-    folder: Path, tmp_path: Path, override: str, message: str
-) -> None:
+def test_settings_that_cannot_be_measured_are_refused_with_their_cure(folder, tmp_path, override, message) -> None:
     with pytest.raises((BudgetError, CalibrationError), match=message):
         main(["--config", str(folder / "a.yaml"), override, "--out", str(tmp_path / "budget.json")])
     assert not (tmp_path / "budget.json").exists()

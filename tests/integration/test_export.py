@@ -20,14 +20,14 @@ from support.thinkers import write_folder
 from torch import Tensor
 
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
-from omnimem.budget import AudioVisualBudget, Budget, Readings, Signals, SplitBudget
+from omnimem.budget import Budget
 from omnimem.cli.model_card import TASK
 from omnimem.commands import export
 from omnimem.commands.export import main
 from omnimem.comparison import compare
-from omnimem.config import ConfigError, MemoryOptions
+from omnimem.config import ConfigError
 from omnimem.config.exported import Exported
-from omnimem.policies import ControlOptions, PerturbationOptions, perturbation
+from omnimem.policies import PerturbationOptions, perturbation
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -94,9 +94,7 @@ def tuned(base: Path, folder: Path) -> Backbone:
     return backbone
 
 
-def test_merged_answers_a_file_as_base_and_adapter_do_under_the_same_memory(
-    base: Path, done: RunFolder, merged: Path, video: Path
-) -> None:
+def test_merged_answers_a_file_as_base_and_adapter_do_under_the_same_memory(base, done, merged, video) -> None:
     exported = Exported.read(merged)
     run = config_of(base)
     policy = run.memory.policy.build(Budget.read(done.budget))
@@ -110,7 +108,7 @@ def test_merged_answers_a_file_as_base_and_adapter_do_under_the_same_memory(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tied", "hub"), [(True, False), (True, True), (False, True)])
-def test_bases_as_the_hub_lays_them_out_are_merged_too(tmp_path: Path, video: Path, tied: bool, hub: bool) -> None:
+def test_bases_as_the_hub_lays_them_out_are_merged_too(tmp_path, video, tied, hub) -> None:
     other = write_folder(tmp_path / "base", rates="tiny", tied=tied, hub=hub, seed=4)
     run = write_run(tmp_path / "run", other)
     exported = exported_to(tmp_path / "out", run, "merged")
@@ -118,7 +116,7 @@ def test_bases_as_the_hub_lays_them_out_are_merged_too(tmp_path: Path, video: Pa
     assert_equal_logits(heard(load_backbone(exported.model), exported, exported.policy, video), expected)
 
 
-def test_merged_weights_have_the_bases_names_and_only_the_targets_changed(base: Path, merged: Path) -> None:
+def test_merged_weights_have_the_bases_names_and_only_the_targets_changed(base, merged) -> None:
     before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
@@ -130,7 +128,7 @@ def test_merged_weights_have_the_bases_names_and_only_the_targets_changed(base: 
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
-def test_peft_loads_an_exported_adapter(base: Path, adapter: Path, video: Path) -> None:
+def test_peft_loads_an_exported_adapter(base, adapter, video) -> None:
     exported = Exported.read(adapter)
     assert exported.model.path == str(base.resolve())
     backbone = load_backbone(exported.model)
@@ -139,7 +137,7 @@ def test_peft_loads_an_exported_adapter(base: Path, adapter: Path, video: Path) 
     assert_equal_logits(heard(backbone, exported, exported.policy, video), expected)
 
 
-def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFolder, merged: Path) -> None:
+def test_omnimem_json_says_which_memory_and_where_from(base, done, merged) -> None:
     exported, run = Exported.read(merged), config_of(base)
     written_out = replace(run.memory, policy=run.memory.policy.written_out())
     assert (exported.stream, exported.memory, exported.max_new_tokens) == (run.stream, written_out, 5)
@@ -155,39 +153,14 @@ def test_omnimem_json_says_which_memory_and_where_from(base: Path, done: RunFold
     assert exported.verified["adapter_effect"] > 0.01
 
 
-def test_an_export_means_the_same_when_a_preset_changes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_means_the_same_when_a_preset_changes(adapter, monkeypatch) -> None:
     before = Exported.read(adapter).policy
     monkeypatch.setitem(perturbation.PRESETS, "omnimem", {**perturbation.OURS, "coverage": 0.9, "sharpness": 0.7})
     assert Exported.read(adapter).policy == before
     assert PerturbationOptions().build(before.budget) != before
 
 
-def audio_visual(layers: int) -> Signals:
-    rows = [tuple(0.3 + 0.1 * number + 0.2 * layer for layer in range(layers)) for number in range(3)]
-    readings = Readings(whole=rows[0], audio=rows[1], visual=rows[2])
-    return Signals(entropy=readings, similarity=readings)
-
-
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        AudioVisualBudget(layer_temperature=0.7, clip=(0.1, 4.0)),
-        AudioVisualBudget(layer_temperature=math.inf),
-        SplitBudget(audio_share=0.3),
-    ],
-)
-def test_every_kind_of_budget_survives_and_can_be_resized(
-    merged: Path, tmp_path: Path, wanted: AudioVisualBudget | SplitBudget
-) -> None:
-    memory = MemoryOptions(budget=wanted, slots_per_layer=40, policy=ControlOptions(name="random", seed=3))
-    budget = wanted.build(2, 40, audio_visual(2))
-    replace(Exported.read(merged), memory=memory, budget=budget).write(tmp_path)
-    again = Exported.read(tmp_path)
-    assert (again.memory, again.budget) == (memory, budget)
-    assert again.policies(20).budget == wanted.build(2, 20, audio_visual(2))
-
-
-def test_a_checkpoint_is_exported_by_its_step(done: RunFolder, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_by_its_step(done, tmp_path) -> None:
     exported = exported_to(tmp_path / "out", done, "adapter", "--checkpoint", "4")
     assert exported.origin.step == 4
     saved, adapter = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", done.adapter))
@@ -195,9 +168,7 @@ def test_a_checkpoint_is_exported_by_its_step(done: RunFolder, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(
-    done: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_in_fewer_bits_is_held_against_what_the_adapter_does(done, tmp_path, monkeypatch) -> None:
     exported = exported_to(tmp_path / "out", done, "merged", "--dtype", "bfloat16")
     assert exported.model.dtype == "bfloat16"
     assert 1e-5 < exported.verified["difference"] < 0.5 * exported.verified["adapter_effect"]
@@ -218,9 +189,7 @@ def code_of(card: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_the_card_is_one_that_the_hub_reads_and_its_code_runs(
-    base: Path, video: Path, kind: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_card_is_one_that_the_hub_reads_and_its_code_runs(base, video, kind, request, capsys) -> None:
     folder: Path = request.getfixturevalue(kind)
     card = (folder / "README.md").read_text()
     read = ModelCard(card).data
@@ -236,7 +205,7 @@ def test_the_card_is_one_that_the_hub_reads_and_its_code_runs(
     assert len(capsys.readouterr().out.strip()) > 2
 
 
-def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base: Path, tmp_path: Path) -> None:
+def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base, tmp_path) -> None:
     run = write_run(tmp_path / "run", base)
     for arm in ("full_memory", "training_free", "tuned"):
         write_arm(run.path, arm)
@@ -261,7 +230,7 @@ def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base: Pa
 
 
 @pytest.mark.parametrize("there", ["file", "folder"])
-def test_what_is_there_is_not_overwritten(done: RunFolder, tmp_path: Path, there: str) -> None:
+def test_what_is_there_is_not_overwritten(done, tmp_path, there) -> None:
     kept = tmp_path / "out" if there == "file" else tmp_path / "out" / "mine.txt"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
@@ -289,16 +258,14 @@ def spoilt(name: str) -> Callable[..., Any]:
     ("kind", "weight"),
     [("adapter", "q_proj.lora_B"), ("merged", "model.layers.1.mlp.up_proj"), ("merged", "audio_tower.conv1.weight")],
 )
-def test_an_export_that_answers_otherwise_does_not_appear(
-    done: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, weight: str
-) -> None:
+def test_an_export_that_answers_otherwise_does_not_appear(done, tmp_path, monkeypatch, kind, weight) -> None:
     monkeypatch.setattr(export, "_copy_companions", spoilt(weight))
     with pytest.raises(AdapterError, match="answers otherwise than the run's weights"):
         exported_to(tmp_path / "out", done, kind)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_adapter_of_another_base_is_refused(base: Path, done: RunFolder, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(base, done, tmp_path) -> None:
     alike = write_folder(tmp_path / "other", rates="tiny", seed=9)
     with pytest.raises(AdapterError, match=r"made for another base than .*other \(sha256 .*; give the base .* --model"):
         exported_to(tmp_path / "out", done, "merged", "--model", str(alike))
@@ -324,7 +291,7 @@ def zero(b: Tensor) -> Tensor:
         ("empty", "the adapter is empty; save it again"),
     ],
 )
-def test_a_broken_adapter_is_named(base: Path, tmp_path: Path, change: Any, what: str) -> None:
+def test_a_broken_adapter_is_named(base, tmp_path, change, what) -> None:
     run = write_run(tmp_path / "run", base)
     weights = run.adapter / "adapter_model.safetensors"
     if callable(change):
@@ -341,7 +308,7 @@ def test_a_broken_adapter_is_named(base: Path, tmp_path: Path, change: Any, what
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_is_none_or_not_that_far_is_named(base: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_none_or_not_that_far_is_named(base, tmp_path) -> None:
     with pytest.raises(RunError, match=r"nowhere/run\.json is missing; give --run the folder of a run"):
         exported_to(tmp_path / "out", RunFolder(path=tmp_path / "nowhere"), "adapter")
     run = write_run(tmp_path / "run", base)
@@ -352,7 +319,7 @@ def test_a_run_that_is_none_or_not_that_far_is_named(base: Path, tmp_path: Path)
         exported_to(tmp_path / "out", run, "adapter")
 
 
-def test_problems_of_omnimem_json_are_named_with_their_key(merged: Path, tmp_path: Path) -> None:
+def test_problems_of_omnimem_json_are_named_with_their_key(merged, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it with train/export\.py"):
         Exported.read(tmp_path)
     table = json.loads((merged / "omnimem.json").read_text())

@@ -37,7 +37,7 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(manifest: Path) -> None:
+def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(manifest) -> None:
     line = {
         **{"id": "a", "video": "videos/a.mp4", "audio": "a.wav", "start": 2, "end": 60.5},
         "messages": [
@@ -64,12 +64,12 @@ def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(mani
     )
 
 
-def test_blank_lines_count_but_hold_nothing(manifest: Path) -> None:
+def test_blank_lines_count_but_hold_nothing(manifest) -> None:
     samples = read_manifest(written(manifest, GOOD, b"", {**GOOD, "id": "b"}, b"  "))
     assert [sample.origin for sample in samples] == [f"{manifest}:1", f"{manifest}:3"]
 
 
-def test_all_problems_of_all_lines_are_named_at_once_with_file_and_row(manifest: Path) -> None:
+def test_all_problems_of_all_lines_are_named_at_once_with_file_and_row(manifest) -> None:
     problems = problems_of(manifest, GOOD, {**GOOD, "id": "", "end": -1}, b"{", {**GOOD, "id": "c", "video": 3})
     assert [problem.split(";")[0] for problem in problems] == [
         '2 id: expected a name, got ""',
@@ -105,7 +105,7 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"messages": [*ASK, {"role": "system", "content": "x"}]}, "1 messages[2].role: a system message must be"),
     ],
 )
-def test_a_wrong_value_is_named_by_its_key(manifest: Path, change: dict[str, Any], expected: str) -> None:
+def test_a_wrong_value_is_named_by_its_key(manifest, change, expected) -> None:
     problems = problems_of(manifest, {**GOOD, **change})
     assert problems[0].startswith(expected)
 
@@ -113,22 +113,22 @@ def test_a_wrong_value_is_named_by_its_key(manifest: Path, change: dict[str, Any
 @pytest.mark.parametrize(
     ("line", "expected"), [(b"[1]", "1: expected an object, got [1]"), (b'{"id": "\xff"}', "1: is not UTF-8")]
 )
-def test_a_line_that_is_no_object_is_named(manifest: Path, line: bytes, expected: str) -> None:
+def test_a_line_that_is_no_object_is_named(manifest, line, expected) -> None:
     assert problems_of(manifest, line)[0].startswith(expected)
 
 
-def test_two_samples_never_share_an_id(manifest: Path) -> None:
+def test_two_samples_never_share_an_id(manifest) -> None:
     assert problems_of(manifest, GOOD, b"", GOOD) == ["3 id: 'a' is used in line 1 already; rename one"]
 
 
-def test_paths_leave_the_folder_only_when_allowed(manifest: Path) -> None:
+def test_paths_leave_the_folder_only_when_allowed(manifest) -> None:
     outside = [ABSOLUTE, {**GOOD, "id": "b", "video": "../b.mp4"}]
     absolute, relative = read_manifest(written(manifest, *outside), allow_absolute=True)
     assert absolute.video == Path("/srv/a.mp4")
     assert relative.video == manifest.parent / "../b.mp4"
 
 
-def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest: Path) -> None:
+def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest) -> None:
     with pytest.raises(ManifestError, match=r"make it with `python data_prep/synthesize\.py --out .*convert\.py"):
         read_manifest(manifest)
     assert problems_of(manifest, b"") == [" holds no samples; make it again"]

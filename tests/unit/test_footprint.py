@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from omnimem.streaming.stream import Stream
 from omnimem.tiny.checkpoint import build_tokenizer
 from omnimem.tokens import Chunk
 from omnimem.tuning import LoraOptions, add_adapter
-from omnimem.tuning.gradient.options import Recompute
 
 MODELS = sorted((CONFIGS / "models").glob("*.json"))
 LORA = LoraOptions(r=8, alpha=16.0)
@@ -49,7 +47,7 @@ def rows_of(load: Load, model: str = "Qwen2.5-Omni-7B") -> dict[str, Row]:
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_parameters_from_shapes_equal_transformers_own_count(path: Path) -> None:
+def test_parameters_from_shapes_equal_transformers_own_count(path) -> None:
     config = Qwen2_5OmniConfig.from_dict(json.loads(path.read_text())).thinker_config
     with torch.device("meta"):
         model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
@@ -60,7 +58,7 @@ def test_parameters_from_shapes_equal_transformers_own_count(path: Path) -> None
 
 
 @pytest.mark.parametrize(("tied", "hub"), [(False, False), (True, True)])
-def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied: bool, hub: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied, hub, tmp_path) -> None:
     folder = thinkers.write_folder(tmp_path / "model", tied=tied, hub=hub, rates="tiny")
     shapes = Shapes.read(folder)
     model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=tied, rates="tiny"))
@@ -134,9 +132,7 @@ def chunk(tokens: int, width: int, first: int) -> Chunk:
 
 @pytest.mark.parametrize("lora", [LORA, LoraOptions(r=8, alpha=16.0, dropout=0.0, targets=("q_proj", "down_proj"))])
 @pytest.mark.parametrize(("width", "inner"), [(128, 384), (256, 128)])
-def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
-    lora: LoraOptions, width: int, inner: int
-) -> None:
+def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(lora, width, inner) -> None:
     tokens, layers = 256, 4
     config = thinkers.config_of(build_tokenizer(), tied=False, rates="tiny")
     text = config.text_config
@@ -172,7 +168,7 @@ def test_the_activation_formula_is_within_a_fifth_of_what_autograd_saves(
 @pytest.mark.parametrize(
     ("recompute", "arm"), [("none", "stored"), ("chunk", "recompute"), ("layer", "recompute by layers too")]
 )
-def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute: Recompute, arm: str) -> None:
+def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute, arm) -> None:
     """benchmarks/results: 7 of the 7B model's layers, 8,192 slots, 6 chunks of 2,048 tokens, LoRA 128, no dropout."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "h200-2026-11-26.json").read_text())["rows"]
     (measured,) = (row for row in rows if row["section"].startswith("training, 6 chunks") and row["arm"] == arm)

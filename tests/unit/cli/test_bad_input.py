@@ -1,6 +1,5 @@
 """What a user may get wrong: every command ends with exit code 2 and one line that says how to repair it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +22,7 @@ CONFIG = ("--config", "tiny.yaml", "model.path=@model", "data.train=@film.jsonl"
         ),
     ],
 )
-def test_finetune_refuses_wrong_settings_and_missing_data(
-    override: str, what: str, said: Callable[..., list[str]]
-) -> None:
+def test_finetune_refuses_wrong_settings_and_missing_data(override, what, said) -> None:
     (line,) = said(finetune.main, *CONFIG, override)
     assert line.startswith(what)
     assert not Path("runs").exists()
@@ -39,9 +36,7 @@ def test_finetune_refuses_wrong_settings_and_missing_data(
         ("@silent.mp4", "silent.mp4"),
     ],
 )
-def test_ask_names_the_file_that_is_missing_unreadable_or_silent(
-    video: str, what: str, said: Callable[..., list[str]]
-) -> None:
+def test_ask_names_the_file_that_is_missing_unreadable_or_silent(video, what, said) -> None:
     (line,) = said(
         ask.main, "--model", "@model", "--video", video, "--max-pixels", "12544", "--slots", "8", "What is it?"
     )
@@ -49,14 +44,14 @@ def test_ask_names_the_file_that_is_missing_unreadable_or_silent(
     assert ";" in line
 
 
-def test_evaluate_refuses_the_adapter_of_another_base(material: Path, said: Callable[..., list[str]]) -> None:
+def test_evaluate_refuses_the_adapter_of_another_base(material, said) -> None:
     benchmarks = f"evaluate.benchmarks=[{{name: recall, root: {material}, split: film}}]"
     lines = said(evaluate.main, *CONFIG, benchmarks, "--arm", "tuned", "--adapter", "@adapter")
     assert len(lines) == 1
     assert "adapter: made for another base" in lines[0]
 
 
-def test_calibrate_refuses_streams_of_which_too_many_cannot_be_read(said: Callable[..., list[str]]) -> None:
+def test_calibrate_refuses_streams_of_which_too_many_cannot_be_read(said) -> None:
     budget = "memory.budget={name: audio_visual}"
     lines = said(calibrate.main, *CONFIG, "data.train=@broken.jsonl", budget, "calibration.skip_chunks=0")
     assert "broken" in lines[0]

@@ -62,9 +62,7 @@ def recorded(folder: Path, checkpoint: Path, *overrides: str) -> RunConfig:
     return load("budget8k.yaml", [*given, *overrides], train=train_section())
 
 
-def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_missing_listed(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_missing_listed(capsys) -> None:
     said = shown(capsys)
     for title in ("settings", "DeepSpeed", "sample", "budget", "memory of a device", "missing"):
         assert f"--- {title}\n" in said
@@ -77,7 +75,7 @@ def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_miss
     assert "8,192 slots a layer (1,365 audio + 6,827 visual) x 28 layers = 229,376 entries" in said
 
 
-def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, checkpoint: Path) -> None:
+def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint) -> None:
     run = recorded(tmp_path / "data", checkpoint)
     missing = Missing()
     skeleton = skeleton_of(run, missing)
@@ -98,7 +96,7 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path: Path, chec
 
 
 def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_shown(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path, checkpoint, capsys
 ) -> None:
     run = recorded(tmp_path / "data", checkpoint, "stream.chunk_tokens=400")
     (tmp_path / "data" / "a.mp4").write_bytes(b"no film")
@@ -108,9 +106,7 @@ def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_
     assert any(line.startswith("missing: the first sample's media (") for line in said.splitlines())
 
 
-def test_the_memory_table_knows_ranges_and_the_teacher(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, capsys) -> None:
     """The largest chunk and budget of any step; the teacher's full memory, where the sample is not too long for it."""
     ranges = ("tuning.budgets={low: 4, high: 9}", "tuning.chunk_tokens={low: 20, high: 70}")
     for limit, taught in ((10_000, True), (10, False)):

@@ -1,7 +1,6 @@
 """Commands: overrides anywhere, no abbreviations, and exit codes that mean something."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -53,16 +52,14 @@ def test_overrides_may_stand_anywhere_and_the_launchers_rank_is_accepted() -> No
         (["--config"], "expected one argument"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_exit_code_2(
-    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, what, capsys) -> None:
     said = left(capsys, arguments)
     assert what in said
     assert said.count("\n") == 1
     assert "--help" in said
 
 
-def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys) -> None:
     problems = ["a.yaml:1 x: wrong; mend it", "a.yaml:2 y: wrong; mend it"]
     assert outcome(capsys, ConfigError(problems)) == (2, problems)
 
@@ -72,12 +69,7 @@ def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys: pyte
     [("0", None, True), ("1", None, False), ("0", ConfigError(["x"]), False), ("0", Stopped("y", 143), False)],
 )
 def test_the_first_rank_of_a_machine_tells_launch_sh_when_its_command_came_to_its_end(
-    local_rank: str,
-    error: Exception | None,
-    told: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    local_rank, error, told, tmp_path, monkeypatch, capsys
 ) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.touch()
@@ -101,9 +93,7 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
         raised(ValueError("a bug"))
 
 
-def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(capsys, monkeypatch) -> None:
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(command.time, "sleep", waited.append)
@@ -111,9 +101,7 @@ def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(
     assert waited == [command.GRACE]
 
 
-def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(capsys, monkeypatch) -> None:
     monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: True)
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:44958")
     monkeypatch.setenv("RANK", "1")

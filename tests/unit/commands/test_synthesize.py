@@ -23,7 +23,7 @@ def lines(manifest: Path) -> list[dict]:
     return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
-def test_each_split_has_its_streams_and_every_file_is_playable(recall: Path) -> None:
+def test_each_split_has_its_streams_and_every_file_is_playable(recall) -> None:
     assert [len(lines(recall / f"{split}.jsonl")) for split in SPLITS] == [3, 1, 2]
     assert len(list((recall / "videos").iterdir())) == 6
     for line in lines(recall / "test.jsonl"):
@@ -54,7 +54,7 @@ def test_splits_and_seeds_share_no_world() -> None:
     assert len(set(seeds)) == 300
 
 
-def test_a_second_run_keeps_what_is_there_and_makes_what_is_missing(recall: Path) -> None:
+def test_a_second_run_keeps_what_is_there_and_makes_what_is_missing(recall) -> None:
     videos = recall / "videos"
     kept, lost = videos / "train-00000.mp4", videos / "train-00001.mp4"
     before, again = kept.stat().st_mtime_ns, lost.read_bytes()
@@ -64,7 +64,7 @@ def test_a_second_run_keeps_what_is_there_and_makes_what_is_missing(recall: Path
     assert lost.read_bytes() == again
 
 
-def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path, monkeypatch) -> None:
     def stop_half_way(_world: object, path: Path) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
@@ -78,15 +78,13 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path: Path, monke
     assert (tmp_path / "videos" / "train-00000.mp4").stat().st_size > 10_000
 
 
-def test_several_processes_write_the_same_files_as_one(recall: Path, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_files_as_one(recall, tmp_path) -> None:
     assert main(["--out", str(tmp_path), *SMALL, "--workers", "2", "--test", "0", "--calibration", "0"]) == 0
     for name in ("train-00000.mp4", "train-00002.mp4"):
         assert (tmp_path / "videos" / name).read_bytes() == (recall / "videos" / name).read_bytes()
 
 
-def test_another_recipe_is_refused_with_every_difference_and_the_cure(
-    recall: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_recipe_is_refused_with_every_difference_and_the_cure(recall, capsys) -> None:
     assert main(["--out", str(recall), *SMALL, "--seed", "3", "--seconds", "12"]) == 2
     problems = capsys.readouterr().err.splitlines()
     assert [problem.split(":")[0].split()[-1] for problem in problems] == ["seconds", "seed"]
@@ -95,9 +93,7 @@ def test_another_recipe_is_refused_with_every_difference_and_the_cure(
 
 
 @pytest.mark.parametrize("content", ["{", "[]", None])
-def test_a_folder_without_a_readable_recipe_is_refused(
-    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_a_readable_recipe_is_refused(tmp_path, content, capsys) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "train-00000.mp4").touch()
     if content is not None:

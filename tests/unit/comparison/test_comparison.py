@@ -249,13 +249,6 @@ def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path:
     assert numbers == pytest.approx((2 / 5, 2 / 6, 2 / 6, 3 / 6, 1), abs=1e-6)
 
 
-def test_chance_of_a_multiple_choice_is_one_over_its_options(tmp_path: Path) -> None:
-    folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
-    for place in range(6):
-        change(folder / "recall.jsonl", place, options=4 if place < 3 else 2)
-    assert compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]["chance"] == 0.375
-
-
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

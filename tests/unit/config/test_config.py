@@ -10,15 +10,13 @@ from omnimem.config import CONFIGS, ConfigError, dump, load, refuse_changes
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name, tmp_path) -> None:
     run = load(name, train=TRAIN)
     (tmp_path / "config.yaml").write_text(dump(run))
     assert load(tmp_path / "config.yaml", train=TRAIN) == run
 
 
-def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suffix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suffix(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load("budget8k.yaml") == load("budget8k") == load(CONFIGS / "budget8k.yaml")
 
@@ -28,7 +26,7 @@ def test_an_unknown_config_names_the_nearest_one() -> None:
         load("budget8.yaml")
 
 
-def test_all_problems_are_told_at_once_each_with_line_key_and_cure(tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once_each_with_line_key_and_cure(tmp_path) -> None:
     text = """\
 nam: x
 model: {path: Qwen/Qwen2.5-Omni-7B}
@@ -69,16 +67,14 @@ fps: 2
         ("train.deepspeed=deepspeed/zero4.json", "no file deepspeed/zero4.json; did you mean 'deepspeed/zero3.json'?"),
     ],
 )
-def test_the_training_section_is_checked_against_the_fields_of_transformers(
-    override: str, what: str, tmp_path: Path
-) -> None:
+def test_the_training_section_is_checked_against_the_fields_of_transformers(override, what, tmp_path) -> None:
     key = override.partition("=")[0]
     lines = problems(tmp_path, overrides=[override])
     assert len(lines) == 1
     assert lines[0].startswith(f"command line {key}: {what}")
 
 
-def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Path) -> None:
+def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text("{")
@@ -88,17 +84,17 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])
-def test_a_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_no_plain_folder_name_is_refused(name, tmp_path) -> None:
     assert "cannot name a folder" in problems(tmp_path, overrides=[f"name='{name}'"])[0]
 
 
-def test_overrides_replace_what_the_file_says_the_last_one_wins(tmp_path: Path) -> None:
+def test_overrides_replace_what_the_file_says_the_last_one_wins(tmp_path) -> None:
     run = loaded(tmp_path, "memory.slots_per_layer=5", "memory.slots_per_layer=7", "train.save_steps=5")
     assert run.memory.slots_per_layer == 7
     assert run.train == {"learning_rate": 1e-5, "save_steps": 5}
 
 
-def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path: Path) -> None:
+def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path) -> None:
     run = loaded(
         tmp_path,
         "train.learning_rate=1e-5",
@@ -119,7 +115,7 @@ def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path: Path) -> None
     assert run.memory.budget.clip == (0.5, 2)
 
 
-def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path) -> None:
     text = SMALL.replace("{name: recency}", "{name: omnimem, sharpness: 0.1}")
     assert problems(tmp_path, text, ["memory.policy.name=uniform"]) == [
         "my.yaml:4 memory.policy.sharpness: unknown key; known: name, preset, seed"
@@ -136,7 +132,7 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None
         ("train.report_to.4=x", "train.report_to has 1 items, counted from 0; set train.report_to=[...]"),
     ],
 )
-def test_an_override_that_cannot_be_placed_says_why(override: str, what: str, tmp_path: Path) -> None:
+def test_an_override_that_cannot_be_placed_says_why(override, what, tmp_path) -> None:
     text = SMALL.replace("1e-5}", "1e-5, report_to: [none]}")
     assert what in problems(tmp_path, text, [override])[0]
 
@@ -150,18 +146,18 @@ def test_an_override_that_cannot_be_placed_says_why(override: str, what: str, tm
         ("name: !!python/object:os.system x\n", "my.yaml:1: not valid YAML"),
     ],
 )
-def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text: str, what: str, tmp_path: Path) -> None:
+def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text, what, tmp_path) -> None:
     lines = problems(tmp_path, text)
     assert len(lines) == 1
     assert lines[0].startswith(what)
 
 
 @pytest.mark.parametrize("word", ["no", "on", "2024-01-01", "0x10", "1e"])
-def test_words_that_old_yaml_took_for_something_else_stay_words(word: str, tmp_path: Path) -> None:
+def test_words_that_old_yaml_took_for_something_else_stay_words(word, tmp_path) -> None:
     assert loaded(tmp_path, f"name={word}").name == word
 
 
-def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
     run = loaded(tmp_path)
     earlier = tmp_path / "config.yaml"
     earlier.write_text(dump(run))
@@ -188,6 +184,6 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) ->
         ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],
 )
-def test_every_part_refuses_what_it_does_not_know(override: str, what: str, tmp_path: Path) -> None:
+def test_every_part_refuses_what_it_does_not_know(override, what, tmp_path) -> None:
     (line,) = problems(tmp_path, overrides=[override])
     assert line.startswith(f"command line {what}")

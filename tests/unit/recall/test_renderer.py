@@ -86,12 +86,12 @@ def shown_symbols(world: World, frames: np.ndarray, rate: int) -> list[tuple[boo
     return seen
 
 
-def test_every_symbol_is_recognised_after_h264(mp4: Path) -> None:
+def test_every_symbol_is_recognised_after_h264(mp4) -> None:
     symbols = shown_symbols(WORLD, decode(mp4)[0], 4)
     assert all(right for right, _ in symbols)
 
 
-def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4: Path) -> None:
+def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4) -> None:
     rendered, decoded = render_audio(WORLD), decode(mp4)[1]
     assert len(WORLD.utterances) >= 5
     for spoken in WORLD.utterances:
@@ -99,7 +99,7 @@ def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4: Path) -> N
         assert heard(decoded, spoken.at) == (spoken.voice, spoken.word)
 
 
-def test_the_same_world_gives_the_same_file_and_another_seed_another(mp4: Path, tmp_path: Path) -> None:
+def test_the_same_world_gives_the_same_file_and_another_seed_another(mp4, tmp_path) -> None:
     again, other = tmp_path / "again.mp4", tmp_path / "other.mp4"
     write_mp4(WORLD, again)
     write_mp4(draw_world(6, 24), other)

@@ -42,7 +42,7 @@ def trainee(model: Thinker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     return replace(create(0, tmp_path), model=model, tokenizer=tokenizer)
 
 
-def test_a_question_sees_the_stream_and_itself_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_question_sees_the_stream_and_itself_alone(tokenizer) -> None:
     questions = pack_questions(tokenizer, [WORLD.questions[:3]], "chat")
     length = questions.block_tokens
     visible = attention_mask(5, questions)[0, 0] == 0
@@ -76,9 +76,7 @@ def whole_model_logits(
     ).logits[0, -1]
 
 
-def test_questions_packed_in_one_pass_are_answered_as_if_asked_alone(
-    model: Thinker, tokenizer: PreTrainedTokenizerFast, trainee: Trainee
-) -> None:
+def test_questions_packed_in_one_pass_are_answered_as_if_asked_alone(model, tokenizer, trainee) -> None:
     clips = render_clips([WORLD])
     stage = replace(CHAT[-1], seconds=WORLD.seconds, batch=1)
     layout = stream_layout(model, tokenizer, WORLD.seconds)
@@ -92,7 +90,7 @@ def test_questions_packed_in_one_pass_are_answered_as_if_asked_alone(
     assert sum(map(sum, alone.values())) >= len(WORLD.questions) - 1
 
 
-def test_it_recalls_streams_it_never_saw(trainee: Trainee, model: Thinker) -> None:
+def test_it_recalls_streams_it_never_saw(trainee, model) -> None:
     worlds = [draw_world(20_000_000 + seed, 64) for seed in range(6)]
     stage = replace(CHAT[-1], batch=len(worlds), questions=100)
     layout = stream_layout(model, trainee.tokenizer, 64)
@@ -104,7 +102,7 @@ def test_it_recalls_streams_it_never_saw(trainee: Trainee, model: Thinker) -> No
         assert marks.float().mean() >= 0.9, kind
 
 
-def test_the_recipe_repeats_bit_for_bit(tmp_path: Path) -> None:
+def test_the_recipe_repeats_bit_for_bit(tmp_path) -> None:
     short = replace(RECALL[0], steps=2, batch=4)
     trained = []
     for run in ("a", "b"):

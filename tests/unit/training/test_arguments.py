@@ -41,11 +41,6 @@ def test_a_number_out_of_range_is_one_line_with_its_cure(name: str, value: str, 
     assert str(error.value) == f"command line train.{name}: {shown} is out of range; {cure}"
 
 
-@pytest.mark.parametrize("setting", ["save_steps=0.25", "save_steps=2", "max_steps=-1", "warmup_steps=0.1"])
-def test_what_transformers_means_by_shares_and_minus_one_is_taken(setting: str, tmp_path: Path) -> None:
-    assert loaded(tmp_path, f"train.{setting}").train
-
-
 def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path: Path) -> None:
     assert OwnSettings.of(loaded(tmp_path, "train.max_bad_steps=7").train).max_bad_steps == 7
     assert OwnSettings.of(loaded(tmp_path).train) == OwnSettings()
@@ -68,11 +63,6 @@ def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, objec
         training_arguments(settings, RunFolder(path=tmp_path))
     assert len(error.value.problems) == 1
     assert str(error.value).startswith("train: ")
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"deepspeed": STAGE_2}])
-def test_settings_that_go_together_are_taken(settings: dict[str, object], tmp_path: Path) -> None:
-    assert training_arguments(settings, RunFolder(path=tmp_path)).output_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize(
