@@ -34,7 +34,7 @@ def curves(run: Run) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_ranks_and_accumulation_mean_the_same_with_distillation(folder: Path, stage: str) -> None:
+def test_ranks_and_accumulation_mean_the_same_with_distillation(folder, stage) -> None:
     """Budgets and chunk sizes are those of the step on every rank; plain SGD, so that a scale would show. In some
     steps one rank has a teacher and the other has none."""
     settings = (*SGD, *DISTILLED, f"train.deepspeed=deepspeed/{stage}.json")
@@ -54,7 +54,7 @@ def test_ranks_and_accumulation_mean_the_same_with_distillation(folder: Path, st
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_resumed_run_goes_on_with_the_same_budgets_chunks_losses_and_curves(folder: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_same_budgets_chunks_losses_and_curves(folder) -> None:
     whole = tune(folder, "kl", *DISTILLED)
     kept = Run(path=whole.path.rename(folder / "runs" / "kl.whole"), ended=whole.ended)
     shutil.copytree(kept.path, whole.path)  # as a crash after step 5 leaves it

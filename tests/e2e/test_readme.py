@@ -3,9 +3,7 @@
 import contextlib
 import io
 import re
-from pathlib import Path
 
-import pytest
 from support.paths import ROOT
 
 from omnimem.recall.renderer import write_mp4
@@ -21,9 +19,7 @@ def first_block(text: str) -> str:
     return found[1]
 
 
-def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_size(tmp_path, monkeypatch) -> None:
     world = draw_world(25, 16)
     assert any(question.text == "what colour was the star ?" for question in world.questions)
     write_mp4(world, tmp_path / "video.mp4")

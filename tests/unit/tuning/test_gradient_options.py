@@ -11,7 +11,6 @@ from omnimem.policies.base import Policy
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tokens import Tokens
 from omnimem.tuning import (
-    BackpropMode,
     FullGradient,
     GradientError,
     HorizonGradient,
@@ -37,7 +36,7 @@ HARD = SelectionOptions(softening="hard")
         (TuningOptions(gradient="released", selection=HARD), ReleasedGradient(stop_layer=18)),
     ],
 )
-def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: BackpropMode) -> None:
+def test_settings_say_how_far_gradient_reaches(options, built) -> None:
     assert gradient_of(options, 36) == built
 
 
@@ -58,7 +57,7 @@ PAPER = ("tuning.gradient=paper", "tuning.selection.softening=hard")
         (["tuning.selection.gradient=both"], "tuning.selection.gradient", "both"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], key: str, value: str) -> None:
+def test_settings_that_mean_nothing_are_refused_in_one_line(overrides, key, value) -> None:
     with pytest.raises(ConfigError) as refused:
         load("tiny.yaml", overrides)
     (said,) = str(refused.value).splitlines()
@@ -67,7 +66,7 @@ def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str]
 
 
 @pytest.mark.parametrize("stop_layer", [4, 9])
-def test_a_stop_layer_that_the_model_does_not_have_is_refused(stop_layer: int) -> None:
+def test_a_stop_layer_that_the_model_does_not_have_is_refused(stop_layer) -> None:
     options = TuningOptions(gradient="released", stop_layer=stop_layer, selection=HARD)
     with pytest.raises(GradientError, match=rf"^tuning.stop_layer = {stop_layer} must be from 1 to 3: the model has 4"):
         gradient_of(options, 4)
@@ -82,7 +81,7 @@ class Whole(Policy):
 
 
 @pytest.mark.parametrize("gradient", ["states", "paper"])
-def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient: str) -> None:
+def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient) -> None:
     options = TuningOptions(gradient=gradient, selection=HARD)  # pyright: ignore[reportArgumentType]
     for policy in (Whole(name="whole", budget=None), replace(policy_of("omnimem"), per_head=True)):
         with pytest.raises(GradientError, match=rf"^tuning.gradient = {gradient} .* set it to full$"):
@@ -91,7 +90,7 @@ def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient: st
 
 
 @pytest.mark.parametrize("name", ["omnimem", "random"])
-def test_one_policy_in_training_and_evaluation_but_for_the_release(name: str) -> None:
+def test_one_policy_in_training_and_evaluation_but_for_the_release(name) -> None:
     policy = policy_of(name)
     for gradient in ("full", "states", "paper"):
         options = TuningOptions(gradient=gradient, selection=HARD)  # pyright: ignore[reportArgumentType]

@@ -137,7 +137,7 @@ def labels_of(episode: Episode) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
-def test_kl_and_its_slope_equal_plain_loops(temperature: float) -> None:
+def test_kl_and_its_slope_equal_plain_loops(temperature) -> None:
     generator = torch.Generator().manual_seed(5)
     student, teacher = torch.randn(2, 7, 23, generator=generator, dtype=torch.float64) * 3
     student.requires_grad_()
@@ -160,7 +160,7 @@ def test_answer_losses_equal_plain_loops() -> None:
     torch.testing.assert_close(answer_losses(logits, labels), torch.tensor(expected))
 
 
-def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned: Taught) -> None:
+def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned) -> None:
     """With full memory: each answer as by transformers' own pass over the stream until then, and its question."""
     batch = batch_of()
     outcome = outcome_of(tuned, batch, None, AnswerLoss())
@@ -188,7 +188,7 @@ def teacher_logits(tuned: Taught, episode: Episode) -> list[list[Tensor]]:
         return stock_logits(tuned.base, episode)
 
 
-def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taught) -> None:
+def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned) -> None:
     """The student in one pass with masks by layer, the teacher in stock passes over everything, the rest in loops."""
     batch, loss = batch_of(), FullMemoryKL(weight=0.7, temperature=2.0)
     noting = KeptByChunk(FullGradient())
@@ -219,9 +219,7 @@ def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taugh
     assert_same_gradient(got, expected, 1e-5)
 
 
-def test_an_adapter_that_does_nothing_is_at_no_distance_with_full_memory_and_at_some_with_a_budget(
-    thinker: Path,
-) -> None:
+def test_an_adapter_that_does_nothing_is_at_no_distance_with_full_memory_and_at_some_with_a_budget(thinker) -> None:
     fresh = taught(thinker, std=0.0)
     whole, evicting = (outcome_of(fresh, batch_of(), slots, FullMemoryKL(temperature=2.0)) for slots in (None, 6))
     assert abs(float(whole.loss)) <= 1e-6
@@ -249,7 +247,7 @@ class Noted(AbstractLoss):
         return rows.logits.float().square().mean(dim=-1)
 
 
-def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of_the_adapter(thinker: Path) -> None:
+def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of_the_adapter(thinker) -> None:
     wild = taught(thinker, std=0.2, dropout=0.5)
     batch, runs = batch_of(), (Noted(seen=[]), Noted(seen=[]))
     first, second = (outcome_of(wild, batch, 6, noted) for noted in runs)
@@ -263,7 +261,7 @@ def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of
         torch.testing.assert_close(forward[owners.argsort(stable=True)], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_reaches_lora_alone(thinker: Path) -> None:
+def test_gradient_reaches_lora_alone(thinker) -> None:
     tuned = taught(thinker, std=0.2)
     with attach(tuned.backbone.text_model) as attached:
         streamed(attached, tuned, batch_of(), 6, losses=(FullMemoryKL(temperature=2.0),)).loss.backward()
@@ -272,7 +270,7 @@ def test_gradient_reaches_lora_alone(thinker: Path) -> None:
     assert all(bool(weight.grad.any()) for weight in trainable(tuned.model) if weight.grad is not None)
 
 
-def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(tuned: Taught) -> None:
+def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(tuned) -> None:
     batch, losses = batch_of(), (AnswerLoss(), FullMemoryKL())
     learning = len(trainable(tuned.model))
     before = float(outcome_of(tuned, batch, 6, *losses).loss)
@@ -284,7 +282,7 @@ def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(
     assert float(outcome_of(tuned, batch, 6, *losses).loss) == before
 
 
-def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned: Taught) -> None:
+def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned) -> None:
     batch = batch_of()
     assert batch[0].tokens == 48
     answer = AnswerLoss()
@@ -296,7 +294,7 @@ def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned: Ta
     assert float(skipped.loss) == float(plain.loss) < float(fits.loss)
 
 
-def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(tuned: Taught) -> None:
+def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(tuned) -> None:
     """So that no rank lacks what the others reduce."""
     outcome, found = learned(tuned, batch_of(), 6, AnswerLoss(weight=0.0), FullMemoryKL(max_tokens=1))
     assert float(outcome.loss) == 0
@@ -304,7 +302,7 @@ def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(t
     assert not found.any()
 
 
-def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_move_up(tuned: Taught) -> None:
+def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_move_up(tuned) -> None:
     """A full memory cannot move up; with original positions it can be asked."""
     backbone, batch = tuned.backbone, [opened(1, (None,), ["red"], seconds=48)]
     config, rows = backbone.text_model.config, {}
@@ -321,7 +319,7 @@ def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_
     assert rows == {"original": 2, "compact": 0}
 
 
-def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned: Taught) -> None:
+def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned) -> None:
     streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
     losses = (AnswerLoss(), FullMemoryKL(temperature=2.0))
     both, first, second = (outcome_of(tuned, batch, 6, *losses) for batch in (streams, streams[:1], streams[1:]))
@@ -332,7 +330,7 @@ def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned: Tau
         assert both.rows[name] == first.rows[name] + second.rows[name]
 
 
-def test_a_loss_of_weight_0_is_measured_and_not_learned_from(tuned: Taught) -> None:
+def test_a_loss_of_weight_0_is_measured_and_not_learned_from(tuned) -> None:
     alone, expected = learned(tuned, batch_of(), 6, AnswerLoss())
     beside, got = learned(tuned, batch_of(), 6, AnswerLoss(), FullMemoryKL(weight=0.0))
     assert float(alone.loss) == float(beside.loss)

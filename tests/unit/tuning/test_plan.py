@@ -3,7 +3,6 @@
 from collections import Counter
 from itertools import pairwise
 from math import log, sqrt
-from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def test_steps_of_a_range_belong_to_the_curve_of_their_doubling() -> None:
         assert plan.budget(step) == ("full" if slots is None else RANGE.band(slots))
 
 
-def test_a_budget_above_the_calibrated_one_keeps_the_shares_and_works(tmp_path: Path) -> None:
+def test_a_budget_above_the_calibrated_one_keeps_the_shares_and_works(tmp_path) -> None:
     """Also one larger than the whole stream: then everything stays."""
     flat, low = (
         Readings(whole=(0.8, 0.6), audio=(0.8, 0.7), visual=(0.9, 0.6)),
@@ -129,7 +128,7 @@ def test_a_budget_above_the_calibrated_one_keeps_the_shares_and_works(tmp_path: 
     assert shares[0] == pytest.approx(shares[1], abs=0.01)
 
 
-def test_chunk_sizes_move_the_cuts_and_nothing_else_and_share_what_the_encoders_made(tmp_path: Path) -> None:
+def test_chunk_sizes_move_the_cuts_and_nothing_else_and_share_what_the_encoders_made(tmp_path) -> None:
     backbone = load_backbone(ModelOptions(path=str(write_folder(tmp_path / "model", rates="tiny"))))
     write_mp4(draw_world(3, 8), tmp_path / "film.mp4")
     messages = (Message(role="user", content="what ?"), Message(role="assistant", content="red"))
@@ -178,12 +177,12 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
         ("tuning.loss.full_memory=1", "tuning.loss.full_memory: unknown key; did you mean 'full_memory_kl'?"),
     ],
 )
-def test_each_wrong_curriculum_or_loss_is_one_line_at_its_key(override: str, what: str, tmp_path: Path) -> None:
+def test_each_wrong_curriculum_or_loss_is_one_line_at_its_key(override, what, tmp_path) -> None:
     (line,) = problems(tmp_path, overrides=[override])
     assert line.startswith(f"command line {what}")
 
 
-def test_the_least_of_a_range_leaves_each_modality_a_slot(tmp_path: Path) -> None:
+def test_the_least_of_a_range_leaves_each_modality_a_slot(tmp_path) -> None:
     split = "memory.budget={name: split, visual_audio_ratio: 2}"
     (line,) = problems(tmp_path, overrides=[split, "tuning.budgets={low: 1, high: 12}"])
     assert line == ("command line tuning.budgets.low: 1 is too small; each layer needs one audio and one visual slot")
