@@ -270,17 +270,18 @@ def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("text", "values", "said"),
     [
-        ('"provenance": {', '"provenance": {"reading": {"fps": 1.0}, ', '{"fps": 1.0}'),
-        ('"max_new_tokens": 16', '"max_new_tokens": 4', '"max_new_tokens": 4'),
-        ('"frames": 384', '"frames": 192', "192 and 384 frames"),
+        ('"commit": "0123abc"', ('"reading": {"fps": 1.0}', '"reading": {"fps": 2.0}'), '{"fps": 1.0}'),
+        ('"max_new_tokens": 16', ('"max_new_tokens": 4', '"max_new_tokens": 16'), '"max_new_tokens": 4'),
+        ('"frames": 384', ('"frames": 192', '"frames": 384'), "192 and 384 frames"),
     ],
 )
-def test_arms_of_different_settings_are_refused(tmp_path: Path, before: str, after: str, said: str) -> None:
-    run = write_run(tmp_path / "run", ("tuned", "training_free"))
-    path = run / "eval" / "tuned" / "summary.json"
-    path.write_text(path.read_text().replace(before, after))
+def test_arms_of_different_settings_are_refused(tmp_path: Path, text: str, values: tuple[str, str], said: str) -> None:
+    run = write_run(tmp_path / "run", arms := ("tuned", "training_free"))
+    for arm, value in zip(arms, values, strict=True):
+        path = run / "eval" / arm / "summary.json"
+        path.write_text(path.read_text().replace(text, value))
     assert said in problems(run, out=tmp_path / "out")
 
 
