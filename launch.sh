@@ -8,7 +8,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLIC
 usage() {
     cat >&2 <<'TEXT'
 usage: ./launch.sh demo                         make the recall data, fine-tune, evaluate, compare (CPU, minutes)
-       ./launch.sh test [--quick]               lint, types, layers, tests; --quick leaves out the slow tests
+       ./launch.sh test [--quick]               lint, types, layers, tests; --quick runs the unit tests alone
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
                                                 with deepspeed's own options, such as --num_gpus 2 or --hostfile FILE
                                                 Ctrl-C or SIGTERM: finishes its step, writes a checkpoint; twice: at once
@@ -146,7 +146,7 @@ tests() {
     local selection=()
     case "$*" in
         "") ;;
-        --quick) selection=(-m "not slow") ;;
+        --quick) selection=(tests/unit -m "not slow") ;;
         *) usage ;;
     esac
     setup

@@ -16,11 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 import torch
-from policies import Needled
-from studies import SPLIT_OF_ALL, STUDIES
 from torch import Tensor
 
+from benchmarks.policies import Needled
+from benchmarks.studies import SPLIT_OF_ALL, STUDIES
 from omnimem.backbones import Turn, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.cli.build import feeder_of, measured_budget, training_samples

@@ -19,9 +19,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from long_stream import SETTINGS, manifest_line, world_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+import torch
+
+from benchmarks.long_stream import SETTINGS, manifest_line, world_of
 from omnimem.backbones import load_backbone
 from omnimem.cli.build import budget_of, feeder_of, policies_of
 from omnimem.cli.parser import Parser, run_command

@@ -13,18 +13,22 @@ Writes gates.json into --out (runs/gates), prints two tables.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
-import activations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 import torch
-from activations import counting
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import activations
+from benchmarks.activations import counting
 from omnimem.attention.blocked import attend, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import PerturbationOptions

@@ -13,11 +13,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 import torch
-from accelerator import correctness, speed
-from accelerator.clock import Clock
-from accelerator.models import large, small
-from accelerator.record import Record, facts_of
+
+from benchmarks.accelerator import correctness, speed
+from benchmarks.accelerator.clock import Clock
+from benchmarks.accelerator.models import large, small
+from benchmarks.accelerator.record import Record, facts_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -9,6 +9,7 @@ median of the rounds, modes in turn within a round. Memory: a random text model 
 live tensor counted (benchmarks/activations.py). Writes gradients.json into runs/gradients and prints two tables.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,15 @@ from pathlib import Path
 from statistics import median
 from typing import final
 
-import activations
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
 import torch
-from activations import HARD, Way
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import activations
+from benchmarks.activations import HARD, Way
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget, SplitBudget
 from omnimem.cli.build import feeder_of, training_samples

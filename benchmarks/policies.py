@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-from policy_table import Sheet, shown, table, write
-from studies import QUICK, SPLIT_OF_ALL, STUDIES, Trial
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+from benchmarks.policy_table import Sheet, shown, table, write
+from benchmarks.studies import QUICK, SPLIT_OF_ALL, STUDIES, Trial
 from omnimem.backbones import load_backbone
 from omnimem.budget import AudioVisualBudget, Signals
 from omnimem.cli.arms import check_benchmarks

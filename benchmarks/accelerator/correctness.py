@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from accelerator.models import IGNORED, questions, relative, small, stretch, toy_pair
-from accelerator.record import Record
+from benchmarks.accelerator.models import IGNORED, questions, relative, small, stretch, toy_pair
+from benchmarks.accelerator.record import Record
 from omnimem.attention import reference
 from omnimem.attention.blocked import MEMORY, Segments, attend, mass, visible
 from omnimem.budget import Budget

@@ -11,7 +11,7 @@ from typing import Any, final
 
 import torch
 
-from accelerator.clock import GIB, release
+from benchmarks.accelerator.clock import GIB, release
 from omnimem.run import provenance, write_json, write_text
 
 PACKAGES = ("triton", "jaxtyping", "nvidia-cudnn-cu13")

@@ -7,6 +7,10 @@ from functools import partial
 from typing import Any, final
 
 import torch
+from accelerator.clock import Arm, Clock, Work, release
+from accelerator.correctness import streamed_loss
+from accelerator.models import OPENING, Sizes, questions, random_model, stretch
+from accelerator.record import Record
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.backends.cuda import (
@@ -19,10 +23,6 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache, PreTrainedModel
 
-from accelerator.clock import Arm, Clock, Work, release
-from accelerator.correctness import streamed_loss
-from accelerator.models import OPENING, Sizes, questions, random_model, stretch
-from accelerator.record import Record
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions

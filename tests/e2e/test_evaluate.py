@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.evaluations import dying
 from support.finished_run import config_of, write_adapter, write_run
 from support.ranks import command, start
 from support.thinkers import write_folder
-from test_evaluation import MEASURED, dying
 
 from omnimem.cli.workers import LocalWorkers
 from omnimem.evaluation import EvaluationError, results
+from omnimem.evaluation.results import MEASURED
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 
@@ -125,7 +126,7 @@ def kill_at(at: int, torn: bool) -> None:
     results.append_line = dying(at, torn=torn, end=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("trial", range(4))
 def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     place: Path, here: Path, alone: dict[str, Any], trial: int
 ) -> None:
@@ -137,9 +138,6 @@ def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     assert sum(path.read_bytes().count(b"\n") for path in (here / "runs").rglob("recall.jsonl")) == at
     command(SCRIPT, arguments, here)
     assert found(here) == alone
-
-
-# --- settings
 
 
 def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place: Path, here: Path) -> None:

@@ -92,16 +92,6 @@ def test_the_launcher_starts_two_ranks_that_do_the_same_and_speak_calmly(folder:
     assert said.count("step 1 of 2: loss ") == 1  # rank 0 alone speaks
 
 
-def test_the_launcher_with_one_rank_equals_plain_python(folder: Path) -> None:
-    settings = ("train.max_steps=2", "train.deepspeed=deepspeed/zero0.json", "train.gradient_accumulation_steps=2")
-    plain = tune(folder, "plain", *settings)
-    said = launched(folder, "one-rank", *settings, ranks=1)
-    run = Run(path=folder / "runs" / "one-rank", ended=plain.ended)
-    assert run.lines == plain.lines
-    assert torch.equal(run.adapter, plain.adapter)
-    assert_calm(said)
-
-
 def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
     """What `deepspeed --num_gpus N train/finetune.py` says, the launcher's own lines left out."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]

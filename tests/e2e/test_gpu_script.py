@@ -4,29 +4,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from support.paths import ROOT
 
+from benchmarks.accelerator.record import Record
+
 CHECKED = {"attention", "streaming", "kept sets", "gradient"}
 MEASURED = {"ceilings", "chunk steps", "asking", "training", "attention"}
 
 
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A module of the script by name."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return lambda name: import_module(f"accelerator.{name}")
-
-
 @pytest.mark.slow
-def test_the_script_checks_and_measures_everything_on_a_small_model(tmp_path: Path) -> None:
+def test_the_script_checks_and_measures_everything_on_a_small_model(tmp_path) -> None:
     command = [ROOT / "benchmarks" / "gpu.sh", "--device", "cpu", "--small", "--out", tmp_path]
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -53,10 +43,8 @@ def test_the_script_checks_and_measures_everything_on_a_small_model(tmp_path: Pa
     assert (tmp_path / "gpu.md").read_text() in result.stdout
 
 
-def test_a_section_that_fails_is_noted_and_the_others_still_run(
-    tmp_path: Path, part: Callable[[str], ModuleType]
-) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
+def test_a_section_that_fails_is_noted_and_the_others_still_run(tmp_path) -> None:
+    record = Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
 
     def broken() -> None:
         raise RuntimeError("no kernel image is available")
@@ -68,43 +56,3 @@ def test_a_section_that_fails_is_noted_and_the_others_still_run(
     assert found["sections"]["sound"]["state"] == "done"
     assert found["checks"][0]["ok"]
     assert not found["ok"]
-
-
-@pytest.mark.parametrize(("found", "bound", "ok"), [(1e-6, 1e-5, True), (1e-4, 1e-5, False), (float("nan"), 1, False)])
-def test_a_check_holds_up_to_its_bound_and_never_for_nan(
-    found: float, bound: float, ok: bool, tmp_path: Path, part: Callable[[str], ModuleType]
-) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=float("inf"))
-    record.check("sum", torch.float32, found, bound)
-    assert record.ok == ok
-
-
-def test_no_section_is_begun_when_the_time_is_up(tmp_path: Path, part: Callable[[str], ModuleType]) -> None:
-    record = part("record").Record(tmp_path, {"device": "none", "packages": {}}, deadline=0.0)
-    begun: list[int] = []
-    record.section("late", lambda: begun.append(1))
-    assert not begun
-    assert record.sections["late"]["state"] == "left out"
-    assert not record.ok
-
-
-def test_an_arm_without_memory_leaves_the_others_their_turns(part: Callable[[str], ModuleType]) -> None:
-    turns: list[str] = []
-
-    def arm(name: str) -> Callable[[], object]:
-        @contextmanager
-        def opened() -> Iterator[Callable[[], object]]:
-            def work() -> None:
-                turns.append(name)
-                if name == "large":
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 200 GiB")
-
-            yield work
-
-        return opened
-
-    clock = part("clock").Clock(device=torch.device("cpu"), repeats=2, seconds=60.0)
-    rows = clock.side_by_side({name: arm(name) for name in ("small", "large")})
-    assert turns == ["small", "large", "small", "small"]
-    assert rows["large"] == {"error": "CUDA out of memory. Tried to allocate 200 GiB", "out_of_memory": True}
-    assert rows["small"]["repeats"] == 2

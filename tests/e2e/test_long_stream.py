@@ -4,83 +4,26 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 from support.paths import ROOT
 
+from benchmarks.long_stream import asked, world_of
 from omnimem.commands.synthesize import evidence
-from omnimem.data import read_line
-
-EVEN = {"peak_memory": 600e6, "cpu_per_video_second": 0.004}
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return import_module("long_stream")
-
-
-def rows(**last: float) -> list[dict[str, float]]:
-    """A row at each of two marks; the second has what is given."""
-    return [{"minutes": 10.0, **EVEN}, {"minutes": 60.0, **EVEN, **last}]
-
-
-def found(answered: int = 9, **mark: float) -> dict[str, Any]:
-    """What a process wrote, with one mark."""
-    return {
-        "questions": 9,
-        "answered": answered,
-        "marks": [{"minutes": 10.0, "entries": 18, "peak_entries": 90} | mark],
-    }
-
-
-def test_every_question_comes_after_its_evidence_and_every_mark_has_one(script: ModuleType) -> None:
-    world, every = script.world_of(60, 10), 10
-    asked = list(script.asked(world, every, 3600))
-    assert len({question.key for question, _ in asked if question.kind != "auditory"}) == 16, (
-        "all symbols are asked about"
-    )
-    assert all(at is None or evidence(world, question)[1] <= at < 3600 for question, at in asked)
-    assert {at for _, at in asked} >= {600, 1200, 1800, 2400, 3000, None}
-    spread = sorted(evidence(world, question)[0] for question, _ in asked)
-    assert spread[0] < 600
-    assert spread[-1] > 3000
-
-
-def test_a_stream_that_ends_early_asks_nothing_about_what_it_does_not_show(script: ModuleType, tmp_path: Path) -> None:
-    world = script.world_of(30, 10)
-    stream = script.Stream(id="w", world=world)
-    sample = read_line(json.dumps(script.manifest_line(stream, 10, 600)), folder=tmp_path, origin="line")
-    assert sample.end == 600
-    shown = {question.text for question in world.questions if evidence(world, question)[1] <= 600}
-    assert {question.text for question in sample.questions} == shown
-
-
-@pytest.mark.parametrize(
-    ("last", "mark", "answered", "said"),
-    [
-        ({"peak_memory": 631e6}, {}, 9, "resident memory grew by 5.2% from minute 10 to 60"),
-        ({"cpu_per_video_second": 0.005}, {}, 9, "25% more CPU time"),
-        ({}, {"entries": 18.5}, 9, "18.5 entries a layer"),
-        ({}, {"peak_entries": 91}, 9, "at most 91 with a chunk; the budget is 18 and a chunk has 72"),
-        ({}, {}, 8, "1 of 9 questions have no answer"),
-    ],
-)
-def test_what_is_not_flat_over_budget_or_unanswered_is_told(
-    script: ModuleType, last: dict[str, float], mark: dict[str, float], answered: int, said: str
-) -> None:
-    assert list(script.problems(rows(), found(), 18, 72)) == []
-    (problem,) = script.problems(rows(**last), found(answered, **mark), 18, 72)
-    assert said in problem
+def test_every_question_comes_after_its_evidence_and_every_mark_has_one() -> None:
+    world, every = world_of(60, 10), 10
+    pairs = list(asked(world, every, 3600))
+    assert len({question.key for question, _ in pairs if question.kind != "auditory"}) == 16  # all symbols
+    assert all(at is None or evidence(world, question)[1] <= at < 3600 for question, at in pairs)
+    assert {at for _, at in pairs} >= {600, 1200, 1800, 2400, 3000, None}
+    spread = sorted(evidence(world, question)[0] for question, _ in pairs)
+    assert spread[0] < 600 < 3000 < spread[-1]
 
 
 @pytest.mark.slow
-def test_two_minutes_are_streamed_answered_and_written_down(tmp_path: Path) -> None:
+def test_two_minutes_are_streamed_answered_and_written_down(tmp_path) -> None:
     script = ROOT / "benchmarks" / "long_stream.py"
     command = [sys.executable, script, "--config", "tiny.yaml", "--minutes", "2", "--every", "1", "--out", tmp_path]
     done = subprocess.run(

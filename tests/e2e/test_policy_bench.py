@@ -1,26 +1,17 @@
 """The table of policies: paired, at equal entries only; needles stand where the world put them."""
 
-import json
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.paths import ROOT
 
+from benchmarks import policy_table
+from benchmarks.policies import needles
+from benchmarks.studies import STUDIES
 from omnimem.budget import Readings, Signals, SplitBudget
 from omnimem.comparison import ComparisonError
 from omnimem.policies import PolicyOptions
 from omnimem.recall.worlds import WorldOptions, draw_world
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Any:
-    """The three parts of the script by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        yield {name: import_module(name) for name in ("policies", "policy_table", "studies")}
 
 
 def lines(right: list[list[bool]], entries: float = 18.0) -> tuple[dict[str, Any], ...]:
@@ -40,19 +31,19 @@ def lines(right: list[list[bool]], entries: float = 18.0) -> tuple[dict[str, Any
     )
 
 
-def sheet(scripts: Any, arm: str, right: list[list[bool]], **facts: Any) -> Any:
+def sheet(arm: str, right: list[list[bool]], **facts: Any) -> Any:
     given = {"model": "tiny", "root": "data/recall", "slots": 18, "fewer": False, **facts}
-    return scripts["policy_table"].Sheet(arm=arm, lines=lines(right, given.pop("entries", 18.0)), **given)
+    return policy_table.Sheet(arm=arm, lines=lines(right, given.pop("entries", 18.0)), **given)
 
 
-def test_rows_pool_all_settings_and_are_paired_by_question(scripts: Any) -> None:
+def test_rows_pool_all_settings_and_are_paired_by_question() -> None:
     ours, theirs = [[True, True], [True, False]], [[True, False], [False, False]]
     sheets = [
-        sheet(scripts, arm, right, model=model)
+        sheet(arm, right, model=model)
         for model in ("tiny", "second")
         for arm, right in (("omnimem", ours), ("snapkv", theirs))
     ]
-    first, second = scripts["policy_table"].table(sheets, "omnimem")
+    first, second = policy_table.table(sheets, "omnimem")
     assert (first["arm"], first["accuracy"], first["n"]) == ("omnimem", 0.75, 8)
     assert second["accuracy"] == 0.25
     assert second["difference"] == -0.5
@@ -67,46 +58,32 @@ def test_rows_pool_all_settings_and_are_paired_by_question(scripts: Any) -> None
 @pytest.mark.parametrize(
     ("entries", "fewer", "allowed"), [(17.0, False, False), (17.0, True, True), (19.0, True, False)]
 )
-def test_arms_of_other_entries_are_refused(scripts: Any, entries: float, fewer: bool, allowed: bool) -> None:
+def test_arms_of_other_entries_are_refused(entries, fewer, allowed) -> None:
     sheets = [
-        sheet(scripts, "omnimem", [[True]]),
-        sheet(scripts, "snapkv", [[True]], entries=entries, fewer=fewer),
+        sheet("omnimem", [[True]]),
+        sheet("snapkv", [[True]], entries=entries, fewer=fewer),
     ]
     if allowed:
-        assert len(scripts["policy_table"].table(sheets, "omnimem")) == 2
+        assert len(policy_table.table(sheets, "omnimem")) == 2
         return
     with pytest.raises(ComparisonError, match=r"snapkv and omnimem at 18 slots.*not the same budget"):
-        scripts["policy_table"].table(sheets, "omnimem")
+        policy_table.table(sheets, "omnimem")
 
 
-def test_a_table_is_written_read_and_drawn_alike_twice(scripts: Any, tmp_path: Path) -> None:
-    table = scripts["policy_table"]
-    rows = table.table([sheet(scripts, "omnimem", [[True, False]]), sheet(scripts, "h2o", [[False, False]])], "omnimem")
-    for folder in ("a", "b"):
-        table.write(rows, tmp_path / folder, {"split": "test"})
-    written = json.loads((tmp_path / "a" / "table.json").read_text())
-    assert written["split"] == "test"
-    assert [row["arm"] for row in written["rows"]] == ["omnimem", "h2o"]
-    pictures = [(tmp_path / folder / "accuracy_by_bytes.svg").read_bytes() for folder in ("a", "b")]
-    assert pictures[0] == pictures[1]
-    assert "minus omnimem" in next(table.shown(rows, "omnimem"))
-
-
-def test_every_policy_is_tried_and_every_study_fills_the_same_slots(scripts: Any) -> None:
-    studies = scripts["studies"].STUDIES
-    assert {type(trial.policy) for trial in studies["policies"].values()} == set(PolicyOptions.__args__)
+def test_every_policy_is_tried_and_every_study_fills_the_same_slots() -> None:
+    assert {type(trial.policy) for trial in STUDIES["policies"].values()} == set(PolicyOptions.__args__)
     even = Readings(whole=(0.5, 0.6), audio=(0.4, 0.5), visual=(0.6, 0.7))
     signals = Signals(entropy=even, similarity=even, streams=1, chunks=1)
-    for study in studies.values():
+    for study in STUDIES.values():
         for trial in study.values():
             budget = trial.allocate(SplitBudget(visual_audio_ratio=2.0), 2, 18, signals)
             assert budget.total == 36
             assert trial.policy.build(budget).budget.total == 36
 
 
-def test_needles_are_one_copy_of_what_is_asked_about(scripts: Any) -> None:
+def test_needles_are_one_copy_of_what_is_asked_about() -> None:
     world = draw_world(7, 64, WorldOptions())
-    found = list(scripts["policies"].needles({"seed": 7, "seconds": 64}, WorldOptions()))
+    found = list(needles({"seed": 7, "seconds": 64}, WorldOptions()))
     asked = {question.key for question in world.questions}
     events = [event for event in world.events if event.shape in asked]
     sounds, pictures = ([needle for needle in found if len(needle) == size] for size in (1, 3))

@@ -3,9 +3,7 @@
 import contextlib
 import io
 import re
-from pathlib import Path
 
-import pytest
 from support.paths import ROOT
 
 from omnimem.recall.renderer import write_mp4
@@ -21,9 +19,7 @@ def first_block(text: str) -> str:
     return found[1]
 
 
-def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_size(tmp_path, monkeypatch) -> None:
     world = draw_world(25, 16)
     assert any(question.text == "what colour was the star ?" for question in world.questions)
     write_mp4(world, tmp_path / "video.mp4")
@@ -35,8 +31,3 @@ def test_the_ten_lines_answer_a_question_about_a_file_from_a_memory_of_fixed_siz
     answers, memory = printed.getvalue().splitlines()
     assert answers in [f"['{colour}']" for colour in COLOURS]
     assert re.fullmatch(rf"{LAYERS * SLOTS} entries, \d+ bytes", memory)
-
-
-def test_the_lines_are_about_ten() -> None:
-    lines = [line for line in first_block((ROOT / "README.md").read_text()).splitlines() if line.strip()]
-    assert len([line for line in lines if not line.startswith(("import ", "from "))]) <= 10

@@ -52,9 +52,6 @@ def accumulated(folder: Path) -> Run:
     return tune(folder, "accumulated", *MIXED, *SGD, ACCUMULATED)
 
 
-# ---------------------------------------------------------------------------------------------- streams of every length
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
@@ -68,18 +65,6 @@ def test_ranks_with_5_and_2_chunks_without_pictures_or_unread_equal_one_rank_at_
     torch.testing.assert_close(dealt.losses, accumulated.losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(dealt.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
     assert [each["id"] for each in dealt.record["failed_samples"]] == ["film5"]
-
-
-@pytest.mark.slow
-def test_the_samples_are_as_mixed_as_the_test_above_says(accumulated: Run) -> None:
-    steps = [frozenset(line["samples"]) for line in accumulated.lines]
-    assert any(len(step & LONG.keys()) == 1 for step in steps)
-    assert all(len(step) == 2 for step in steps)
-    assert set().union(*steps) == {f"film{number}" for number in range(6)}
-    assert max(line["grad_norm"] for line in accumulated.lines) > 0.5  # something is clipped
-
-
-# ------------------------------------------------------------------------------------------------------ on other ranks
 
 
 def engine(ranks: int, stage: str | None) -> tuple[str, ...]:
@@ -123,9 +108,6 @@ def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_
         refuse_other_batch(tmp_path, {"per_device_train_batch_size": 1}, ranks=3)
 
 
-# ------------------------------------------------------------------------------------------------------------ time-out
-
-
 def stick_on_the_second_rank() -> None:
     """The second rank never comes back from its second stream, in the process that calls this."""
     sound, streams = omnimem.training.trainer.streamed_loss, []
@@ -156,9 +138,6 @@ def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_w
         assert rank == f"rank {number}"
         assert sample.removeprefix("step 2: ") in known
         assert where.startswith(f"{place} {cure}")
-
-
-# ------------------------------------------------------------------------------------------------------------ two nodes
 
 
 @pytest.mark.slow
@@ -195,9 +174,6 @@ def test_two_nodes_of_a_hostfile_equal_two_ranks_of_one(folder: Path) -> None:
     assert run.lines == forked.lines
     assert torch.equal(run.adapter, forked.adapter)
     assert run.record["world_size"] == 2
-
-
-# ----------------------------------------------------------------------------------------------------------------- bf16
 
 
 HALF = ("train.bf16=true", "model.dtype=bfloat16")

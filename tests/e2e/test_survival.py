@@ -7,16 +7,14 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast, final
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.finished_run import LORA, config_of
-from support.paths import ROOT
 from support.ranks import Ended, command, start
 from support.tiny_run import SCRIPT, given, tune, write_films
 from torch import Tensor, nn
@@ -29,7 +27,6 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.checksums import damage
 from omnimem.cli import preflight
 from omnimem.cli.preflight import check_data, check_run
-from omnimem.commands.finetune import checkpoint_count
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import DataOptions, TooManyFailures, read_manifest
 from omnimem.run import sha256
@@ -46,9 +43,6 @@ STEPS = ("train.max_steps=6", "train.save_steps=100")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint, films, manifest and config, in the folder that all runs share."""
     return write_films(tmp_path_factory.mktemp("survival"))
-
-
-# -------------------------------------------------------------------------------------------------------- without a run
 
 
 @pytest.fixture
@@ -141,40 +135,6 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     assert not torch.equal(before, model.weight)
 
 
-@final
-class Late:
-    """A rank that has gone and whose code is there only at a later look, as the kernel has it on a busy machine."""
-
-    def __init__(self, code: int, looks: int) -> None:
-        self.sentinel, other = os.pipe()
-        os.close(other)
-        self.code, self.looks = code, looks
-
-    @property
-    def exitcode(self) -> int | None:
-        self.looks -= 1
-        return self.code if self.looks < 0 else None
-
-    def join(self, seconds: float | None = None) -> None:
-        """Nothing to wait for, and nothing to end."""
-
-    terminate = kill = join
-
-
-@pytest.mark.parametrize("looks", range(8))
-def test_trials_of_faults_see_every_exit_code_however_late_it_comes(
-    looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    outcome = import_module("faults").outcome
-    stopped, done = 143, 0
-    for codes in ((stopped,), (done, stopped), (stopped, stopped), (done, done)):
-        ranks = [Late(code, looks) for code in codes]
-        assert outcome(ranks) == max(codes)
-        for rank in ranks:
-            os.close(rank.sentinel)
-
-
 def _copy(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     states = [value for state in optimizer.state.values() for value in state.values()]
     return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
@@ -202,15 +162,6 @@ def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder
         check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
 
 
-def test_the_preflight_takes_for_readable_what_training_does(folder: Path) -> None:
-    samples = read_manifest(folder / "train.jsonl")
-    heard = replace(samples[1], video=None, audio=folder / "1.mp4")
-    late = replace(samples[2], messages=(replace(samples[2].messages[0], at=100.0), *samples[2].messages[1:]))
-    line, _ = check_data(run_of(folder), [samples[0], heard, late])
-    what = "video and audio (2), audio only (1); all can be read"
-    assert line == f"data: 3 samples opened, 24 s of streams with {what}"
-
-
 def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,29 +186,6 @@ def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
         list(check_run(run_of(folder), tuned_model, folder, 3))
 
 
-@pytest.mark.parametrize(
-    ("settings", "saves"),
-    [
-        ({"max_steps": 7, "save_steps": 3}, 3),  # after 3, 6, and the last one
-        ({"num_train_epochs": 2, "save_steps": 4, "per_device_train_batch_size": 2}, 2),  # 6 steps
-        ({"num_train_epochs": 2, "save_steps": 0.25, "per_device_train_batch_size": 1}, 4),
-        ({"num_train_epochs": 3, "save_strategy": "epoch"}, 3),
-        ({"max_steps": 7, "save_strategy": "no"}, 0),
-    ],
-)
-def test_the_preflight_knows_how_many_checkpoints_come(settings: dict[str, Any], saves: int, tmp_path: Path) -> None:
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
-    assert checkpoint_count(arguments, 6) == saves
-
-
-def test_targets_that_match_nothing_are_refused_with_the_names_that_exist(folder: Path) -> None:
-    backbone = load_backbone(ModelOptions(path=str(folder / "model")))
-    for layer in cast(Any, backbone.text_model).layers:
-        del layer.mlp.gate_proj
-    with pytest.raises(AdapterError, match=r"gate_proj match no module; known: down_proj, k_proj, o_proj"):
-        add_adapter(backbone.model, replace(LORA, targets=("gate_proj",)))
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
@@ -269,9 +197,6 @@ def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
     assert "preflight" not in blind.ended.outputs[0]
     assert looked.lines == blind.lines
     assert torch.equal(looked.adapter, blind.adapter)
-
-
-# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:

@@ -64,7 +64,7 @@ def summary(folder: Path, arm: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_question_of_every_benchmark_is_answered_by_every_arm(arm: str, evaluated: Path) -> None:
+def test_every_question_of_every_benchmark_is_answered_by_every_arm(arm, evaluated) -> None:
     assert {label: entry["n"] for label, entry in summary(evaluated, arm).items()} == QUESTIONS
     for label, count in QUESTIONS.items():
         answered = lines(evaluated, arm, label)
@@ -72,7 +72,7 @@ def test_every_question_of_every_benchmark_is_answered_by_every_arm(arm: str, ev
         assert not any(line.get("failed") for line in answered)
 
 
-def test_a_question_at_a_time_stamp_has_seen_and_heard_nothing_later(evaluated: Path) -> None:
+def test_a_question_at_a_time_stamp_has_seen_and_heard_nothing_later(evaluated) -> None:
     stamped = lines(evaluated, "full_memory", "streamingbench")
     assert {line["at"] for line in stamped} == {3.0, 4.0, 5.0, 6.0, 7.0, 8.0}
     for line in stamped:
@@ -81,7 +81,7 @@ def test_a_question_at_a_time_stamp_has_seen_and_heard_nothing_later(evaluated: 
         assert line["stream_seconds"] <= line["at"]
 
 
-def test_questions_cut_from_one_video_count_as_one_cluster(evaluated: Path) -> None:
+def test_questions_cut_from_one_video_count_as_one_cluster(evaluated) -> None:
     minute = lines(evaluated, "tuned", "streamingbench_sqa_60s")
     assert [line["stream"] for line in minute] == ["sample_4_sqa@3", "sample_4_sqa@7"]
     assert {line["video"] for line in minute} == {"sample_4_sqa"}
@@ -90,41 +90,7 @@ def test_questions_cut_from_one_video_count_as_one_cluster(evaluated: Path) -> N
     assert compared["streamingbench"]["clusters"] == 4
 
 
-def test_arms_are_asked_the_same_and_their_categories_are_those_of_the_benchmark(evaluated: Path) -> None:
-    for label in QUESTIONS:
-        prompts = [[line["prompt_sha256"] for line in lines(evaluated, arm, label)] for arm in ARMS]
-        assert prompts[0] == prompts[1] == prompts[2]
-    several = {line["id"]: line["categories"] for line in lines(evaluated, "tuned", "lvbench_lmms_eval")}
-    assert several["56"] == {"question_type": ["reasoning", "temporal grounding"], "video_type": ["tv"]}
-
-
-def test_the_summary_names_the_rules_and_every_defect(evaluated: Path) -> None:
-    entries = summary(evaluated, "training_free")
-    assert {label: entry["rules"] for label, entry in entries.items()} == {
-        "video_mme_subtitles": "official",
-        "lvbench_lmms_eval": "lmms_eval",
-        "lvomnibench": "official",
-        "streamingbench": "official",
-        "streamingbench_sqa_60s": "official",
-        "mine": "lmms_eval",
-    }
-    assert {defect["rule"] for defect in entries["streamingbench"]["defects"]} == {
-        "time_stamp",
-        "option_list",
-        "option_letters",
-    }
-    assert [defect["rule"] for defect in entries["lvbench_lmms_eval"]["defects"]] == ["option_list", "several_labels"]
-
-
-def test_the_summary_breaks_down_by_categories_and_by_the_stream_before_the_question(evaluated: Path) -> None:
-    entries = summary(evaluated, "tuned")
-    assert set(entries["video_mme_subtitles"]["categories"]["duration"]) == {"short", "medium", "long"}
-    assert entries["streamingbench"]["categories"]["duration"]["up to 2 min"]["n"] == 8
-    groups = {label: numbers["n"] for label, numbers in entries["streamingbench"]["categories"]["group"].items()}
-    assert groups == {"contextual": 3, "omni-source": 1, "real-time visual": 4}
-
-
-def test_the_arms_are_compared_on_all_benchmarks(evaluated: Path) -> None:
+def test_the_arms_are_compared_on_all_benchmarks(evaluated) -> None:
     compared = json.loads((evaluated / "compare" / "summary.json").read_text())["benchmarks"]
     assert {label: group["n"] for label, group in compared.items()} == QUESTIONS
     assert all({"training_free", "tuned", "full_memory"} <= set(group["arms"]) for group in compared.values())

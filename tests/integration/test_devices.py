@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.fake_gpu import GPU, PretendedGPU
 from support.models import cut, text_model, whole_stream
+from support.streams import LENGTHS, POLICIES, policy_of, prompt_of
 from support.thinkers import write_folder
-from test_stream import LENGTHS, POLICIES, policy_of, prompt_of
 
 from omnimem.attention import blocked
 from omnimem.backbones import Backbone, ModelOptions, load_backbone
@@ -95,18 +95,8 @@ class Asked:
         return Verdict(answer=prediction, correct=question.answer == prediction, counted=True, bare=True)
 
 
-def test_the_pretended_device_refuses_what_a_real_one_refuses(gpu: PretendedGPU) -> None:
-    there = torch.ones(3, device="cuda")
-    assert (there + 1).device == there[1:].device == torch.zeros_like(there).device == GPU
-    assert torch.ones(3).device == there.cpu().device == torch.device("cpu")
-    assert (there * torch.tensor(2.0)).device == GPU
-    for mix in (lambda: there + torch.ones(3), lambda: torch.cat([there, torch.ones(3)])):
-        with pytest.raises(RuntimeError, match="on the same device"):
-            mix()
-
-
 @pytest.mark.parametrize(("policy", "last_position"), [(name, None) for name in POLICIES] + [("omnimem", 40)])
-def test_a_stream_stays_on_its_device(policy: str, last_position: int | None, gpu: PretendedGPU) -> None:
+def test_a_stream_stays_on_its_device(policy, last_position, gpu) -> None:
     model = text_model("qwen2_5_omni")
     torch.nn.Module.to(model, GPU)
     output = model.get_input_embeddings().weight
@@ -124,9 +114,7 @@ def test_a_stream_stays_on_its_device(policy: str, last_position: int | None, gp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tracks", ["both", "video", "audio", None])
-def test_an_evaluation_runs_on_the_models_device(
-    tracks: str | None, backbone: Backbone, video: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_runs_on_the_models_device(tracks, backbone, video, tmp_path) -> None:
     """Two samples share a pass, though the second one comes from the cache; one question comes on the way."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40, positions="compact"), tmp_path / "cache")
     samples = [sample(video, 0), sample(video, 1), sample(video, 2, at=4.0)]
@@ -138,9 +126,7 @@ def test_an_evaluation_runs_on_the_models_device(
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_streamed_loss_lies_on_the_models_device(
-    cached: bool, backbone: Backbone, video: Path, tmp_path: Path
-) -> None:
+def test_a_streamed_loss_lies_on_the_models_device(cached, backbone, video, tmp_path) -> None:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40), tmp_path / "cache" if cached else None)
     add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0)).train()
     with attach(backbone.text_model) as attached:
@@ -152,7 +138,7 @@ def test_a_streamed_loss_lies_on_the_models_device(
     assert loss.device == GPU
 
 
-def test_calibration_measures_on_the_models_device(backbone: Backbone, video: Path) -> None:
+def test_calibration_measures_on_the_models_device(backbone, video) -> None:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=40))
     with torch.no_grad(), attach(backbone.text_model) as attached:
         recorder = Recorder(attached.shape.layers, CalibrationOptions(streams=1, skip_chunks=1))

@@ -2,15 +2,11 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from support.episodes import (
-    IGNORED,
     CutOff,
     Episode,
     KeptByChunk,
@@ -20,125 +16,35 @@ from support.episodes import (
     mean_answer_loss,
     one_shot_loss,
 )
-from support.models import cut, text_model, whole_stream
+from support.gradients import (
+    WAYS,
+    adapted,
+    assert_same_gradient,
+    episode_from,
+    episode_of,
+    gradient,
+    head_of,
+    labelled_prompt,
+    opened,
+    policy_at,
+    streamed_loss_of,
+)
+from support.streams import LENGTHS, policy_of
 from support.thinkers import write_folder
-from test_stream import LENGTHS, levels_of, policy_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from omnimem.attention.blocked import attend
-from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn
-from omnimem.budget import SplitBudget
-from omnimem.data import Message, Sample
+from omnimem.backbones import ModelOptions, Qwen25Omni
 from omnimem.memory import Memory
-from omnimem.policies import PerturbationOptions
-from omnimem.policies.base import Policy
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
-from omnimem.streaming.encoder_cache import MediaStats
-from omnimem.streaming.feeder import EncodedSample, Feeder, feed_until_due
+from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
-from omnimem.streaming.prompt_pass import Prompt, PromptState
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient, LoraOptions, add_adapter, streamed_loss, trainable
-
-
-def adapted(family: str, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PreTrainedModel:
-    """A random text model with LoRA whose A and B are random, alone trainable; only the dropout is in training mode."""
-    model = text_model(family)
-    if family == "qwen3_omni":
-        model.set_experts_implementation("eager")  # the grouped kernel knows no float64
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets), model)
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.2, generator=generator)
-    for module in model.modules():
-        module.training = isinstance(module, nn.Dropout)
-    return model.to(dtype)
-
-
-def chunks_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) -> list[Chunk]:
-    found = []
-    for chunk in cut(whole_stream(levels=levels_of(family), batch=batch), LENGTHS):
-        stack = chunk.deepstack
-        if stack is not None:
-            stack = replace(stack, features=tuple(level.to(dtype) for level in stack.features))
-        found.append(replace(chunk, embeddings=chunk.embeddings.to(dtype), deepstack=stack))
-    return found
-
-
-def prompt_of(seed: int, batch: int = 1) -> Prompt:
-    """Two packed questions of 5 and 3 tokens; the last two tokens of each are the answer."""
-    ids = torch.randint(5, 300, (batch, 8), generator=torch.Generator().manual_seed(seed))
-    segments, offsets = torch.tensor([[0] * 5 + [1] * 3, [0, 1, 2, 3, 4, 0, 1, 2]])[:, None].expand(-1, batch, -1)
-    labels = torch.full_like(ids, IGNORED)
-    for place in (2, 3, 5, 6):
-        labels[:, place] = ids[:, place + 1]
-    return Prompt(ids=ids, segments=segments, offsets=offsets, labels=labels)
-
-
-def episode_of(family: str, dtype: torch.dtype = torch.float64, batch: int = 1) -> Episode:
-    """Five chunks, questions after the third and after the last one."""
-    return Episode(chunks=chunks_of(family, dtype, batch), asked=[(3, prompt_of(1, batch)), (5, prompt_of(2, batch))])
-
-
-def loss_of(
-    read: Callable[[Memory], PromptState], head: Callable[[Tensor], Tensor], labels: Tensor
-) -> Callable[[Memory], Tensor]:
-    """batch x tokens: cross-entropy of each answer token, 0 elsewhere."""
-
-    def loss(memory: Memory) -> Tensor:
-        logits = head(read(memory).hidden)
-        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-
-    return loss
-
-
-def streamed_loss_of(
-    attached: StreamedAttention,
-    episode: Episode,
-    policy: Policy,
-    carry: MemoryStep,
-    softness: Softness | None = None,
-    **settings: int,
-) -> Tensor:
-    """The loss of an episode by feeding and asking."""
-    batch = len(episode.chunks[0].modality)
-    stream = Stream(attached, policy, batch=batch, carry=carry, softness=softness, **settings)
-    asked = dict(episode.asked)
-    losses = []
-    for number, chunk in enumerate(episode.chunks, start=1):
-        stream.feed(chunk)
-        if number in asked:
-            prompt = asked[number]
-            loss = loss_of(stream.reader(prompt), head_of(attached.text_model), prompt.labels)
-            losses.append(stream.read(loss))
-    answers = sum((prompt.labels != IGNORED).sum(dim=1) for prompt in asked.values())
-    return (torch.cat(losses, dim=1).sum(dim=1) / answers).mean()
-
-
-def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Embeddings as output weights."""
-    return lambda hidden: hidden @ model.get_input_embeddings().weight.T
-
-
-def gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    """Of all trainable parameters, in one row."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.cat([part.reshape(-1).double() for part in torch.autograd.grad(loss, learning)])
-
-
-def assert_same_gradient(got: Tensor, expected: Tensor, relative: float) -> None:
-    cosine = float(F.cosine_similarity(got, expected, dim=0))
-    error = float((got - expected).norm() / expected.norm())
-    assert cosine >= 0.99999, f"cosine {cosine}"
-    assert error <= relative, f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -193,18 +99,6 @@ def test_scores_without_gradient_leave_the_gradient_of_hard_selection() -> None:
         )
 
 
-def test_attention_mass_passes_gradient_where_it_is_asked_to() -> None:
-    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    parts = (Softness(temperature=0.1), Softness(temperature=0.1, gradient="both"))
-    with attach(model) as attached:
-        first, second = (
-            gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient(), part), model)
-            for part in parts
-        )
-    assert bool(second.isfinite().all())
-    assert float((first - second).norm() / first.norm()) > 1e-6
-
-
 def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
     """So the equalities above would notice a graph that is cut."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
@@ -214,14 +108,6 @@ def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
             for carry in (FullGradient(), CutOff())
         )
     assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
-
-
-WAYS = {
-    "recomputed": FullGradient(),
-    "offloaded": FullGradient(offload=True),
-    "kept": FullGradient(recompute=False),
-    "kept, offloaded": FullGradient(recompute=False, offload=True),
-}
 
 
 @pytest.mark.slow
@@ -259,9 +145,6 @@ def test_gradient_passes_through_positions_that_move_up() -> None:
     assert not torch.allclose(found[1], found[2], rtol=1e-3)  # they did move
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd saves outside of recomputed chunks, every storage once, weights left out."""
 
@@ -291,7 +174,7 @@ def long_episode(count: int) -> Episode:
         places = torch.arange(24 * number, 24 * number + 24).expand(1, 3, 24).contiguous()
         embeddings = torch.randn(1, 24, 64, generator=generator)
         chunks.append(Chunk(embeddings=embeddings, positions=places, modality=kinds[None]))
-    return Episode(chunks=chunks, asked=[(number, prompt_of(number)) for number in range(1, count + 1)])
+    return Episode(chunks=chunks, asked=[(number, labelled_prompt(number)) for number in range(1, count + 1)])
 
 
 SLOTS = ((4, 8), (2, 20), (6, 6), (1, 10))
@@ -339,9 +222,6 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
         streamed_loss_of(attached, episode, policy, noting, softness=Softness(temperature=0.5))
     assert len(noting.bytes) == 6
     assert moved.bytes == sum(noting.bytes) + stream.memory.bytes
-
-
-# --------------------------------------------------------------------------------------------- softened selection alone
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -403,9 +283,6 @@ def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: LayerS
     assert not got[0][~competing].any()
 
 
-# ------------------------------------------------------------------------------------ the loss that the trainer streams
-
-
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
     """A random thinker in float64 whose text model has a trained-looking adapter."""
@@ -420,47 +297,6 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
             nn.init.normal_(parameter, std=0.2, generator=generator)
     loaded.model.double()
     return loaded
-
-
-def opened(number: int, times: Sequence[float | None], answers: Sequence[str], seconds: int = 16) -> EncodedSample:
-    """A stream of random encodings, 4 visual and 2 audio tokens every 2 s, with a question at each time."""
-    generator = torch.Generator().manual_seed(number)
-    segments = [
-        Encoded(
-            visual=torch.randn(1, 4, 32, generator=generator, dtype=torch.float64),
-            audio=torch.randn(1, 2, 32, generator=generator, dtype=torch.float64),
-            grid=(1, 2, 2),
-            start=float(start),
-            seconds=2.0,
-            seconds_per_grid=2.0,
-        )
-        for start in range(0, seconds, 2)
-    ]
-    messages = []
-    for time, answer in zip(times, answers, strict=True):
-        messages.append(Message(role="user", content=f"what colour was the {answer} ?", at=time))
-        messages.append(Message(role="assistant", content=answer))
-    sample = Sample(id=str(number), video=Path("x.mp4"), audio=None, messages=tuple(messages))
-    return EncodedSample(
-        sample=sample, segments=segments, tracks="both", heard=MediaStats(frames=seconds, audio_seconds=float(seconds))
-    )
-
-
-def policy_at(slots: int | None) -> Policy:
-    return PerturbationOptions().build(None if slots is None else SplitBudget(visual_audio_ratio=2.0).build(2, slots))
-
-
-@torch.no_grad()
-def episode_from(attached: StreamedAttention, feeder: Feeder, batch: Sequence[EncodedSample]) -> Episode:
-    """What the trainer streams, as chunks and prompts."""
-    chunks, asked = list(feeder.chunks(batch)), []
-    stream = Stream(attached, policy_at(None), batch=len(batch))
-    for due in feed_until_due(stream, chunks, batch[0].moments):
-        numbers = batch[0].asked(due)
-        questions = [[one.sample.questions[number] for number in numbers] for one in batch]
-        turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
-        asked.append((stream.usage.chunks, feeder.prompt(turns, "both")))
-    return Episode(chunks=chunks, asked=asked)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.3])
@@ -506,21 +342,6 @@ def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -
     plain = mean_answer_loss(backbone.head(hidden[:, -labels.shape[1] :]), labels)
     torch.testing.assert_close(outcome.loss, plain.float(), rtol=1e-6, atol=0)
     assert_same_gradient(got, gradient(plain, backbone.model), 1e-6)
-
-
-def test_a_stream_counts_the_same_alone_and_in_a_batch(backbone: Qwen25Omni) -> None:
-    """However many answers it has: so batches, accumulated steps and ranks mean the same."""
-    feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
-    streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
-    with attach(backbone.text_model) as attached:
-        losses = [
-            streamed_loss(
-                attached, feeder, batch, policy_at(6), softness=Softness(temperature=0.3), carry=FullGradient()
-            ).loss
-            for batch in (streams, streams[:1], streams[1:])
-        ]
-    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-6, atol=0)
-    assert abs(float((losses[1] - losses[2]).detach())) > 1e-3
 
 
 def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.episodes import Episode, KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
-from test_gradient_full import (
-    WAYS,
+from support.gradients import (
+    HELD,
     adapted,
     assert_same_gradient,
     episode_of,
@@ -15,7 +15,7 @@ from test_gradient_full import (
     head_of,
     streamed_loss_of,
 )
-from test_stream import policy_of
+from support.streams import policy_of
 from torch import Tensor
 
 from omnimem.memory import Memory
@@ -24,8 +24,6 @@ from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.chunk_pass import ChunkStep, DirectStep, MemoryStep
 from omnimem.tuning import FullGradient, HorizonGradient
-
-HELD = {**{name: (way, False) for name, way in WAYS.items()}, "recomputed by layer": (FullGradient(), True)}
 
 
 def cut_gradient(

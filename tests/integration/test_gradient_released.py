@@ -7,11 +7,10 @@ import pytest
 import torch
 from support import reference
 from support.episodes import Episode
+from support.gradients import HELD, adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
 from support.models import FAMILIES
 from support.released_reference import SlowRelease
-from test_gradient_full import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
-from test_gradient_horizon import HELD
-from test_stream import UNEQUAL, policy_of
+from support.streams import UNEQUAL, policy_of
 from torch import Tensor, nn
 
 from omnimem.policies.base import Policy

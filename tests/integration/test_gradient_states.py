@@ -6,8 +6,8 @@ from typing import final
 import pytest
 import torch
 from support.episodes import CutOff, Episode, KeptByChunk, OneShot, one_shot_loss
-from support.models import FAMILIES
-from test_gradient_full import (
+from support.gradients import (
+    HELD,
     adapted,
     assert_same_gradient,
     episode_of,
@@ -16,8 +16,8 @@ from test_gradient_full import (
     loss_of,
     streamed_loss_of,
 )
-from test_gradient_horizon import HELD
-from test_stream import policy_of
+from support.models import FAMILIES
+from support.streams import policy_of
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel

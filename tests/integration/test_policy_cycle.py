@@ -8,8 +8,8 @@ from support import reference_cycle as cycle
 from support import reference_policies as loops
 from support.grid_streams import DIM, chunks_of, evictable, row_of, view_after
 from support.models import text_model
+from support.policy_streams import cut, opened, whole_stream
 from support.reference import AUDIO, VISUAL, best
-from test_baselines import cut, opened, whole_stream
 from torch import Tensor
 
 from omnimem.budget import Budget

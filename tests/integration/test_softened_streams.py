@@ -7,9 +7,9 @@ import pytest
 import torch
 from support import reference
 from support.episodes import KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
+from support.gradients import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
 from support.models import FAMILIES, assert_equal_logits, cut, text_model, whole_stream
-from test_gradient_full import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
-from test_stream import LENGTHS, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
+from support.streams import LENGTHS, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
 from torch import Tensor
 
 from omnimem.attention import blocked

@@ -7,60 +7,16 @@ import pytest
 import torch
 from support import reference
 from support.models import assert_equal_logits, cut, text_model, whole_stream
+from support.streams import LENGTHS, POLICIES, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
 from torch import Tensor, nn
 
 from omnimem.budget import Budget
-from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
+from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.base import Policy
-from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention, attach
-from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, DeepStack, Modality
 from omnimem.view import LayerView
-
-LENGTHS = [20, 31, 1, 15, 29]  # of 96 tokens: 3 of text, then 4 visual, 1 audio and 1 of text over and over
-UNEQUAL = ((1, 1), (3, 20), (9, 4), (2, 7))  # audio, visual slots of the four layers
-POLICIES = ("distinct", "omnimem", "paper", "released", "random", "recency", "uniform")
-
-
-def policy_of(name: str, slots: Sequence[tuple[int, int]] = UNEQUAL, *, split: bool = True) -> Policy:
-    """A policy by name at a budget."""
-    budget = Budget(slots=tuple(slots), split=split)
-    if name in ("random", "recency", "uniform"):
-        return ControlOptions(name=name).build(budget)
-    return DistinctOptions().build(budget) if name == "distinct" else PerturbationOptions(name=name).build(budget)
-
-
-def levels_of(family: str) -> int:
-    return 2 if family.startswith("qwen3") else 0
-
-
-def fed(attached: StreamedAttention, policy: Policy, chunks: Sequence[Chunk], **options: object) -> Stream:
-    """A stream that was fed these chunks."""
-    stream = Stream(attached, policy, batch=len(chunks[0].modality), **options)
-    for chunk in chunks:
-        stream.feed(chunk)
-    return stream
-
-
-def prompt_of(rows: Sequence[Sequence[Sequence[int]]]) -> Prompt:
-    """Packed questions: for each stream, for each question its token ids; shorter rows are padded."""
-    width = max(sum(len(question) for question in row) for row in rows)
-    packed = []
-    for row in rows:
-        ids = [number for question in row for number in question]
-        segments = [n for n, question in enumerate(row) for _ in question]
-        offsets = [place for question in row for place in range(len(question))]
-        fill = width - len(ids)
-        packed.append([ids + [0] * fill, segments + [PADDING] * fill, offsets + [0] * fill])
-    ids, segments, offsets = torch.tensor(packed).unbind(1)
-    return Prompt(ids=ids, segments=segments, offsets=offsets)
-
-
-def orders(stream: Stream) -> list[list[list[int]]]:
-    """Arrival numbers kept, [layer][stream]."""
-    return [layer.order.tolist() for layer in stream.memory.layers]
 
 
 class Masked:
@@ -323,35 +279,6 @@ def test_a_batch_of_three_equals_each_stream_alone(family: str) -> None:
     assert orders(together)[1][0] != orders(together)[1][1]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.05])
-def test_softened_selection_streams_what_hard_selection_streams(temperature: float) -> None:
-    chunks = cut(whole_stream(batch=2), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        hard = fed(attached, policy_of("omnimem"), chunks)
-        soft = fed(attached, policy_of("omnimem"), chunks, softness=Softness(temperature=temperature))
-        assert orders(hard) == orders(soft)
-        prompt = prompt_of([[[5, 6], [7]]] * 2)
-        assert_equal_logits(soft.ask(prompt).hidden, hard.ask(prompt).hidden)
-
-
-@pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(preset: str) -> None:
-    model = text_model("qwen2_5_omni").to(torch.bfloat16)
-    whole = whole_stream()
-    still = whole.embeddings[:, :1].expand_as(whole.embeddings)  # one token over and over, at other positions
-    for embeddings in (whole.embeddings, still):
-        chunks = cut(replace(whole, embeddings=embeddings.to(torch.bfloat16)), LENGTHS)
-        with attach(model) as attached, torch.no_grad():
-            stream = fed(attached, policy_of(preset), chunks)
-            hidden = stream.ask(prompt_of([[[5, 6], [7]]])).hidden
-        assert hidden.dtype == torch.bfloat16
-        assert bool(hidden.isfinite().all())
-        for tokens in stream.memory.layers:
-            assert all(bool(tensor.isfinite().all()) for tensor in tokens.tensors())
-            assert tokens.keys.dtype == torch.bfloat16
-            assert tokens.importance.dtype == tokens.novelty.dtype == torch.float32
-
-
 def test_usage_counts_entries_and_bytes_as_counted_by_hand() -> None:
     """Chunks of 20 and 31 of [0 0 0 2 2 2 2 1 0 2 2 2 2 1 0 ...]: 5 + 6 text, 3 + 5 audio, 12 + 20 visual tokens."""
     slots = ((1, 1), (3, 20), (9, 4), (2, 7))
@@ -376,12 +303,6 @@ def test_usage_counts_entries_and_bytes_as_counted_by_hand() -> None:
         assert stream.usage.bytes == (46 + 4 * 11) * token
         assert stream.usage.chunks == 2
         assert stream.fed == 51
-
-
-def test_a_batch_counts_per_stream() -> None:
-    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        one, three = (fed(attached, policy_of("omnimem"), cut(whole_stream(batch=b), LENGTHS)).usage for b in (1, 3))
-    assert one == three
 
 
 def smooth_stream() -> Chunk:

@@ -14,7 +14,6 @@ from support.reference_policies import Row
 SCALE = 0.4
 DIM = 6
 ROWS, COLUMNS = 2, 3  # of a frame
-STEP = (2,) * (ROWS * COLUMNS) + (1, 1)  # a frame, then two tokens of sound
 OPENING = 3  # tokens of text at the start; one more stands after every second step
 
 

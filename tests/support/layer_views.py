@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from omnimem.policies.base import Policy
+from omnimem.selection import Softness
 from omnimem.tokens import Tokens
 from omnimem.view import LayerView, Measures, ScoreGradient
 
@@ -87,3 +89,17 @@ def view_of(
 def with_states(arrival: Arrival, states: Tensor) -> Arrival:
     """The same chunk with other states entering the layer."""
     return replace(arrival, states=states)
+
+
+LENGTHS = [18, 7, 25, 1, 30, 12]
+
+
+def run(policy: Policy, chunks, softness: Softness | None = None):
+    """The memory of layer 0 after each chunk."""
+    memory, fed, after = None, 0, []
+    for chunk in chunks:
+        view = view_of(chunk, policy.measures, memory, fed)
+        memory = policy.keep(0, view, softness)
+        fed += view.new
+        after.append(memory)
+    return after

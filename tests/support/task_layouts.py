@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
+from support.paths import RECORDED
 
 COLOURS = ("Red.", "Green.", "Blue.", "Yellow.")
 LETTERED = [f"{letter}. {colour}" for letter, colour in zip("ABCD", COLOURS, strict=True)]
@@ -190,3 +191,8 @@ def own(root: Path) -> Path:
     put(root / "films" / "a.mp4")
     put(root / "b.mp4")
     return root
+
+
+LMMS_VIDEO_MME = RECORDED / "lmms_eval_samples_videomme.jsonl"
+LMMS_LVBENCH = RECORDED / "lmms_eval_samples_lvbench.jsonl"
+VLMEVALKIT = RECORDED / "vlmevalkit_Video-MME_score.tsv"

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from omnimem.data import (
-    DataOptions,
     Failure,
     Failures,
     ManifestError,
-    Message,
-    Sample,
     TooManyFailures,
     read_manifest,
 )
@@ -40,7 +37,7 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(manifest: Path) -> None:
+def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(manifest) -> None:
     line = {
         **{"id": "a", "video": "videos/a.mp4", "audio": "a.wav", "start": 2, "end": 60.5},
         "messages": [
@@ -67,18 +64,12 @@ def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(mani
     )
 
 
-def test_what_is_left_out_has_its_default(manifest: Path) -> None:
-    (sample,) = read_manifest(written(manifest, GOOD))
-    assert (sample.audio, sample.start, sample.end, sample.system, sample.meta) == (None, 0.0, None, None, {})
-    assert [(question.loss, question.kind) for question in sample.questions] == [(True, "")]
-
-
-def test_blank_lines_count_but_hold_nothing(manifest: Path) -> None:
+def test_blank_lines_count_but_hold_nothing(manifest) -> None:
     samples = read_manifest(written(manifest, GOOD, b"", {**GOOD, "id": "b"}, b"  "))
     assert [sample.origin for sample in samples] == [f"{manifest}:1", f"{manifest}:3"]
 
 
-def test_all_problems_of_all_lines_are_named_at_once_with_file_and_row(manifest: Path) -> None:
+def test_all_problems_of_all_lines_are_named_at_once_with_file_and_row(manifest) -> None:
     problems = problems_of(manifest, GOOD, {**GOOD, "id": "", "end": -1}, b"{", {**GOOD, "id": "c", "video": 3})
     assert [problem.split(";")[0] for problem in problems] == [
         '2 id: expected a name, got ""',
@@ -98,32 +89,23 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"seed": 4}, "1 seed: unknown key; put it under meta"),
         ({"video": None}, "1 video: neither video nor audio is given"),
         ({"video": "../a.mp4"}, "1 video: ../a.mp4 is outside the folder"),
-        ({"video": "x/../../a.mp4"}, "1 video: x/../../a.mp4 is outside the folder"),
         ({"audio": "/srv/a.wav"}, "1 audio: /srv/a.wav is outside the folder"),
         ({"start": True}, "1 start: expected seconds"),
-        ({"end": float("nan")}, "1 end: expected seconds"),
         ({"start": 5, "end": 5}, "1 end: 5.0 is not after start = 5.0"),
-        ({"meta": []}, "1 meta: expected an object, got []"),
         ({"meta": {"kinds": ["visual", "visual"]}}, "1 meta.kinds: expected one word per question (1)"),
-        ({"messages": []}, "1 messages: expected a list of messages"),
-        ({"messages": ["what ?"]}, "1 messages[0]: expected an object"),
         (
             {"messages": [{"role": "human", "content": "?"}]},
             "1 messages[0].role: expected system, user, assistant, got",
         ),
         ({"messages": [{"role": "user", "content": " "}]}, "1 messages[0].content: expected text"),
-        ({"messages": [{"role": "user", "content": "?", "when": 3}]}, "1 messages[0].when: unknown key; remove it"),
         ({"messages": [ASK[0], {**ASK[1], "loss": 1}]}, "1 messages[1].loss: expected true or false, got 1"),
         ({"messages": [ASK[0], {**ASK[1], "at": 3}]}, "1 messages[1].at: only a user message has a time"),
         ({"messages": [{**ASK[0], "at": 70}], "end": 60}, "1 messages[0].at: 70.0 is outside the stream (0.0, 60.0]"),
-        ({"messages": [{**ASK[0], "at": 0}]}, "1 messages[0].at: 0.0 is outside the stream"),
         ({"messages": ASK[1:]}, "1 messages[0].role: an answer without a question"),
-        ({"messages": [*ASK, ASK[1]]}, "1 messages[2].role: an answer without a question"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}]}, "1 messages[2].role: a system message must be"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "1 messages: there is no question"),
     ],
 )
-def test_a_wrong_value_is_named_by_its_key(manifest: Path, change: dict[str, Any], expected: str) -> None:
+def test_a_wrong_value_is_named_by_its_key(manifest, change, expected) -> None:
     problems = problems_of(manifest, {**GOOD, **change})
     assert problems[0].startswith(expected)
 
@@ -131,30 +113,25 @@ def test_a_wrong_value_is_named_by_its_key(manifest: Path, change: dict[str, Any
 @pytest.mark.parametrize(
     ("line", "expected"), [(b"[1]", "1: expected an object, got [1]"), (b'{"id": "\xff"}', "1: is not UTF-8")]
 )
-def test_a_line_that_is_no_object_is_named(manifest: Path, line: bytes, expected: str) -> None:
+def test_a_line_that_is_no_object_is_named(manifest, line, expected) -> None:
     assert problems_of(manifest, line)[0].startswith(expected)
 
 
-def test_two_samples_never_share_an_id(manifest: Path) -> None:
+def test_two_samples_never_share_an_id(manifest) -> None:
     assert problems_of(manifest, GOOD, b"", GOOD) == ["3 id: 'a' is already used in line 1; rename one"]
 
 
-def test_paths_leave_the_folder_only_when_allowed(manifest: Path) -> None:
+def test_paths_leave_the_folder_only_when_allowed(manifest) -> None:
     outside = [ABSOLUTE, {**GOOD, "id": "b", "video": "../b.mp4"}]
     absolute, relative = read_manifest(written(manifest, *outside), allow_absolute=True)
     assert absolute.video == Path("/srv/a.mp4")
     assert relative.video == manifest.parent / "../b.mp4"
 
 
-def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest: Path) -> None:
+def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest) -> None:
     with pytest.raises(ManifestError, match=r"create it with `python data_prep/synthesize\.py --out .*convert\.py"):
         read_manifest(manifest)
     assert problems_of(manifest, b"") == [" holds no samples; create it again"]
-
-
-def test_a_sample_may_be_built_by_hand() -> None:
-    sample = Sample(id="a", video=Path("a.mp4"), audio=None, messages=(Message(role="user", content="what ?"),))
-    assert [question.text for question in sample.questions] == ["what ?"]
 
 
 def test_the_run_stops_at_the_first_failure_above_the_allowed_share() -> None:
@@ -173,9 +150,3 @@ def test_no_failure_passes_when_none_is_allowed_and_every_one_when_all_are() -> 
     with pytest.raises(TooManyFailures, match="1 of 1000 samples failed"):
         Failures(samples=1000, max_failures=0.0).add(Failure(id="a", reason="missing"))
     assert Failures(samples=1, max_failures=1.0).add(Failure(id="a", reason="missing")).reasons == {"missing": 1}
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"max_failures must be between 0 and 1"):
-        DataOptions(max_failures=share)

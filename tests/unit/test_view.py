@@ -30,7 +30,7 @@ def remembered(first: Arrival) -> Tokens:
 
 
 @pytest.mark.parametrize(("of", "ends"), list(itertools.product(OF, ENDS)))
-def test_similarity_equals_plain_loops(of: str, ends: str) -> None:
+def test_similarity_equals_plain_loops(of, ends) -> None:
     for count in (1, 2, 3, 26):
         (arrival,) = arrivals([count], batch=2)
         got = similarity(arrival.states, arrival.modality, Measures(of=of, ends=ends))
@@ -53,7 +53,7 @@ def test_a_token_without_any_neighbour_is_not_redundant() -> None:
 
 @pytest.mark.parametrize("heads", ["probabilities", "logits"])
 @pytest.mark.parametrize("carry", ["sum", "halve"])
-def test_importance_equals_plain_loops(heads: str, carry: str) -> None:
+def test_importance_equals_plain_loops(heads, carry) -> None:
     first, second = arrivals([11, 8], batch=2)
     memory = remembered(first)
     view = view_of(second, Measures(heads=heads, carry=carry), memory, fed=11)
@@ -68,7 +68,7 @@ def test_importance_equals_plain_loops(heads: str, carry: str) -> None:
 
 
 @pytest.mark.parametrize("of", OF)
-def test_novelty_is_judged_in_the_pool_or_once_at_arrival(of: str) -> None:
+def test_novelty_is_judged_in_the_pool_or_once_at_arrival(of) -> None:
     first, second = arrivals([11, 8], batch=2)
     memory = remembered(first)
     pooled = view_of(second, Measures(neighbours="pool", of=of), memory, fed=11)
@@ -87,7 +87,7 @@ def test_novelty_is_judged_in_the_pool_or_once_at_arrival(of: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("neighbours", ["pool", "arrival"])
 @pytest.mark.parametrize(("of", "ends"), list(itertools.product(OF, ENDS)))
-def test_exact_duplicates_are_clamped_never_nan(dtype: torch.dtype, neighbours: str, of: str, ends: str) -> None:
+def test_exact_duplicates_are_clamped_never_nan(dtype, neighbours, of, ends) -> None:
     (arrival,) = arrivals([40], width=24)
     copies = arrival.states[:, :1].expand(-1, 40, -1).to(dtype)
     view = view_of(with_states(arrival, copies), Measures(neighbours=neighbours, of=of, ends=ends))
@@ -116,7 +116,7 @@ def test_states_of_zero_are_judged_without_nan_and_without_gradient_of_infinity(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_copy_s_gradient_is_finite_under_powers_below_one(dtype: torch.dtype) -> None:
+def test_a_copy_s_gradient_is_finite_under_powers_below_one(dtype) -> None:
     (arrival,) = arrivals([9])
     states = arrival.states[:, :1].expand(-1, 9, -1).to(dtype).clone().requires_grad_()
     (gradient,) = torch.autograd.grad((view_of(with_states(arrival, states)).novelty ** 0.5).sum(), states)
@@ -124,7 +124,7 @@ def test_a_copy_s_gradient_is_finite_under_powers_below_one(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("asked", ["redundancy", "both", "none"])
-def test_gradient_flows_through_the_parts_of_the_score_that_are_asked_for(asked: str) -> None:
+def test_gradient_flows_through_the_parts_of_the_score_that_are_asked_for(asked) -> None:
     (arrival,) = arrivals([12])
     leaves = replace(
         arrival, queries=arrival.queries.clone().requires_grad_(), states=arrival.states.clone().requires_grad_()

@@ -56,7 +56,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 @pytest.mark.parametrize(("heads", "kv_heads"), GROUPS)
 @pytest.mark.parametrize("gated", [False, True])
-def test_output_equals_plain_loops(block: int, heads: int, kv_heads: int, gated: bool) -> None:
+def test_output_equals_plain_loops(block, heads, kv_heads, gated) -> None:
     for count, total in SIZES:
         queries, keys, values, drawn_gate = drawn(heads, kv_heads, count, total)
         gate = drawn_gate if gated else None
@@ -67,7 +67,7 @@ def test_output_equals_plain_loops(block: int, heads: int, kv_heads: int, gated:
 @pytest.mark.parametrize("heads", ["probabilities", "logits"])
 @pytest.mark.parametrize(("query_heads", "kv_heads"), GROUPS)
 @pytest.mark.parametrize("gated", [False, True])
-def test_mass_equals_plain_loops(block: int, heads: str, query_heads: int, kv_heads: int, gated: bool) -> None:
+def test_mass_equals_plain_loops(block, heads, query_heads, kv_heads, gated) -> None:
     for count, total in SIZES:
         queries, keys, _, drawn_gate = drawn(query_heads, kv_heads, count, total)
         gate = drawn_gate if gated else None
@@ -94,7 +94,7 @@ def test_the_package_s_own_reference_equals_the_plain_loops() -> None:
 
 
 @pytest.mark.parametrize("heads", ["probabilities", "logits"])
-def test_mass_sums_to_the_number_of_queries(block: int, heads: str) -> None:
+def test_mass_sums_to_the_number_of_queries(block, heads) -> None:
     for count, total in (*SIZES, (300, 700)):
         queries, keys, _, gate = drawn(4, 2, count, total)
         received = mass(queries, keys, scale=SCALE, gate=gate, heads=heads).double().sum(dim=1)
@@ -109,7 +109,7 @@ def test_averaging_logits_and_averaging_probabilities_are_different_measures() -
     torch.testing.assert_close(alone, again)  # with one head they are the same
 
 
-def test_gradients_of_everything_equal_autograd_of_a_plain_softmax(block: int) -> None:
+def test_gradients_of_everything_equal_autograd_of_a_plain_softmax(block) -> None:
     inputs = drawn(4, 2, 16, 23)
     cotangent = torch.randn(2, 4, 16, 6, generator=torch.Generator().manual_seed(3))
 
@@ -124,7 +124,7 @@ def test_gradients_of_everything_equal_autograd_of_a_plain_softmax(block: int) -
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_gradient_of_mass_equals_autograd_of_a_plain_softmax(block: int) -> None:
+def test_the_gradient_of_mass_equals_autograd_of_a_plain_softmax(block) -> None:
     queries, keys, values, gate = drawn(4, 2, 16, 23)
     weight = torch.randn(2, 23, generator=torch.Generator().manual_seed(3))
 
@@ -140,7 +140,7 @@ def test_the_gradient_of_mass_equals_autograd_of_a_plain_softmax(block: int) -> 
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_gate_of_log_two_counts_a_key_twice(block: int) -> None:
+def test_a_gate_of_log_two_counts_a_key_twice(block) -> None:
     queries, keys, values, _ = drawn(4, 2, 7, 20)
     gate = torch.zeros(2, 20)
     gate[:, 4] = math.log(2)
@@ -149,7 +149,7 @@ def test_a_gate_of_log_two_counts_a_key_twice(block: int) -> None:
     torch.testing.assert_close(got, attend(queries, *twice, scale=SCALE), rtol=0, atol=2e-6)
 
 
-def test_what_a_later_key_holds_never_reaches_an_earlier_query(block: int) -> None:
+def test_what_a_later_key_holds_never_reaches_an_earlier_query(block) -> None:
     queries, keys, values, gate = drawn(4, 2, 16, 23)
     louder = [t.clone() for t in (keys, values, gate)]
     louder[0][:, :, -3:] += 50
@@ -161,7 +161,7 @@ def test_what_a_later_key_holds_never_reaches_an_earlier_query(block: int) -> No
     assert not torch.equal(before[:, :, -3:], after[:, :, -3:])
 
 
-def test_packed_questions_equal_each_one_alone(block: int) -> None:
+def test_packed_questions_equal_each_one_alone(block) -> None:
     """Nine memory keys, then three questions of 4, 1 and 6 tokens; the second stream has two and five paddings."""
     lengths = [[4, 1, 6], [4, 2]]
     queries, keys, values, gate = drawn(4, 2, 11, 20)
@@ -201,7 +201,7 @@ def test_a_question_s_continuation_sees_the_memory_and_its_own_past_only() -> No
         torch.testing.assert_close(packed[:, :, [query]], alone, rtol=0, atol=2e-6)
 
 
-def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block: int) -> None:
+def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block) -> None:
     queries, keys, values, gate = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
     output = attend(queries, keys, values, scale=SCALE, gate=gate.float())
     exact = [t.float() for t in (queries, keys, values)]
@@ -210,12 +210,6 @@ def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block: int) -> N
     received = mass(queries, keys, scale=SCALE, gate=gate)
     assert received.dtype == torch.float32
     assert torch.equal(received, mass(exact[0], exact[1], scale=SCALE, gate=gate.float()))
-
-
-def test_a_gate_of_zero_leaves_bfloat16_attention_as_it_is(block: int) -> None:
-    queries, keys, values, _ = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
-    gated = attend(queries, keys, values, scale=SCALE, gate=torch.zeros(2, 23))
-    torch.testing.assert_close(gated, attend(queries, keys, values, scale=SCALE), rtol=0.01, atol=0.01)
 
 
 def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> None:
@@ -232,9 +226,6 @@ def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> Non
         torch.testing.assert_close((moved - output).norm(dim=-1), share / (1 - share) * distance, rtol=1e-9, atol=1e-12)
 
 
-# --- the kernels of a GPU, run by Triton's interpreter
-
-
 @pytest.fixture(scope="module")
 def fused() -> ModuleType:
     """The kernels, where Triton can be had; read past the hook that checks shapes, whose decorators are no kernels."""
@@ -249,7 +240,7 @@ def fused() -> ModuleType:
 
 @pytest.mark.parametrize(("count", "total"), [(1, 1), (1, 40), (37, 37), (33, 90), (70, 71)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_kernels_mass_is_that_of_the_blocks(fused: ModuleType, count: int, total: int, gated: bool) -> None:
+def test_the_kernels_mass_is_that_of_the_blocks(fused, count, total, gated) -> None:
     """Sizes below, at and beyond the borders of the kernels' blocks of queries (32) and keys (32)."""
     queries, keys, _, gate = drawn(4, 2, count, total)
     found = fused.mass(queries, keys, scale=SCALE, gate=gate if gated else None)
@@ -258,7 +249,7 @@ def test_the_kernels_mass_is_that_of_the_blocks(fused: ModuleType, count: int, t
     assert found.dtype == torch.float32
 
 
-def test_the_kernels_take_heads_of_any_width_and_half_precision(fused: ModuleType) -> None:
+def test_the_kernels_take_heads_of_any_width_and_half_precision(fused) -> None:
     queries, keys = (torch.randn(1, heads, 40, 24, generator=torch.Generator().manual_seed(1)) for heads in (2, 1))
     found = fused.mass(queries.half(), keys.half(), scale=SCALE)
     torch.testing.assert_close(found, mass(queries.half(), keys.half(), scale=SCALE), rtol=2e-6, atol=2e-6)

@@ -11,7 +11,7 @@ from support.models import assert_equal_logits
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import Encoded, ModelOptions, Qwen25Omni, Turn, collate
+from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, collate
 from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions
@@ -70,7 +70,7 @@ def stream_ids(backbone: Qwen25Omni, chunks: Iterable[Tensor], tracks: str) -> T
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["3B-like", "7B-like"])
-def test_a_checkpoint_in_the_hub_layout_loads_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+def test_a_checkpoint_in_the_hub_layout_loads_bit_for_bit(tmp_path, tied) -> None:
     plain = load(write_folder(tmp_path / "plain", tied=tied))
     hub = load(write_folder(tmp_path / "hub", tied=tied, hub=True))
     assert not (tmp_path / "hub" / "model.safetensors").exists()
@@ -82,7 +82,7 @@ def test_a_checkpoint_in_the_hub_layout_loads_bit_for_bit(tmp_path: Path, tied: 
     assert load_file(next((tmp_path / "hub").glob("*.safetensors"))).keys()
 
 
-def test_a_folder_without_preprocessor_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_without_preprocessor_is_refused_by_name(tmp_path) -> None:
     folder = write_folder(tmp_path / "m")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match="preprocessor_config"):
@@ -92,9 +92,7 @@ def test_a_folder_without_preprocessor_is_refused_by_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize("rates", ["real", "tiny"])
 @pytest.mark.parametrize("tracks", ["both", "video", "audio"])
 @pytest.mark.parametrize(("seconds", "fps"), [(8.0, 1.0), (7.0, 1.0), (6.0, 2.0), (9.3, 1.0)])
-def test_positions_are_those_of_get_rope_index(
-    tmp_path: Path, rates: str, tracks: str, seconds: float, fps: float
-) -> None:
+def test_positions_are_those_of_get_rope_index(tmp_path, rates, tracks, seconds, fps) -> None:
     backbone = load(write_folder(tmp_path / "m", rates=rates))
     segments = media(backbone, seconds, fps=fps, tracks=tracks)
     encoded = list(backbone.encode(segments, fps=fps))
@@ -118,7 +116,7 @@ def test_positions_are_those_of_get_rope_index(
     assert torch.equal(ours[0], expected[:, 0].long())
 
 
-def test_sparse_frames_stay_in_the_order_of_time(tmp_path: Path) -> None:
+def test_sparse_frames_stay_in_the_order_of_time(tmp_path) -> None:
     backbone = load(write_folder(tmp_path / "m", rates="tiny"))
     encoded = list(backbone.encode(media(backbone, 12.0, fps=0.5), fps=0.5))
     chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=1000))[1:]
@@ -129,7 +127,7 @@ def test_sparse_frames_stay_in_the_order_of_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [6.0, 7.0, 9.3])
-def test_segments_encoded_alone_equal_the_whole(tmp_path: Path, seconds: float) -> None:
+def test_segments_encoded_alone_equal_the_whole(tmp_path, seconds) -> None:
     backbone = load(write_folder(tmp_path / "m"))
     segments = media(backbone, seconds)
     whole, alone = list(backbone.encode(segments, fps=1.0)), list(backbone.encode(segments, fps=1.0, together=1))
@@ -141,7 +139,7 @@ def test_segments_encoded_alone_equal_the_whole(tmp_path: Path, seconds: float) 
 
 
 @pytest.mark.parametrize("chunk_tokens", [60, 120, 10_000])
-def test_streamed_questions_equal_transformers_in_one_shot(tmp_path: Path, chunk_tokens: int) -> None:
+def test_streamed_questions_equal_transformers_in_one_shot(tmp_path, chunk_tokens) -> None:
     backbone = load(write_folder(tmp_path / "m"))
     segments = media(backbone, 8.0)
     encoded = list(backbone.encode(segments, fps=1.0))
@@ -191,7 +189,7 @@ def transformers_logits(backbone: Qwen25Omni, ids: Tensor, frames: Tensor, mel: 
     ).logits
 
 
-def test_chunks_hold_at_most_chunk_tokens_and_end_at_cuts(tmp_path: Path) -> None:
+def test_chunks_hold_at_most_chunk_tokens_and_end_at_cuts(tmp_path) -> None:
     backbone = load(write_folder(tmp_path / "m", rates="tiny"))
     encoded = list(backbone.encode(media(backbone, 12.0), fps=1.0))
     chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=14, cuts=[3.0, 8.0]))[1:]
@@ -203,7 +201,7 @@ def test_chunks_hold_at_most_chunk_tokens_and_end_at_cuts(tmp_path: Path) -> Non
         list(backbone.chunks(encoded, tracks="both", chunk_tokens=5))
 
 
-def test_streams_of_another_layout_do_not_share_a_batch(tmp_path: Path) -> None:
+def test_streams_of_another_layout_do_not_share_a_batch(tmp_path) -> None:
     backbone = load(write_folder(tmp_path / "m", rates="tiny"))
     long, short = (list(backbone.encode(media(backbone, seconds), fps=1.0)) for seconds in (6.0, 4.0))
     assert [s.visual.shape[0] for s in collate([long, long]) if s.visual is not None] == [2, 2, 2]
@@ -211,15 +209,8 @@ def test_streams_of_another_layout_do_not_share_a_batch(tmp_path: Path) -> None:
         list(collate([long, short]))
 
 
-def test_audio_token_count_is_the_towers_own(tmp_path: Path) -> None:
+def test_audio_token_count_is_the_towers_own(tmp_path) -> None:
     tower = load(write_folder(tmp_path / "m")).model.model.audio_tower
     for frames in [*range(1, 30), 199, 200, 201, 203, 999]:
         _, expected = tower._get_feat_extract_output_lengths(torch.tensor(frames))
         assert audio_tokens(frames) == max(0, int(expected))
-
-
-def test_encoded_counts_its_tokens() -> None:
-    encoded = Encoded(
-        visual=torch.zeros(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
-    )
-    assert encoded.count == 4

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from support import reference_budget as reference
 
 from omnimem.budget import (
-    UNLIMITED,
     AudioVisualBudget,
     Budget,
     BudgetError,
@@ -71,9 +70,6 @@ def apportionments(draw: st.DrawFn) -> tuple[list[float], int, list[int], list[i
     low = draw(st.lists(st.integers(0, 20), min_size=size, max_size=size))
     high = [a + draw(st.integers(0, 60)) for a in low]
     return weights, draw(st.integers(sum(low), sum(high))), low, high
-
-
-# shares
 
 
 @pytest.mark.parametrize("form", ["printed", "released"])
@@ -149,9 +145,6 @@ def test_a_modality_without_capacity_keeps_one_slot_a_layer() -> None:
     assert budget.total == 64
 
 
-# whole numbers
-
-
 @given(case=apportionments())
 @QUICK
 def test_apportionment_equals_the_slow_reference(case) -> None:
@@ -196,14 +189,6 @@ def test_without_bounds_every_part_is_within_one_slot_of_its_share(weights, tota
     counts = apportion(weights, total, [0] * len(weights), [total] * len(weights))
     for weight, count in zip(weights, counts, strict=True):
         assert abs(count - total * weight / math.fsum(weights)) < 1 + 1e-9
-
-
-def test_a_total_outside_the_bounds_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 slots are not between the 6 and 8"):
-        apportion([1.0, 1.0], 5, [3, 3], [4, 4])
-
-
-# budgets
 
 
 @given(rows=measured(), slots=st.integers(2, 20000), ratio=st.floats(0.2, 20.0), temperature=st.floats(0.05, 5.0))
@@ -256,22 +241,6 @@ def test_truncated_budgets_are_not_iso_budget_and_exact_ones_are() -> None:
     assert len(set(totals.values())) == 3
 
 
-def test_without_clip_truncation_loses_less_than_one_slot_a_part() -> None:
-    shares = signals_of().shares()
-    assert 0 < 8192 * 36 - sum(map(sum, shares.slots(8192, "truncated"))) < 2 * 36
-
-
-def test_every_layer_keeps_one_slot_of_both_where_the_softmax_would_leave_none() -> None:
-    table = signals_of(4).shares(layer_temperature=0.005).slots(8)
-    assert min(min(pair) for pair in table) == 1
-    assert sum(map(sum, table)) == 32
-
-
-def test_a_split_without_a_share_follows_the_ratio() -> None:
-    assert SplitBudget(visual_audio_ratio=2.0).build(3, 17).slots == ((6, 11),) * 3
-    assert SplitBudget(audio_share=0.5).build(2, 16).slots == ((8, 8),) * 2
-
-
 @given(layers=st.integers(1, 40), slots=st.integers(2, 9000), share=st.floats(0.01, 0.99))
 @example(layers=2, slots=3, share=0.5)
 @QUICK
@@ -280,38 +249,12 @@ def test_a_split_gives_every_layer_exactly_slots_per_layer(layers, slots, share)
     assert {sum(pair) for pair in budget.slots} == {slots}
 
 
-def test_a_shared_budget_is_one_pool_a_layer() -> None:
-    budget = SharedBudget().build(3, 5)
-    assert not budget.split
-    assert [sum(budget.layer(layer)) for layer in range(3)] == [5, 5, 5]
+MEASURED = AudioVisualBudget(clip=(0.5, 1.5)).build(36, 8192, signals_of())
 
 
-def test_the_full_memory_is_unlimited_in_every_layer() -> None:
-    budget = Budget.full(3)
-    assert budget.unlimited
-    assert budget.layer(2) == (UNLIMITED, UNLIMITED)
-    assert not SharedBudget().build(3, 5).unlimited
-
-
-def test_audio_visual_budgets_of_one_calibration_scale_to_any_size() -> None:
-    options = AudioVisualBudget(visual_audio_ratio=2.0, layer_temperature=1.0)
-    for slots in (8, 17, 8192):
-        assert options.build(36, slots, signals_of()).total == 36 * slots
-
-
-# files
-
-
-def test_our_file_holds_signals_shares_and_provenance_and_reads_back_equal(tmp_path) -> None:
-    budget = AudioVisualBudget(clip=(0.5, 1.5)).build(36, 8192, signals_of())
-    budget.write(tmp_path / "budget.json")
-    assert Budget.read(tmp_path / "budget.json") == budget
-    assert budget.signals is not None
-    assert budget.shares is not None
-    assert budget.shares.provenance["chunks"] == 40
-
-
-@pytest.mark.parametrize("budget", [Budget.full(3), SharedBudget().build(3, 7), SplitBudget(lend=False).build(3, 12)])
+@pytest.mark.parametrize(
+    "budget", [Budget.full(3), SharedBudget().build(3, 7), SplitBudget(lend=False).build(3, 12), MEASURED]
+)
 def test_every_kind_of_budget_reads_back_equal(budget, tmp_path) -> None:
     budget.write(tmp_path / "budget.json")
     assert Budget.read(tmp_path / "budget.json") == budget
@@ -346,17 +289,6 @@ def test_signals_of_a_file_are_allocated_again_by_this_configs_ratio(tmp_path) -
     assert again.slots == AudioVisualBudget(visual_audio_ratio=2.0).build(36, 64, signals_of()).slots
 
 
-def test_a_table_of_ours_without_signals_is_scaled(tmp_path) -> None:
-    SplitBudget(audio_share=0.25).build(4, 8).write(tmp_path / "budget.json")
-    assert AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16).slots == ((4, 12),) * 4
-
-
-def test_a_shared_budget_cannot_stand_for_an_audio_visual_table(tmp_path) -> None:
-    SharedBudget().build(4, 8).write(tmp_path / "budget.json")
-    with pytest.raises(BudgetError, match=r"holds no \[audio, visual\] shares; set budget: \{name: shared\}"):
-        AudioVisualBudget(table=str(tmp_path / "budget.json")).build(4, 16)
-
-
 def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
     with pytest.raises(BudgetError, match="write a shared or full budget in ours"):
         SharedBudget().build(3, 7).write(tmp_path / "budget.json", released=True)
@@ -369,11 +301,8 @@ def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
         ("{}", "no key 'format'"),
         ('{"format": "omnimem budget 9"}', "format is 'omnimem budget 9'"),
         ("[[1, 2, 3]]", r"layer 0 is \[1, 2, 3\], not two whole numbers"),
-        ("[[1.5, 2]]", "not two whole numbers"),
         ("[[0, 2]]", "layer 0 would keep 0 audio and 2 visual tokens"),
         ("[]", "holds no layers"),
-        ("[[0, 0]]", "layer 0 would keep 0 audio and 0 visual tokens"),
-        ("3", "not a budget"),
     ],
 )
 def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_path) -> None:
@@ -383,22 +312,12 @@ def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_pa
     assert str(caught.value).startswith(str(tmp_path / "budget.json"))
 
 
-def test_a_missing_file_names_the_command_that_makes_it(tmp_path) -> None:
-    with pytest.raises(BudgetError, match=r"No such file.*train/calibrate\.py"):
-        Budget.read(tmp_path / "budget.json")
-
-
-# refusals
-
-
 @pytest.mark.parametrize(
     ("options", "slots", "message"),
     [
         (SharedBudget(), 0, "slots_per_layer: 0 is too small, each layer needs one slot; set slots_per_layer to 1"),
         (SplitBudget(), 1, "slots_per_layer: 1 is too small.*set slots_per_layer to 2 or more.*name: shared"),
-        (AudioVisualBudget(), 1, "slots_per_layer: 1 is too small"),
         (AudioVisualBudget(clip=(0.9, 1.5)), 100, r"clip asks for 108 to 180 slots per layer.*widen budget\.clip"),
-        (AudioVisualBudget(clip=(0.5, 0.6)), 100, r"clip asks for 60 to 72 slots per layer"),
         (AudioVisualBudget(clip=(0.81, 0.82), visual_audio_ratio=5.0), 10, "no whole number of audio slots"),
         (AudioVisualBudget(rounding="truncated"), 4, "layer 1 would keep 0 audio.*raise slots_per_layer"),
     ],
@@ -412,14 +331,11 @@ def test_a_budget_that_cannot_be_given_is_refused_with_its_cure(options, slots, 
     ("make", "message"),
     [
         (lambda: SplitBudget(audio_share=1.0), "audio_share is 1.0; give a number between 0 and 1"),
-        (lambda: SplitBudget(visual_audio_ratio=0.0), "visual_audio_ratio is 0.0; give a number above 0"),
         (lambda: AudioVisualBudget(layer_temperature=0.0), "layer_temperature is 0.0"),
-        (lambda: AudioVisualBudget(visual_audio_ratio=math.nan), "visual_audio_ratio is nan"),
         (lambda: AudioVisualBudget(clip=(1.5, 0.5)), r"clip is \[1.5, 0.5\]; give \[lowest, highest\]"),
         (lambda: AudioVisualBudget().build(4, 16), "needs measured signals; run `python train/calibrate.py"),
         (lambda: AudioVisualBudget().build(5, 16, signals_of(4)), "measured on 4 layers, the model has 5"),
         (lambda: Readings(whole=(1.0,), audio=(1.0, 1.0), visual=(1.0,)), "list 1, 2 and 1 layers"),
-        (lambda: Readings(whole=(math.nan,), audio=(1.0,), visual=(1.0,)), "not finite"),
         (lambda: Shares(fractions=((0.5, 0.6),)), "sum to 1, got 1.1"),
     ],
 )

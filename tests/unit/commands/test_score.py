@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import task_layouts as layouts
-from test_predictions import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
+from support.task_layouts import LMMS_LVBENCH, LMMS_VIDEO_MME, VLMEVALKIT
 
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare, score
@@ -42,14 +42,6 @@ def test_the_same_predictions_give_the_number_of_the_tool_whose_rules_are_chosen
     official = scored(LMMS_VIDEO_MME, root, tmp_path / "official")
     assert (official["official"], official["strict"]) == (pytest.approx(4 / 7), pytest.approx(4 / 9))
     assert "9, of which 3 differ" in capsys.readouterr().out
-
-
-def test_the_summary_breaks_down_by_the_categories_of_the_benchmark(root: Path, tmp_path: Path) -> None:
-    entry = scored(LMMS_VIDEO_MME, root, tmp_path / "out", "--set", "rules=lmms_eval")
-    assert list(entry["categories"]["duration"]) == ["short", "medium", "long"]
-    assert entry["categories"]["duration"]["short"]["strict"] == 1
-    assert entry["categories"]["task_type"]["Counting Problem"]["n"] == 3
-    assert sum(numbers["n"] for numbers in entry["categories"]["domain"].values()) == 9
 
 
 def test_a_question_without_a_prediction_is_wrong_in_strict_and_left_out_of_official(tmp_path: Path) -> None:

@@ -1,60 +1,24 @@
 """Settings: strict, located, and every mistake told at once with its cure."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.configs import SMALL, TRAIN, loaded, problems
 
-from omnimem.budget import SharedBudget
-from omnimem.config import CONFIGS, ConfigError, RunConfig, dump, load, refuse_changes
-from omnimem.training.arguments import train_section
-
-TRAIN = train_section()
-SMALL = """\
-name: small
-model: {path: Qwen/Qwen2.5-Omni-7B}
-memory:
-  policy: {name: recency}
-  slots_per_layer: 64
-  budget: {name: shared}
-train: {learning_rate: 1e-5}
-"""
-
-
-def problems(tmp_path: Path, text: str = SMALL, overrides: Sequence[str] = ()) -> list[str]:
-    """The lines that `load` complains with, the path of the file cut off."""
-    file = tmp_path / "my.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError) as error:
-        load(file, overrides, train=TRAIN)
-    return [line.replace(f"{file}", "my.yaml") for line in error.value.problems]
-
-
-def loaded(tmp_path: Path, *overrides: str, text: str = SMALL) -> RunConfig:
-    file = tmp_path / "my.yaml"
-    file.write_text(text)
-    return load(file, overrides, train=TRAIN)
+from omnimem.config import CONFIGS, ConfigError, dump, load, refuse_changes
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name, tmp_path) -> None:
     run = load(name, train=TRAIN)
     (tmp_path / "config.yaml").write_text(dump(run))
     assert load(tmp_path / "config.yaml", train=TRAIN) == run
 
 
-def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suffix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suffix(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load("budget8k.yaml") == load("budget8k") == load(CONFIGS / "budget8k.yaml")
-
-
-def test_the_current_folder_comes_before_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("budget8k.yaml").write_text(SMALL)
-    assert load("budget8k.yaml").name == "small"
 
 
 def test_an_unknown_config_names_the_nearest_one() -> None:
@@ -62,7 +26,7 @@ def test_an_unknown_config_names_the_nearest_one() -> None:
         load("budget8.yaml")
 
 
-def test_all_problems_are_told_at_once_each_with_line_key_and_cure(tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once_each_with_line_key_and_cure(tmp_path) -> None:
     text = """\
 nam: x
 model: {path: Qwen/Qwen2.5-Omni-7B}
@@ -89,49 +53,28 @@ fps: 2
     ]
 
 
-def test_an_unknown_section_made_by_an_override_is_told_at_the_command_line(tmp_path: Path) -> None:
-    assert problems(tmp_path, overrides=["memry.slots=3"]) == [
-        "command line memry: unknown key; did you mean 'memory'?"
-    ]
-
-
-def test_a_key_of_the_training_section_at_the_top_is_sent_home(tmp_path: Path) -> None:
-    assert problems(tmp_path, overrides=["learning_rate=1e-4"]) == [
-        "command line learning_rate: unknown key; did you mean train.learning_rate?"
-    ]
-
-
 @pytest.mark.parametrize(
     ("override", "what"),
     [
         ("train.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
         ("train.learning_rate=high", "expected a number, got 'high'"),
-        ("train.bf16=yes", "expected true or false, got 'yes'"),
         ("train.save_strategy=step", "expected 'no', 'steps' or 'epoch', got 'step'; did you mean 'steps'?"),
-        ("train.report_to=3", "expected a word or a list, got 3"),
         ("train.output_dir=out", "set by `name`: the run folder is runs/<name>"),
         (
             "train.warmup_ratio=0.1",
             "removed in transformers 5; set warmup_steps, where a number below 1 is a fraction of all",
         ),
         ("train.deepspeed=deepspeed/zero4.json", "no file deepspeed/zero4.json; did you mean 'deepspeed/zero3.json'?"),
-        ("train=[1]", "expected a section of key: value lines, got [1]"),
     ],
 )
-def test_the_training_section_is_checked_against_the_fields_of_transformers(
-    override: str, what: str, tmp_path: Path
-) -> None:
+def test_the_training_section_is_checked_against_the_fields_of_transformers(override, what, tmp_path) -> None:
     key = override.partition("=")[0]
     lines = problems(tmp_path, overrides=[override])
     assert len(lines) == 1
     assert lines[0].startswith(f"command line {key}: {what}")
 
 
-def test_half_precision_can_be_asked_for_on_a_host_without_gpu(tmp_path: Path) -> None:
-    assert loaded(tmp_path, "train.bf16=true", "train.tf32=true").train["bf16"] is True
-
-
-def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Path) -> None:
+def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) -> None:
     (tmp_path / "mine.json").write_text("{}")
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text("{")
@@ -140,34 +83,18 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path: Pa
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
 
 
-@pytest.mark.parametrize(
-    ("budget", "slots", "need"),
-    [("shared", 0, "one slot"), ("split", 1, "one audio and one visual slot"), ("audio_visual", -5, "one audio and")],
-)
-def test_fewer_slots_than_a_layer_needs_are_refused(budget: str, slots: int, need: str, tmp_path: Path) -> None:
-    lines = problems(tmp_path, overrides=[f"memory.slots_per_layer={slots}", f"memory.budget={{name: {budget}}}"])
-    assert len(lines) == 1
-    assert lines[0].startswith(f"command line memory.slots_per_layer: {slots} is too small; each layer needs {need}")
-
-
-def test_what_a_part_refuses_is_told_at_the_first_key_that_it_names(tmp_path: Path) -> None:
-    text = f"{SMALL}stream:\n  min_pixels: 500\n  max_pixels: 400\n"
-    (line,) = problems(tmp_path, text)
-    assert line.startswith("my.yaml:9 stream.min_pixels: min_pixels = 500 ")
-
-
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])
-def test_a_name_that_is_no_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_no_plain_folder_name_is_refused(name, tmp_path) -> None:
     assert "cannot name a folder" in problems(tmp_path, overrides=[f"name='{name}'"])[0]
 
 
-def test_overrides_replace_what_the_file_says_the_last_one_wins(tmp_path: Path) -> None:
+def test_overrides_replace_what_the_file_says_the_last_one_wins(tmp_path) -> None:
     run = loaded(tmp_path, "memory.slots_per_layer=5", "memory.slots_per_layer=7", "train.save_steps=5")
     assert run.memory.slots_per_layer == 7
     assert run.train == {"learning_rate": 1e-5, "save_steps": 5}
 
 
-def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path: Path) -> None:
+def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path) -> None:
     run = loaded(
         tmp_path,
         "train.learning_rate=1e-5",
@@ -188,7 +115,7 @@ def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path: Path) -> None
     assert run.memory.budget.clip == (0.5, 2)
 
 
-def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path) -> None:
     text = SMALL.replace("{name: recency}", "{name: omnimem, sharpness: 0.1}")
     assert problems(tmp_path, text, ["memory.policy.name=uniform"]) == [
         "my.yaml:4 memory.policy.sharpness: unknown key; known: name, preset, seed"
@@ -200,46 +127,37 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path: Path) -> None
     ("override", "what"),
     [
         ("memory", "not a setting; write section.key=value, without blanks around ="),
-        ("=3", "not a setting; write section.key=value, without blanks around ="),
-        ("memory..x=3", "not a setting; write section.key=value, without blanks around ="),
         ("name.first=x", "name is 'small', not a section; set name itself"),
         ("memory.slots_per_layer=[1", "not valid YAML"),
         ("train.report_to.4=x", "train.report_to has 1 items, counted from 0; set train.report_to=[...]"),
     ],
 )
-def test_an_override_that_cannot_be_placed_says_why(override: str, what: str, tmp_path: Path) -> None:
+def test_an_override_that_cannot_be_placed_says_why(override, what, tmp_path) -> None:
     text = SMALL.replace("1e-5}", "1e-5, report_to: [none]}")
     assert what in problems(tmp_path, text, [override])[0]
-
-
-def test_an_item_of_a_list_can_be_overridden(tmp_path: Path) -> None:
-    text = SMALL.replace("1e-5}", "1e-5, report_to: [none]}")
-    assert loaded(tmp_path, "train.report_to.0=tensorboard", text=text).train["report_to"] == ["tensorboard"]
 
 
 @pytest.mark.parametrize(
     ("text", "what"),
     [
         ("", "my.yaml:1: holds no settings; write sections such as `name:` and `model:`"),
-        ("- a\n- b\n", "my.yaml:1: holds no settings; write sections such as `name:` and `model:`"),
         ("name: x\nname: y\n", "my.yaml:2 name: given before at my.yaml:1; keep one of them"),
         ("name: x\nmodel: {path: [}\n", "my.yaml:2: not valid YAML"),
         ("name: !!python/object:os.system x\n", "my.yaml:1: not valid YAML"),
-        ("name: \x07\n", "my.yaml:1: not valid YAML"),
     ],
 )
-def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text: str, what: str, tmp_path: Path) -> None:
+def test_text_that_is_no_mapping_of_settings_is_refused_with_its_line(text, what, tmp_path) -> None:
     lines = problems(tmp_path, text)
     assert len(lines) == 1
     assert lines[0].startswith(what)
 
 
 @pytest.mark.parametrize("word", ["no", "on", "2024-01-01", "0x10", "1e"])
-def test_words_that_old_yaml_took_for_something_else_stay_words(word: str, tmp_path: Path) -> None:
+def test_words_that_old_yaml_took_for_something_else_stay_words(word, tmp_path) -> None:
     assert loaded(tmp_path, f"name={word}").name == word
 
 
-def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
     run = loaded(tmp_path)
     earlier = tmp_path / "config.yaml"
     earlier.write_text(dump(run))
@@ -255,32 +173,17 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path: Path) ->
     ]
 
 
-def test_memory_options_have_the_types_of_their_parts(tmp_path: Path) -> None:
-    assert loaded(tmp_path).memory.budget == SharedBudget()
-
-
 @pytest.mark.parametrize(
     ("override", "what"),
     [
         ("tuning.budgets=[8192, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'; did you mean"),
-        ("tuning.budgets=[64, 0]", "tuning.budgets: "),
         ("tuning.lora.targets=[q_proj, q]", "tuning.lora.targets.1: expected 'q_proj', 'k_proj', 'v_proj'"),
-        ("tuning.gradient=none", "tuning.gradient: expected 'full'"),
         ("evaluate.benchmarks=[{name: video_mne}]", "evaluate.benchmarks.0.name: 'video_mne' is unknown; did you mean"),
-        (
-            "evaluate.benchmarks=[{name: lvbench, rules: lmms}]",
-            "evaluate.benchmarks.0.rules: expected 'official' or 'lmms_eval', got 'lmms'; did you mean",
-        ),
-        ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is named 2 times"),
-        (
-            "evaluate.benchmarks=[{name: recall, rot: x}]",
-            "evaluate.benchmarks.0.rot: unknown key; did you mean 'root'?",
-        ),
-        ("data.max_failures=2", "data.max_failures: max_failures must be between 0 and 1, got 2.0"),
-        ("calibration.streams=0", "calibration.streams: calibration.streams is 0; set it to 1 or more"),
+        ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is given 2 times"),
+        ("data.max_failures=2", "data.max_failures: max_failures must be between 0 and 1, got 2"),
         ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],
 )
-def test_every_part_refuses_what_it_does_not_know(override: str, what: str, tmp_path: Path) -> None:
+def test_every_part_refuses_what_it_does_not_know(override, what, tmp_path) -> None:
     (line,) = problems(tmp_path, overrides=[override])
     assert line.startswith(f"command line {what}")

@@ -1,6 +1,5 @@
 """Media: what is read from files made here, and equality with the processors of transformers."""
 
-import io
 import math
 import os
 import struct
@@ -64,9 +63,6 @@ def noise(seconds: float, seed: int = 0, rate: int = RATE) -> Tensor:
     samples = torch.randn(round(seconds * rate), generator=generator)
     swell = 10 ** (-2.5 * torch.sin(torch.arange(len(samples)) * (2 * math.pi / (7.3 * rate))) - 3.5)
     return (samples * swell).clamp(-1, 1)
-
-
-# --- files made by the tests
 
 
 def write(
@@ -138,11 +134,8 @@ def film(folder: Path) -> Path:
     return write(folder / "film.mp4", times=ticks(7.5, 4), samples=noise(8.1))
 
 
-# --- patches, against what Qwen2VLVideoProcessor made of the same frames
-
-
 @pytest.mark.parametrize("case", ["up", "down", "both", "same", "wide"])
-def test_resized_patches_equal_the_recorded_processor_to_the_bit(case: str) -> None:
+def test_resized_patches_equal_the_recorded_processor_to_the_bit(case) -> None:
     patch, low, high = RECORDED[f"{case}.settings"].tolist()
     mean, std = RECORDED[f"{case}.normalisation"].tolist()
     frames = RECORDED[f"{case}.frames"]
@@ -171,12 +164,9 @@ def test_frames_too_slender_or_off_the_cell_grid_are_refused() -> None:
         )
 
 
-# --- mel, against transformers' extractor
-
-
 @pytest.mark.parametrize("log_mel", [WHISPER, TINY], ids=["whisper", "tiny"])
 @pytest.mark.parametrize("seconds", [2.0, 7.77, 31.0])
-def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel: LogMel, seconds: float) -> None:
+def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel, seconds) -> None:
     extractor = WhisperFeatureExtractor(feature_size=log_mel.mels, hop_length=log_mel.hop, n_fft=log_mel.n_fft)
     samples = noise(seconds)
     expected = extractor(samples.numpy(), sampling_rate=RATE, padding="longest", truncation=False, return_tensors="pt")[
@@ -186,7 +176,7 @@ def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel: LogMel, sec
     assert (log_mel.clip(samples) - expected).abs().max() <= 1e-5
 
 
-def test_mel_in_blocks_equals_mel_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mel_in_blocks_equals_mel_at_once(monkeypatch) -> None:
     samples = noise(9.0)
     whole = WHISPER.clip(samples)
     monkeypatch.setattr(mel, "BLOCK", 400 * 7)
@@ -201,7 +191,7 @@ def test_a_clip_shorter_than_half_a_window_is_continued_with_silence() -> None:
 
 @pytest.mark.parametrize("log_mel", [WHISPER, TINY, LogMel(mels=20, hop=200)], ids=["whisper", "tiny", "even"])
 @pytest.mark.parametrize("blocks", [[1], [160, 3, 4000], [48000], [100000, 1]])
-def test_a_running_mel_differs_from_the_clip_only_below_the_clips_floor(log_mel: LogMel, blocks: list[int]) -> None:
+def test_a_running_mel_differs_from_the_clip_only_below_the_clips_floor(log_mel, blocks) -> None:
     samples = noise(6.9)
     whole, running, pieces = log_mel.clip(samples), log_mel.running(), []
     if blocks == [1]:  # sample by sample around the mirrored start only
@@ -238,15 +228,7 @@ def test_a_running_mel_gives_no_frame_before_its_window_is_complete() -> None:
         running.feed(torch.zeros(1))
 
 
-def test_nonsense_mel_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="n_fft even"):
-        LogMel(n_fft=401)
-
-
-# --- frames by timestamp
-
-
-def test_the_frame_shown_at_each_time_is_read(film: Path) -> None:
+def test_the_frame_shown_at_each_time_is_read(film) -> None:
     assert shown(film, fps=1.0) == [0, 4, 8, 12, 16, 20, 24, 28]
     assert shown(film, fps=4.0) == list(range(30))
     assert shown(film, fps=0.5, start=1.3, end=6.0) == [5, 13, 21]
@@ -260,9 +242,7 @@ def test_the_frame_shown_at_each_time_is_read(film: Path) -> None:
     start=st.integers(0, 20),
     length=st.integers(1, 60),
 )
-def test_sampling_by_time_shows_the_last_frame_not_after_each_time(
-    gaps: list[int], fps: float, start: int, length: int
-) -> None:
+def test_sampling_by_time_shows_the_last_frame_not_after_each_time(gaps, fps, start, length) -> None:
     times = [0, *np.cumsum(gaps).tolist()]  # tenths of a second
     timed = [(time / 10, (after - time) / 10, time) for time, after in pairwise([*times, times[-1] + 5])]
     until = min((start + length) / 10, times[-1] / 10 + 0.5)
@@ -272,7 +252,7 @@ def test_sampling_by_time_shows_the_last_frame_not_after_each_time(
     assert found == expected
 
 
-def test_variable_frame_rates_are_read_by_timestamp(folder: Path) -> None:
+def test_variable_frame_rates_are_read_by_timestamp(folder) -> None:
     times = [0.0, 0.1, 0.2, 2.9, 3.0, 3.05, 5.95, 6.2, 6.3]
     for suffix in ("mp4", "mkv"):
         path = write(folder / f"variable.{suffix}", times=times)
@@ -280,19 +260,14 @@ def test_variable_frame_rates_are_read_by_timestamp(folder: Path) -> None:
         assert shown(path, fps=3.0, start=2.9, end=3.9) == [3, 5, 5], suffix
 
 
-def test_a_clock_of_milliseconds_shifts_no_frame(folder: Path) -> None:
-    path = write(folder / "thirds.mkv", times=ticks(4, 3))  # 1/3 s is stored as 333 ms, 2/3 s as 667 ms
-    assert shown(path, fps=3.0) == list(range(12))
-
-
-def test_a_container_that_begins_at_any_time_begins_at_zero(folder: Path) -> None:
+def test_a_container_that_begins_at_any_time_begins_at_zero(folder) -> None:
     path = write(folder / "broadcast.ts", times=ticks(6, 4), samples=tone(6, 500))
     assert shown(path, fps=1.0) == [0, 4, 8, 12, 16, 20]
     assert shown(path, fps=1.0, start=4.5) == [18, 22]
     assert len(read_audio(path, start=4.5, end=5.5)) == RATE
 
 
-def test_pictures_are_turned_upright(folder: Path) -> None:
+def test_pictures_are_turned_upright(folder) -> None:
     def left_half_white(index: int) -> np.ndarray:
         return np.repeat(np.arange(64)[None, :, None] < 32, 64, axis=0).repeat(3, axis=2).astype(np.uint8) * 255
 
@@ -306,10 +281,7 @@ def test_pictures_are_turned_upright(folder: Path) -> None:
     assert frame[:, 36:].max() < 50
 
 
-# --- sound
-
-
-def test_the_whole_track_is_heard_beyond_300_seconds(folder: Path) -> None:
+def test_the_whole_track_is_heard_beyond_300_seconds(folder) -> None:
     samples = torch.cat([torch.zeros(305 * 4000), tone(5, 440, 4000)])
     heard = read_audio(write(folder / "long.wav", samples=samples, rate=4000, codec="pcm_s16le"))
     assert len(heard) == 310 * RATE
@@ -317,14 +289,14 @@ def test_the_whole_track_is_heard_beyond_300_seconds(folder: Path) -> None:
     assert heard[306 * RATE : 309 * RATE].abs().max() > 0.29
 
 
-def test_sound_of_any_rate_stays_in_place_and_channels_are_averaged(folder: Path) -> None:
+def test_sound_of_any_rate_stays_in_place_and_channels_are_averaged(folder) -> None:
     channels = torch.stack([tone(3, 440, 44100), torch.zeros(3 * 44100)])
     heard = read_audio(write(folder / "stereo.wav", samples=channels, rate=44100, codec="pcm_s16le"))
     assert len(heard) == 3 * RATE
     assert (heard - tone(3, 440) / 2)[200:-200].abs().max() < 2e-3
 
 
-def test_a_stretch_of_sound_equals_that_stretch_of_the_whole(film: Path) -> None:
+def test_a_stretch_of_sound_equals_that_stretch_of_the_whole(film) -> None:
     whole = read_audio(film)
     assert abs(len(whole) / RATE - 8.1) < 0.1
     part = read_audio(film, start=2.3, end=5.1)
@@ -332,7 +304,7 @@ def test_a_stretch_of_sound_equals_that_stretch_of_the_whole(film: Path) -> None
     assert (part - whole[round(2.3 * RATE) : round(5.1 * RATE)]).abs().max() < 1e-6
 
 
-def test_a_clip_of_overlapping_codec_blocks_has_settled_at_its_start(folder: Path) -> None:
+def test_a_clip_of_overlapping_codec_blocks_has_settled_at_its_start(folder) -> None:
     path = write(folder / "sound_only.m4a", samples=noise(8.1))
     whole = read_audio(path)
     for start in (2.05, 4.1, 5.555):
@@ -350,7 +322,7 @@ def test_sound_whose_clock_goes_back_is_heard_once() -> None:
     assert np.concatenate(list(heard)).reshape(3, 1600).mean(axis=1).tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_holes_in_the_sound_and_a_late_start_are_silence(folder: Path) -> None:
+def test_holes_in_the_sound_and_a_late_start_are_silence(folder) -> None:
     def with_holes(sample: int) -> int:
         return sample + RATE // 2 + (RATE if sample >= 32 * 1024 else 0)  # late, and with a second of nothing
 
@@ -360,20 +332,6 @@ def test_holes_in_the_sound_and_a_late_start_are_silence(folder: Path) -> None:
     assert heard[: RATE // 2 - 20].abs().max() < 1e-3
     assert heard[hole : hole + RATE].abs().max() < 1e-3
     assert (heard[hole + RATE :] - tone(4, 500)[32 * 1024 :]).abs().max() < 1e-3
-
-
-# --- what the header says, and errors
-
-
-def test_probe_tells_tracks_and_durations(film: Path, folder: Path) -> None:
-    info = probe(film)
-    assert (info.has_video, info.has_audio, info.width, info.height, info.frame_rate) == (True, True, 64, 64, 4.0)
-    assert abs(info.video_seconds - 7.5) < 0.01
-    assert abs(info.audio_seconds - 8.1) < 0.1
-    assert info.seconds == info.audio_seconds
-    silent = probe(write(folder / "probed.mkv", times=ticks(3, 4)))
-    assert (silent.has_audio, silent.audio_seconds) == (False, 0.0)
-    assert abs(silent.seconds - 3.0) < 0.01
 
 
 def cut(path: Path, fraction: float) -> Path:
@@ -427,37 +385,17 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "missing",
-        "a folder",
-        "zero bytes",
-        "text",
-        "mp4 cut before its index",
-        "mp4 cut after its index",
-        "mkv cut",
-        "flv cut",
-        "wav cut",
-        "no video",
-        "cover art",
-        "no audio",
-    ],
-)
-def test_a_file_that_cannot_be_used_raises_one_named_line(
-    case: str, broken: dict[str, tuple[Path, str, str]], capfd: pytest.CaptureFixture[str]
-) -> None:
-    path, reason, words = broken[case]
-    with pytest.raises(MediaError, match=words) as raised:
-        list(FileSource(path, options=SourceOptions(), geometry=geometry()))
-    assert raised.value.reason == reason
-    assert raised.value.path == path
-    assert str(raised.value).startswith(str(path))
-    assert "\n" not in str(raised.value)
+def test_a_file_that_cannot_be_used_raises_one_named_line(broken, capfd) -> None:
+    for case, (path, reason, words) in broken.items():
+        with pytest.raises(MediaError, match=words) as raised:
+            list(FileSource(path, options=SourceOptions(), geometry=geometry()))
+        assert (raised.value.reason, raised.value.path) == (reason, path), case
+        assert str(raised.value).startswith(str(path)), case
+        assert "\n" not in str(raised.value), case
     assert capfd.readouterr().err == ""
 
 
-def test_a_truncated_box_of_more_than_32_bits_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_box_of_more_than_32_bits_is_noticed(tmp_path) -> None:
     path = tmp_path / "huge.mp4"
     path.write_bytes(struct.pack(">I4s8s", 16, b"ftyp", b"isom") + struct.pack(">I4sQ", 1, b"mdat", 1 << 33))
     with pytest.raises(MediaError, match="lacks its last 8589934576 bytes") as raised:
@@ -465,7 +403,7 @@ def test_a_truncated_box_of_more_than_32_bits_is_noticed(tmp_path: Path) -> None
     assert raised.value.reason == "truncated"
 
 
-def test_each_track_of_a_truncated_file_is_noticed(broken: dict[str, tuple[Path, str, str]]) -> None:
+def test_each_track_of_a_truncated_file_is_noticed(broken) -> None:
     for name in ("mkv cut", "flv cut"):
         path = broken[name][0]
         with pytest.raises(MediaError, match="video ends at") as video:
@@ -477,14 +415,7 @@ def test_each_track_of_a_truncated_file_is_noticed(broken: dict[str, tuple[Path,
         assert len(read_audio(path, end=3.0)) == 3 * RATE
 
 
-def test_a_track_much_shorter_than_the_other_is_whole(folder: Path) -> None:
-    for name in ("lopsided.mp4", "lopsided.mkv", "lopsided.flv"):
-        path = write(folder / name, times=ticks(4, 4), samples=noise(9))
-        assert shown(path, fps=1.0) == [0, 4, 8, 12]
-        assert abs(len(read_audio(path)) / RATE - 9) < 0.15
-
-
-def test_a_clip_beyond_the_end_or_without_length_is_empty(film: Path) -> None:
+def test_a_clip_beyond_the_end_or_without_length_is_empty(film) -> None:
     for start, end in ((20.0, None), (3.0, 3.0), (4.0, 2.0)):
         with pytest.raises(MediaError, match="check start and end") as video:
             list(read_frames(film, fps=1.0, start=start, end=end))
@@ -493,14 +424,7 @@ def test_a_clip_beyond_the_end_or_without_length_is_empty(film: Path) -> None:
         assert (video.value.reason, audio.value.reason) == ("empty", "empty")
 
 
-def test_sound_shorter_than_a_mel_frame_is_empty(folder: Path) -> None:
-    path = write(folder / "blip.wav", samples=noise(0.2), codec="pcm_s16le")
-    with pytest.raises(MediaError, match="shorter than one mel frame") as raised:
-        list(FileSource(path, options=SourceOptions(tracks="audio"), geometry=geometry()))
-    assert raised.value.reason == "empty"
-
-
-def test_damaged_bytes_raise_nothing_but_a_media_error(film: Path, tmp_path: Path) -> None:
+def test_damaged_bytes_raise_nothing_but_a_media_error(film, tmp_path) -> None:
     content = film.read_bytes()
     refused = 0
     for seed in range(12):
@@ -517,14 +441,11 @@ def test_damaged_bytes_raise_nothing_but_a_media_error(film: Path, tmp_path: Pat
     assert refused > 0
 
 
-# --- sources
-
-
 def seconds_of(segments: list[Segment]) -> list[tuple[float, float]]:
     return [(segment.start, segment.seconds) for segment in segments]
 
 
-def test_segments_end_on_frame_grids_and_audio_blocks(film: Path) -> None:
+def test_segments_end_on_frame_grids_and_audio_blocks(film) -> None:
     source = FileSource(film, options=SourceOptions(), geometry=geometry())
     segments = list(source)
     assert seconds_of(segments) == [(0.0, 2.0), (2.0, 2.0), (4.0, 2.0), (6.0, 2.0)]
@@ -533,23 +454,7 @@ def test_segments_end_on_frame_grids_and_audio_blocks(film: Path) -> None:
     assert (source.seconds, source.frames_seen, source.audio_seconds_heard) == (8.0, 8, 8.0)
 
 
-@pytest.mark.parametrize(("fps", "seconds", "frames"), [(0.5, 4.0, 2), (1.0, 2.0, 2), (1.5, 4.0, 6), (2.0, 2.0, 4)])
-def test_a_frame_rate_off_the_block_lengthens_the_segment(fps: float, seconds: float, frames: int) -> None:
-    assert geometry(WHISPER).segment(fps) == (seconds, frames, round(seconds * 100))
-
-
-def test_a_frame_rate_that_never_meets_the_block_and_odd_hops_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"fps = 0\.999 has no segment of whole grids of 2 frames"):
-        geometry().segment(0.999)
-    with pytest.raises(ValueError, match="no whole number of mel frames"):
-        geometry(LogMel(hop=4096, n_fft=4096))
-    with pytest.raises(ValueError, match="fps = 0 must be above 0"):
-        SourceOptions(fps=0.0)
-    with pytest.raises(ValueError, match="min_pixels = 9 must be in"):
-        SourceOptions(min_pixels=9, max_pixels=8)
-
-
-def test_the_mel_of_segments_is_the_mel_of_the_clip(film: Path) -> None:
+def test_the_mel_of_segments_is_the_mel_of_the_clip(film) -> None:
     for start, end in ((0.0, None), (1.5, 6.2)):
         source = FileSource(film, options=SourceOptions(), geometry=geometry(WHISPER), start=start, end=end)
         pieces = [segment.mel for segment in source if segment.mel is not None]
@@ -558,7 +463,7 @@ def test_the_mel_of_segments_is_the_mel_of_the_clip(film: Path) -> None:
         assert {piece.shape[1] for piece in pieces[:-1]} == {200}
 
 
-def test_no_more_of_the_mel_is_held_of_a_long_file_than_of_a_short_one(folder: Path) -> None:
+def test_no_more_of_the_mel_is_held_of_a_long_file_than_of_a_short_one(folder) -> None:
     largest = []
     for seconds in (40, 160):
         path = write(folder / f"{seconds}.wav", samples=0.1 * noise(seconds), codec="pcm_s16le")
@@ -581,7 +486,7 @@ def test_a_clip_in_pieces_is_the_clip_and_its_loudest_value_is_that_of_all_block
     assert WHISPER.loudest([]) == float("-inf")
 
 
-def test_a_clip_begins_its_own_clock(film: Path) -> None:
+def test_a_clip_begins_its_own_clock(film) -> None:
     whole = list(FileSource(film, options=SourceOptions(tracks="video"), geometry=geometry()))
     clip = list(FileSource(film, options=SourceOptions(tracks="video"), geometry=geometry(), start=4.0, end=7.0))
     assert seconds_of(clip) == [(0.0, 2.0), (2.0, 1.0)]
@@ -589,7 +494,7 @@ def test_a_clip_begins_its_own_clock(film: Path) -> None:
     assert torch.equal(clip[1].frames, whole[3].frames[:1])
 
 
-def test_the_longer_track_goes_on_alone(folder: Path) -> None:
+def test_the_longer_track_goes_on_alone(folder) -> None:
     sound_goes_on = write(folder / "sound_goes_on.mkv", times=ticks(3, 4), samples=noise(6.5), codec="pcm_s16le")
     source = FileSource(sound_goes_on, options=SourceOptions(), geometry=geometry())
     assert [(segment.frames is None, segment.mel is None) for segment in source] == [(False, False)] * 2 + [
@@ -602,12 +507,7 @@ def test_the_longer_track_goes_on_alone(folder: Path) -> None:
     assert seconds_of(segments)[-1] == (4.0, 2.0)
 
 
-def test_the_filling_of_the_last_codec_block_is_no_segment(folder: Path) -> None:
-    path = write(folder / "filling.mkv", times=ticks(4, 4), samples=noise(4.06), codec="pcm_s16le")
-    assert len(list(FileSource(path, options=SourceOptions(), geometry=geometry(WHISPER)))) == 2
-
-
-def test_tracks_choose_what_is_read_and_another_file_can_sound(film: Path, folder: Path) -> None:
+def test_tracks_choose_what_is_read_and_another_file_can_sound(film, folder) -> None:
     silent = write(folder / "with_other_sound.mp4", times=ticks(4, 4))
     sound = write(folder / "other.wav", samples=noise(4), codec="pcm_s16le")
     both = list(FileSource(silent, sound, options=SourceOptions(), geometry=geometry()))
@@ -617,7 +517,7 @@ def test_tracks_choose_what_is_read_and_another_file_can_sound(film: Path, folde
     assert all(s.mel is None for s in FileSource(film, options=SourceOptions(tracks="video"), geometry=geometry()))
 
 
-def test_frames_are_resized_to_whole_cells_under_the_pixel_cap(folder: Path) -> None:
+def test_frames_are_resized_to_whole_cells_under_the_pixel_cap(folder) -> None:
     path = write(folder / "large.mp4", times=ticks(2, 4), size=(240, 320))
     options = SourceOptions(tracks="video", max_pixels=20000)
     segment = next(iter(FileSource(path, options=options, geometry=geometry())))
@@ -626,20 +526,12 @@ def test_frames_are_resized_to_whole_cells_under_the_pixel_cap(folder: Path) -> 
     assert torch.equal(segment.frames, resize(raw, 112, 140))
 
 
-def test_frames_are_decoded_only_when_asked_for(broken: dict[str, tuple[Path, str, str]]) -> None:
-    path = broken["mkv cut"][0]
-    segments = iter(FileSource(path, options=SourceOptions(tracks="video"), geometry=geometry()))
-    assert [next(segments).start for _ in range(3)] == [0.0, 2.0, 4.0]
-    with pytest.raises(MediaError, match="video ends at"):
-        list(segments)
-
-
 def live_frames(path: Path, fps: float) -> Iterator[tuple[float, Tensor]]:
     """A file as a camera would deliver it: every frame with its time."""
     yield from read_frames(path, fps=fps)
 
 
-def test_a_live_stream_gives_the_frames_and_after_its_maximum_the_mel_of_the_file(film: Path) -> None:
+def test_a_live_stream_gives_the_frames_and_after_its_maximum_the_mel_of_the_file(film) -> None:
     for log_mel in (TINY, WHISPER):
         file = list(FileSource(film, options=SourceOptions(), geometry=geometry(log_mel)))
         source = LiveSource(
@@ -687,22 +579,7 @@ def test_a_live_segment_comes_as_soon_as_both_tracks_cover_it() -> None:
     assert source.seconds == 9.0
 
 
-def test_a_live_stream_may_change_its_picture_size_on_the_way() -> None:
-    frames = [
-        (float(i), torch.zeros(3, *size, dtype=torch.uint8)) for i, size in enumerate([(60, 90), (120, 180), (90, 60)])
-    ]
-    segments = list(LiveSource(iter(frames), None, options=SourceOptions(tracks="video"), geometry=geometry()))
-    assert [segment.frames.shape for segment in segments] == [(2, 3, 56, 84), (1, 3, 56, 84)]
-
-
-def test_a_live_stream_without_a_track_it_is_asked_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="tracks: both needs audio, got None"):
-        LiveSource(iter(()), None, options=SourceOptions(), geometry=geometry())
-    with pytest.raises(ValueError, match="tracks: video needs frames, got None"):
-        LiveSource(None, None, options=SourceOptions(tracks="video"), geometry=geometry())
-
-
-def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file(folder: Path) -> None:
+def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file(folder) -> None:
     path = write(folder / "piped.ts", times=ticks(20, 4), samples=noise(20))
     content = path.read_bytes()
     reader, writer = os.pipe()
@@ -732,20 +609,3 @@ def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file
     for a, b in zip(live, file, strict=True):
         assert torch.equal(a.frames, b.frames)
         assert (a.mel.clamp(min=floor) - b.mel).abs().max() <= 1e-5
-
-
-def test_a_pipe_without_a_track_or_without_media_raises_one_named_line(
-    broken: dict[str, tuple[Path, str, str]],
-) -> None:
-    for name, reason in (("no video", "no_video"), ("no audio", "no_audio"), ("text", "unreadable")):
-        with pytest.raises(MediaError, match=r"^-: ") as raised:
-            read_live(io.BytesIO(broken[name][0].read_bytes()), fps=1.0)
-        assert raised.value.reason == reason
-
-
-def test_a_track_of_a_pipe_waits_while_the_other_is_read_to_its_end(film: Path) -> None:
-    frames, audio = read_live(io.BytesIO(film.read_bytes()), fps=1.0)
-    assert frames is not None
-    assert audio is not None
-    assert torch.equal(torch.cat(list(audio)), read_audio(film))
-    assert [time for time, _ in frames] == [time for time, _ in read_frames(film, fps=1.0)]

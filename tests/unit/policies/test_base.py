@@ -6,29 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference
-from support.layer_views import SCALE, arrivals, view_of, with_states
+from support.layer_views import LENGTHS, SCALE, arrivals, run, view_of, with_states
 
 from omnimem.attention import blocked
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
-from omnimem.policies.base import Policy, projection
+from omnimem.policies.base import projection
 from omnimem.selection import Softness
 from omnimem.tokens import Modality
 from omnimem.view import LayerView, Measures
 
-LENGTHS = [18, 7, 25, 1, 30, 12]
 SLOTS = [(4, 9), (1, 3), (9, 4)]  # audio, visual; audio falls short of 9 until the last chunks
-
-
-def run(policy: Policy, chunks, softness: Softness | None = None):
-    """The memory of layer 0 after each chunk."""
-    memory, fed, after = None, 0, []
-    for chunk in chunks:
-        view = view_of(chunk, policy.measures, memory, fed)
-        memory = policy.keep(0, view, softness)
-        fed += view.new
-        after.append(memory)
-    return after
 
 
 def run_by_loops(preset: str, chunks, stream: int, budget: Budget, of: str, sharpness: float):

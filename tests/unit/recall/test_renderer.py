@@ -10,7 +10,6 @@ import pytest
 from omnimem.recall.renderer import (
     CELL,
     EDITION,
-    FRAME_SIZE,
     RGB,
     SAMPLE_RATE,
     SPRITE,
@@ -87,18 +86,12 @@ def shown_symbols(world: World, frames: np.ndarray, rate: int) -> list[tuple[boo
     return seen
 
 
-def test_every_symbol_is_recognised_in_its_cell_and_second() -> None:
-    symbols = shown_symbols(WORLD, render_frames(WORLD), 1)
-    assert len(symbols) >= 6
-    assert all(right for right, _ in symbols)
-
-
-def test_every_symbol_is_recognised_after_h264(mp4: Path) -> None:
+def test_every_symbol_is_recognised_after_h264(mp4) -> None:
     symbols = shown_symbols(WORLD, decode(mp4)[0], 4)
     assert all(right for right, _ in symbols)
 
 
-def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4: Path) -> None:
+def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4) -> None:
     rendered, decoded = render_audio(WORLD), decode(mp4)[1]
     assert len(WORLD.utterances) >= 5
     for spoken in WORLD.utterances:
@@ -106,87 +99,7 @@ def test_every_voice_and_word_is_recognised_before_and_after_aac(mp4: Path) -> N
         assert heard(decoded, spoken.at) == (spoken.voice, spoken.word)
 
 
-def test_silence_of_voices_is_babble_well_below_speech() -> None:
-    samples = render_audio(WORLD).reshape(WORLD.seconds, -1)
-    loudness = np.sqrt((samples**2).mean(axis=1))
-    spoken = {utterance.at for utterance in WORLD.utterances}
-    quiet = [loudness[second] for second in range(WORLD.seconds) if second not in spoken]
-    assert min(quiet) > 0.02
-    assert max(quiet) < 0.6 * min(loudness[second] for second in spoken)
-
-
-def test_no_two_masks_and_no_two_colours_are_alike() -> None:
-    flat = masks().reshape(len(SHAPES), -1)
-    overlap = (flat @ flat.T) / np.maximum.outer((flat**2).sum(axis=1), (flat**2).sum(axis=1))
-    assert np.triu(overlap, 1).max() < 0.85
-    colours = np.array([RGB[name] for name in COLOURS], float)
-    distance = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
-    assert distance[np.triu_indices(len(COLOURS), 1)].min() > 80
-
-
-def test_voices_and_words_differ_in_at_least_two_partials() -> None:
-    for partials in (voice_partials, word_partials):
-        names = [set(partials(i)) for i in range(16)]
-        assert all(len(a & b) <= 1 for i, a in enumerate(names) for b in names[:i])
-    low = max(hertz for i in range(16) for hertz in voice_partials(i))
-    assert low < min(hertz for i in range(16) for hertz in word_partials(i))
-
-
-def test_a_stretch_of_the_stream_equals_that_stretch_of_the_whole() -> None:
-    whole, part = render_frames(WORLD, 4), render_frames(WORLD, 4, 7, 13)
-    np.testing.assert_array_equal(part, whole[28:52])
-    np.testing.assert_array_equal(render_audio(WORLD, start=7, end=13), render_audio(WORLD)[7 * 16000 : 13 * 16000])
-
-
-def test_background_moves_and_cuts_and_never_looks_like_a_symbol() -> None:
-    options = WorldOptions(event_rate=0, flickers_per_second=0, stray_rate=1, cut_rate=0.7)
-    world = draw_world(1, 32, options)
-    frames = render_frames(world).astype(float)
-    row, column = (CELL * i for i in divmod(world.logo_cell, GRID))
-    logo = frames[:, :, row : row + CELL, column : column + CELL]
-    assert (logo == logo[0]).all()
-    frames[:, :, row : row + CELL, column : column + CELL] = 95
-    change = abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))
-    cuts = [at for at, _ in world.scenes[1:]]
-    assert len(cuts) >= 3
-    assert change.min() > 1
-    assert np.ptp(frames, axis=1).max() < 60  # far less saturated than any colour but white
-    assert 20 < frames.min() < frames.max() < 175  # and never as bright as white
-
-
-def test_a_flicker_fills_its_cell_for_one_second() -> None:
-    quiet = replace(WORLD, flickers=())
-    changed = (render_frames(WORLD) != render_frames(quiet)).any(axis=1)
-    cells = changed.reshape(WORLD.seconds, GRID, CELL, GRID, CELL).mean(axis=(2, 4)) > 0.5
-    drawn = {(flicker.at, flicker.cell) for flicker in WORLD.flickers}
-    assert {(int(t), int(r) * GRID + int(c)) for t, r, c in np.argwhere(cells)} == drawn
-
-
-def test_symbols_move_between_whole_seconds() -> None:
-    event = WORLD.events[0]
-    row, column = (CELL * i for i in divmod(event.cells[0], GRID))
-    frames = render_frames(WORLD, 4, event.start, event.start + 1)[:, :, row : row + CELL, column : column + CELL]
-    bright = [
-        (abs(frame.astype(int) - np.array(RGB[event.colour])[:, None, None]).max(axis=0) < 40) for frame in frames
-    ]
-    heights = [np.argwhere(mask)[:, 0].mean() for mask in bright]
-    assert heights[1] - heights[0] == pytest.approx(1, abs=0.2)
-    assert heights[3] - heights[0] == pytest.approx(-1, abs=0.2)
-
-
-def test_the_file_has_both_tracks_in_full_length_and_steady_keyframes(mp4: Path) -> None:
-    frames, samples = decode(mp4)
-    assert frames.shape == (4 * WORLD.seconds, 3, FRAME_SIZE, FRAME_SIZE)
-    assert len(samples) >= SAMPLE_RATE * WORLD.seconds
-    rendered = render_audio(WORLD)
-    assert np.corrcoef(samples[: len(rendered)], rendered)[0, 1] > 0.99  # a shift by one sample gives 0.8
-    with av.open(str(mp4)) as container:
-        keys = [float(packet.pts * packet.time_base) for packet in container.demux(video=0) if packet.is_keyframe]
-    assert keys[0] == 0
-    assert max(np.diff([*keys, WORLD.seconds])) <= 8
-
-
-def test_the_same_world_gives_the_same_file_and_another_seed_another(mp4: Path, tmp_path: Path) -> None:
+def test_the_same_world_gives_the_same_file_and_another_seed_another(mp4, tmp_path) -> None:
     again, other = tmp_path / "again.mp4", tmp_path / "other.mp4"
     write_mp4(WORLD, again)
     write_mp4(draw_world(6, 24), other)

@@ -9,11 +9,9 @@ from scipy.stats import chisquare
 from omnimem.recall.worlds import (
     CELLS,
     COLOURS,
-    KINDS,
     SHAPES,
     SLOT,
     TOKEN_SECONDS,
-    VOICES,
     WORDS,
     Event,
     Question,
@@ -36,23 +34,11 @@ def answers_of(world: World, question: Question) -> list[str]:
     return [spoken.word for event in shown for spoken in world.utterances if spoken.at in event.span]
 
 
-def test_names_are_distinct_single_words() -> None:
-    names = SHAPES + COLOURS + VOICES + WORDS
-    assert (len(SHAPES), len(COLOURS), len(VOICES), len(WORDS)) == (16, 8, 16, 16)
-    assert len(set(names)) == len(names)
-    assert all(name.isalpha() and name.islower() for name in names)
-
-
 def test_a_world_is_a_function_of_its_arguments() -> None:
     assert draw_world(3, 64) == draw_world(3, 64)
     assert draw_world(3, 64) != draw_world(4, 64)
     assert draw_world(3, 64).events != draw_world(3, 68).events
     assert draw_world(3, 64) != draw_world(3, 64, WorldOptions(event_rate=0.1))
-
-
-def test_too_short_a_stream_is_refused_with_the_least_length() -> None:
-    with pytest.raises(ValueError, match="at least 4 seconds"):
-        draw_world(0, 3)
 
 
 def test_every_question_has_exactly_one_answer() -> None:
@@ -90,38 +76,8 @@ def test_words_outside_events_share_no_visual_token_with_a_symbol() -> None:
         assert all(event.utterance is None or event.utterance.at in event.span for event in world.events)
 
 
-def test_shapes_and_voices_occur_once_in_a_stream() -> None:
-    for world in ALL:
-        assert len({event.shape for event in world.events}) == len(world.events)
-        assert len({spoken.voice for spoken in world.utterances}) == len(world.utterances)
-
-
-def test_scenes_begin_at_zero_and_cut_at_slots() -> None:
-    for world in WORLDS:
-        cuts = [at for at, _ in world.scenes]
-        assert cuts[0] == 0
-        assert cuts == sorted(set(cuts))
-        assert all(at % SLOT == 0 and at < world.seconds for at in cuts)
-    assert 1.3 < sum(len(world.scenes) - 1 for world in WORLDS) / len(WORLDS) < 1.7  # 15 slots x 0.1
-
-
-def test_decoys_exist_and_are_never_asked_about() -> None:
-    decoys = 0
-    for world in WORLDS:
-        silent = {event.shape for event in world.events if event.utterance is None}
-        decoys += len(silent)
-        assert silent.isdisjoint(question.key for question in world.questions)
-    assert 0.5 < decoys / sum(len(world.events) for world in WORLDS) < 0.6  # 1 - spoken_share
-
-
-def test_a_minute_asks_about_seventeen_questions_in_equal_parts() -> None:
-    kinds = Counter(question.kind for world in WORLDS for question in world.questions)
-    assert 16 < sum(kinds.values()) / len(WORLDS) < 19
-    assert all(0.32 < kinds[kind] / sum(kinds.values()) < 0.35 for kind in KINDS)
-
-
 @pytest.mark.parametrize(("kind", "names"), [("visual", COLOURS), ("auditory", WORDS), ("cross_modal", WORDS)])
-def test_a_blind_guesser_stays_at_chance(kind: str, names: tuple[str, ...]) -> None:
+def test_a_blind_guesser_stays_at_chance(kind, names) -> None:
     """Answers are uniform overall, and whatever the key, its commonest answer is no better a guess."""
     asked = [question for world in WORLDS for question in world.questions if question.kind == kind]
     counts = Counter(question.answer for question in asked)

@@ -179,14 +179,6 @@ def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_
             assert 0.9 * mean <= int(visits.min()) <= int(visits.max()) <= 1.1 * mean, (kind, share, visits.tolist())
 
 
-def test_uniform_keeps_no_two_equal_scores_in_a_million_tokens() -> None:
-    order = torch.arange(0, 1_000_000, 97)
-    pool = bare((2,), 0, len(order))
-    view = LayerView(**{**_view(pool), "pool": Tokens.of([*pool.tensors()[:4], order[None], *pool.tensors()[5:]])})
-    scores: Tensor = Uniform()(view)
-    assert scores.unique().numel() == len(order)
-
-
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("block", [5, 1024])
 def test_coverage_equals_plain_loops(centred: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,21 +209,6 @@ def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -
     assert not scored(*parts, "none").requires_grad
     assert not scorer.needs_novelty
     assert not scorer.needs_importance
-
-
-def test_of_copies_in_values_one_keeps_its_score() -> None:
-    """Keys alike in nothing, values copied: the best copy is worth as much as before, the others nothing."""
-    (arrival,) = arrivals([18])
-    view = view_of(arrival)
-    visual = (view.modality[0] == Modality.VISUAL).nonzero()[:, 0].tolist()
-    values = view.pool.values.clone()
-    values[:, :, visual[1:4]] = values[:, :, visual[1:2]]
-    view = replace(view, pool=replace(view.pool, values=values))
-    plain = KeyDifference()(view)[0]
-    found = Covered(inner=KeyDifference(), compared="values")(view)[0]
-    best = max(visual[1:4], key=lambda k: float(plain[k]))
-    assert float(found[best]) > 0.1 * float(plain[best])
-    assert all(float(found[k]) < 2e-3 * float(plain[k]) for k in visual[1:4] if k != best)
 
 
 def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:

@@ -1,13 +1,13 @@
 """Selection: exact counts under every room (hypothesis), ties by recency, and softened forms whose forward is hard."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
+from support.selection_cases import Case, cases
 from torch import Tensor
 
 from omnimem.selection import LayerSlots, Softness, TemperatureOptions, select, taken
@@ -15,42 +15,6 @@ from omnimem.tokens import Modality
 
 QUICK = settings(max_examples=120, deadline=None)
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A pool of two streams with equal counts of each modality, in their own orders, and a room."""
-
-    scores: Tensor
-    modality: Tensor
-    room: LayerSlots
-
-    def available(self) -> dict[Modality, int]:
-        return {kind: int((self.modality[0] == kind).sum()) for kind in Modality}
-
-    def slots(self) -> int:
-        return self.room.audio + self.room.visual
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Scores on a coarse grid (ties abound) or anywhere, any mixture of modalities, slots from none to plenty."""
-    kinds = draw(st.lists(st.integers(0, 2), max_size=24))
-    grid = st.integers(0, 3).map(float) | st.floats(-10, 10, width=32)
-    scores = [draw(st.lists(grid, min_size=len(kinds), max_size=len(kinds))) for _ in range(2)]
-    rows = [kinds, draw(st.permutations(kinds))]
-    room = LayerSlots(
-        audio=draw(st.integers(0, 14)),
-        visual=draw(st.integers(0, 14)),
-        split=draw(st.booleans()),
-        lend=draw(st.booleans()),
-    )
-    shape = (2, len(kinds))
-    return Case(
-        scores=torch.tensor(scores).reshape(shape),
-        modality=torch.tensor(rows, dtype=torch.int8).reshape(shape),
-        room=room,
-    )
 
 
 @given(case=cases())
@@ -155,17 +119,6 @@ def test_scores_are_standardised_within_their_modality() -> None:
     torch.testing.assert_close(once[:, 10:], 10 * ten[:, 10:])
 
 
-def test_the_gate_s_gradient_is_largest_for_the_token_nearest_to_the_threshold() -> None:
-    leaf = torch.tensor([[3.0, 0.2, 1.5, -0.1, 0.9, -2.0]]).requires_grad_()
-    selected = select(
-        leaf, torch.full((1, 6), 2, dtype=torch.int8), LayerSlots(audio=0, visual=3), Softness(temperature=0.3)
-    )
-    (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
-    assert selected.index.tolist() == [[0, 2, 4]]
-    assert float(gradient[0, 4]) > float(gradient[0, 2]) > float(gradient[0, 0]) > 0
-    assert torch.equal(gradient[0, [1, 3, 5]], torch.zeros(3))
-
-
 def test_text_and_pools_that_fit_carry_no_gradient() -> None:
     leaf = torch.randn(1, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     kinds = torch.tensor([[0, 0, 1, 1, 2, 2, 2, 2, 0]], dtype=torch.int8)
@@ -206,13 +159,6 @@ def test_a_nan_ranks_last_where_topk_would_rank_it_first() -> None:
     kinds = torch.full((1, 6), 2, dtype=torch.int8)
     assert int(scores.topk(1).indices) in (1, 4)
     assert select(scores, kinds, LayerSlots(audio=0, visual=4)).index.tolist() == [[0, 2, 3, 5]]
-
-
-def test_unsplit_modalities_compete_and_split_ones_do_not() -> None:
-    scores = torch.tensor([[9.0, 8.0, 7.0, 1.0, 2.0, 3.0]])
-    kinds = torch.tensor([[1, 1, 1, 2, 2, 2]], dtype=torch.int8)
-    assert select(scores, kinds, LayerSlots(audio=1, visual=2, split=False)).index.tolist() == [[0, 1, 2]]
-    assert select(scores, kinds, LayerSlots(audio=1, visual=2)).index.tolist() == [[0, 4, 5]]
 
 
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.0), Softness(temperature=1.0)])

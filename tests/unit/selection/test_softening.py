@@ -9,15 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.layer_views import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
-from test_base import LENGTHS, run
-from test_selection import Case, cases
+from support.layer_views import LENGTHS, SCALE, Arrival, arrivals, run, tokens_of, view_of, with_states
+from support.selection_cases import Case, cases
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from omnimem.attention.blocked import attend, mass
+from omnimem.attention.blocked import mass
 from omnimem.budget import Budget
-from omnimem.config import ConfigError, load
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.base import ScoredPolicy
 from omnimem.scoring import AbstractScorer
@@ -40,9 +38,6 @@ def visual_pool(scores: list[float] | Tensor) -> tuple[Tensor, Tensor]:
     """Scores in float64 of one stream, and their modality."""
     row = torch.as_tensor(scores, dtype=torch.float64)[None].clone()
     return row.requires_grad_(), torch.full(row.shape, int(VISUAL), dtype=torch.int8)
-
-
-# ------------------------------------------------------------------------------------------------------ one eviction
 
 
 @given(case=cases(), temperature=TEMPERATURES, seed=st.integers(0, 9))
@@ -142,22 +137,6 @@ def test_what_the_surplus_leaves_out_weighs_under_three_thousandths_where_scores
         assert math.log(1e-5) < float(gates.min()) < math.log(3e-3), temperature
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [1e-6, 0.0, 1.0])
-def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
-    scores = torch.full((1, 12), value, dtype=dtype).requires_grad_()
-    for temperature in (1.0, 0.05, VANISHING):
-        selected = select(
-            scores, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=3), soft(temperature)
-        )
-        (gradient,) = torch.autograd.grad(selected.gate.sum(), scores)
-        assert bool(selected.gate.isfinite().all())
-        assert bool(gradient.isfinite().all())
-
-
-# ---------------------------------------------------------------------------------------------------------- gradcheck
-
-
 SCORES = st.lists(st.integers(-300, 300).map(lambda n: n / 100), min_size=4, max_size=10, unique=True)
 
 
@@ -216,24 +195,6 @@ def heads(kv_heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return queries.requires_grad_(), keys.requires_grad_(), gate.requires_grad_()
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("mean", ["probabilities", "logits"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_gradcheck_of_attention_mass(kv_heads: int, mean: str, gated: bool) -> None:
-    queries, keys, gate = heads(kv_heads)
-    if gated:
-        assert gradcheck(lambda q, k, g: mass(q, k, scale=0.7, gate=g, heads=mean), (queries, keys, gate))
-    else:
-        assert gradcheck(lambda q, k: mass(q, k, scale=0.7, heads=mean), (queries, keys))
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_gradcheck_of_attention_through_its_gate(kv_heads: int) -> None:
-    queries, keys, gate = heads(kv_heads)
-    values = torch.randn(keys.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    assert gradcheck(lambda q, k, v, g: attend(q, k, v, scale=0.7, gate=g), (queries, keys, values, gate))
-
-
 @pytest.mark.parametrize("of", ["sequence", "modality"])
 @pytest.mark.parametrize("ends", ["present", "one"])
 @pytest.mark.parametrize("neighbours", ["pool", "arrival"])
@@ -260,9 +221,6 @@ def test_gradcheck_of_a_score_through_attention_and_redundancy_together(preset: 
         return policy.scorer(view_of(moved, policy.measures, gradient="both"))
 
     assert gradcheck(score, [t.double().requires_grad_() for t in (arrival.queries, arrival.keys, arrival.states)])
-
-
-# ----------------------------------------------------------------------------------------------------- many evictions
 
 
 def by_loops(preset: str, chunks, stream: int, budget: Budget, temperature: float):
@@ -365,9 +323,6 @@ def test_gates_do_not_fade_with_the_number_of_chunks() -> None:
     assert float(after[1].gate.detach().min()) < math.log(0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
 def test_attention_mass_saves_its_inputs_and_nothing_of_queries_times_keys() -> None:
     queries, keys, gate = heads(2)
     saved: list[Tensor] = []
@@ -386,9 +341,6 @@ def test_attention_mass_is_exact_under_autocast_forward_and_backward(mean: str) 
             received = mass(queries, keys, scale=0.7, gate=gate, heads=mean)
             found.append((received, *torch.autograd.grad((received * torch.arange(5)).sum(), (queries, keys, gate))))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- plan and options
 
 
 CLOSED = {
@@ -417,35 +369,8 @@ def plan_of(selection: SelectionOptions, *budgets: int | Literal["full"]) -> Pla
     return Plan(options=TuningOptions(selection=selection, budgets=budgets), slots_per_layer=8, chunk_tokens=64, seed=0)
 
 
-def test_a_run_of_one_step_starts_at_the_start_and_longer_ones_never_pass_the_end() -> None:
-    temperature = TemperatureOptions(start=0.8, end=0.1)
-    assert plan_of(SelectionOptions(temperature=temperature))(0, 1).softness == Softness(temperature=0.8)
-    assert temperature.at(1.5) == temperature.at(1.0) == pytest.approx(0.1)
-
-
 def test_hard_selection_and_full_memory_have_no_softness() -> None:
     assert plan_of(SelectionOptions(softening="hard"))(3, 10).softness is None
     steps = [plan_of(SelectionOptions(softening="soft"), 8, "full")(step, 10) for step in range(10)]
     assert {(step.slots is None) == (step.softness is None) for step in steps} == {True}
     assert any(step.slots is None for step in steps)
-
-
-@pytest.mark.parametrize(
-    ("override", "complaint"),
-    [
-        (
-            "tuning.selection.softening=smooth",
-            "tuning.selection.softening: expected 'hard', 'straight_through' or 'soft'",
-        ),
-        ("tuning.selection.gradient=none", "tuning.selection.gradient: expected 'redundancy' or 'both'"),
-        ("tuning.selection={softening: hard, gradient: both}", "gradient = both has no effect with softening = hard"),
-        ("tuning.selection.temperature.start=.inf", "start = inf and end = 0.05 must both be finite numbers above 0"),
-        ("tuning.selection.temperature={end: 0}", "start = 1 and end = 0 must both be finite numbers above 0"),
-        ("tuning.selection.temperature.schedule=step", "expected 'constant', 'linear' or 'cosine'"),
-    ],
-)
-def test_a_wrong_setting_is_named_in_one_line(override: str, complaint: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load("tiny.yaml", [override])
-    (line,) = str(error.value).splitlines()
-    assert complaint in line

@@ -24,21 +24,14 @@ def loaded(tmp_path: Path, *overrides: str) -> RunConfig:
     ("name", "value", "cure"),
     [
         ("per_device_train_batch_size", "0", COUNT),
-        ("gradient_accumulation_steps", "-1", COUNT),
         ("max_steps", "0", "give 1 or more, or -1 to count by num_train_epochs"),
         ("num_train_epochs", "0", "give a number above 0"),
-        ("learning_rate", "-0.1", "give a number above 0"),
         ("learning_rate", ".nan", "give a number above 0"),
         ("warmup_steps", "-1", "give 0 or more"),
-        ("weight_decay", "-0.5", "give 0 or more"),
         ("adam_beta2", "1", SHARE),
         ("max_grad_norm", "-1", "give 0 (no clipping) or more"),
-        ("save_steps", "0", EVERY),
         ("save_steps", "2.5", EVERY),
-        ("logging_steps", "-3", EVERY),
-        ("save_total_limit", "0", COUNT),
         ("seed", "-1", "give a whole number from 0 to 4294967295"),
-        ("max_bad_steps", "0", COUNT),
     ],
 )
 def test_a_number_out_of_range_is_one_line_with_its_cure(name: str, value: str, cure: str, tmp_path: Path) -> None:
@@ -46,11 +39,6 @@ def test_a_number_out_of_range_is_one_line_with_its_cure(name: str, value: str, 
         loaded(tmp_path, f"train.{name}={value}")
     shown = {".nan": "nan"}.get(value, value)
     assert str(error.value) == f"command line train.{name}: {shown} is out of range; {cure}"
-
-
-@pytest.mark.parametrize("setting", ["save_steps=0.25", "save_steps=2", "max_steps=-1", "warmup_steps=0.1"])
-def test_what_transformers_means_by_shares_and_minus_one_is_taken(setting: str, tmp_path: Path) -> None:
-    assert loaded(tmp_path, f"train.{setting}").train
 
 
 def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path: Path) -> None:
@@ -64,13 +52,9 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
     ("settings", "what"),
     [
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
-        ({"optim_args": "x"}, "not enough values to unpack"),
-        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set when"),
         ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
         ({"report_to": "wandb"}, r"report_to: TensorBoard event files and metrics\.jsonl are always written"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
-        ({"deepspeed": {"zero_optimization": {"stag": 2}}}, r"zero_optimization\.stag: Extra inputs are not"),
         ({"deepspeed": {**STAGE_2, "train_batch_size": 64}}, "ds train_batch_size=64 vs hf train_batch_size .*=8"),
     ],
 )
@@ -79,11 +63,6 @@ def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, objec
         training_arguments(settings, RunFolder(path=tmp_path))
     assert len(error.value.problems) == 1
     assert str(error.value).startswith("train: ")
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"deepspeed": STAGE_2}])
-def test_settings_that_go_together_are_taken(settings: dict[str, object], tmp_path: Path) -> None:
-    assert training_arguments(settings, RunFolder(path=tmp_path)).output_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from test_stream import policy_of
+from support.streams import policy_of
 
 from omnimem.config import ConfigError, load
 from omnimem.errors import UserError
 from omnimem.policies.base import Policy
 from omnimem.selection import SelectionOptions, Softness
-from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.tokens import Tokens
 from omnimem.tuning import (
     FullGradient,
@@ -35,51 +34,39 @@ HARD = SelectionOptions(softening="hard")
         (TuningOptions(horizon=2), HorizonGradient(chunks=2)),
         (TuningOptions(gradient="states", offload=True), StatesGradient(question=FullGradient(offload=True))),
         (TuningOptions(gradient="released", selection=HARD), ReleasedGradient(stop_layer=18)),
-        (
-            TuningOptions(gradient="paper", stop_layer=5, selection=HARD),
-            ReleasedGradient(stop_layer=5, whole_last_chunk=True),
-        ),
     ],
-)  # fmt: skip
-def test_settings_say_how_far_gradient_reaches(options: TuningOptions, built: MemoryStep) -> None:
+)
+def test_settings_say_how_far_gradient_reaches(options, built) -> None:
     assert gradient_of(options, 36) == built
 
 
+PAPER = ("tuning.gradient=paper", "tuning.selection.softening=hard")
+
+
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "key", "value"),
     [
-        (["tuning.horizon=0"], "tuning.horizon: horizon = 0 must be at least 1 chunk, or all"),
-        (["tuning.horizon=some"], "tuning.horizon: expected a whole number or 'all', got 'some'; known: all"),
-        (["tuning.gradient=state"], "tuning.gradient: expected 'full', 'states', 'released' or 'paper', got 'state'; "
-         "did you mean 'states'?"),
-        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon: horizon = 2 applies to gradient: "
-         "full only (got states); set horizon: all, or gradient: full"),
-        (["tuning.stop_layer=2"], "tuning.stop_layer: stop_layer = 2 applies to gradient: released "
-         "or paper only (got full, whose chunks run all layers); leave it out, or set gradient: released"),
-        (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer: stop_layer = 0 must be at "
-         "least 1: chunks run the layers below it"),
-        (["tuning.gradient=released"], "tuning.selection: selection.softening = straight_through has no effect "
-         "with gradient: released, whose selection does not learn; set it to hard"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy.per_head=true"],
-         "paper carries tokens that one score chose for all heads, which policy distinct does not; set it to full"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: snapkv}"],
-         "paper carries tokens that one score chose for all heads, which policy snapkv does not; set it to full"),
-        (["tuning.gradient=paper", "tuning.selection.softening=hard", "memory.policy={name: recursive_uniform}"],
-         "paper carries tokens that one score chose for all heads, which policy recursive_uniform does not; "
-         "set it to full"),
-        (["tuning.selection.gradient=both"],
-         "both means nothing with policy distinct, whose score measures no attention; set it to redundancy"),
+        (["tuning.horizon=0"], "tuning.horizon", "horizon = 0"),
+        (["tuning.gradient=state"], "tuning.gradient", "'state'"),
+        (["tuning.gradient=states", "tuning.horizon=2"], "tuning.horizon", "horizon = 2"),
+        (["tuning.stop_layer=2"], "tuning.stop_layer", "stop_layer = 2"),
+        (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer", "stop_layer = 0"),
+        (["tuning.gradient=released"], "tuning.selection", "straight_through"),
+        ([*PAPER, "memory.policy.per_head=true"], "tuning.gradient", "policy distinct"),
+        ([*PAPER, "memory.policy={name: recursive_uniform}"], "tuning.gradient", "policy recursive_uniform"),
+        (["tuning.selection.gradient=both"], "tuning.selection.gradient", "both"),
     ],
-)  # fmt: skip
-def test_settings_that_mean_nothing_are_refused_in_one_line(overrides: list[str], line: str) -> None:
+)
+def test_settings_that_mean_nothing_are_refused_in_one_line(overrides, key, value) -> None:
     with pytest.raises(ConfigError) as refused:
         load("tiny.yaml", overrides)
     (said,) = str(refused.value).splitlines()
-    assert said.endswith(line)
+    assert key in said
+    assert value in said
 
 
 @pytest.mark.parametrize("stop_layer", [4, 9])
-def test_a_stop_layer_that_the_model_does_not_have_is_refused(stop_layer: int) -> None:
+def test_a_stop_layer_that_the_model_does_not_have_is_refused(stop_layer) -> None:
     options = TuningOptions(gradient="released", stop_layer=stop_layer, selection=HARD)
     with pytest.raises(GradientError, match=rf"^tuning.stop_layer = {stop_layer} must be from 1 to 3: the model has 4"):
         gradient_of(options, 4)
@@ -94,7 +81,7 @@ class Whole(Policy):
 
 
 @pytest.mark.parametrize("gradient", ["states", "paper"])
-def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient: str) -> None:
+def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient) -> None:
     options = TuningOptions(gradient=gradient, selection=HARD)  # pyright: ignore[reportArgumentType]
     for policy in (Whole(name="whole", budget=None), replace(policy_of("omnimem"), per_head=True)):
         with pytest.raises(GradientError, match=rf"^tuning.gradient = {gradient} .* set it to full$"):
@@ -103,7 +90,7 @@ def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient: st
 
 
 @pytest.mark.parametrize("name", ["omnimem", "random"])
-def test_one_policy_in_training_and_evaluation_but_for_the_release(name: str) -> None:
+def test_one_policy_in_training_and_evaluation_but_for_the_release(name) -> None:
     policy = policy_of(name)
     for gradient in ("full", "states", "paper"):
         options = TuningOptions(gradient=gradient, selection=HARD)  # pyright: ignore[reportArgumentType]

@@ -1,25 +1,20 @@
 """Losses: what they are by plain loops, what they see of a stream, who counts, and that learning reaches LoRA alone."""
 
-import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import pytest
 import torch
 from support import reference_losses as reference
 from support.episodes import IGNORED, Episode, KeptByChunk, OneShot
+from support.gradients import assert_same_gradient, episode_from, gradient, opened, policy_at
 from support.thinkers import write_folder
-from support.tiny_run import Run, tune, write_films
-from test_gradient_full import assert_same_gradient, episode_from, gradient, opened, policy_at
 from torch import Tensor, nn
 
 from omnimem.backbones import LayoutError, ModelOptions, Qwen25Omni
-from omnimem.recall.renderer import write_mp4
-from omnimem.recall.worlds import draw_world
-from omnimem.streaming.attach import attach
+from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import QUESTION_ROOM, EncodedSample, Feeder
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import (
@@ -28,7 +23,6 @@ from omnimem.tuning import (
     FullGradient,
     FullMemoryKL,
     LoraOptions,
-    LossOptions,
     Outcome,
     Pass,
     Rows,
@@ -87,21 +81,20 @@ def batch_of() -> list[EncodedSample]:
     return [opened(1, TIMES, ["red", "blue", "green", "red"]), opened(2, TIMES, ["dark red", "red", "blue", "a b c"])]
 
 
+def streamed(
+    attached: StreamedAttention, tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, **settings: Any
+) -> Outcome:
+    """`streamed_loss` with hard selection and the full gradient."""
+    given = {"carry": FullGradient(), "model": tuned.model, "feeder": tuned.feeder(), **settings}
+    return streamed_loss(attached, given.pop("feeder"), batch, policy_at(slots), softness=None, **given)
+
+
 def learned(
     tuned: Taught, batch: Sequence[EncodedSample], slots: int | None, *losses: AbstractLoss
 ) -> tuple[Outcome, Tensor]:
     """The outcome, its loss out of the graph, and the gradient of that loss."""
     with attach(tuned.backbone.text_model) as attached:
-        outcome = streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(slots),
-            softness=None,
-            carry=FullGradient(),
-            losses=losses,
-            model=tuned.model,
-        )
+        outcome = streamed(attached, tuned, batch, slots, losses=losses)
         found = gradient(outcome.loss, tuned.backbone.model)
     return replace(outcome, loss=outcome.loss.detach()), found
 
@@ -143,11 +136,8 @@ def labels_of(episode: Episode) -> list[list[list[int]]]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- by plain loops
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])
-def test_kl_and_its_slope_equal_plain_loops(temperature: float) -> None:
+def test_kl_and_its_slope_equal_plain_loops(temperature) -> None:
     generator = torch.Generator().manual_seed(5)
     student, teacher = torch.randn(2, 7, 23, generator=generator, dtype=torch.float64) * 3
     student.requires_grad_()
@@ -161,13 +151,6 @@ def test_kl_and_its_slope_equal_plain_loops(temperature: float) -> None:
     assert found.dtype == torch.float32
 
 
-def test_kl_asks_the_student_to_cover_the_teacher_and_not_the_reverse() -> None:
-    sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-    missed, spread = (float(kl_divergences(a, b, 1.0)) for a, b in ((sure, unsure), (unsure, sure)))
-    assert missed > 5 * spread
-    assert spread == pytest.approx(math.log(2), rel=0.01)
-
-
 def test_answer_losses_equal_plain_loops() -> None:
     generator = torch.Generator().manual_seed(6)
     logits, labels = torch.randn(5, 11, generator=generator), torch.tensor([3, 0, 10, 3, 7])
@@ -177,10 +160,7 @@ def test_answer_losses_equal_plain_loops() -> None:
     torch.testing.assert_close(answer_losses(logits, labels), torch.tensor(expected))
 
 
-# -------------------------------------------------------------------------------------------- what they see of a stream
-
-
-def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned: Taught) -> None:
+def test_a_question_on_the_way_sees_what_had_come_and_nothing_later(tuned) -> None:
     """With full memory: each answer as by transformers' own pass over the stream until then, and its question."""
     batch = batch_of()
     outcome = outcome_of(tuned, batch, None, AnswerLoss())
@@ -208,21 +188,12 @@ def teacher_logits(tuned: Taught, episode: Episode) -> list[list[Tensor]]:
         return stock_logits(tuned.base, episode)
 
 
-def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taught) -> None:
+def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned) -> None:
     """The student in one pass with masks by layer, the teacher in stock passes over everything, the rest in loops."""
     batch, loss = batch_of(), FullMemoryKL(weight=0.7, temperature=2.0)
     noting = KeptByChunk(FullGradient())
     with attach(tuned.backbone.text_model) as attached:
-        outcome = streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(6),
-            softness=None,
-            carry=noting,
-            losses=(AnswerLoss(weight=0.5), loss),
-            model=tuned.model,
-        )
+        outcome = streamed(attached, tuned, batch, 6, carry=noting, losses=(AnswerLoss(weight=0.5), loss))
         got = gradient(outcome.loss, tuned.backbone.model)
         episode = episode_from(attached, tuned.feeder(), batch)
         step = OneShot(episode, noting.kept)
@@ -248,9 +219,7 @@ def test_distillation_equals_a_slow_reference_in_value_and_gradient(tuned: Taugh
     assert_same_gradient(got, expected, 1e-5)
 
 
-def test_an_adapter_that_does_nothing_is_at_no_distance_with_full_memory_and_at_some_with_a_budget(
-    thinker: Path,
-) -> None:
+def test_an_adapter_that_does_nothing_is_at_no_distance_with_full_memory_and_at_some_with_a_budget(thinker) -> None:
     fresh = taught(thinker, std=0.0)
     whole, evicting = (outcome_of(fresh, batch_of(), slots, FullMemoryKL(temperature=2.0)) for slots in (None, 6))
     assert abs(float(whole.loss)) <= 1e-6
@@ -278,7 +247,7 @@ class Noted(AbstractLoss):
         return rows.logits.float().square().mean(dim=-1)
 
 
-def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of_the_adapter(thinker: Path) -> None:
+def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of_the_adapter(thinker) -> None:
     wild = taught(thinker, std=0.2, dropout=0.5)
     batch, runs = batch_of(), (Noted(seen=[]), Noted(seen=[]))
     first, second = (outcome_of(wild, batch, 6, noted) for noted in runs)
@@ -292,57 +261,28 @@ def test_the_teacher_is_the_untouched_model_without_dropout_whatever_the_mode_of
         torch.testing.assert_close(forward[owners.argsort(stable=True)], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_reaches_lora_alone(thinker: Path) -> None:
+def test_gradient_reaches_lora_alone(thinker) -> None:
     tuned = taught(thinker, std=0.2)
     with attach(tuned.backbone.text_model) as attached:
-        losses, policy = (FullMemoryKL(temperature=2.0),), policy_at(6)
-        carry, feeder = FullGradient(), tuned.feeder()
-        streamed_loss(
-            attached, feeder, batch_of(), policy, softness=None, carry=carry, losses=losses, model=tuned.model
-        ).loss.backward()
+        streamed(attached, tuned, batch_of(), 6, losses=(FullMemoryKL(temperature=2.0),)).loss.backward()
     reached = {name for name, weight in tuned.model.named_parameters() if weight.grad is not None}
     assert reached == {name for name, _ in tuned.model.named_parameters() if "lora_" in name}
     assert all(bool(weight.grad.any()) for weight in trainable(tuned.model) if weight.grad is not None)
 
 
-def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(tuned: Taught) -> None:
+def test_the_adapter_is_on_again_after_the_teacher_and_after_an_exception_in_it(tuned) -> None:
     batch, losses = batch_of(), (AnswerLoss(), FullMemoryKL())
     learning = len(trainable(tuned.model))
     before = float(outcome_of(tuned, batch, 6, *losses).loss)
     with attach(tuned.backbone.text_model) as attached, pytest.raises(LayoutError, match="chunk_tokens"):
-        streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch,
-            policy_at(6),
-            softness=None,
-            carry=FullGradient(),
-            losses=losses,
-            model=tuned.model,
-            chunk_tokens=5,  # a segment has 6: the teacher, which streams first, cannot cut it
-        )
+        # a segment has 6 tokens: the teacher, which streams first, cannot cut it
+        streamed(attached, tuned, batch, 6, losses=losses, chunk_tokens=5)
     assert tuned.model.get_model_status().enabled is True
     assert len(trainable(tuned.model)) == learning
     assert float(outcome_of(tuned, batch, 6, *losses).loss) == before
 
 
-def test_a_loss_that_needs_the_teacher_is_refused_without_the_model(tuned: Taught) -> None:
-    with attach(tuned.backbone.text_model) as attached, pytest.raises(ValueError, match="needs the teacher"):
-        streamed_loss(
-            attached,
-            tuned.feeder(),
-            batch_of(),
-            policy_at(6),
-            softness=None,
-            carry=FullGradient(),
-            losses=(FullMemoryKL(),),
-        )
-
-
-# -------------------------------------------------------------------------------------------------------- who counts
-
-
-def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned: Taught) -> None:
+def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned) -> None:
     batch = batch_of()
     assert batch[0].tokens == 48
     answer = AnswerLoss()
@@ -354,7 +294,7 @@ def test_a_stream_longer_than_full_memory_fits_is_left_out_and_counted(tuned: Ta
     assert float(skipped.loss) == float(plain.loss) < float(fits.loss)
 
 
-def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(tuned: Taught) -> None:
+def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(tuned) -> None:
     """So that no rank lacks what the others reduce."""
     outcome, found = learned(tuned, batch_of(), 6, AnswerLoss(weight=0.0), FullMemoryKL(max_tokens=1))
     assert float(outcome.loss) == 0
@@ -362,7 +302,7 @@ def test_a_step_of_long_streams_alone_teaches_nothing_and_still_has_a_gradient(t
     assert not found.any()
 
 
-def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_move_up(tuned: Taught) -> None:
+def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_move_up(tuned) -> None:
     """A full memory cannot move up; with original positions it can be asked."""
     backbone, batch = tuned.backbone, [opened(1, (None,), ["red"], seconds=48)]
     config, rows = backbone.text_model.config, {}
@@ -372,23 +312,14 @@ def test_a_stream_beyond_the_trained_positions_has_no_teacher_where_kept_tokens_
         for positions in ("original", "compact"):
             feeder = Feeder(backbone, StreamOptions(chunk_tokens=12, positions=positions))
             with attach(backbone.text_model) as attached:
-                outcome = streamed_loss(
-                    attached,
-                    feeder,
-                    batch,
-                    policy_at(6),
-                    softness=None,
-                    carry=FullGradient(),
-                    losses=(AnswerLoss(), FullMemoryKL()),
-                    model=tuned.model,
-                )
+                outcome = streamed(attached, tuned, batch, 6, losses=(AnswerLoss(), FullMemoryKL()), feeder=feeder)
             rows[positions] = outcome.rows["full_memory_kl"]
     finally:
         config.max_position_embeddings = before
     assert rows == {"original": 2, "compact": 0}
 
 
-def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned: Taught) -> None:
+def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned) -> None:
     streams = [opened(1, [None], ["red"]), opened(2, [None] * 3, ["dark red", "blue and a b c", "green"])]
     losses = (AnswerLoss(), FullMemoryKL(temperature=2.0))
     both, first, second = (outcome_of(tuned, batch, 6, *losses) for batch in (streams, streams[:1], streams[1:]))
@@ -399,27 +330,12 @@ def test_a_stream_counts_the_same_alone_and_in_a_batch_for_every_loss(tuned: Tau
         assert both.rows[name] == first.rows[name] + second.rows[name]
 
 
-def test_a_loss_of_weight_0_is_measured_and_not_learned_from(tuned: Taught) -> None:
+def test_a_loss_of_weight_0_is_measured_and_not_learned_from(tuned) -> None:
     alone, expected = learned(tuned, batch_of(), 6, AnswerLoss())
     beside, got = learned(tuned, batch_of(), 6, AnswerLoss(), FullMemoryKL(weight=0.0))
     assert float(alone.loss) == float(beside.loss)
     assert float(beside.losses["full_memory_kl"]) > 0
     assert_same_gradient(got, expected, 1e-12)
-
-
-# ------------------------------------------------------------------------------------------------ options and metrics
-
-
-def test_the_answers_may_weigh_nothing_beside_another_loss_and_never_all_losses() -> None:
-    kl = FullMemoryKL(weight=2.0)
-    assert LossOptions().losses == (AnswerLoss(weight=1.0),)
-    assert LossOptions(answer=0.0, full_memory_kl=kl).losses == (AnswerLoss(weight=0.0), kl)
-    for nothing in ({"answer": 0.0}, {"answer": 0.0, "full_memory_kl": FullMemoryKL(weight=0.0)}):
-        with pytest.raises(ValueError, match="all weights are 0"):
-            LossOptions(**nothing)
-    for wrong in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"^weight = .* of tuning.loss.answer must be a number of 0 or more"):
-            LossOptions(answer=wrong)
 
 
 def passed(step: int, budget: str, loss: float, streams: int = 1, kl: float | None = None) -> Pass:
@@ -444,61 +360,3 @@ def test_each_budget_has_a_running_mean_that_goes_on_from_the_log() -> None:
     history = [{"loss": 9.0, "step": 1}, {"loss_at/18": 7.0}, {**means, "loss": 1.0}, {"loss_at/full": 0.4}]
     later = running_means([passed(4, "18", 1.2), passed(3, "9", 5.0)], history)
     assert later == pytest.approx({"loss_at/18": 2.2 - 0.2, "loss_at/9": 5.0})
-
-
-# ----------------------------------------------------------------------------------------------- by the entry point
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films and manifest that all runs share; one film is too long for a full memory of 80 tokens."""
-    place = write_films(tmp_path_factory.mktemp("losses"))
-    write_mp4(draw_world(0, 12), place / "0.mp4")
-    return place
-
-
-SGD = ("train.optim=sgd", "train.max_steps=6", "train.max_grad_norm=0")
-DISTILLED = (
-    "tuning.loss={answer: 0.5, full_memory_kl: {temperature: 2, max_tokens: 80}}",
-    "tuning.budgets={low: 3, high: 12, full: 0.3}",
-    "tuning.chunk_tokens=[36, 24]",
-)
-
-
-def curves(run: Run) -> set[str]:
-    return {name for line in run.lines for name in line["loss_at"]}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_ranks_and_accumulation_mean_the_same_with_distillation(folder: Path, stage: str) -> None:
-    """Budgets and chunk sizes are those of the step on every rank; plain SGD, so that a scale would show. In some
-    steps one rank has a teacher and the other has none."""
-    settings = (*SGD, *DISTILLED, f"train.deepspeed=deepspeed/{stage}.json")
-    two = tune(folder, f"kl-ranks-{stage}", *settings, ranks=2)
-    accumulated = tune(folder, f"kl-accumulated-{stage}", *settings, "train.gradient_accumulation_steps=2")
-    torch.testing.assert_close(two.losses, accumulated.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(two.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
-    for first, second in zip(two.lines, accumulated.lines, strict=True):
-        for group in ("losses", "rows", "loss_at"):
-            assert first[group] == pytest.approx(second[group], rel=1e-5)
-        assert (first["slots"], first["chunk_tokens"]) == (second["slots"], second["chunk_tokens"])
-    assert curves(two) <= {"3-5", "6-11", "12", "full"}
-    assert {line["chunk_tokens"] for line in two.lines} == {36.0, 24.0}
-    parts = [line["rows"]["full_memory_kl"] / line["rows"]["answer"] for line in two.lines]
-    assert any(0 < part < 1 for part in parts)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_resumed_run_goes_on_with_the_same_budgets_chunks_losses_and_curves(folder: Path) -> None:
-    whole = tune(folder, "kl", *DISTILLED)
-    kept = Run(path=whole.path.rename(folder / "runs" / "kl.whole"), ended=whole.ended)
-    shutil.copytree(kept.path, whole.path)  # as a crash after step 5 leaves it
-    shutil.rmtree(whole.path / "checkpoint-10")
-    resumed = tune(folder, "kl", *DISTILLED, "--resume", "auto")
-    assert "step 5 of 10" not in resumed.ended.outputs[0]
-    assert resumed.lines == kept.lines
-    assert torch.equal(resumed.adapter, kept.adapter)
-    assert len(curves(kept)) >= 2

@@ -1,0 +1,365 @@
+"""Trials of faults: kills, signals and damaged checkpoints at random times, each followed by `--resume auto`.
+
+A trial passes when exit code 0 was returned only once the adapter was written and described in run.json, the adapter
+equals the unbroken run's bit for bit, metrics.jsonl holds every step once with the same numbers and samples, and no
+process is left behind. Processes are forked from one that has the imports done, below a launcher that behaves as
+DeepSpeed's launch.py does.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any, final
+
+from omnimem.run import RunFolder, read_json, sha256
+from support.paths import ROOT
+from support.ranks import free_port
+from support.tiny_run import given
+
+STEPS = 8
+LIMIT = 300.0  # seconds that a run may take on a busy machine
+PATIENCE = 60.0  # seconds in which a rank must have ended once it was asked to
+RESUMES = 3
+FILES = 10  # of a checkpoint, about
+LAST_MOMENTS = ("metrics.jsonl", f".partial/checkpoint-{STEPS}", f"checkpoint-{STEPS}", ".partial/adapter", "adapter")
+FORK = multiprocessing.get_context("fork")
+SETTINGS = (f"train.max_steps={STEPS}", "train.save_steps=2", "train.save_total_limit=2")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A number of ranks and a ZeRO stage."""
+
+    ranks: int
+    deepspeed: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.deepspeed or 'plain'} x {self.ranks}"
+
+    @property
+    def settings(self) -> list[str]:
+        return [f"train.deepspeed=deepspeed/{self.deepspeed}.json"] if self.deepspeed else []
+
+
+ENGINES = (
+    Engine(ranks=1),
+    Engine(ranks=2),
+    Engine(ranks=2, deepspeed="zero0"),
+    Engine(ranks=2, deepspeed="zero2"),
+    Engine(ranks=2, deepspeed="zero3"),
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A launcher with its ranks, and their run folder."""
+
+    process: ForkProcess
+    ranks: tuple[int, ...]
+    path: Path
+
+    @property
+    def launcher(self) -> int:
+        return self.process.pid or 0
+
+    @property
+    def steps(self) -> int:
+        """Steps that metrics.jsonl has a whole line for."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+
+    def ended(self) -> int:
+        """Wait for the launcher; its exit code, negative for a signal."""
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def orphans(self) -> list[int]:
+        """Ranks that are still there when a launcher is gone and they had the time to finish their step."""
+        limit = time.monotonic() + PATIENCE
+        while any(map(lives, self.ranks)) and time.monotonic() < limit:
+            time.sleep(0.05)
+        return [rank for rank in self.ranks if lives(rank)]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One kind of fault: when it strikes a run, and how."""
+
+    name: str
+    strikes: Callable[[Launched, random.Random], str]  # a description
+
+
+def preload() -> None:
+    """Import what every run imports; forked processes have it then."""
+    os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    importlib.import_module("deepspeed")
+    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="preloaded")
+
+
+def launch(home: Path, name: str, engine: Engine, *arguments: str) -> Launched:
+    """`finetune.py --config NAME.yaml ARGUMENTS` on so many ranks."""
+    command = ["finetune.py", *given(home, name, *SETTINGS, *engine.settings, *arguments)]
+    receive, send = FORK.Pipe(duplex=False)
+    launcher = FORK.Process(target=_launcher, args=(home, name, command, engine.ranks, send))
+    launcher.start()
+    return Launched(process=launcher, ranks=tuple(receive.recv()), path=home / "runs" / name)
+
+
+def _launcher(home: Path, name: str, command: list[str], count: int, send: Connection) -> None:
+    """As launch.py: start the ranks, pass SIGTERM on, end all when one has failed."""
+    os.setsid()
+    os.chdir(home)
+    log = os.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    port = str(free_port())
+    os.environ["OMNIMEM_LAUNCHER"] = str(os.getpid())  # as launch.sh does
+    ranks = [FORK.Process(target=_rank, args=(command, rank, count, port)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    send.send([rank.pid for rank in ranks])
+    signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
+    sys.exit(outcome(ranks) % 256)
+
+
+def outcome(ranks: Sequence[ForkProcess]) -> int:
+    """Wait for all ranks and end the others once one has failed; its exit code, else 0.
+
+    The sentinel of a process is closed before its exit code is known, so both are checked in a loop.
+    """
+    while (running := [rank for rank in ranks if rank.exitcode is None]) and not failure(ranks):
+        wait([rank.sentinel for rank in running], timeout=PATIENCE)
+    code = failure(ranks)
+    for rank in running:
+        rank.terminate()
+    for rank in running:
+        rank.join(PATIENCE)
+        rank.kill()
+        rank.join()
+    return code
+
+
+def failure(ranks: Sequence[ForkProcess]) -> int:
+    """Exit code of a failed rank; 0 if none has failed yet."""
+    return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+
+
+def _rank(command: list[str], rank: int, count: int, port: str) -> None:
+    """Run finetune.py in this process as one rank."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
+    os.environ.update({**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": "0"})
+    sys.argv = command
+    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="__main__")
+
+
+def lives(number: int) -> bool:
+    """Whether a process is running (a zombie is not)."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_rank(run: Launched, draw: random.Random) -> str:
+    """SIGKILL to one rank, at any time."""
+    at = in_a_step(run, draw)
+    rank = draw.randrange(len(run.ranks))
+    strike(run.ranks[rank], signal.SIGKILL)
+    return f"rank {rank} {at}"
+
+
+def kill_launcher(run: Launched, draw: random.Random) -> str:
+    """SIGKILL to the launcher; its ranks must end by themselves."""
+    at = in_a_step(run, draw)
+    strike(run.launcher, signal.SIGKILL)
+    return at
+
+
+def terminate(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to one rank, or to the launcher, which passes it on."""
+    at = in_a_step(run, draw)
+    return f"{strike_one(run, draw)} {at}"
+
+
+def terminate_at_the_end(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to a rank or the launcher close to the end of the run."""
+    moment = run.path / draw.choice(LAST_MOMENTS)
+    waiting(run, lambda: run.steps >= STEPS - 1 and (moment.exists() or (run.path / moment.name).exists()))
+    delay = draw.uniform(0.0, 0.03)
+    time.sleep(delay)
+    return f"{strike_one(run, draw)} {delay * 1e3:.0f} ms after {moment.relative_to(run.path)}"
+
+
+def damage_checkpoint(run: Launched, draw: random.Random) -> str:
+    """Kill all processes, then truncate a file of the newest checkpoint or flip one of its bits."""
+    at = in_a_step(run, draw, first=3)
+    kill_all(run)
+    newest = max(run.path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    file = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    place = draw.randrange(len(content))
+    if draw.random() < 0.5:
+        what, content = "cut", content[:place]
+    else:
+        what = "bit"
+        content[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+    return f"{what} {file.relative_to(run.path)} {at}"
+
+
+def kill_while_writing(run: Launched, draw: random.Random) -> str:
+    """Kill all processes after a random number of files of a checkpoint were written."""
+    wanted, files = draw.choice((2, 4, 6)), draw.randrange(FILES)
+    partial = run.path / ".partial" / f"checkpoint-{wanted}"
+    waiting(run, lambda: len(list(partial.glob("*"))) >= files or (run.path / partial.name).exists())
+    time.sleep(draw.uniform(0.0, 0.01))
+    kill_all(run)
+    written = len(list(partial.glob("*")))
+    return f"{partial.name}, " + (f"{written} files written" if partial.exists() else "already in place")
+
+
+FAULTS = (
+    Fault(name="kill -9 of a rank", strikes=kill_rank),
+    Fault(name="kill -9 of the launcher", strikes=kill_launcher),
+    Fault(name="SIGTERM", strikes=terminate),
+    Fault(name="SIGTERM at the end", strikes=terminate_at_the_end),
+    Fault(name="damaged checkpoint", strikes=damage_checkpoint),
+    Fault(name="kill -9 while a checkpoint is written", strikes=kill_while_writing),
+)
+
+
+def in_a_step(run: Launched, draw: random.Random, *, first: int = 0) -> str:
+    """Wait for a random moment of a random step."""
+    step = draw.randrange(first, STEPS)
+    waiting(run, lambda: run.steps >= step)
+    delay = draw.uniform(0.0, 0.3)
+    time.sleep(delay)
+    return f"{delay * 1e3:.0f} ms after step {step}"
+
+
+def waiting(run: Launched, until: Callable[[], bool]) -> None:
+    """Poll until the condition holds or the run has ended."""
+    limit = time.monotonic() + LIMIT
+    while not until() and lives(run.ranks[0]) and time.monotonic() < limit:
+        time.sleep(0.002)
+
+
+def kill_all(run: Launched) -> None:
+    """SIGKILL to every process, as in a power failure."""
+    for number in (run.launcher, *run.ranks):
+        strike(number, signal.SIGKILL)
+
+
+def strike_one(run: Launched, draw: random.Random) -> str:
+    """SIGTERM to the launcher or to one of the ranks; to which."""
+    chosen = draw.choice((run.launcher, *run.ranks))
+    strike(chosen, signal.SIGTERM)
+    return "launcher" if chosen == run.launcher else f"rank {run.ranks.index(chosen)}"
+
+
+def strike(number: int, kind: signal.Signals) -> None:
+    """A signal to a process, which may have ended."""
+    with suppress(ProcessLookupError):
+        os.kill(number, kind)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Adapter and metrics of a run, without timings."""
+
+    adapter: bytes = b""  # none
+    described: bool = False  # whether run.json knows these very weights
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[list[str]]:
+        """The samples of each step, in order."""
+        return [line["samples"] for line in self.lines]
+
+    @property
+    def taken(self) -> Counter[str]:
+        """How often each sample was used."""
+        return Counter(sample for step in self.samples for sample in step)
+
+    @classmethod
+    def of(cls, path: Path) -> "Result":
+        """Of a run folder."""
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+        adapter, record = RunFolder(path=path).adapter, RunFolder(path=path).record
+        if not adapter.is_dir():
+            return cls(lines=kept)
+        return cls(
+            adapter=(adapter / "adapter_model.safetensors").read_bytes(),
+            described=read_json(record).get("adapter", {}).get("sha256") == sha256(adapter, suffixes=(".safetensors",)),
+            lines=kept,
+        )
+
+
+def unbroken(home: Path, engine: Engine) -> Result:
+    """Train without a fault."""
+    name = f"whole-{engine.name.replace(' ', '')}"
+    shutil.rmtree(home / "runs" / name, ignore_errors=True)
+    run = launch(home, name, engine)
+    code = run.ended()
+    if code != 0:
+        raise RuntimeError(f"the unbroken run ended with {code}:\n{(home / f'{name}.log').read_text()}")
+    return Result.of(run.path)
+
+
+def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, draw: random.Random) -> dict[str, Any]:
+    """Run, inject one fault, resume until finished; the row of the table."""
+    name, started = f"trial-{number}", time.monotonic()
+    shutil.rmtree(home / "runs" / name, ignore_errors=True)
+    log = home / f"{name}.log"
+    log.unlink(missing_ok=True)
+    run = launch(home, name, engine)
+    what = fault.strikes(run, draw)
+    codes, orphans = [run.ended()], run.orphans()
+    while codes[-1] != 0 and len(codes) <= RESUMES:
+        run = launch(home, name, engine, "--resume", "auto")
+        codes.append(run.ended())
+        orphans += run.orphans()
+    found = Result.of(run.path) if codes[-1] == 0 else Result()
+    checks = {
+        "finished": codes[-1] == 0,
+        "described": found.described,
+        "same weights": found.adapter == whole.adapter,
+        "same samples": found.samples == whole.samples,
+        "same numbers": found.lines == whole.lines,
+        "no orphans": not orphans,
+    }
+    return {
+        "number": number,
+        "fault": fault.name,
+        "engine": engine.name,
+        "what": what,
+        "codes": codes,
+        "said": [line for line in log.read_text().splitlines() if line.startswith(("skipped", "stopped"))],
+        "failed": [name for name, holds in checks.items() if not holds],
+        "lost": (whole.taken - found.taken).total(),
+        "repeated": (found.taken - whole.taken).total(),
+        "orphans": len(orphans),
+        "seconds": round(time.monotonic() - started, 1),
+    }
