@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -25,7 +24,7 @@ def prose(text: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_lines_are_short(page: Path) -> None:
+def test_links_lead_to_files_and_lines_are_short(page) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)) if ":" not in link]
     assert [link for link in links if link and not (page.parent / link).exists()] == []
@@ -41,9 +40,7 @@ def test_every_section_that_the_code_cites_is_on_the_page_of_the_paper() -> None
     assert cited <= sections
 
 
-def test_the_policy_of_the_page_streams_a_video_and_can_be_named_in_a_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_policy_of_the_page_streams_a_video_and_can_be_named_in_a_config(tmp_path, monkeypatch, capsys) -> None:
     write_mp4(draw_world(25, 8), tmp_path / "video.mp4")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)

@@ -82,7 +82,7 @@ def found(folder: Path) -> dict[str, Any]:
     return arms
 
 
-def test_one_process_answers_every_question_of_every_arm(alone: dict[str, Any]) -> None:
+def test_one_process_answers_every_question_of_every_arm(alone) -> None:
     assert set(alone) == {"training_free", "tuned", "blind"}
     for lines, summary, _ in alone.values():
         assert [line["id"] for line in lines] == [f"s{film}#{n}" for film in range(FILMS) for n in range(ASKED)]
@@ -90,16 +90,14 @@ def test_one_process_answers_every_question_of_every_arm(alone: dict[str, Any]) 
     assert [a["prediction"] for a in alone["tuned"][0]] != [b["prediction"] for b in alone["training_free"][0]]
 
 
-def test_ranks_of_the_launcher_share_the_work(place: Path, here: Path, alone: dict[str, Any]) -> None:
+def test_ranks_of_the_launcher_share_the_work(place, here, alone) -> None:
     ended = command(SCRIPT, [*CONFIG, *ARMS, benchmark(place)], here, ranks=2)
     assert found(here) == alone
     assert "tuned: recall" in ended.outputs[0]
     assert "shard 1/2 is done; every question has been asked" in ended.outputs[1]
 
 
-def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(
-    place: Path, here: Path, alone: dict[str, Any]
-) -> None:
+def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(place, here, alone) -> None:
     arguments = [*CONFIG, *ARMS, benchmark(place)]
     (first,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here).outputs
     assert "shard 0/2 is done; 14 questions wait for other shards" in first
@@ -110,7 +108,7 @@ def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(
     assert found(here) == alone
 
 
-def test_helpers_of_a_process_share_the_work(place: Path, here: Path, alone: dict[str, Any]) -> None:
+def test_helpers_of_a_process_share_the_work(place, here, alone) -> None:
     command(SCRIPT, [*CONFIG, *ARMS, benchmark(place), "evaluate.processes=2"], here)
     assert found(here) == alone
 
@@ -127,9 +125,7 @@ def kill_at(at: int, torn: bool) -> None:
 
 
 @pytest.mark.parametrize("trial", range(4))
-def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
-    place: Path, here: Path, alone: dict[str, Any], trial: int
-) -> None:
+def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(place, here, alone, trial) -> None:
     drawn = random.Random(trial)
     arguments = [*CONFIG, *ARMS, benchmark(place)]
     at, torn = drawn.randrange(3 * FILMS * ASKED), drawn.random() < 0.5
@@ -140,7 +136,7 @@ def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     assert found(here) == alone
 
 
-def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place: Path, here: Path) -> None:
+def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place, here) -> None:
     arguments = [*CONFIG, "--arm", "tuned", "--arm", "training_free", benchmark(place)]
     command(SCRIPT, arguments, here)
     before = found(here)
@@ -157,7 +153,7 @@ def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place: Path, 
     assert said.count("made with another max_new_tokens; moved to") == 2
 
 
-def test_another_benchmark_may_be_added_to_results(place: Path, here: Path) -> None:
+def test_another_benchmark_may_be_added_to_results(place, here) -> None:
     arguments = [*CONFIG, "--arm", "training_free"]
     command(SCRIPT, [*arguments, benchmark(place)], here)
     before = (here / "runs/x/eval/training_free/recall.jsonl").read_bytes()
@@ -171,7 +167,7 @@ def test_another_benchmark_may_be_added_to_results(place: Path, here: Path) -> N
     assert {label: entry["n"] for label, entry in summary["benchmarks"].items()} == {"recall": 10, "own": 1}
 
 
-def test_shards_do_not_each_measure_a_budget(place: Path, here: Path) -> None:
+def test_shards_do_not_each_measure_a_budget(place, here) -> None:
     (here / "runs" / "x" / "budget.json").unlink()
     arguments = [*CONFIG, "--arm", "training_free", benchmark(place), "memory.budget={name: audio_visual}"]
     (refused,) = command(SCRIPT, [*arguments, "--shard", "1/2"], here, fails=True).outputs

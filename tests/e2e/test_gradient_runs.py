@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_equal_one_that_accumulates_and_the_run_says_its_policy(folder: Path, mode: str) -> None:
+def test_two_ranks_equal_one_that_accumulates_and_the_run_says_its_policy(folder, mode) -> None:
     """Every adapter has a gradient in every step, or the ranks would wait for each other; dropout is on."""
     two = tune(folder, f"{mode}-2", *SGD, *MODES[mode], ranks=2)
     one = tune(folder, f"{mode}-1", *SGD, *MODES[mode], "train.gradient_accumulation_steps=2")

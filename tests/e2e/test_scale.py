@@ -55,9 +55,7 @@ def accumulated(folder: Path) -> Run:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", [None, "zero0", "zero1", "zero2", "zero3"])
-def test_ranks_with_5_and_2_chunks_without_pictures_or_unread_equal_one_rank_at_every_stage(
-    folder: Path, accumulated: Run, stage: str | None
-) -> None:
+def test_ranks_with_unequal_streams_equal_one_rank_at_every_stage(folder, accumulated, stage) -> None:
     """Clipped, and plain SGD, so that a norm or a gradient of another size would show."""
     engine = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
     dealt = tune(folder, f"dealt-{stage}", *MIXED, *SGD, *engine, ranks=2)
@@ -86,9 +84,7 @@ def unbroken(folder: Path) -> Run:
     [((2, "zero2"), (0, None)), ((0, None), (2, "zero3")), ((2, "zero3"), (2, "zero0")), ((0, "zero0"), (2, None))],
     ids=str,
 )
-def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(
-    folder: Path, unbroken: Run, before: tuple[int, str | None], after: tuple[int, str | None]
-) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(folder, unbroken, before, after) -> None:
     name = "moved-" + "-".join(map(str, (*before, *after)))
     tune(folder, name, *SIX, *engine(*before), ranks=before[0])
     checkpoint = f"runs/{name}/checkpoint-3"
@@ -98,7 +94,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(
     torch.testing.assert_close(moved.losses, unbroken.losses, rtol=1e-5, atol=0)
 
 
-def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_fits(tmp_path: Path) -> None:
+def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_fits(tmp_path) -> None:
     layout = Layout(ranks=2, stage=2, batch=1, accumulated=2, optimizer="adamw_torch", precision="fp32")
     write_json(tmp_path / FACTS, {"layout": asdict(layout)})
     refuse_other_batch(tmp_path, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, ranks=1)
@@ -123,7 +119,7 @@ def stick_on_the_second_rank() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_was_where(folder: Path) -> None:
+def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_was_where(folder) -> None:
     settings = ("train.max_steps=3", "train.step_timeout_seconds=12", "train.deepspeed=deepspeed/zero2.json")
     ended = start(SCRIPT, given(folder, "stuck", *settings), folder, ranks=2, first=stick_on_the_second_rank).end()
     assert ended.codes == (1, 1), ended.outputs
@@ -142,7 +138,7 @@ def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_w
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_nodes_of_a_hostfile_equal_two_ranks_of_one(folder: Path) -> None:
+def test_two_nodes_of_a_hostfile_equal_two_ranks_of_one(folder) -> None:
     """A launch.sh and a `deepspeed` for each node, on loopback, over one folder."""
     settings = ("train.max_steps=2", "train.deepspeed=deepspeed/zero2.json")
     shutil.copy(ROOT / "launch.sh", folder)
@@ -188,7 +184,7 @@ def half(folder: Path) -> Run:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_bf16_on_ranks_learns_what_bf16_on_one_does(folder: Path, half: Run, accumulated: Run, stage: str) -> None:
+def test_bf16_on_ranks_learns_what_bf16_on_one_does(folder, half, accumulated, stage) -> None:
     """Far nearer to it (160 times, measured) than bf16 is to float32."""
     dealt = tune(folder, f"half-{stage}", *MIXED, *SGD, *HALF, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
     torch.testing.assert_close(dealt.losses, half.losses, rtol=1e-3, atol=0)

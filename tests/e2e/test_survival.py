@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +49,7 @@ def arguments(tmp_path: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
 
-def test_a_launcher_that_ended_before_a_rank_was_ready_is_a_request_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_ended_before_a_rank_was_ready_is_a_request_to_stop(monkeypatch) -> None:
     """Between the look at who it is and the look at its command line there is time to end."""
     ended, sent = start_and_end(), []
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -67,7 +66,7 @@ def start_and_end() -> int:
     return done.pid
 
 
-def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments: TrainingArguments) -> None:
+def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     control, interruption = TrainerControl(), ShutdownSignal()
     with interruption:
@@ -82,7 +81,7 @@ def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> None:
+def test_who_interrupts_twice_does_not_wait(arguments) -> None:
     def interrupted() -> None:
         with ShutdownSignal() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
@@ -95,9 +94,7 @@ def test_who_interrupts_twice_does_not_wait(arguments: TrainingArguments) -> Non
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
-    number: float, arguments: TrainingArguments
-) -> None:
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(number, arguments) -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
@@ -152,7 +149,7 @@ def run_of(folder: Path, **tuning: Any) -> RunConfig:
     return replace(run, data=data, tuning=replace(run.tuning, **tuning))
 
 
-def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder: Path) -> None:
+def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder) -> None:
     samples = read_manifest(folder / "broken.jsonl")
     line, longest = check_data(run_of(folder), samples)
     assert line == "data: 6 samples opened, 40 s of streams with video and audio (5); 1 unreadable"
@@ -162,9 +159,7 @@ def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder
         check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
 
 
-def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(folder, monkeypatch) -> None:
     monkeypatch.setattr(preflight, "PROBED", 3)
     samples = read_manifest(folder / "train.jsonl")
     assert check_data(run_of(folder), samples)[0].startswith("data: 3 of 6 samples opened, 24 s")
@@ -172,9 +167,7 @@ def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file
     assert check_data(run_of(folder), unopened)[0].endswith("; 1 missing")
 
 
-def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
-    folder: Path, tuned_model: StreamedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(folder, tuned_model, monkeypatch) -> None:
     adapter, disk = check_run(run_of(folder), tuned_model, folder, 3)
     assert adapter.startswith("adapter: 6 modules (q_proj 2, v_proj 2, down_proj 2), ")
     assert disk.startswith("disk: 4 x ")
@@ -188,7 +181,7 @@ def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_preflight_changes_nothing_of_what_follows(folder: Path) -> None:
+def test_a_preflight_changes_nothing_of_what_follows(folder) -> None:
     steps = ("train.max_steps=3",)
     looked, blind = tune(folder, "looked", *steps), tune(folder, "blind", *steps, "--skip-preflight")
     said = [line for line in looked.ended.outputs[0].splitlines() if line.startswith("preflight: ")]
@@ -215,9 +208,7 @@ def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ra
 @pytest.mark.parametrize(
     ("number", "ranks", "engine"), [(signal.SIGINT, 0, ()), (signal.SIGTERM, 2, (ZERO2,))], ids=["int", "term"]
 )
-def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(
-    folder: Path, number: signal.Signals, ranks: int, engine: tuple[str, ...]
-) -> None:
+def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(folder, number, ranks, engine) -> None:
     name = f"stopped-{ranks}"
     ended = stopped(folder, name, number, *engine, ranks=ranks)
     assert set(ended.codes) == {128 + number}
@@ -290,9 +281,7 @@ def ask_before_adapter() -> None:
         (ask_before_adapter, 0, -15),
     ],
 )
-def test_a_run_asked_to_stop_at_its_very_end_says_so_and_has_only_its_adapter_to_write(
-    folder: Path, moment: Callable[[], None], ranks: int, code: int
-) -> None:
+def test_a_stop_signal_after_the_last_step_only_leaves_the_adapter_to_write(folder, moment, ranks, code) -> None:
     name = f"{moment.__name__}-{ranks}"
     ended = start(SCRIPT, given(folder, name, *STEPS), folder, ranks=ranks, first=moment).end()
     assert set(ended.codes) == {code}, ended.outputs
@@ -306,7 +295,7 @@ def test_a_run_asked_to_stop_at_its_very_end_says_so_and_has_only_its_adapter_to
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_very_end(folder: Path) -> None:
+def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_very_end(folder) -> None:
     arguments = given(folder, "kept-none", "train.max_steps=6", "train.save_strategy=no")
     ended = start(SCRIPT, arguments, folder, first=ask_at_the_end_of_training).end()
     assert ended.codes == (143,), ended.outputs
@@ -345,9 +334,7 @@ def poison_film2() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks", "engine"), [(0, ()), (2, (ZERO2,))], ids=["plain", "zero2 x 2"])
-def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_every_rank(
-    folder: Path, ranks: int, engine: tuple[str, ...]
-) -> None:
+def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_every_rank(folder, ranks, engine) -> None:
     steps = ("train.max_steps=4", "train.save_steps=1")
     arguments = given(folder, name := f"poisoned-{ranks}", *steps, *engine)
     command(SCRIPT, arguments, folder, ranks=ranks, first=poison_film2)
@@ -369,7 +356,7 @@ def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_eve
 
 
 @pytest.mark.slow
-def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samples(folder: Path) -> None:
+def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samples(folder) -> None:
     arguments = given(folder, "diverged", "train.learning_rate=1e30", "train.max_bad_steps=2", "train.max_grad_norm=0")
     ended = start(SCRIPT, arguments, folder).end()
     assert ended.codes == (1,)
@@ -387,7 +374,7 @@ def small_files() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_whole(folder: Path) -> None:
+def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_whole(folder) -> None:
     tune(folder, "full", "train.max_steps=2", "train.save_steps=2")
     more = ("train.max_steps=4", "train.save_steps=2", "--resume", "auto")
     ended = start(SCRIPT, given(folder, "full", *more), folder, first=small_files).end()
@@ -404,7 +391,7 @@ def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_w
 
 
 @pytest.mark.slow
-def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder: Path) -> None:
+def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder) -> None:
     path = folder / "runs" / "deaf"
     path.mkdir(parents=True)
     (path / "run.json").write_text("{}")

@@ -49,7 +49,7 @@ def run(packages: Path, folder: Path, *command: str) -> subprocess.CompletedProc
     return subprocess.run([python, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_wheel_holds_one_package_with_its_files(programs: Path) -> None:
+def test_the_wheel_holds_one_package_with_its_files(programs) -> None:
     top = {path.name for path in programs.iterdir() if path.suffix not in (".dist-info", ".pth")}
     assert top - {"bin"} == {"omnimem"}
     for name in ("py.typed", "configs/tiny.yaml", "configs/models/tiny/model.safetensors", "comparison/report.html"):
@@ -58,13 +58,13 @@ def test_the_wheel_holds_one_package_with_its_files(programs: Path) -> None:
     assert [(each.name, each.value) for each in entry] == [("omnimem", "omnimem.__main__:main")]
 
 
-def test_the_public_names_are_there_and_importing_is_free(programs: Path, tmp_path: Path) -> None:
+def test_the_public_names_are_there_and_importing_is_free(programs, tmp_path) -> None:
     ended = run(programs, tmp_path, "-c", PUBLIC)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == [str(programs / "omnimem" / "__init__.py"), "snapkv"]
 
 
-def test_the_commands_run_in_an_empty_folder(programs: Path, tmp_path: Path) -> None:
+def test_the_commands_run_in_an_empty_folder(programs, tmp_path) -> None:
     program = str(programs / "bin" / "omnimem")
     listed = run(programs, tmp_path, program, "--help")
     assert (listed.returncode, "finetune" in listed.stdout) == (0, True)
@@ -73,7 +73,7 @@ def test_the_commands_run_in_an_empty_folder(programs: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_quick_demo_comes_to_a_report(programs: Path, tmp_path: Path) -> None:
+def test_the_quick_demo_comes_to_a_report(programs, tmp_path) -> None:
     ended = run(programs, tmp_path, str(programs / "bin" / "omnimem"), "demo", "--quick", "--out", "demo")
     assert ended.returncode == 0, ended.stderr
     report = ended.stdout.splitlines()[-1].removeprefix("report: ")
@@ -81,7 +81,7 @@ def test_the_quick_demo_comes_to_a_report(programs: Path, tmp_path: Path) -> Non
     assert Path(report).is_file()
 
 
-def test_a_missing_extra_is_one_line(programs: Path, tmp_path: Path) -> None:
+def test_a_missing_extra_is_one_line(programs, tmp_path) -> None:
     (tmp_path / "tensorboard.py").write_text("raise ModuleNotFoundError('no', name='tensorboard')\n")
     hidden = "import sys; sys.path.insert(0, ''); sys.argv[0] = 'omnimem'; from omnimem.__main__ import main; main()"
     ended = run(programs, tmp_path, "-c", hidden, "finetune", "--config", "tiny.yaml")

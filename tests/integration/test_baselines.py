@@ -60,7 +60,7 @@ def by_row(tokens, row: int = 0) -> list[list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is_kept(name: str) -> None:
+def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is_kept(name) -> None:
     policy, whole = policy_of(name), whole_stream()
     text = set((whole.modality[0] == Modality.TEXT).nonzero()[:, 0].tolist())
     rooms = [policy.layer_slots(layer) for layer in range(LAYERS)]
@@ -95,7 +95,7 @@ def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_alone(name: str) -> None:
+def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_alone(name) -> None:
     policy, chunks = policy_of(name), cut(whole_stream())
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         quiet, asked = fed(attached, policy, chunks), opened(attached, policy)
@@ -112,7 +112,7 @@ def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_al
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stream_keeps_in_a_batch_what_it_keeps_alone(name: str) -> None:
+def test_a_stream_keeps_in_a_batch_what_it_keeps_alone(name) -> None:
     whole = whole_stream(batch=2)
     chunks = cut(whole)
     policy = policy_of(name, whole)
@@ -137,7 +137,7 @@ def _alone(policy: Policy, row: int) -> Policy:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(name: str) -> None:
+def test_a_bfloat16_model_streams_without_nan_even_over_exact_duplicates(name) -> None:
     whole = whole_stream(still=True)
     chunks = cut(replace(whole, embeddings=whole.embeddings.to(torch.bfloat16)))
     with attach(text_model("qwen2_5_omni").to(torch.bfloat16)) as attached, torch.no_grad():
@@ -155,7 +155,7 @@ LEARNING = sorted({type(options): name for name, options in reversed(OPTIONS.ite
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LEARNING, "streammem_heads", "hermes_reindexed"])
-def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name: str) -> None:
+def test_gradient_flows_through_what_is_kept_and_recomputing_changes_no_bit(name) -> None:
     policy, chunks = policy_of(name), cut(whole_stream())
     found: list[list[Tensor]] = []
     for recompute in (False, True):

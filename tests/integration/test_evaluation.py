@@ -117,9 +117,7 @@ def kept_of(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "cost"}
 
 
-def test_a_stream_is_read_once_however_many_questions_and_times(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_is_read_once_for_all_its_questions(backbone, attached, films, tmp_path, monkeypatch) -> None:
     read: list[str] = []
     begin = FileSource.__init__
 
@@ -137,9 +135,7 @@ def test_a_stream_is_read_once_however_many_questions_and_times(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_results_are_the_same_in_1_2_or_3_shards(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path, size: int
-) -> None:
+def test_results_are_the_same_in_1_2_or_3_shards(backbone, attached, films, tmp_path, size) -> None:
     asked = Given([sample(film) for film in films])
     judge = evaluation(backbone, attached, batch_size=size)
     whole = judge.run(arm_of(attached), asked, tmp_path / "1")
@@ -155,9 +151,7 @@ def test_results_are_the_same_in_1_2_or_3_shards(
 
 
 @pytest.mark.slow
-def test_decoding_ahead_and_the_cache_change_nothing(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_decoding_ahead_and_the_cache_change_nothing(backbone, attached, films, tmp_path) -> None:
     asked = Given([sample(film, (3.0, None)) for film in films[:3]])
     for name, judge in {
         "here": evaluation(backbone, attached),
@@ -175,13 +169,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("trial", range(4))
-def test_whatever_question_it_is_interrupted_at_nothing_is_lost_and_nothing_comes_twice(
-    backbone: Backbone,
-    attached: StreamedAttention,
-    films: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    trial: int,
+def test_an_interrupted_evaluation_answers_each_question_once(
+    backbone, attached, films, tmp_path, monkeypatch, trial
 ) -> None:
     drawn = random.Random(trial)
     asked = Given([sample(film) for film in films[:3]])
@@ -213,9 +202,7 @@ def spoilt(films: list[Path], tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"decoders": 1}])
-def test_a_bad_file_costs_its_questions_and_says_why(
-    backbone: Backbone, attached: StreamedAttention, spoilt: list[Path], tmp_path: Path, options: dict[str, int]
-) -> None:
+def test_a_bad_file_costs_its_questions_and_says_why(backbone, attached, spoilt, tmp_path, options) -> None:
     judge = evaluation(backbone, attached, max_failures=0.5, **options)
     summary = judge.run(arm_of(attached), Given([sample(film) for film in spoilt]), tmp_path)
     lines = lines_of(tmp_path)
@@ -231,9 +218,7 @@ def test_a_bad_file_costs_its_questions_and_says_why(
     assert summary["no_answer"] >= 0.5
 
 
-def test_a_file_that_breaks_off_costs_the_questions_before_that_too(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_a_file_that_breaks_off_costs_the_questions_before_that_too(backbone, attached, films, tmp_path) -> None:
     whole = films[2].read_bytes()
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(whole)
@@ -247,9 +232,7 @@ def test_a_file_that_breaks_off_costs_the_questions_before_that_too(
         assert sum(summary["failed"].values()) == 2
 
 
-def test_more_bad_files_than_allowed_stop_the_evaluation_in_any_number_of_shards(
-    backbone: Backbone, attached: StreamedAttention, spoilt: list[Path], tmp_path: Path
-) -> None:
+def test_too_many_bad_files_stop_the_evaluation_in_any_number_of_shards(backbone, attached, spoilt, tmp_path) -> None:
     asked = Given([sample(film) for film in spoilt])
     judge, what = (
         evaluation(backbone, attached, max_failures=0.25),
@@ -263,9 +246,7 @@ def test_more_bad_files_than_allowed_stop_the_evaluation_in_any_number_of_shards
         judge.conclude(asked, tmp_path / "shards")
 
 
-def test_a_file_that_is_there_again_is_tried_again(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_a_file_that_is_there_again_is_tried_again(backbone, attached, films, tmp_path) -> None:
     film = tmp_path / "film.mp4"
     asked = Given([sample(films[0]), sample(film)])
     judge = evaluation(backbone, attached, max_failures=0.5)
@@ -275,9 +256,7 @@ def test_a_file_that_is_there_again_is_tried_again(
     assert not any(line.get("failed") for line in lines_of(tmp_path / "out"))
 
 
-def test_a_question_on_the_way_never_sees_what_comes_later(
-    backbone: Backbone, attached: StreamedAttention, tmp_path: Path
-) -> None:
+def test_a_question_on_the_way_never_sees_what_comes_later(backbone, attached, tmp_path) -> None:
     """Two films that are the same for eight seconds and then are not: all that is known at 5 s is the same."""
     judge, times = evaluation(backbone, attached), (3.0, 5.0, None)
     for name, later in (("one", 21), ("two", 22)):
@@ -334,9 +313,7 @@ def logits_at(
     return found
 
 
-def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attached, films, tmp_path) -> None:
     asked = Given([sample(films[0], (4.0, 8.0, 8.9, 5000.0))])
     summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     lines = lines_of(tmp_path)
@@ -353,9 +330,7 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(
     assert len(blind["defects"]) == 1
 
 
-def test_a_line_says_what_was_asked_seen_kept_and_spent(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_a_line_says_what_was_asked_seen_kept_and_spent(backbone, attached, films, tmp_path) -> None:
     asked = Given([sample(films[2], (5.0, None))])
     summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     early, late = (json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines())
@@ -375,14 +350,7 @@ def test_a_line_says_what_was_asked_seen_kept_and_spent(
 
 
 @pytest.mark.parametrize("at", ["end", "way"])
-def test_many_questions_at_one_time_are_answered_in_several_passes(
-    backbone: Backbone,
-    attached: StreamedAttention,
-    films: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: str,
-) -> None:
+def test_many_questions_at_one_time_take_several_passes(backbone, attached, films, tmp_path, monkeypatch, at) -> None:
     times = [None if at == "end" else 4.0] * 5
     asked = (
         Given([sample(films[0], times), sample(films[1], [*times[:1]])])
@@ -396,9 +364,7 @@ def test_many_questions_at_one_time_are_answered_in_several_passes(
     assert lines_of(tmp_path / "one") == lines_of(tmp_path / "three")
 
 
-def test_a_trace_counts_what_every_layer_holds(
-    backbone: Backbone, attached: StreamedAttention, films: list[Path], tmp_path: Path
-) -> None:
+def test_a_trace_counts_what_every_layer_holds(backbone, attached, films, tmp_path) -> None:
     evaluation(backbone, attached).run(arm_of(attached), Given([sample(films[2])]), tmp_path)
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["chunk_ends"] == [4.0, 8.0, 12.0]
@@ -411,6 +377,6 @@ def test_a_trace_counts_what_every_layer_holds(
 
 
 @pytest.mark.parametrize("text", ["4/4", "a/2", "1", "-1/2", "1/0"])
-def test_a_shard_that_does_not_exist_is_named(text: str) -> None:
+def test_a_shard_that_does_not_exist_is_named(text) -> None:
     with pytest.raises(EvaluationError, match=r"shard"):
         Shard.parse(text)

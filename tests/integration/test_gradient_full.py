@@ -48,9 +48,7 @@ from omnimem.tuning import FullGradient, LoraOptions, add_adapter, streamed_loss
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_streamed_gradient_equals_one_shot_with_masks_by_layer(
-    family: str, dtype: torch.dtype, relative: float
-) -> None:
+def test_streamed_gradient_equals_one_shot_with_masks_by_layer(family, dtype, relative) -> None:
     model, episode = adapted(family, dtype), episode_of(family, dtype)
     noting = KeptByChunk(FullGradient())
     with attach(model) as attached:
@@ -67,7 +65,7 @@ def test_streamed_gradient_equals_one_shot_with_masks_by_layer(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("preset", ["distinct", "omnimem", "paper", "released"])
-def test_straight_through_gradient_equals_one_shot_with_gates(preset: str, temperature: float) -> None:
+def test_straight_through_gradient_equals_one_shot_with_gates(preset, temperature) -> None:
     """The gates are written out from their definition, over every eviction that a token survives."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy = policy_of(preset)
@@ -114,9 +112,7 @@ def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.3)], ids=["hard", "softened"])
 @pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
 @pytest.mark.parametrize("carry", WAYS.values(), ids=WAYS)
-def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(
-    carry: FullGradient, by_layer: bool, softness: Softness | None
-) -> None:
+def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(carry, by_layer, softness) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
     for way, layers in ((carry, by_layer), (DirectStep(), False)):
@@ -209,7 +205,7 @@ def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone(
         assert stored[many][0] - stored[few][0] > 10 * grown
 
 
-def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_moves_the_memories_and_nothing_else(monkeypatch) -> None:
     """Every tensor of every memory and the chunk's embeddings go to the host: none escapes in a container."""
     moved = Saved()  # every storage once: a question after a chunk and the next chunk share their memory
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda pin_memory: moved)
@@ -228,7 +224,7 @@ def test_offloading_moves_the_memories_and_nothing_else(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "room", [LayerSlots(audio=2, visual=5), LayerSlots(audio=0, visual=7, split=False)], ids=["split", "shared"]
 )
-def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room: LayerSlots, temperature: float) -> None:
+def test_straight_through_is_hard_in_value_and_the_sigmoid_in_slope(room, temperature) -> None:
     """Through attention, in float64: autograd, the formula and differences of the soft surrogate agree."""
     generator = torch.Generator().manual_seed(11)
     modality = torch.tensor([[0, 2, 2, 1, 2, 1, 2, 2, 1, 2, 2, 1, 2]], dtype=torch.int8)
@@ -300,7 +296,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
 
 
 @pytest.mark.parametrize("temperature", [None, 0.3])
-def test_the_trainers_loss_and_gradient_equal_one_shot(backbone: Qwen25Omni, temperature: float | None) -> None:
+def test_the_trainers_loss_and_gradient_equal_one_shot(backbone, temperature) -> None:
     """Questions at 7 s, twice at 9 s and at the end; two streams with answers of unequal length."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     times = (7.0, 9.0, 9.0, None)
@@ -326,7 +322,7 @@ def test_the_trainers_loss_and_gradient_equal_one_shot(backbone: Qwen25Omni, tem
     assert_same_gradient(got, expected, 1e-6)
 
 
-def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -> None:
+def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone) -> None:
     """Loss and gradient of transformers' own forward pass over the whole prompt, with its own attention."""
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     batch = [opened(1, [None], ["dark red"])]
@@ -344,7 +340,7 @@ def test_a_step_with_full_memory_is_ordinary_fine_tuning(backbone: Qwen25Omni) -
     assert_same_gradient(got, gradient(plain, backbone.model), 1e-6)
 
 
-def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) -> None:
+def test_a_stream_without_an_answer_to_learn_is_refused(backbone) -> None:
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=12))
     silent = opened(2, [None], ["red"])
     question, answer = silent.sample.messages
@@ -355,7 +351,7 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone: Qwen25Omni) ->
         )
 
 
-def test_a_step_leaves_nothing_behind(backbone: Qwen25Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_leaves_nothing_behind(backbone, monkeypatch) -> None:
     """A step that waits in the graph and holds what the graph produced is never freed: 60 MB a step were once lost."""
     made: list[weakref.ref[Memory]] = []
     feeder, start = Feeder(backbone, StreamOptions(chunk_tokens=12)), Feeder.stream

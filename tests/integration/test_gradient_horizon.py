@@ -64,7 +64,7 @@ class CutOnce:
         return loss(memory)
 
 
-def test_gradient_reaches_as_many_chunks_back_as_the_horizon_says(family: str) -> None:
+def test_gradient_reaches_as_many_chunks_back_as_the_horizon_says(family) -> None:
     """Questions after the third and the fifth chunk."""
     model, episode = adapted(family), episode_of(family)
     with attach(model) as attached:
@@ -92,7 +92,7 @@ def test_every_chunk_within_the_horizon_adds_some_of_the_full_gradient() -> None
 
 
 @pytest.mark.parametrize("preset", ["omnimem", "paper"])
-def test_scores_learn_within_the_horizon_alone(preset: str) -> None:
+def test_scores_learn_within_the_horizon_alone(preset) -> None:
     """In the pool, the novelty of an old token hangs on new neighbours too."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy, softness = policy_of(preset), Softness(temperature=0.3)
@@ -106,7 +106,7 @@ def test_scores_learn_within_the_horizon_alone(preset: str) -> None:
 
 
 @pytest.mark.parametrize(("each", "by_layer"), HELD.values(), ids=HELD)
-def test_chunks_that_are_read_again_drop_and_keep_what_they_did(each: FullGradient, by_layer: bool) -> None:
+def test_chunks_that_are_read_again_drop_and_keep_what_they_did(each, by_layer) -> None:
     """With dropout, loss and gradient are those of a memory cut before chunk t - N + 1, to the bit."""
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     last = Episode(chunks=episode.chunks, asked=episode.asked[1:])

@@ -31,9 +31,7 @@ def at_the_end(episode: Episode) -> Episode:
 @pytest.mark.parametrize(("family", "preset", "stop"), [
     *((family, "released", STOP) for family in FAMILIES), ("qwen2_5_omni", "paper", 1), ("qwen2_5_omni", "paper", 3)
 ])  # fmt: skip
-def test_loss_gradient_and_kept_tokens_are_those_of_the_obvious_way(
-    family: str, preset: str, stop: int, whole: bool
-) -> None:
+def test_loss_gradient_and_kept_tokens_are_those_of_the_obvious_way(family, preset, stop, whole) -> None:
     model, episode = adapted(family), at_the_end(episode_of(family))
     policy, carry = by_similarity(policy_of(preset)), ReleasedGradient(stop_layer=stop, whole_last_chunk=whole)
     with attach(model) as attached:
@@ -85,7 +83,7 @@ def test_chunks_teach_the_layer_below_the_stop_layer_and_the_last_one_those_abov
 
 
 @pytest.mark.parametrize("preset", ["released", "omnimem", "distinct", "random"])
-def test_below_the_stop_layer_the_memory_is_that_of_full(preset: str) -> None:
+def test_below_the_stop_layer_the_memory_is_that_of_full(preset) -> None:
     """To the bit, under the same policy: as the paper words it the run's own, attention mass and all."""
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32, batch=2)
     for policy in (policy_of(preset), by_similarity(policy_of(preset))):
@@ -133,7 +131,7 @@ def test_the_stop_layer_judges_its_inputs_whether_or_not_the_policy_carries_them
 
 @pytest.mark.parametrize("whole", [False, True], ids=["released", "paper"])
 @pytest.mark.parametrize(("each", "by_layer"), HELD.values(), ids=HELD)
-def test_every_way_of_keeping_gives_the_same_bits_with_dropout(each: FullGradient, by_layer: bool, whole: bool) -> None:
+def test_every_way_of_keeping_gives_the_same_bits_with_dropout(each, by_layer, whole) -> None:
     model = adapted("qwen2_5_omni", torch.float32, dropout=0.3)
     episode = episode_of("qwen2_5_omni", torch.float32, batch=2)
     policy, found = policy_of("distinct") if whole else by_similarity(policy_of("omnimem")), []

@@ -73,7 +73,7 @@ class ConstantStates(OneShot):
 
 
 @pytest.mark.parametrize(("family", "batch"), [*((family, 1) for family in FAMILIES), ("qwen2_5_omni", 2)])
-def test_gradient_equals_one_shot_with_constant_states(family: str, batch: int) -> None:
+def test_gradient_equals_one_shot_with_constant_states(family, batch) -> None:
     model, episode = adapted(family), episode_of(family, batch=batch)
     noting = KeptByChunk(StatesGradient())
     with attach(model) as attached:
@@ -92,9 +92,7 @@ def test_gradient_equals_one_shot_with_constant_states(family: str, batch: int) 
 
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.3)], ids=["hard", "soft"])
 @pytest.mark.parametrize(("question", "by_layer"), HELD.values(), ids=HELD)
-def test_every_way_of_keeping_the_question_gives_the_same_bits(
-    question: FullGradient, by_layer: bool, softness: Softness | None
-) -> None:
+def test_every_way_of_keeping_the_question_gives_the_same_bits(question, by_layer, softness) -> None:
     """And softened selection those of hard selection: its scores are constants."""
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32)
     found = []
@@ -126,7 +124,7 @@ def test_dropout_leaves_the_loss_that_of_the_full_gradient() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_states_that_move_up_are_read_at_their_new_positions(batch: int) -> None:
+def test_states_that_move_up_are_read_at_their_new_positions(batch) -> None:
     """Keys and values written out from the states and positions of the memory at the end, for the last question."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=batch)
     _, prompt = episode.asked[1]

@@ -65,7 +65,7 @@ def layers_of_chunks(batch: int = 1, kv_heads: int = 2) -> list[list[tuple[Tenso
 
 
 @pytest.mark.parametrize("preset", ["as_published", "as_released", "january"])
-def test_hermes_keeps_what_plain_loops_keep_in_every_layer(preset: str) -> None:
+def test_hermes_keeps_what_plain_loops_keep_in_every_layer(preset) -> None:
     policy = HermesOptions(preset=preset).build(POOL)
     bands = Bands.of(LAYERS, 0.1, 0.3)
     places = [bands.place(layer) for layer in range(LAYERS)]
@@ -143,7 +143,7 @@ def test_a_summary_of_like_keys_is_that_key_at_the_place_after_the_last_kept_pic
 
 
 @pytest.mark.parametrize("preset", ["as_published", "as_released"])
-def test_lava_shares_slots_by_entropy_and_pairs_by_weight(preset: str) -> None:
+def test_lava_shares_slots_by_entropy_and_pairs_by_weight(preset) -> None:
     heads, window = 2, 5
     options = LavaOptions(preset=preset, window=window)
     policy = options.build(POOL)
@@ -272,7 +272,7 @@ def test_the_frame_filter_averages_runs_of_like_frames_and_passes_sound_and_text
 
 
 @pytest.mark.parametrize("options", [StreamingLLMOptions(), HermesOptions(reindex=True, summary=False)])
-def test_moved_keys_equal_the_kept_tokens_encoded_at_their_new_places(options, family: str) -> None:
+def test_moved_keys_equal_the_kept_tokens_encoded_at_their_new_places(options, family) -> None:
     """In every layer, with the model's own modules, from the inputs that entered the layer."""
     policy = options.build(POOL)
     with attach(text_model(family)) as attached, torch.no_grad():

@@ -31,7 +31,7 @@ def soft(temperature: float, gradient: str = "redundancy") -> Softness:
 @pytest.mark.parametrize(
     ("family", "preset"), [(f, "omnimem") for f in FAMILIES] + [(FAMILIES[0], p) for p in ("paper", "released")]
 )
-def test_at_a_vanishing_temperature_answers_equal_those_of_hard_selection(family: str, preset: str) -> None:
+def test_at_a_vanishing_temperature_answers_equal_those_of_hard_selection(family, preset) -> None:
     chunks = cut(whole_stream(levels=levels_of(family)), LENGTHS)
     with attach(text_model(family)) as attached, torch.no_grad():
         hard, softly, warm = (
@@ -45,7 +45,7 @@ def test_at_a_vanishing_temperature_answers_equal_those_of_hard_selection(family
 
 
 @pytest.mark.parametrize("preset", ["paper", "omnimem"])
-def test_a_soft_stream_is_the_same_alone_and_in_a_batch(preset: str) -> None:
+def test_a_soft_stream_is_the_same_alone_and_in_a_batch(preset) -> None:
     whole = whole_stream(batch=3)
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         together = fed(attached, policy_of(preset), cut(whole, LENGTHS), softness=soft(0.3))
@@ -78,7 +78,7 @@ def test_soft_training_reports_more_entries_than_the_budget_and_evaluation_never
     ("preset", "temperature"),
     [("omnimem", 1.0), ("omnimem", 0.05), ("distinct", 0.3), ("paper", 0.3), ("released", 0.3)],
 )
-def test_soft_gradient_equals_one_shot_with_gates(preset: str, temperature: float) -> None:
+def test_soft_gradient_equals_one_shot_with_gates(preset, temperature) -> None:
     """Gates written out from their definition in one plain pass with masks by layer, over every eviction."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy = policy_of(preset)
@@ -103,7 +103,7 @@ def test_soft_gradient_equals_one_shot_with_gates(preset: str, temperature: floa
     [TuningOptions(horizon=1), TuningOptions(gradient="states"), TuningOptions(offload=True)],
     ids=["horizon", "states", "offload"],
 )
-def test_every_gradient_mode_reads_a_soft_memory_alike(way: TuningOptions) -> None:
+def test_every_gradient_mode_reads_a_soft_memory_alike(way) -> None:
     """The gates have values, so the loss is that of plain autograd under soft selection, whoever learns."""
     model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32)
     carries = (gradient_of(way, 4), DirectStep())
@@ -116,7 +116,7 @@ def test_every_gradient_mode_reads_a_soft_memory_alike(way: TuningOptions) -> No
 
 
 @pytest.mark.parametrize("part", ["redundancy", "both"])
-def test_recomputed_soft_gradient_equals_the_stored_one_bit_for_bit(part: str) -> None:
+def test_recomputed_soft_gradient_equals_the_stored_one_bit_for_bit(part) -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32, dropout=0.3), episode_of("qwen2_5_omni", torch.float32)
     found = []
     for way, by_layer in ((FullGradient(), False), (FullGradient(offload=True), True), (DirectStep(), False)):
@@ -129,9 +129,7 @@ def test_recomputed_soft_gradient_equals_the_stored_one_bit_for_bit(part: str) -
 
 
 @pytest.mark.parametrize("form", ["straight_through", "soft"])
-def test_the_gradient_through_attention_received_equals_autograd_of_a_plain_softmax(
-    form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_through_attention_received_equals_autograd_of_a_plain_softmax(form, monkeypatch) -> None:
     """Over all layers and evictions, with the carried sums; it differs from that through redundancy alone."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     policy = PerturbationOptions(sharpness=0.5).build(Budget(slots=UNEQUAL))

@@ -62,7 +62,7 @@ def joined(whole: Chunk, asked: Tensor, first: int) -> Chunk:
     )
 
 
-def test_unequal_budgets_by_layer_equal_one_shot_with_masks_by_layer(family: str) -> None:
+def test_unequal_budgets_by_layer_equal_one_shot_with_masks_by_layer(family) -> None:
     model, whole = text_model(family), whole_stream(levels=levels_of(family))
     question = [5, 6, 7, 8]
     with attach(model) as attached, torch.no_grad():
@@ -85,9 +85,7 @@ def test_unequal_budgets_by_layer_equal_one_shot_with_masks_by_layer(family: str
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize(("slots", "split"), [(UNEQUAL, True), (((0, 1), (0, 5), (0, 40), (0, 13)), False)])
-def test_the_budget_is_filled_exactly_and_never_exceeded_in_any_layer_at_any_step(
-    name: str, slots: tuple[tuple[int, int], ...], split: bool
-) -> None:
+def test_the_budget_is_filled_exactly_and_never_exceeded_in_any_layer_at_any_step(name, slots, split) -> None:
     policy = policy_of(name, slots, split=split)
     generator = torch.Generator().manual_seed(len(name))
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
@@ -117,7 +115,7 @@ def test_the_budget_is_filled_exactly_and_never_exceeded_in_any_layer_at_any_ste
 
 
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_every_layer_keeps_what_plain_loops_keep_of_what_entered_it(preset: str) -> None:
+def test_every_layer_keeps_what_plain_loops_keep_of_what_entered_it(preset) -> None:
     """The recorder's view gives each chunk's states, queries and keys; the rest is tests/reference.py."""
     for family in ("qwen2_5_omni", "qwen3_vl"):
         whole = whole_stream(levels=levels_of(family))
@@ -186,7 +184,7 @@ def test_a_fork_goes_its_own_way_and_leaves_the_original_alone() -> None:
     assert stream.fed == sum(LENGTHS[:3])
 
 
-def test_packed_questions_equal_each_asked_alone(family: str) -> None:
+def test_packed_questions_equal_each_asked_alone(family) -> None:
     questions = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     with attach(text_model(family)) as attached, torch.no_grad():
         stream = fed(attached, policy_of("omnimem"), cut(whole_stream(levels=levels_of(family)), LENGTHS))
@@ -221,7 +219,7 @@ def row_of(chunk: Chunk, row: int) -> Chunk:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_answers_equal_a_greedy_loop_that_reads_everything_again(batch: int) -> None:
+def test_answers_equal_a_greedy_loop_that_reads_everything_again(batch) -> None:
     rows = [[[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14]]][:batch]
     model, limit = text_model("qwen2_5_omni"), 4
     head = nn.Linear(64, 40, bias=False).requires_grad_(False)
@@ -265,7 +263,7 @@ def merged(rows: Sequence[Sequence[Chunk]]) -> list[Chunk]:
     return batch
 
 
-def test_a_batch_of_three_equals_each_stream_alone(family: str) -> None:
+def test_a_batch_of_three_equals_each_stream_alone(family) -> None:
     rows = [cut(whole_stream(seed=seed, levels=levels_of(family)), LENGTHS) for seed in (1, 2, 3)]
     questions = [[[5, 6], [7]], [[8]], [[9, 10, 11]]]
     with attach(text_model(family)) as attached, torch.no_grad():
@@ -335,7 +333,7 @@ def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection() 
 
 
 @pytest.mark.parametrize("wanted", [64, 100])
-def test_a_feature_as_wide_as_the_state_is_the_exact_state(wanted: int) -> None:
+def test_a_feature_as_wide_as_the_state_is_the_exact_state(wanted) -> None:
     chunks = cut(whole_stream(), LENGTHS)
     budget = Budget(slots=UNEQUAL)
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():

@@ -1,7 +1,6 @@
 """The public names, policies by name, shipped files, extras."""
 
 import tomllib
-from pathlib import Path
 
 import pytest
 from support.paths import ROOT
@@ -23,13 +22,13 @@ def test_every_public_name_is_found_and_listed() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "key"), [("snapkw", {}, "policy.name"), ("distinct", {"coverag": 1}, "policy.coverag")]
 )
-def test_a_wrong_policy_is_named(name: str, settings: dict[str, int], key: str) -> None:
+def test_a_wrong_policy_is_named(name, settings, key) -> None:
     with pytest.raises(ConfigError, match=key):
         omnimem.policy(name, **settings)
     assert omnimem.policy("distinct", coverage=0.0).budget is None
 
 
-def test_a_shipped_path_yields_to_one_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_path_yields_to_one_in_the_working_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert shipped("models/tiny") == str(CONFIGS / "models/tiny")
     assert shipped("Qwen/Qwen2.5-Omni-7B") == "Qwen/Qwen2.5-Omni-7B"

@@ -95,9 +95,7 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint
     assert reading.last_position == stream.next_position - 1
 
 
-def test_a_first_sample_that_cannot_be_decoded_is_listed_and_a_synthetic_one_is_shown(
-    tmp_path, checkpoint, capsys
-) -> None:
+def test_an_unreadable_first_sample_is_listed_and_replaced_by_a_synthetic_one(tmp_path, checkpoint, capsys) -> None:
     run = recorded(tmp_path / "data", checkpoint, "stream.chunk_tokens=400")
     (tmp_path / "data" / "a.mp4").write_bytes(b"no film")
     preview.preview(run)

@@ -68,9 +68,7 @@ def test_every_problem_of_the_user_is_a_line_and_the_exit_code_is_2(capsys) -> N
     ("local_rank", "error", "told"),
     [("0", None, True), ("1", None, False), ("0", ConfigError(["x"]), False), ("0", Stopped("y", 143), False)],
 )
-def test_the_first_rank_of_a_machine_tells_launch_sh_when_its_command_came_to_its_end(
-    local_rank, error, told, tmp_path, monkeypatch, capsys
-) -> None:
+def test_the_first_rank_of_a_machine_records_its_end(local_rank, error, told, tmp_path, monkeypatch, capsys) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.touch()
     monkeypatch.setenv("OMNIMEM_UNFINISHED", str(unfinished))

@@ -30,9 +30,7 @@ def scored(predictions: Path, root: Path, out: Path, *more: str, benchmark: str 
     return entry
 
 
-def test_the_same_predictions_give_the_number_of_the_tool_whose_rules_are_chosen(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_predictions_give_the_number_of_the_tool_whose_rules_are_chosen(root, tmp_path, capsys) -> None:
     theirs = scored(LMMS_VIDEO_MME, root, tmp_path / "lmms", "--set", "rules=lmms_eval")
     assert theirs["official"] == theirs["strict"] == pytest.approx(5 / 9)
     assert "the file's own scores: 9, of which 0 differ" in capsys.readouterr().out
@@ -44,7 +42,7 @@ def test_the_same_predictions_give_the_number_of_the_tool_whose_rules_are_chosen
     assert "9, of which 3 differ" in capsys.readouterr().out
 
 
-def test_a_question_without_a_prediction_is_wrong_in_strict_and_left_out_of_official(tmp_path: Path) -> None:
+def test_a_question_without_a_prediction_is_wrong_in_strict_and_left_out_of_official(tmp_path) -> None:
     root = layouts.lvbench(tmp_path / "lvbench")
     some = tmp_path / "samples.jsonl"
     some.write_text(LMMS_LVBENCH.read_text().splitlines()[0] + "\n")
@@ -54,7 +52,7 @@ def test_a_question_without_a_prediction_is_wrong_in_strict_and_left_out_of_offi
     assert entry["no_answer"] == pytest.approx(2 / 3)
 
 
-def test_two_scored_arms_are_compared_question_by_question(root: Path, tmp_path: Path) -> None:
+def test_two_scored_arms_are_compared_question_by_question(root, tmp_path) -> None:
     better = tmp_path / "better.jsonl"
     lines = [json.loads(line) for line in LMMS_VIDEO_MME.read_text().splitlines()]
     layouts.write_lines(better, [line | {"filtered_resps": line["target"]} for line in lines])
@@ -84,14 +82,7 @@ def test_two_scored_arms_are_compared_question_by_question(root: Path, tmp_path:
         ([str(LMMS_LVBENCH)], ":1: belongs to none of the questions; give the benchmark that was evaluated"),
     ],
 )
-def test_a_wrong_input_ends_with_exit_code_2_and_its_cure(
-    arguments: list[str],
-    problem: str,
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_input_exits_with_2_and_names_the_fix(arguments, problem, root, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["--benchmark", "video_mme", "--root", str(root), "--out", "out", *arguments]
     monkeypatch.setattr(sys, "argv", ["score.py", *given])
@@ -129,7 +120,7 @@ def test_a_question_of_several_labels_counts_under_each() -> None:
         (4e3, "over 60 min"),
     ],
 )
-def test_a_benchmark_that_names_no_durations_is_broken_down_by_seconds_of_stream(seconds: float, label: str) -> None:
+def test_a_benchmark_that_names_no_durations_is_broken_down_by_seconds_of_stream(seconds, label) -> None:
     assert categories_of({"categories": {}, "stream_seconds": seconds}) == {"duration": [label]}
     assert categories_of({"categories": {"duration": ["long"]}, "stream_seconds": seconds}) == {"duration": ["long"]}
     assert categories_of({"categories": {}}) == {}

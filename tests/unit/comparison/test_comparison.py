@@ -49,7 +49,7 @@ def test_copies_of_a_question_within_a_video_do_not_narrow_the_interval() -> Non
 
 
 @pytest.mark.parametrize("videos", [12, 64])
-def test_the_interval_covers_the_true_difference_in_95_of_100_cases_of_clustered_data(videos: int) -> None:
+def test_the_interval_covers_the_true_difference_in_95_of_100_cases_of_clustered_data(videos) -> None:
     generator, sets, most = np.random.default_rng(4), 2000, 12
     shape = (videos, sets, most)
     asked = np.arange(most) < generator.integers(4, most + 1, (videos, sets, 1))
@@ -147,9 +147,7 @@ def test_a_difference_of_the_minimum_detectable_size_is_found_in_80_of_100_cases
         (math.nan, math.nan, math.nan, "not resolved"),  # one video says nothing
     ],
 )
-def test_the_verdict_needs_an_interval_off_zero_that_survives_holm(
-    low: float, high: float, p_holm: float, said: str
-) -> None:
+def test_the_verdict_needs_an_interval_off_zero_that_survives_holm(low, high, p_holm, said) -> None:
     assert statistics.verdict(low, high, p_holm) == said
 
 
@@ -162,7 +160,7 @@ def test_answers_that_are_all_right_still_have_an_interval() -> None:
     assert perfect.low == pytest.approx(exact)
 
 
-def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
+def test_the_summary_holds_what_the_design_promises(tmp_path) -> None:
     run = write_run(tmp_path / "demo")
     summary = compare([run], tmp_path / "out", draws=500)
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -189,7 +187,7 @@ def test_the_summary_holds_what_the_design_promises(tmp_path: Path) -> None:
     assert (pooled["diff"], pooled["low"], pooled["high"]) == (first["diff"], first["low"], first["high"])
 
 
-def test_two_runs_give_their_arms_the_name_of_the_run(tmp_path: Path) -> None:
+def test_two_runs_give_their_arms_the_name_of_the_run(tmp_path) -> None:
     runs = [write_run(tmp_path / name, ("tuned", "full_memory")) for name in ("first", "second")]
     recall = compare(runs, tmp_path / "out", draws=200)["benchmarks"]["recall"]
     assert set(recall["arms"]) == {"first/tuned", "second/tuned", "first/full_memory", "second/full_memory"}
@@ -197,7 +195,7 @@ def test_two_runs_give_their_arms_the_name_of_the_run(tmp_path: Path) -> None:
     assert (same["diff"], same["p_mcnemar"], same["verdict"]) == (0.0, 1.0, "not resolved")
 
 
-def test_several_benchmarks_are_pooled_and_adjusted_by_holm(tmp_path: Path) -> None:
+def test_several_benchmarks_are_pooled_and_adjusted_by_holm(tmp_path) -> None:
     run = tmp_path / "run"
     for arm in ("tuned", "training_free"):
         write_arm(run, arm, videos=30, benchmark="one")
@@ -210,7 +208,7 @@ def test_several_benchmarks_are_pooled_and_adjusted_by_holm(tmp_path: Path) -> N
     assert min(one["p_holm"], two["p_holm"]) == pytest.approx(2 * min(one["p"], two["p"]), abs=2e-6)
 
 
-def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_command_writes_the_same_bytes(tmp_path) -> None:
     run = write_run(tmp_path / "demo", ("tuned", "training_free"))
     for out in ("one", "two"):
         compare([run], tmp_path / out, draws=300)
@@ -218,7 +216,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_csv_files_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
+def test_the_csv_files_hold_the_numbers_of_the_summary(tmp_path) -> None:
     summary = compare([write_run(tmp_path / "demo")], tmp_path, draws=300)
     with (tmp_path / "pairs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -231,14 +229,14 @@ def test_the_csv_files_hold_the_numbers_of_the_summary(tmp_path: Path) -> None:
     assert float(arms[0]["strict_low"]) == summary["benchmarks"]["recall"]["arms"]["full_memory"]["strict_interval"][0]
 
 
-def test_chance_is_one_over_the_different_right_answers_of_a_kind(tmp_path: Path) -> None:
+def test_chance_is_one_over_the_different_right_answers_of_a_kind(tmp_path) -> None:
     folder = write_arm(tmp_path / "run", "tuned", videos=40, per_kind=4)
     recall = compare([folder], tmp_path / "out", draws=200)["benchmarks"]["recall"]
     assert {kind: recall["kinds"][kind]["chance"] for kind in KINDS} == {kind: 1 / n for kind, n in KINDS.items()}
     assert recall["chance"] == pytest.approx((1 / 8 + 1 / 16 + 1 / 16) / 3, abs=1e-6)
 
 
-def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path: Path) -> None:
+def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path) -> None:
     folder = write_arm(tmp_path / "run", "tuned", videos=2, per_kind=1)
     path = folder / "recall.jsonl"
     for place in range(6):  # a rule set that counts an answer that cannot be read, but not a stream that was not read
@@ -261,7 +259,7 @@ def test_official_accuracy_has_the_denominator_of_the_benchmarks_rules(tmp_path:
         ({"id": "new"}, ("2 questions",)),
     ],
 )
-def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str, object], said: tuple[str]) -> None:
+def test_arms_with_different_input_are_refused(tmp_path, fields, said) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     change(run / "eval" / "tuned" / "recall.jsonl", 0, **fields)
     refused = problems(run, out=tmp_path / "out")
@@ -277,7 +275,7 @@ def test_arms_with_different_input_are_refused(tmp_path: Path, fields: dict[str,
         ('"frames": 384', ('"frames": 192', '"frames": 384'), "192 and 384 frames"),
     ],
 )
-def test_arms_of_different_settings_are_refused(tmp_path: Path, text: str, values: tuple[str, str], said: str) -> None:
+def test_arms_of_different_settings_are_refused(tmp_path, text, values, said) -> None:
     run = write_run(tmp_path / "run", arms := ("tuned", "training_free"))
     for arm, value in zip(arms, values, strict=True):
         path = run / "eval" / arm / "summary.json"
@@ -285,7 +283,7 @@ def test_arms_of_different_settings_are_refused(tmp_path: Path, text: str, value
     assert said in problems(run, out=tmp_path / "out")
 
 
-def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equal(tmp_path: Path) -> None:
+def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equal(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     change(run / "eval" / "tuned" / "recall.jsonl", 1, entries=97.0)
     change(run / "eval" / "tuned" / "recall.jsonl", 2, entries=95.0)
@@ -294,7 +292,7 @@ def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equa
     )
 
 
-def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+def test_a_trace_that_contradicts_itself_is_refused(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned",))
     path = run / "eval" / "tuned" / "trace.json"
     trace = json.loads(path.read_text())
@@ -302,7 +300,7 @@ def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     assert "kept.audio: does not hold 32 bins per layer after each of 7 chunks" in problems(run, out=tmp_path / "out")
 
 
-def test_unequal_budgets_are_refused_but_full_memory_is_the_reference(tmp_path: Path) -> None:
+def test_unequal_budgets_are_refused_but_full_memory_is_the_reference(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free", "full_memory"))
     compare([run], tmp_path / "out", draws=200)
     path = run / "eval" / "training_free" / "summary.json"
@@ -312,7 +310,7 @@ def test_unequal_budgets_are_refused_but_full_memory_is_the_reference(tmp_path: 
     assert "full_memory" not in said
 
 
-def test_every_unreadable_folder_is_named_with_its_cure(tmp_path: Path) -> None:
+def test_every_unreadable_folder_is_named_with_its_cure(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free", "recency"))
     (run / "eval" / "tuned" / "summary.json").unlink()
     (run / "eval" / "training_free" / "recall.jsonl").write_text('{"id": 1}\n')
@@ -328,7 +326,7 @@ def test_every_unreadable_folder_is_named_with_its_cure(tmp_path: Path) -> None:
     assert any("nowhere: not a folder" in line for line in said)
 
 
-def test_probes_alone_are_refused(tmp_path: Path) -> None:
+def test_probes_alone_are_refused(tmp_path) -> None:
     assert "only probes" in problems(write_run(tmp_path / "run", ("blind",)), out=tmp_path / "out")
 
 
@@ -340,9 +338,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     return leaving.value.code
 
 
-def test_the_command_exits_with_2_and_one_line_a_problem(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_exits_with_2_and_one_line_a_problem(tmp_path, capsys, monkeypatch) -> None:
     folder = write_run(tmp_path / "run", ("tuned", "training_free"))
     arguments = [str(folder), "--out", str(tmp_path / "out")]
     assert run(arguments, monkeypatch) == 0
@@ -367,7 +363,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "report.html").read_text()
 
 
-def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:
+def test_the_page_is_well_formed_and_needs_no_network(page) -> None:
     seen = Page(page)
     assert seen.open == []
     assert len(seen.ids) == len(set(seen.ids))
@@ -379,7 +375,7 @@ def test_the_page_is_well_formed_and_needs_no_network(page: str) -> None:
     assert "default-src 'none'" in page
 
 
-def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+def test_predictions_cannot_break_out_of_the_page(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned", "training_free"))
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     for arm in ("tuned", "training_free"):
@@ -392,7 +388,7 @@ def test_predictions_cannot_break_out_of_the_page(tmp_path: Path) -> None:
     assert any(evil in row["p"] for row in json.loads(data)["rows"])
 
 
-def test_a_run_without_budget_trace_or_metrics_still_gives_a_page(tmp_path: Path) -> None:
+def test_a_run_without_budget_trace_or_metrics_still_gives_a_page(tmp_path) -> None:
     summary = compare([write_arm(tmp_path / "run", "tuned")], tmp_path, draws=200)
     assert summary["benchmarks"]["recall"]["pairs"] == []
     ids = Page((tmp_path / "report.html").read_text()).ids
@@ -400,7 +396,7 @@ def test_a_run_without_budget_trace_or_metrics_still_gives_a_page(tmp_path: Path
     assert not {"kept", "training", "differences", "probes"} & set(ids)
 
 
-def test_an_hour_long_trace_is_drawn_with_few_rectangles(tmp_path: Path) -> None:
+def test_an_hour_long_trace_is_drawn_with_few_rectangles(tmp_path) -> None:
     folder = write_arm(tmp_path / "run", "tuned")
     write_trace(folder, seconds=3600, layers=2)
     trace = json.loads((folder / "trace.json").read_text())

@@ -34,7 +34,7 @@ def run_by_loops(preset: str, chunks, stream: int, budget: Budget, of: str, shar
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
 @pytest.mark.parametrize("of", ["sequence", "modality"])
 @pytest.mark.parametrize(("slots", "split"), [*((slots, True) for slots in SLOTS), ((0, 11), False)])
-def test_kept_tokens_equal_plain_loops_chunk_by_chunk(preset: str, of: str, slots: tuple[int, int], split: bool):
+def test_kept_tokens_equal_plain_loops_chunk_by_chunk(preset, of, slots, split):
     chunks = arrivals(LENGTHS, batch=2, seed=sum(slots))
     options = PerturbationOptions(name=preset, of=of)
     budget = Budget(slots=(slots,), split=split)
@@ -50,7 +50,7 @@ def test_kept_tokens_equal_plain_loops_chunk_by_chunk(preset: str, of: str, slot
 
 
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_kept_tokens_equal_plain_loops_where_attention_decides(preset: str) -> None:
+def test_kept_tokens_equal_plain_loops_where_attention_decides(preset) -> None:
     """At the printed exponent of 0.02 attention hardly matters; at 1 an error in mass or carry cannot hide."""
     chunks = arrivals(LENGTHS, batch=2, seed=5)
     options = PerturbationOptions(name=preset, sharpness=1.0)
@@ -86,7 +86,7 @@ def refuse(*args: object, **kwargs: object) -> None:
     raise AssertionError("the content was looked at")
 
 
-def test_lambda_zero_is_similarity_only_and_measures_no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lambda_zero_is_similarity_only_and_measures_no_attention(monkeypatch) -> None:
     chunks = arrivals(LENGTHS, seed=5)
     budget = Budget(slots=((4, 9),))
     monkeypatch.setattr(blocked, "mass", refuse)
@@ -103,7 +103,7 @@ def test_lambda_zero_is_similarity_only_and_measures_no_attention(monkeypatch: p
 
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stream_of_exact_duplicates_keeps_the_latest_and_no_nan(preset: str, dtype: torch.dtype) -> None:
+def test_a_stream_of_exact_duplicates_keeps_the_latest_and_no_nan(preset, dtype) -> None:
     """The release ranks NaN first (docs/paper.md, "Differences between paper and release"); here the latest stay."""
     chunks = [with_states(c, c.states[:, :1].expand_as(c.states).to(dtype)) for c in arrivals([18, 18], layout=(2,))]
     copy = chunks[0].states[:, :1]
@@ -116,7 +116,7 @@ def test_a_stream_of_exact_duplicates_keeps_the_latest_and_no_nan(preset: str, d
 
 
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_a_copy_ranks_below_a_token_that_nothing_replaces(preset: str) -> None:
+def test_a_copy_ranks_below_a_token_that_nothing_replaces(preset) -> None:
     """Theory: a token beside its copies can be replaced by them, one unlike its neighbours cannot."""
     (chunk,) = arrivals([9], layout=(2,))
     states = chunk.states[:, :1].repeat(1, 9, 1)
@@ -149,7 +149,7 @@ def test_copies_of_one_needle_are_redundant_in_the_pool_but_not_as_they_arrived(
 
 
 @pytest.mark.parametrize("name", ["random", "recency", "uniform"])
-def test_controls_neither_measure_attention_nor_redundancy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_controls_neither_measure_attention_nor_redundancy(name, monkeypatch) -> None:
     monkeypatch.setattr(blocked, "mass", refuse)
     monkeypatch.setattr(LayerView, "_novelty", refuse)
     after = run(ControlOptions(name=name).build(Budget(slots=((4, 9),))), arrivals(LENGTHS))
@@ -157,7 +157,7 @@ def test_controls_neither_measure_attention_nor_redundancy(name: str, monkeypatc
 
 
 @pytest.mark.parametrize("options", [PerturbationOptions(), ControlOptions(name="random")])
-def test_full_memory_keeps_everything_unjudged(options: PerturbationOptions | ControlOptions) -> None:
+def test_full_memory_keeps_everything_unjudged(options) -> None:
     after = run(options.build(None), arrivals(LENGTHS))
     assert after[-1].order[0].tolist() == list(range(sum(LENGTHS)))
     assert torch.equal(after[-1].importance, torch.zeros(1, sum(LENGTHS)))
@@ -171,7 +171,7 @@ def test_a_budget_no_stream_fills_keeps_what_full_memory_keeps() -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_straight_through_keeps_what_hard_selection_keeps(preset: str) -> None:
+def test_straight_through_keeps_what_hard_selection_keeps(preset) -> None:
     chunks = arrivals(LENGTHS, batch=2)
     options = PerturbationOptions(name=preset)
     policy = options.build(Budget(slots=((4, 9),)))
@@ -216,7 +216,7 @@ def of_varied_steps(count: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("preset", "share"), [("paper", 0.75), ("omnimem", 0.8)])
-def test_a_random_projection_keeps_cosines_and_most_of_the_exact_selection(preset: str, share: float) -> None:
+def test_a_random_projection_keeps_cosines_and_most_of_the_exact_selection(preset, share) -> None:
     """Johnson-Lindenstrauss: a cosine is off by (1 - cos^2) / sqrt(width) in the mean square; chance is 0.23."""
     width = 128
     chunks = arrivals([60] * 5, seed=4, layout=(2, 2, 2, 2, 1))

@@ -7,7 +7,6 @@ from support.policy_streams import OPTIONS
 
 from omnimem.budget import Budget
 from omnimem.config import ConfigError, RunConfig, dump, load
-from omnimem.policies import PolicyOptions
 from omnimem.policies.baselines.presets import allotted
 
 CONFIG = """\
@@ -33,7 +32,7 @@ def refused(folder: Path, name: str, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_policy_is_chosen_by_name_and_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
+def test_every_policy_is_chosen_by_name_and_survives_being_written_and_read(name, tmp_path) -> None:
     run = loaded(tmp_path, name)
     assert run.memory.policy.name == name
     assert run.memory.policy.build(Budget.shared(4, 8)).name == name
@@ -42,7 +41,7 @@ def test_every_policy_is_chosen_by_name_and_survives_being_written_and_read(name
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in ("distinct", "omnimem")])
-def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: Path) -> None:
+def test_an_unknown_preset_is_refused_with_those_there_are(name, tmp_path) -> None:
     line = refused(tmp_path, name, "memory.policy.preset=as_publishd")
     assert line.startswith("command line memory.policy.preset: expected 'as_published'")
     assert "got 'as_publishd'; did you mean 'as_published'?" in line
@@ -63,7 +62,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(name: str, tmp_path: 
         ("keydiff", "window=3", "unknown key; known: name, preset, per_head"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(name: str, override: str, what: str, tmp_path: Path) -> None:
+def test_settings_that_cannot_be_are_refused(name, override, what, tmp_path) -> None:
     assert what in refused(tmp_path, name, f"memory.policy.{override}")
 
 
@@ -75,15 +74,13 @@ def test_settings_that_cannot_be_are_refused(name: str, override: str, what: str
         ("hermes", "released", "released selects by similarity, not by policy hermes; set it to full"),
     ],
 )
-def test_a_gradient_mode_that_cannot_follow_the_policy_is_refused(
-    name: str, mode: str, what: str, tmp_path: Path
-) -> None:
+def test_a_gradient_mode_that_cannot_follow_the_policy_is_refused(name, mode, what, tmp_path) -> None:
     line = refused(tmp_path, name, f"tuning.gradient={mode}", "tuning.selection.softening=hard")
     assert line.endswith(what)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_presets_spend_the_same_slots_as_one_pool_or_in_the_given_split(options: PolicyOptions) -> None:
+def test_presets_spend_the_same_slots_as_one_pool_or_in_the_given_split(options) -> None:
     given = Budget(slots=((3, 9), (2, 4), (6, 12)))
     budget = options.build(given).budget
     assert budget is not None

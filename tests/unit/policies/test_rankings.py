@@ -70,7 +70,7 @@ RIVALS: dict[str, tuple[Callable[..., object], Callable[..., list[float]]]] = {
 
 @pytest.mark.parametrize("kind", sorted(BUDGETS))
 @pytest.mark.parametrize("name", sorted(RIVALS))
-def test_kept_tokens_equal_plain_loops_chunk_by_chunk(name: str, kind: str) -> None:
+def test_kept_tokens_equal_plain_loops_chunk_by_chunk(name, kind) -> None:
     options, score = RIVALS[name]
     budget = BUDGETS[kind]
     policy = replace(options().build(budget), budget=budget)  # the pool or the split, whatever the preset
@@ -94,7 +94,7 @@ def test_kept_tokens_equal_plain_loops_chunk_by_chunk(name: str, kind: str) -> N
 
 
 @pytest.mark.parametrize("name", sorted(RIVALS))
-def test_other_rivals_keep_other_tokens(name: str) -> None:
+def test_other_rivals_keep_other_tokens(name) -> None:
     """A score that did nothing would still fill the budget: no two rivals agree, and none is recency."""
     chunks = chunks_of(LENGTHS, kv_heads=1, heads=4, seed=3)
     kept = {other: kept_by(options().build(BUDGETS["pool"]), chunks)[-1] for other, (options, _) in RIVALS.items()}
@@ -114,7 +114,7 @@ def test_value_norm_a_long_value_ranks_first() -> None:
 
 
 @pytest.mark.parametrize("grid", ["slot", "true"])
-def test_infinipot_v_copies_of_recent_frames_score_lowest(grid: str) -> None:
+def test_infinipot_v_copies_of_recent_frames_score_lowest(grid) -> None:
     """Baselines, section 12: duplicate a frame (keys alike): its copies score -1, the lowest there is."""
     chunk = chunks_of([3, 34])[1]
     view = view_after(None, chunk)
@@ -167,7 +167,7 @@ def test_snapkv_scores_equal_the_formula_that_kvpress_states() -> None:
 
 
 @pytest.mark.parametrize(("slots", "arrived"), [(100, 4000), (100, 150), (100, 210), (18, 600), (7, 50)])
-def test_pyramidkv_layers_sum_to_the_budget_and_fall_linearly(slots: int, arrived: int) -> None:
+def test_pyramidkv_layers_sum_to_the_budget_and_fall_linearly(slots, arrived) -> None:
     layers, window, beta = 6, 32, 20.0
     budget = Pyramid(window=window, beta=beta)(Budget.shared(layers, slots), arrived)
     sizes = [sum(pair) for pair in budget.slots]
@@ -223,7 +223,7 @@ def test_recursive_thinning_forgets_the_past() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RIVALS))
-def test_exact_duplicates_in_bfloat16_give_no_nan(name: str) -> None:
+def test_exact_duplicates_in_bfloat16_give_no_nan(name) -> None:
     options, _ = RIVALS[name]
     policy = options().build(BUDGETS["pool"])
     chunks = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
-from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
+from omnimem.scoring import Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.tokens import ABSENT, Modality, Tokens
 from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
@@ -61,7 +61,7 @@ def kept(memory: Tokens, kind: Modality) -> list[int]:
 
 @pytest.mark.parametrize("sharpness", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("power", [0.5, 1.0])
-def test_psi_equals_plain_loops(sharpness: float, power: float) -> None:
+def test_psi_equals_plain_loops(sharpness, power) -> None:
     (arrival,) = arrivals([20], batch=2)
     view = view_of(arrival)
     scores = Perturbation(sharpness=sharpness, novelty_power=power)(view)
@@ -84,7 +84,7 @@ def test_psi_equals_plain_loops(sharpness: float, power: float) -> None:
         Covered(inner=KeyDifference(), compared="values"),
     ],
 )
-def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer: AbstractScorer):
+def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer):
     (arrival,) = arrivals([40], batch=3)
     together = scorer(view_of(arrival))
     for b in range(3):
@@ -106,7 +106,7 @@ def test_recency_is_a_window_of_each_modality() -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "uniform"])
-def test_what_stays_does_not_depend_on_where_the_stream_was_cut(name: str) -> None:
+def test_what_stays_does_not_depend_on_where_the_stream_was_cut(name) -> None:
     ends = [streamed(name, TINY, 900, (7, 40), chunk=chunk)[-1].order.tolist() for chunk in (5, 90, 450, 900)]
     assert all(end == ends[0] for end in ends)
 
@@ -118,7 +118,7 @@ def test_random_is_repeatable_and_another_seed_is_another_draw() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**40])
-def test_random_numbers_are_uniform_and_independent_for_any_seed(seed: int) -> None:
+def test_random_numbers_are_uniform_and_independent_for_any_seed(seed) -> None:
     """10,000 draws: chi-squared over 20 bins below the 99.99 % point, neighbours uncorrelated to 4 deviations."""
     draws = uniform_of(torch.arange(10_000), seed)
     assert float(draws.min()) >= 0
@@ -142,7 +142,7 @@ def test_random_keeps_old_tokens_as_often_as_new_ones() -> None:
 
 
 @pytest.mark.parametrize("layout", [TINY, OMNI, (2,) * 16, (2, 2, 2, 2, 1, 0)])
-def test_uniform_is_spread_evenly_at_every_length(layout: tuple[int, ...]) -> None:
+def test_uniform_is_spread_evenly_at_every_length(layout) -> None:
     """No gap is over 5 times the mean one, in either modality, ends of the stream included; a random draw's is 8."""
     repeats = 200
     number = torch.arange(len(layout) * repeats)
@@ -164,7 +164,7 @@ def _view(pool: Tokens) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("layout", [TINY, (2,) * 16, (2,) * 16 + (1,) * 4, OMNI])
-def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_often(layout: tuple[int, ...]) -> None:
+def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_often(layout) -> None:
     """A control that is blind to half of each frame would be easy to beat: bits reversed kept 0 to 2 times the mean."""
     repeats = 400
     whole = bare(layout, 0, len(layout) * repeats)
@@ -181,7 +181,7 @@ def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("block", [5, 1024])
-def test_coverage_equals_plain_loops(centred: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coverage_equals_plain_loops(centred, block, monkeypatch) -> None:
     monkeypatch.setattr(covered, "BLOCK", block)
     (arrival,) = arrivals([24], batch=2)
     view, inner = view_of(arrival), Perturbation(sharpness=0.5)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
-from support.selection_cases import Case, cases
+from support.selection_cases import cases
 from torch import Tensor
 
 from omnimem.selection import LayerSlots, Softness, TemperatureOptions, select, taken
@@ -19,7 +19,7 @@ AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
 
 @given(case=cases())
 @QUICK
-def test_selection_equals_plain_loops(case: Case) -> None:
+def test_selection_equals_plain_loops(case) -> None:
     index = select(case.scores, case.modality, case.room).index
     for stream in (0, 1):
         expected = reference.select(
@@ -35,7 +35,7 @@ def test_selection_equals_plain_loops(case: Case) -> None:
 
 @given(case=cases())
 @QUICK
-def test_the_room_is_never_exceeded_text_always_stays_and_order_is_kept(case: Case) -> None:
+def test_the_room_is_never_exceeded_text_always_stays_and_order_is_kept(case) -> None:
     index = select(case.scores, case.modality, case.room).index
     available = case.available()
     kinds = case.modality.gather(1, index)
@@ -57,9 +57,7 @@ def test_the_room_is_never_exceeded_text_always_stays_and_order_is_kept(case: Ca
     lend=st.booleans(),
 )
 @QUICK
-def test_a_modality_exceeds_its_slots_only_by_what_the_other_lends(
-    audio: int, visual: int, audio_slots: int, visual_slots: int, lend: bool
-) -> None:
+def test_a_modality_exceeds_its_slots_only_by_free_slots(audio, visual, audio_slots, visual_slots, lend) -> None:
     kept = taken(
         {Modality.TEXT: 3, AUDIO: audio, VISUAL: visual}, LayerSlots(audio=audio_slots, visual=visual_slots, lend=lend)
     )
@@ -73,7 +71,7 @@ def test_a_modality_exceeds_its_slots_only_by_what_the_other_lends(
 
 @given(case=cases(), temperature=st.sampled_from([0.0, 1e-4, 0.05, 1.0, 30.0]))
 @QUICK
-def test_straight_through_keeps_what_hard_selection_keeps_behind_gates_of_zero(case: Case, temperature: float) -> None:
+def test_straight_through_keeps_what_hard_selection_keeps_behind_gates_of_zero(case, temperature) -> None:
     hard = select(case.scores, case.modality, case.room)
     soft = select(case.scores.requires_grad_(), case.modality, case.room, Softness(temperature=temperature))
     assert hard.gate is None
@@ -88,7 +86,7 @@ def test_straight_through_keeps_what_hard_selection_keeps_behind_gates_of_zero(c
     temperature=st.sampled_from([0.05, 0.3, 1.0]),
 )
 @QUICK
-def test_the_gradient_of_the_gate_equals_finite_differences(scores: list[float], room: int, temperature: float) -> None:
+def test_the_gradient_of_the_gate_equals_finite_differences(scores, room, temperature) -> None:
     count = min(room, len(scores) - 1)
     leaf = torch.tensor([scores], dtype=torch.float64).requires_grad_()
     kinds = torch.full((1, len(scores)), int(VISUAL), dtype=torch.int8)
@@ -130,7 +128,7 @@ def test_text_and_pools_that_fit_carry_no_gradient() -> None:
 
 @given(case=cases())
 @QUICK
-def test_equal_scores_fall_to_the_most_recent(case: Case) -> None:
+def test_equal_scores_fall_to_the_most_recent(case) -> None:
     index = select(torch.zeros_like(case.scores), case.modality, case.room).index
     for stream in (0, 1):
         kinds = case.modality[stream]
@@ -143,7 +141,7 @@ def test_equal_scores_fall_to_the_most_recent(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [1e-6, 0.0, 1.0])
-def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype: torch.dtype, value: float) -> None:
+def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype, value) -> None:
     leaf = torch.full((1, 12), value, dtype=dtype).requires_grad_()
     selected = select(
         leaf, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=5), Softness(temperature=0.05)
@@ -162,7 +160,7 @@ def test_a_nan_ranks_last_where_topk_would_rank_it_first() -> None:
 
 
 @pytest.mark.parametrize("softness", [None, Softness(temperature=0.0), Softness(temperature=1.0)])
-def test_rooms_that_crash_the_release_are_served(softness: Softness | None) -> None:
+def test_rooms_that_crash_the_release_are_served(softness) -> None:
     """Method 8.9: no audio token, an audio room of 0, text alone, and a batch of 2."""
     scores = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     text, visual = (torch.full((2, 6), kind, dtype=torch.int8) for kind in (0, 2))
@@ -175,6 +173,6 @@ def test_rooms_that_crash_the_release_are_served(softness: Softness | None) -> N
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.1), (1.0, 0.0), (-1.0, 0.1)])
-def test_a_temperature_of_zero_or_below_is_refused(start: float, end: float) -> None:
+def test_a_temperature_of_zero_or_below_is_refused(start, end) -> None:
     with pytest.raises(ValueError, match="must both be finite numbers above 0"):
         TemperatureOptions(start=start, end=end)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
 from support.layer_views import LENGTHS, SCALE, Arrival, arrivals, run, tokens_of, view_of, with_states
-from support.selection_cases import Case, cases
+from support.selection_cases import cases
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -42,7 +42,7 @@ def visual_pool(scores: list[float] | Tensor) -> tuple[Tensor, Tensor]:
 
 @given(case=cases(), temperature=TEMPERATURES, seed=st.integers(0, 9))
 @SOME
-def test_who_stays_and_every_gate_equal_plain_loops(case: Case, temperature: float, seed: int) -> None:
+def test_who_stays_and_every_gate_equal_plain_loops(case, temperature, seed) -> None:
     scores = case.scores.double()
     carried = -torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     selected = select(scores, case.modality, case.room, soft(temperature), carried)
@@ -63,9 +63,7 @@ def test_who_stays_and_every_gate_equal_plain_loops(case: Case, temperature: flo
 
 @given(case=cases(), temperature=TEMPERATURES)
 @SOME
-def test_what_hard_selection_keeps_stays_and_a_pool_holds_at_most_three_times_as_much(
-    case: Case, temperature: float
-) -> None:
+def test_what_hard_selection_keeps_stays_and_a_pool_holds_at_most_three_times_as_much(case, temperature) -> None:
     hard = select(case.scores, case.modality, case.room).index
     selected = select(case.scores, case.modality, case.room, soft(temperature))
     for stream in (0, 1):
@@ -79,7 +77,7 @@ def test_what_hard_selection_keeps_stays_and_a_pool_holds_at_most_three_times_as
 
 @given(case=cases())
 @SOME
-def test_at_a_vanishing_temperature_it_is_hard_selection_ties_included(case: Case) -> None:
+def test_at_a_vanishing_temperature_it_is_hard_selection_ties_included(case) -> None:
     hard = select(case.scores, case.modality, case.room)
     selected = select(case.scores, case.modality, case.room, soft(VANISHING))
     assert torch.equal(selected.index, hard.index)
@@ -88,9 +86,7 @@ def test_at_a_vanishing_temperature_it_is_hard_selection_ties_included(case: Cas
 
 @given(case=cases(), temperature=st.sampled_from([0.2, 1.0, 30.0]))
 @SOME
-def test_gates_fall_with_the_scores_and_one_half_divides_what_hard_selection_keeps_from_the_rest(
-    case: Case, temperature: float
-) -> None:
+def test_gates_decrease_with_scores_and_are_above_one_half_for_kept_tokens(case, temperature) -> None:
     hard = select(case.scores, case.modality, case.room).index
     selected = select(case.scores, case.modality, case.room, soft(temperature))
     for stream in (0, 1):
@@ -142,9 +138,7 @@ SCORES = st.lists(st.integers(-300, 300).map(lambda n: n / 100), min_size=4, max
 
 @given(scores=SCORES, kept=st.integers(1, 9), temperature=st.sampled_from([0.1, 0.3, 1.0]))
 @FEW
-def test_gradcheck_of_soft_gates_threshold_and_deviation_included(
-    scores: list[float], kept: int, temperature: float
-) -> None:
+def test_gradcheck_of_soft_gates_threshold_and_deviation_included(scores, kept, temperature) -> None:
     row, modality = visual_pool(scores)
     room = LayerSlots(audio=0, visual=min(kept, len(scores) - 1))
     assert gradcheck(lambda s: select(s, modality, room, soft(temperature)).gate, (row,), eps=1e-7, atol=1e-4)
@@ -152,7 +146,7 @@ def test_gradcheck_of_soft_gates_threshold_and_deviation_included(
 
 @given(scores=SCORES, kept=st.integers(1, 9), temperature=st.sampled_from([0.1, 0.3, 1.0]))
 @FEW
-def test_what_all_scores_have_in_common_moves_no_soft_gate(scores: list[float], kept: int, temperature: float) -> None:
+def test_what_all_scores_have_in_common_moves_no_soft_gate(scores, kept, temperature) -> None:
     """Selection knows neither shift nor scale of the scores; nor does its gradient."""
     row, modality = visual_pool(scores)
     gate = select(row, modality, LayerSlots(audio=0, visual=min(kept, len(scores) - 1)), soft(temperature)).gate
@@ -164,7 +158,7 @@ def test_what_all_scores_have_in_common_moves_no_soft_gate(scores: list[float], 
 
 @given(scores=SCORES, kept=st.integers(1, 9), temperature=st.sampled_from([0.1, 0.3, 1.0]))
 @FEW
-def test_gradcheck_of_straight_through_s_surrogate(scores: list[float], kept: int, temperature: float) -> None:
+def test_gradcheck_of_straight_through_s_surrogate(scores, kept, temperature) -> None:
     """The gate is 0 whatever the scores; its gradient is that of log(1 + g - g0) with threshold and spread fixed."""
     row, modality = visual_pool(scores)
     room = LayerSlots(audio=0, visual=min(kept, len(scores) - 1))
@@ -198,7 +192,7 @@ def heads(kv_heads: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("of", ["sequence", "modality"])
 @pytest.mark.parametrize("ends", ["present", "one"])
 @pytest.mark.parametrize("neighbours", ["pool", "arrival"])
-def test_gradcheck_of_novelty(of: str, ends: str, neighbours: str) -> None:
+def test_gradcheck_of_novelty(of, ends, neighbours) -> None:
     first, second = arrivals([3, 4], width=5)
     memory, measures = tokens_of(first), Measures(of=of, ends=ends, neighbours=neighbours)
 
@@ -212,7 +206,7 @@ def test_gradcheck_of_novelty(of: str, ends: str, neighbours: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["omnimem", "paper", "released"])
-def test_gradcheck_of_a_score_through_attention_and_redundancy_together(preset: str) -> None:
+def test_gradcheck_of_a_score_through_attention_and_redundancy_together(preset) -> None:
     policy = PerturbationOptions(name=preset, sharpness=0.5).build(Budget(slots=((2, 4),)))
     (arrival,) = arrivals([6], width=4)
 
@@ -239,9 +233,7 @@ def by_loops(preset: str, chunks, stream: int, budget: Budget, temperature: floa
 @pytest.mark.parametrize("preset", ["omnimem", "paper", "released"])
 @pytest.mark.parametrize(("slots", "split"), [((4, 9), True), ((9, 4), True), ((0, 11), False)])
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
-def test_memory_and_gates_equal_plain_loops_chunk_by_chunk(
-    preset: str, slots: tuple[int, int], split: bool, temperature: float
-) -> None:
+def test_memory_and_gates_equal_plain_loops_chunk_by_chunk(preset, slots, split, temperature) -> None:
     """Attention mass through the gates, neighbours among what stayed, lending: with all that the past left."""
     chunks, budget = arrivals(LENGTHS, batch=2, seed=sum(slots)), Budget(slots=(slots,), split=split)
     chunks = [doubled(chunk) for chunk in chunks]
@@ -268,8 +260,8 @@ def doubled(arrival: Arrival) -> Arrival:
     temperature=st.sampled_from([0.05, 0.1, 1.0]),
 )
 @FEW
-def test_every_modality_holds_between_once_and_three_times_what_hard_selection_does(
-    lengths: list[int], layout: list[int], audio: int, visual: int, lend: bool, split: bool, temperature: float
+def test_soft_selection_holds_one_to_three_times_as_much(
+    lengths, layout, audio, visual, lend, split, temperature
 ) -> None:
     """Lending too: what soft selection counts as kept is what hard selection keeps, after any past."""
     chunks = arrivals(lengths, layout=tuple(layout))
@@ -332,7 +324,7 @@ def test_attention_mass_saves_its_inputs_and_nothing_of_queries_times_keys() -> 
 
 
 @pytest.mark.parametrize("mean", ["probabilities", "logits"])
-def test_attention_mass_is_exact_under_autocast_forward_and_backward(mean: str) -> None:
+def test_attention_mass_is_exact_under_autocast_forward_and_backward(mean) -> None:
     """So that training in mixed precision selects what evaluation selects."""
     queries, keys, gate = (t.detach().float().requires_grad_() for t in heads(2))
     found = []
@@ -352,7 +344,7 @@ CLOSED = {
 
 @pytest.mark.parametrize("schedule", CLOSED)
 @pytest.mark.parametrize("softening", ["straight_through", "soft"])
-def test_temperatures_follow_their_closed_form_from_the_first_step_to_the_last(schedule: str, softening: str) -> None:
+def test_temperatures_follow_their_closed_form_from_the_first_step_to_the_last(schedule, softening) -> None:
     """Five of 101 steps. A resumed run asks for the steps that are left, so it goes on where it was."""
     temperature = TemperatureOptions(start=0.8, end=0.1, schedule=schedule)
     selection = SelectionOptions(softening=softening, temperature=temperature, gradient="both")

@@ -38,7 +38,7 @@ def alone(layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Ten
 
 
 @pytest.mark.parametrize("lengths", CUTS)
-def test_chunked_attention_equals_one_shot(family: str, lengths: list[int]) -> None:
+def test_chunked_attention_equals_one_shot(family, lengths) -> None:
     model = text_model(family)
     whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
     expected = one_shot(model, whole)
@@ -49,7 +49,7 @@ def test_chunked_attention_equals_one_shot(family: str, lengths: list[int]) -> N
 
 
 @pytest.mark.parametrize("lengths", CUTS)
-def test_a_question_after_an_unlimited_stream_equals_one_shot(family: str, lengths: list[int]) -> None:
+def test_a_question_after_an_unlimited_stream_equals_one_shot(family, lengths) -> None:
     model = text_model(family)
     whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -100,7 +100,7 @@ def test_a_direct_call_of_an_attached_model_is_refused() -> None:
         one_shot(model, whole_stream())
 
 
-def test_recomputed_layers_give_the_same_gradient_and_leave_the_model_as_it_was(family: str) -> None:
+def test_recomputed_layers_give_the_same_gradient_and_leave_the_model_as_it_was(family) -> None:
     model = text_model(family)
     whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
     gradients = []
@@ -115,7 +115,7 @@ def test_recomputed_layers_give_the_same_gradient_and_leave_the_model_as_it_was(
     assert torch.equal(*gradients)
 
 
-def test_recomputed_layers_save_less(family: str) -> None:
+def test_recomputed_layers_save_less(family) -> None:
     model = text_model(family)
     whole = whole_stream(levels=2 if family.startswith("qwen3") else 0)
     saved = []

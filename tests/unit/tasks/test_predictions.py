@@ -57,9 +57,7 @@ def changed(path: Path, target: Path, changes: Sequence[dict[str, Any]]) -> Path
 
 
 @pytest.mark.parametrize("workbook", [False, True])
-def test_our_verdicts_are_theirs_question_by_question_under_their_rules(
-    workbook: bool, video_mme: str, lvbench: str, tmp_path: Path
-) -> None:
+def test_our_verdicts_are_theirs_question_by_question_under_their_rules(workbook, video_mme, lvbench, tmp_path) -> None:
     table = as_workbook(VLMEVALKIT, tmp_path / "model_Video-MME_score.xlsx") if workbook else VLMEVALKIT
     for path, benchmark, right in (
         (LMMS_VIDEO_MME, VideoMMEOptions(root=video_mme, rules="lmms_eval"), 5),
@@ -76,7 +74,7 @@ def test_our_verdicts_are_theirs_question_by_question_under_their_rules(
         assert sum(verdict.correct for verdict in verdicts.values()) == right
 
 
-def test_another_rule_set_gives_another_number_for_the_same_predictions(video_mme: str) -> None:
+def test_another_rule_set_gives_another_number_for_the_same_predictions(video_mme) -> None:
     official = VideoMMEOptions(root=video_mme)
     found = found_in(LMMS_VIDEO_MME, official)
     verdicts = [official.judge(q, found.predictions[q.item.id].text) for q in questions(official)]
@@ -84,7 +82,7 @@ def test_another_rule_set_gives_another_number_for_the_same_predictions(video_mm
     assert sum(bool(prediction.score) for prediction in found.predictions.values()) == 5
 
 
-def test_predictions_are_found_by_prompt_where_nothing_else_is_known(lvbench: str) -> None:
+def test_predictions_are_found_by_prompt_where_nothing_else_is_known(lvbench) -> None:
     found = found_in(LMMS_LVBENCH, LVBenchOptions(root=lvbench))
     assert {key: prediction.text for key, prediction in found.predictions.items()} == {
         "55": "D",
@@ -93,13 +91,13 @@ def test_predictions_are_found_by_prompt_where_nothing_else_is_known(lvbench: st
     }
 
 
-def test_a_prompt_of_another_form_is_known_by_its_question_and_options(lvbench: str, tmp_path: Path) -> None:
+def test_a_prompt_of_another_form_is_known_by_its_question_and_options(lvbench, tmp_path) -> None:
     prompt = "What year appears in the closing caption?\nA. 1636\nB. 1366\nC. 1363\nD. 1633\nThink first."
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [{}, {"input": prompt}])
     assert found_in(file, LVBenchOptions(root=lvbench)).predictions["56"].text == "B"
 
 
-def test_older_samples_are_known_by_the_annotation_in_them(lvbench: str, tmp_path: Path) -> None:
+def test_older_samples_are_known_by_the_annotation_in_them(lvbench, tmp_path) -> None:
     changes = [{"input": None, "doc": {"uid": uid}, "filtered_resps": ["C"]} for uid in ("57", "55", "56")]
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [change | {"target": None} for change in changes])
     found = found_in(file, LVBenchOptions(root=lvbench))
@@ -107,13 +105,13 @@ def test_older_samples_are_known_by_the_annotation_in_them(lvbench: str, tmp_pat
     assert [*found.predictions] == ["57", "55", "56"]
 
 
-def test_a_prediction_with_the_ends_of_lines_that_json_lets_stand_is_read_whole(lvbench: str, tmp_path: Path) -> None:
+def test_a_prediction_with_the_ends_of_lines_that_json_lets_stand_is_read_whole(lvbench, tmp_path) -> None:
     said = "C\u2028because\x85of it"  # as lmms-eval writes it: ensure_ascii=False
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [{"filtered_resps": [said]}])
     assert said in {one.text for one in found_in(file, LVBenchOptions(root=lvbench)).predictions.values()}
 
 
-def test_questions_without_a_prediction_are_named(lvbench: str, tmp_path: Path) -> None:
+def test_questions_without_a_prediction_are_named(lvbench, tmp_path) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(LMMS_LVBENCH.read_text().splitlines()[0] + "\n")
     assert found_in(file, LVBenchOptions(root=lvbench)).missing == ("56", "57")
@@ -127,9 +125,7 @@ def test_questions_without_a_prediction_are_named(lvbench: str, tmp_path: Path) 
         ([{}, {"doc": {"uid": "55"}, "target": "D"}], ":2: answers 55 again after "),
     ],
 )
-def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(
-    changes: list[dict[str, Any]], problem: str, lvbench: str, tmp_path: Path
-) -> None:
+def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(changes, problem, lvbench, tmp_path) -> None:
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", changes)
     with pytest.raises(ManifestError) as raised:
         found_in(file, LVBenchOptions(root=lvbench))
@@ -145,7 +141,7 @@ def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(
         ("x.xlsx", "no workbook", "cannot be read"),
     ],
 )
-def test_a_file_that_neither_tool_wrote_is_refused(name: str, text: str, problem: str, tmp_path: Path) -> None:
+def test_a_file_that_neither_tool_wrote_is_refused(name, text, problem, tmp_path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ManifestError, match=problem.replace(".", r"\.")):
         read_predictions(tmp_path / name)

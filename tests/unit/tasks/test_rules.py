@@ -14,7 +14,7 @@ from omnimem.tasks import (
     own,
     rules,
 )
-from omnimem.tasks.rules import RuleSet, is_bare
+from omnimem.tasks.rules import is_bare
 
 READERS = (rules.video_mme, rules.vlmevalkit, rules.lvbench, rules.lvomnibench, rules.streamingbench, rules.lmms_eval)
 GOLDEN = (  # what the scorers of READERS, in this order, make of each prediction
@@ -54,7 +54,7 @@ def question(answer: str = "B", options: int = 4) -> Question:
 
 
 @pytest.mark.parametrize(("prediction", "letters"), [(row[0], row[1:]) for row in GOLDEN])
-def test_each_rule_set_reads_what_its_scorer_reads(prediction: str, letters: tuple[str | None, ...]) -> None:
+def test_each_rule_set_reads_what_its_scorer_reads(prediction, letters) -> None:
     assert tuple(read(prediction, "ABCD") for read in READERS) == letters
 
 
@@ -65,7 +65,7 @@ def test_all_rule_sets_agree_on_a_bare_letter() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["b", "(B)", "Answer: B", "E", "", "B.."])
-def test_anything_but_a_letter_of_the_options_is_not_in_the_form_asked_for(prediction: str) -> None:
+def test_anything_but_a_letter_of_the_options_is_not_in_the_form_asked_for(prediction) -> None:
     assert not is_bare(prediction, "ABCD")
 
 
@@ -73,7 +73,7 @@ def test_anything_but_a_letter_of_the_options_is_not_in_the_form_asked_for(predi
     ("prediction", "answer"),
     [("b", "B"), ("(B).", "B"), ("**B**", "B"), (" B\n", "B"), ("E", None), ("B or C", None), ("", None), ("BB", None)],
 )
-def test_the_strict_rule_takes_one_letter_in_either_case_and_nothing_else(prediction: str, answer: str | None) -> None:
+def test_the_strict_rule_takes_one_letter_in_either_case_and_nothing_else(prediction, answer) -> None:
     assert own.letter(prediction, "ABCD") == answer
 
 
@@ -84,7 +84,7 @@ def test_a_closed_block_of_reasoning_is_left_out_and_an_open_one_is_not() -> Non
 
 
 @given(st.text(alphabet="ABCDEb .,:()<>/think\nanswer is", max_size=40))
-def test_no_rule_set_reads_a_letter_that_no_option_has(prediction: str) -> None:
+def test_no_rule_set_reads_a_letter_that_no_option_has(prediction) -> None:
     for read in READERS:
         assert read(prediction, "ABCD") in (None, *("ABCDEF" if read is rules.lvomnibench else "ABCD"))
 
@@ -103,7 +103,7 @@ def test_no_rule_set_reads_a_letter_that_no_option_has(prediction: str) -> None:
         (OwnOptions.rule_sets["letter"], True, True),
     ],
 )
-def test_what_is_counted_follows_the_denominator_of_the_scorer(rule_set: RuleSet, unread: bool, empty: bool) -> None:
+def test_what_is_counted_follows_the_denominator_of_the_scorer(rule_set, unread, empty) -> None:
     assert rule_set.judge(question(), "Sorry, no").counted is unread
     assert rule_set.judge(question(), "").counted is empty
     assert rule_set.judge(question(), "B").counted

@@ -44,7 +44,7 @@ def ids(samples: list[Sample]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_a_benchmark_is_one_and_lacks_nothing_in_a_whole_folder(name: str, roots: dict[str, str]) -> None:
+def test_a_benchmark_is_one_and_lacks_nothing_in_a_whole_folder(name, roots) -> None:
     benchmark = BUILT[name][1](root=roots[name])
     assert isinstance(benchmark, Benchmark)
     assert benchmark.gaps() == []
@@ -56,14 +56,14 @@ def test_a_benchmark_is_one_and_lacks_nothing_in_a_whole_folder(name: str, roots
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_an_empty_folder_is_a_gap_with_its_cure_and_no_error(name: str, tmp_path: Path) -> None:
+def test_an_empty_folder_is_a_gap_with_its_cure_and_no_error(name, tmp_path) -> None:
     gaps = BUILT[name][1](root=str(tmp_path)).gaps()
     assert all(gap.share == 1 and str(tmp_path) in gap.what and gap.how for gap in gaps)
     assert gaps
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_videos_that_are_not_there_are_counted_with_the_share_of_samples_they_cost(name: str, tmp_path: Path) -> None:
+def test_videos_that_are_not_there_are_counted_with_the_share_of_samples_they_cost(name, tmp_path) -> None:
     root = BUILT[name][0](tmp_path)
     benchmark = BUILT[name][1](root=str(root))
     before = benchmark.samples()
@@ -77,7 +77,7 @@ def test_videos_that_are_not_there_are_counted_with_the_share_of_samples_they_co
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_annotations_that_cannot_be_read_are_an_error_with_their_file(name: str, tmp_path: Path) -> None:
+def test_annotations_that_cannot_be_read_are_an_error_with_their_file(name, tmp_path) -> None:
     root = BUILT[name][0](tmp_path)
     benchmark = BUILT[name][1](root=str(root))
     benchmark.annotations[0].write_bytes(b"\xff\xfe no annotations")
@@ -85,7 +85,7 @@ def test_annotations_that_cannot_be_read_are_an_error_with_their_file(name: str,
         benchmark.samples()
 
 
-def test_video_mme_asks_three_questions_of_each_video_with_the_official_prompt(roots: dict[str, str]) -> None:
+def test_video_mme_asks_three_questions_of_each_video_with_the_official_prompt(roots) -> None:
     samples = VideoMMEOptions(root=roots["video_mme"]).samples()
     assert ids(samples) == [[f"00{video}-{place}" for place in (1, 2, 3)] for video in (1, 2, 3)]
     assert [question.answer for question in samples[0].questions] == ["B", "A", "D"]
@@ -102,7 +102,7 @@ def test_video_mme_asks_three_questions_of_each_video_with_the_official_prompt(r
     )
 
 
-def test_the_prompt_of_lmms_eval_speaks_of_subtitles_where_there_are_none(roots: dict[str, str]) -> None:
+def test_the_prompt_of_lmms_eval_speaks_of_subtitles_where_there_are_none(roots) -> None:
     asked = texts(VideoMMEOptions(root=roots["video_mme"], rules="lmms_eval").samples())["001-1"]
     assert asked == (
         "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
@@ -112,7 +112,7 @@ def test_the_prompt_of_lmms_eval_speaks_of_subtitles_where_there_are_none(roots:
     )
 
 
-def test_the_prompt_of_vlmevalkit_is_its_template(roots: dict[str, str]) -> None:
+def test_the_prompt_of_vlmevalkit_is_its_template(roots) -> None:
     asked = texts(VideoMMEOptions(root=roots["video_mme"], rules="vlmevalkit").samples())["001-1"]
     assert asked == (
         "\nThese are the frames of a video. Select the best answer to the following multiple-choice question based on "
@@ -132,16 +132,14 @@ def test_the_prompt_of_vlmevalkit_is_its_template(roots: dict[str, str]) -> None
         ),
     ],
 )
-def test_subtitles_are_those_on_the_screen_at_the_frames_that_are_seen(
-    rules: str, begins: str, roots: dict[str, str]
-) -> None:
+def test_subtitles_are_those_on_the_screen_at_the_frames_that_are_seen(rules, begins, roots) -> None:
     asked = texts(VideoMMEOptions(root=roots["video_mme"], subtitles=True, rules=rules).samples())  # pyright: ignore[reportArgumentType]
     assert asked["001-1"].startswith(begins)
     denser = VideoMMEOptions(root=roots["video_mme"], subtitles=True, subtitle_fps=2.0)
     assert "Between two frames." in texts(denser.samples())["001-1"]
 
 
-def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(tmp_path: Path) -> None:
+def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(tmp_path) -> None:
     root = layouts.video_mme(tmp_path)
     sliced = VideoMMEOptions(root=str(root), durations=("long",))
     assert [sample.id for sample in sliced.samples()] == ["vid3"]
@@ -152,7 +150,7 @@ def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(t
         sliced.samples()
 
 
-def test_lvbench_asks_what_stands_in_the_question_and_knows_several_labels(roots: dict[str, str]) -> None:
+def test_lvbench_asks_what_stands_in_the_question_and_knows_several_labels(roots) -> None:
     benchmark = LVBenchOptions(root=roots["lvbench"])
     first, second = benchmark.samples()
     assert first.questions[0].text == (
@@ -169,12 +167,12 @@ def test_lvbench_asks_what_stands_in_the_question_and_knows_several_labels(roots
     assert first.meta["seconds"] == pytest.approx((7.6, 8.4))
 
 
-def test_a_video_that_video2dataset_numbered_is_found_by_its_address(roots: dict[str, str]) -> None:
+def test_a_video_that_video2dataset_numbered_is_found_by_its_address(roots) -> None:
     second = LVBenchOptions(root=roots["lvbench"]).samples()[1]
     assert second.video == Path(roots["lvbench"]) / "videos" / "00000" / "000000001.mp4"
 
 
-def test_lvomnibench_shows_letters_whether_its_options_have_them_or_not(roots: dict[str, str]) -> None:
+def test_lvomnibench_shows_letters_whether_its_options_have_them_or_not(roots) -> None:
     benchmark = LVOmniBenchOptions(root=roots["lvomnibench"])
     first, second = benchmark.samples()
     assert [question.text for question in first.questions] == [second.questions[0].text] * 2
@@ -191,14 +189,14 @@ def test_lvomnibench_shows_letters_whether_its_options_have_them_or_not(roots: d
     }
 
 
-def test_streamingbench_asks_at_the_time_stamp_and_streams_nothing_after_the_last_one(roots: dict[str, str]) -> None:
+def test_streamingbench_asks_at_the_time_stamp_and_streams_nothing_after_the_last_one(roots) -> None:
     samples = StreamingBenchOptions(root=roots["streamingbench"]).samples()
     assert [sample.id for sample in samples] == ["sample_1_real", "sample_2_real", "sample_3_Source", "sample_4_sqa"]
     assert [question.at for question in samples[0].questions] == [3.0, 6.0, 7.0]
     assert [(sample.start, sample.end) for sample in samples] == [(0.0, 7.0), (0.0, 5.0), (0.0, 8.0), (0.0, 7.0)]
 
 
-def test_the_sixty_second_track_streams_the_minute_before_each_question(tmp_path: Path) -> None:
+def test_the_sixty_second_track_streams_the_minute_before_each_question(tmp_path) -> None:
     root = layouts.streamingbench(tmp_path)
     late = [
         layouts.streaming_entry("sample_1_real", stamp, "Counting", window="[0:01:00 - 0:02:00]")
@@ -212,7 +210,7 @@ def test_the_sixty_second_track_streams_the_minute_before_each_question(tmp_path
     assert {sample.cluster for sample in samples} == {"sample_1_real"}
 
 
-def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(roots: dict[str, str]) -> None:
+def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(roots) -> None:
     first, second = StreamingBenchOptions(root=roots["streamingbench"]).samples()[3].questions
     told = (
         "Here are the contextual information related to the video. Please answer the questions based on the "
@@ -228,7 +226,7 @@ def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(
     assert second.text.endswith(f"of the correct option.\n\n{told}\n\n{asked}")
 
 
-def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots: dict[str, str]) -> None:
+def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots) -> None:
     benchmark = StreamingBenchOptions(root=roots["streamingbench"])
     found = [(defect.rule, defect.where) for defect in benchmark.defects()]
     assert found == [
@@ -258,9 +256,7 @@ def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots: dict[str
         ("00:00:00", "[0:00:00 - 0:01:00]", 1, 1),
     ],
 )
-def test_a_time_stamp_that_cannot_be_meant_is_read_from_its_digits(
-    stamp: str, window: str, seconds: float, defects: int
-) -> None:
+def test_a_time_stamp_that_cannot_be_meant_is_read_from_its_digits(stamp, window, seconds, defects) -> None:
     reading = AnnotationReader()
     assert seconds_of(stamp, window, "q", reading) == seconds
     assert len(reading.defects) == defects
@@ -273,14 +269,14 @@ def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
-def test_ends_of_lines_that_json_lets_stand_do_not_cut_a_question(end: str, tmp_path: Path) -> None:
+def test_ends_of_lines_that_json_lets_stand_do_not_cut_a_question(end, tmp_path) -> None:
     root = layouts.own(tmp_path)
     rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
     layouts.write_lines(root / "questions.jsonl", [rows[0] | {"question": f"first{end}second?"}, *rows[1:]])
     assert f"first{end}second?" in OwnOptions(root=str(root)).samples()[0].questions[0].text
 
 
-def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path: Path) -> None:
+def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path) -> None:
     root = layouts.own(tmp_path)
     rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
     layouts.write_lines(root / "questions.jsonl", [*rows, {**rows[0], "id": "q4", "at": 3}])
@@ -308,9 +304,7 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path: Path) -> No
         ({"id": "q2"}, "question 'q2' occurs 2 times"),
     ],
 )
-def test_a_wrong_line_of_ones_own_is_named_with_its_key(
-    change: dict[str, object], problem: str, tmp_path: Path
-) -> None:
+def test_a_wrong_line_of_ones_own_is_named_with_its_key(change, problem, tmp_path) -> None:
     root = layouts.own(tmp_path)
     first, *rest = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
     layouts.write_lines(root / "questions.jsonl", [{**first, **change}, *rest])
@@ -320,13 +314,13 @@ def test_a_wrong_line_of_ones_own_is_named_with_its_key(
 
 
 @pytest.mark.parametrize("string", ["A. x", "A.x", "A) x", "(A) x", "A: x", "A.  x"])
-def test_a_letter_before_an_option_is_known_in_every_form(string: str) -> None:
+def test_a_letter_before_an_option_is_known_in_every_form(string) -> None:
     reading = AnnotationReader()
     assert reading.options([string, "B. y"], "q").texts == ("x", "y")
     assert reading.defects == []
 
 
-def test_a_right_answer_that_no_option_has_is_a_defect_and_stays(tmp_path: Path) -> None:
+def test_a_right_answer_that_no_option_has_is_a_defect_and_stays(tmp_path) -> None:
     root = layouts.lvomnibench(tmp_path)
     rows = json.loads((root / "data.json").read_text())
     layouts.write_json(root / "data.json", [{**rows[0], "correct_option": "F"}, *rows[1:]])
@@ -335,7 +329,7 @@ def test_a_right_answer_that_no_option_has_is_a_defect_and_stays(tmp_path: Path)
     assert len(benchmark.samples()[0].questions) == 2
 
 
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path) -> None:
     root = layouts.lvomnibench(tmp_path)
     rows = json.loads((root / "data.json").read_text())
     layouts.write_json(root / "data.json", [{**rows[0], "video_id": "../video_0"}])

@@ -34,14 +34,14 @@ def loaded(tmp_path: Path, *overrides: str) -> RunConfig:
         ("seed", "-1", "give a whole number from 0 to 4294967295"),
     ],
 )
-def test_a_number_out_of_range_is_one_line_with_its_cure(name: str, value: str, cure: str, tmp_path: Path) -> None:
+def test_a_number_out_of_range_is_one_line_with_its_cure(name, value, cure, tmp_path) -> None:
     with pytest.raises(ConfigError) as error:
         loaded(tmp_path, f"train.{name}={value}")
     shown = {".nan": "nan"}.get(value, value)
     assert str(error.value) == f"command line train.{name}: {shown} is out of range; {cure}"
 
 
-def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path: Path) -> None:
+def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path) -> None:
     assert OwnSettings.of(loaded(tmp_path, "train.max_bad_steps=7").train).max_bad_steps == 7
     assert OwnSettings.of(loaded(tmp_path).train) == OwnSettings()
     with pytest.raises(ConfigError, match=r"train\.max_bad_step: unknown key; did you mean 'max_bad_steps'\?"):
@@ -58,7 +58,7 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
         ({"deepspeed": {**STAGE_2, "train_batch_size": 64}}, "ds train_batch_size=64 vs hf train_batch_size .*=8"),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, object], what: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_go_together_are_one_line(settings, what, tmp_path) -> None:
     with pytest.raises(ConfigError, match=what) as error:
         training_arguments(settings, RunFolder(path=tmp_path))
     assert len(error.value.problems) == 1
@@ -69,7 +69,7 @@ def test_settings_that_do_not_go_together_are_one_line(settings: dict[str, objec
     "setting",
     ["torch_compile=true", "use_liger_kernel=true", "fsdp=true", "save_strategy=best", "label_smoothing_factor=0.1"],
 )
-def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting: str, tmp_path: Path) -> None:
+def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting, tmp_path) -> None:
     with pytest.raises(ConfigError) as error:
         loaded(tmp_path, f"train.{setting}")
     assert str(error.value).startswith(f"command line train.{setting.partition('=')[0]}: ")
@@ -77,6 +77,6 @@ def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting: str, 
 
 
 @pytest.mark.parametrize("name", ["save_only_model", "save_on_each_node"])
-def test_settings_that_would_make_checkpoints_useless_are_refused_with_a_reason(name: str, tmp_path: Path) -> None:
+def test_settings_that_would_make_checkpoints_useless_are_refused_with_a_reason(name, tmp_path) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{name}: .*checkpoint"):
         loaded(tmp_path, f"train.{name}=true")

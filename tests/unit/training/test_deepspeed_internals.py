@@ -15,7 +15,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "_installed", lambda: "0.19.8")
 
 
-def test_each_function_reads_the_tensors_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_function_reads_the_tensors_of_its_stage(monkeypatch) -> None:
     weight, store = torch.zeros(2, 3), torch.arange(8.0)
     half = SimpleNamespace(fp16_groups=[[weight]], fp32_groups=[[store]])
     assert list(internals.float32_copies(half)) == [(weight, store)]
@@ -54,7 +54,7 @@ def test_a_missing_attribute_names_the_versions() -> None:
 
 
 @pytest.mark.parametrize("found", ["0.17.6", "0.20.0", "1.0"])
-def test_another_version_is_refused_before_anything_is_read(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_refused_before_anything_is_read(found, monkeypatch) -> None:
     monkeypatch.setattr(internals, "_installed", lambda: found)
     with pytest.raises(RunError, match=rf"DeepSpeed {found}: .*not supported; tested with .*>=0\.18,<0\.20"):
         internals.full_shape(SimpleNamespace(ds_shape=(2, 3)))

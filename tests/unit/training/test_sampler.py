@@ -31,9 +31,7 @@ def steps(ranks: int, micro_batch: int, accumulated: int) -> list[list[list[Samp
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "accumulated"), [(1, 4, 1), (4, 1, 1), (2, 1, 2), (2, 2, 1), (1, 3, 1)]
 )
-def test_every_sample_of_a_step_has_the_same_weight_even_in_the_last_uneven_one(
-    ranks: int, micro_batch: int, accumulated: int
-) -> None:
+def test_every_sample_of_a_step_has_the_same_weight_even_in_a_partial_step(ranks, micro_batch, accumulated) -> None:
     batching = Batching(samples=7, size=ranks * micro_batch * accumulated)
     for step, micro_steps in enumerate(steps(ranks, micro_batch, accumulated)):
         weight = batching.sample_weight(step, micro_batch)
@@ -53,7 +51,7 @@ def test_an_uneven_last_step_is_padded_or_dropped_and_its_samples_weigh_more() -
     assert (dropped.steps, len(EpochSampler(SAMPLES, dropped, 0, lambda: 0, shuffled=False))) == (1, 4)
 
 
-def test_the_trainer_weighs_the_samples_of_its_current_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_weighs_the_samples_of_its_current_step(monkeypatch) -> None:
     """The second of two steps takes 3 samples on 4 positions; this rank's micro-batch of 2 has one of them."""
     encoded = [SimpleNamespace(sample=SAMPLES[0])]
     outcome = SimpleNamespace(loss=torch.tensor(3.0))
