@@ -1,7 +1,9 @@
-"""Looks at every file of a manifest or benchmark before a run does: tracks, lengths, times; prints a data report."""
+"""Check every file of a manifest or a benchmark and print a data report.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.check import main
+python data_prep/check.py MANIFEST ... | --benchmark NAME --root DIR
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("check")

@@ -1,7 +1,9 @@
-"""Turns users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations."""
+"""Convert ms-swift, LLaMA-Factory or video-SALMONN files into a manifest.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.convert import main
+python data_prep/convert.py FILE ... --out data/train.jsonl
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("convert")

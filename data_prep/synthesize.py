@@ -1,7 +1,9 @@
-"""Writes the audio-visual recall task: seeded streams as mp4 files, and a manifest a split."""
+"""Render the audio-visual recall task: streams as mp4 files and one manifest per split.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.synthesize import main
+python data_prep/synthesize.py --out data/recall
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("synthesize")

@@ -22,10 +22,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names; exit code 2 where it names none.
-
-    Imports are left to the command, so that --help is instant and a missing extra is one line.
-    """
+    """Run the command that the first argument names; exit code 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: omnimem COMMAND ...      (omnimem COMMAND --help)\n")
@@ -36,11 +33,16 @@ def main() -> None:
         print(f"omnimem: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"omnimem {command}", *sys.argv[2:]]
+    run(command)
 
-    def run(arguments: Sequence[str]) -> None:
+
+def run(command: str) -> None:
+    """Run a command with the arguments of this process; it is imported here, so that a missing extra is one line."""
+
+    def imported(arguments: Sequence[str]) -> None:
         import_module(f"omnimem.commands.{command.replace('-', '_')}").main(arguments)
 
-    import_module("omnimem.cli.parser").run_command(run)
+    import_module("omnimem.cli.parser").run_command(imported)
 
 
 if __name__ == "__main__":

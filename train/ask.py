@@ -1,7 +1,9 @@
-"""Streams a file, or what comes through a pipe, and answers questions about it from a memory of fixed size."""
+"""Stream a file or a pipe and answer questions about it from a memory of fixed size.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.ask import main
+python train/ask.py --model DIR --video FILE|- "QUESTION" ...
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("ask")

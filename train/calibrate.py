@@ -1,7 +1,9 @@
-"""Measures a model's layers on a few training streams and writes the budget that follows from it, with figures."""
+"""Measure a model's layers on training streams and write the resulting budget with figures.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.calibrate import main
+python train/calibrate.py --config X.yaml [key=value ...] [--out FILE]
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("calibrate")

@@ -1,7 +1,9 @@
-"""Compares arms of one or more runs, question by question, and writes the report."""
+"""Compare arms of one or more runs question by question and write the report.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.compare import main
+python train/compare.py DIR [DIR ...] --out DIR
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("compare")

@@ -1,7 +1,9 @@
-"""Evaluates a run's arms: the untouched checkpoint with full memory and under its budget, the tuned one, and probes."""
+"""Evaluate the arms of a run: the base model, the tuned model, and probes.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.evaluate import main
+python train/evaluate.py --config X.yaml [key=value ...] [--arm NAME]... [--shard I/N]
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("evaluate")

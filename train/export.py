@@ -1,7 +1,9 @@
-"""Exports a tuned model, as an adapter or merged into its base, with all that streaming needs beside the weights."""
+"""Export a tuned model as an adapter or merged into its base.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.export import main
+python train/export.py --run runs/X --format adapter|merged --out DIR
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("export")

@@ -1,7 +1,9 @@
-"""Fine-tunes a model under its memory budget, then evaluates it beside the untouched one."""
+"""Fine-tune a model under its memory budget, then evaluate it beside the base model.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.finetune import main
+deepspeed train/finetune.py --config X.yaml [key=value ...] [--dry-run] [--resume auto|PATH]
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("finetune")

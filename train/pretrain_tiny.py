@@ -1,7 +1,9 @@
-"""Trains the tiny Qwen2.5-Omni thinker on audio-visual recall: `python train/pretrain_tiny.py --seed 0 --out DIR`."""
+"""Train the tiny Qwen2.5-Omni checkpoint on audio-visual recall.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.pretrain_tiny import main
+python train/pretrain_tiny.py --seed 0 --out DIR
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("pretrain-tiny")

@@ -1,7 +1,9 @@
-"""Judges predictions that lmms-eval or VLMEvalKit wrote by our rules, and makes an eval folder of them to compare."""
+"""Judge predictions of lmms-eval or VLMEvalKit by our rules.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.score import main
+python train/score.py FILE --benchmark NAME --root DIR --out DIR
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("score")

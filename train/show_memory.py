@@ -1,7 +1,9 @@
-"""Shows what each layer still holds of one stream as it goes on, under two policies side by side, on one HTML page."""
+"""Write an HTML page that shows the tokens each layer holds during a stream, for two policies side by side.
 
-from omnimem.cli.parser import run_command
-from omnimem.commands.show_memory import main
+python train/show_memory.py --config X.yaml --video FILE --policies A B --out memory.html
+"""
+
+from omnimem.__main__ import run
 
 if __name__ == "__main__":
-    run_command(main)
+    run("show-memory")
