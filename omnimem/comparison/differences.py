@@ -17,7 +17,7 @@ def differences(arms: Sequence[Arm]) -> list[str]:
     first, *others = paired
     lines = [line for arm in others for line in _setting_differences(first, arm)]
     lines += [line for arm in others for line in _input_differences(first, arm)]
-    rivals = [arm for arm in paired if arm.role == "rival"]
+    rivals = [arm for arm in paired if arm.role == "budgeted"]
     return lines + [line for arm in rivals[1:] for line in _budget_differences(rivals[0], arm)]
 
 

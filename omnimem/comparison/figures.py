@@ -1,8 +1,8 @@
-"""Figures of the report as inline SVG: sharp at any width, coloured by the page's style sheet, text as text.
+"""Figures of the report as inline SVG, coloured by the style sheet of the page.
 
-Horizontal places are percentages and vertical ones pixels, so that a figure stretches with the page while its text and
-strokes keep their size. Marks differ in shape, modalities in hue (blue and orange, told apart by every kind of colour
-vision) and in a caption; light and dark are the style sheet's business.
+Horizontal coordinates are percentages and vertical ones pixels, so that a figure scales with the page while its text
+and strokes keep their size. Marks differ in shape; modalities differ in hue (blue and orange, which are distinguishable
+with colour blindness) and in the caption.
 """
 
 import math
@@ -18,35 +18,35 @@ from markupsafe import Markup
 Mark = Literal["circle", "ring", "diamond", "bar"]
 
 ROW = 28  # pixels
-BLEED = 40  # pixels that lines go on above and below a row: its place may be higher, where they are cut off
+BLEED = 40  # pixels that lines extend above and below a row: the row may be taller and clips them
 LEVELS = 12  # steps of opacity in a heat map
 MOST_CELLS = 96  # along one side of a heat map
-LEAST_REACH = 0.02  # of a scale of differences: 2 points
-SMOOTH = 0.04  # share of the curve under the running mean
+LEAST_RANGE = 0.02  # of a scale of differences: 2 points
+SMOOTH = 0.04  # window of the running mean, as a fraction of the curve
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A range of numbers, the places of its ticks, and how to write them."""
+    """A range of numbers with ticks."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """Place of a value in per cent of the width, kept inside."""
+        """Position of a value in per cent, clamped to the range."""
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
 
 def accuracy_scale() -> Scale:
-    """0 to 100 %: a cut axis would make small differences look large."""
+    """0 to 100 %: a truncated axis would make small differences look large."""
     return Scale(low=0.0, high=1.0, ticks=(0.0, 0.25, 0.5, 0.75, 1.0))
 
 
 def difference_scale(values: Sequence[float]) -> Scale:
     """Symmetric about zero, wide enough for all values."""
-    most = max([LEAST_REACH, *(abs(value) for value in values)])
+    most = max([LEAST_RANGE, *(abs(value) for value in values)])
     step = _nice(most / 3)
     side = math.ceil(most / step - 1e-9)
     return Scale(low=-side * step, high=side * step, ticks=tuple(tick * step for tick in range(-side, side + 1)))
@@ -69,7 +69,7 @@ def interval_row(
     kind: str = "plain",
     reference: float | None = None,
 ) -> Markup:
-    """A mark with its interval over the grid of the scale; `reference` is a tick of its own (chance, or zero)."""
+    """A mark with its interval over the grid of the scale; `reference` is an additional line (chance, or zero)."""
     parts = [_grid(scale)]
     if reference is not None:
         x = scale.at(reference)
@@ -85,7 +85,7 @@ def interval_row(
 
 
 def axis_row(labels: Mapping[float, str], scale: Scale) -> Markup:
-    """The numbers below (or above) interval rows of the same scale."""
+    """Tick labels for interval rows of the same scale."""
     texts = "".join(_x_label(scale.at(tick), 13, label) for tick, label in labels.items())
     return Markup(f'<svg class="interval axis" height="16" aria-hidden="true">{texts}</svg>')
 
@@ -99,35 +99,37 @@ def bar_row(scale: Scale, value: float | None, *, kind: str = "plain") -> Markup
     )
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Points:
-    """One line of a chart over a few named places: a value with its interval at each, or None."""
+def over_places(
+    lines: Sequence[tuple[str, Sequence[tuple[float, Sequence[float | None]] | None]]],
+    places: Sequence[str],
+    *,
+    x_title: str,
+    label: str,
+) -> Markup:
+    """Accuracies over named places from left to right: lines of (class, values), slightly offset.
 
-    style: str
-    values: Sequence[tuple[float, Sequence[float | None]] | None]
-
-
-def over_places(lines: Sequence[Points], places: Sequence[str], *, x_title: str, label: str) -> Markup:
-    """Accuracies with intervals at named places from left to right; lines are slightly offset."""
+    A value is (accuracy, interval), or None where there is none.
+    """
     height, scale = 200, accuracy_scale()
+    centres = [100 * (place + 0.5) / len(places) for place in range(len(places))]
     drawn: list[str] = []
-    for number, line in enumerate(lines):
-        apart = (number - (len(lines) - 1) / 2) * min(2.4, 36 / len(places) / max(1, len(lines)))
+    for number, (style, values) in enumerate(lines):
+        offset = (number - (len(lines) - 1) / 2) * min(2.4, 36 / len(places) / max(1, len(lines)))
+        # 1. marks with intervals
         path: list[tuple[float, float]] = []
-        for place, point in enumerate(line.values):
+        for centre, point in zip(centres, values, strict=True):
             if point is None:
                 continue
-            x = 100 * (place + 0.5) / len(places) + apart
-            y, (low, high) = _height(scale, point[0], height), point[1]
+            x, y, (low, high) = centre + offset, _height(scale, point[0], height), point[1]
             if low is not None and high is not None:
                 ends = f'y1="{_height(scale, low, height):.1f}" y2="{_height(scale, high, height):.1f}"'
-                drawn.append(f'<line class="whisker {line.style}" x1="{x:.2f}%" x2="{x:.2f}%" {ends}/>')
-            drawn.append(f'<circle class="mark {line.style}" cx="{x:.2f}%" cy="{y:.1f}" r="4.5"/>')
+                drawn.append(f'<line class="whisker {style}" x1="{x:.2f}%" x2="{x:.2f}%" {ends}/>')
+            drawn.append(f'<circle class="mark {style}" cx="{x:.2f}%" cy="{y:.1f}" r="4.5"/>')
             path.append((x, y))
+        # 2. links
         for (x1, y1), (x2, y2) in pairwise(path):
-            drawn.append(f'<line class="link {line.style}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>')
-    below = {100 * (place + 0.5) / len(places): text for place, text in enumerate(places)}
+            drawn.append(f'<line class="link {style}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+    below = dict(zip(centres, places, strict=True))
     left = [(_height(scale, tick, height), f"{100 * tick:.0f} %") for tick in scale.ticks]
     return _chart("".join(drawn), height=height, y=left, x=below, x_title=x_title, label=label)
 
@@ -137,50 +139,47 @@ def _height(scale: Scale, value: float, height: int) -> float:
 
 
 def budget_bars(slots: Sequence[tuple[int, int]], *, split: bool, label: str) -> Markup:
-    """Stacked bars by layer: audio below, visual above; one plain bar if both share a pool."""
+    """Stacked bars by layer: audio below, visual above; one plain bar for shared slots."""
     height, count = 190, len(slots)
     scale = from_zero([float(audio + visual) for audio, visual in slots])
+    # 1. bars
     bars: list[str] = []
     for layer, (audio, visual) in enumerate(slots):
-        said = f"audio {audio:,}, visual {visual:,}" if split else f"{audio + visual:,} shared"
+        title = f"audio {audio:,}, visual {visual:,}" if split else f"{audio + visual:,} shared"
         x, width = f"{100 * (layer + 0.1) / count:.2f}%", f"{80 / count:.2f}%"
-        low = height * scale.at(float(audio)) / 100
-        high = height * scale.at(float(audio + visual)) / 100
-        rects = (("audio", 0.0, low), ("visual", low, high)) if split else (("shared", 0.0, high),)
+        middle, top = (_height(scale, float(part), height) for part in (audio, audio + visual))
+        rects = (("audio", height, middle), ("visual", middle, top)) if split else (("shared", height, top),)
         body = "".join(
-            f'<rect class="{name}" x="{x}" width="{width}" y="{height - top:.1f}" height="{top - bottom:.1f}"/>'
-            for name, bottom, top in rects
+            f'<rect class="{name}" x="{x}" width="{width}" y="{high:.1f}" height="{low - high:.1f}"/>'
+            for name, low, high in rects
         )
-        bars.append(f"<g><title>layer {layer}: {said}</title>{body}</g>")
+        bars.append(f"<g><title>layer {layer}: {title}</title>{body}</g>")
+    # 2. axes
     every = max(1, math.ceil(count / 12))
     below = {100 * (layer + 0.5) / count: str(layer) for layer in range(0, count, every)}
-    return _chart(
-        "".join(bars),
-        height=height,
-        y=_y_labels(scale, height),
-        x=below,
-        x_title="layer",
-        label=label,
-        widest=6 + 4 * count,
-    )
+    left, widest = _y_labels(scale, height), 6 + 4 * count
+    return _chart("".join(bars), height=height, y=left, x=below, x_title="layer", label=label, widest=widest)
 
 
 def curves(
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, height: int, x_title: str, label: str
 ) -> Markup:
     """Lines over steps, each a running mean over a pale trace of the raw values: (class, steps, values)."""
+    # 1. scales
     steps = [step for _, xs, _ in lines for step in xs]
     scale = from_zero([value for _, _, ys in lines for value in ys])
     first, last = min(steps), max(max(steps), min(steps) + 1)
+    # 2. lines
     drawn: list[str] = []
     for name, xs, ys in lines:
         places = [1000 * (step - first) / (last - first) for step in xs]
         for kind, values in (("raw", np.asarray(ys, dtype=np.float64)), ("mean", _running_mean(ys))):
             points = " ".join(
-                f"{x:.1f},{height - height * scale.at(float(y)) / 100:.1f}" for x, y in zip(places, values, strict=True)
+                f"{x:.1f},{_height(scale, float(y), height):.1f}" for x, y in zip(places, values, strict=True)
             )
             drawn.append(f'<polyline class="{kind} {name}" points="{points}"/>')
     inner = f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none" height="{height}">{"".join(drawn)}</svg>'
+    # 3. axes
     every = max(1, round(_nice((last - first) / 6)))
     ticks = range(math.ceil(first / every) * every, math.floor(last) + 1, every)
     below = {100 * (tick - first) / (last - first): f"{tick:,}" for tick in ticks}
@@ -190,7 +189,7 @@ def curves(
 @final
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """One modality of one stream: how many tokens arrived per bin, and how many of them were kept after each chunk."""
+    """Tokens of one modality of one stream: arrived per bin, and kept per bin and layer after each chunk."""
 
     seconds: float
     bin_seconds: float
@@ -215,63 +214,54 @@ class Kept:
             kept=np.add.reduceat(kept[rows], starts, axis=2),
         )
 
-    def share(self) -> Float64[np.ndarray, "chunks bins"]:
-        """Kept of arrived, a mean over layers; 0 if nothing arrived."""
-        return np.divide(self.kept.mean(1), self.arrived, out=np.zeros_like(self.kept[:, 0]), where=self.arrived > 0)
-
-    def last(self) -> Float64[np.ndarray, "layers bins"]:
-        """Kept of arrived by layer, after the last chunk."""
-        return np.divide(self.kept[-1], self.arrived, out=np.zeros_like(self.kept[-1]), where=self.arrived > 0)
-
 
 def kept_over_time(kept: Kept, modality: str, *, label: str) -> Markup:
-    """x: arrival time of a token; y: time of the stream; darker: more of it is still in memory."""
-    tops = np.concatenate([[0.0], kept.chunk_ends[:-1]])
-    cells = _cells(kept.share(), list(zip(tops, kept.chunk_ends, strict=True)), kept)
-    past = "".join(f"M0 {top:.7g}H{end:.7g}V{end:.7g}H0z" for top, end in zip(tops, kept.chunk_ends, strict=True))
-    ticks = _time_ticks(kept.seconds)
-    down = [(200 * tick / kept.seconds, text) for tick, text in ticks if tick < 0.97 * kept.seconds]
-    return _heat(past, cells, modality, kept.seconds, kept.seconds, 200, ticks, down, label)
+    """x: arrival time of a token; y: time of the stream; opacity: fraction of the tokens still in memory."""
+    rows = list(pairwise([0.0, *kept.chunk_ends.tolist()]))
+    past = "".join(f"M0 {top:.7g}H{end:.7g}V{end:.7g}H0z" for top, end in rows)
+    left = [(200 * tick / kept.seconds, text) for tick, text in _time_ticks(kept.seconds) if tick < 0.97 * kept.seconds]
+    return _heat_map(kept, kept.kept.mean(1), rows, past, modality, height=200, y=left, label=label)
 
 
 def kept_by_layer(kept: Kept, modality: str, *, label: str) -> Markup:
-    """x: arrival time of a token; y: layers; darker: more of it is in memory at the end."""
-    share = kept.last()
-    layers = share.shape[0]
-    height = max(60, min(200, 14 * layers))
-    cells = _cells(share, [(float(layer), float(layer + 1)) for layer in range(layers)], kept)
-    every = max(1, math.ceil(layers / 6))
-    down = [(height * (layer + 0.5) / layers, str(layer)) for layer in range(0, layers, every)]
+    """x: arrival time of a token; y: layers; opacity: fraction of the tokens in memory at the end."""
+    layers = kept.kept.shape[1]
+    height, every = max(60, min(200, 14 * layers)), max(1, math.ceil(layers / 6))
+    rows = [(float(layer), float(layer + 1)) for layer in range(layers)]
     past = f"M0 0H{kept.seconds:.7g}V{layers}H0z"
-    return _heat(past, cells, modality, kept.seconds, float(layers), height, _time_ticks(kept.seconds), down, label)
+    left = [(height * (layer + 0.5) / layers, str(layer)) for layer in range(0, layers, every)]
+    return _heat_map(kept, kept.kept[-1], rows, past, modality, height=height, y=left, label=label)
 
 
-def _heat(
+def _heat_map(
+    kept: Kept,
+    counts: Float64[np.ndarray, "rows bins"],
+    rows: Sequence[tuple[float, float]],
     past: str,
-    cells: Mapping[int, str],
     modality: str,
-    wide: float,
-    high: float,
+    *,
     height: int,
-    ticks: Sequence[tuple[float, str]],
-    down: Sequence[tuple[float, str]],
+    y: Sequence[tuple[float, str]],
     label: str,
 ) -> Markup:
+    """Fractions of the arrived tokens, in rows of (top, bottom), over `past`, the path of the time that has passed."""
+    share = np.divide(counts, kept.arrived, out=np.zeros_like(counts), where=kept.arrived > 0)
     paths = "".join(
-        f'<path class="{modality}" fill-opacity="{level / LEVELS:.2f}" d="{path}"/>' for level, path in cells.items()
+        f'<path class="{modality}" fill-opacity="{level / LEVELS:.2f}" d="{path}"/>'
+        for level, path in _cells(share, rows, kept).items()
     )
     inner = (
-        f'<svg class="heat" viewBox="0 0 {wide:g} {high:g}" preserveAspectRatio="none" height="{height}">'
-        f'<path class="past" d="{past}"/>{paths}</svg>'
+        f'<svg class="heat" viewBox="0 0 {kept.seconds:g} {rows[-1][1]:g}" preserveAspectRatio="none" '
+        f'height="{height}"><path class="past" d="{past}"/>{paths}</svg>'
     )
-    below = {100 * tick / wide: text for tick, text in ticks}
-    return _chart(inner, height=height, y=down, x=below, x_title="", label=label, lines=False)
+    below = {100 * tick / kept.seconds: text for tick, text in _time_ticks(kept.seconds)}
+    return _chart(inner, height=height, y=y, x=below, x_title="", label=label, lines=False)
 
 
 def _cells(share: Float64[np.ndarray, "rows bins"], rows: Sequence[tuple[float, float]], kept: Kept) -> dict[int, str]:
-    """Rectangles by level of opacity, one path per level; neighbours of one level in a row become one rectangle.
+    """Rectangles by level of opacity, one path per level; equal neighbours in a row become one rectangle.
 
-    Opacity is the square root of the share, so that a few per cent kept are still seen.
+    Opacity is the square root of the fraction, so that a few per cent are still visible.
     """
     level = np.clip(np.ceil(np.sqrt(np.clip(share, 0, 1)) * LEVELS - 1e-9), 0, LEVELS).astype(np.int64)
     paths: dict[int, list[str]] = {}
@@ -296,7 +286,7 @@ def _chart(
     lines: bool = True,
     widest: int | None = None,
 ) -> Markup:
-    """Labels left and below a figure, at most `widest` rem wide; `label` is what a screen reader says."""
+    """A figure with labels left and below, at most `widest` rem wide; `label` is for screen readers."""
     left = "".join(
         f'<text x="100%" dx="-6" y="{place:.1f}" dy="4" text-anchor="end">{text}</text>' for place, text in y
     )
@@ -320,10 +310,9 @@ def _grid(scale: Scale) -> str:
 
 
 def _mark(mark: Mark, x: float, y: float) -> str:
-    if mark == "diamond":  # a nested drawing has its own origin, which a percentage may place
-        return f'<svg x="{x}%" y="{y:g}" overflow="visible"><path class="mark" d="M-6.5 0L0-6.5L6.5 0L0 6.5z"/></svg>'
-    if mark == "bar":
-        return f'<svg x="{x}%" y="{y:g}" overflow="visible"><path class="mark" d="M-2-7h4v14h-4z"/></svg>'
+    paths = {"diamond": "M-6.5 0L0-6.5L6.5 0L0 6.5z", "bar": "M-2-7h4v14h-4z"}
+    if mark in paths:  # a path cannot be positioned in per cent, a nested svg can
+        return f'<svg x="{x}%" y="{y:g}" overflow="visible"><path class="mark" d="{paths[mark]}"/></svg>'
     return f'<circle class="mark {mark}" cx="{x}%" cy="{y:g}" r="5"/>'
 
 
@@ -332,17 +321,13 @@ def _x_label(place: float, y: int, text: str) -> str:
 
 
 def _y_labels(scale: Scale, height: int) -> list[tuple[float, str]]:
-    return [(height - height * scale.at(tick) / 100, f"{tick:,.6g}") for tick in scale.ticks]
+    return [(_height(scale, tick, height), f"{tick:,.6g}") for tick in scale.ticks]
 
 
 def _time_ticks(seconds: float) -> list[tuple[float, str]]:
     step = next((step for step in (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900) if seconds / step <= 6), 1800)
-    return [(float(tick), _clock(tick)) for tick in np.arange(0, seconds + 1e-9, step)]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    ticks = range(0, math.floor(seconds + 1e-9) + 1, step)
+    return [(float(tick), f"{tick // 60}:{tick % 60:02d}") for tick in ticks]
 
 
 def _running_mean(values: Sequence[float]) -> Float64[np.ndarray, " steps"]:

@@ -13,7 +13,7 @@ from omnimem.comparison.formatting import shown
 from omnimem.errors import ProblemList
 from omnimem.tasks.accuracy import DURATION, categories_of
 
-Role = Literal["rival", "reference", "probe"]
+Role = Literal["budgeted", "reference", "probe"]
 
 PROBES = ("blind", "vision_only", "audio_only")
 REFERENCE = "full_memory"
@@ -88,7 +88,7 @@ class Arm:
         """Probes lack parts of the input: they are shown, but not paired. The reference has no budget."""
         if self.name in PROBES:
             return "probe"
-        return "reference" if REFERENCE in self.name else "rival"
+        return "reference" if REFERENCE in self.name else "budgeted"
 
 
 @final

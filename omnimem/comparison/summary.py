@@ -61,7 +61,7 @@ def arm_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each benchmark, arm and kind (`all` first), as in arms.csv."""
     return [
         {"benchmark": name, "arm": arm, "kind": kind, **_flat(numbers)}
-        for name, group in _groups(summary)
+        for name, group in groups(summary)
         for arm, entry in (group["arms"] | group["probes"]).items()
         for kind, numbers in ({"all": entry} | entry["kinds"]).items()
     ]
@@ -71,7 +71,7 @@ def pair_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each benchmark, pair and kind (`all` first), as in pairs.csv."""
     return [
         {"benchmark": name, "a": pair["a"], "b": pair["b"], "kind": kind, **_flat(numbers)}
-        for name, group in _groups(summary)
+        for name, group in groups(summary)
         for pair in group["pairs"]
         for kind, numbers in ({"all": pair} | pair["kinds"]).items()
     ]
@@ -84,6 +84,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def groups(summary: Mapping[str, Any], pooled: str = "pooled") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each benchmark of a summary, and all of them pooled under the given name if there are several."""
+    yield from summary["benchmarks"].items()
+    if len(summary["benchmarks"]) > 1:
+        yield pooled, summary["pooled"]
 
 
 def pairs(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
@@ -239,7 +246,7 @@ def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 def _notes(arms: Sequence[Arm]) -> list[str]:
     """Warnings of unequal bytes at equal entries, which are allowed."""
     notes: list[str] = []
-    rivals = [arm for arm in arms if arm.role == "rival"]
+    rivals = [arm for arm in arms if arm.role == "budgeted"]
     for name in sorted({name for arm in rivals for name in arm.sheets}):
         sizes = {
             arm.title: size for arm in rivals if name in arm.sheets and (size := arm.sheets[name].bytes) is not None
@@ -249,12 +256,6 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
             more = 100 * (sizes[most] / sizes[least] - 1)
             notes.append(f"{name}: {most} holds {more:.1f} % more bytes than {least} at the same entries")
     return notes
-
-
-def _groups(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield from summary["benchmarks"].items()
-    if len(summary["benchmarks"]) > 1:
-        yield "pooled", summary["pooled"]
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from omnimem.budget import Budget
 from omnimem.comparison.formatting import UNKNOWN
-from omnimem.comparison.report import template_of
+from omnimem.comparison.template import page_template
 from omnimem.inspection.retention import NEVER, UNREAD, Holding
 from omnimem.inspection.snapshot import StreamSnapshot
 from omnimem.tokens import Modality
@@ -34,7 +34,7 @@ def render(snapshot: StreamSnapshot, sides: tuple[Side, Side]) -> str:
     """Render the page, which needs no network; it embeds the holdings as arrays by `packed`."""
     left, right = (side.holding for side in sides)
     assert left.ends == right.ends, "both sides read the same chunks"
-    return template_of(TEMPLATE).render(
+    return page_template(TEMPLATE).render(
         title=snapshot.opened.sample.id,
         seconds=snapshot.seconds,
         frames=sum(len(grid.thumbnails) for grid in snapshot.grids),
