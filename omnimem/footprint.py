@@ -101,7 +101,6 @@ class AudioShape:
     width: int
     inner: int
     mels: int
-    window: int  # mel frames of half an attention block
     output: int
 
     @property
@@ -185,7 +184,6 @@ class Shapes:
                 width=audio["d_model"],
                 inner=audio["encoder_ffn_dim"],
                 mels=audio["num_mel_bins"],
-                window=audio["n_window"],
                 output=audio["output_dim"],
             ),
             geometry=_geometry(thinker, preprocessor),
@@ -275,67 +273,54 @@ def footprint(shapes: Shapes, load: Load) -> tuple[Row, ...]:
     return (*_states(shapes, load), *_memory(shapes, load), *_activations(shapes, load), *_encoders(shapes, load))
 
 
+def _exact(what: str, size: int, how: str) -> Row:
+    return Row(what=what, bytes=size, how=how, exact=True)
+
+
+def _estimate(what: str, size: int, how: str) -> Row:
+    return Row(what=what, bytes=size, how=how, exact=False)
+
+
 def _states(shapes: Shapes, load: Load) -> list[Row]:
     """Weights, and the adapter with its gradients and AdamW states, sharded over the ranks by ZeRO."""
-    # 1. sizes
-    stage, ranks, size = load.stage or 0, load.ranks, load.dtype.itemsize
-    text = shapes.text
+    text, half = shapes.text, load.half and load.stage is not None
     adapter = text.layers * sum(load.lora.r * sum(text.projection(name)) for name in load.lora.targets)
-    working = 2 if load.half and load.stage is not None else 4
-    master = 4 if working == 2 else 0
-    base = shapes.parameters * size
-    # 2. rows
+
+    def row(what: str, count: int, size: int, stage: int) -> Row:
+        """A row that is sharded from this ZeRO stage on."""
+        ranks = load.ranks if (load.stage or 0) >= stage else 1
+        how = f"{count:,} x {size} B" + (f" / {ranks} ranks" if ranks > 1 else "")
+        return _exact(what, ceil(count * size / ranks), how)
+
     return [
-        Row(
-            what="weights, frozen",
-            bytes=_shard(base, ranks, stage >= 3),
-            how=f"{shapes.parameters:,} x {size} B" + (f" / {ranks} ranks" if stage >= 3 else ""),
-            exact=True,
-        ),
-        Row(
-            what="LoRA weights",
-            bytes=_shard(adapter * working, ranks, stage >= 3),
-            how=f"{adapter:,} x {working} B",
-            exact=True,
-        ),
-        Row(
-            what="LoRA gradients",
-            bytes=_shard(adapter * working, ranks, stage >= 2),
-            how=f"{adapter:,} x {working} B" + (f" / {ranks} ranks" if stage >= 2 and ranks > 1 else ""),
-            exact=True,
-        ),
-        Row(
-            what="AdamW states",
-            bytes=_shard(adapter * (8 + master), ranks, stage >= 1),
-            how=f"{adapter:,} x {8 + master} B" + (f" / {ranks} ranks" if stage >= 1 and ranks > 1 else ""),
-            exact=True,
-        ),
+        row("weights, frozen", shapes.parameters, load.dtype.itemsize, 3),
+        row("LoRA weights", adapter, 2 if half else 4, 3),
+        row("LoRA gradients", adapter, 2 if half else 4, 2),
+        row("AdamW states", adapter, 12 if half else 8, 1),  # with a float32 copy of 16-bit weights
     ]
 
 
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """The memories of all layers, and the tensors that the graph of one stream keeps for the backward pass."""
-    pair, side = shapes.entry(load.feature, load.dtype)
+    # 1. memory
+    layers, (pair, side) = shapes.text.layers, shapes.entry(load.feature, load.dtype)
     side = shapes.text.kv_heads * (side + 1) if load.per_head else side
-    entries = load.batch * (load.entries + load.text_tokens * shapes.text.layers)
-    inputs = _inputs(shapes, load, entries)
-    taught = load.batch * shapes.text.layers * (load.teacher_tokens + load.text_tokens) if load.teacher_tokens else 0
-    teacher = Row(what="teacher's full memory", bytes=taught * pair, how=f"{taught:,} entries x {pair} B", exact=True)
-    return [
-        Row(what="memory: keys and values", bytes=entries * pair, how=f"{entries:,} entries x {pair} B", exact=True),
-        Row(what="memory: side state", bytes=entries * side, how=f"{entries:,} entries x {side} B", exact=True),
-        *([inputs] if inputs.bytes else []),
-        _earlier_chunks(shapes, load, entries * (pair + side), inputs.bytes),
-        *([teacher] if taught else []),
+    entries = load.batch * (load.entries + load.text_tokens * layers)
+    rows = [
+        _exact("memory: keys and values", entries * pair, f"{entries:,} entries x {pair} B"),
+        _exact("memory: side state", entries * side, f"{entries:,} entries x {side} B"),
     ]
-
-
-def _inputs(shapes: Shapes, load: Load, entries: int) -> Row:
-    """Layer inputs stored with kept tokens, from which keys and values are recomputed."""
-    carrying = {"states": shapes.text.layers, "released": load.stop_layer + 1, "paper": load.stop_layer + 1}
-    layers, size = carrying.get(load.gradient, 0), shapes.text.width * load.dtype.itemsize
-    held = entries * layers // shapes.text.layers
-    return Row(what="memory: layer inputs", bytes=held * size, how=f"{held:,} entries x {size:,} B", exact=False)
+    # 2. layer inputs stored with kept tokens, from which keys and values are recomputed
+    storing = {"full": 0, "states": layers}.get(load.gradient, load.stop_layer + 1)
+    stored, size = entries * storing // layers, shapes.text.width * load.dtype.itemsize
+    if stored:
+        rows.append(_estimate("memory: layer inputs", stored * size, f"{stored:,} entries x {size:,} B"))
+    # 3. graph and teacher
+    rows.append(_earlier_chunks(shapes, load, entries * (pair + side), stored * size))
+    if load.teacher_tokens:
+        taught = load.batch * layers * (load.teacher_tokens + load.text_tokens)
+        rows.append(_exact("teacher's full memory", taught * pair, f"{taught:,} entries x {pair} B"))
+    return rows
 
 
 def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
@@ -344,19 +329,19 @@ def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row
     name, earlier = "memories in the graph", max(0, load.chunks - 1)
     if load.gradient == "full" and load.horizon != "all":
         within = min(earlier, load.horizon - 1)
-        return Row(what=name, bytes=within * memory, how=f"{within} chunks within tuning.horizon x memory", exact=False)
+        return _estimate(name, within * memory, f"{within} chunks within tuning.horizon x memory")
     if load.gradient == "states":
-        return Row(what=name, bytes=0, how="none: chunks keep no graph", exact=True)
+        return _exact(name, 0, "none: chunks keep no graph")
     if load.offload:
-        return Row(what=name, bytes=0, how="on the host", exact=False)
+        return _estimate(name, 0, "on the host")
     # 2. growing with the stream
     if load.gradient == "full":
         how = f"{earlier} earlier chunks x memory; none with tuning.offload: true"
-        return Row(what=name, bytes=earlier * memory, how=how, exact=False)
+        return _estimate(name, earlier * memory, how)
     layer = memory // shapes.text.layers + inputs // (load.stop_layer + 1)
     chunk = load.batch * load.chunk_tokens * shapes.text.width * load.dtype.itemsize
     how = f"{earlier} earlier chunks x (one layer's memory and input); none with tuning.offload: true"
-    return Row(what=name, bytes=earlier * (layer + chunk), how=how, exact=False)
+    return _estimate(name, earlier * (layer + chunk), how)
 
 
 def _activations(shapes: Shapes, load: Load) -> list[Row]:
@@ -366,37 +351,25 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
     keys = (2 * text.kv_heads * text.dim + load.feature) * size + COVERAGE * load.covered
-    rows = load.batch * load.question_tokens
     layer, entering = tokens * token + pool * keys, tokens * text.width * size
     one = f"{tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B"
     # 2. layers and chunks that exist at once
-    what, held, how = {
-        "none": (
-            "of all chunks",
-            load.chunks * text.layers * layer,
-            f"{load.chunks} chunks x {text.layers} layers x ({one})",
-        ),
-        "chunk": ("of one chunk", text.layers * layer, f"{text.layers} layers x ({one})"),
-        "layer": (
-            "of one layer",
-            layer + text.layers * entering,
-            f"{one} + {text.layers} inputs of {gibibytes(entering)}",
-        ),
-    }[load.recompute]
+    match load.recompute:
+        case "none":
+            what, held = "of all chunks", load.chunks * text.layers * layer
+            how = f"{load.chunks} chunks x {text.layers} layers x ({one})"
+        case "chunk":
+            what, held, how = "of one chunk", text.layers * layer, f"{text.layers} layers x ({one})"
+        case "layer":
+            what, held = "of one layer", layer + text.layers * entering
+            how = f"{one} + {text.layers} inputs of {gibibytes(entering)}"
     # 3. rows
+    rows = load.batch * load.question_tokens
+    how = f"({how}) x {load.batch} streams" if load.batch > 1 else how
+    logits = f"{rows:,} rows x {text.vocabulary:,} x {size + 8} B"
     return [
-        Row(
-            what=f"activations {what}",
-            bytes=load.batch * held,
-            how=f"({how}) x {load.batch} streams" if load.batch > 1 else how,
-            exact=False,
-        ),
-        Row(
-            what="logits of the answers",
-            bytes=rows * text.vocabulary * (size + 8),
-            how=f"{rows:,} rows x {text.vocabulary:,} x {size + 8} B",
-            exact=False,
-        ),
+        _estimate(f"activations {what}", load.batch * held, how),
+        _estimate("logits of the answers", rows * text.vocabulary * (size + 8), logits),
     ]
 
 
@@ -427,13 +400,9 @@ def _encoders(shapes: Shapes, load: Load) -> list[Row]:
     frames = TOGETHER * int(shapes.geometry.segment_seconds * shapes.geometry.mel.rate / shapes.geometry.mel.hop)
     heard = frames * audio.mels * (4 + size) + frames * audio.width * (2 * size) + frames // 2 * audio.inner * 2 * size
     return [
-        Row(what="vision tower, peak", bytes=visual, how=f"{patches:,} patches of {TOGETHER} segments", exact=False),
-        Row(what="audio tower, peak", bytes=heard, how=f"{frames:,} mel frames of {TOGETHER} segments", exact=False),
+        _estimate("vision tower, peak", visual, f"{patches:,} patches of {TOGETHER} segments"),
+        _estimate("audio tower, peak", heard, f"{frames:,} mel frames of {TOGETHER} segments"),
     ]
-
-
-def _shard(whole: int, ranks: int, sharded: bool) -> int:
-    return ceil(whole / ranks) if sharded else whole
 
 
 def render(rows: tuple[Row, ...]) -> str:
