@@ -212,7 +212,7 @@ class _Row:
         data = self.parsed(line)
         if data is None:
             return None
-        self.check_keys("", data, KEYS, "; put it under meta")
+        self.check_keys("", data, KEYS, "put it under meta")
         values: dict[str, Any] = {
             "id": self.id(data),
             "video": self.media(data, "video"),
@@ -240,21 +240,19 @@ class _Row:
         else:
             if isinstance(data, dict):
                 return data
-            self.problem("", f"expected an object, got {_got(data)}; write one object per line")
+            self.problem("", f"expected an object, got {got(data)}; write one object per line")
         return None
 
     def check_keys(self, where: str, data: dict[str, Any], known: tuple[str, ...], otherwise: str) -> None:
         for key in data:
             if key not in known:
-                near = get_close_matches(key, known, n=1)
-                cure = f"; did you mean {near[0]}?" if near else otherwise
-                self.problem(where + key, f"unknown key{cure}")
+                self.problem(where + key, unknown_key(key, known, otherwise))
 
     def id(self, data: dict[str, Any]) -> str:
         value = data.get("id")
         if isinstance(value, str) and value:
             return value
-        self.problem("id", f"expected a name, got {_got(value)}; give each sample a unique id")
+        self.problem("id", f"expected a name, got {got(value)}; give each sample a unique id")
         return ""
 
     def media(self, data: dict[str, Any], key: str) -> Path | None:
@@ -263,34 +261,31 @@ class _Row:
         if value is None:
             return None
         if not isinstance(value, str) or not value:
-            self.problem(key, f"expected a path or null, got {_got(value)}")
+            self.problem(key, f"expected a path or null, got {got(value)}")
             return None
-        inside = not os.path.isabs(value) and os.path.normpath(value).split(os.sep)[0] != os.pardir
-        if not inside and not self.allow_absolute:
+        if not self.allow_absolute and not is_inside(value):
             cure = f"use a path below {self.folder}, or set data.allow_absolute_paths: true"
             self.problem(key, f"{value} is outside the folder of the manifest; {cure}")
         return self.folder / value
 
     def seconds(self, data: dict[str, Any], key: str, where: str = "") -> float | None:
         value = data.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            self.problem(where + key, f"expected seconds (0 or more) or null, got {_got(value)}")
-            return None
-        return float(value)
+        if value is None or is_seconds(value):
+            return None if value is None else float(value)
+        self.problem(where + key, f"expected seconds (0 or more) or null, got {got(value)}")
+        return None
 
     def meta(self, data: dict[str, Any]) -> dict[str, Any]:
         value = data.get("meta")
         if value is None or isinstance(value, dict):
             return value or {}
-        self.problem("meta", f"expected an object, got {_got(value)}")
+        self.problem("meta", f"expected an object, got {got(value)}")
         return {}
 
     def messages(self, data: dict[str, Any], start: float, end: float | None) -> tuple[Message, ...]:
         value = data.get("messages")
         if not isinstance(value, list) or not value:
-            self.problem("messages", f"expected a list of messages, got {_got(value)}")
+            self.problem("messages", f"expected a list of messages, got {got(value)}")
             return ()
         found = [self.message(f"messages[{index}]", item, start, end) for index, item in enumerate(value)]
         messages = tuple(message for message in found if message)
@@ -300,19 +295,19 @@ class _Row:
 
     def message(self, where: str, data: Any, start: float, end: float | None) -> Message | None:
         if not isinstance(data, dict):
-            self.problem(where, f"expected an object, got {_got(data)}")
+            self.problem(where, f"expected an object, got {got(data)}")
             return None
         # 1. check role, content and loss
         before = len(self.problems)
         where += "."
-        self.check_keys(where, data, MESSAGE_KEYS, "; remove it")
+        self.check_keys(where, data, MESSAGE_KEYS, "remove it")
         role, content, loss = data.get("role"), data.get("content"), data.get("loss")
         if role not in ROLES:
-            self.problem(where + "role", f"expected {', '.join(ROLES)}, got {_got(role)}")
+            self.problem(where + "role", f"expected {', '.join(ROLES)}, got {got(role)}")
         if not isinstance(content, str) or not content.strip():
-            self.problem(where + "content", f"expected text, got {_got(content)}")
+            self.problem(where + "content", f"expected text, got {got(content)}")
         if loss is not None and not isinstance(loss, bool):
-            self.problem(where + "loss", f"expected true or false, got {_got(loss)}")
+            self.problem(where + "loss", f"expected true or false, got {got(loss)}")
         # 2. check the time
         at = self.seconds(data, "at", where)
         if at is not None:
@@ -341,14 +336,28 @@ class _Row:
             return
         asked = sum(message.role == "user" for message in messages)
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) != asked:
-            self.problem("meta.kinds", f"expected one word per question ({asked}), got {_got(kinds)}")
+            self.problem("meta.kinds", f"expected one word per question ({asked}), got {got(kinds)}")
 
 
-def _got(value: Any) -> str:
-    """A value as JSON, cut to a readable length."""
-    if value is None:
-        return "nothing"
-    text = json.dumps(value, ensure_ascii=False)
+def is_inside(path: str) -> bool:
+    """Whether a path below a folder stays inside of it."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether a value of a JSON file is a time: a finite number, 0 or more."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def unknown_key(key: str, known: Sequence[str], otherwise: str) -> str:
+    """The problem of an unknown key: the nearest known one, or what to do with it."""
+    near = get_close_matches(key, known, n=1)
+    return f"unknown key; {f'did you mean {near[0]}?' if near else otherwise}"
+
+
+def got(value: Any) -> str:
+    """A value as JSON for an error message, cut to a readable length."""
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, final
 
-from omnimem.data import Item, ManifestError, Message, Sample
+from omnimem.data import Item, ManifestError, Message, Sample, got
 from omnimem.extras import optional
 from omnimem.tasks.rules import LETTERS
 
@@ -68,35 +68,37 @@ class AnnotationReader:
         value = row.get(key)
         if isinstance(value, str) and value.strip():
             return value
-        self.problems.append(f"{origin} {key}: expected text, got {_got(value)}; {AGAIN}")
+        self.problems.append(f"{origin} {key}: expected text, got {got(value)}; {AGAIN}")
         return ""
 
     def one_of(self, row: Row, key: str, known: Sequence[str], origin: str) -> None:
         """A value outside of `known` is a problem: no selection would contain it."""
         if row.get(key) not in known:
-            self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {_got(row.get(key))}; {AGAIN}")
+            self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {got(row.get(key))}; {AGAIN}")
 
     def letter(self, row: Row, key: str, origin: str) -> str:
         """The letter of the right answer, in upper case, without the characters around it."""
         found = re.match(r"\s*\(?([A-Za-z])(?![A-Za-z])", str(row.get(key) or ""))
         if found:
             return found[1].upper()
-        self.problems.append(f"{origin} {key}: expected the letter of an option, got {_got(row.get(key))}; {AGAIN}")
+        self.problems.append(f"{origin} {key}: expected the letter of an option, got {got(row.get(key))}; {AGAIN}")
         return ""
 
     def options(self, strings: Sequence[str], where: str) -> Options:
         """Options from their strings. Repairs, each of them a defect: empty strings and strings before option A are
         left out, the parts of a split option are joined, missing letters are added.
         """
+        # 1. leave out what is no option
         filled = [string.strip() for string in strings if string.strip()]
         if len(filled) < len(strings):
             self.defect("option_list", where, f"{len(strings) - len(filled)} of {len(strings)} options empty; left out")
         first = next((place for place, string in enumerate(filled) if _labelled(string, 0)), None)
         if first is None:
             self.defect("option_letters", where, "options without letters; added in their order")
-            return Options(lines=_lettered(filled), texts=tuple(filled))
+            return lettered(filled)
         if first:
             self.defect("option_list", where, f"{' '.join(filled[:first])!r} precedes option A; left out")
+        # 2. join the parts of split options
         lines: list[str] = []
         for string in filled[first:]:
             if _labelled(string, len(lines)):
@@ -111,9 +113,8 @@ class AnnotationReader:
     def check_answer(self, answer: str, texts: Sequence[str], where: str) -> None:
         """A right answer outside of the options, with which no prediction is correct, is a defect."""
         if answer and texts and answer not in LETTERS[: len(texts)]:
-            self.defect(
-                "answer", where, f"the right answer is {answer} of {len(texts)} options; no prediction is correct"
-            )
+            what = f"the right answer is {answer} of {len(texts)} options; no prediction is correct"
+            self.defect("answer", where, what)
 
     def several_labels(self, samples: Sequence[Sample], axis: str) -> None:
         """A defect if questions have several labels of an axis."""
@@ -148,8 +149,10 @@ def _labelled(string: str, place: int) -> bool:
     return found is not None and place < len(LETTERS) and found[1] == LETTERS[place]
 
 
-def _lettered(texts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+def lettered(texts: Sequence[str]) -> Options:
+    """Options of texts without letters."""
+    lines = tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return Options(lines=lines, texts=tuple(texts))
 
 
 def strings_of(value: Any) -> list[str] | None:
@@ -258,8 +261,3 @@ def video_file(root: Path, folders: Sequence[str], stem: str) -> Path:
         raise ManifestError([f"{root}: {stem!r} cannot name a video; {AGAIN}"])
     paths = [root / folder / f"{stem}{suffix}" for folder in folders for suffix in SUFFIXES]
     return first_file(paths) or paths[0]
-
-
-def _got(value: Any) -> str:
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."

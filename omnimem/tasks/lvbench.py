@@ -50,18 +50,15 @@ class LVBenchOptions(AnnotatedBenchmark):
 
     @property
     def published(self) -> Published:
-        """As in the paper."""
         return Published(videos=103, questions=1549)
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """The lines of videos with their questions."""
         root = Path(self.root)
         return (first_file(root / folder / TABLE for folder in FOLDERS) or root / TABLE,)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """The dataset on the hub; videos by the official script, or of a mirror."""
         into = f"--repo-type dataset --local-dir {self.root}"
         return (
             f"get it with `hf download zai-org/LVBench {into}`",

@@ -51,17 +51,14 @@ class LVOmniBenchOptions(AnnotatedBenchmark):
 
     @property
     def published(self) -> Published:
-        """As in the paper."""
         return Published(videos=275, questions=1014)
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """The list of questions."""
         return (Path(self.root) / "data.json",)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """The dataset on the hub has both."""
         hub = f"with `hf download KD-TAO/LVOmniBench --repo-type dataset --local-dir {self.root}`"
         return f"get it {hub}", f"get them {hub}"
 

@@ -4,22 +4,20 @@
 "categories": {axis: label or list of labels}}; the first five are required; see docs/benchmarks.md.
 """
 
-import math
-import os.path
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar, Literal, final
 
-from omnimem.data import Item, Sample
+from omnimem.data import Item, Sample, is_inside, is_seconds, unknown_key
 from omnimem.tasks.annotations import (
     AnnotationReader,
     Asked,
     Options,
     Row,
     labels_of,
+    lettered,
     read_lines,
     stream_of,
 )
@@ -58,41 +56,36 @@ class OwnOptions(AnnotatedBenchmark):
 
     @property
     def label_parts(self) -> list[str]:
-        """The title."""
         return [self.title]
 
     @property
-    def published(self) -> None:
-        """Unknown."""
-        return
-
-    @property
     def annotations(self) -> tuple[Path, ...]:
-        """The file of questions."""
         return (Path(self.root) / self.questions,)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """The user's own files."""
         return "write it as docs/benchmarks.md shows", "put them there, or correct `video`"
 
     def read(self, reader: AnnotationReader) -> list[Sample]:
         """One sample per stream (video, audio, start, end), in order of appearance."""
         streams: dict[tuple[object, ...], list[tuple[str, Row]]] = {}
         for origin, row in read_lines(self.annotations[0]):
-            _check_keys(row, origin, reader)
-            streams.setdefault(tuple(repr(row.get(key)) for key in ("video", "audio", "start", "end")), []).append(
-                (origin, row)
-            )
+            reader.problems += [
+                f"{origin} {key}: {unknown_key(key, KEYS, 'put it under categories')}" for key in row if key not in KEYS
+            ]
+            stream = tuple(repr(row.get(key)) for key in ("video", "audio", "start", "end"))
+            streams.setdefault(stream, []).append((origin, row))
         return [self._sample(rows, reader) for rows in streams.values()]
 
     def _sample(self, rows: list[tuple[str, Row]], reader: AnnotationReader) -> Sample:
+        # 1. check the values of the stream
         origin, first = rows[0]
         video = self._media(reader.text(first, "video", origin), "video", origin, reader)
         audio = first.get("audio")
         start, end = _seconds(first, "start", origin, reader) or 0.0, _seconds(first, "end", origin, reader)
         if end is not None and end <= start:
             reader.problems.append(f"{origin} end: {end:g} is not after start = {start:g}; swap or remove them")
+        # 2. name it by them
         span = "" if (start, end) == (0.0, None) else f"@{start:g}-{'' if end is None else f'{end:g}'}"
         return stream_of(
             f"{first.get('video')}{'' if audio is None else f'+{audio}'}{span}",
@@ -106,6 +99,7 @@ class OwnOptions(AnnotatedBenchmark):
         )
 
     def _asked(self, row: Row, origin: str, start: float, end: float | None, reader: AnnotationReader) -> Asked:
+        # 1. check the values
         where, options = reader.text(row, "id", origin), _options(row, origin, reader)
         answer = reader.letter(row, "answer", origin)
         if answer and answer not in LETTERS[: len(options.texts)]:
@@ -119,6 +113,7 @@ class OwnOptions(AnnotatedBenchmark):
         if not isinstance(categories, dict):
             reader.problems.append(f"{origin} categories: expected an object of labels; write {{axis: label}}")
             categories = {}
+        # 2. write the prompt
         question = reader.text(row, "question", origin)
         return Asked(
             item=Item(id=where, question=question, options=options.texts, categories=labels_of(categories, categories)),
@@ -128,19 +123,10 @@ class OwnOptions(AnnotatedBenchmark):
         )
 
     def _media(self, path: str, key: str, origin: str, reader: AnnotationReader) -> Path:
-        inside = not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
-        if not inside and not self.allow_absolute_paths:
+        if not self.allow_absolute_paths and not is_inside(path):
             cure = f"use a path below {self.root}, or allow it (allow_absolute_paths: true)"
             reader.problems.append(f"{origin} {key}: {path} is outside the folder; {cure}")
         return Path(self.root) / path
-
-
-def _check_keys(row: Row, origin: str, reader: AnnotationReader) -> None:
-    for key in row:
-        if key not in KEYS:
-            near = get_close_matches(key, KEYS, n=1)
-            cure = f"did you mean {near[0]}?" if near else "put it under categories"
-            reader.problems.append(f"{origin} {key}: unknown key; {cure}")
 
 
 def _options(row: Row, origin: str, reader: AnnotationReader) -> Options:
@@ -151,15 +137,12 @@ def _options(row: Row, origin: str, reader: AnnotationReader) -> Options:
         return Options(lines=(), texts=())
     if str(texts[0]).startswith(("A.", "(A)", "A)", "A:")):
         return reader.options(texts, str(row.get("id")))
-    lines = tuple(f"{sign}. {text}" for sign, text in zip(LETTERS, texts, strict=False))
-    return Options(lines=lines, texts=tuple(texts))
+    return lettered(texts)
 
 
 def _seconds(row: Row, key: str, origin: str, reader: AnnotationReader) -> float | None:
     value = row.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        reader.problems.append(f"{origin} {key}: expected seconds (0 or more) or null, got {value!r}; correct it")
-        return None
-    return float(value)
+    if value is None or is_seconds(value):
+        return None if value is None else float(value)
+    reader.problems.append(f"{origin} {key}: expected seconds (0 or more) or null, got {value!r}; correct it")
+    return None

@@ -8,7 +8,6 @@ VLMEvalKit: `<model>_Video-MME*.tsv` or .xlsx with the columns `video`, `questio
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from zipfile import BadZipFile
 
 from omnimem.data import ManifestError, Question, Sample
 from omnimem.extras import optional
+from omnimem.tasks.annotations import Row, read_lines
 
 if TYPE_CHECKING:
     import openpyxl
@@ -59,15 +59,8 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _lmms_eval(path: Path) -> Iterator[Prediction]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ManifestError([f"{origin}: is not JSON ({error}); give the file as lmms-eval wrote it"]) from error
-        if not isinstance(row, dict) or "filtered_resps" not in row:
+    for origin, row in read_lines(path):
+        if "filtered_resps" not in row:
             raise ManifestError([f"{origin} filtered_resps: missing; give a samples file of lmms-eval (--log_samples)"])
         text, metric, doc = row["filtered_resps"], _metric(row), row.get("doc") or {}
         yield Prediction(
@@ -82,7 +75,7 @@ def _lmms_eval(path: Path) -> Iterator[Prediction]:
         )
 
 
-def _metric(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _metric(row: Row) -> Row:
     """The task's metric, whose name ends with `score`, as an object."""
     for name, value in row.items():
         if name.endswith("score"):
@@ -109,9 +102,7 @@ def _vlmevalkit_xlsx(path: Path) -> Iterator[Prediction]:
         book.close()
 
 
-def _vlmevalkit(
-    path: Path, header: Sequence[str], rows: Iterator[tuple[int, Mapping[str, Any]]]
-) -> Iterator[Prediction]:
+def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row]]) -> Iterator[Prediction]:
     lacking = [name for name in ("video", "question", "answer", "prediction") if name not in header]
     if lacking:
         raise ManifestError([f"{path} {', '.join(lacking)}: no such column; give a Video-MME table of VLMEvalKit"])
@@ -157,6 +148,7 @@ def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Mat
 
     Raises ManifestError if a prediction matches no question or several, a question has two, or right answers differ.
     """
+    # 1. match each prediction
     asked = [(sample, question) for sample in samples for question in sample.questions]
     index = _QuestionIndex(asked)
     problems: list[str] = []
@@ -177,6 +169,7 @@ def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Mat
             before = found[question.item.id].origin
             problems.append(f"{prediction.origin}: answers {question.item.id} again after {before}; keep one of them")
         found[question.item.id] = prediction
+    # 2. report all problems
     if problems:
         more = [f"and {len(problems) - SHOWN} problems more"] if len(problems) > SHOWN else []
         raise ManifestError([*problems[:SHOWN], *more])

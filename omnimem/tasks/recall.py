@@ -22,17 +22,14 @@ class RecallOptions:
 
     @property
     def label(self) -> str:
-        """Name of the result files."""
         return self.name
 
     @property
     def rules(self) -> str:
-        """The first word is the answer."""
         return "first_word"
 
     @property
     def published(self) -> None:
-        """Unknown: as many streams as were rendered."""
         return
 
     @property
@@ -42,7 +39,6 @@ class RecallOptions:
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """The manifest."""
         return (self.manifest,)
 
     def gaps(self) -> list[Gap]:

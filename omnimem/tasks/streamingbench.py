@@ -21,7 +21,6 @@ from omnimem.tasks import rules
 from omnimem.tasks.annotations import (
     AnnotationReader,
     Asked,
-    Options,
     Row,
     first_file,
     labels_of,
@@ -96,20 +95,17 @@ class StreamingBenchOptions(AnnotatedBenchmark):
 
     @property
     def published(self) -> Published:
-        """Counts of the annotation files in the repository."""
         videos, questions = zip(*(COUNTS[part] for part in self.parts), strict=True)
         return Published(videos=sum(videos), questions=sum(questions))
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """One file per part."""
         root = Path(self.root)
         names = [f"questions_{part}.json" for part in PARTS if part in self.parts]
         return tuple(first_file(root / folder / name for folder in FOLDERS) or root / name for name in names)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """Annotations of the official repository, videos of the hub."""
         return (
             f"get src/data of github.com/THUNLP-MT/StreamingBench and set root to it (now {self.root})",
             f"get them with `hf download mjuicem/StreamingBench --repo-type dataset --local-dir {self.root}`, unpack "
@@ -125,7 +121,7 @@ class StreamingBenchOptions(AnnotatedBenchmark):
             for origin, row, earlier in _entries(path, read_json(path)):
                 name = PurePosixPath(reader.text(row, "video_path", origin)).name
                 mine = asked.setdefault(name, [])
-                mine += _questions(row, origin, part, f"{PurePosixPath(name).stem}#{len(mine)}", earlier, reader)
+                mine += _questions(row, origin, part, PurePosixPath(name).stem, len(mine), earlier, reader)
             for name, questions in asked.items():
                 samples += self._streams(path, name, questions, unpacked)
         return samples
@@ -168,34 +164,31 @@ def _entries(path: Path, table: Any) -> list[tuple[str, Row, list[str]]]:
 
 
 def _questions(
-    entry: Row, origin: str, part: str, where: str, earlier: list[str], reader: AnnotationReader
+    entry: Row, origin: str, part: str, stem: str, first: int, earlier: list[str], reader: AnnotationReader
 ) -> list[Asked]:
     """The questions of an entry; in a conversation (sqa) the prompt has the earlier ones with their right answers."""
-    stem, first = where.split("#")
     asked: list[Asked] = []
-    for number, row in enumerate(entry["questions"], start=int(first)):
+    for number, row in enumerate(entry["questions"], start=first):
+        # 1. options, answer and question
         name = f"{stem}#{number}"
         options = reader.options(strings_of(row.get("options")) or [], name)
         answer, question = reader.letter(row, "answer", origin), reader.text(row, "question", origin)
         reader.check_answer(answer, options.texts, name)
+        # 2. prompt
         lines = "\n".join(options.lines)
         prompt = PROMPT.format(question=question, options=lines)
         if part == "sqa":
             context = CONTEXT + "".join(earlier) if earlier else ""
             prompt = SEQUENTIAL.format(context=context, question=question, options=lines)
-            earlier.append(_before(row, question, options, answer))
+            shown = ", ".join(options.lines)
+            stamp = row.get("time_stamp")
+            earlier.append(BEFORE.format(stamp=stamp, question=question, options=shown, answer=answer))
+        # 3. categories and time
         categories = _categories(part, {**entry, **row})
         item = Item(id=name, question=question, options=options.texts, categories=categories)
         at = seconds_of(reader.text(row, "time_stamp", origin), str(entry.get("time")), name, reader)
         asked.append(Asked(item=item, prompt=prompt, answer=answer, at=at))
     return asked
-
-
-def _before(row: Row, question: str, options: Options, answer: str) -> str:
-    """A question in the prompts of later ones."""
-    return BEFORE.format(
-        stamp=row.get("time_stamp"), question=question, options=", ".join(options.lines), answer=answer
-    )
 
 
 def _categories(part: str, row: Row) -> dict[str, tuple[str, ...]]:
@@ -222,6 +215,7 @@ def seconds_of(stamp: str, window: str, where: str, reader: AnnotationReader) ->
     question see the whole video. Its digits are read as hours, minutes and seconds, else as minutes and seconds; if
     neither is near the window, the end of the window is used.
     """
+    # 1. a possible time stamp
     edges = [_seconds(clock) or 0.0 for clock in re.findall(r"[\d:]+", window)]
     seconds = _seconds(stamp)
     known = len(edges) == 2
@@ -234,6 +228,7 @@ def seconds_of(stamp: str, window: str, where: str, reader: AnnotationReader) ->
     if not known:
         reader.problems.append(f"{where} time_stamp: {stamp!r} is not a time; download the annotations again")
         return 1.0
+    # 2. an impossible one
     digits = re.sub(r"\D", "", stamp)
     tried = [_seconds(f"{digits[:2]}:{digits[2:4]}:{digits[4:6]}"), _seconds(f"{digits[:2]}:{digits[2:4]}")]
     near = [each for each in tried if each is not None and edges[0] - NEAR <= each <= edges[1] + NEAR]

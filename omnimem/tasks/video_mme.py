@@ -83,18 +83,15 @@ class VideoMMEOptions(AnnotatedBenchmark):
 
     @property
     def published(self) -> Published:
-        """300 videos of each duration."""
         return Published(videos=300 * len(self.durations), questions=900 * len(self.durations))
 
     @property
     def annotations(self) -> tuple[Path, ...]:
-        """The table of questions."""
         root = Path(self.root)
         return (first_file(root / name for name in TABLES) or root / TABLES[0],)
 
     @property
     def sources(self) -> tuple[str, str]:
-        """The dataset on the hub has both."""
         hub = f"`hf download lmms-lab/Video-MME --repo-type dataset --local-dir {self.root}`"
         return f"get it with {hub}", f"unpack videos_chunked_*.zip into {self.root} ({hub} gets them)"
 
