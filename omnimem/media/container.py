@@ -39,17 +39,12 @@ class MediaError(UserError):
 @final
 @dataclass(frozen=True, kw_only=True)
 class MediaInfo:
-    """Metadata of a container in seconds, pixels and frames per second; 0 where the container declares nothing."""
+    """The tracks of a container and their lengths; 0 where the container declares none."""
 
-    path: Path
-    seconds: float
-    video_seconds: float
-    audio_seconds: float
     has_video: bool
     has_audio: bool
-    width: int
-    height: int
-    frame_rate: float
+    video_seconds: float
+    audio_seconds: float
 
 
 def probe(path: Path | str) -> MediaInfo:
@@ -59,18 +54,11 @@ def probe(path: Path | str) -> MediaInfo:
     """
     with open_container(path) as container:
         video, audio = video_stream(container), audio_stream(container)
-        video_seconds = (declared_end(container, video) or 0.0) if video else 0.0
-        audio_seconds = (declared_end(container, audio) or 0.0) if audio else 0.0
         return MediaInfo(
-            path=Path(path),
-            seconds=max(video_seconds, audio_seconds) or (container.duration or 0) / av.time_base,
-            video_seconds=video_seconds,
-            audio_seconds=audio_seconds,
             has_video=video is not None,
             has_audio=audio is not None,
-            width=video.width if video else 0,
-            height=video.height if video else 0,
-            frame_rate=float(video.average_rate or 0.0) if video else 0.0,
+            video_seconds=(declared_end(container, video) or 0.0) if video else 0.0,
+            audio_seconds=(declared_end(container, audio) or 0.0) if audio else 0.0,
         )
 
 

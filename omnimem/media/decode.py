@@ -119,26 +119,23 @@ def sample_by_time(
     The first frame is also shown before its time, the last one for its duration.
     """
     index, shown, until = 0, None, start
+    stop = float("inf") if end is None else end
     for time, duration, frame in timed:
         # 1. times before this frame show the one before
-        while shown is not None and start + index / fps < min(time, _or_infinite(end)) - TICK:
+        while shown is not None and start + index / fps < min(time, stop) - TICK:
             yield start + index / fps, shown
             index += 1
         # 2. a time at its timestamp shows this frame at once
         shown, until = frame, time + duration
-        if abs(start + index / fps - time) <= TICK and time < _or_infinite(end) - TICK:
+        if abs(start + index / fps - time) <= TICK and time < stop - TICK:
             yield start + index / fps, shown
             index += 1
-        if start + index / fps >= _or_infinite(end) - TICK:
+        if start + index / fps >= stop - TICK:
             return
     # 3. the last frame
-    while shown is not None and start + index / fps < min(until, _or_infinite(end)) - TICK:
+    while shown is not None and start + index / fps < min(until, stop) - TICK:
         yield start + index / fps, shown
         index += 1
-
-
-def _or_infinite(end: float | None) -> float:
-    return float("inf") if end is None else end
 
 
 def _span(start: float, end: float | None) -> str:
@@ -172,20 +169,25 @@ def _timed_frames(
     """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
-    reached = 0.0
-    for frame in _decoded(container, lambda: container.decode(stream), path, start):
-        time, duration = timing(frame, container, stream, reached)
+    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
+    for time, duration, frame in timed_frames(frames, container, stream):
         reached = time + duration
         yield time, duration, frame
     check_whole(path, container, stream, end, reached)
 
 
-def timing(frame: VideoFrame, container: InputContainer, stream: VideoStream, reached: float) -> tuple[float, float]:
-    """(time, duration) of a frame in seconds from the origin; a frame without a timestamp starts at `reached`."""
-    time = reached if frame.time is None else frame.time - origin(container)
-    if frame.duration and frame.time_base:
-        return time, float(frame.duration * frame.time_base)
-    return time, 1.0 / float(stream.average_rate or 25.0)
+def timed_frames(
+    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[float, float, VideoFrame]]:
+    """(time, duration, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
+    reached = 0.0
+    for frame in frames:
+        time = reached if frame.time is None else frame.time - origin(container)
+        duration = 1.0 / float(stream.average_rate or 25.0)
+        if frame.duration and frame.time_base:
+            duration = float(frame.duration * frame.time_base)
+        reached = time + duration
+        yield time, duration, frame
 
 
 def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
@@ -198,14 +200,22 @@ def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
-    zero, reached = origin(container), 0.0
-    for frame in _decoded(container, lambda: container.decode(stream), path, start):
-        time = reached if frame.time is None else frame.time - zero
-        if time >= _or_infinite(end):
+    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
+    for time, frame in timed_audio(frames, container):
+        if end is not None and time >= end:
             return
         reached = time + frame.samples / frame.sample_rate
         yield time, frame
     check_whole(path, container, stream, end, reached)
+
+
+def timed_audio(frames: Iterable[AudioFrame], container: InputContainer) -> Iterator[tuple[float, AudioFrame]]:
+    """(time, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
+    zero, reached = origin(container), 0.0
+    for frame in frames:
+        time = reached if frame.time is None else frame.time - zero
+        reached = time + frame.samples / frame.sample_rate
+        yield time, frame
 
 
 def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator[tuple[float | None, Samples]]:

@@ -3,21 +3,19 @@
 from collections import deque
 from collections.abc import Iterator
 from io import BufferedIOBase
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import av
 import torch
-from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import FFmpegError
-from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import MediaError, audio_stream, origin, video_stream
-from omnimem.media.decode import contiguous, sample_by_time, timing, upright
+from omnimem.media.container import MediaError, audio_stream, video_stream
+from omnimem.media.decode import contiguous, sample_by_time, timed_audio, timed_frames, upright
 
 
 def read_live(
@@ -60,11 +58,11 @@ class _Packets:
 
     def __init__(self, container: InputContainer, streams: list[VideoStream | AudioStream], name: str) -> None:
         self._packets = container.demux(streams)
-        self._waiting: dict[int, deque[VideoFrame | AudioFrame]] = {stream.index: deque() for stream in streams}
+        self._waiting: dict[int, deque[Any]] = {stream.index: deque() for stream in streams}
         self._name = name
 
-    def frames(self, stream: VideoStream | AudioStream) -> Iterator[VideoFrame | AudioFrame]:
-        """Decoded frames of one track."""
+    def frames(self, stream: VideoStream | AudioStream) -> Iterator[Any]:
+        """Decoded frames of one track, of PyAV's type for it."""
         waiting = self._waiting[stream.index]
         while waiting or self._pull():
             while waiting:
@@ -76,9 +74,7 @@ class _Packets:
             packet = next(self._packets, None)
             if packet is None:
                 return False
-            for frame in packet.decode():
-                assert isinstance(frame, VideoFrame | AudioFrame)
-                self._waiting[packet.stream_index].append(frame)
+            self._waiting[packet.stream_index].extend(packet.decode())
         except FFmpegError as error:
             message = f"is truncated ({error.strerror}); send it again, as mpegts, matroska, flv or fragmented mp4"
             raise MediaError(self._name, "truncated", message) from error
@@ -88,34 +84,12 @@ class _Packets:
 def _video_frames(
     packets: _Packets, container: InputContainer, stream: VideoStream, fps: float
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]]:
-    for time, frame in sample_by_time(_timed(packets, container, stream), fps):
+    for time, frame in sample_by_time(timed_frames(packets.frames(stream), container, stream), fps):
         yield time, upright(frame)  # convert selected frames only
-
-
-def _timed(
-    packets: _Packets, container: InputContainer, stream: VideoStream
-) -> Iterator[tuple[float, float, VideoFrame]]:
-    reached = 0.0
-    for frame in packets.frames(stream):
-        assert isinstance(frame, VideoFrame)
-        time, duration = timing(frame, container, stream, reached)
-        reached = time + duration
-        yield time, duration, frame
 
 
 def _audio_blocks(
     packets: _Packets, container: InputContainer, stream: AudioStream, rate: int
 ) -> Iterator[Float[Tensor, " _"]]:
-    for block in contiguous(_timed_audio(packets, container, stream), rate):
+    for block in contiguous(timed_audio(packets.frames(stream), container), rate):
         yield torch.from_numpy(block)
-
-
-def _timed_audio(
-    packets: _Packets, container: InputContainer, stream: AudioStream
-) -> Iterator[tuple[float, AudioFrame]]:
-    zero, reached = origin(container), 0.0
-    for frame in packets.frames(stream):
-        assert isinstance(frame, AudioFrame)
-        time = reached if frame.time is None else frame.time - zero
-        reached = time + frame.samples / frame.sample_rate
-        yield time, frame

@@ -82,16 +82,12 @@ class LogMel:
 
     def _logs(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, "{self.mels} _"]]:
         """The spectrogram of a clip before normalisation, in pieces, one per block and one at the end."""
-        running = self.running()
+        running = RunningMel(self)
         for samples in blocks:
             running.feed(samples)
             yield running.take_log(running.ready)
         running.end()
         yield running.take_log(running.ready)
-
-    def running(self) -> "RunningMel":
-        """The spectrogram of a live stream, whose maximum is not known yet."""
-        return RunningMel(self)
 
     def reflected(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, " padded"]:
         """Samples with reflection padding of half a window at both ends, so that frame i is centred at i * hop."""
@@ -154,7 +150,7 @@ class RunningMel:
     def feed(self, samples: Float[Tensor, " samples"]) -> None:
         """Append samples; raises ValueError after `end`."""
         if self._ended:
-            raise ValueError("samples after the end of the stream; start a new LogMel.running() for the next one")
+            raise ValueError("samples after the end of the stream; make a new RunningMel for the next one")
         half = self._mel.n_fft // 2
         before = self._fed
         self._fed += len(samples)

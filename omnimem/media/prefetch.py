@@ -42,19 +42,14 @@ class Decoders:
     def __init__(self, workers: int, ahead: int = AHEAD) -> None:
         self._workers, self._ahead = workers, ahead
         self._stack = ExitStack()
-        self._decoders: list[_Decoder] = []
+        self.decoders: list[_Decoder] = []
 
     def __enter__(self) -> "Decoders":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._decoders = []
+        self.decoders = []
         self._stack.close()
-
-    @property
-    def processes(self) -> list[int]:
-        """Ids of the started processes."""
-        return [decoder.process.pid for decoder in self._decoders]
 
     def read(self, jobs: Iterable[tuple[Job, FileSource | None]]) -> Iterator[tuple[Job, Iterable[Segment] | None]]:
         """Yield each job with the segments of its file, in order; a source of None gives None.
@@ -87,8 +82,8 @@ class Decoders:
         if number < self._workers:
             decoder = _Decoder(self._ahead)
             self._stack.callback(decoder.close)
-            self._decoders.append(decoder)
-        return self._decoders[number % self._workers]
+            self.decoders.append(decoder)
+        return self.decoders[number % self._workers]
 
 
 @final

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from omnimem.media.container import CODEC_PADDING, MediaError
 from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
-from omnimem.media.mel import LogMel
-from omnimem.media.pixels import MAX_ASPECT_RATIO, resize, smart_resize
+from omnimem.media.mel import LogMel, RunningMel
+from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
 LONGEST_SEGMENT = 60  # audio blocks; frame rates that need longer segments are refused
 
@@ -44,6 +44,13 @@ class Geometry:
     def cell(self) -> int:
         """Side in pixels of the square that becomes one visual token."""
         return self.patch * self.merge
+
+    def patches(
+        self, frames: UInt8[Tensor, "frames 3 height width"]
+    ) -> tuple[Float[Tensor, "patches row"], tuple[int, int, int]]:
+        """Normalised patches of frames for the vision encoder, and their grid (`patchify`)."""
+        sizes = {"patch": self.patch, "merge": self.merge, "temporal_patch": self.temporal_patch}
+        return patchify(frames, **sizes, mean=self.mean, std=self.std)
 
     def segment(self, fps: float) -> tuple[float, int, int]:
         """(seconds, frames, mel frames) of a segment: the fewest audio blocks with whole frame grids at `fps`.
@@ -242,7 +249,7 @@ def _running_pieces(
     mel: LogMel, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int
 ) -> Iterator[Float[Tensor, "mels _"]]:
     """Pieces of `mel_frames`, each as soon as its samples are there, normalised by the maximum up to its end."""
-    running = mel.running()
+    running = RunningMel(mel)
     for samples in blocks:
         running.feed(samples)
         while running.ready >= mel_frames:

@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_the_file(files, how, ca
     with Decoders(1, ahead=1) as decoders:
         reading = ahead_of(decoders, files)
         assert next(reading)[0] == 0
-        os.kill(decoders.processes[0], how)  # it waits with the first segments of the second file
+        os.kill(decoders.decoders[0].process.pid, how)  # it waits with the first segments of the second file
         with pytest.raises(DecoderLost, match=rf"1\.mp4: the process that decoded it was killed by {how.name}"):
             list(reading)
 
@@ -108,7 +108,7 @@ def test_a_process_ends_when_its_reader_is_gone(files) -> None:
     with Decoders(2, ahead=1) as decoders:
         reading = ahead_of(decoders, files)
         next(reading)
-        processes = list(decoders.processes)
+        processes = [decoder.process.pid for decoder in decoders.decoders]
         for decoder in decoders._decoders:  # as if this process had been killed
             decoder.connection.close()
         for _ in range(100):

@@ -26,6 +26,7 @@ from omnimem.media import (
     LiveSource,
     LogMel,
     MediaError,
+    RunningMel,
     Segment,
     SourceOptions,
     mel,
@@ -193,7 +194,7 @@ def test_a_clip_shorter_than_half_a_window_is_continued_with_silence() -> None:
 @pytest.mark.parametrize("blocks", [[1], [160, 3, 4000], [48000], [100000, 1]])
 def test_a_running_mel_differs_from_the_clip_only_below_the_clips_floor(log_mel, blocks) -> None:
     samples = noise(6.9)
-    whole, running, pieces = log_mel.clip(samples), log_mel.running(), []
+    whole, running, pieces = log_mel.clip(samples), RunningMel(log_mel), []
     if blocks == [1]:  # sample by sample around the mirrored start only
         samples = samples[:4200]
         whole = log_mel.clip(samples)
@@ -216,7 +217,7 @@ def test_a_running_mel_differs_from_the_clip_only_below_the_clips_floor(log_mel,
 
 
 def test_a_running_mel_gives_no_frame_before_its_window_is_complete() -> None:
-    running = WHISPER.running()
+    running = RunningMel(WHISPER)
     running.feed(noise(0.5)[: 160 * 10 + 199])
     assert running.ready == 10
     with pytest.raises(ValueError, match="11 mel frames requested, 10 ready"):
