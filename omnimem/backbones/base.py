@@ -129,8 +129,8 @@ class Backbone(ABC):
         """Number of positions that the model was trained on."""
 
     @abstractmethod
-    def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
-        """Encode segments with the frozen encoders, `together` at a time."""
+    def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
+        """Encode segments with the frozen encoders, `per_pass` of them in one pass."""
 
     @abstractmethod
     def chunks(

@@ -29,13 +29,16 @@ from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
 from omnimem.errors import UserError
-from omnimem.media import Geometry, LogMel, Segment, patchify
+from omnimem.media import Geometry, LogMel, Segment
 from omnimem.shipped import shipped
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 IGNORED = -100
+# the tokens before and after the tracks of a stream
+BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
+END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",), "audio": ("<|audio_eos|>",)}
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -131,14 +134,14 @@ class Qwen25Omni(Backbone):
     def _id(self, token: str) -> int:
         return self.tokenizer.encode(token, add_special_tokens=False)[0]
 
-    def encode(self, segments: Iterable[Segment], *, fps: float, together: int = 32) -> Iterator[Encoded]:
-        """Encode segments with the vision and audio towers, `together` at a time.
+    def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
+        """Encode segments with the vision and audio towers, `per_pass` of them in one pass.
 
         The result of a segment does not depend on its neighbours: the vision tower attends within a frame grid and
         the audio tower within its block.
         """
         rest = iter(segments)
-        while block := list(islice(rest, together)):
+        while block := list(islice(rest, per_pass)):
             with torch.no_grad():
                 visual, audio = self._encode_frames(block), self._encode_mel(block)
             for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True):
@@ -155,19 +158,7 @@ class Qwen25Omni(Backbone):
         """Visual tokens [1, tokens, width] and their grid for each segment."""
         # 1. cut the frames into patches
         geometry, towers = self.geometry, self._towers
-        patched = [
-            None
-            if segment.frames is None
-            else patchify(
-                segment.frames,
-                patch=geometry.patch,
-                merge=geometry.merge,
-                temporal_patch=geometry.temporal_patch,
-                mean=geometry.mean,
-                std=geometry.std,
-            )
-            for segment in block
-        ]
+        patched = [None if segment.frames is None else geometry.patches(segment.frames) for segment in block]
         present = [item for item in patched if item is not None]
         if not present:
             return [(None, (0, 0, 0))] * len(block)
@@ -219,7 +210,7 @@ class Qwen25Omni(Backbone):
         """
         # 1. the opening
         text = self._opening if system is None else _render_template(self.tokenizer, system)[0]
-        opening = self._text_ids(text) + _begin_markers(tracks, self._id)
+        opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
         yield self._text_chunk(opening, places, batch)
@@ -267,7 +258,7 @@ class Qwen25Omni(Backbone):
 
         A label is at the token that predicts it; it is -100 elsewhere.
         """
-        end = _end_markers(tracks, self._id)
+        end = [self._id(token) for token in (END[tracks] if tracks else ())]
         asked = self._text_ids(self._closing.replace(SAMPLE, turn.text))
         answer = [] if turn.answer is None else [*self._text_ids(turn.answer), self.stop[0]]
         ids = [*end, *asked, *answer]
@@ -349,16 +340,6 @@ class _Layout:
 def audio_tokens(mel_frames: int) -> int:
     """Number of audio tokens for a number of mel frames: halved twice, rounded as in transformers."""
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1) if mel_frames > 0 else 0
-
-
-def _begin_markers(tracks: Tracks | None, token_id: Any) -> list[int]:
-    names = {"both": ["<|vision_bos|>", "<|audio_bos|>"], "video": ["<|vision_bos|>"], "audio": ["<|audio_bos|>"]}
-    return [] if tracks is None else [token_id(name) for name in names[tracks]]
-
-
-def _end_markers(tracks: Tracks | None, token_id: Any) -> list[int]:
-    names = {"both": ["<|audio_eos|>", "<|vision_eos|>"], "video": ["<|vision_eos|>"], "audio": ["<|audio_eos|>"]}
-    return [] if tracks is None else [token_id(name) for name in names[tracks]]
 
 
 def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:

@@ -110,9 +110,8 @@ def pack_questions(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[
 
 def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style) -> tuple[list[int], int, int]:
     """Tokens of a question, the index of its key word and the index at which the answer is predicted."""
-    stem = question.text[
-        : question.text.rindex(question.key) + len(question.key)
-    ]  # "during the ring" contains "ring" twice
+    # the last occurrence: "during the ring" contains "ring" twice
+    stem = question.text[: question.text.rindex(question.key) + len(question.key)]
     key = len(tokenizer(stem).input_ids) - 1
     if style == "key_last":
         return tokenizer(stem).input_ids, key, key

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem.media import FileSource, Geometry, LogMel, SourceOptions, patchify
+from omnimem.media import FileSource, Geometry, LogMel, SourceOptions
 from omnimem.recall.renderer import render_audio, render_frames, write_mp4
 from omnimem.recall.worlds import CELLS, COLOURS, SHAPES, VOICES, WORDS, World, WorldOptions, draw_world
 from omnimem.tiny.batches import Concepts
@@ -70,14 +70,7 @@ def decode_clips(worlds: Sequence[World]) -> list[Clip]:
 
 def encode_frames(model: Qwen2_5OmniThinkerForConditionalGeneration, frames: Sequence[Tensor]) -> Tensor:
     """Visual features (streams grids cells width); the tower attends within a grid, so streams can be joined."""
-    patches, grid = patchify(
-        torch.cat(list(frames)),
-        patch=GEOMETRY.patch,
-        merge=GEOMETRY.merge,
-        temporal_patch=GEOMETRY.temporal_patch,
-        mean=GEOMETRY.mean,
-        std=GEOMETRY.std,
-    )
+    patches, grid = GEOMETRY.patches(torch.cat(list(frames)))
     features = model.get_submodule("model.visual")(patches, grid_thw=torch.tensor([grid])).pooler_output
     return features.view(len(frames), -1, CELLS, features.shape[-1])
 
@@ -105,25 +98,24 @@ class FeatureMatch:
     background: float  # the same at the background
     named: float  # fraction of features whose nearest name is right in both families
 
-    @property
-    def numbers(self) -> dict[str, float]:
+    def metrics(self, prefix: str) -> dict[str, float]:
         """The metrics for the log."""
-        return {"error": self.error, "background": self.background, "named": self.named}
+        return {f"{prefix}_{name}": getattr(self, name) for name in ("error", "background", "named")}
 
 
 def match_features(
-    features: Tensor, targets: Tensor, nothing: Tensor, families: Sequence[tuple[Tensor, Tensor]]
+    concepts: Concepts, features: Tensor, targets: Tensor, nothing: Tensor, names: Sequence[Sequence[str]]
 ) -> FeatureMatch:
-    """Relative squared error + half of it on the background + 0.3 cross-entropy against the table of each family.
+    """Relative squared error + half of it on the background + 0.3 cross-entropy against each of two families of names.
 
-    `families` holds, for each part of a symbol, the embeddings of all its names and the index of the right one.
-    The squared error is needed because a cosine would not determine the scale.
+    `nothing` is the target of the background. The squared error is needed because a cosine would not determine the
+    scale.
     """
     content = (targets != nothing).any(-1)
     relative = (features - targets).square().sum(-1) / targets.square().sum(-1)
     error, background = relative[content].mean(), relative[~content].mean()
     loss, right = error + 0.5 * background, torch.ones(int(content.sum()), dtype=torch.bool)
-    for table, index in families:
+    for table, index in families(concepts, targets[content], names):
         logits = features[content] @ table.T / table.square().sum(-1).mean().sqrt()
         loss = loss + 0.3 * functional.cross_entropy(logits, index)
         right &= logits.argmax(-1) == index
@@ -131,39 +123,12 @@ def match_features(
     return FeatureMatch(loss=loss, error=error.item(), background=background.item(), named=named)
 
 
-def families(
-    concepts: Concepts, targets: Tensor, nothing: Tensor, names: Sequence[Sequence[str]]
-) -> list[tuple[Tensor, Tensor]]:
-    """For both families of names, their embeddings and the index of each symbol or word, found from the targets."""
-    symbols = targets[(targets != nothing).any(-1)]
+def families(concepts: Concepts, content: Tensor, names: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
+    """For both families of names, their embeddings and the index of each symbol or word, found from its target."""
     first, second = (torch.stack([concepts.word(name) for name in family]) for family in names)
     sums = (first[:, None] + second[None]).flatten(0, 1)
-    index = torch.cdist(symbols, sums).argmin(-1)
+    index = torch.cdist(content, sums).argmin(-1)
     return [(first, index // len(second)), (second, index % len(second))]
-
-
-def match_vision(
-    model: Qwen2_5OmniThinkerForConditionalGeneration,
-    concepts: Concepts,
-    worlds: Sequence[World],
-    frames: Sequence[Tensor],
-) -> FeatureMatch:
-    """Compare the features of the vision tower with the symbols of the worlds."""
-    targets, _ = concepts.targets(worlds)
-    symbols = families(concepts, targets, concepts.visual_nothing, (SHAPES, COLOURS))
-    return match_features(encode_frames(model, frames), targets, concepts.visual_nothing, symbols)
-
-
-def match_audio(
-    model: Qwen2_5OmniThinkerForConditionalGeneration,
-    concepts: Concepts,
-    worlds: Sequence[World],
-    mels: Sequence[Tensor],
-) -> FeatureMatch:
-    """Compare the features of the audio tower with the words of the worlds."""
-    _, targets = concepts.targets(worlds)
-    words = families(concepts, targets, concepts.audio_nothing, (VOICES, WORDS))
-    return match_features(encode_mel(model, mels), targets, concepts.audio_nothing, words)
 
 
 @final
@@ -208,7 +173,7 @@ def fit_towers(
         nn.utils.clip_grad_norm_(audio, 1.0)
         optimizer.step()
         if step % 20 == 19 or step == stage.steps - 1:
-            yield {"step": step + 1, **_record("sight", seen), **_record("sound", heard)}
+            yield {"step": step + 1, **seen.metrics("sight"), **heard.metrics("sound")}
 
 
 def _match_new_worlds(
@@ -223,8 +188,8 @@ def _match_new_worlds(
     else:
         shown, heard = fresh_worlds(rng, 8, 32, VISION_WORLDS), fresh_worlds(rng, 16, 16, AUDIO_WORLDS)
         frames, mels = [rendered_frames(world) for world in shown], [rendered_mel(world) for world in heard]
-    return match_vision(model, concepts, shown, frames), match_audio(model, concepts, heard, mels)
-
-
-def _record(prefix: str, found: FeatureMatch) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in found.numbers.items()}
+    (symbols, _), (_, words) = concepts.targets(shown), concepts.targets(heard)
+    return (
+        match_features(concepts, encode_frames(model, frames), symbols, concepts.visual_nothing, (SHAPES, COLOURS)),
+        match_features(concepts, encode_mel(model, mels), words, concepts.audio_nothing, (VOICES, WORDS)),
+    )

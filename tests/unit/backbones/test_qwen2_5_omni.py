@@ -130,7 +130,7 @@ def test_sparse_frames_stay_in_the_order_of_time(tmp_path) -> None:
 def test_segments_encoded_alone_equal_the_whole(tmp_path, seconds) -> None:
     backbone = load(write_folder(tmp_path / "m"))
     segments = media(backbone, seconds)
-    whole, alone = list(backbone.encode(segments, fps=1.0)), list(backbone.encode(segments, fps=1.0, together=1))
+    whole, alone = list(backbone.encode(segments, fps=1.0)), list(backbone.encode(segments, fps=1.0, per_pass=1))
     for a, b in zip(whole, alone, strict=True):
         for x, y in ((a.visual, b.visual), (a.audio, b.audio)):
             assert (x is None) == (y is None)
