@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """The user's input was wrong; the lines of the message are shown as they are, and the exit code is 2."""
+    """The user's input is wrong: the message is printed without a traceback, and the exit code is 2."""
 
 
 class ProblemList(UserError):

@@ -1,4 +1,4 @@
-"""Packages of the optional extras (`pip install 'omnimem[train]'`): imported at first use, asked for by name."""
+"""Packages of the optional extras (`pip install 'omnimem[train]'`), imported at first use."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ def require(*packages: str) -> None:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """How to install the package that an import has not found; None if it belongs to no extra."""
+    """How to install the missing package of an import error; None if it belongs to no extra."""
     package = str(error.name).partition(".")[0]
     extra = EXTRAS.get(package)
     return extra and f"{package} is not installed; pip install 'omnimem[{extra}]'"
@@ -39,11 +39,11 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 @final
 class _Lazy(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what tools look up in every module
+        if name.startswith("__"):  # tools look up these attributes in every module
             raise AttributeError(name)
         return getattr(import_module(self.__name__), name)
 
 
 def optional(module: str) -> Any:
-    """The module, imported when an attribute of it is first read."""
+    """A module that is imported when one of its attributes is first read."""
     return _Lazy(module)

@@ -1,4 +1,4 @@
-"""The arms of an evaluation: tracks and memory of each; all processes answer, the leading one summarises."""
+"""The arms of an evaluation: the tracks and the memory of each; answers of all processes, summarised by one."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,7 +61,7 @@ def evaluate_arms(
     with workers.work() as shard:
         items = 0
         for arm in arms:
-            with _adapter_as(adapted, arm.name in TUNED):
+            with adapter_as(adapted, arm.name in TUNED):
                 for place, benchmark in enumerate(run.evaluate.benchmarks):
                     items += evaluation.answer(
                         arm,
@@ -113,7 +113,8 @@ def _arm(run: RunConfig, policies: Policies, name: str) -> Arm:
     return Arm(name=name, policy=policies(None if whole else run.memory.slots_per_layer), tracks=tracks)
 
 
-def _adapter_as(adapted: StreamedModel | None, tuned: bool) -> AbstractContextManager[Any]:
+def adapter_as(adapted: StreamedModel | None, tuned: bool) -> AbstractContextManager[Any]:
+    """The model in evaluation mode, with or without its adapter."""
     if adapted is None:
         return nullcontext()
     adapted.eval()

@@ -32,6 +32,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
 
     Raises BudgetError if the file was made for other settings.
     """
+    # 1. read
     if folder.budget.is_file():
         budget = Budget.read(folder.budget)
         made_for = budget.provenance.get("settings", budget_settings(run))
@@ -42,6 +43,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
             )
         _check_policy(run, budget, folder.budget)
         return budget
+    # 2. measure or build, and write
     if run.memory.budget.needs_signals:
         budget = measured_budget(run, attached, feeder, training_samples(run))
     else:
@@ -68,11 +70,6 @@ def policies_of(run: RunConfig, budget: Budget) -> Policies:
     return exported.policies_of(run.memory, budget)
 
 
-def resized(run: RunConfig, budget: Budget, slots: int) -> Budget:
-    """The same allocation at another number of slots per layer."""
-    return exported.resized(run.memory, budget, slots)
-
-
 def training_samples(run: RunConfig) -> list[Sample]:
     """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
@@ -87,6 +84,7 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
     measure: their signals are measured under `distinct`. During the measurement all layers keep the same number of
     tokens, split by the ratio only.
     """
+    # 1. an even split during the measurement
     wanted = run.memory.budget
     if not isinstance(wanted, AudioVisualBudget):
         raise BudgetError(
@@ -95,12 +93,14 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
         )
     layers, slots = attached.shape.layers, run.memory.slots_per_layer
     even = SplitBudget(visual_audio_ratio=wanted.visual_audio_ratio).build(layers, slots)
+    # 2. measure
     used: list[str] = []
     with tqdm(total=run.calibration.streams, desc="calibration", unit="stream", disable=None) as bar:
         streams = _streams(samples, feeder, run.data.max_failures, used, bar)
         own = run.memory.policy.build(even)
         policy = own if own.supports("calibration") else DistinctOptions().build(even)
         signals = calibrate(attached, policy, streams, run.calibration)
+    # 3. allocate
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)
     provenance = {
         **budget.provenance,

@@ -7,7 +7,7 @@ by that of the tiny checkpoint, and then marked `approximate`.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, final
@@ -28,7 +28,6 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
-from omnimem.policies.capabilities import compared_by, keeps_per_head, needs_novelty
 from omnimem.streaming.feeder import IGNORED, tracks_of
 from omnimem.tokens import Modality
 from omnimem.tuning.gradient.build import stop_layer_of
@@ -38,18 +37,6 @@ TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
 SHOWN = 3  # questions
 CONFIG_FILES = ("config.json", "preprocessor_config.json")
-
-
-@final
-@dataclass
-class Missing:
-    """Things that a run needs and that are missing, with the way to get them."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, what: str, how: str) -> None:
-        """Add a line."""
-        self.lines.append(f"missing: {what}; {how}")
 
 
 @final
@@ -78,8 +65,8 @@ class SampleFacts:
 
 
 def preview(run: RunConfig) -> None:
-    """Print what a run would do; missing things are listed at the end and are not errors."""
-    missing = Missing()
+    """Print the plan of a run; missing files are listed at the end and are not errors."""
+    missing: list[str] = []
     _section("settings", dump(run).splitlines())
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
@@ -91,20 +78,23 @@ def preview(run: RunConfig) -> None:
         _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
         for gap in benchmark.gaps():
-            missing.add(f"benchmark {benchmark.label} ({gap.what})", gap.how)
-    _section("missing", missing.lines)
+            missing.append(f"benchmark {benchmark.label} ({gap.what}); {gap.how}")
+    _section("missing", [f"missing: {line}" for line in missing])
 
 
-def skeleton_of(run: RunConfig, missing: Missing) -> Skeleton | None:
+def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     """The backbone from its configuration files only; None if its shapes are unknown."""
+    # 1. configuration files
     path = run.model.path
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
-        missing.add(f"weights of {path}", f"get them with `hf download {path}`, or set model.path to a local folder")
+        missing.append(f"weights of {path}; get them with `hf download {path}`, or set model.path to a local folder")
     described = folder or CONFIGS / "models" / f"{Path(path).name}.json"
     if not described.exists():
-        missing.add(f"shapes of {path}", f"get its {' and '.join(CONFIG_FILES)} as above; sample and memory need them")
+        files = " and ".join(CONFIG_FILES)
+        missing.append(f"shapes of {path}; get its {files} as above; sample and memory need them")
         return None
+    # 2. model on the meta device, tokenizer
     shapes = Shapes.read(described)
     table = json.loads((described / "config.json" if folder else described).read_text())
     config = Qwen2_5OmniThinkerConfig.from_dict(table.get("thinker_config", table))
@@ -128,8 +118,9 @@ def _folder(path: str) -> Path | None:
     return folder if all((folder / name).is_file() for name in CONFIG_FILES) else None
 
 
-def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> SampleFacts:
+def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str]) -> SampleFacts:
     """The first training sample, decoded; a synthetic one if it cannot be read."""
+    # 1. the first sample of the manifest
     sample = _first_sample(run, missing)
     if sample is not None:
         try:
@@ -145,19 +136,20 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: Missing) -> SampleF
             )
             return _read(run, skeleton, sample, tracks, source)
         except MediaError as error:
-            missing.add(f"the first sample's media ({error})", "data_prep/check.py lists all files that cannot be read")
+            missing.append(f"the first sample's media ({error}); `omnimem check` lists all unreadable files")
+    # 2. a synthetic sample
     tracks = run.stream.tracks
     frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
     source = LiveSource(frames, audio, options=run.stream.source(), geometry=skeleton.shapes.geometry)
     return _read(run, skeleton, SYNTHETIC, tracks, source)
 
 
-def _first_sample(run: RunConfig, missing: Missing) -> Sample | None:
+def _first_sample(run: RunConfig, missing: list[str]) -> Sample | None:
     manifest = run.data.train
     if manifest is None or not Path(manifest).is_file():
         folder = Path(manifest or "data/recall/train.jsonl").parent
-        how = f"make it with `python data_prep/synthesize.py --out {folder}`, or from your files with convert.py"
-        missing.add(f"training data ({manifest or 'data.train is not set'})", how)
+        cure = f"create it with `omnimem synthesize --out {folder}`, or from your files with `omnimem convert`"
+        missing.append(f"training data ({manifest or 'data.train is not set'}); {cure}")
         return None
     return read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)[0]
 
@@ -174,7 +166,7 @@ SYNTHETIC = Sample(
 
 
 def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tensor]]:
-    """A minute of noise: frames of 360 lines, and audio."""
+    """A minute of noise: video of 360 lines, and audio."""
     generator = torch.Generator().manual_seed(0)
     frame = torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
     audio = torch.rand(rate, generator=generator) - 0.5
@@ -186,6 +178,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
 
     Raises ConfigError if `stream` does not fit the checkpoint's grids, LayoutError if a step of tuning may not.
     """
+    # 1. decode
     backbone, shapes = skeleton.backbone, skeleton.shapes
     try:
         shapes.geometry.segment(run.stream.fps)
@@ -193,6 +186,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
         raise ConfigError([f"stream.fps: {error}"]) from error
     segments: list[Segment] = list(source)
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
+    # 2. cut into chunks
     encoded = list(_counted(segments, shapes, run.stream.fps))
     run.tuning.check_segments(encoded)
     cut = backbone.chunks(
@@ -206,6 +200,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
         opening, *chunks = cut
     except ValueError as error:
         raise ConfigError([f"stream.chunk_tokens: {error}"]) from error
+    # 3. count
     tokens = {kind: sum(int((chunk.modality == kind).sum()) for chunk in chunks) for kind in Modality}
     tokens[Modality.TEXT] += opening.count
     turns = [backbone.turn(Turn(text=q.text, answer=q.answer), tracks=tracks) for q in sample.questions]
@@ -306,9 +301,9 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     return Load(
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
-        feature=width if needs_novelty(policy) else 0,
+        feature=width if policy.traits.needs_novelty else 0,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
-        per_head=keeps_per_head(policy),
+        per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(facts.chunks),
@@ -325,14 +320,16 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         horizon=run.tuning.horizon,
         stop_layer=stop_layer_of(run.tuning, shapes.text.layers) if run.tuning.gradient in HALF_WAY else 0,
         offload=run.tuning.offload,
-        teacher_tokens=media if any(loss.needs_teacher and loss.takes(media) for loss in run.tuning.loss.losses) else 0,
+        teacher_tokens=media
+        if any(loss.needs_teacher and loss.applies_to(media) for loss in run.tuning.loss.losses)
+        else 0,
     )
 
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
     """Width of the vectors that `Covered` compares; 0 for other scores."""
     widths = {None: 0, "inputs": feature, "values": shapes.text.kv_heads * shapes.text.dim}
-    return widths[compared_by(policy)]
+    return widths[policy.traits.compared]
 
 
 def _deepspeed(run: RunConfig) -> str:

@@ -29,11 +29,11 @@ def prepare_process() -> None:
         # Models that fit a CPU run are small: two threads were measured 10 times slower than one on a busy machine.
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
-    # DeepSpeed's own calls, by names that torch 2.13 has renamed
+    # Calls of DeepSpeed by names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("accelerate.accelerator").addFilter(_is_news)
     if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers' own, which fills a log with every state of the bar
+        disable_progress_bar()  # that of transformers, which would fill log files
 
 
 def world_size() -> int:

@@ -40,7 +40,7 @@ def results_of(run: RunFolder, exported: Exported) -> dict[str, Any]:
 
 def _front(exported: Exported, name: str, results: Mapping[str, Any]) -> dict[str, Any]:
     origin, merged = exported.origin, exported.origin.kind == "merged"
-    hub = not Path(origin.base).is_absolute()  # a folder of this machine means nothing elsewhere
+    hub = not Path(origin.base).is_absolute()  # a local path is of no use elsewhere
     return {
         **({"base_model": origin.base, "base_model_relation": "finetune" if merged else "adapter"} if hub else {}),
         "library_name": "transformers" if merged else "peft",
@@ -65,21 +65,17 @@ def _index(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _intro(exported: Exported, name: str) -> Iterator[str]:
     origin = exported.origin
     what = "the merged weights" if origin.kind == "merged" else "the LoRA adapter"
-    yield f"# {name}"
-    yield ""
+    yield f"# {name}\n"
     yield (
         f"{_named(origin.base)}, fine-tuned with OmniMem to answer questions about audio-visual streams of any length "
-        f"from a key-value memory of fixed size. This folder holds {what}, and in `{FILE}` the memory of the tuning. "
-        "Loaded without OmniMem, the model keeps everything, like any other."
+        f"from a key-value memory of fixed size. This folder holds {what}, and in `{FILE}` the settings of the memory. "
+        "Without OmniMem the model loads as usual and keeps the whole cache."
     )
 
 
 def _memory(exported: Exported) -> Iterator[str]:
     memory, budget, stream = exported.memory, exported.budget, exported.stream
-    yield "## Memory"
-    yield ""
-    yield "| | |"
-    yield "|---|---|"
+    yield "## Memory\n\n| | |\n|---|---|"
     given = {name: value for name, value in asdict(memory.policy).items() if name != "name" and value is not None}
     yield f"| policy | `{memory.policy.name}`" + "".join(f", {name} {value}" for name, value in given.items()) + " |"
     yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {budget.layers} layers |"
@@ -93,49 +89,43 @@ def _memory(exported: Exported) -> Iterator[str]:
     yield f"| chunk | at most {stream.chunk_tokens:,} tokens; positions: {stream.positions} |"
 
 
+_USE = """\
+## How to use
+
+`DIR` is this folder, `FILE` a video.{note}
+
+```
+omnimem ask {options} --video FILE "What happened?"
+```
+
+```python
+{path}from omnimem import Exported, Feeder, attach, {load}load_backbone
+
+exported = Exported.read(DIR)
+backbone = load_backbone(exported.model)
+{adapter}feeder = Feeder(backbone, exported.stream)
+with attach(backbone.text_model) as attached:
+    stream = feeder.stream(attached, exported.policy)
+    for chunk in feeder.watch(FILE):
+        stream.feed(chunk)
+    print(feeder.answers(stream, ["What happened?"]))
+```"""
+
+
 def _use(exported: Exported) -> Iterator[str]:
-    merged = exported.origin.kind == "merged"
-    base = _named(exported.origin.base)
-    where = "--model DIR" if merged else f"--model {base} --adapter DIR"
-    yield "## How to use"
-    yield ""
-    yield "`DIR` is this folder, `FILE` a video."
-    if not Path(exported.origin.base).is_absolute() or merged:
-        yield ""
-    else:
-        yield f"`{base}` stands for the folder of the base; its sha256 is below."
-        yield ""
-    yield "```"
-    yield f'python train/ask.py {where} --video FILE "What happened?"'
-    yield "```"
-    yield ""
-    yield "```python"
-    if not merged:
-        yield "from pathlib import Path"
-        yield ""
-    yield "from omnimem.streaming.attach import attach"
-    yield "from omnimem.backbones import load_backbone"
-    yield "from omnimem.config.exported import Exported"
-    yield "from omnimem.streaming.feeder import Feeder"
-    if not merged:
-        yield "from omnimem.tuning import load_adapter"
-    yield ""
-    yield "exported = Exported.read(DIR)"
-    yield "backbone = load_backbone(exported.model)"
-    if not merged:
-        yield "load_adapter(backbone.model, Path(DIR))"
-    yield "feeder = Feeder(backbone, exported.stream)"
-    yield "with attach(backbone.text_model) as seam:"
-    yield "    stream = feeder.stream(seam, exported.policy)"
-    yield "    for chunk in feeder.watch(FILE):"
-    yield "        stream.feed(chunk)"
-    yield '    print(feeder.answers(stream, ["What happened?"]))'
-    yield "```"
+    merged, base = exported.origin.kind == "merged", exported.origin.base
+    local = Path(base).is_absolute() and not merged
+    yield _USE.format(
+        note=f"\n`{_named(base)}` stands for the folder of the base; its sha256 is below." if local else "",
+        options="--model DIR" if merged else f"--model {_named(base)} --adapter DIR",
+        path="" if merged else "from pathlib import Path\n\n",
+        load="" if merged else "load_adapter, ",
+        adapter="" if merged else "load_adapter(backbone.model, Path(DIR))\n",
+    )
 
 
 def _results(results: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Results"
-    yield ""
+    yield "## Results\n"
     if not results:
         yield "These weights were not evaluated in the run that made them."
         return
@@ -143,10 +133,8 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
     for label, group in results["benchmarks"].items():
         yield ""
         asked = f"{many(group['n'], 'question')} about {many(group['clusters'], 'video')}"
-        yield f"**{label}**: {asked}, chance {percent(group['chance'])} %"
-        yield ""
-        yield "| | accuracy | peak entries a layer | at answer | memory |"
-        yield "|---|---|---|---|---|"
+        yield f"**{label}**: {asked}, chance {percent(group['chance'])} %\n"
+        yield "| | accuracy | peak entries per layer | at answer | memory |\n|---|---|---|---|---|"
         for arm, entry in group["arms"].items():
             low, high = entry["strict_interval"]
             spread = f"{percent(entry['strict'])} [{percent(low)}, {percent(high)}]"
@@ -167,7 +155,7 @@ def _gains(results: Mapping[str, Any]) -> Iterator[str]:
                 found = f"{points(pair['diff'])} points [{points(pair['low'])}, {points(pair['high'])}]"
                 yield f"- tuned against untouched on {label}: {found}: {pair['verdict']}"
     if results["different"]:
-        yield f"- **Not comparable**, compared all the same: {'; '.join(results['different'])}"
+        yield f"- **Not comparable**, compared nevertheless: {'; '.join(results['different'])}"
 
 
 def _origin(exported: Exported) -> Iterator[str]:
@@ -185,14 +173,11 @@ def _origin(exported: Exported) -> Iterator[str]:
         "commit of OmniMem": f"`{commit}`" if commit else None,
         "packages": ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages) or None,
     }
-    yield "## Where it comes from"
-    yield ""
-    yield "| | |"
-    yield "|---|---|"
+    yield "## Where it comes from\n\n| | |\n|---|---|"
     yield from (f"| {key} | {value} |" for key, value in rows.items() if value is not None)
     yield ""
     yield (
-        "Read back after it was written and compared with the run's own weights on a synthetic stream: "
+        "The export was loaded again and compared with the run's own weights on a synthetic stream: "
         f"`{json.dumps(dict(exported.verified))}`. The base's own licence applies to its weights."
     )
 

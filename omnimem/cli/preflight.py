@@ -36,6 +36,7 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
 
     Raises TooManyFailures if so many samples are unreadable that training would stop.
     """
+    # 1. inspect
     step = max(1, -(-len(samples) // PROBED))
     opened = set(range(0, len(samples), step))
     failures = Failures(samples=len(samples), max_failures=run.data.max_failures)
@@ -46,6 +47,7 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
             failures = failures.add(failure)
         if place in opened and not finding.failures:
             found.append(finding)
+    # 2. summarise
     if not found:
         raise ConfigError([f"{run.data.train}: none of the {len(opened)} opened samples can be read; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
@@ -56,7 +58,7 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
 
 
 def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
-    """As in training: odd times do not stop it (`data_prep/check.py` reports them)."""
+    """As in training: odd times do not stop it (`omnimem check` reports them)."""
     if probe:
         finding = inspect_sample(sample, tracks=run.stream.tracks)
         return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
@@ -66,11 +68,9 @@ def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
 
 
 def _tracks(found: Sequence[Finding]) -> str:
-    both = sum(each.video and each.audio for each in found)
-    counted = Counter({"video and audio": both})
-    counted["video only"] = sum(each.video and not each.audio for each in found)
-    counted["audio only"] = sum(each.audio and not each.video for each in found)
-    return ", ".join(f"{name} ({count})" for name, count in counted.items() if count)
+    names = {(True, True): "video and audio", (True, False): "video only", (False, True): "audio only"}
+    counts = Counter((each.video, each.audio) for each in found)
+    return ", ".join(f"{name} ({counts[tracks]})" for tracks, name in names.items() if counts[tracks])
 
 
 def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) -> Iterator[str]:
@@ -78,6 +78,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
 
     Raises AdapterError if a target matches nothing, ConfigError if the disk is too small.
     """
+    # 1. targets of the adapter
     names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
     matched = {target: sum(f".{target}.lora_A." in name for name in names) for target in run.tuning.lora.targets}
     absent = [target for target, count in matched.items() if count == 0]
@@ -87,6 +88,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     weights = sum(parameter.numel() for parameter in trainable(model))
     each = ", ".join(f"{target} {count}" for target, count in matched.items())
     yield f"adapter: {len(names)} modules ({each}), {weights:,} weights"
+    # 2. disk space
     size = weights * PER_WEIGHT + BESIDES
     kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
     free = shutil.disk_usage(folder).free
@@ -111,6 +113,7 @@ def rehearse(
     Raises ConfigError if memory does not suffice, MediaError if the sample cannot be read, LayoutError if a chunk size
     that may be drawn is too small.
     """
+    # 1. the largest settings that may be drawn
     drawn = run.tuning.slots(run.memory.slots_per_layer)
     slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
     chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
@@ -119,6 +122,7 @@ def rehearse(
     budget = "full memory" if slots is None else f"{slots:,} slots per layer"
     device = next(iter(trainable(model))).device
     cards = [device] if device.type == "cuda" else []
+    # 2. one step without optimizer
     training, started = model.training, time.perf_counter()
     if cards:
         torch.cuda.reset_peak_memory_stats(device)
@@ -148,6 +152,7 @@ def rehearse(
         raise ConfigError([f"{what}; {cure}"]) from error
     finally:
         model.train(training)
+    # 3. report
     states = STATES * sum(parameter.numel() for parameter in trainable(model))
     took = f"{time.perf_counter() - started:.1f} s, peak memory {_peak(device) / 1e6:,.0f} MB"
     return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB in addition"

@@ -8,19 +8,13 @@ from transformers.utils import cached_file
 
 from omnimem.budget import Budget
 from omnimem.checksums import damage
-from omnimem.config import MemoryOptions, RunConfig, load
+from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, Exported, Origin
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError
 
 Kind = Literal["adapter", "merged"]
-
-
-def _written_out(memory: MemoryOptions) -> MemoryOptions:
-    """The same memory with the values of its preset, which may change later."""
-    policy = memory.policy
-    return replace(memory, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else memory
 
 
 @final
@@ -38,14 +32,14 @@ class TunedModel:
     def of(
         cls, path: Path, *, checkpoint: int | None = None, base: str | None = None, dtype: str | None = None
     ) -> "TunedModel":
-        """A run folder's adapter, or that of a checkpoint; `base` and `dtype` replace those of the run.
+        """The adapter of a run folder or of a checkpoint; `base` and `dtype` replace those of the run.
 
-        Raises RunError and AdapterError if the folder is not a run, or the run has not come that far.
+        Raises RunError if the folder is not a run, or if the adapter or the checkpoint does not exist.
         """
         folder = RunFolder(path=path)
         for file in (folder.record, folder.config, folder.budget):
             if not file.is_file():
-                raise RunError(f"{file} is missing; give --run the folder of a run of train/finetune.py")
+                raise RunError(f"{file} is missing; give --run the folder of a run of `omnimem finetune`")
         run = load(folder.config, ["train={}"])  # the files of training may be elsewhere now
         model = replace(run.model, path=base or run.model.path, dtype=dtype or run.model.dtype)
         record = read_json(folder.record)
@@ -56,12 +50,13 @@ class TunedModel:
 
     def exported(self, kind: Kind, base: "BaseModel") -> Exported:
         """Content of omnimem.json. Raises AdapterError if the base is not the one that was tuned."""
-        run = self.run
-        path = HERE if kind == "merged" else base.path
+        run, memory, policy = self.run, self.run.memory, self.run.memory.policy
+        if isinstance(policy, PerturbationOptions):
+            memory = replace(memory, policy=policy.written_out())  # presets may change later
         return Exported(
-            model=replace(run.model, path=path),
+            model=replace(run.model, path=HERE if kind == "merged" else base.path),
             stream=run.stream,
-            memory=_written_out(run.memory),
+            memory=memory,
             budget=self.budget,
             max_new_tokens=run.evaluate.max_new_tokens,
             origin=Origin(
@@ -121,6 +116,6 @@ class BaseModel:
 
 
 def write_adapter_description(run: Path) -> None:
-    """Write omnimem.json into a run's own adapter, so that train/ask.py gives it the run's memory."""
+    """Write omnimem.json into a run's own adapter, so that `omnimem ask` uses the memory of the run."""
     tuned = TunedModel.of(run)
     tuned.exported("adapter", BaseModel.of(tuned.run.model.path)).write(tuned.adapter)

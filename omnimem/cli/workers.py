@@ -70,7 +70,7 @@ class LocalWorkers(Workers):
 
 @final
 class _Helper:
-    """Another process of `train/evaluate.py`; it ends with this one."""
+    """Another process of `omnimem evaluate`; it ends with this one."""
 
     def __init__(self, shard: Shard, arguments: Sequence[str]) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`

@@ -1,9 +1,9 @@
-"""Streams a file, or what comes through a pipe, and answers questions about it from a memory of fixed size.
+"""Stream a file or a pipe and answer questions about it from a memory of fixed size.
 
-python train/ask.py --model DIR [--adapter DIR] --video FILE|- [--at SECONDS]... "QUESTION" ["QUESTION" ...]
+omnimem ask --model DIR [--adapter DIR] --video FILE|- [--at SECONDS]... "QUESTION" ["QUESTION" ...]
 
-The memory is the one that omnimem.json of the adapter or of the model says (train/export.py writes it); --slots and
---policy replace it. Without any of them everything is kept.
+Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots and
+--policy replace them. Without any of these the whole stream is kept.
 """
 
 import sys
@@ -12,7 +12,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ PIPE, FULL = "-", 0
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the stream, ask, print answers and what they took."""
+    """Read the stream, ask the questions, print answers and their cost."""
+    # 1. load the model
     given = _parser().parse(arguments)
     exported = recorded(given.model, given.adapter)
     backbone = load_backbone(model_of(given, exported))
@@ -54,14 +55,16 @@ def main(arguments: Sequence[str]) -> None:
         load_adapter(backbone.model, given.adapter)
         if exported is not None:
             BaseModel.of(given.model).digest(exported.origin.base_sha256, given.adapter)
+    # 2. stream the file and answer
     feeder = Feeder(backbone, stream_of(given, exported))
+    tokens = given.max_new_tokens or (exported.max_new_tokens if exported else 64)
     with torch.no_grad(), attach(backbone.text_model) as attached:
         policy = policy_of(given, exported, attached.shape.layers)
         if given.slots is None and exported is None:
             where = given.adapter or given.model
-            print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens a layer", file=sys.stderr)
+            print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
         stream = feeder.stream(attached, policy)
-        asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens_of(given, exported))
+        asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens)
         for reply in asking.replies(stream, source_of(given.video, feeder), given.at):
             print("\n".join(reply.lines(given.questions)), flush=True)
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def recorded(model: str, adapter: Path | None) -> Exported | None:
-    """What omnimem.json of the adapter, or else of the model, says."""
+    """The omnimem.json of the adapter, or else of the model; None if there is none."""
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
     folder = Path(model) if adapter is None else adapter
@@ -78,17 +81,14 @@ def recorded(model: str, adapter: Path | None) -> Exported | None:
 
 
 def model_of(given: Namespace, exported: Exported | None) -> ModelOptions:
-    """The weights to load: bfloat16 on a GPU, float32 elsewhere, unless something is said of it."""
-    options = exported.model if exported else ModelOptions(path=given.model, dtype=_native())
+    """The weights to load; dtype by default: as exported, else bfloat16 on a GPU and float32 on a CPU."""
+    native = "bfloat16" if torch.cuda.is_available() else "float32"
+    options = exported.model if exported else ModelOptions(path=given.model, dtype=native)
     return replace(options, path=given.model, dtype=given.dtype or options.dtype)
 
 
-def _native() -> Literal["float32", "bfloat16"]:
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def stream_of(given: Namespace, exported: Exported | None) -> StreamOptions:
-    """How the stream is read."""
+    """The exported options of the stream, or the defaults, with those of the command line."""
     options = exported.stream if exported else StreamOptions()
     asked = {name: getattr(given, name) for name in ("fps", "max_pixels", "chunk_tokens", "tracks")}
     try:
@@ -98,7 +98,10 @@ def stream_of(given: Namespace, exported: Exported | None) -> StreamOptions:
 
 
 def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Policy:
-    """What is kept: as exported, or so many slots as are asked for: in one pool, as nothing was calibrated."""
+    """The exported policy and number of slots, with those of the command line.
+
+    Without an export the slots are one pool for audio and visual tokens, since nothing was calibrated.
+    """
     own = exported.memory.slots_per_layer if exported else FULL
     slots: int = own if given.slots is None else given.slots
     options = exported.memory.policy if exported else DistinctOptions()
@@ -111,17 +114,12 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
 
 
-def tokens_of(given: Namespace, exported: Exported | None) -> int:
-    """How long an answer may be."""
-    return given.max_new_tokens or (exported.max_new_tokens if exported else 64)
-
-
 def source_of(video: str, feeder: Feeder) -> Source:
-    """The file, or the stream that grows on standard input. Raises MediaError when it cannot be used."""
+    """The file, or the live stream on standard input. Raises MediaError if it is unusable."""
     options, geometry = feeder.options.source(), feeder.backbone.geometry
     if video != PIPE:
         return FileSource(video, options=options, geometry=geometry)
-    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - read for as long as the stream lasts
+    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
     frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
     return LiveSource(frames, audio, options=options, geometry=geometry)
 
@@ -132,30 +130,30 @@ def source_of(video: str, feeder: Feeder) -> Source:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """Answers at one time, and what they took; entries and bytes are those of the memory they were read from."""
+    """Answers at one time and their cost; entries and bytes are those of the memory that they were read from."""
 
-    at: float | None  # asked for
-    seen: float  # seconds of the stream that had been read
+    at: float | None  # the requested time
+    seen: float  # seconds of the stream read so far
     answers: list[str]
     arrived: dict[Modality, int]
-    kept: dict[Modality, float]  # a layer, on average
+    kept: dict[Modality, float]  # per layer, on average
     layers: int
-    entries: int | float  # heads that keep tokens of their own count in parts
+    entries: int | float  # fractional if heads keep different tokens
     bytes: int
-    reading: float  # seconds that it took to read the stream up to the question
+    reading: float  # seconds spent on reading the stream up to the question
     first: float  # seconds from the question to the first token
     total: float
 
     def lines(self, questions: Sequence[str]) -> Iterator[str]:
-        """As it is printed: the answer alone where there is one question at one time."""
+        """The printed lines: the answer without its question if there is one question, at the end."""
         if len(questions) == 1 and self.at is None:
             yield self.answers[0]
         else:
             when = "" if self.at is None else f"at {self.at:g} s: "
             yield from (f"{when}{q} -> {a}" for q, a in zip(questions, self.answers, strict=True))
-        came = " + ".join(f"{self.arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
+        arrived = " + ".join(f"{self.arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
         kept = " + ".join(f"{round(self.kept[kind], 1):g} {kind.name.lower()}" for kind in EVICTABLE)
-        yield f"  tokens in {self.seen:.4g} s: {came}; kept in each layer: {kept}"
+        yield f"  tokens in {self.seen:.4g} s: {arrived}; kept in each layer: {kept}"
         yield f"  memory: {self.entries:,} entries in {self.layers} layers, {self.bytes:,} bytes"
         yield f"  seconds: {self.reading:.2f} reading, {self.first:.3f} to the first token, {self.total:.3f} in all"
 
@@ -163,16 +161,16 @@ class Reply:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """Puts the questions at the times asked for, or when the stream is over."""
+    """Asks the questions at the given times, or at the end of the stream."""
 
     feeder: Feeder
     questions: Sequence[str]
     max_new_tokens: int
 
     def replies(self, stream: Stream, source: Source, times: Sequence[float]) -> Iterator[Reply]:
-        """A reply for each time, as soon as no later chunk can end before it; what comes after the last is not read.
+        """A reply for each time, as soon as no later chunk can end before it; the stream is read up to the last one.
 
-        Questions are read on a fork: the memory goes on as if nothing had been asked.
+        Questions are read on a fork, so that the memory of the stream is unchanged.
         """
         step = self.feeder.backbone.geometry.segment(self.feeder.options.fps)[0]
         seen, started = 0.0, time.perf_counter()
@@ -209,7 +207,7 @@ class Asking:
 
 @final
 class Clock:
-    """A head that notes when the first logits were there."""
+    """A head that records the time of the first logits."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head, self.first = head, 0.0
@@ -217,7 +215,7 @@ class Clock:
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden)
         if not self.first:
-            logits.flatten()[0].item()  # a GPU has computed them by then
+            logits.flatten()[0].item()  # waits for the GPU
             self.first = time.perf_counter()
         return logits
 
@@ -230,16 +228,14 @@ def _parser() -> Parser:
     parser.add_argument("--model", required=True, metavar="DIR|ID", help="a checkpoint: merged, or the adapter's base")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned adapter")
     parser.add_argument("--video", required=True, metavar="FILE|-", help="a file, or - for a growing stream on stdin")
-    parser.add_argument(
-        "--at", type=_time, action="append", default=[], metavar="SECONDS", help="may be repeated (end)"
-    )
+    parser.add_argument("--at", type=_time, action="append", default=[], metavar="SECONDS", help="repeatable (end)")
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
-    parser.add_argument("--policy", choices=tuple(POLICIES), help="what is kept")
-    parser.add_argument("--tracks", choices=("both", "video", "audio"), help="what is looked at and listened to")
-    parser.add_argument("--fps", type=float, help="frames a second that are looked at")
+    parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
+    parser.add_argument("--tracks", choices=("both", "video", "audio"), help="tracks of the stream to read")
+    parser.add_argument("--fps", type=float, help="frames per second")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
-    parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="most tokens that are read at once")
+    parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="at most so many tokens per forward pass")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="length of an answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     return parser
@@ -247,7 +243,7 @@ def _parser() -> Parser:
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -261,5 +257,5 @@ def _time(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is no time in seconds from the beginning of the stream")
+        raise ArgumentTypeError(f"{text!r} is not a time in seconds from the start of the stream")
     return seconds

@@ -1,6 +1,6 @@
-"""Measures a model's layers on a few training streams and writes the budget that follows from it, with figures.
+"""Measure a model's layers on a few training streams and write the resulting budget with figures.
 
-python train/calibrate.py --config X.yaml [key=value ...] [--out FILE]
+omnimem calibrate --config X.yaml [key=value ...] [--out FILE]
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from omnimem.training.arguments import train_section
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, allocate, write budget.json and its figures, print where they lie."""
+    """Measure the layers, allocate the slots, write budget.json and its figures."""
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
     samples = training_samples(run)
@@ -35,19 +35,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def summary(budget: Budget) -> Iterator[str]:
-    """What was measured and given, one line a layer."""
+    """Signals and slots, one line per layer."""
     signals = budget.signals
     if signals is not None:
         yield f"{signals.chunks} chunks of {signals.streams} streams; layer: H audio visual | s audio visual | slots"
         for layer, (audio, visual) in enumerate(budget.slots):
             entropy = f"{signals.entropy.audio[layer]:.3f} {signals.entropy.visual[layer]:.3f}"
-            alike = f"{signals.similarity.audio[layer]:.3f} {signals.similarity.visual[layer]:.3f}"
-            yield f"{layer:3}: {entropy} | {alike} | {audio} audio + {visual} visual"
+            similarity = f"{signals.similarity.audio[layer]:.3f} {signals.similarity.visual[layer]:.3f}"
+            yield f"{layer:3}: {entropy} | {similarity} | {audio} audio + {visual} visual"
     yield f"{budget.total} slots in {budget.layers} layers"
 
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_config()
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the budget goes (runs/<name>/budget.json)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file of the budget (runs/<name>/budget.json)")
     return parser

@@ -1,7 +1,7 @@
-"""Checks every file of a manifest or a benchmark before a run: tracks, lengths, times. Prints a data report.
+"""Check every file of a manifest or a benchmark before a run (tracks, lengths, times), and print a data report.
 
-    python data_prep/check.py data/train.jsonl [data/test.jsonl ...] [--tracks both] [--decode]
-    python data_prep/check.py --benchmark video_mme --root DIR [--set durations=[long]] [--subset] [--decode]
+    omnimem check data/train.jsonl [data/test.jsonl ...] [--tracks both] [--decode]
+    omnimem check --benchmark video_mme --root DIR [--set durations=[long]] [--subset] [--decode]
 
 Exit code 2 if more samples fail than --max-failures allows, or if parts of a benchmark are missing. Each failure is one
 line: `file:line key: what; how to repair`.

@@ -1,6 +1,6 @@
-"""Compares arms of one or more runs, question by question, and writes the report.
+"""Compare arms of one or more runs, question by question, and write the report.
 
-python train/compare.py DIR [DIR ...] --out DIR     # a run folder stands for all its arms, an eval folder for one
+omnimem compare DIR [DIR ...] --out DIR     # a run folder: all its arms; an eval folder: one
 """
 
 import argparse
@@ -24,16 +24,19 @@ def main(arguments: Sequence[str]) -> None:
     for line in _lines(summary):
         print(line)
     for line in summary["different"]:
-        print(_red(f"not comparable: {line}"), file=sys.stderr)
+        text = f"not comparable: {line}"
+        print(f"\033[31m{text}\033[0m" if sys.stderr.isatty() else text, file=sys.stderr)
     print(f"report: {given.out / 'report.html'}")
 
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one of its eval/ARM")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the report goes")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
     parser.add_argument(
-        "--allow-different", action="store_true", help="compare although input or budget differ; the report says so"
+        "--allow-different",
+        action="store_true",
+        help="compare although inputs or budgets differ; the report says so",
     )
     parser.add_argument("--draws", type=_draws, default=DRAWS, help="draws of the bootstrap (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
@@ -43,19 +46,19 @@ def _parser() -> Parser:
 def _draws(text: str) -> int:
     draws = int(text)
     if draws < 100:
-        raise argparse.ArgumentTypeError(f"{draws} draws say nothing about a 95 % interval; give at least 100")
+        raise argparse.ArgumentTypeError(f"{draws} draws are too few for a 95 % interval; give at least 100")
     return draws
 
 
 def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Each benchmark, and all of them pooled where there are several."""
+    """Results of each benchmark, and of all of them pooled if there are several."""
     groups = dict(summary["benchmarks"])
     if len(groups) > 1:
         groups["all benchmarks pooled"] = summary["pooled"]
     for name, group in groups.items():
         asked = f"{many(group['n'], 'question')}, {many(group['clusters'], 'video')}"
         yield f"{name}: {asked}, chance {percent(group['chance'])} %"
-        kinds = _fewest(group["kinds"]) if name in summary["benchmarks"] else []
+        kinds = _smallest_axis(group["kinds"]) if name in summary["benchmarks"] else []
         for label, entry in (group["arms"] | group["probes"]).items():
             low, high = entry["strict_interval"]
             found = f"{percent(entry['strict']):>5} % [{percent(low)}, {percent(high)}]"
@@ -73,13 +76,9 @@ def _parts(entries: Mapping[str, Any], kinds: Sequence[str]) -> str:
     return ", ".join(f"{shown(kind)} {percent(strict)}" for kind, strict in found)
 
 
-def _fewest(kinds: Iterable[str]) -> list[str]:
-    """The kinds of one axis: that with the fewest, for a line has little room; the report shows all."""
+def _smallest_axis(kinds: Iterable[str]) -> list[str]:
+    """The kinds of the axis with the fewest kinds, since a line is short; the report shows all axes."""
     axes: dict[str, list[str]] = {}
     for kind in kinds:
         axes.setdefault(axis_of(kind), []).append(kind)
     return min((found for found in axes.values() if len(found) > 1), key=len, default=[])
-
-
-def _red(text: str) -> str:
-    return f"\033[31m{text}\033[0m" if sys.stderr.isatty() else text

@@ -1,6 +1,6 @@
-"""Converts users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations.
+"""Convert users' files into a manifest: ms-swift messages, LLaMA-Factory (sharegpt) and video-SALMONN conversations.
 
-    python data_prep/convert.py my.jsonl [more.json ...] --out data/train.jsonl [--media-root DIR]
+    omnimem convert my.jsonl [more.json ...] --out data/train.jsonl [--media-root DIR]
 
     {"messages": [{"role", "content": "<video>..."}], "videos": [...], "audios": [...]}            ms-swift
     {"conversations": [{"from": "human", "value": "<video>..."}], "videos": [...], "audios": [...]}  LLaMA-Factory

@@ -1,8 +1,8 @@
-"""Renders the recall data, fine-tunes the tiny model, evaluates it with and without tuning, and writes the report.
+"""Render the recall data, fine-tune the tiny model, evaluate it with and without tuning, and write the report.
 
 omnimem demo [--quick] [--out DIR] [--deepspeed]
 
-May be repeated: streams that exist are kept, and a run that was stopped is resumed from its last checkpoint.
+Can be repeated: existing streams are kept, and an interrupted run is resumed from its last checkpoint.
 """
 
 import os
@@ -25,15 +25,15 @@ from omnimem.extras import installed, require
 @final
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Arguments of the commands of a demo, which run in one folder; `name` is that of the run."""
+    """Name of the run and arguments of the commands, which all run in one folder."""
 
     name: str
     data: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # beside those of tiny.yaml
+    settings: tuple[str, ...] = ()  # overrides of tiny.yaml
 
     @property
     def report(self) -> Path:
-        """Below the folder."""
+        """Path of the report below the folder."""
         return Path("runs") / self.name / "compare" / "report.html"
 
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(command: Sequence[str], folder: Path) -> int:
-    """Run a command in a folder; SIGTERM is passed on, and SIGINT, which a terminal sends to both, is left to it."""
+    """Run a command in a folder; forward SIGTERM to it, and ignore SIGINT, which a terminal sends to both processes."""
     with subprocess.Popen(command, cwd=folder) as child:
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -106,7 +106,7 @@ def _run(command: Sequence[str], folder: Path) -> int:
 
 
 def _deepspeed() -> list[str]:
-    """Start a command under `deepspeed`, at a port of its own: at its default two runs on one machine would meet."""
+    """The `deepspeed` launcher at a free port; its default port would allow one run per machine only."""
     require("deepspeed")
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -119,6 +119,6 @@ def _deepspeed() -> list[str]:
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="few short streams and four steps: about two minutes")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="holds data/ and runs/ (here)")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of data/ and runs/ (.)")
     parser.add_argument("--deepspeed", action="store_true", help="train under the launcher of DeepSpeed")
     return parser

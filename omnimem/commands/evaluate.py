@@ -1,6 +1,6 @@
-"""Evaluates the arms of a run: the base with full memory and under its budget, the tuned model, and probes.
+"""Evaluate the arms of a run: the base with full memory and under its budget, the tuned model, and probes.
 
-python train/evaluate.py --config X.yaml [key=value ...] [--arm NAME]... [--adapter DIR] [--shard I/N]
+omnimem evaluate --config X.yaml [key=value ...] [--arm NAME]... [--adapter DIR] [--shard I/N]
 deepspeed train/evaluate.py --config X.yaml ...      # one shard per rank
 
 `evaluate.processes: N` divides the work among N processes of this machine. On several machines without a launcher start
@@ -62,7 +62,7 @@ def _measure(run: RunConfig, folder: RunFolder, measure: Callable[[], object], l
     elif run.memory.budget.needs_signals and not folder.budget.is_file():
         raise EvaluationError(
             f"{folder.budget} is missing, every shard would measure its own; first run "
-            "`python train/calibrate.py --config CONFIG`"
+            "`omnimem calibrate --config CONFIG`"
         )
 
 

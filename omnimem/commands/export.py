@@ -1,9 +1,9 @@
-"""Exports a tuned model, as an adapter or merged into its base, with all that streaming needs beside the weights.
+"""Export a tuned model, as an adapter or merged into its base, with the settings and files that streaming needs.
 
-python train/export.py --run runs/X --format adapter|merged --out DIR [--checkpoint N]
+omnimem export --run runs/X --format adapter|merged --out DIR [--checkpoint N]
 
-What was written is loaded again and must answer a short synthetic stream as the run's own weights do; only then it
-appears under its name.
+The export is loaded again and must give the same logits on a short synthetic stream as the run's own weights; only then
+is it renamed to DIR.
 """
 
 import gc
@@ -27,11 +27,11 @@ from omnimem.config.exported import Exported
 from omnimem.run import RunError, RunFolder, write_text
 from omnimem.tuning import AdapterError, load_adapter
 
-BOUND = 1e-5  # of max(1, largest |logit|): what float32 may differ by
-LOST = 0.5  # of what the adapter does to the logits: what merging into fewer bits may lose
+BOUND = 1e-5  # largest allowed difference in float32, relative to max(1, largest |logit|)
+LOST = 0.5  # largest allowed error of a merge in low precision, relative to the effect of the adapter on the logits
 SHARD = "5GB"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-COMPANIONS = (  # what tokenizers, feature extractors and processors read, and what must travel with the weights
+COMPANIONS = (  # files of tokenizers, feature extractors and processors, and licences
     "*preprocessor_config.json",
     "processor_config.json",
     "chat_template.*",
@@ -50,11 +50,11 @@ COMPANIONS = (  # what tokenizers, feature extractors and processors read, and w
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the export, read it back, compare, and give it its name."""
+    """Write the export, load it again, compare the logits, and rename the folder to --out."""
     given = _parser().parse(arguments)
     require_vacant(given.out)
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # saving a model asks DeepSpeed, which would guess, and say so
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, imported by saving, else prints a warning
     tuned = TunedModel.of(given.run, checkpoint=given.checkpoint, base=given.model, dtype=given.dtype)
     with written_whole(given.out) as folder:
         exported = write(tuned, given.format, folder)
@@ -66,32 +66,34 @@ def main(arguments: Sequence[str]) -> None:
 @final
 @dataclass(frozen=True, kw_only=True)
 class CheckedLogits:
-    """What the probe heard from a model; logits under the exported policy, with full memory, and of the base alone."""
+    """Logits of `ExportCheck` for the weights of the run."""
 
     slots: int
-    kept: Tensor
-    whole: Tensor
-    untuned: Tensor
+    evicting: Tensor  # under the exported policy
+    full: Tensor  # with full memory
+    untuned: Tensor  # of the base model, with full memory
 
 
 def write(tuned: TunedModel, kind: Kind, folder: Path) -> Exported:
-    """Fill `folder` with an export that was read back. Raises AdapterError when that is not the same model."""
-    exported, heard = _saved(tuned, kind, folder)
-    gc.collect()  # the model is in reference cycles, and must go before it is loaded once more
-    exported = replace(exported, verified=_read_back(folder, heard))
+    """Write and verify an export in `folder`. Raises AdapterError if the exported model differs."""
+    exported, expected = _saved(tuned, kind, folder)
+    gc.collect()  # the model is in reference cycles, and must be freed before it is loaded again
+    exported = replace(exported, verified=_verified(folder, expected))
     exported.write(folder)
     return exported
 
 
 def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, CheckedLogits]:
-    """Save weights and all that goes with them; what they should answer."""
+    """Save weights, companion files and omnimem.json; returns the expected logits."""
+    # 1. logits of the run's own weights
     backbone = load_backbone(tuned.run.model)
     base = BaseModel.of(tuned.run.model.path)
     exported = tuned.exported(kind, base)
-    probe = ExportCheck(backbone, exported)
-    untuned = probe.logits(None)
+    check = ExportCheck(backbone, exported)
+    untuned = check.logits(None)
     adapted = load_adapter(backbone.model, tuned.adapter)
-    whole = probe.logits(None)
+    full = check.logits(None)
+    # 2. save
     if kind == "merged":
         adapted.merge_and_unload(safe_merge=True)
         backbone.model.save_pretrained(folder, max_shard_size=SHARD)
@@ -100,48 +102,49 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, Check
             shutil.copyfile(tuned.adapter / name, folder / name)
     _copy_companions(base.folder, folder)
     exported.write(folder)
-    return exported, CheckedLogits(slots=probe.slots, kept=probe.logits(probe.slots), whole=whole, untuned=untuned)
+    evicting = check.logits(check.slots)
+    return exported, CheckedLogits(slots=check.slots, evicting=evicting, full=full, untuned=untuned)
 
 
-def _read_back(folder: Path, heard: CheckedLogits) -> dict[str, float | int]:
-    """What the saved model answers, compared."""
+def _verified(folder: Path, expected: CheckedLogits) -> dict[str, float | int]:
+    """Differences between the logits of the exported model and the expected ones."""
     exported = Exported.read(folder)
     backbone = load_backbone(exported.model)
     if exported.origin.kind == "adapter":
         load_adapter(backbone.model, folder)
-    probe = ExportCheck(backbone, exported)
+    check = ExportCheck(backbone, exported)
     measured = {
-        "tokens": probe.tokens,
-        "slots_per_layer": heard.slots,
-        "difference": difference(heard.whole, probe.logits(None)),
-        "difference_evicting": difference(heard.kept, probe.logits(heard.slots)),
-        "adapter_effect": difference(heard.whole, heard.untuned),
+        "tokens": check.tokens,
+        "slots_per_layer": expected.slots,
+        "difference": difference(expected.full, check.logits(None)),
+        "difference_evicting": difference(expected.evicting, check.logits(expected.slots)),
+        "adapter_effect": difference(expected.full, expected.untuned),
     }
     _require_same(measured, exported)
     return measured
 
 
 def _require_same(measured: dict[str, float | int], exported: Exported) -> None:
-    """Raise AdapterError unless the logits agree, in units of the largest: exactly but for the rounding of a merge.
+    """Raises AdapterError unless the logits agree up to the rounding of a merge.
 
-    Under the policy, merged weights are compared with themselves: rounding may turn a near tie of two scores.
+    `evicting` of merged weights compares them with themselves, since rounding can swap two nearly equal scores.
     """
-    whole, evicting, effect = (measured[name] for name in ("difference", "difference_evicting", "adapter_effect"))
+    full, evicting, effect = (measured[name] for name in ("difference", "difference_evicting", "adapter_effect"))
     rounded = exported.origin.kind == "merged" and exported.model.dtype != "float32"
-    if rounded and whole > LOST * effect:
+    if rounded and full > LOST * effect:
         raise AdapterError(
-            f"merged into {exported.model.dtype}, the adapter is lost: that moves the logits by {whole:.2g}, where the "
-            f"adapter moves them by {effect:.2g}; give --dtype float32, or --format adapter"
+            f"merged into {exported.model.dtype}, the adapter is lost: rounding changes the logits by {full:.2g}, the "
+            f"adapter by {effect:.2g}; give --dtype float32, or --format adapter"
         )
-    if not (evicting <= BOUND and (rounded or whole <= BOUND)):  # so that NaN is a difference
+    if not (evicting <= BOUND and (rounded or full <= BOUND)):  # NaN is refused
         raise AdapterError(
-            f"what was written answers otherwise than the run's weights (by {whole:.2g} with full memory, by "
-            f"{evicting:.2g} under the policy; allowed: {BOUND:g}); nothing is kept; check the disk and try again"
+            f"the export differs from the run's weights (by {full:.2g} with full memory, by {evicting:.2g} under the "
+            f"policy; allowed: {BOUND:g}); it was removed; check the disk and try again"
         )
 
 
 def _copy_companions(base: Path, folder: Path) -> None:
-    """The base's own files beside the weights; they replace what transformers wrote in their place."""
+    """Copy the other files of the base; they replace those that transformers has written."""
     for pattern in COMPANIONS:
         for file in base.glob(pattern):
             copy = folder / file.relative_to(base)
@@ -150,14 +153,14 @@ def _copy_companions(base: Path, folder: Path) -> None:
 
 
 def require_vacant(out: Path) -> None:
-    """Raise RunError when something is there already."""
+    """Raises RunError if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already and is not empty; give another --out, or remove it first")
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, which takes its name when the block ends well and is removed otherwise."""
+    """A temporary folder beside `out`: renamed to `out` at the end of the block, removed after an error."""
     out = out.resolve()
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
@@ -172,8 +175,8 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="runs/X", help="the folder of a run")
     parser.add_argument("--format", choices=("adapter", "merged"), required=True, help="what to write")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="that of step N (the finished run's adapter)")
-    parser.add_argument("--model", metavar="DIR|ID", help="the base, where it lies now (as the run says)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="export a checkpoint (the final adapter)")
+    parser.add_argument("--model", metavar="DIR|ID", help="folder of the base, if it was moved (that of the run)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights (the run's)")
     return parser

@@ -122,7 +122,7 @@ def check_budget(run: RunConfig, start: Start) -> None:
     if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
         raise BudgetError(
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
-            f"train/calibrate.py with this config first, which writes {start.folder.budget}"
+            f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
         )
 
 

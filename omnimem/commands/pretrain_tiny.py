@@ -1,4 +1,6 @@
-"""Trains the tiny Qwen2.5-Omni thinker on audio-visual recall: `python train/pretrain_tiny.py --seed 0 --out DIR`.
+"""Train the tiny Qwen2.5-Omni thinker on audio-visual recall.
+
+omnimem pretrain-tiny --seed 0 --out DIR
 
 Training the towers and the text model together fails (the towers collapse before cross-modal recall is learned), so:
 1. the text model learns recall in embedding space, where a symbol is the sum of two word embeddings;
@@ -52,14 +54,14 @@ from omnimem.tiny.towers import (
 @final
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Steps of one kind; ends early when the accuracy of every kind of question passes `goal`."""
+    """Steps with the same settings; ends early when the accuracy of every kind of question passes `goal`."""
 
     name: str
-    seconds: int
+    seconds: int = 64
     batch: int
     steps: int
-    learning_rate: float
-    final_rate: float
+    learning_rate: float = 2e-3
+    final_rate: float = 2e-3
     goal: float = 2.0  # running accuracy; above 1: never ends early
     cells: int = CELLS  # visual tokens per grid
     style: Style = "key_last"
@@ -70,64 +72,30 @@ class Stage:
     real: bool = False  # features of the towers instead of imagined ones
 
 
-PEAK = 2e-3
 RECALL: tuple[Stage, ...] = (
-    Stage(name="4s", seconds=4, batch=64, steps=80, learning_rate=PEAK, final_rate=PEAK, cells=4, warm_up=100),
-    Stage(name="8s", seconds=8, batch=64, steps=400, learning_rate=PEAK, final_rate=PEAK, cells=4, goal=0.9),
-    Stage(name="16s", seconds=16, batch=32, steps=100, learning_rate=PEAK, final_rate=PEAK, cells=4, goal=0.9),
-    Stage(name="32s", seconds=32, batch=16, steps=60, learning_rate=PEAK, final_rate=PEAK, goal=0.9),
-    Stage(
-        name="64s",
-        seconds=64,
-        batch=16,
-        steps=100,
-        learning_rate=PEAK,
-        final_rate=5e-4,
-        goal=0.98,
-        spoken_share=0.45,
-        name_silent=False,
-    ),
+    Stage(name="4s", seconds=4, batch=64, steps=80, cells=4, warm_up=100),
+    Stage(name="8s", seconds=8, batch=64, steps=400, cells=4, goal=0.9),
+    Stage(name="16s", seconds=16, batch=32, steps=100, cells=4, goal=0.9),
+    Stage(name="32s", seconds=32, batch=16, steps=60, goal=0.9),
+    Stage(name="64s", batch=16, steps=100, final_rate=5e-4, goal=0.98, spoken_share=0.45, name_silent=False),
 )
+_CHAT = Stage(
+    name="chat-64s",
+    batch=16,
+    steps=90,
+    learning_rate=1e-3,
+    final_rate=1e-4,
+    style="chat",
+    spoken_share=0.45,
+    name_silent=False,
+)
+_SHORT = replace(_CHAT, final_rate=1e-3, cells=4, spoken_share=1.0, name_silent=True)
 CHAT: tuple[Stage, ...] = (
-    Stage(
-        name="chat-8s",
-        seconds=8,
-        batch=64,
-        steps=40,
-        learning_rate=1e-3,
-        final_rate=1e-3,
-        warm_up=20,
-        cells=4,
-        style="chat",
-    ),
-    Stage(name="chat-16s", seconds=16, batch=32, steps=32, learning_rate=1e-3, final_rate=1e-3, cells=4, style="chat"),
-    Stage(
-        name="chat-64s",
-        seconds=64,
-        batch=16,
-        steps=90,
-        learning_rate=1e-3,
-        final_rate=1e-4,
-        style="chat",
-        spoken_share=0.45,
-        name_silent=False,
-    ),
+    replace(_SHORT, name="chat-8s", seconds=8, batch=64, steps=40, warm_up=20),
+    replace(_SHORT, name="chat-16s", seconds=16, batch=32, steps=32),
+    _CHAT,
 )
-REAL: tuple[Stage, ...] = (
-    Stage(
-        name="files-64s",
-        seconds=64,
-        batch=8,
-        steps=40,
-        learning_rate=2e-4,
-        final_rate=2e-5,
-        warm_up=10,
-        style="chat",
-        spoken_share=0.45,
-        name_silent=False,
-        real=True,
-    ),
-)
+REAL = replace(_CHAT, name="files-64s", batch=8, steps=40, learning_rate=2e-4, final_rate=2e-5, warm_up=10, real=True)
 
 
 class Log:
@@ -218,12 +186,12 @@ class Outcome:
 
 def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcome:
     """The text model over streams and questions, with the head on the question rows only."""
-    model = trainee.model
-    config = model.config
-    table = embeddings(model)
+    # 1. embed the streams
+    model, config, table = trainee.model, trainee.model.config, embeddings(trainee.model)
     stream = functional.embedding(streams.ids, table)
     stream = stream.masked_scatter((streams.ids == config.video_token_id)[..., None], streams.visual)
     stream = stream.masked_scatter((streams.ids == config.audio_token_id)[..., None], streams.audio)
+    # 2. append the questions, all at the same positions
     batch, tokens = streams.ids.shape
     block = torch.arange(questions.block_tokens).repeat(questions.blocks) + streams.next_position
     positions = torch.cat([streams.positions, block.expand(3, batch, -1)], dim=2)
@@ -234,6 +202,7 @@ def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcom
         use_cache=False,
         output_hidden_states=True,
     ).hidden_states
+    # 3. losses
     logits = model.lm_head(hidden[-1][:, tokens:])
     return Outcome(
         answer=cross_entropy(logits, questions.targets),
@@ -286,6 +255,7 @@ def train_stage(
     """One stage; returns the number of its steps."""
     running: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for step, (streams, questions) in enumerate(batches(trainee, stage)):
+        # 1. take a step
         rate = stage.learning_rate + (stage.final_rate - stage.learning_rate) * step / stage.steps
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (done + step + 1) / max(1, stage.warm_up))
@@ -295,6 +265,7 @@ def train_stage(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        # 2. log the running accuracies
         for kind, right in outcome.correct.items():
             if len(right):
                 running[kind] += 0.15 * (right.float().mean().item() - running[kind])
@@ -320,6 +291,7 @@ def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str
     """Accuracy by kind of question on new streams, straight from the renderer ("direct") and through "mp4" files."""
     layout = stream_layout(trainee.model, trainee.tokenizer, seconds)
     stage = replace(CHAT[-1], name="check", seconds=seconds, batch=8, questions=10**6)
+    # 1. answer
     marks: dict[str, list[dict[str, Tensor]]] = {"direct": [], "mp4": []}
     for start in range(0, streams, stage.batch):
         rng = np.random.default_rng([trainee.seed, *b"check", seconds, start])
@@ -327,6 +299,7 @@ def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str
         for way, clips in (("direct", render_clips(worlds)), ("mp4", decode_clips(worlds))):
             batch = make_batch(trainee, stage, layout, worlds, perceive(trainee, clips), rng)
             marks[way].append(run_pass(trainee, *batch).correct)
+    # 2. average and log
     found: dict[str, dict[str, float]] = {}
     for way, parts in marks.items():
         right = {kind: torch.cat([part[kind] for part in parts]).float() for kind in KINDS}
@@ -349,7 +322,7 @@ def create(seed: int, out: Path) -> Trainee:
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe; write the checkpoint with its log and its card."""
     given = _parser().parse(arguments)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread is slower
     trainee = create(given.seed, given.out)
     # 1. and 2. recall in embedding space, without and with the chat template
     train_recall(trainee, RECALL)
@@ -358,7 +331,7 @@ def main(arguments: Sequence[str]) -> None:
     train_towers(trainee)
     check(trainee, seconds=64, streams=32)
     # 4. recall from the towers' outputs
-    train_recall(trainee, REAL)
+    train_recall(trainee, (REAL,))
     # 5. save and report
     save_folder(trainee.model, trainee.tokenizer, given.out)
     accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}

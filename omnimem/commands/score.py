@@ -1,6 +1,6 @@
-"""Judges predictions of lmms-eval or VLMEvalKit by our rules, and writes an eval folder that can be compared.
+"""Judge predictions of lmms-eval or VLMEvalKit by our rules, and write an eval folder that can be compared.
 
-python train/score.py FILE --benchmark NAME --root DIR [--set rules=lmms_eval] --out DIR [--arm NAME]
+omnimem score FILE --benchmark NAME --root DIR [--set rules=lmms_eval] --out DIR [--arm NAME]
 """
 
 import hashlib

@@ -1,23 +1,23 @@
-"""Shows what each layer still holds of one stream as it goes on, under two policies side by side, on one HTML page.
+"""Write an HTML page of the tokens that each layer holds during a stream, for two policies side by side.
 
-python train/show_memory.py --config tiny.yaml --video FILE --policies distinct snapkv --out memory.html
-python train/show_memory.py --config tiny.yaml --manifest data/recall/test.jsonl [--id ID] --policies ... --out ...
+omnimem show-memory --config tiny.yaml --video FILE --policies distinct snapkv --out memory.html
+omnimem show-memory --config tiny.yaml --manifest data/recall/test.jsonl [--id ID] --policies ... --out ...
 
-A policy is a name, with its own defaults, or settings such as '{name: lava, preset: shared_split}'; the config's own
-name stands for the config's own settings. KEY=VALUE counts for both sides, --left and --right for one of them: memory.*
-and stream.positions may differ. --adapter tunes both sides, or with --tuned right (or left) that side alone. A manifest
-also says when the answers to its questions were shown. Budgets are those of the run folder, else they are measured.
+A policy is a name (with its defaults; with the settings of the config if it is that of the config) or settings such as
+'{name: lava, preset: shared_split}'. KEY=VALUE applies to both sides, --left and --right to one of them: memory.* and
+stream.positions may differ. --adapter applies to both sides, or to the one of --tuned left|right. A manifest also gives
+the times of the answers to its questions. Budgets are read from the run folder, else measured.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
+from omnimem.cli.arms import adapter_as
 from omnimem.cli.build import budget_settings, measured_budget, policies_of, training_samples
 from omnimem.cli.parser import Parser
 from omnimem.comparison.formatting import size
@@ -28,13 +28,14 @@ from omnimem.run import RunFolder, write_text
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import train_section
-from omnimem.tuning import StreamedModel, load_adapter
+from omnimem.tuning import load_adapter
 
 SIDES = ("left", "right")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Stream the sample under both policies, write the page, print what is held at the end."""
+    """Stream the sample under both policies, write the page, print the entries at the end."""
+    # 1. settings, sample, budgets
     given = _parser().parse(arguments)
     runs = runs_of(given)
     sample = sample_of(given, allow_absolute=runs[0].data.allow_absolute_paths)
@@ -44,18 +45,20 @@ def main(arguments: Sequence[str]) -> None:
     with attach(backbone.text_model) as attached:
         budgets = budgets_of(runs, attached, feeders[0])
     adapted = None if given.adapter is None else load_adapter(backbone.model, given.adapter)
+    # 2. stream under each policy
     sides: list[Side] = []
     for name, run, feeder, budget in zip(SIDES, runs, feeders, budgets, strict=True):
         policy = policies_of(run, budget)(run.memory.slots_per_layer)
         tuned = adapted is not None and given.tuned in (None, name)
-        with _adapter_as(adapted, tuned), attach(backbone.text_model) as attached:
+        with adapter_as(adapted, tuned), attach(backbone.text_model) as attached:
             holding = follow(feeder, attached, policy, reading.opened)
         facts = facts_of(run, sample, given.adapter if tuned else None)
         sides.append(Side(label=name, facts=facts, holding=holding, budget=policy.budget))
+    # 3. write the page
     left, right = labelled(sides)
     write_text(given.out, render(reading, (left, right)))
     for side in (left, right):
-        print(said(side, reading))
+        print(summary(side, reading))
     print(f"wrote {given.out} ({size(given.out.stat().st_size)})")
 
 
@@ -65,15 +68,17 @@ def main(arguments: Sequence[str]) -> None:
 def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
     """The settings of both sides.
 
-    Raises ConfigError when they are the same, or differ in what both sides must share, when --out is no file, and when
-    an argument says something of another one that is not given.
+    Raises ConfigError if they are the same or differ in settings that must be shared, if --out is a folder, and if
+    --tuned or --id lacks the argument that it refers to.
     """
+    # 1. arguments
     if given.tuned is not None and given.adapter is None:
-        raise ConfigError([f"--tuned {given.tuned}: nothing tunes that side; give --adapter DIR, or leave --tuned out"])
+        raise ConfigError([f"--tuned {given.tuned}: there is no adapter; give --adapter DIR, or remove --tuned"])
     if given.id is not None and given.manifest is None:
-        raise ConfigError([f"--id {given.id}: names a stream of a manifest; give --manifest FILE in place of --video"])
+        raise ConfigError([f"--id {given.id}: is the id of a stream in a manifest; replace --video by --manifest FILE"])
     if given.out.is_dir():
         raise ConfigError([f"--out: {given.out} is a folder; name a file in it, such as {given.out / 'memory.html'}"])
+    # 2. settings of each side
     section = train_section()
     own = load(given.config, given.overrides, train=section)
     policies = given.policies or (None, None)
@@ -81,9 +86,10 @@ def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
         load(given.config, [*given.overrides, *_policy(policy, own), *settings], train=section)
         for policy, settings in zip(policies, (given.left, given.right), strict=True)
     )
+    # 3. differences
     shared = replace(right.stream, positions=left.stream.positions)
     if left != replace(right, memory=left.memory, stream=shared):
-        raise ConfigError(["--left and --right: only memory.* and stream.positions may differ; give the rest for both"])
+        raise ConfigError(["--left and --right: only memory.* and stream.positions may differ; set others for both"])
     if left == right and (given.adapter is None or given.tuned is None):
         raise ConfigError(
             ["both sides are the same; give two policies, --left or --right KEY=VALUE, or --adapter with --tuned right"]
@@ -92,14 +98,14 @@ def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
 
 
 def _policy(policy: str | None, own: RunConfig) -> list[str]:
-    """The override that a policy on the command line stands for."""
+    """The override for a policy of the command line."""
     if policy is None or policy == own.memory.policy.name:
         return []
     return [f"memory.policy={policy}" if policy.startswith("{") else f"memory.policy={{name: {policy}}}"]
 
 
 def sample_of(given: Namespace, *, allow_absolute: bool) -> Sample:
-    """The file, or one stream of the manifest. Raises ManifestError when it has no such stream."""
+    """The file, or one stream of the manifest. Raises ManifestError if there is no such stream."""
     if given.video is not None:
         return Sample(id=given.video.name, video=given.video, audio=None, messages=())
     samples = read_manifest(given.manifest, allow_absolute=allow_absolute)
@@ -110,16 +116,16 @@ def sample_of(given: Namespace, *, allow_absolute: bool) -> Sample:
 
 
 def budgets_of(runs: Sequence[RunConfig], attached: StreamedAttention, feeder: Feeder) -> list[Budget]:
-    """The budget of each side; the same one where both ask for the same."""
+    """The budget of each side, measured only once if their settings are the same."""
     left = budget_of(runs[0], attached, feeder)
-    alike = budget_settings(runs[0]) == budget_settings(runs[1])
-    return [left, left if alike else budget_of(runs[1], attached, feeder)]
+    same = budget_settings(runs[0]) == budget_settings(runs[1])
+    return [left, left if same else budget_of(runs[1], attached, feeder)]
 
 
 def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> Budget:
-    """The budget in the run folder where it was made for these settings, else one measured or built; nothing is kept.
+    """The budget of the run folder if it was made for these settings, else a measured or built one; it is not saved.
 
-    Raises what measuring raises where there are no training streams.
+    Raises BudgetError or ManifestError if it must be measured and there are no training streams.
     """
     file = RunFolder(path=Path("runs") / run.name).budget
     if file.is_file():
@@ -131,15 +137,11 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> Bu
     return run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
 
 
-def _adapter_as(adapted: StreamedModel | None, tuned: bool) -> AbstractContextManager[Any]:
-    return nullcontext() if adapted is None or tuned else adapted.disable_adapter()
-
-
-# --- words
+# --- text
 
 
 def facts_of(run: RunConfig, sample: Sample, adapter: Path | None) -> dict[str, str]:
-    """What a side was."""
+    """The settings of a side, as the page shows them."""
     stream, memory = run.stream, run.memory
     return {
         "policy": _settings(memory.policy),
@@ -148,45 +150,46 @@ def facts_of(run: RunConfig, sample: Sample, adapter: Path | None) -> dict[str, 
         "positions": stream.positions,
         "adapter": "none" if adapter is None else str(adapter),
         "model": run.model.path,
-        "stream": f"frames a second {stream.fps:g}, tokens a chunk {stream.chunk_tokens:,}, tracks {stream.tracks}",
+        "stream": f"frames per second {stream.fps:g}, tokens per chunk {stream.chunk_tokens:,}, tracks {stream.tracks}",
         "file": str(sample.video or sample.audio),
     }
 
 
 def _settings(options: Any) -> str:
-    """The name, and what is set beside it."""
+    """The name and the other settings."""
     given = {key: value for key, value in asdict(options).items() if value is not None and key != "name"}
     return ", ".join([options.name, *(f"{key} {str(value).lower()}" for key, value in given.items())])
 
 
 def labelled(sides: Sequence[Side]) -> list[Side]:
-    """The sides under the name of their policy, and under what else tells them apart."""
-    differing = [key for key in sides[0].facts if sides[0].facts[key] != sides[1].facts[key]]
+    """The sides, labelled by the policy and by the other settings in which they differ."""
     names = [side.facts["policy"].partition(",")[0] for side in sides]
-    keys = [key for key in differing if key != "policy"] if names[0] != names[1] else differing
-    return [replace(side, label=_label(name, side, keys)) for name, side in zip(names, sides, strict=True)]
+    whole = names[0] == names[1] and sides[0].facts["policy"] != sides[1].facts["policy"]
+    differing = [key for key in sides[0].facts if sides[0].facts[key] != sides[1].facts[key] and key != "policy"]
+    labels = [
+        ", ".join([side.facts["policy"] if whole else name, *(_labels(side.facts)[key] for key in differing)])
+        for name, side in zip(names, sides, strict=True)
+    ]
+    return [replace(side, label=label) for label, side in zip(labels, sides, strict=True)]
 
 
-def _label(name: str, side: Side, keys: Sequence[str]) -> str:
-    said = {
-        "policy": side.facts["policy"],
-        "slots per layer": f"{side.facts['slots per layer']} slots",
-        "adapter": "untouched" if side.facts["adapter"] == "none" else "tuned",
-        "positions": f"{side.facts['positions']} positions",
-        "budget": f"budget {side.facts['budget']}",
+def _labels(facts: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "slots per layer": f"{facts['slots per layer']} slots",
+        "adapter": "untouched" if facts["adapter"] == "none" else "tuned",
+        "positions": f"{facts['positions']} positions",
+        "budget": f"budget {facts['budget']}",
     }
-    parts = [said[key] for key in keys]
-    return ", ".join(parts if "policy" in keys else [name, *parts])
 
 
-def said(side: Side, reading: StreamSnapshot) -> str:
-    """What a side holds when the stream is over."""
+def summary(side: Side, reading: StreamSnapshot) -> str:
+    """The entries of a side at the end of the stream."""
     holding: Holding = side.holding
     entries = sum(count for layer in holding.counts[-1] for kind, count in layer.items() if kind)
     layers, _, tokens = holding.last.shape
     return (
-        f"{side.label}: {entries / layers:,.4g} entries a layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
-        f"that came in {len(holding.ends)} chunks"
+        f"{side.label}: {entries / layers:,.4g} entries per layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
+        f"in {len(holding.ends)} chunks"
     )
 
 
@@ -198,14 +201,13 @@ def _parser() -> Parser:
     parser.add_config()
     stream = parser.add_mutually_exclusive_group(required=True)
     stream.add_argument("--video", type=Path, metavar="FILE", help="a file")
-    stream.add_argument("--manifest", type=Path, metavar="FILE", help="a manifest that names it, and what is asked")
-    parser.add_argument("--id", help="of the stream in the manifest (the first)")
+    stream.add_argument("--manifest", type=Path, metavar="FILE", help="a manifest with the file and its questions")
+    parser.add_argument("--id", help="id of a stream in the manifest (the first)")
     parser.add_argument("--policies", nargs=2, metavar="POLICY", help="left and right: names, or {name: ..., ...}")
     for side in SIDES:
-        parser.add_argument(
-            f"--{side}", action="append", default=[], metavar="KEY=VALUE", help=f"of the {side} side alone"
-        )
+        what = f"setting of the {side} side alone"
+        parser.add_argument(f"--{side}", action="append", default=[], metavar="KEY=VALUE", help=what)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="a tuned adapter")
-    parser.add_argument("--tuned", choices=SIDES, help="the side that the adapter tunes (both)")
+    parser.add_argument("--tuned", choices=SIDES, help="the side with the adapter (both)")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page")
     return parser

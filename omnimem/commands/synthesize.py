@@ -1,6 +1,6 @@
-"""Writes the audio-visual recall task: seeded streams as mp4 files, and one manifest per split.
+"""Render the audio-visual recall task: seeded streams as mp4 files, and one manifest per split.
 
-    python data_prep/synthesize.py --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 1
+    omnimem synthesize --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 1
 
 Can be repeated: existing files are kept, missing ones are rendered. A folder belongs to one recipe (recipe.json);
 another recipe is refused. The recipe does not include the number of streams: stream i of a split is always the same.

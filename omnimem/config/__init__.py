@@ -1,4 +1,4 @@
-"""The strict schema of a run: composes the options that stand beside each part; read from YAML and key=value."""
+"""The strict schema of a run, composed of the options of each part; read from YAML and `key=value` overrides."""
 
 import json
 import re
@@ -18,7 +18,6 @@ from omnimem.config.source import ConfigError, Key, Problem, dotted, override, r
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import DistinctOptions, PolicyOptions
-from omnimem.policies.capabilities import keeps_per_head, merges
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
@@ -29,7 +28,7 @@ __all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find
 @final
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """What is kept, and how much of it: the one dial is `slots_per_layer`."""
+    """The policy and the size of the memory; `slots_per_layer` is the main setting."""
 
     policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=DistinctOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
@@ -40,7 +39,7 @@ class MemoryOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     name: str  # of the run folder: runs/<name>
     model: ModelOptions
@@ -56,7 +55,7 @@ class RunConfig:
 def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | None = None) -> RunConfig:
     """The run that a YAML file (a path, or a name in configs/) and `a.b=value` overrides describe.
 
-    `train` is a strict dataclass that the section `train` must fit. ConfigError lists everything that is wrong.
+    `train` is a strict dataclass, the schema of the section `train`. Raises ConfigError with all problems.
     """
     path = _config_file(str(config))
     source = override(read(path), overrides)
@@ -79,15 +78,15 @@ def dump(run: RunConfig) -> str:
 
 
 def refuse_changes(run: RunConfig, earlier: Path) -> None:
-    """Raises ConfigError when a run that is resumed would not be the one whose settings lie in the file `earlier`.
+    """Raises ConfigError if the settings of a resumed run differ from those in the file `earlier`.
 
     `train` and `evaluate` may change: more steps, another benchmark.
     """
     before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (load(earlier), run))
     keys = [key for key in dict.fromkeys([*before, *now]) if key[0] not in ("train", "evaluate")]
     problems = [
-        f"{earlier} {dotted(key)}: {before.get(key)!r} there, {now.get(key)!r} now; resume with the former, "
-        "or start anew with name=... or --overwrite"
+        f"{earlier} {dotted(key)}: {before.get(key)!r} there, {now.get(key)!r} now; resume with the old value, "
+        "or start a new run with name=... or --overwrite"
         for key in keys
         if before.get(key) != now.get(key)
     ]
@@ -96,20 +95,20 @@ def refuse_changes(run: RunConfig, earlier: Path) -> None:
 
 
 def _flat(values: Any, at: Key = ()) -> dict[Key, Any]:
-    """Each setting by its key."""
+    """Nested settings by their keys."""
     if not isinstance(values, dict):
         return {at: values}
     return {key: value for name in values for key, value in _flat(values[name], (*at, name)).items()}
 
 
 def find(name: str, beside: Path) -> Path | None:
-    """A file or folder by name: from the current folder, beside the config that names it, or in configs/."""
+    """A file or folder by name: in the current folder, beside the config, or in configs/."""
     candidates = (Path(name), beside / name, CONFIGS / name)
     return next((path for path in candidates if path.exists()), None)
 
 
 def _config_file(name: str) -> Path:
-    """The YAML file of a config; the suffix may be left out."""
+    """The YAML file of a config; the suffix is optional."""
     for candidate in (name, f"{name}.yaml"):
         for path in (Path(candidate), CONFIGS / candidate):
             if path.is_file():
@@ -119,7 +118,8 @@ def _config_file(name: str) -> Path:
 
 
 def _conflicts(run: RunConfig) -> Iterator[Problem]:
-    """What each part accepts by itself, but not together."""
+    """Settings that are valid by themselves but not together."""
+    # 1. name and budgets
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run.name):
         yield ("name",), f"{run.name!r} cannot name a folder; use letters, digits, `.`, `_` and `-`"
     least = 1 if isinstance(run.memory.budget, SharedBudget) else 2
@@ -129,23 +129,25 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     for key, slots in _drawn_budgets(run.tuning.budgets):
         if slots < least:
             yield ("tuning", "budgets", key), f"{slots} is too small; each layer needs {need}"
+    # 2. policy and gradient mode
     policy, mode = run.memory.policy.build(None), run.tuning.gradient
-    if mode == "states" and (keeps_per_head(policy) or merges(policy)):
-        what = "keeps other tokens in every head" if keeps_per_head(policy) else "merges tokens"
+    if mode == "states" and (policy.traits.per_head or policy.traits.merges):
+        what = "keeps other tokens in every head" if policy.traits.per_head else "merges tokens"
         yield (
             ("tuning", "gradient"),
             f"states recomputes keys from the input of each token, and policy {policy.name} {what}; set it to full",
         )
     if mode == "paper" and not policy.supports("paper"):
-        what = "carries tokens that one score chose for all heads"
-        yield ("tuning", "gradient"), f"paper {what}, which policy {policy.name} does not; set it to full"
+        what = f"requires one score for all heads, which policy {policy.name} does not have"
+        yield ("tuning", "gradient"), f"paper {what}; set it to full"
     if mode == "released" and not policy.supports("released"):
         yield ("tuning", "gradient"), f"released selects by similarity, not by policy {policy.name}; set it to full"
+    # 3. gradient of the selection
     selection = run.tuning.selection
     learns = selection.gradient == "both" and selection.softening != "hard"
     if learns and not policy.supports("learned_importance"):
-        what = f"policy {policy.name}, whose score measures no attention"
-        yield ("tuning", "selection", "gradient"), f"both means nothing with {what}; set it to redundancy"
+        what = f"both requires a score that uses attention, unlike that of policy {policy.name}"
+        yield ("tuning", "selection", "gradient"), f"{what}; set it to redundancy"
 
 
 def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str | int, int]]:
@@ -156,18 +158,20 @@ def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str
 
 
 def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
-    """The run with the files it names looked up (`find`), and those that are nowhere."""
+    """The run with the paths of its files (`find`), and the missing files."""
+    # 1. model and budget table
     missing: list[Problem] = []
-    model = find(run.model.path, beside)  # nowhere: a hub id
+    model = find(run.model.path, beside)  # None: a hub id
     run = replace(run, model=replace(run.model, path=str(model or run.model.path)))
     budget = run.memory.budget
     if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
         table = find(budget.table, beside)
         if table is None:
             key: Key = ("memory", "budget", "table")
-            missing.append((key, f"no file {budget.table}; make it with train/calibrate.py, or set it to calibrate"))
+            missing.append((key, f"no file {budget.table}; make it with `omnimem calibrate`, or set it to calibrate"))
         else:
             run = replace(run, memory=replace(run.memory, budget=replace(budget, table=str(table))))
+    # 2. DeepSpeed settings
     deepspeed = run.train.get("deepspeed")
     if isinstance(deepspeed, str):
         found = find(deepspeed, beside)
@@ -175,7 +179,7 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
             known = sorted(f"deepspeed/{path.name}" for path in CONFIGS.glob("deepspeed/*.json"))
             missing.append((("train", "deepspeed"), f"no file {deepspeed}; {nearest(deepspeed, known)}"))
         elif not _is_json_object(found):
-            missing.append((("train", "deepspeed"), f"{found} holds no JSON object; see {CONFIGS / 'deepspeed'}"))
+            missing.append((("train", "deepspeed"), f"{found} is not a JSON object; see {CONFIGS / 'deepspeed'}"))
         else:
             run = replace(run, train={**run.train, "deepspeed": str(found)})
     return run, missing

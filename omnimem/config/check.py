@@ -1,4 +1,4 @@
-"""Settings against a schema of dataclasses: the object they describe, or a line for everything that is wrong."""
+"""Validation of settings against a schema of dataclasses: the object, or one line per problem."""
 
 import json
 import re
@@ -32,17 +32,17 @@ FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
 
 
 Schema = TypeVar("Schema")
-Sections = Mapping[Key, Sequence[str]]  # the keys that each section takes
+Sections = Mapping[Key, Sequence[str]]  # the valid keys of each section
 
-strict = with_config(extra="forbid", strict=True)  # unknown keys are refused; types are JSON's: "8192" is no number
+strict = with_config(extra="forbid", strict=True)  # unknown keys are refused; "8192" is not a number
 
 
 def validated(
     schema: type[Schema], data: Any, *, at: Key = (), others: Sections | None = None
 ) -> tuple[Schema | None, list[Problem]]:
-    """`data` as `schema`, a dataclass marked `strict`, or None and everything that is wrong with it.
+    """`data` as `schema`, a dataclass marked `strict`, or None and all problems.
 
-    `at` is where the data stands; `others` are sections that a misplaced key may belong to.
+    `at` is the key of the data; `others` are sections that a misplaced key may belong to.
     """
     try:
         return TypeAdapter(schema).validate_json(json.dumps(data, default=str)), []
@@ -56,34 +56,34 @@ def validated(
 
 
 def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection[Key]) -> bool:
-    """Whether the errors only say that `key` is no list (or no section), where it is a section (or list) with errors
-    inside: of two forms that a setting may have, the user chose the other one.
-    """
+    """Whether the errors only reject the form of a value (list or section) that has errors of its own inside."""
     inside = any(len(other) > len(key) and other[: len(key)] == key for other in all_keys)
     return inside and all(details["type"] in FORMS for details in found)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`did you mean 'x'?`, or what is known when nothing is near."""
+    """`did you mean 'x'?`, or all known words if no one is similar."""
     near = _near(name, known)
     return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
 
 
 def _near(name: str, known: Sequence[str]) -> str | None:
-    """The known word that is spelt like `name`, or contains it."""
-    spelt = get_close_matches(name, known, n=1, cutoff=0.6)
+    """The known word that is spelled like `name`, or contains it."""
+    similar = get_close_matches(name, known, n=1, cutoff=0.6)
     containing = [word for word in known if len(name) > 2 and name in word]
-    return next(iter([*spelt, *containing]), None)
+    return next(iter([*similar, *containing]), None)
 
 
 def sections(schema: Any, data: Any, at: Key = ()) -> dict[Key, tuple[str, ...]]:
-    """The keys that each section takes; of sections chosen by `name`, those of the one that `data` chose."""
+    """The valid keys of each section; of sections chosen by `name`, those of the one that `data` chose."""
+    # 1. a list: the sections of its items
     kinds = [kind for kind in alternatives(schema) if is_dataclass(kind)]
     if isinstance(data, list):
         items = [sections(schema, item, (*at, index)) for index, item in enumerate(data)]
         return {key: known for item in items for key, known in item.items()}
     if not kinds:
         return {}
+    # 2. a section and the sections in it
     chosen = data if isinstance(data, dict) else {}
     kind = next((kind for kind in kinds if chosen.get("name") in choices_of(kind)), kinds[0])
     hints = get_type_hints(kind, include_extras=True)
@@ -94,7 +94,7 @@ def sections(schema: Any, data: Any, at: Key = ()) -> dict[Key, tuple[str, ...]]
 
 
 def names(kind: Any) -> tuple[str, ...]:
-    """The keys of a section; those that exist only to be refused are no suggestion."""
+    """The keys of a section, without those that exist only to be refused with a message."""
     return tuple(field.name for field in fields(kind) if field.init and "refused" not in field.metadata)
 
 
@@ -105,7 +105,7 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
 
 
 def alternatives(hint: Any) -> list[Any]:
-    """The types that a hint stands for: members of a union, items of a list."""
+    """The types of a hint: members of a union, items of a list."""
     origin = get_origin(hint)
     if origin is Annotated:
         return alternatives(get_args(hint)[0])
@@ -116,18 +116,20 @@ def alternatives(hint: Any) -> list[Any]:
 
 def _key(details: ErrorDetails, data: Any) -> Key:
     """The user's key for an error: pydantic's location without the names of union branches."""
+    # 1. the parts that the data has
     key: list[str | int] = []
     for part in details["loc"]:
         inner: Any = dict(enumerate(data)) if isinstance(data, list) else data
         if isinstance(inner, dict) and part in inner:
             data = inner[part]
             key.append(part)
+    # 2. the last part
     match details["type"]:
         case "missing":
             key.append(details["loc"][-1])
         case "union_tag_invalid" | "union_tag_not_found":
             key.append("name")
-        case "value_error":  # of a whole section: the first of its keys that the message names
+        case "value_error":  # of a section: the first of its keys in the message
             words = re.findall(r"\w+", details["msg"])
             key += [word for word in words if isinstance(data, dict) and word in data][:1]
     return tuple(key)

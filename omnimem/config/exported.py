@@ -1,9 +1,8 @@
-"""omnimem.json: what a folder of weights says of itself, so that it is streamed with the same memory elsewhere."""
+"""omnimem.json: the settings that stream a folder of weights with the same memory elsewhere."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -19,7 +18,7 @@ from omnimem.run import write_text
 from omnimem.streaming.options import StreamOptions
 
 FILE = "omnimem.json"
-HERE = "."  # model.path of weights that lie beside the file
+HERE = "."  # model.path of weights in the folder of the file
 
 Policies = Callable[[int | None], Policy]
 
@@ -27,14 +26,14 @@ Policies = Callable[[int | None], Policy]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Which weights these are."""
+    """Origin of the weights."""
 
     kind: Literal["adapter", "merged"]
     base: str  # a local folder or a hub id
     base_revision: str | None  # commit of the hub
     base_sha256: str  # of its safetensors files (`omnimem.run.sha256`)
     adapter_sha256: str
-    step: int  # optimizer steps that were taken
+    step: int  # optimizer steps
     run: dict[str, Any]  # run.json
 
 
@@ -42,7 +41,7 @@ class Origin:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A tuned model as it left its run: how it reads a stream, what it remembers, and where it came from."""
+    """A tuned model: model, stream and memory options, budget, and origin of the weights."""
 
     format: Literal["omnimem export 1"] = "omnimem export 1"
     model: ModelOptions
@@ -51,26 +50,26 @@ class Exported:
     budget: Annotated[Budget, PlainValidator(Budget.of), PlainSerializer(Budget.json)]
     max_new_tokens: int
     origin: Origin
-    verified: dict[str, float | int] = field(default_factory=dict)  # what was measured when it was written
+    verified: dict[str, float | int] = field(default_factory=dict)  # differences measured by the export
 
     @property
     def policies(self) -> Policies:
-        """The policy at a number of slots per layer; None: full memory."""
+        """Policy by number of slots per layer; None: full memory."""
         return policies_of(self.memory, self.budget)
 
     @property
     def policy(self) -> Policy:
-        """The policy at the slots that the model was tuned for."""
+        """The policy at the tuned number of slots."""
         return self.policies(self.memory.slots_per_layer)
 
     @classmethod
     def read(cls, folder: Path | str) -> "Exported":
-        """What the omnimem.json of a folder says; ConfigError when it is missing or wrong."""
+        """The omnimem.json of a folder; raises ConfigError if it is missing or wrong."""
         path = Path(folder) / FILE
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError([f"{path}: cannot be read ({error}); make it with train/export.py"]) from error
+            raise ConfigError([f"{path}: cannot be read ({error}); make it with `omnimem export`"]) from error
         exported, problems = validated(cls, table)
         if exported is None:
             raise ConfigError([f"{path} {dotted(key)}: {what}" for key, what in problems])
@@ -86,20 +85,20 @@ class Exported:
 def policies_of(memory: MemoryOptions, budget: Budget) -> Policies:
     """The policy of `memory` at any number of slots per layer; None: full memory.
 
-    The slots of `budget` are used as they stand; another size is apportioned from the same signals or shares.
+    `budget` is used for its own number of slots; other numbers are allocated from the same signals or shares.
     """
-    return partial(_policy, memory, budget)
+
+    def policy(slots: int | None) -> Policy:
+        return memory.policy.build(None if slots is None else _resized(memory, budget, slots))
+
+    return policy
 
 
-def _policy(memory: MemoryOptions, budget: Budget, slots: int | None) -> Policy:
-    if slots is None:
-        return memory.policy.build(None)
-    return memory.policy.build(budget if slots == memory.slots_per_layer else resized(memory, budget, slots))
-
-
-def resized(memory: MemoryOptions, budget: Budget, slots: int) -> Budget:
+def _resized(memory: MemoryOptions, budget: Budget, slots: int) -> Budget:
     """The same allocation at another number of slots per layer; no file is read."""
     wanted = memory.budget
+    if slots == memory.slots_per_layer:
+        return budget
     if not isinstance(wanted, AudioVisualBudget):
         return wanted.build(budget.layers, slots)
     if budget.signals is None and budget.shares is not None:

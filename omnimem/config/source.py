@@ -1,4 +1,4 @@
-"""Where a setting comes from: YAML read with line numbers, and `key=value` overrides."""
+"""Sources of settings: YAML, read with line numbers, and `key=value` overrides."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,20 +12,20 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 
 from omnimem.errors import ProblemList
 
-Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); whole numbers count the items of a list
-Problem = tuple[Key, str]  # what is wrong with a key, and the cure
+Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); a number is an index into a list
+Problem = tuple[Key, str]  # a key, and its message with the cure
 
 COMMAND_LINE = "command line"
 
 
 class ConfigError(ProblemList):
-    """The user's settings are wrong; `problems` holds one line each: `file:line key: what; how to repair`."""
+    """The user's settings are wrong; one line per problem: `file:line key: what; how to repair`."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Settings as plain values, and the place where each of them was written."""
+    """Settings as plain values, and the file and line of each of them."""
 
     file: str
     data: dict[str, Any]
@@ -36,7 +36,7 @@ class Source:
         return self.places.get(self._placed(key), self.file)
 
     def _placed(self, key: Key) -> Key:
-        """The key, a key inside it, or the innermost section around it: whichever was written somewhere."""
+        """The key, a key inside it, or the innermost section around it: the first that has a place."""
         inner = (placed for placed in self.places if placed[: len(key)] == key)
         outer = (key[:length] for length in range(len(key) - 1, 0, -1) if key[:length] in self.places)
         return next(inner, next(outer, ()))
@@ -49,7 +49,7 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """Settings of a YAML file; ConfigError when it cannot be read, is no mapping, or names a key twice."""
+    """Settings of a YAML file; raises ConfigError if it cannot be read, is not a mapping, or has a key twice."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,7 +64,7 @@ def read(path: Path) -> Source:
 
 
 def override(source: Source, overrides: Sequence[str]) -> Source:
-    """The source with each `a.b=value` put in place, later ones last; a value is a YAML scalar, flow list or map."""
+    """The source with each `a.b=value` applied in order; a value is a YAML scalar, flow list or map."""
     data, places = deepcopy(source.data), dict(source.places)
     problems: list[str] = []
     for text in overrides:
@@ -109,14 +109,14 @@ for _tag, _pattern, _first in (
 @final
 @dataclass
 class _Reader:
-    """Turns YAML text into plain values; remembers where each stood and what was wrong."""
+    """Converts YAML text into plain values; records the place of each value, and problems."""
 
     place: Callable[[int], str]  # of a line, counted from 1
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def read(self, text: str, key: Key) -> Any:
-        """The value in `text`, which belongs to `key`; None beside a problem when it is no YAML."""
+        """The value in `text`, which belongs to `key`; None and a problem if it is not valid YAML."""
         try:
             loader = _Loader(text)
             node = loader.get_single_node()
@@ -126,7 +126,7 @@ class _Reader:
             mark = error.problem_mark if marked else None
             what = error.problem if marked else " ".join(str(error).split())
             place = self.place(mark.line + 1 if mark else 1)
-            self.problems.append(f"{place} {dotted(key)}".rstrip() + f": not valid YAML ({what}); mend or quote it")
+            self.problems.append(f"{place} {dotted(key)}".rstrip() + f": not valid YAML ({what}); fix or quote it")
         return None
 
     def _value(self, loader: _Loader, node: Node, key: Key) -> Any:
@@ -143,7 +143,7 @@ class _Reader:
             inner = (*key, name)
             if name in values:
                 place = self.place(name_node.start_mark.line + 1)
-                self.problems.append(f"{place} {dotted(inner)}: given before at {self.places[inner]}; keep one of them")
+                self.problems.append(f"{place} {dotted(inner)}: already given at {self.places[inner]}; keep one")
             values[name] = self._placed(loader, name_node, value_node, inner)
         return values
 
@@ -153,7 +153,7 @@ class _Reader:
 
 
 def _put(data: Any, key: Key, value: Any) -> list[str]:
-    """Sets `key` inside `data`, making sections where there are none; the problem when something is in the way."""
+    """Set `key` in `data`, creating missing sections; returns the problem if a value on the way is not a section."""
     for depth, part in enumerate(key):
         way = dotted(key[:depth])
         if isinstance(data, list) and not (isinstance(part, int) and part < len(data)):

@@ -114,7 +114,7 @@ def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsy
     ask.main(["--model", str(base), "--video", str(video), QUESTION])
     out, err = capsys.readouterr()
     assert "kept in each layer: 16 audio + 128 visual" in out
-    assert f"no omnimem.json in {base}: everything is kept; --slots N keeps N tokens a layer" in err
+    assert f"no omnimem.json in {base}: everything is kept; --slots N keeps N tokens per layer" in err
 
 
 def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, capsys) -> None:
@@ -205,8 +205,8 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
     ("arguments", "what"),
     [
         (["--model", "m", "--video", "v.mp4"], "the following arguments are required: QUESTION"),
-        (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is no time in seconds"),
-        (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is no whole number above 0"),
+        (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is not a time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is not a whole number above 0"),
         (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
     ],
 )

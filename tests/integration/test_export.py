@@ -260,7 +260,7 @@ def spoilt(name: str) -> Callable[..., Any]:
 )
 def test_an_export_that_answers_otherwise_does_not_appear(done, tmp_path, monkeypatch, kind, weight) -> None:
     monkeypatch.setattr(export, "_copy_companions", spoilt(weight))
-    with pytest.raises(AdapterError, match="answers otherwise than the run's weights"):
+    with pytest.raises(AdapterError, match="the export differs from the run's weights"):
         exported_to(tmp_path / "out", done, kind)
     assert list(tmp_path.iterdir()) == []
 
@@ -320,7 +320,7 @@ def test_a_run_that_is_none_or_not_that_far_is_named(base, tmp_path) -> None:
 
 
 def test_problems_of_omnimem_json_are_named_with_their_key(merged, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it with train/export\.py"):
+    with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it with `omnimem export`"):
         Exported.read(tmp_path)
     table = json.loads((merged / "omnimem.json").read_text())
     table["memory"]["slot_per_layer"] = table["memory"].pop("slots_per_layer")

@@ -10,7 +10,7 @@ from support import thinkers
 
 from omnimem.backbones import load_backbone
 from omnimem.cli import dry_run as preview
-from omnimem.cli.dry_run import Missing, load_of, read_sample, skeleton_of
+from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.config import RunConfig, load
 from omnimem.footprint import footprint
 from omnimem.recall.renderer import write_mp4
@@ -77,11 +77,11 @@ def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_miss
 
 def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint) -> None:
     run = recorded(tmp_path / "data", checkpoint)
-    missing = Missing()
+    missing: list[str] = []
     skeleton = skeleton_of(run, missing)
     assert skeleton is not None
     reading = read_sample(run, skeleton, missing)
-    assert (missing.lines, skeleton.approximate, reading.sample.id) == ([], False, "a")
+    assert (missing, skeleton.approximate, reading.sample.id) == ([], False, "a")
     backbone = load_backbone(run.model)
     feeder = Feeder(backbone, run.stream)
     chunks = list(feeder.chunks([feeder.open(reading.sample)]))
@@ -110,9 +110,9 @@ def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, cap
     for limit, taught in ((10_000, True), (10, False)):
         loss = f"tuning.loss.full_memory_kl={{max_tokens: {limit}}}"
         run = recorded(tmp_path / f"{limit}", checkpoint, *ranges, loss)
-        skeleton = skeleton_of(run, Missing())
+        skeleton = skeleton_of(run, [])
         assert skeleton is not None
-        reading = read_sample(run, skeleton, Missing())
+        reading = read_sample(run, skeleton, [])
         media = reading.tokens[Modality.AUDIO] + reading.tokens[Modality.VISUAL]
         load = load_of(run, skeleton.shapes, reading)
         assert (load.entries, load.chunk_tokens, load.teacher_tokens) == (2 * 9, 70, media if taught else 0)

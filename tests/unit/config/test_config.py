@@ -78,7 +78,7 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) ->
     (tmp_path / "mine.json").write_text("{}")
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text("{")
-    assert "mine.json holds no JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
+    assert "mine.json is not a JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
 
@@ -141,7 +141,7 @@ def test_an_override_that_cannot_be_placed_says_why(override, what, tmp_path) ->
     ("text", "what"),
     [
         ("", "my.yaml:1: holds no settings; write sections such as `name:` and `model:`"),
-        ("name: x\nname: y\n", "my.yaml:2 name: given before at my.yaml:1; keep one of them"),
+        ("name: x\nname: y\n", "my.yaml:2 name: already given at my.yaml:1; keep one"),
         ("name: x\nmodel: {path: [}\n", "my.yaml:2: not valid YAML"),
         ("name: !!python/object:os.system x\n", "my.yaml:1: not valid YAML"),
     ],
@@ -167,9 +167,9 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
         refuse_changes(loaded(tmp_path, "tuning.lora.r=8", "memory.policy={name: uniform}"), earlier)
     assert [line.replace(str(earlier), "config.yaml") for line in error.value.problems] == [
         "config.yaml memory.policy.name: 'recency' there, 'uniform' now; "
-        "resume with the former, or start anew with name=... or --overwrite",
+        "resume with the old value, or start a new run with name=... or --overwrite",
         "config.yaml tuning.lora.r: 128 there, 8 now; "
-        "resume with the former, or start anew with name=... or --overwrite",
+        "resume with the old value, or start a new run with name=... or --overwrite",
     ]
 
 

@@ -263,7 +263,7 @@ def test_two_policies_of_a_file_are_shown_side_by_side(place, capsys) -> None:
     assert [side["label"] for side in data["sides"]] == ["omnimem", "snapkv"]
     assert data["marks"] == []
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("omnimem: 8 entries a layer after 16 s, of ")
+    assert out[0].startswith("omnimem: 8 entries per layer after 16 s, of ")
     assert out[-1].startswith("wrote out/page.html (")
     assert not (place / "runs").exists()
 
@@ -289,7 +289,7 @@ VIDEO = ("--video", "one.mp4")
         ),
         ((*VIDEO, "--right", "stream.fps=2"), "only memory.* and stream.positions may differ"),
         ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),
-        ((*VIDEO, "--policies", "omnimem", "snapkv", "--tuned", "left"), "--tuned left: nothing tunes that side"),
+        ((*VIDEO, "--policies", "omnimem", "snapkv", "--tuned", "left"), "--tuned left: there is no adapter"),
         ((*VIDEO, "--policies", "omnimem", "oracle"), "policy oracle must know which tokens hold the answers"),
         ((*VIDEO, "--policies", "omnimem", "snapkv", "--adapter", "none"), "none: adapter_config.json is missing"),
         (("--manifest", "test.jsonl", "--id", "two"), "test.jsonl: no stream has the id 'two'; the first is 'one'"),
