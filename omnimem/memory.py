@@ -93,14 +93,10 @@ class Memory:
         """Bytes per stream with text and all side state; padding of shorter streams is not counted."""
         return sum(int(layer.bytes * self._held(layer)) for layer in self.layers) // self.batch
 
-    @property
-    def key_value_bytes(self) -> int:
-        """Bytes per stream of keys and values alone; padding is not counted."""
-        return sum(int(layer.key_value_bytes * self._held(layer)) for layer in self.layers) // self.batch
-
     def _held(self, layer: Tokens) -> float:
         """The fraction of a layer's places that is not padding; a batch of one stream has no padding."""
-        return 1.0 if self.batch == 1 else float((layer.modality != ABSENT).float().mean()) if layer.count else 1.0
+        padded = self.batch > 1 and layer.count > 0
+        return float((layer.modality != ABSENT).float().mean()) if padded else 1.0
 
 
 def _mean(total: int, parts: int) -> int | float:

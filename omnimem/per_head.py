@@ -53,7 +53,9 @@ def query_rows(
     return queries.unflatten(1, (kv_heads, -1)).flatten(0, 1)
 
 
-def of_rows(output: Float[Tensor, "rows group queries dim"], kv_heads: int) -> Float[Tensor, "batch heads queries dim"]:
+def merge_query_rows(
+    output: Float[Tensor, "rows group queries dim"], kv_heads: int
+) -> Float[Tensor, "batch heads queries dim"]:
     """The inverse of `query_rows`."""
     return output.unflatten(0, (-1, kv_heads)).flatten(1, 2)
 

@@ -81,11 +81,6 @@ class Tokens:
         """Bytes of the keys and values and of all side state."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
-    @property
-    def key_value_bytes(self) -> int:
-        """Bytes of the keys and values alone."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.keys, self.values))
-
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors in the order of `TOKEN_AXES`; `Tokens.of` is the inverse."""
         return tuple(getattr(self, name) for name in TOKEN_AXES)

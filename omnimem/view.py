@@ -15,9 +15,8 @@ from omnimem.tokens import Tokens
 
 ScoreGradient = Literal["redundancy", "both", "none"]
 
-FLOOR = (
-    1e-6  # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
-)
+# clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
+FLOOR = 1e-6
 
 
 @final
@@ -92,17 +91,10 @@ class LayerView:
     @cached_property
     def novelty(self) -> Float[Tensor, "batch tokens"]:
         """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
-        if self.gradient == "none":
-            with torch.no_grad():
-                return self._novelty()
-        return self._novelty()
-
-    def _novelty(self) -> Float[Tensor, "batch tokens"]:
-        kept = self.pool.count - self.new
-        if self.measures.neighbours == "pool":
-            return (1 - similarity(self.pool.feature, self.modality, self.measures)).clamp_min(FLOOR)
-        fresh = 1 - similarity(self.pool.feature[:, kept:], self.modality[:, kept:], self.measures)
-        return torch.cat([self.pool.novelty[:, :kept], fresh.clamp_min(FLOOR)], dim=1)
+        kept = 0 if self.measures.neighbours == "pool" else self.pool.count - self.new  # kept tokens keep their value
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
+            fresh = 1 - similarity(self.pool.feature[:, kept:], self.modality[:, kept:], self.measures)
+            return torch.cat([self.pool.novelty[:, :kept], fresh.clamp_min(FLOOR)], dim=1)
 
 
 def similarity(

@@ -20,7 +20,6 @@ from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
 from omnimem.media import FileSource, MediaError, Segment
 from omnimem.media.prefetch import Decoders
-from omnimem.policies.capabilities import needs_oracle
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder, feed_until_due, tracks_of
@@ -192,7 +191,7 @@ class Evaluation:
             "video": sample.cluster or sample.id,
             "stream": sample.id,
             "question": question.text,
-            "prompt_sha256": _sha(self.feeder.prompt_text(sample, question.text)),
+            "prompt_sha256": _sha(self.feeder.backbone.framed(question.text, system=sample.system)),
             "answer": question.answer or "",
             "options": len(question.item.options),
             "kind": question.kind,
@@ -207,7 +206,7 @@ class Evaluation:
         """One line per question of the batch."""
         clock, peak, first = Clock(sum(reader.gathering for reader in batch)), PeakMemory(), batch[0]
         policy = arm.policy
-        if needs_oracle(policy):
+        if policy.traits.needs_oracle:
             policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
         progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)

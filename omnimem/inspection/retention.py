@@ -15,7 +15,6 @@ from torch import Tensor
 
 from omnimem.memory import Memory, Shape
 from omnimem.policies.base import Policy
-from omnimem.policies.capabilities import keeps_per_head, merges, needs_novelty
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder
 from omnimem.tokens import ABSENT, Modality, Tokens
@@ -69,9 +68,9 @@ class RetentionLog:
     """
 
     def __init__(self, policy: Policy, shape: Shape, tokens: int) -> None:
-        heads = shape.kv_heads if keeps_per_head(policy) else 1
+        heads = shape.kv_heads if policy.traits.per_head else 1
         self._last = np.full((shape.layers, heads, tokens), UNREAD, np.int16)
-        self._values = np.zeros(self._last.shape, np.int64) if merges(policy) else None
+        self._values = np.zeros(self._last.shape, np.int64) if policy.traits.merges else None
         self._merged: dict[tuple[int, int, int, int, int], tuple[int, int]] = {}
         self._ends: list[float] = []
         self._came: list[int] = []
@@ -132,7 +131,7 @@ def follow(feeder: Feeder, attached: StreamedAttention, policy: Policy, opened: 
 
     Raises PolicyError when the policy needs oracle knowledge that the sample does not have.
     """
-    if not needs_novelty(policy):  # a recorded stream would compute redundancy features without need
+    if not policy.traits.needs_novelty:  # a recorded stream would compute redundancy features without need
         policy = replace(policy, measures=replace(policy.measures, feature=0))
     outline = feeder.outline(opened)
     log = RetentionLog(policy, attached.shape, len(outline.modality))

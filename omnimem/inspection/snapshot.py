@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnimem.data import ManifestError, Sample
 from omnimem.media import FileSource, Segment, read_audio_blocks, resize
-from omnimem.policies.capabilities import StreamOutline
+from omnimem.policies.base import StreamOutline
 from omnimem.streaming.encoder_cache import EncodedSegment
 from omnimem.streaming.feeder import EncodedSample, Feeder, tracks_of
 from omnimem.tokens import Modality

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
+from jaxtyping import Int, Int8
 from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer, Compared, Covered
 from omnimem.selection import LayerSlots, Softness, select
-from omnimem.tokens import Tokens
+from omnimem.tokens import Chunk, Tokens
 from omnimem.view import LayerView, Measures
 
 # The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, and gradient through the
@@ -24,13 +25,55 @@ class PolicyError(UserError):
     """A policy that cannot work on the streams it is given; the message gives the reason and the fix."""
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class ProbePrompt:
+    """A text that is asked of the memory after every chunk, in place of the questions that no policy may know."""
+
+    text: str | None  # None: the tokens that the chat template puts after a question
+    full_pass: bool = True  # it passes all layers, as a question does; False: each layer projects its embeddings
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the stream must know of a policy: how its memory is stored, and what is measured for it."""
+
+    per_head: bool = False  # every key-value head keeps tokens of its own
+    ragged: bool = False  # streams of a batch, or heads of a stream, may keep unequal numbers of tokens
+    merges: bool = False  # some kept tokens are averages of others
+    reindex: bool = False  # the kept tokens move up to contiguous times after every chunk
+    probes: tuple[ProbePrompt, ...] = ()  # asked after every chunk; the view has their queries and keys in this order
+    needs_novelty: bool = False  # the feature on which redundancy is measured must be carried
+    compared: Compared | None = None  # vectors of a token that are compared with those of tokens of higher score
+    needs_oracle: bool = False  # it must know the content of a stream before it is read: no streaming method
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StreamOutline:
+    """The content of a stream, known before it is read: for baselines and bounds that are no streaming methods."""
+
+    modality: Int8[Tensor, " tokens"]  # of all tokens, in order of arrival
+    positions: Int[Tensor, "axes tokens"]
+    needles: tuple[int, ...] = ()  # arrival numbers of the tokens that hold the answers, most important first
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Prefiltered:
+    """The part of a chunk that is read."""
+
+    chunk: Chunk
+    order: Int[Tensor, "batch tokens"]  # arrival numbers; those of dropped tokens are missing
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
     """Which tokens each layer keeps after a chunk.
 
-    The cycle: every layer reads [memory ; chunk], then keeps its budget of that pool (`keep`). Whatever else a method
-    does (joint selection over layers, probe prompts, per-head storage, merging) is an optional protocol of
-    `omnimem.policies.capabilities`.
+    The cycle: every layer reads [memory ; chunk], then keeps its budget of that pool (`keep`). A method that does more
+    than that says so in its `traits`, or overrides `prefilter` or `with_oracle`.
     """
 
     name: str
@@ -40,6 +83,19 @@ class Policy(ABC):
     def supports(self, mode: Mode) -> bool:
         """Whether the policy works in this mode; by default in those that need no score per token and layer."""
         return mode in ("full", "learned_importance")
+
+    @property
+    def traits(self) -> Traits:
+        """Its special properties; by default it has none."""
+        return Traits()
+
+    def prefilter(self, chunk: Chunk, order: Int[Tensor, "batch tokens"]) -> Prefiltered:
+        """The part of a chunk that the model reads, by default all; `order` are the arrival numbers of its tokens."""
+        return Prefiltered(chunk=chunk, order=order)
+
+    def with_oracle(self, streams: Sequence[StreamOutline]) -> "Policy":
+        """The policy for streams of this content; a streaming method ignores it."""
+        return self
 
     def with_budget(self, budget: Budget | None) -> "Policy":
         """The same policy at another budget."""
@@ -68,6 +124,13 @@ class JointPolicy(Policy):
         return view.pool
 
 
+def keep_highest(pool: Tokens, scores: Tensor, slots: LayerSlots, softness: Softness | None = None) -> Tokens:
+    """All text and the tokens of the highest scores, with their gates (`select`)."""
+    selected = select(scores, pool.modality, slots, softness, pool.gate)
+    kept = pool.gather(selected.index)
+    return kept if selected.gate is None else replace(kept, gate=selected.gate)
+
+
 def slots_of_layer(budget: Budget, layer: int) -> LayerSlots:
     """The slots of one layer of a budget."""
     audio, visual = budget.layer(layer)
@@ -83,14 +146,10 @@ class ScoredPolicy(Policy):
     scorer: AbstractScorer
 
     @property
-    def needs_novelty(self) -> bool:
-        """Same as the scorer."""
-        return self.scorer.needs_novelty
-
-    @property
-    def compared(self) -> Compared | None:
-        """Which vectors the scorer compares between tokens."""
-        return self.scorer.compared if isinstance(self.scorer, Covered) else None
+    def traits(self) -> Traits:
+        """Those that follow from the scorer."""
+        compared = self.scorer.compared if isinstance(self.scorer, Covered) else None
+        return Traits(per_head=self.per_head, needs_novelty=self.scorer.needs_novelty, compared=compared)
 
     def supports(self, mode: Mode) -> bool:
         """Every mode, but for those that carry one choice for all heads, and scores that measure no attention."""
@@ -101,12 +160,7 @@ class ScoredPolicy(Policy):
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
         slots = self.layer_slots(layer)
-        if slots is None:
-            return view.pool
-        pool = self._observed(view)
-        selected = select(self.scorer(view), view.modality, slots, softness, view.pool.gate)
-        kept = pool.gather(selected.index)
-        return kept if selected.gate is None else replace(kept, gate=selected.gate)
+        return view.pool if slots is None else keep_highest(self._observed(view), self.scorer(view), slots, softness)
 
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with importance and novelty as measured on this chunk."""

@@ -78,7 +78,7 @@ def uncovered(
         ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
-            ranked = _turned(ranked - mean)
+            ranked = _directions(ranked - mean)
         near = nearest_before(ranked.detach().to(feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
@@ -87,7 +87,7 @@ def uncovered(
     return found
 
 
-def _turned(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
+def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
     """Differences from the mean, normalised; without gradient where they are close to 0 (silence, a still image).
 
     There the direction is noise, and its gradient grows with 1 / length.

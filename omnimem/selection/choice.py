@@ -25,7 +25,7 @@ class Selected:
 def select(
     scores: Float[Tensor, "batch tokens"],
     modality: Int8[Tensor, "batch tokens"],
-    room: LayerSlots,
+    slots: LayerSlots,
     softness: Softness | None = None,
     carried: Float[Tensor, "batch tokens"] | None = None,
 ) -> Selected:
@@ -37,7 +37,7 @@ def select(
     selection ranks kept tokens again, so that a token near the threshold may recover and no token fades with the
     number of chunks. Where nothing is evicted, gates do not change.
     """
-    contestants = groups(modality, room)
+    contestants = groups(modality, slots)
     text = text_of(modality)
     if softness is None:
         index = [text, *(highest(scores, group.member, group.kept) for group in contestants)]

@@ -36,15 +36,15 @@ class Group:
         return 0 < self.kept < self.size
 
 
-def taken(available: dict[Modality, int], room: LayerSlots) -> dict[Modality, int]:
+def taken(available: dict[Modality, int], slots: LayerSlots) -> dict[Modality, int]:
     """Number of kept tokens of each modality, lending included.
 
     A modality exceeds its own slots only by what the other one cannot fill.
     """
-    slots = {Modality.AUDIO: room.audio, Modality.VISUAL: room.visual}
-    kept = {kind: min(available[kind], slots[kind]) for kind in EVICTABLE}
-    if room.lend:
-        spare = sum(slots.values()) - sum(kept.values())
+    own = {Modality.AUDIO: slots.audio, Modality.VISUAL: slots.visual}
+    kept = {kind: min(available[kind], own[kind]) for kind in EVICTABLE}
+    if slots.lend:
+        spare = sum(own.values()) - sum(kept.values())
         for kind in EVICTABLE:
             extra = min(spare, available[kind] - kept[kind])
             kept[kind] += extra
@@ -52,14 +52,14 @@ def taken(available: dict[Modality, int], room: LayerSlots) -> dict[Modality, in
     return kept
 
 
-def groups(modality: Int8[Tensor, "batch tokens"], room: LayerSlots) -> list[Group]:
+def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots) -> list[Group]:
     """The groups that compete: each modality by itself or, unsplit, both together."""
     available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
-    if room.split:
-        staying = taken(available, room)
+    if slots.split:
+        staying = taken(available, slots)
         return [Group(member=modality == kind, kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
     size = sum(available[kind] for kind in EVICTABLE)
-    kept = min(size, room.audio + room.visual)
+    kept = min(size, slots.audio + slots.visual)
     return [Group(member=modality != Modality.TEXT, kept=kept, size=size)]
 
 

@@ -66,9 +66,7 @@ class SelectionOptions:
 
     softening: Softening = "straight_through"
     temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
-    gradient: Literal["redundancy", "both"] = (
-        "redundancy"  # which part of the score learns; both: received attention too
-    )
+    gradient: Literal["redundancy", "both"] = "redundancy"  # part of the score that learns; both: attention mass too
 
     def __post_init__(self) -> None:
         if self.softening == "hard" and self.gradient == "both":

@@ -11,16 +11,15 @@ from torch.nn import functional as F
 
 from omnimem.attention.blocked import attend
 from omnimem.memory import Memory
-from omnimem.per_head import head_rows, of_rows, packed, query_rows, rows_of
-from omnimem.policies.base import JointPolicy, Policy
-from omnimem.policies.capabilities import ProbePrompt, joint_of, keeps_per_head, probes_of, ragged
+from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
+from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.tokens import ABSENT, HIDDEN, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
 
-Recorder = Callable[[int, LayerView], None]
+Recorder = Callable[[int, LayerView], None]  # sees every layer's number and view before its eviction
 
 
 @runtime_checkable
@@ -70,22 +69,22 @@ class ReadConfig:
     @property
     def per_head(self) -> bool:
         """Whether every key-value head keeps tokens of its own: layers are then processed as rows."""
-        return keeps_per_head(self.policy)
+        return self.policy.traits.per_head
 
     @property
     def joint(self) -> JointPolicy | None:
-        """The policy, if its layers decide together after the pass."""
-        return joint_of(self.policy)
+        """The policy, if its layers decide together after all have read the chunk: their pools live until then."""
+        return self.policy if isinstance(self.policy, JointPolicy) and self.policy.budget is not None else None
 
     @property
     def gated(self) -> bool:
         """Whether attention must apply the gates of the memory."""
-        return self.softness is not None or ragged(self.policy)
+        return self.softness is not None or self.policy.traits.ragged
 
     @property
     def probes(self) -> list[tuple[ProbePrompt, Int[Tensor, " _"]]]:
         """The policy's probe prompts and their token ids."""
-        return list(zip(probes_of(self.policy), self.probe_ids, strict=True))
+        return list(zip(self.policy.traits.probes, self.probe_ids, strict=True))
 
     def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
         """The vectors that redundancy of these layer inputs is measured on."""
@@ -119,7 +118,7 @@ class Compaction:
 class ChunkStep:
     """Reading a chunk as a function of the memory and the chunk's embeddings.
 
-    It holds neither of them: it waits in the autograd graph and may run again in backward, when more has been fed.
+    It holds neither of them: it stays in the autograd graph and may run again in backward, after more chunks.
     """
 
     attached: StreamedAttention
@@ -156,13 +155,12 @@ class ChunkStep:
         return dict(enumerate([packed(rows, heads) for rows in kept] if self.config.per_head else kept))
 
     def _with_probes(self, embeddings: Tensor) -> tuple[Tensor, Tensor, DeepStack | None]:
-        """Embeddings, positions and deepstack of the pass: the chunk, then each probe that is read, right after it."""
-        read = [
-            (self.probe_embeddings(ids), self.probe_positions(ids)) for probe, ids in self.config.probes if probe.read
-        ]
+        """Embeddings, positions and deepstack of the pass: the chunk, right after it each probe with a full pass."""
+        read = [ids for probe, ids in self.config.probes if probe.full_pass]
         if not read:
             return embeddings, self.positions, self.deepstack
-        rows, places = (torch.cat(parts, dim=axis) for parts, axis in zip(zip(*read, strict=True), (1, 2), strict=True))
+        rows = torch.cat([self.probe_embeddings(ids) for ids in read], dim=1)
+        places = torch.cat([self.probe_positions(ids) for ids in read], dim=2)
         deepstack = self.deepstack
         if deepstack is not None:
             plain = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)
@@ -216,7 +214,7 @@ class ChunkStep:
             importance=zeros,
             novelty=zeros,
             feature=self.config.feature(states),
-            gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if ragged(self.config.policy) else zeros,
+            gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if self.config.policy.traits.ragged else zeros,
             states=states[..., :0],
             owner=self.modality[:, None, :][:, :0],
         )
@@ -264,7 +262,7 @@ class ChunkAttention:
             output = torch.cat([output, *self._probe_outputs(view, gate, queries, keys, values)], dim=2)
         # 4. evict: keep the layer's budget of the pool
         self._evict(layer, view, heads)
-        return of_rows(output, heads) if config.per_head else output
+        return merge_query_rows(output, heads) if config.per_head else output
 
     def _pool(self, layer: int, old: Tokens, states: Tensor, fresh: Tokens) -> Tokens:
         """The memory followed by the chunk, with layer inputs where they are carried."""
@@ -294,10 +292,10 @@ class ChunkAttention:
             self._kept[layer] = packed(kept, heads) if config.per_head else kept
 
     def _spans(self) -> Iterator[slice]:
-        """Which queries of the pass belong to each probe that is read."""
+        """Which queries of the pass belong to each probe with a full pass."""
         first = self.chunk.modality.shape[1]
         for probe, ids in self.chunk.config.probes:
-            if probe.read:
+            if probe.full_pass:
                 yield slice(first, first + len(ids))
                 first += len(ids)
 
@@ -305,7 +303,7 @@ class ChunkAttention:
         """Queries and keys of every probe in this layer."""
         chunk, spans, found = self.chunk, self._spans(), []
         for probe, ids in chunk.config.probes:
-            if probe.read:
+            if probe.full_pass:
                 span = next(spans)
                 found.append(Probed(queries=queries[:, :, span], keys=keys[:, :, span]))
                 continue
@@ -320,7 +318,7 @@ class ChunkAttention:
     def _probe_outputs(
         self, view: LayerView, gate: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor
     ) -> Iterator[Tensor]:
-        """Attention output of the probes that are read."""
+        """Attention output of the probes with a full pass."""
         pool = view.pool
         for span in self._spans():
             yield attend(

@@ -14,8 +14,7 @@ from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policies.base import Policy
-from omnimem.policies.capabilities import StreamOutline, needs_oracle, probes_of, with_oracle
+from omnimem.policies.base import Policy, StreamOutline
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
@@ -54,18 +53,9 @@ class EncodedSample:
     heard: MediaStats
 
     @property
-    def moments(self) -> tuple[float | None, ...]:
-        """The distinct times at which questions are asked, in order; None (after the end) comes last."""
-        return self.sample.moments
-
-    @property
     def tokens(self) -> int:
         """Audio and visual tokens of the stream."""
         return sum(segment.count for segment in self.segments)
-
-    def asked(self, due: Sequence[float | None]) -> list[int]:
-        """Numbers of the questions at these moments."""
-        return self.sample.asked(due)
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -187,12 +177,14 @@ class Feeder:
         compact = self.options.positions == "compact"
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
-        probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in probes_of(policy)]
+        probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.traits.probes]
         return Stream(attached, policy, batch=batch, last_position=last, probes=probes, **settings)
 
     def with_oracle(self, policy: Policy, batch: Sequence[Readable]) -> Policy:
         """The policy with the content of the streams, where it needs that; their segments are then read twice."""
-        return with_oracle(policy, [self.outline(readable) for readable in batch]) if needs_oracle(policy) else policy
+        if not policy.traits.needs_oracle:
+            return policy
+        return policy.with_oracle([self.outline(readable) for readable in batch])
 
     def outline(self, readable: Readable) -> StreamOutline:
         """Modality and position of all tokens of a stream, and the tokens of its `meta.needles`.
@@ -231,19 +223,15 @@ class Feeder:
         """
         if not isinstance(source, Source):
             source = FileSource(source, options=self.options.source(), geometry=self.backbone.geometry)
-        together = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
+        per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
-            self.backbone.encode(source, fps=self.options.fps, together=together),
+            self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
-
-    def prompt_text(self, sample: Sample, question: str) -> str:
-        """The whole prompt as text without the stream; its sha256 shows whether two arms had the same prompt."""
-        return self.backbone.framed(question, system=sample.system)
 
     def answers(
         self,

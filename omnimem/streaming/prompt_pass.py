@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import MEMORY, Segments, attend
-from omnimem.per_head import head_rows, of_rows, query_rows, rows_of
+from omnimem.per_head import head_rows, merge_query_rows, query_rows, rows_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import ReadConfig, kv_from_states
 from omnimem.tokens import Tokens
@@ -79,7 +79,7 @@ class PromptAttention:
                 queries=query_segments, keys=torch.cat([torch.full_like(kept.order, MEMORY), key_segments], dim=1)
             ),
         )
-        return of_rows(output, heads) if self.config.per_head else output
+        return merge_query_rows(output, heads) if self.config.per_head else output
 
     def take_results(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the questions in every layer; the step drops them and notes no more."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, projection
-from omnimem.policies.capabilities import needs_novelty, prefiltered, probes_of, reindexes
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
@@ -62,7 +61,7 @@ class Stream:
         "Positions"). `probes` are the token ids of the policy's probe prompts. Raises ValueError when their number
         differs.
         """
-        if len(probes) != len(wanted := probes_of(policy)):
+        if len(probes) != len(wanted := policy.traits.probes):
             raise ValueError(
                 f"policy {policy.name} asks {len(wanted)} probes after every chunk, got {len(probes)}; "
                 "open the stream by Feeder.stream, which has the tokenizer"
@@ -88,7 +87,7 @@ class Stream:
     def _feature_projection(self) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""
         shape, wanted = self.attached.shape, self.policy.measures.feature
-        measured = needs_novelty(self.policy) and self.policy.budget is not None
+        measured = self.policy.traits.needs_novelty and self.policy.budget is not None
         if not measured and self.recorder is None:
             wanted = 0
         if wanted is None or wanted >= shape.width:
@@ -114,7 +113,7 @@ class Stream:
         chunk, compaction = self._placed(chunk)
         # 2. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
-        passed = prefiltered(self.policy, chunk, arrival.expand(chunk.modality.shape))
+        passed = self.policy.prefilter(chunk, arrival.expand(chunk.modality.shape))
         entries = self.memory.entries
         # 3. read and evict (`ChunkAttention`), as the gradient mode carries the memory
         if passed.chunk.count:
@@ -140,7 +139,7 @@ class Stream:
             self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
         # 2. compact where the policy does so after every chunk, or where positions run out
         limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        if reindexes(self.policy) or (limit is not None and last - min(self._moved) >= limit):
+        if self.policy.traits.reindex or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
             shifts = zip(self._moved, self._next, compaction.end, strict=True)
             self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
@@ -207,7 +206,7 @@ class Stream:
         It holds no memory itself: in training the questions are read again in backward (`tuning.gradient`).
         """
         attached, config, compaction, first = self.attached, self._config, None, self._next
-        if reindexes(self.policy):
+        if self.policy.traits.reindex:
             compaction = self._compaction()
             first = compaction.end
         starts = torch.tensor(first, device=prompt.offsets.device)[:, None]

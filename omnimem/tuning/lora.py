@@ -139,12 +139,10 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterError(
-            f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own"
-        ) from error
+        raise _foreign(folder, model, str(error).splitlines()[0]) from error
     # 2. verify that no tensor is missing or left over
-    missing = [name for name, parameter in adapted.named_parameters() if "lora_" in name and _absent(name, tensors)]
+    names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
+    missing = [name for name in names if name.replace(".default", "") not in tensors]
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
@@ -159,10 +157,6 @@ def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
 
 def _foreign(folder: Path, model: Any, reason: str) -> AdapterError:
     return AdapterError(f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own adapter")
-
-
-def _absent(name: str, tensors: dict[str, Tensor]) -> bool:
-    return name.replace(".default", "") not in tensors
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

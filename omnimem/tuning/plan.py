@@ -26,9 +26,8 @@ class TuningOptions:
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     # slots per layer, drawn for every step; empty: memory.slots_per_layer
     budgets: tuple[int | Literal["full"], ...] | BudgetRange = ()
-    chunk_tokens: (
-        tuple[int, ...] | ChunkRange
-    ) = ()  # maximum chunk size, drawn for every step; empty: stream.chunk_tokens
+    # maximum chunk size, drawn for every step; empty: stream.chunk_tokens
+    chunk_tokens: tuple[int, ...] | ChunkRange = ()
     loss: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:

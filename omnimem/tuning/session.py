@@ -47,17 +47,19 @@ class _TrainingBatch:
     chunk_tokens: int | None
 
     def __post_init__(self) -> None:
-        silent = [opened.sample.id for opened in self.batch if not _turns(opened, opened.moments)]
-        if silent:
-            raise ValueError(f"{', '.join(silent)}: no answer to train on; give an assistant message with loss: true")
+        unanswered = [encoded.sample.id for encoded in self.batch if not _turns(encoded, encoded.sample.moments)]
+        if unanswered:
+            raise ValueError(
+                f"{', '.join(unanswered)}: no answer to train on; give an assistant message with loss: true"
+            )
 
     def chunks(self) -> Iterator[Chunk]:
         return self.feeder.chunks(self.batch, self.chunk_tokens)
 
     def prompts(self, stream: Stream) -> Iterator[tuple[Prompt, Int[Tensor, "batch tokens"]]]:
         """Feed the stream, and yield (prompt, labels) at each time with answers to train on."""
-        for due in feed_until_due(stream, self.chunks(), self.batch[0].moments):
-            prompt = self.feeder.prompt([_turns(opened, due) for opened in self.batch], self.batch[0].tracks)
+        for due in feed_until_due(stream, self.chunks(), self.batch[0].sample.moments):
+            prompt = self.feeder.prompt([_turns(encoded, due) for encoded in self.batch], self.batch[0].tracks)
             if prompt.labels is not None and bool((prompt.labels != IGNORED).any()):
                 yield prompt, prompt.labels
 
@@ -83,32 +85,32 @@ def streamed_loss(
     """
     # 1. the teacher's hidden states
     started = time.perf_counter()
-    lesson = _TrainingBatch(feeder=feeder, batch=batch, chunk_tokens=chunk_tokens)
-    taking = [loss for loss in losses if loss.takes(batch[0].tokens)]
-    if any(loss.needs_teacher for loss in taking):
-        taught = _teacher_states(attached, lesson, policy, model)
-        taking = [loss for loss in taking if not loss.needs_teacher or taught]
+    data = _TrainingBatch(feeder=feeder, batch=batch, chunk_tokens=chunk_tokens)
+    applied = [loss for loss in losses if loss.applies_to(batch[0].tokens)]
+    if any(loss.needs_teacher for loss in applied):
+        teacher_states = _teacher_states(attached, data, policy, model)
+        applied = [loss for loss in applied if not loss.needs_teacher or teacher_states]
     else:
-        taught = []
+        teacher_states = []
     # 2. stream the chunks, ask the questions
     stream = feeder.stream(
         attached, feeder.with_oracle(policy, batch), batch=len(batch), softness=softness, carry=carry
     )
     values, owners = [], []
-    for number, (prompt, labels) in enumerate(lesson.prompts(stream)):
-        teacher = taught[number] if taught else None
-        loss = _loss_of(taking, stream.reader(prompt), labels, feeder.backbone.head, teacher)
+    for number, (prompt, labels) in enumerate(data.prompts(stream)):
+        teacher = teacher_states[number] if teacher_states else None
+        loss = _loss_of(applied, stream.reader(prompt), labels, feeder.backbone.head, teacher)
         values.append(stream.read(loss))
         owners.append((labels != IGNORED).nonzero()[:, 0])
     # 3. reduce
     means = _means_over_streams(torch.cat(values, dim=1), torch.cat(owners), len(batch))
-    weights = means.new_tensor([loss.weight for loss in taking])
+    weights = means.new_tensor([loss.weight for loss in applied])
     rows = sum(len(each) for each in owners)
     counts = stream.memory.counts()
     return Outcome(
         loss=(weights * means).sum(),
-        losses={loss.name: mean for loss, mean in zip(taking, means.detach(), strict=True)},
-        rows={loss.name: rows if loss in taking else 0 for loss in losses},
+        losses={loss.name: mean for loss, mean in zip(applied, means.detach(), strict=True)},
+        rows={loss.name: rows if loss in applied else 0 for loss in losses},
         streams=len(batch),
         usage=stream.usage,
         kept={kind.name.lower(): sum(layer[kind] for layer in counts) for kind in Modality},
@@ -118,7 +120,7 @@ def streamed_loss(
 
 @torch.no_grad()
 def _teacher_states(
-    attached: StreamedAttention, lesson: _TrainingBatch, policy: Policy, model: StreamedModel | None
+    attached: StreamedAttention, data: _TrainingBatch, policy: Policy, model: StreamedModel | None
 ) -> list[Float[Tensor, "rows width"]]:
     """Final hidden states at the answers' rows of the model without adapter and with full memory, one per prompt.
 
@@ -126,12 +128,12 @@ def _teacher_states(
     """
     if model is None:
         raise ValueError("a loss needs the teacher; pass the model to streamed_loss")
-    stream = lesson.feeder.stream(attached, policy.with_budget(None), batch=len(lesson.batch))
+    stream = data.feeder.stream(attached, policy.with_budget(None), batch=len(data.batch))
     last = stream.last_position
-    if last is not None and any(int(chunk.positions.max()) >= last for chunk in lesson.chunks()):
+    if last is not None and any(int(chunk.positions.max()) >= last for chunk in data.chunks()):
         return []
     with model.disable_adapter():  # also disables its dropout
-        return [stream.ask(prompt).hidden[labels != IGNORED] for prompt, labels in lesson.prompts(stream)]
+        return [stream.ask(prompt).hidden[labels != IGNORED] for prompt, labels in data.prompts(stream)]
 
 
 def _loss_of(
@@ -139,7 +141,7 @@ def _loss_of(
     read: Callable[[Memory], PromptState],
     labels: Int[Tensor, "batch tokens"],
     head: Callable[[Tensor], Tensor],
-    taught: Float[Tensor, "rows width"] | None,
+    teacher_states: Float[Tensor, "rows width"] | None,
 ) -> Callable[[Memory], Float[Tensor, "losses rows"]]:
     """Each loss of each answer token as a function of the memory; the head is applied to the answers' rows only.
 
@@ -148,7 +150,7 @@ def _loss_of(
     rows = labels != IGNORED
 
     def loss(memory: Memory) -> Tensor:
-        teacher = None if taught is None else head(taught)
+        teacher = None if teacher_states is None else head(teacher_states)
         seen = Rows(logits=head(read(memory).hidden[rows]), labels=labels[rows], teacher=teacher)
         return torch.stack([each(seen) for each in losses])
 
@@ -163,10 +165,10 @@ def _means_over_streams(
     return (values / counts[owners]).sum(dim=1) / streams
 
 
-def _turns(opened: EncodedSample, due: Sequence[float | None]) -> list[Turn]:
-    questions = opened.sample.questions
+def _turns(encoded: EncodedSample, due: Sequence[float | None]) -> list[Turn]:
+    questions = encoded.sample.questions
     return [
         Turn(text=questions[number].text, answer=questions[number].answer)
-        for number in opened.asked(due)
+        for number in encoded.sample.asked(due)
         if questions[number].loss and questions[number].answer is not None
     ]

@@ -11,8 +11,7 @@ from support.policy_streams import LAYERS, OPTIONS, SPLIT, cut, opened, whole_st
 from torch import Tensor
 
 from omnimem.policies import PolicyOptions
-from omnimem.policies.base import Policy
-from omnimem.policies.capabilities import StreamOutline, merges, with_oracle
+from omnimem.policies.base import Policy, StreamOutline
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
@@ -34,8 +33,8 @@ def policy_of(name: str, whole: Chunk | None = None) -> Policy:
     whole = whole_stream() if whole is None else whole
     policy = OPTIONS[name].build(SPLIT)
     needles = [(40 + row, 12, 70) for row in range(whole.modality.shape[0])]
-    return with_oracle(
-        policy, [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
+    return policy.with_oracle(
+        [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
     )
 
 
@@ -77,7 +76,7 @@ def test_the_budget_is_kept_and_filled_in_every_layer_at_every_step_and_order_is
                 for row in rows:
                     numbers = [k for k, _ in row]
                     assert numbers == sorted(numbers)
-                    assert merges(policy) or len(set(numbers)) == len(numbers)
+                    assert policy.traits.merges or len(set(numbers)) == len(numbers)
                 held.append(sum(kind > 0 for row in rows for _, kind in row) / len(rows))
             slots = [room.audio + room.visual for room in rooms]
             if name.startswith(("lava", "pyramidkv")):

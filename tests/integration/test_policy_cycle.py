@@ -14,7 +14,7 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.per_head import packed, rows_of
-from omnimem.policies.base import PolicyError
+from omnimem.policies.base import PolicyError, StreamOutline
 from omnimem.policies.baselines.hermes import Bands, HermesOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
 from omnimem.policies.baselines.input_uniform import InputUniformOptions
@@ -23,7 +23,6 @@ from omnimem.policies.baselines.oracle import OracleOptions
 from omnimem.policies.baselines.recent_frames import RecentFramesOptions
 from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.policies.baselines.streammem import StreamMemOptions, filtered
-from omnimem.policies.capabilities import StreamOutline
 from omnimem.positions import rotate
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import Compaction

@@ -172,8 +172,8 @@ def episode_from(attached: StreamedAttention, feeder: Feeder, batch: Sequence[En
     """What the trainer streams, as chunks and prompts."""
     chunks, asked = list(feeder.chunks(batch)), []
     stream = Stream(attached, policy_at(None), batch=len(batch))
-    for due in feed_until_due(stream, chunks, batch[0].moments):
-        numbers = batch[0].asked(due)
+    for due in feed_until_due(stream, chunks, batch[0].sample.moments):
+        numbers = batch[0].sample.asked(due)
         questions = [[one.sample.questions[number] for number in numbers] for one in batch]
         turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
         asked.append((stream.usage.chunks, feeder.prompt(turns, "both")))

@@ -23,7 +23,6 @@ from omnimem.policies.baselines.snapkv import SnapKVOptions
 from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.policies.baselines.streammem import StreamMemOptions
 from omnimem.policies.baselines.value_norm import ValueNormOptions
-from omnimem.policies.capabilities import probes_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
@@ -112,5 +111,5 @@ def cut(whole: Chunk) -> list[Chunk]:
 
 
 def opened(attached: StreamedAttention, policy: Policy, batch: int = 1, **settings: Any) -> Stream:
-    probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(probes_of(policy))]
+    probes = [torch.tensor([7, 8, 9 + number]) for number, _ in enumerate(policy.traits.probes)]
     return Stream(attached, policy, batch=batch, probes=probes, **settings)

@@ -76,7 +76,7 @@ def test_bytes_of_an_entry_equal_those_of_a_real_memory() -> None:
     shapes = Shapes.read(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
     shapes = replace(shapes, text=replace(shapes.text, kv_heads=config.num_key_value_heads, dim=8, width=32))
     pair, side = shapes.entry(8, torch.float32)
-    assert stream.memory.key_value_bytes == 2 * tokens * pair
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in stream.memory.layers) == 2 * tokens * pair
     assert stream.memory.bytes == 2 * tokens * (pair + side)
 
 

@@ -9,7 +9,7 @@ from support.grid_streams import SCALE, chunks_of, shape_of
 
 from omnimem.attention.blocked import MEMORY, Segments, attend
 from omnimem.memory import Memory
-from omnimem.per_head import of_rows, packed, query_rows, rows_of
+from omnimem.per_head import merge_query_rows, packed, query_rows, rows_of
 from omnimem.tokens import ABSENT, HIDDEN, Tokens
 
 HEADS = 3
@@ -92,7 +92,7 @@ def test_each_head_attends_to_what_it_holds_and_to_nothing_else() -> None:
     folded = query_rows(queries, HEADS)
     asked = torch.zeros(6, 4, dtype=torch.long)
     segments = Segments(queries=asked, keys=torch.full_like(rows.order, MEMORY))
-    output = of_rows(
+    output = merge_query_rows(
         attend(
             folded,
             torch.cat([rows.keys, torch.zeros(6, 1, 4, 6)], dim=2),

@@ -35,12 +35,12 @@ class HeavyHitters(AbstractRanking):
         """The running sum is carried."""
         return True
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         scores = view.importance
         if self.per_observer:
             scores = scores / (view.order.amax(dim=1, keepdim=True) + 1 - view.order)
         recent = torch.zeros_like(scores, dtype=torch.bool)
-        for group in groups(view.modality, room):
+        for group in groups(view.modality, slots):
             recent |= newest(group.member, round(self.recent_share * group.kept))
         return above_all(scores, recent)
 
@@ -69,10 +69,5 @@ class H2OOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name,
-            ranking=part(HeavyHitters, chosen),
-            budget=allotted(budget, self.preset),
-            per_head=chosen["per_head"],
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": part(HeavyHitters, chosen)})

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import JointPolicy
+from omnimem.policies.base import JointPolicy, ProbePrompt, Traits, keep_highest
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import allotted, part, settings
 from omnimem.policies.baselines.ranked import newest
-from omnimem.policies.capabilities import ProbePrompt
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.selection.layer_slots import groups
 from omnimem.tokens import Modality, Tokens
@@ -100,17 +99,11 @@ class HermesPolicy(JointPolicy):
     reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
 
     @property
-    def merges(self) -> bool:
-        """Summaries are averages of evicted tokens."""
-        return self.summary
-
-    @property
-    def probes(self) -> tuple[ProbePrompt, ...]:
-        """Both texts for the middle layers, the second for the deep ones, none for the shallow ones."""
-        if self.budget is None:
-            return ()
-        read = self.proxy_forward == "true"
-        return ProbePrompt(text=f"{self.local}; {self.overall}", read=read), ProbePrompt(text=self.overall, read=read)
+    def traits(self) -> Traits:
+        """Probes: both texts for the middle layers, the second for the deep ones. Summaries merge evicted tokens."""
+        texts = () if self.budget is None else (f"{self.local}; {self.overall}", self.overall)
+        probes = tuple(ProbePrompt(text=text, full_pass=self.proxy_forward == "true") for text in texts)
+        return Traits(probes=probes, merges=self.summary, reindex=self.reindex)
 
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
@@ -120,19 +113,18 @@ class HermesPolicy(JointPolicy):
             scores = self._smoothed([self._score(view, *bands.place(layer)) for layer, view in enumerate(views)], bands)
         kept = []
         for layer, (view, row) in enumerate(zip(views, scores, strict=True)):
-            room = self.layer_slots(layer)
-            assert room is not None
+            slots = self.layer_slots(layer)
+            assert slots is not None
             summed_up = self.summary and bands.place(layer)[0] == 2
-            kept.append(_kept(view, _of_tokens(row, view.modality > 0), room, summed_up))
+            kept.append(_kept(view, _of_tokens(row, view.modality > 0), slots, summed_up))
         return kept
 
     def _score(self, view: LayerView, band: int, depth: float) -> Float[Tensor, "batch places"]:
         """Scores of the audio and visual tokens alone, in order."""
         member = view.modality > 0
         places = int(member[0].sum())
-        age = (
-            torch.linspace(1, 0, places, device=member.device) if places > 1 else torch.zeros(places).to(member.device)
-        )
+        age = torch.linspace(1, 0, places, device=member.device)
+        age = age if places > 1 else torch.zeros_like(age)
         decay = self.decay[0] + depth * (self.decay[1] - self.decay[0])
         recency = torch.exp(-decay * age).expand(member.shape[0], -1)
         if band == 0:
@@ -169,12 +161,12 @@ class HermesPolicy(JointPolicy):
         return result
 
 
-def _kept(view: LayerView, scores: Float[Tensor, "batch tokens"], room: LayerSlots, summed_up: bool) -> Tokens:
+def _kept(view: LayerView, scores: Float[Tensor, "batch tokens"], slots: LayerSlots, summed_up: bool) -> Tokens:
     """The highest scores, and with `summed_up` one token for the evicted ones."""
-    contested = any(group.contested for group in groups(view.modality, room))
+    contested = any(group.contested for group in groups(view.modality, slots))
     if not (summed_up and contested):
-        return view.pool.gather(select(scores, view.modality, room).index)
-    fewer = replace(room, visual=room.visual - 1) if room.visual else replace(room, audio=room.audio - 1)
+        return keep_highest(view.pool, scores, slots)
+    fewer = replace(slots, visual=slots.visual - 1) if slots.visual else replace(slots, audio=slots.audio - 1)
     index = select(scores, view.modality, fewer).index
     stays = torch.zeros_like(view.modality, dtype=torch.bool).scatter(1, index, True)
     return with_merged(view.pool.gather(index), _summary(view, stays))

@@ -64,18 +64,18 @@ class TemporalAndValue(AbstractRanking):
     smoothing: Smoothing
     keys: Literal["stored", "unrotated"]
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         with torch.no_grad():
             cells = slot_cells(view) if self.grid == "slot" else true_cells(view)
             distinct, recent = self._temporal(view, cells)
             norms = view.pool.values.float().norm(dim=-1).mean(dim=1)
             scores = smoothed(norms, view.modality == Modality.VISUAL, cells, self.smoothing, depth)
             first = torch.zeros_like(recent)
-            for group in groups(view.modality, room):
+            for group in groups(view.modality, slots):
                 latest = recent & group.member
                 past = group.member & ~recent
-                room_left = (round(self.temporal_share * group.kept) - latest.sum(dim=1)).clamp_min(0)
-                first |= latest | best(distinct, past, room_left)
+                slots_left = (round(self.temporal_share * group.kept) - latest.sum(dim=1)).clamp_min(0)
+                first |= latest | best(distinct, past, slots_left)
             return above_all(scores, first)
 
     def _temporal(self, view: LayerView, cells: Cells) -> tuple[Tensor, Bool[Tensor, "batch tokens"]]:
@@ -255,11 +255,5 @@ class InfiniPotVOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name,
-            ranking=part(TemporalAndValue, chosen),
-            budget=allotted(budget, self.preset),
-            per_head=chosen["per_head"],
-            reindex=chosen["reindex"],
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": part(TemporalAndValue, chosen)})

@@ -9,9 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, PolicyError
+from omnimem.policies.base import Policy, PolicyError, Prefiltered, StreamOutline, Traits
 from omnimem.policies.baselines.presets import Preset, allotted
-from omnimem.policies.capabilities import Prefiltered, StreamOutline
 from omnimem.selection import Softness
 from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.view import LayerView
@@ -23,6 +22,11 @@ class InputUniformPolicy(Policy):
     """Of F frames n = slots / (tokens of a frame) are read, those at indices floor((i + 1/2) F / n); all are kept."""
 
     chosen: tuple[int, ...] | None = None  # arrival numbers that are read; None: the stream is not known yet
+
+    @property
+    def traits(self) -> Traits:
+        """Under a budget it must know the length of the stream."""
+        return Traits(needs_oracle=self.budget is not None)
 
     def with_oracle(self, streams: Sequence[StreamOutline]) -> "InputUniformPolicy":
         """Streams of a batch have one layout, so the first one is used for all."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.budget import Budget
-from omnimem.policies.baselines.presets import Preset, allotted, settings
+from omnimem.policies.baselines.presets import Preset, allotted, part, settings
 from omnimem.policies.baselines.ranked import AbstractRanking, RankedPolicy
 from omnimem.scoring.topk import highest
 from omnimem.selection import LayerSlots
@@ -30,11 +30,11 @@ class FarthestFirst(AbstractRanking):
     """
 
     @torch.no_grad()
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         both = torch.cat([F.normalize(part.float(), dim=-1) for part in (view.pool.keys, view.pool.values)], dim=-1)
         points = both.transpose(1, 2).flatten(2)
         scores = torch.zeros_like(points[..., 0])
-        for group in groups(view.modality, room):
+        for group in groups(view.modality, slots):
             far = view.order.float()
             for step in range(group.kept):
                 chosen = highest(far, group.member, 1)
@@ -60,7 +60,5 @@ class KCenterOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name, ranking=FarthestFirst(), budget=allotted(budget, self.preset), per_head=chosen["per_head"]
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": FarthestFirst()})

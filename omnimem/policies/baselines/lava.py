@@ -11,10 +11,10 @@ from torch import Tensor
 
 from omnimem.budget import Budget
 from omnimem.budget.apportion import apportion
-from omnimem.policies.base import JointPolicy
+from omnimem.policies.base import JointPolicy, Traits
 from omnimem.policies.baselines.presets import PresetWithRelease, allotted, part, settings
 from omnimem.policies.baselines.pyramidkv import resplit
-from omnimem.policies.baselines.ranked import best, left_of, newest, pooled
+from omnimem.policies.baselines.ranked import best, keep_marked, newest, pooled
 from omnimem.policies.baselines.snapkv import refuse, watched
 from omnimem.selection import Softness
 from omnimem.tokens import ABSENT, EVICTABLE, Modality, Tokens
@@ -54,12 +54,11 @@ class LavaPolicy(JointPolicy):
     head_floor: float  # alpha
     floor_of: Literal["layer", "mean"]
     entropy: Literal["count", "log"]
-    per_head: bool = True  # every key-value head keeps tokens of its own
 
     @property
-    def ragged(self) -> bool:
-        """Heads keep unequal numbers."""
-        return True
+    def traits(self) -> Traits:
+        """Every key-value head keeps tokens of its own, in unequal numbers."""
+        return Traits(per_head=True, ragged=True)
 
     def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
@@ -76,7 +75,7 @@ class LavaPolicy(JointPolicy):
                 for layer, share in enumerate(self._shares(budget, kinds, mine, window)):
                     chosen = self._chosen(budget, layer, share, kinds[layer], mine[layer], window)
                     stays[layer][rows] = chosen | (kinds[layer] == Modality.TEXT)
-        return [left_of(view.pool, chosen) for view, chosen in zip(views, stays, strict=True)]
+        return [keep_marked(view.pool, chosen) for view, chosen in zip(views, stays, strict=True)]
 
     def _scores(self, view: LayerView, window: int) -> Float[Tensor, "rows tokens"]:
         """Scores of pairs, comparable over heads and layers; pairs of the window have none."""

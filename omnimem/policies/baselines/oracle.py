@@ -8,10 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, PolicyError
+from omnimem.policies.base import Policy, PolicyError, StreamOutline, Traits, keep_highest
 from omnimem.policies.baselines.presets import Preset, allotted
-from omnimem.policies.capabilities import StreamOutline
-from omnimem.selection import LayerSlots, Softness, select
+from omnimem.selection import Softness
 from omnimem.tokens import Tokens
 from omnimem.view import LayerView
 
@@ -22,6 +21,11 @@ class OraclePolicy(Policy):
     """The needles in order of importance, then the most recent tokens."""
 
     needles: tuple[tuple[int, ...], ...] = ()  # arrival numbers, stream by stream, most important first
+
+    @property
+    def traits(self) -> Traits:
+        """Under a budget it must know the needles."""
+        return Traits(needs_oracle=self.budget is not None)
 
     def with_oracle(self, streams: Sequence[StreamOutline]) -> "OraclePolicy":
         """The policy with the needles of each stream.
@@ -37,10 +41,8 @@ class OraclePolicy(Policy):
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; selection has no gradient."""
-        room: LayerSlots | None = self.layer_slots(layer)
-        if room is None:
-            return view.pool
-        return view.pool.gather(select(self._scores(view), view.modality, room).index)
+        slots = self.layer_slots(layer)
+        return view.pool if slots is None else keep_highest(view.pool, self._scores(view), slots)
 
     def _scores(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         if len(self.needles) != len(view.order):

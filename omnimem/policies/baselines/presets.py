@@ -8,9 +8,8 @@ from omnimem.budget import Budget
 from omnimem.budget.apportion import apportion
 
 Preset = Literal["as_published", "shared_split"]
-PresetWithRelease = Literal[
-    "as_published", "as_released", "shared_split"
-]  # of methods whose code differs from the paper
+# of methods whose code differs from the paper
+PresetWithRelease = Literal["as_published", "as_released", "shared_split"]
 
 Part = TypeVar("Part")
 

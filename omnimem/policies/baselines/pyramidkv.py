@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 from omnimem.budget import Budget, Slots
 from omnimem.budget.apportion import apportion
 from omnimem.policies.baselines.presets import Preset, allotted, part, settings
-from omnimem.policies.baselines.ranked import AbstractShape, Pooling, RankedPolicy
+from omnimem.policies.baselines.ranked import Pooling, RankedPolicy
 from omnimem.policies.baselines.snapkv import Window, refuse
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Pyramid(AbstractShape):
+class Pyramid:
     """Slots that fall linearly with depth, from max = 2 base - base / beta down to base / beta, and the window on top.
 
     base is the mean number of slots without the window w. Of N arrived tokens no layer can keep more than N - w beside
@@ -28,6 +28,7 @@ class Pyramid(AbstractShape):
     beta: float
 
     def __call__(self, budget: Budget, arrived: int) -> Budget:
+        """A budget of the same total, after `arrived` audio and visual tokens."""
         layers = budget.layers
         window = min(self.window, budget.total // layers // 2)
         past = budget.total - layers * window
@@ -76,11 +77,5 @@ class PyramidKVOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name,
-            ranking=part(Window, chosen),
-            shape=part(Pyramid, chosen),
-            budget=allotted(budget, self.preset),
-            per_head=chosen["per_head"],
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": part(Window, chosen), "reshape": part(Pyramid, chosen)})

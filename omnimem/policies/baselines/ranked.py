@@ -1,6 +1,7 @@
 """Methods that rank the tokens of one layer: the base of their scores, and the policy that keeps the highest."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, final
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, slots_of_layer
-from omnimem.selection import LayerSlots, Softness, select
+from omnimem.policies.base import Policy, Traits, keep_highest, slots_of_layer
+from omnimem.scoring.topk import highest
+from omnimem.selection import LayerSlots, Softness
 from omnimem.tokens import Modality, Tokens
 from omnimem.view import LayerView
 
@@ -29,17 +31,8 @@ class AbstractRanking(ABC):
         return False
 
     @abstractmethod
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         """Scores in float32; the highest are kept, ties go to the most recent token. `depth` is layer / layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbstractShape(ABC):
-    """A method's own rule for the slots of the layers."""
-
-    @abstractmethod
-    def __call__(self, budget: Budget, arrived: int) -> Budget:
-        """A budget of the same total, after `arrived` audio and visual tokens."""
 
 
 @final
@@ -48,21 +41,24 @@ class RankedPolicy(Policy):
     """Keeps the highest ranks within the layer's slots; each layer decides alone, in the pass."""
 
     ranking: AbstractRanking
-    shape: AbstractShape | None = None  # None: the slots of the budget
+    # a budget of the same total after that many audio and visual tokens; None: the slots of the budget
+    reshape: Callable[[Budget, int], Budget] | None = None
     per_head: bool = False  # every key-value head keeps tokens of its own
     reindex: bool = False  # after every chunk the kept tokens move up to contiguous times
+
+    @property
+    def traits(self) -> Traits:
+        """As chosen."""
+        return Traits(per_head=self.per_head, reindex=self.reindex)
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
         if self.budget is None:
             return view.pool
-        budget = self.budget if self.shape is None else self.shape(self.budget, arrived(view))
-        room = slots_of_layer(budget, layer)
+        budget = self.budget if self.reshape is None else self.reshape(self.budget, arrived(view))
+        slots = slots_of_layer(budget, layer)
         pool = replace(view.pool, importance=view.importance) if self.ranking.needs_importance else view.pool
-        scores = self.ranking(view, room, layer / budget.layers)
-        selected = select(scores, view.modality, room, softness, view.pool.gate)
-        kept = pool.gather(selected.index)
-        return kept if selected.gate is None else replace(kept, gate=selected.gate)
+        return keep_highest(pool, self.ranking(view, slots, layer / budget.layers), slots, softness)
 
 
 def arrived(view: LayerView) -> int:
@@ -95,14 +91,12 @@ def best(
     scores: Float[Tensor, "batch tokens"], member: Bool[Tensor, "batch tokens"], count: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch tokens"]:
     """The `count[row]` highest members of each row; ties go to the most recent."""
-    fixed = scores.detach().nan_to_num(nan=-torch.finfo(scores.dtype).max).masked_fill(~member, float("-inf"))
-    ranked = fixed.flip(1).argsort(dim=1, descending=True, stable=True)
+    ranked = highest(scores, member, scores.shape[1])
     places = torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked)
-    place = torch.zeros_like(ranked).scatter(1, ranked, places).flip(1)
-    return member & (place < count[:, None])
+    return member & (torch.zeros_like(ranked).scatter(1, ranked, places) < count[:, None])
 
 
-def left_of(pool: Tokens, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
+def keep_marked(pool: Tokens, stays: Bool[Tensor, "batch tokens"]) -> Tokens:
     """The kept tokens of each row, in order; shorter rows are padded."""
     counts = stays.sum(dim=1, keepdim=True)
     most = int(counts.max())

@@ -20,9 +20,9 @@ from omnimem.view import LayerView
 class EveryNth(AbstractRanking):
     """1 for the tokens at indices floor(i N / K), i = 0 .. K - 1, of the N that compete for K slots; else 0."""
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         scores = torch.zeros_like(view.order, dtype=torch.float32)
-        for group in groups(view.modality, room):
+        for group in groups(view.modality, slots):
             if group.kept:
                 chosen = torch.arange(group.kept, device=scores.device) * group.size // group.kept
                 place = (group.member.cumsum(dim=1) - 1).where(group.member, torch.full_like(view.order, -1))

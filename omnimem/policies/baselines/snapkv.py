@@ -43,12 +43,12 @@ class Window(AbstractRanking):
     kernel: int
     pooling: Pooling
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         with learning(view, "attention"):
             received = watched(view, self.window).mean(dim=1).sum(dim=1)
         scores, inside = torch.zeros_like(received), torch.zeros_like(received, dtype=torch.bool)
         latest = newest(view.modality > 0, self.window)
-        for group in groups(view.modality, room):
+        for group in groups(view.modality, slots):
             stays = newest(group.member & latest, group.kept // 2)
             scores = scores + pooled(received, group.member & ~stays, self.kernel, self.pooling)
             inside |= stays
@@ -89,13 +89,8 @@ class SnapKVOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name,
-            ranking=part(Window, chosen),
-            budget=allotted(budget, self.preset),
-            per_head=chosen["per_head"],
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": part(Window, chosen)})
 
 
 def refuse(window: int | None, kernel: int | None) -> None:

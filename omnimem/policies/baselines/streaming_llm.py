@@ -24,9 +24,9 @@ class SinksAndWindow(AbstractRanking):
 
     sinks: int
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         first = torch.zeros_like(view.modality, dtype=torch.bool)
-        for group in groups(view.modality, room):
+        for group in groups(view.modality, slots):
             first |= oldest(group.member, min(self.sinks, group.kept // 2))
         return above_all(view.order.float(), first)
 
@@ -52,10 +52,5 @@ class StreamingLLMOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name,
-            ranking=part(SinksAndWindow, chosen),
-            budget=allotted(budget, self.preset),
-            reindex=chosen["reindex"],
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": part(SinksAndWindow, chosen)})

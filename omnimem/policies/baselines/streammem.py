@@ -10,11 +10,10 @@ from torch.nn import functional as F
 
 from omnimem.attention.probed import probabilities
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, slots_of_layer
+from omnimem.policies.base import Policy, Prefiltered, ProbePrompt, Traits, slots_of_layer
 from omnimem.policies.baselines.merging import Merge, merged, with_merged
 from omnimem.policies.baselines.presets import Preset, allotted, part, settings
-from omnimem.policies.baselines.ranked import best, learning, left_of
-from omnimem.policies.capabilities import Prefiltered, ProbePrompt
+from omnimem.policies.baselines.ranked import best, keep_marked, learning
 from omnimem.selection import LayerSlots, Softness
 from omnimem.selection.layer_slots import taken
 from omnimem.tokens import ABSENT, EVICTABLE, Chunk, Modality, Tokens
@@ -39,19 +38,10 @@ class StreamMemPolicy(Policy):
     per_head: bool = False  # every key-value head keeps tokens of its own
 
     @property
-    def probes(self) -> tuple[ProbePrompt, ...]:
-        """The tokens that the chat template puts after a question."""
-        return () if self.budget is None else (ProbePrompt(text=None),)
-
-    @property
-    def merges(self) -> bool:
-        """Prototypes are averages of tokens."""
-        return self.prototypes
-
-    @property
-    def ragged(self) -> bool:
-        """Filtered streams of a batch have unequal numbers of tokens."""
-        return self.frame_filter
+    def traits(self) -> Traits:
+        """The probe is the end of the chat template; prototypes are averages; filtered streams have unequal lengths."""
+        probes = () if self.budget is None else (ProbePrompt(text=None),)
+        return Traits(per_head=self.per_head, ragged=self.frame_filter, merges=self.prototypes, probes=probes)
 
     def prefilter(self, chunk: Chunk, order: Int[Tensor, "batch tokens"]) -> Prefiltered:
         """The chunk with similar consecutive frames averaged."""
@@ -63,20 +53,20 @@ class StreamMemPolicy(Policy):
         """The layer's memory after the chunk in `view`; selection is hard in training too."""
         if self.budget is None:
             return view.pool
-        room, kinds = slots_of_layer(self.budget, layer), view.modality
+        slots, kinds = slots_of_layer(self.budget, layer), view.modality
         with learning(view, "attention"):
             importance = self._importance(view)
         frames = _new_frames(view) if self.prototypes else kinds.new_zeros(len(kinds), 0, view.pool.count).bool()
         stays, merging = kinds == Modality.TEXT, torch.zeros_like(kinds[:, 0], dtype=torch.long)
-        for member, counts in _groups(kinds, room):
+        for member, counts in _groups(kinds, slots):
             contested = member.sum(dim=1) > counts
-            if room.split and not bool((member & (kinds == Modality.VISUAL)).any()):
+            if slots.split and not bool((member & (kinds == Modality.VISUAL)).any()):
                 spared = torch.zeros_like(counts)
             else:
                 spared = torch.minimum(frames.any(dim=2).sum(dim=1), counts // 2) * contested
             stays = stays | best(importance, member, counts - spared)
             merging = merging + spared
-        kept = left_of(view.pool, stays)
+        kept = keep_marked(view.pool, stays)
         return _with_prototypes(view, kept, importance, frames, merging) if int(merging.max()) else kept
 
     def _importance(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
@@ -87,12 +77,12 @@ class StreamMemPolicy(Policy):
         return weights.mean(dim=(1, 2))
 
 
-def _groups(kinds: Tensor, room: LayerSlots) -> list[tuple[Bool[Tensor, "batch tokens"], Int[Tensor, " batch"]]]:
+def _groups(kinds: Tensor, slots: LayerSlots) -> list[tuple[Bool[Tensor, "batch tokens"], Int[Tensor, " batch"]]]:
     """The groups that compete and how many of each are kept, row by row, as rows may have unequal numbers."""
-    if not room.split:
+    if not slots.split:
         member = kinds > 0
-        return [(member, member.sum(dim=1).clamp_max(room.audio + room.visual))]
-    rows = [taken({kind: int((row == kind).sum()) for kind in Modality}, room) for row in kinds]
+        return [(member, member.sum(dim=1).clamp_max(slots.audio + slots.visual))]
+    rows = [taken({kind: int((row == kind).sum()) for kind in Modality}, slots) for row in kinds]
     counts = {kind: torch.tensor([row[kind] for row in rows], device=kinds.device) for kind in EVICTABLE}
     return [(kinds == kind, counts[kind]) for kind in EVICTABLE]
 
@@ -123,7 +113,7 @@ def _with_prototypes(
     new = merged(view, Merge(weights=weights, positions=centre, order=last), Modality.VISUAL)
     present = torch.arange(frames.shape[1], device=count.device) < count[:, None]
     both = with_merged(kept, new.masked(present))
-    return left_of(both, both.modality != ABSENT)
+    return keep_marked(both, both.modality != ABSENT)
 
 
 def _middle(places: Int[Tensor, "batch tokens"], frames: Tensor) -> Int[Tensor, "batch frames"]:

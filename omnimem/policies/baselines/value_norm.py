@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.baselines.presets import Preset, allotted, settings
+from omnimem.policies.baselines.presets import Preset, allotted, part, settings
 from omnimem.policies.baselines.ranked import AbstractRanking, RankedPolicy, learning
 from omnimem.selection import LayerSlots
 from omnimem.view import LayerView
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {"as_published": {"per_head": True}}
 class ValueNorm(AbstractRanking):
     """|V|_2, mean over the key-value heads of a row."""
 
-    def __call__(self, view: LayerView, room: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
+    def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         with learning(view, "content"):
             return view.pool.values.float().norm(dim=-1).mean(dim=1)
 
@@ -40,7 +40,5 @@ class ValueNormOptions:
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
-        chosen = settings(self, PRESETS)
-        return RankedPolicy(
-            name=self.name, ranking=ValueNorm(), budget=allotted(budget, self.preset), per_head=chosen["per_head"]
-        )
+        chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
+        return part(RankedPolicy, {**chosen, "ranking": ValueNorm()})

@@ -39,7 +39,7 @@ class RandomState:
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Link:
+class ChunkRecord:
     """A chunk as it was read, and the memory before it."""
 
     step: Callable[[Memory, Tensor], Memory]
@@ -62,21 +62,21 @@ class HorizonGradient:
 
     chunks: int
     each: FullGradient = field(default_factory=FullGradient)  # how the chunks within the horizon are kept
-    links: tuple[Link, ...] = ()  # of this stream: the latest chunks, oldest first
+    records: tuple[ChunkRecord, ...] = ()  # of this stream: the latest chunks, oldest first
 
     def __call__(
         self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor
     ) -> tuple[Memory, "HorizonGradient"]:
         """The memory after the chunk; gradient ends at the memory before it."""
-        link = Link(step=step, embeddings=embeddings, before=memory, random=RandomState.now(embeddings))
+        record = ChunkRecord(step=step, embeddings=embeddings, before=memory, random=RandomState.now(embeddings))
         after = self.each.after(step, memory.detached(), embeddings)
-        links = (*self.links, link)
-        return after, replace(self, links=links[max(0, len(links) - self.chunks + 1) :])
+        records = (*self.records, record)
+        return after, replace(self, records=records[max(0, len(records) - self.chunks + 1) :])
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         """`loss` of the memory computed again by the latest chunks; the earliest of them reads a constant."""
-        reached = self.links[0].before if self.links else memory
-        for link in self.links:
-            with link.random.restored():
-                reached = self.each.after(link.step, reached, link.embeddings)
+        reached = self.records[0].before if self.records else memory
+        for record in self.records:
+            with record.random.restored():
+                reached = self.each.after(record.step, reached, record.embeddings)
         return self.each.read(loss, reached)

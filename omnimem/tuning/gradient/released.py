@@ -20,7 +20,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import ChunkStep, ReadConfig
 from omnimem.tokens import Tokens
 from omnimem.tuning.gradient.full import FullGradient
-from omnimem.tuning.gradient.horizon import Link, RandomState
+from omnimem.tuning.gradient.horizon import ChunkRecord, RandomState
 from omnimem.view import LayerView
 
 
@@ -37,11 +37,11 @@ def by_similarity(policy: Policy) -> Policy:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _LastChunk:
-    """The latest chunk at the stop layer, and the link to read it again from the first layer on."""
+    """The latest chunk at the stop layer, and the record to read it again from the first layer on."""
 
     step: ChunkStep
     pool: Tokens  # [carrier ; chunk], before the eviction
-    link: Link | None
+    record: ChunkRecord | None
 
 
 @final
@@ -86,9 +86,13 @@ class ReleasedGradient:
         pool = _pool(step, before.layers[stop], entering)
         carrier = _kept_inputs(pool, by_similarity(step.config.policy).keep(stop, _unread(pool, step)))
         # 4. the memory, and the last chunk for `read`
-        link = Link(step=step, embeddings=embeddings, before=before, random=random) if self.whole_last_chunk else None
+        record = None
+        if self.whole_last_chunk:
+            record = ChunkRecord(step=step, embeddings=embeddings, before=before, random=random)
         memory = Memory(layers=(*kept, carrier, *before.layers[stop + 1 :]))
-        return memory, replace(self, last=_LastChunk(step=step, pool=pool, link=link))
+        return memory, replace(
+            self, last=_LastChunk(step=step, pool=pool, record=record if self.whole_last_chunk else None)
+        )
 
     def read(self, loss: Callable[[Memory], Tensor], memory: Memory) -> Tensor:
         """`loss` of the memory once the layers from `stop_layer` on have read the carrier and the last chunk."""
@@ -96,8 +100,8 @@ class ReleasedGradient:
         if last is None:  # no chunk was fed
             return self.each.read(loss, memory)
         below, pool = memory.layers[: self.stop_layer], last.pool
-        if last.link is not None:
-            below, pool = self._read_again(last.step, last.link)
+        if last.record is not None:
+            below, pool = self._read_again(last.step, last.record)
         return self.each.read(loss, Memory(layers=(*below, *self._above(last.step, pool))))
 
     def _learned(
@@ -115,11 +119,11 @@ class ReleasedGradient:
         passed, *kept = self.each.hold(flat, states, *inputs)
         return passed, list(Memory.of(kept).layers)
 
-    def _read_again(self, step: ChunkStep, link: Link) -> tuple[tuple[Tokens, ...], Tokens]:
+    def _read_again(self, step: ChunkStep, record: ChunkRecord) -> tuple[tuple[Tokens, ...], Tokens]:
         """The last chunk with all layers below `stop_layer` in the graph: their memory, the pool of `stop_layer`."""
-        stop, before = self.stop_layer, link.before
-        with link.random.restored():
-            entering, kept = self._learned(step, dict(enumerate(before.layers[:stop])), link.embeddings)
+        stop, before = self.stop_layer, record.before
+        with record.random.restored():
+            entering, kept = self._learned(step, dict(enumerate(before.layers[:stop])), record.embeddings)
         # their keys and values are in the graph already
         below = tuple(replace(tokens, states=tokens.states[..., :0]) for tokens in kept)
         return below, _pool(step, before.layers[stop], entering)

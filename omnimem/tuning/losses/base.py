@@ -35,7 +35,7 @@ class AbstractLoss:
         """Whether the loss needs a second pass of the stream, without adapter and with full memory."""
         return False
 
-    def takes(self, tokens: int) -> bool:
+    def applies_to(self, tokens: int) -> bool:
         """Whether the loss applies to a stream with this number of audio and visual tokens; otherwise it adds 0."""
         return True
 

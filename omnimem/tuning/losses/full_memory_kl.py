@@ -33,7 +33,7 @@ class FullMemoryKL(AbstractLoss):
     def needs_teacher(self) -> bool:
         return True
 
-    def takes(self, tokens: int) -> bool:
+    def applies_to(self, tokens: int) -> bool:
         return tokens <= self.max_tokens
 
     def __call__(self, rows: Rows) -> Float[Tensor, " rows"]:

@@ -192,8 +192,8 @@ def test_pyramidkv_keeps_a_pyramid_with_snapkv_s_score() -> None:
 def test_pyramidkv_takes_over_the_audio_visual_split_within_its_layers() -> None:
     given = Budget(slots=((2, 10), (4, 8), (6, 6), (3, 9)))
     shaped = PyramidKVOptions(preset="shared_split", window=4).build(given)
-    assert shaped.shape is not None
-    budget = shaped.shape(given, 1000)
+    assert shaped.reshape is not None
+    budget = shaped.reshape(given, 1000)
     assert budget.total == given.total
     for (audio, visual), (a, v) in zip(given.slots, budget.slots, strict=True):
         assert abs(a / (a + v) - audio / (audio + visual)) <= 1 / (a + v)

@@ -98,7 +98,7 @@ def test_one_policy_in_training_and_evaluation_but_for_the_release(name) -> None
     released = TuningOptions(gradient="released", selection=HARD)
     other = policy_in_training(released, policy)
     assert (other.name, other.budget, other.measures) == (policy.name, policy.budget, policy.measures)
-    assert other.needs_novelty
+    assert other.traits.needs_novelty
     assert described(TuningOptions(gradient="states"), policy, 4) == "the one used in evaluation"
     said = described(released, policy, 4)
     assert said.startswith(f"not the one used in evaluation ({name} in all 4 layers): chunks run layers 0 to 1")
