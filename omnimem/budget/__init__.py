@@ -4,20 +4,17 @@ Tables hold [audio, visual] per layer, as in the release. Signals are measured o
 They determine the shares of layers and modalities, and the shares determine the slots for any memory size.
 """
 
-from omnimem.budget.allocation import BudgetError, Rounding, Shares, Slots
+from omnimem.budget.allocation import BudgetError, Shares, Slots
 from omnimem.budget.options import AudioVisualBudget, BudgetOptions, SharedBudget, SplitBudget
-from omnimem.budget.signals import Form, Readings, Signals
-from omnimem.budget.table import UNLIMITED, Budget
+from omnimem.budget.signals import Readings, Signals
+from omnimem.budget.table import Budget
 
 __all__ = [
-    "UNLIMITED",
     "AudioVisualBudget",
     "Budget",
     "BudgetError",
     "BudgetOptions",
-    "Form",
     "Readings",
-    "Rounding",
     "SharedBudget",
     "Shares",
     "Signals",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from omnimem.budget.allocation import BudgetError, Rounding, Shares
 from omnimem.budget.signals import Form, Signals, positive
@@ -17,11 +17,7 @@ class SharedBudget:
     """One pool of audio and visual tokens per layer, of equal size in all layers."""
 
     name: Literal["shared"] = "shared"
-
-    @property
-    def needs_signals(self) -> bool:
-        """Whether `build` needs a calibration."""
-        return False
+    needs_signals: ClassVar[bool] = False  # whether `build` needs a calibration
 
     def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
         """The budget of a model of `layers` layers."""
@@ -37,16 +33,12 @@ class SplitBudget:
     audio_share: float | None = None
     visual_audio_ratio: float = 5.0  # r
     lend: bool = True
+    needs_signals: ClassVar[bool] = False  # whether `build` needs a calibration
 
     def __post_init__(self) -> None:
         positive("visual_audio_ratio", self.visual_audio_ratio)
         if self.audio_share is not None and not 0 < self.audio_share < 1:
             raise BudgetError(f"budget.audio_share is {self.audio_share}; give a number between 0 and 1 (exclusive)")
-
-    @property
-    def needs_signals(self) -> bool:
-        """Whether `build` needs a calibration."""
-        return False
 
     def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
         """The budget of a model of `layers` layers."""
