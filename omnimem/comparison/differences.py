@@ -17,8 +17,8 @@ def differences(arms: Sequence[Arm]) -> list[str]:
     first, *others = paired
     lines = [line for arm in others for line in _setting_differences(first, arm)]
     lines += [line for arm in others for line in _input_differences(first, arm)]
-    rivals = [arm for arm in paired if arm.role == "budgeted"]
-    return lines + [line for arm in rivals[1:] for line in _budget_differences(rivals[0], arm)]
+    budgeted = [arm for arm in paired if arm.role == "budgeted"]
+    return lines + [line for arm in budgeted[1:] for line in _budget_differences(budgeted[0], arm)]
 
 
 def _setting_differences(first: Arm, arm: Arm) -> Iterator[str]:
@@ -42,6 +42,7 @@ def _input_differences(first: Arm, arm: Arm) -> Iterator[str]:
 
 
 def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
+    # 1. each question
     again = "evaluate both on the same input"
     shared = sorted(set(a.answers) & set(b.answers))
     alone = sorted(set(a.answers) ^ set(b.answers))
@@ -51,15 +52,15 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
             "finish or repeat the evaluation"
         )
     pairs = [(a.answers[key], b.answers[key]) for key in shared]
-    for what, said in FIELDS.items():
-        differing = [(one, two) for one, two in pairs if said(one) != said(two)]
+    for what, value in FIELDS.items():
+        differing = [(one.id, value(one), value(two)) for one, two in pairs if value(one) != value(two)]
         if differing:
-            one, two = differing[0]
+            key, one, two = differing[0]
             verb = "has" if len(differing) == 1 else "have"
             yield (
-                f"{where}: {many(len(differing), 'question')} {verb} {what} "
-                f"(first: {one.id}: {said(one)} and {said(two)}); {again}"
+                f"{where}: {many(len(differing), 'question')} {verb} {what} (first: {key}: {one} and {two}); {again}"
             )
+    # 2. sums over all questions
     if _differ(a.frames, b.frames, 0.0):
         yield f"{where}: {a.frames:g} and {b.frames:g} frames were seen; {again}"
     if _differ(a.audio_seconds, b.audio_seconds, SAME_SECONDS * len(shared)):
@@ -68,40 +69,37 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
 
 def _budget_differences(first: Arm, arm: Arm) -> Iterator[str]:
     """Compare means over questions, then each question: equal means can hide unequal budgets."""
-    cure = "evaluate both with the same memory.slots_per_layer and budget"
+    cure = "not the same budget; evaluate both with the same memory.slots_per_layer and budget"
     for name in sorted(set(first.sheets) & set(arm.sheets)):
         a, b = arm.sheets[name], first.sheets[name]
-        where = f"{arm.label} and {first.label}: {name}"
-        for what, one, two in (
+        means = (
             ("peak entries", a.peak_entries, b.peak_entries),
             ("entries at answer time", a.answer_entries, b.answer_entries),
-        ):
-            if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two)):
-                yield f"{where}: {what} are {one:g} and {two:g}, not the same budget; {cure}"
-                break
-        else:
-            yield from (f"{where}: {line}, not the same budget; {cure}" for line in _entry_differences(a, b))
+        )
+        unequal = [f"{what} are {one:g} and {two:g}" for what, one, two in means if _unequal(one, two)]
+        lines = unequal[:1] or _entry_differences(a, b)
+        yield from (f"{arm.label} and {first.label}: {name}: {line}, {cure}" for line in lines)
 
 
 def _entry_differences(a: Sheet, b: Sheet) -> Iterator[str]:
-    pairs = [(a.answers[key], b.answers[key]) for key in sorted(set(a.answers) & set(b.answers))]
-    for what, entries in (
-        ("peak entries", [(one.peak_entries, two.peak_entries) for one, two in pairs]),
-        ("entries at answer time", [(one.entries, two.entries) for one, two in pairs]),
-    ):
-        differing = [
-            f"{what} of {pair[0].id} are {one:g} and {two:g}"
-            for pair, (one, two) in zip(pairs, entries, strict=True)
-            if one is not None and two is not None and _differ(one, two, SAME_ENTRIES * max(one, two))
-        ]
-        yield from differing[:1]
+    """The first question with unequal entries, for each measure."""
+    for what, measure in (("peak entries", "peak_entries"), ("entries at answer time", "entries")):
+        for key in sorted(set(a.answers) & set(b.answers)):
+            one, two = getattr(a.answers[key], measure), getattr(b.answers[key], measure)
+            if _unequal(one, two):
+                yield f"{what} of {key} are {one:g} and {two:g}"
+                break
+
+
+def _unequal(a: float | None, b: float | None) -> bool:
+    return _differ(a, b, SAME_ENTRIES * max(a or 0.0, b or 0.0))
 
 
 def _differ(a: float | None, b: float | None, tolerance: float) -> bool:
     return a is not None and b is not None and abs(a - b) > tolerance
 
 
-def _said(value: float | None, digits: int) -> str:
+def _written(value: float | None, digits: int) -> str:
     return "unknown" if value is None else f"{value:.{digits}f}".rstrip("0").rstrip(".")
 
 
@@ -109,7 +107,7 @@ FIELDS: Mapping[str, Callable[[Answer], str]] = {
     "another prompt": lambda answer: answer.prompt_sha256[:12],
     "another right answer or video": lambda answer: f"{answer.answer!r} of {answer.video}",
     "another outcome of reading its stream": lambda answer: answer.failed or "read",
-    "another number of frames": lambda answer: _said(answer.frames, 0),
-    "other seconds of audio": lambda answer: _said(answer.audio_seconds, SECONDS_DIGITS),
-    "another length of stream read before it": lambda answer: _said(answer.stream_seconds, SECONDS_DIGITS),
+    "another number of frames": lambda answer: _written(answer.frames, 0),
+    "other seconds of audio": lambda answer: _written(answer.audio_seconds, SECONDS_DIGITS),
+    "another length of stream read before it": lambda answer: _written(answer.stream_seconds, SECONDS_DIGITS),
 }

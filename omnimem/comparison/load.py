@@ -1,4 +1,4 @@
-"""Reads run folders and evaluation folders."""
+"""Read run folders and evaluation folders."""
 
 import json
 import math
@@ -97,7 +97,6 @@ class Run:
     """Budget and training log of a run folder."""
 
     name: str
-    folder: Path
     budget: Budget | None
     metrics: tuple[Mapping[str, Any], ...]
 
@@ -111,6 +110,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
 
     Raises ComparisonError with every problem found.
     """
+    # 1. read all folders, collecting problems
     problems: list[str] = []
     found: dict[Path, Arm] = {}
     runs: dict[Path, Run] = {}
@@ -128,6 +128,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
                     runs[run_folder] = _read_run(run_folder)
             except _Problem as problem:
                 problems.append(str(problem))
+    # 2. label the arms, or report the problems
     arms = _with_durations(_labelled(list(found.values())))
     if not problems and all(arm.role == "probe" for arm in arms):
         problems.append(
@@ -160,30 +161,28 @@ def _run_of(arm_folder: Path) -> Path | None:
 
 
 def _labelled(arms: list[Arm]) -> list[Arm]:
-    """Arms of the same name get the name of their run folder, or their path if that is not enough."""
-    for label in (_run_and_name, _path):
+    """Arms with the same name are labelled with the name of their run folder, or with their path if that is shared."""
+
+    def run_and_name(arm: Arm) -> str:
+        run = _run_of(arm.folder)
+        return f"{run.name if run else arm.folder.resolve().parent.name}/{arm.name}"
+
+    for label in (run_and_name, lambda arm: str(arm.folder)):
         taken = Counter(arm.label for arm in arms)
         arms = [replace(arm, label=label(arm)) if taken[arm.label] > 1 else arm for arm in arms]
     return arms
 
 
-def _run_and_name(arm: Arm) -> str:
-    run = _run_of(arm.folder)
-    return f"{run.name if run else arm.folder.resolve().parent.name}/{arm.name}"
-
-
-def _path(arm: Arm) -> str:
-    return str(arm.folder)
-
-
 def _read_arm(folder: Path) -> Arm:
+    # 1. summary
     path = folder / "summary.json"
     if not path.is_file():
         raise _Problem(f"{folder}: no summary.json; finish its evaluation with `python train/evaluate.py`")
-    summary = _object(_parse(path, path.read_text(encoding="utf-8")), str(path))
+    summary = _read_object(path)
     benchmarks = _object(summary.get("benchmarks"), f"{path} benchmarks")
     if not benchmarks:
         raise _Problem(f"{path} benchmarks: empty; evaluate the arm on a benchmark first")
+    # 2. answers and trace
     trace = folder / "trace.json"
     name = str(summary.get("arm", folder.name))
     return Arm(
@@ -200,7 +199,7 @@ def _read_arm(folder: Path) -> Arm:
 
 
 def _read_trace(path: Path) -> dict[str, Any]:
-    trace = _object(_parse(path, path.read_text(encoding="utf-8")), str(path))
+    trace = _read_object(path)
     wanted = {"video", "seconds", "bin_seconds", "chunk_ends", "arrived", "kept"}
     if wanted - trace.keys():
         raise _Problem(f"{path} {', '.join(sorted(wanted - trace.keys()))}: missing; delete the file or evaluate again")
@@ -216,6 +215,7 @@ def _read_trace(path: Path) -> dict[str, Any]:
 
 
 def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
+    # 1. answers
     answers: dict[str, Answer] = {}
     for place, record in _json_lines(path):
         answer = _read_answer(place, record)
@@ -224,6 +224,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         answers[answer.id] = answer
     if not answers:
         raise _Problem(f"{path}: no answers in it; run the evaluation again")
+    # 2. input and cost
     given = _object(facts.get("input", {}), f"{path} input")
     return Sheet(
         answers=answers,
@@ -239,10 +240,12 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
 
 
 def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
+    # 1. check the keys
     keys = ("id", "video", "prompt_sha256", "answer", "prediction", "correct", "parsed", "kind")
     missing = [key for key in keys if key not in record]
     if missing:
         raise _Problem(f"{place} {', '.join(missing)}: missing; evaluate the arm again with this version")
+    # 2. convert the values
     prediction, parsed = record["prediction"], bool(record["parsed"])
     return Answer(
         id=str(record["id"]),
@@ -285,28 +288,23 @@ def _with_durations(arms: Sequence[Arm]) -> list[Arm]:
 
     The duration is the longest that any arm read before the question: probes may have read nothing.
     """
+    every = [(name, one) for arm in arms for name, sheet in arm.sheets.items() for one in sheet.answers.values()]
+    # 1. kinds with durations, by benchmark and question
     seconds: dict[tuple[str, str], float] = {}
-    for arm in arms:
-        for name, sheet in arm.sheets.items():
-            for answer in sheet.answers.values():
-                key = name, answer.id
-                seconds[key] = max(seconds.get(key, 0.0), answer.stream_seconds or 0.0)
-    kinds = {
-        (name, answer.id): _with_duration(answer, seconds[name, answer.id])
-        for arm in arms
-        for name, sheet in arm.sheets.items()
-        for answer in sheet.answers.values()
+    for name, answer in every:
+        key = name, answer.id
+        seconds[key] = max(seconds.get(key, 0.0), answer.stream_seconds or 0.0)
+    kinds = {(name, answer.id): _with_duration(answer, seconds[name, answer.id]) for name, answer in every}
+    # 2. axes with several labels
+    different = {(name, kind) for (name, _), found in kinds.items() for kind in found}
+    labels = Counter((name, axis_of(kind)) for name, kind in different)
+    kept = {
+        (name, key): tuple(kind for kind in found if axis_of(kind) == KIND or labels[name, axis_of(kind)] > 1)
+        for (name, key), found in kinds.items()
     }
-    divided: dict[tuple[str, str], set[str]] = {}
-    for (name, _), found in kinds.items():
-        for kind in found:
-            divided.setdefault((name, axis_of(kind)), set()).add(kind)
 
     def arranged(name: str, sheet: Sheet) -> Sheet:
-        answers = {}
-        for key, answer in sheet.answers.items():
-            kept = [k for k in kinds[name, key] if axis_of(k) == KIND or len(divided[name, axis_of(k)]) > 1]
-            answers[key] = replace(answer, kinds=tuple(kept))
+        answers = {key: replace(answer, kinds=kept[name, key]) for key, answer in sheet.answers.items()}
         return replace(sheet, answers=answers)
 
     return [replace(arm, sheets={name: arranged(name, sheet) for name, sheet in arm.sheets.items()}) for arm in arms]
@@ -329,7 +327,7 @@ def _read_run(folder: Path) -> Run:
     steps = {
         record["step"]: record for _, record in (_json_lines(metrics) if metrics.is_file() else ()) if "step" in record
     }
-    return Run(name=folder.name, folder=folder, budget=slots, metrics=tuple(steps[step] for step in sorted(steps)))
+    return Run(name=folder.name, budget=slots, metrics=tuple(steps[step] for step in sorted(steps)))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -347,6 +345,10 @@ def _parse(place: Path | str, text: str) -> object:
         return json.loads(text)
     except ValueError as error:
         raise _Problem(f"{place}: not JSON ({error}); correct it or write it again") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _object(_parse(path, path.read_text(encoding="utf-8")), str(path))
 
 
 def _object(value: object, place: str) -> dict[str, Any]:

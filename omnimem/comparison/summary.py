@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ Answers = Mapping[Key, Answer]
 
 
 def in_order(arms: Sequence[Arm]) -> list[Arm]:
-    """The order of every table: full memory, training-free, tuned, others by name, then the probes."""
+    """Arms in the order of all tables: full memory, training-free, tuned, others by name, then the probes."""
     return sorted(arms, key=lambda arm: (_place(arm, SHOWN), arm.label))
 
 
@@ -32,12 +32,14 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
     """Accuracies, paired differences and their intervals: per benchmark, and pooled over all questions of all of them.
 
     Accuracy `official` counts parsed answers only, `strict` counts a missing answer as wrong; differences are strict,
-    over the questions that both arms were asked. Videos of one name in two benchmarks are taken for one video.
+    over the questions that both arms were asked. Videos of the same name in two benchmarks count as one video.
     """
+    # 1. accuracies and differences of each benchmark
     arms = in_order(arms)
     names = sorted({name for arm in arms for name in arm.sheets})
     benchmarks = {name: _group(arms, (name,), draws=draws, seed=seed) for name in names}
     _adjust(list(benchmarks.values()))
+    # 2. costs, rules and defects
     for name, group in benchmarks.items():
         for entry in (group["arms"], group["probes"]):
             for arm in arms:
@@ -46,6 +48,7 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
         sheets = [arm.sheets[name] for arm in arms if name in arm.sheets]
         group["rules"] = next((sheet.rules for sheet in sheets if sheet.rules), None)
         group["defects"] = _defects(sheets)
+    # 3. all benchmarks pooled
     pooled = _group(arms, tuple(names), draws=draws, seed=seed)
     _adjust([pooled])
     return {
@@ -119,14 +122,16 @@ def _place(arm: Arm, names: Sequence[str]) -> int:
 
 
 def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) -> dict[str, Any]:
+    # 1. answers by arm, and all questions
     sheets = {
-        arm.label: {(name, key): one for name in names if name in arm.sheets for key, one in _items(arm.sheets[name])}
+        arm.label: {(name, key): sheet.answers[key] for name, sheet in given for key in sorted(sheet.answers)}
         for arm in arms
+        if (given := [(name, arm.sheets[name]) for name in names if name in arm.sheets])
     }
-    sheets = {label: sheet for label, sheet in sheets.items() if sheet}
     asked = {key: answer for sheet in sheets.values() for key, answer in sheet.items()}
     resampling = statistics.resample([answer.video for answer in asked.values()], draws=draws, seed=seed)
-    kinds = sorted({kind for answer in asked.values() for kind in answer.kinds})
+    # 2. accuracies
+    of_kinds = {kind: list(_of_kind(asked, kind).values()) for kind in _kinds(asked.values())}
     probes = {arm.label for arm in arms if arm.role == "probe"}
     accuracy = {label: _arm(resampling, sheet) for label, sheet in sheets.items()}
     return {
@@ -134,9 +139,7 @@ def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) 
         "clusters": len(resampling.videos),
         "chance": round(chance(list(asked.values())), DIGITS),
         "kinds": {
-            kind: {"n": len(of_kind), "chance": round(chance(of_kind), DIGITS)}
-            for kind in kinds
-            if (of_kind := list(_of_kind(asked, kind).values()))
+            kind: {"n": len(answers), "chance": round(chance(answers), DIGITS)} for kind, answers in of_kinds.items()
         },
         "arms": {label: entry for label, entry in accuracy.items() if label not in probes},
         "probes": {label: entry for label, entry in accuracy.items() if label in probes},
@@ -148,29 +151,27 @@ def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) 
     }
 
 
-def _items(sheet: Sheet) -> list[tuple[str, Answer]]:
-    return sorted(sheet.answers.items())
-
-
 def _of_kind(answers: Answers, kind: str) -> Answers:
     return {key: answer for key, answer in answers.items() if kind in answer.kinds}
 
 
-def _kinds(answers: Answers) -> list[str]:
-    return sorted({kind for answer in answers.values() for kind in answer.kinds})
+def _kinds(answers: Iterable[Answer]) -> list[str]:
+    return sorted({kind for answer in answers for kind in answer.kinds})
 
 
 def _arm(resampling: Resampling, answers: Answers) -> dict[str, Any]:
-    kinds = {kind: _accuracy(resampling, list(_of_kind(answers, kind).values())) for kind in _kinds(answers)}
+    kinds = {kind: _accuracy(resampling, list(_of_kind(answers, kind).values())) for kind in _kinds(answers.values())}
     return _accuracy(resampling, list(answers.values())) | {"kinds": kinds}
 
 
 def _accuracy(resampling: Resampling, answers: Sequence[Answer]) -> dict[str, Any]:
+    # 1. estimates
     videos = [answer.video for answer in answers]
     correct = np.array([answer.correct for answer in answers], dtype=np.float64)
     counted = np.array([answer.counted for answer in answers], dtype=np.float64)
     official = statistics.ratio(resampling, videos, correct * counted, counted, lowest=0.0)
     strict = statistics.ratio(resampling, videos, correct, np.ones_like(correct), lowest=0.0)
+    # 2. numbers
     return {
         "n": len(answers),
         "clusters": strict.clusters,
@@ -185,19 +186,22 @@ def _accuracy(resampling: Resampling, answers: Sequence[Answer]) -> dict[str, An
 
 
 def _pair(resampling: Resampling, a: str, b: str, of_a: Answers, of_b: Answers) -> dict[str, Any]:
-    shared = [key for key in of_a if key in of_b]
-    two = [(of_a[key], of_b[key]) for key in shared]
-    kinds = sorted({kind for one, _ in two for kind in one.kinds})
-    by_kind = {kind: _difference(resampling, [pair for pair in two if kind in pair[0].kinds]) for kind in kinds}
+    two = [(of_a[key], of_b[key]) for key in of_a if key in of_b]
+    by_kind = {
+        kind: _difference(resampling, [pair for pair in two if kind in pair[0].kinds])
+        for kind in _kinds(one for one, _ in two)
+    }
     return {"a": a, "b": b} | _difference(resampling, two) | {"kinds": by_kind}
 
 
 def _difference(resampling: Resampling, two: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    # 1. estimate
     a = np.array([one.correct for one, _ in two], dtype=np.bool_)
     b = np.array([other.correct for _, other in two], dtype=np.bool_)
     difference = a.astype(np.float64) - b.astype(np.float64)
     videos = [one.video for one, _ in two]
     found = statistics.ratio(resampling, videos, difference, np.ones_like(difference), lowest=-1.0)
+    # 2. numbers
     return {
         "n": len(two),
         "clusters": found.clusters,
@@ -244,14 +248,13 @@ def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 
 
 def _notes(arms: Sequence[Arm]) -> list[str]:
-    """Warnings of unequal bytes at equal entries, which are allowed."""
+    """Notes on unequal bytes at equal entries, which are allowed."""
     notes: list[str] = []
-    rivals = [arm for arm in arms if arm.role == "budgeted"]
-    for name in sorted({name for arm in rivals for name in arm.sheets}):
-        sizes = {
-            arm.title: size for arm in rivals if name in arm.sheets and (size := arm.sheets[name].bytes) is not None
-        }
-        if len(sizes) > 1 and max(sizes.values()) > (1 + SAME_BYTES) * min(sizes.values()):
+    budgeted = [arm for arm in arms if arm.role == "budgeted"]
+    for name in sorted({name for arm in budgeted for name in arm.sheets}):
+        of_arms = {arm.title: arm.sheets[name].bytes for arm in budgeted if name in arm.sheets}
+        sizes = {title: size for title, size in of_arms.items() if size is not None}
+        if sizes and max(sizes.values()) > (1 + SAME_BYTES) * min(sizes.values()):
             most, least = max(sizes, key=lambda title: sizes[title]), min(sizes, key=lambda title: sizes[title])
             more = 100 * (sizes[most] / sizes[least] - 1)
             notes.append(f"{name}: {most} holds {more:.1f} % more bytes than {least} at the same entries")
