@@ -80,11 +80,11 @@ class ReleasedGradient:
         # 2. the layers below the stop layer: the last of them in the graph
         with torch.no_grad():
             states, kept = step.layers(dict(enumerate(before.layers[: stop - 1])), embeddings)
-        entering, top = self._learned(step, {stop - 1: before.layers[stop - 1]}, states)
+        entering, top = self._run_in_graph(step, {stop - 1: before.layers[stop - 1]}, states)
         kept = [*kept, *(tokens.detached() for tokens in top)]
         # 3. the stop layer keeps inputs by their redundancy
         pool = _pool(step, before.layers[stop], entering)
-        carrier = _kept_inputs(pool, by_similarity(step.config.policy).keep(stop, _unread(pool, step)))
+        carrier = _kept_inputs(pool, by_similarity(step.config.policy).keep(stop, _view_of_inputs(pool, step)))
         # 4. the memory, and the last chunk for `read`
         record = None
         if self.whole_last_chunk:
@@ -104,7 +104,7 @@ class ReleasedGradient:
             below, pool = self._read_again(last.step, last.record)
         return self.each.read(loss, Memory(layers=(*below, *self._above(last.step, pool))))
 
-    def _learned(
+    def _run_in_graph(
         self, step: ChunkStep, memory: dict[int, Tokens], states: Float[Tensor, "batch tokens width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], list[Tokens]]:
         """Consecutive layers in the graph; their weights learn from keys and values of the memory too."""
@@ -123,7 +123,7 @@ class ReleasedGradient:
         """The last chunk with all layers below `stop_layer` in the graph: their memory, the pool of `stop_layer`."""
         stop, before = self.stop_layer, record.before
         with record.random.restored():
-            entering, kept = self._learned(step, dict(enumerate(before.layers[:stop])), record.embeddings)
+            entering, kept = self._run_in_graph(step, dict(enumerate(before.layers[:stop])), record.embeddings)
         # their keys and values are in the graph already
         below = tuple(replace(tokens, states=tokens.states[..., :0]) for tokens in kept)
         return below, _pool(step, before.layers[stop], entering)
@@ -202,7 +202,7 @@ def _pool(step: ChunkStep, carrier: Tokens, entering: Float[Tensor, "batch token
     return carrier.cat(fresh)
 
 
-def _unread(pool: Tokens, step: ChunkStep) -> LayerView:
+def _view_of_inputs(pool: Tokens, step: ChunkStep) -> LayerView:
     """The view of a layer that is not run: only redundancy can be measured, on the exact inputs where the policy
     carries no feature.
     """
