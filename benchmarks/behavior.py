@@ -1,6 +1,6 @@
-"""Records what the library computes, bit by bit, so that a change that must not change behaviour can be checked.
+"""Records the results of the library bit by bit, to check that a refactoring changes nothing.
 
-python benchmarks/behavior.py --config tiny.yaml --out before.json [--adapter DIR] [key=value ...]
+python benchmarks/behavior.py --config tiny.yaml --out before.json [key=value ...]
 python benchmarks/behavior.py --config tiny.yaml --out after.json --against before.json
 
 Three recall streams under every arm of the study `policies`: digests of the kept tokens of every layer (order,
@@ -18,39 +18,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import torch
 from torch import Tensor
 
-from benchmarks.policies import Needled
+from benchmarks.common import gradient_modes, load_config, train_adapter_only
+from benchmarks.policies import NeedleTask
 from benchmarks.studies import SPLIT_OF_ALL, STUDIES
 from omnimem.backbones import Turn, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.cli.build import feeder_of, measured_budget, training_samples
 from omnimem.cli.parser import Parser, run_command
-from omnimem.config import RunConfig, load
+from omnimem.config import RunConfig
 from omnimem.policies.baselines.oracle import OracleOptions
 from omnimem.run import read_json, write_json
 from omnimem.selection import SelectionOptions, TemperatureOptions
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder, batch_by_layout
-from omnimem.training.arguments import train_section
 from omnimem.tuning import TuningOptions, add_adapter, gradient_of, policy_in_training, streamed_loss
 
-STREAMS, LESSONS, SLOTS = 3, 4, 18
+STREAMS, TRAINING_STREAMS, SLOTS = 3, 4, 18
 SOFT = {
     form: SelectionOptions(softening=form, temperature=TemperatureOptions(schedule="constant", start=0.5))
     for form in ("hard", "straight_through", "soft")
 }
-MODES = {
-    **{f"full, {form}": TuningOptions(selection=options) for form, options in SOFT.items()},
-    "full, no recomputation": TuningOptions(recompute="none", selection=SOFT["straight_through"]),
-    "full, offload": TuningOptions(offload=True, selection=SOFT["straight_through"]),
-    "full, horizon 1": TuningOptions(horizon=1, selection=SOFT["straight_through"]),
-    "full, horizon 2": TuningOptions(horizon=2, selection=SOFT["straight_through"]),
-    "states": TuningOptions(gradient="states", selection=SOFT["straight_through"]),
-    "released": TuningOptions(gradient="released", selection=SOFT["hard"]),
-    "paper": TuningOptions(gradient="paper", selection=SOFT["hard"]),
+MODES = {f"full, {form}": TuningOptions(selection=options) for form, options in SOFT.items()}
+MODES |= {
+    name: tuning
+    for name, tuning in gradient_modes(SOFT["straight_through"], SOFT["hard"]).items()
+    if name != "full" and "by layer" not in name
 }
 
 
@@ -65,7 +60,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 @torch.no_grad()
 def kept_sets(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> dict[str, Any]:
-    """What every arm keeps of the streams, and the hidden states of their questions."""
+    """Digests of the tokens kept by every arm, and of the hidden states of the questions."""
     found: dict[str, Any] = {}
     (benchmark,) = run.evaluate.benchmarks
     signals = measured_budget(
@@ -76,7 +71,7 @@ def kept_sets(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> di
     ).signals
     assert signals is not None
     for name, trial in STUDIES["policies"].items():
-        source = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
+        source = NeedleTask(benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
         budget = trial.allocate(SPLIT_OF_ALL, attached.shape.layers, SLOTS, signals)
         policy = trial.policy.build(budget)
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
@@ -99,8 +94,8 @@ def gradients(run: RunConfig, attached: StreamedAttention, feeder: Feeder, model
     """The loss of every mode, and digests of its gradients."""
     found: dict[str, Any] = {}
     budget = SplitBudget(visual_audio_ratio=2.0).build(attached.shape.layers, SLOTS)
-    opened = [feeder.open(sample) for sample in training_samples(run)[:LESSONS]]
-    named = [(name, part) for name, part in model.named_parameters() if part.requires_grad]
+    opened = [feeder.open(sample) for sample in training_samples(run)[:TRAINING_STREAMS]]
+    learning = [part for part in model.parameters() if part.requires_grad]
     for mode, tuning in MODES.items():
         carry = gradient_of(tuning, attached.shape.layers)
         policy = policy_in_training(tuning, run.memory.policy.build(budget))
@@ -109,14 +104,7 @@ def gradients(run: RunConfig, attached: StreamedAttention, feeder: Feeder, model
             outcome = streamed_loss(
                 attached, feeder, batch, policy, softness=tuning.selection.at(0.5), carry=carry, model=model
             )
-            parts += [
-                torch.zeros_like(part) if grad is None else grad
-                for grad, (_, part) in zip(
-                    torch.autograd.grad(outcome.loss, [part for _, part in named], allow_unused=True),
-                    named,
-                    strict=True,
-                )
-            ]
+            parts += torch.autograd.grad(outcome.loss, learning, allow_unused=True, materialize_grads=True)
             total += float(outcome.loss.detach())
         found[mode] = {"loss": total.hex(), "gradient": digest(parts)}
     return found
@@ -129,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--against", type=Path)
     given = parser.parse(arguments)
-    run = load(given.config, given.overrides, train=train_section())
+    run = load_config(given.config, given.overrides)
     torch.set_num_threads(1)
     backbone = load_backbone(run.model)
     with attach(backbone.text_model) as attached:
@@ -138,8 +126,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.manual_seed(0)
     model = add_adapter(backbone.model, run.tuning.lora)
     generator = torch.Generator().manual_seed(1)
-    for name, part in model.named_parameters():
-        part.requires_grad_("lora_" in name)
+    for name, part in train_adapter_only(model):
         if "lora_B" in name:
             part.data.normal_(0, 0.02, generator=generator)
     with attach(backbone.text_model) as attached:

@@ -1,18 +1,15 @@
-"""What answering costs by method, the paper's figure 4: memory beyond the model, time to the first token, speed.
+"""The cost of answering by method, as in the paper's figure 4: memory beyond the model, time to first token, speed.
 
 python benchmarks/cost.py --config tiny.yaml [--policy NAME]... [--minutes 4] [--video FILE --ask QUESTION...]
                           [--rounds 3] [--out DIR] [key=value ...]
 
 Full memory and each policy at the run's slots per layer read one stream, each in a process of its own, in turn within
-a round: memory that an allocator keeps of one arm would count for the next. The stream is a recall world made for it
-(benchmarks/long_stream.py), or a file of yours with questions at its end. Writes cost.json and report.html, whose
+a round: memory that an allocator keeps of one arm would be counted for the next. The stream is a recall world made for
+it (benchmarks/long_stream.py), or a file of yours with questions at its end. Writes cost.json and report.html, whose
 section Cost is the figure, into --out (runs/cost) and prints medians over rounds and questions. Wall time: on a
 shared machine compare arms, not runs.
 """
 
-import json
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,108 +18,83 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import torch
 
-from benchmarks.long_stream import SETTINGS, manifest_line, world_of
-from omnimem.backbones import load_backbone
-from omnimem.cli.build import budget_of, feeder_of, policies_of
+from benchmarks.common import ONE_STREAM, evaluate_arm, load_config, measure_arm, recall_stream, write_manifest
+from benchmarks.long_stream import manifest_line, world_of
+from benchmarks.tables import markdown
 from omnimem.cli.parser import Parser, run_command
-from omnimem.commands.synthesize import Stream, make
 from omnimem.comparison import compare
 from omnimem.comparison.formatting import count, seconds, size
-from omnimem.config import RunConfig, load
-from omnimem.evaluation import Arm, Evaluation
-from omnimem.evaluation.cost import PeakMemory
+from omnimem.config import RunConfig
 from omnimem.media import MediaError
-from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
-from omnimem.streaming.attach import attach
+from omnimem.run import provenance, sha256, write_json
 from omnimem.tasks import RecallOptions
-from omnimem.training.arguments import train_section
 
 FULL = "full_memory"
 RIVALS = ("distinct", "infinipot_v", "streammem", "uniform")
 SPLIT = "cost"  # name of the manifest
-COLUMNS = ("policy", "tokens in", "kept a layer", "media", "text model", "first token", "beyond the model", "memory")
+COLUMNS = ("policy", "tokens in", "kept per layer", "media", "text model", "first token", "beyond the model", "memory")
 
 
 def prepare(out: Path, minutes: int) -> Path:
-    """A stream of a recall world and its manifest."""
-    world = world_of(minutes, minutes)
-    stream = Stream(id=f"world-{world.seed}-{minutes}-minutes", world=world)
-    (out / "videos").mkdir(parents=True, exist_ok=True)
-    if not (out / stream.video).is_file():
-        make(out, stream)
-    _write_manifest(out, manifest_line(stream, minutes, 60 * minutes))
+    """Write a stream of a recall world and its manifest; the path of the video."""
+    stream = recall_stream(out, world_of(minutes, minutes), minutes)
+    write_manifest(out / f"{SPLIT}.jsonl", manifest_line(stream, minutes, 60 * minutes))
     return out / stream.video
 
 
 def adopt(out: Path, video: Path, questions: Sequence[str]) -> Path:
-    """A file of the user's own and its manifest. Raises MediaError when it is not there."""
+    """Write a manifest for the user's own file. Raises MediaError if it is missing."""
     if not video.is_file():
         raise MediaError(video, "missing", "is not there; give --video a file")
-    (out / "videos").mkdir(parents=True, exist_ok=True)
     link = out / "videos" / video.name
-    if link.resolve() != video.resolve():  # a file of an earlier run may be given again
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.resolve() != video.resolve():  # the file may be one of an earlier run
         link.unlink(missing_ok=True)
         link.symlink_to(video.resolve())
     messages = [{"role": "user", "content": question, "at": None} for question in questions]
-    _write_manifest(out, {"id": video.stem, "video": f"videos/{video.name}", "messages": messages})
+    line = {"id": video.stem, "video": f"videos/{video.name}", "messages": messages}
+    write_manifest(out / f"{SPLIT}.jsonl", line)
     return video
 
 
-def _write_manifest(out: Path, line: dict[str, Any]) -> None:
-    (out / f"{SPLIT}.jsonl").write_text(json.dumps(line) + "\n")
-
-
 def measure(run: RunConfig, out: Path, name: str) -> None:
-    """Evaluate one arm in this process; its cost goes to out/<name>.json."""
+    """Evaluate one arm in this process and write its cost to out/<name>.json."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     task, folder = RecallOptions(root=str(out), split=SPLIT), out / "eval" / name
-    shutil.rmtree(folder, ignore_errors=True)  # nothing may count as answered
-    backbone = load_backbone(run.model)
-    feeder = feeder_of(run, backbone)
-    with attach(backbone.text_model) as attached:
-        policies = policies_of(run, budget_of(run, attached, feeder, RunFolder(path=folder)))
-        arm = Arm(name=name, policy=policies(None if name == FULL else run.memory.slots_per_layer))
-        loaded = PeakMemory().bytes
-        entry = Evaluation(attached=attached, feeder=feeder, options=run.evaluate).run(arm, task, folder)
+    found = evaluate_arm(run, task, folder, None if name == FULL else run.memory.slots_per_layer)
     facts = provenance(command=["benchmarks/cost.py"], seed=0, sha256={})
-    write_json(folder / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {task.label: entry}})
-    lines = [json.loads(line) for line in (folder / f"{task.label}.jsonl").read_text().splitlines()]
-    write_json(out / f"{name}.json", cost_of(lines, loaded))
-
-
-def cost_of(lines: Sequence[dict[str, Any]], loaded: int | None) -> dict[str, Any]:
-    """What the lines of one stream say: of the last question asked, and the first token as a median over them."""
-    last = max(lines, key=lambda line: line["stream_seconds"])
-    media, reading = (last["seconds"][part] / last["stream_seconds"] for part in ("media", "reading"))
-    beyond = None if loaded is None else last["peak_memory"] - loaded
-    return {
-        "tokens_in": sum(last["tokens_in"].values()),
-        "kept": last["entries"],
-        "media_seconds": media,
-        "text_model_seconds": reading,
-        "first_token_seconds": median(line["seconds"]["first_token"] for line in lines),
-        "beyond_the_model": beyond,
-        "bytes": last["bytes"],
-    }
+    write_json(folder / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {task.label: found.entry}})
+    last = max(found.lines, key=lambda line: line["stream_seconds"])
+    write_json(
+        out / f"{name}.json",
+        {
+            "tokens_in": sum(last["tokens_in"].values()),
+            "kept": last["entries"],
+            "media_seconds": last["seconds"]["media"] / last["stream_seconds"],
+            "text_model_seconds": last["seconds"]["reading"] / last["stream_seconds"],
+            "first_token_seconds": median(line["seconds"]["first_token"] for line in found.lines),
+            "beyond_the_model": None if found.loaded is None else last["peak_memory"] - found.loaded,
+            "bytes": last["bytes"],
+        },
+    )
 
 
 def middle(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median of each number."""
+    """Medians over the rounds."""
     return {key: None if first is None else median(row[key] for row in rounds) for key, first in rounds[0].items()}
 
 
 def table(costs: dict[str, dict[str, Any]]) -> str:
-    """A row an arm; media and text model for each second of video."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    """A row per arm; media and text model per second of video."""
+    rows = []
     for name, cost in costs.items():
         times = [seconds(cost[f"{part}_seconds"]) for part in ("media", "text_model", "first_token")]
-        cells = [name, count(cost["tokens_in"]), count(cost["kept"]), *times]
-        lines.append(f"| {' | '.join([*cells, size(cost['beyond_the_model']), size(cost['bytes'])])} |")
-    return "\n".join(lines)
+        sizes = size(cost["beyond_the_model"]), size(cost["bytes"])
+        rows.append([name, count(cost["tokens_in"]), count(cost["kept"]), *times, *sizes])
+    return markdown(COLUMNS, rows)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -133,21 +105,18 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("--video and --ask go together")
     if min(given.minutes, given.rounds) < 1:
         parser.error("--minutes and --rounds must be at least 1")
-    run = load(given.config, [*SETTINGS, *given.overrides], train=train_section())
+    run = load_config(given.config, [*ONE_STREAM, *given.overrides])
     if given.measure:
         return measure(run, given.out, given.measure)
     policies = {name: [f"memory.policy={{name: {name}}}"] for name in given.policy or RIVALS}
-    for policy in policies.values():  # a name that is not known is told before anything is measured
-        load(given.config, [*SETTINGS, *given.overrides, *policy], train=train_section())
+    for policy in policies.values():  # unknown names are refused before anything is measured
+        load_config(given.config, [*ONE_STREAM, *given.overrides, *policy])
     video = adopt(given.out, given.video, given.ask) if given.video else prepare(given.out, given.minutes)
     arms = {FULL: [], **policies}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for _ in range(given.rounds):
         for name, policy in arms.items():
-            again = [sys.executable, str(Path(__file__).resolve()), *arguments, *policy, "--measure", name]
-            if (code := subprocess.run(again, check=False).returncode) != 0:
-                sys.exit(code)
-            rounds[name].append(read_json(given.out / f"{name}.json"))
+            rounds[name].append(measure_arm(__file__, [*arguments, *policy], given.out, name))
     costs = {name: middle(found) for name, found in rounds.items()}
     facts = provenance(command=["benchmarks/cost.py", *arguments], seed=0, sha256={"video": sha256(video)})
     write_json(given.out / "cost.json", {"provenance": facts, "median": costs, "rounds": rounds})
@@ -161,11 +130,11 @@ def _parser() -> Parser:
     parser.add_config()
     parser.add_argument("--policy", action="append", metavar="NAME", help=f"may be repeated ({', '.join(RIVALS)})")
     parser.add_argument("--minutes", type=int, default=4, help="of the recall world (%(default)s)")
-    parser.add_argument("--video", type=Path, metavar="FILE", help="in place of it")
-    parser.add_argument("--ask", action="append", metavar="QUESTION", help="asked at the end of it; may be repeated")
+    parser.add_argument("--video", type=Path, metavar="FILE", help="a file instead")
+    parser.add_argument("--ask", action="append", metavar="QUESTION", help="asked at its end; may be repeated")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/cost"))
-    parser.add_argument("--measure", metavar="NAME", help="this arm alone, of what is prepared, in this process")
+    parser.add_argument("--measure", metavar="NAME", help="only this arm, in this process, on the prepared stream")
     return parser
 
 

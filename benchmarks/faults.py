@@ -1,78 +1,76 @@
 """Kills, signals and damaged checkpoints at random times: every run must end with the weights of an unbroken one.
 
-python benchmarks/faults.py [--trials 30] [--seed 0] [--out runs/faults]
+python benchmarks/faults.py [--trials 30] [--seed 0] [--engines N] [--out runs/faults]
 
 Each trial trains a small random model for a few steps on short videos, meets one fault, and resumes with
-`--resume auto` until it has finished; tests/support/faults.py says when it passes. The kills are real. Prints tables
-and writes faults.json.
+`--resume auto` until it has finished; tests/support/faults.py defines when it passes. The kills are real. Prints tables
+and writes faults.json into --out.
 """
 
-import argparse
 import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.faults import ENGINES, FAULTS, preload, trial, unbroken
-from support.tiny_run import write_films
+from support.tiny_run import write_videos
 
+from benchmarks.tables import markdown
+from omnimem.cli.parser import Parser, run_command
 from omnimem.run import provenance, write_json
 
+COUNTS = ("lost", "repeated", "orphans")
 
-def main(arguments: Sequence[str]) -> int:
-    """All trials; 0 when every one passed."""
-    given = _parser().parse_args(arguments)
+
+def main(arguments: Sequence[str]) -> None:
+    """Run all trials; exit code 1 if one failed."""
+    parser = Parser(__doc__)
+    parser.add_argument("--trials", type=int, default=30, help="number of trials (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the times and places of the faults (%(default)s)")
+    parser.add_argument("--engines", type=int, default=len(ENGINES), help="number of engines to use (all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"), metavar="DIR", help="%(default)s")
+    given = parser.parse(arguments)
+    # 1. unbroken runs
     home = given.out.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    write_films(home)
+    write_videos(home)
     preload()
     engines = ENGINES[: given.engines]
     whole = {engine: unbroken(home, engine) for engine in engines}
-    draw = random.Random(given.seed)
-    trials = []
+    # 2. trials
+    draw, trials = random.Random(given.seed), []
     for number in range(given.trials):
         fault, engine = FAULTS[number % len(FAULTS)], engines[number // len(FAULTS) % len(engines)]
-        trials.append(trial(home, number, fault, engine, whole[engine], draw))
-        print(line_of(trials[-1]), flush=True)
-    print("\n".join(("", *summary(trials, "fault"), "", *summary(trials, "engine"), "")))
+        found = trial(home, number, fault, engine, whole[engine], draw)
+        trials.append(found)
+        verdict = f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "same"
+        codes = " ".join(map(str, found["codes"]))
+        print(f"{number:3} | {fault.name:38} | {engine.name:9} | {codes:9} | {verdict} | {found['what']}", flush=True)
+    # 3. results
+    print(f"\n{summary(trials, 'fault')}\n\n{summary(trials, 'engine')}\n")
     passed = sum(not each["failed"] for each in trials)
     print(f"{passed} of {len(trials)} trials passed")
     facts = provenance(command=sys.argv, seed=given.seed, sha256={})
     write_json(home / "faults.json", {"provenance": facts, "passed": passed, "trials": trials})
-    return 0 if passed == len(trials) else 1
+    if passed < len(trials):
+        sys.exit(1)
 
 
-def line_of(found: Mapping[str, Any]) -> str:
-    """A row of the table."""
-    verdict = f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "same"
-    codes = " ".join(map(str, found["codes"]))
-    return f"{found['number']:3} | {found['fault']:38} | {found['engine']:9} | {codes:9} | {verdict} | {found['what']}"
-
-
-def summary(trials: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+def summary(trials: Sequence[Mapping[str, Any]], key: str) -> str:
     """A table with a row for each fault, or each engine."""
-    rows = [f"| {key} | trials | passed | same weights | samples lost | samples repeated | orphans |"]
-    rows.append("|---" * 7 + "|")
+    rows = []
     for name in sorted({each[key] for each in trials}):
         these = [each for each in trials if each[key] == name]
         passed = sum(not each["failed"] for each in these)
         same = sum("same weights" not in each["failed"] for each in these)
-        sums = (sum(each[what] for each in these) for what in ("lost", "repeated", "orphans"))
-        rows.append("| " + " | ".join(map(str, (name, len(these), passed, same, *sums))) + " |")
-    return rows
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=30, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times and places of the faults (%(default)s)")
-    parser.add_argument("--engines", type=int, default=len(ENGINES), help="use the first so many engines (all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/faults"), metavar="DIR", help="%(default)s")
-    return parser
+        rows.append([name, len(these), passed, same, *(sum(each[k] for each in these) for k in COUNTS)])
+    titles = [key, "trials", "passed", "same weights", *(f"samples {k}" for k in COUNTS[:2]), COUNTS[2]]
+    return markdown(titles, rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -1,4 +1,6 @@
-"""Draws docs/figures/accuracy_by_memory.svg from the committed results: python benchmarks/figures.py [--png FILE]
+"""Draws docs/figures/accuracy_by_memory.svg from the committed results.
+
+python benchmarks/figures.py [--png FILE]
 
 Accuracy on audio-visual recall against kept tokens per layer as a share of the stream, training-free, the mean over
 three worlds and two base models. Bars are 95 % intervals of the paired difference to `distinct`.
@@ -48,20 +50,16 @@ def curve(rows: Sequence[Mapping[str, Any]], arm: str) -> list[tuple[float, floa
 
 
 def spread(places: Sequence[float]) -> list[float]:
-    """The places moved apart until neighbours have LABEL_GAP between them; order and mean are kept."""
+    """The places moved apart to at least LABEL_GAP between neighbours; order and mean are kept."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     blocks: list[list[float]] = []  # [mean, size]: labels that touch move together
     for index in order:
         blocks.append([places[index], 1])
-        while len(blocks) > 1 and _overlap(blocks[-2], blocks[-1]):
+        while len(blocks) > 1 and blocks[-1][0] - blocks[-2][0] < LABEL_GAP * (blocks[-2][1] + blocks[-1][1]) / 2:
             (a, n), (b, m) = blocks[-2:]
             blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
     moved = [mean + LABEL_GAP * (i - (size - 1) / 2) for mean, size in blocks for i in range(int(size))]
     return [place for _, place in sorted(zip(order, moved, strict=True))]
-
-
-def _overlap(lower: Sequence[float], upper: Sequence[float]) -> bool:
-    return upper[0] - lower[0] < LABEL_GAP * (lower[1] + upper[1]) / 2
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:

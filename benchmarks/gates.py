@@ -1,27 +1,25 @@
-"""What gates and scores that learn cost: bytes saved for backward and alive, beside the naive way; and a whole step.
+"""Memory and time of learned gates and scores, beside a naive implementation; and of a whole training step.
 
-python benchmarks/gates.py [--queries 256 512 1024 2048] [--keys 3] [--heads 8] [--kv-heads 2] [--dim 64] [--chunks 16]
+python benchmarks/gates.py [--queries 256 512 1024 2048] [--chunks 16] [--out DIR]
 
-Attention whose gate (an additive bias by key) learns: ours, a further dimension of the head; naive, a bias of
+Attention with a learned gate (an additive bias per key): ours, a further dimension of the head; naive, a bias of
 queries x keys through torch's own attention; and without a gate. Attention mass: ours, a function whose backward
-computes each block again; naive, a softmax that autograd stores. Keys are `--keys` times the queries, as where a chunk
-meets its memory. Every tensor alive is counted at every operation of forward and backward, inputs and gradients
-included; bytes saved are storages that the graph holds, inputs included. Then one training step of a random text
-model (that of activations.py) under each form of selection: bytes alive at the peak, of one memory, and CPU seconds.
-Writes gates.json into --out (runs/gates), prints two tables.
+recomputes each block; naive, a softmax stored by autograd. There are three keys per query, as where a chunk meets its
+memory. Every tensor alive is counted at every operation of forward and backward, inputs and gradients included; saved
+bytes are storages held by the graph, inputs included. Then one training step of a random text model (that of
+activations.py) under each form of selection: peak bytes, bytes of one memory, and CPU seconds.
+Writes gates.json into --out (runs/gates) and prints two tables.
 """
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 import torch
 from torch import Tensor
@@ -29,45 +27,28 @@ from torch.nn import functional as F
 
 from benchmarks import activations
 from benchmarks.activations import counting
+from benchmarks.tables import markdown
 from omnimem.attention.blocked import attend, mass, visible
-from omnimem.budget import SplitBudget
+from omnimem.cli.parser import Parser, run_command
 from omnimem.policies import PerturbationOptions
 from omnimem.run import write_json
 from omnimem.selection import SelectionOptions, TemperatureOptions
 from omnimem.tuning import TuningOptions
 
-Operation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-# -------------------------------------------------------------------------------------------------------------- ways
-
-
-def plain(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """Attention without a gate."""
-    return attend(queries, keys, values, scale=queries.shape[-1] ** -0.5)
-
-
-def gated(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """Attention through a gate, our way."""
-    return attend(queries, keys, values, scale=queries.shape[-1] ** -0.5, gate=gate)
+HEADS, KV_HEADS, DIM, KEYS = 8, 2, 64, 3  # KEYS: per query
+SCALE = DIM**-0.5
+Operation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of queries, keys, values and gate
 
 
 def biased(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """The same by a bias of queries x keys."""
+    """Attention with a bias of queries x keys."""
     bias = gate[:, None, None].masked_fill(~_seen(queries, keys), float("-inf"))
-    scale = queries.shape[-1] ** -0.5
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=SCALE, enable_gqa=True)
 
 
-def received(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """Attention mass, our way."""
-    return mass(queries, keys, scale=queries.shape[-1] ** -0.5, gate=gate)
-
-
-def stored(queries: Tensor, keys: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """The same by one softmax that autograd stores."""
-    wide = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
-    logits = queries @ wide.mT * queries.shape[-1] ** -0.5 + gate[:, None, None]
+def stored(queries: Tensor, keys: Tensor, _: Tensor, gate: Tensor) -> Tensor:
+    """Attention mass by one softmax stored by autograd."""
+    logits = queries @ keys.repeat_interleave(HEADS // KV_HEADS, dim=1).mT * SCALE + gate[:, None, None]
     return logits.masked_fill(~_seen(queries, keys), float("-inf")).softmax(dim=-1).mean(dim=1).sum(dim=1)
 
 
@@ -77,33 +58,30 @@ def _seen(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Operation] = {
-    "attention, no gate": plain,
-    "attention, gate: ours": gated,
+    "attention, no gate": lambda queries, keys, values, gate: attend(queries, keys, values, scale=SCALE),
+    "attention, gate: ours": lambda queries, keys, values, gate: attend(queries, keys, values, scale=SCALE, gate=gate),
     "attention, gate: naive": biased,
-    "mass: ours": received,
+    "mass: ours": lambda queries, keys, values, gate: mass(queries, keys, scale=SCALE, gate=gate),
     "mass: naive": stored,
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way at one size."""
+    """One implementation at one size."""
 
     way: str
     queries: int
     keys: int
     inputs: int  # bytes of queries, keys, values and gate
-    saved: int  # bytes that the graph holds
+    saved: int  # bytes held by the graph
     peak: int  # bytes alive at once, forward and backward
     seconds: float
 
 
 def measure(way: str, inputs: Sequence[Tensor]) -> Row:
-    """Forward and backward of one way."""
+    """Forward and backward of one implementation."""
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -126,16 +104,13 @@ def measure(way: str, inputs: Sequence[Tensor]) -> Row:
     )
 
 
-def drawn(queries: int, keys: int, heads: int, kv_heads: int, dim: int) -> list[Tensor]:
+def random_inputs(queries: int) -> list[Tensor]:
     """Random queries, keys, values and a gate, float32."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, queries, dim), (1, kv_heads, keys, dim), (1, kv_heads, keys, dim), (1, keys)]
+    generator, keys = torch.Generator().manual_seed(0), KEYS * queries
+    shapes = [(1, HEADS, queries, DIM), (1, KV_HEADS, keys, DIM), (1, KV_HEADS, keys, DIM), (1, keys)]
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-# ------------------------------------------------------------------------------------------------------- a whole step
-
-SLOTS, CHUNK_TOKENS, WIDTH, LAYERS = 32, 64, 128, 4
 WARM = TemperatureOptions(schedule="constant", start=1.0)
 SELECTIONS = {
     "hard": SelectionOptions(softening="hard"),
@@ -146,88 +121,67 @@ SELECTIONS = {
 }
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One stream forward and backward under a form of selection."""
+def steps(chunks: int) -> Iterator[dict[str, Any]]:
+    """One stream forward and backward under every form of selection, in turn within each round; bytes and CPU seconds.
 
-    selection: str
-    peak: int  # bytes alive at once above the model
-    memory: int  # bytes of one memory
-    seconds: float  # of the CPU, the least of three
-
-
-def steps(chunks: int) -> Iterator[Step]:
-    """Every form of selection, side by side; chunks recomputed in backward."""
-    model = activations.text_model(WIDTH, LAYERS)
-    policy = PerturbationOptions().build(SplitBudget(visual_audio_ratio=5.0).build(LAYERS, SLOTS))
-    ways = [activations.Way(name=name, tuning=TuningOptions(selection=s)) for name, s in SELECTIONS.items()]
-    activations.measure(model, policy, ways[0], 1, CHUNK_TOKENS)  # what the first pass alone makes is left out
-    spent: dict[str, list[float]] = {way.name: [] for way in ways}
+    Chunks are recomputed in backward; `peak` is above the model, `memory` is one memory, `seconds` the least of three.
+    """
+    model, policy = activations.text_model(), activations.policy_of(PerturbationOptions())
+    modes = {name: TuningOptions(selection=selection) for name, selection in SELECTIONS.items()}
+    spent: dict[str, list[float]] = {name: [] for name in modes}
+    activations.backward(model, policy, modes["hard"], 1)  # allocations of the first pass only are not counted
     for _ in range(3):
-        for way in ways:
-            torch.manual_seed(1)
+        for name, tuning in modes.items():
             started = time.process_time()
-            activations.backward(model, policy, way, activations.chunks_of(chunks, CHUNK_TOKENS, WIDTH))
-            spent[way.name].append(time.process_time() - started)
-    for way in ways:
-        row = activations.measure(model, policy, way, chunks, CHUNK_TOKENS)
-        seconds = round(min(spent[way.name]), 3)
-        yield Step(selection=way.name, peak=row.peak, memory=row.memory, seconds=seconds)
+            activations.backward(model, policy, tuning, chunks)
+            spent[name].append(time.process_time() - started)
+    for name, tuning in modes.items():
+        row = activations.measure(model, policy, name, tuning, chunks)
+        yield {"selection": name, "peak": row.peak, "memory": row.memory, "seconds": round(min(spent[name]), 3)}
 
 
-def step_table(found: Sequence[Step]) -> str:
+def step_table(found: Sequence[dict[str, Any]]) -> str:
     """Each form of selection, seconds also as a ratio to hard selection."""
-    lines = ["| selection | peak MB | one memory MB | CPU s | to hard |", "|---|---|---|---|---|"]
+    rows = []
     for step in found:
-        sizes = f"{step.peak / 1e6:.2f} | {step.memory / 1e6:.3f}"
-        lines.append(f"| {step.selection} | {sizes} | {step.seconds:.2f} | x {step.seconds / found[0].seconds:.2f} |")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------------------- report
+        sizes = f"{step['peak'] / 1e6:.2f}", f"{step['memory'] / 1e6:.3f}"
+        ratio = step["seconds"] / found[0]["seconds"]
+        rows.append([step["selection"], *sizes, f"{step['seconds']:.2f}", f"x {ratio:.2f}"])
+    return markdown(["selection", "peak MB", "one memory MB", "CPU s", "to hard"], rows)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """MB saved and, after a slash, alive at the peak; the growth from the second-largest size to the largest."""
-    counts = sorted({row.queries for row in rows})
-    lines = ["| MB saved / peak | " + " | ".join(f"{count} queries" for count in counts) + " | growth saved / peak |"]
-    lines.append("|---" * (len(counts) + 2) + "|")
-    for way in dict.fromkeys(row.way for row in rows):
+    """MB saved and, after a slash, the peak; the growth from the second-largest size to the largest."""
+    lines = []
+    for way in WAYS:
         mine = sorted((row for row in rows if row.way == way), key=lambda row: row.queries)
         cells = [f"{row.saved / 1e6:.2f} / {row.peak / 1e6:.2f}" for row in mine]
         last, before = mine[-1], mine[-2] if len(mine) > 1 else mine[-1]
-        growth = f"x {last.saved / before.saved:.1f} / x {last.peak / before.peak:.1f}"
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {growth} |")
-    return "\n".join(lines)
+        lines.append([way, *cells, f"x {last.saved / before.saved:.1f} / x {last.peak / before.peak:.1f}"])
+    counts = [f"{count} queries" for count in sorted({row.queries for row in rows})]
+    return markdown(["MB saved / peak", *counts, "growth saved / peak"], lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every way at every size, write JSON, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> None:
+    """Measure, write JSON, print the tables."""
+    parser = Parser(__doc__)
     parser.add_argument("--queries", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--keys", type=int, default=3, help="times the queries (%(default)s)")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=64, help="of a head (%(default)s)")
     parser.add_argument("--chunks", type=int, default=16, help="of the stream of a whole step (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/gates"))
-    given = parser.parse_args(arguments)
+    given = parser.parse(arguments)
     torch.set_num_threads(1)
-    rows = []
-    for queries in given.queries:
-        inputs = drawn(queries, given.keys * queries, given.heads, given.kv_heads, given.dim)
-        rows += [measure(way, inputs) for way in WAYS]
+    rows = [measure(way, inputs) for inputs in map(random_inputs, given.queries) for way in WAYS]
     found = list(steps(given.chunks))
-    settings = {name: value for name, value in vars(given).items() if name != "out"}
-    measured = {"rows": [asdict(row) for row in rows], "steps": [asdict(step) for step in found]}
+    settings = {"queries": given.queries, "chunks": given.chunks}
+    settings |= {"keys": KEYS, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
+    measured = {"rows": [asdict(row) for row in rows], "steps": found}
     write_json(given.out / "gates.json", {"settings": settings, **measured})
     print(json.dumps(settings))
-    inputs = {row.queries: row.inputs / 1e6 for row in rows}
-    print("queries, keys, values and gate: " + ", ".join(f"{size:.2f} MB" for size in inputs.values()))
+    sizes = {row.queries: row.inputs / 1e6 for row in rows}
+    print("queries, keys, values and gate: " + ", ".join(f"{size:.2f} MB" for size in sizes.values()))
     print(table(rows))
     print(step_table(found))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

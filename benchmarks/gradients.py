@@ -1,12 +1,13 @@
 """The gradient modes side by side: cosine to `full`, time and memory.
 
 python benchmarks/gradients.py --config tiny.yaml [--streams 16] [--rounds 3] [--adapter DIR] [--budget FILE]
-                               [--chunks 4 16 64] [key=value ...]
+                               [--chunks 4 16 64] [--out DIR] [key=value ...]
 
 Cosine and time: the config's model with fresh adapters (or those of a run) on its first training streams, one pass
-over all of them together, hard selection in every mode so that the carrying alone differs; CPU-seconds a stream, the
-median of the rounds, modes in turn within a round. Memory: a random text model and longer and longer streams, every
-live tensor counted (benchmarks/activations.py). Writes gradients.json into runs/gradients and prints two tables.
+over all of them, hard selection in every mode so that only the gradient mode differs; CPU seconds per stream, the
+median of the rounds, modes in turn within a round. Memory: a random text model and streams of more and more chunks,
+every live tensor counted (benchmarks/activations.py). Writes gradients.json into --out (runs/gradients) and prints two
+tables.
 """
 
 import sys
@@ -19,24 +20,22 @@ from typing import final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import activations
-from benchmarks.activations import HARD, Way
+from benchmarks.activations import HARD
+from benchmarks.common import gradient_modes, load_config, train_adapter_only
+from benchmarks.tables import markdown
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget, SplitBudget
 from omnimem.cli.build import feeder_of, training_samples
 from omnimem.cli.parser import Parser, run_command
-from omnimem.config import RunConfig, load
-from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.run import provenance, write_json
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
-from omnimem.training.arguments import train_section
 from omnimem.tuning import (
     StreamedModel,
     TuningOptions,
@@ -47,15 +46,8 @@ from omnimem.tuning import (
     streamed_loss,
 )
 
-MODES = (
-    Way(name="full", tuning=TuningOptions(selection=HARD)),
-    Way(name="full, offload", tuning=TuningOptions(offload=True, selection=HARD)),
-    Way(name="full, horizon 2", tuning=TuningOptions(horizon=2, selection=HARD)),
-    Way(name="full, horizon 1", tuning=TuningOptions(horizon=1, selection=HARD)),
-    Way(name="states", tuning=TuningOptions(gradient="states", selection=HARD)),
-    Way(name="released", tuning=TuningOptions(gradient="released", selection=HARD)),
-    Way(name="paper", tuning=TuningOptions(gradient="paper", selection=HARD)),
-)
+NAMES = ("full", "full, offload", "full, horizon 2", "full, horizon 1", "states", "released", "paper")
+MODES = {name: gradient_modes(HARD, HARD)[name] for name in NAMES}
 GROUPS: dict[str, Callable[[str, int, int], bool]] = {  # of parameters: by name, layer and number of layers
     "all": lambda name, layer, layers: True,
     "k, v": lambda name, layer, layers: "k_proj" in name or "v_proj" in name,
@@ -69,7 +61,7 @@ GROUPS: dict[str, Callable[[str, int, int], bool]] = {  # of parameters: by name
 @final
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What every mode is given."""
+    """The model and the streams of every mode."""
 
     attached: StreamedAttention
     feeder: Feeder
@@ -79,14 +71,14 @@ class Scene:
 
     @property
     def streams(self) -> int:
-        """How many there are."""
+        """Number of streams."""
         return sum(len(batch) for batch in self.batches)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One mode: loss, cosine of its gradient to that of `full` and norm relative to it, CPU-seconds a stream."""
+    """One mode: loss, cosine of its gradient to that of `full` and norm relative to it, CPU seconds per stream."""
 
     mode: str
     loss: float
@@ -98,9 +90,9 @@ class Row:
 Gradients = dict[str, Tensor]
 
 
-def gradients(scene: Scene, mode: Way) -> tuple[float, Gradients]:
-    """Mean loss and its gradient by parameter, one backward a batch."""
-    carry, policy = gradient_of(mode.tuning, scene.attached.shape.layers), policy_in_training(mode.tuning, scene.policy)
+def gradients(scene: Scene, tuning: TuningOptions) -> tuple[float, Gradients]:
+    """Mean loss and its gradient by parameter, one backward per batch."""
+    carry, policy = gradient_of(tuning, scene.attached.shape.layers), policy_in_training(tuning, scene.policy)
     named = [(name, part) for name, part in scene.model.named_parameters() if part.requires_grad]
     total, summed = 0.0, [torch.zeros_like(part) for _, part in named]
     for batch in scene.batches:
@@ -112,28 +104,27 @@ def gradients(scene: Scene, mode: Way) -> tuple[float, Gradients]:
     return total, {name: part for (name, _), part in zip(named, summed, strict=True)}
 
 
-def compared(scene: Scene, modes: Sequence[Way], rounds: int) -> list[Row]:
+def compare_modes(scene: Scene, rounds: int) -> list[Row]:
     """All modes, in turn within each round."""
     found: dict[str, tuple[float, Gradients]] = {}
-    seconds: dict[str, list[float]] = {mode.name: [] for mode in modes}
-    gradients(scene, modes[0])  # what the first pass alone pays is left out
+    seconds: dict[str, list[float]] = {name: [] for name in MODES}
+    gradients(scene, MODES["full"])  # the first pass also allocates
     for _ in range(rounds):
-        for mode in modes:
+        for name, tuning in MODES.items():
             started = time.process_time()
-            found[mode.name] = gradients(scene, mode)
-            seconds[mode.name].append((time.process_time() - started) / scene.streams)
-    _, full = found[modes[0].name]
+            found[name] = gradients(scene, tuning)
+            seconds[name].append((time.process_time() - started) / scene.streams)
+    _, full = found["full"]
     layers, rows = scene.attached.shape.layers, []
-    for mode in modes:
-        loss, mine = found[mode.name]
+    for name, (loss, mine) in found.items():
         pairs = {group: (_row(mine, member, layers), _row(full, member, layers)) for group, member in GROUPS.items()}
         rows.append(
             Row(
-                mode=mode.name,
+                mode=name,
                 loss=loss,
                 cosine={group: float(F.cosine_similarity(a, b, dim=0)) for group, (a, b) in pairs.items()},
                 norm={group: float(a.norm() / b.norm()) for group, (a, b) in pairs.items()},
-                seconds=median(seconds[mode.name]),
+                seconds=median(seconds[name]),
             )
         )
     return rows
@@ -141,75 +132,54 @@ def compared(scene: Scene, modes: Sequence[Way], rounds: int) -> list[Row]:
 
 def _row(parts: Gradients, member: Callable[[str, int, int], bool], layers: int) -> Tensor:
     """The gradient of a group of parameters, in one row."""
-    chosen = [part for name, part in parts.items() if member(name, _layer(name), layers)]
+    numbers = {name: int(name.split(".layers.")[1].split(".")[0]) for name in parts}
+    chosen = [part for name, part in parts.items() if member(name, numbers[name], layers)]
     return torch.cat([part.reshape(-1) for part in chosen] or [torch.zeros(1)])
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".layers.")[1].split(".")[0])
-
-
-def memory_rows(options: PolicyOptions, chunks: Sequence[int]) -> list[activations.Row]:
-    """Peak bytes of each mode by the number of chunks, of a random model under the run's policy."""
-    model = activations.text_model(width=128, layers=4)
-    policy = options.build(SplitBudget(visual_audio_ratio=5.0).build(4, 32))
-    activations.measure(model, policy, MODES[0], 1, 64)  # what the first pass alone makes is left out
-    return [activations.measure(model, policy, mode, count, 64) for mode in MODES for count in chunks]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Cosines by group and time relative to `full`."""
-    lines = ["| mode | loss | " + " | ".join(f"cosine, {group}" for group in GROUPS) + " | time, full = 1 |"]
-    lines.append("|---" * (len(GROUPS) + 3) + "|")
-    for row in rows:
-        cosines = " | ".join(f"{row.cosine[group]:.3f}" for group in GROUPS)
-        lines.append(f"| {row.mode} | {row.loss:.3f} | {cosines} | {row.seconds / rows[0].seconds:.2f} |")
-    return "\n".join(lines)
-
-
-def scene_of(
-    run: RunConfig, attached: StreamedAttention, feeder: Feeder, model: StreamedModel, streams: int, budget: Budget
-) -> Scene:
-    """The first training streams, together where they share a layout."""
-    opened = [feeder.open(sample) for sample in training_samples(run)[:streams]]
-    policy = run.memory.policy.build(budget)
-    batches = [list(batch) for batch in batch_by_layout(opened, streams)]
-    return Scene(attached=attached, feeder=feeder, model=model, batches=batches, policy=policy)
+    lines = [
+        [row.mode, f"{row.loss:.3f}", *(f"{row.cosine[group]:.3f}" for group in GROUPS),
+         f"{row.seconds / rows[0].seconds:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(["mode", "loss", *(f"cosine, {group}" for group in GROUPS), "time, full = 1"], lines)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Compare, count, write and print."""
     parser = Parser(__doc__)
     parser.add_config()
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing")
-    parser.add_argument("--adapter", type=Path, help="of a finished run, in place of fresh ones")
-    parser.add_argument(
-        "--budget", type=Path, help="budget.json of a run; none: visual to audio as 2 to 1 in each layer"
-    )
+    parser.add_argument("--streams", type=int, default=16, help="training streams (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing (%(default)s)")
+    parser.add_argument("--adapter", type=Path, help="of a finished run, instead of fresh ones")
+    parser.add_argument("--budget", type=Path, help="budget.json of a run (visual to audio as 2 to 1 in each layer)")
     parser.add_argument("--chunks", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--out", type=Path, default=Path("runs/gradients"))
     given = parser.parse(arguments)
-    run = load(given.config, given.overrides, train=train_section())
+    run = load_config(given.config, given.overrides)
     torch.set_num_threads(1)
+    # 1. the model with its adapters
     backbone = load_backbone(run.model)
     torch.manual_seed(0)
-    model = (
-        load_adapter(backbone.model, given.adapter) if given.adapter else add_adapter(backbone.model, run.tuning.lora)
-    )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    lora = run.tuning.lora
+    model = load_adapter(backbone.model, given.adapter) if given.adapter else add_adapter(backbone.model, lora)
+    train_adapter_only(model)
+    # 2. gradients of every mode
     with attach(backbone.text_model) as attached:
-        layers = attached.shape.layers
-        split = SplitBudget(visual_audio_ratio=2.0).build(layers, run.memory.slots_per_layer)
-        budget = Budget.read(given.budget) if given.budget else split
-        scene = scene_of(run, attached, feeder_of(run, backbone), model, given.streams, budget)
-        rows = compared(scene, MODES, given.rounds)
-    memory = memory_rows(run.memory.policy, given.chunks)
+        split = SplitBudget(visual_audio_ratio=2.0).build(attached.shape.layers, run.memory.slots_per_layer)
+        budget, feeder = Budget.read(given.budget) if given.budget else split, feeder_of(run, backbone)
+        opened = [feeder.open(sample) for sample in training_samples(run)[: given.streams]]
+        batches, policy = list(batch_by_layout(opened, given.streams)), run.memory.policy.build(budget)
+        scene = Scene(attached=attached, feeder=feeder, model=model, batches=batches, policy=policy)
+        rows = compare_modes(scene, given.rounds)
+    # 3. memory, and results
+    memory = activations.measure_all(MODES, run.memory.policy, given.chunks)
     facts = provenance(command=["benchmarks/gradients.py", *arguments], seed=0, sha256={})
     values = {"provenance": facts, "streams": scene.streams, "modes": [asdict(row) for row in rows]}
     write_json(given.out / "gradients.json", {**values, "memory": [asdict(row) for row in memory]})
-    print(f"{scene.streams} streams, {budget.total} slots; {rows[0].seconds:.2f} CPU-seconds a stream with full")
+    print(f"{scene.streams} streams, {budget.total} slots; {rows[0].seconds:.2f} CPU seconds per stream with full")
     print(table(rows))
     print(activations.table(memory))
 

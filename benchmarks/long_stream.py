@@ -2,96 +2,65 @@
 
 python benchmarks/long_stream.py --config tiny.yaml [--minutes 60] [--every 10] [--out DIR] [key=value ...]
 
-Makes a real mp4 of a recall world as long as asked, with known answers: words are asked about 10 seconds after a
+Makes a real mp4 of a recall world of that length, with known answers: words are asked about 10 seconds after a
 symbol, a colour at every mark, all else at the end. The file is evaluated as train/evaluate.py does it, decoding in
 the same process, once under the run's slots per layer and, up to the first mark, with full memory; each in a process
 of its own. Writes long_stream.json into --out (runs/long_stream) and prints a table. Exit code 1 when the peak of
-resident memory at the first mark is not within 5 % of that at the end, when the last stretch takes a fifth more CPU
+resident memory at the first mark is not within 5 % of that at the end, when the last segment takes a fifth more CPU
 time than the first, when entries are above the budget, or when a question has no answer.
 """
 
-import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, final
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 
+from benchmarks.common import (
+    ONE_STREAM,
+    WrappedTask,
+    evaluate_arm,
+    load_config,
+    measure_arm,
+    recall_stream,
+    write_manifest,
+)
+from benchmarks.tables import markdown
 from omnimem import data
-from omnimem.backbones import load_backbone
-from omnimem.cli.build import budget_of, feeder_of, policies_of
 from omnimem.cli.parser import Parser, leave, run_command
-from omnimem.commands.synthesize import Stream, evidence, make
-from omnimem.config import RunConfig, load
-from omnimem.data import Sample
-from omnimem.evaluation import Arm, Evaluation
+from omnimem.commands.synthesize import Stream, evidence
+from omnimem.config import RunConfig
 from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
-from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
-from omnimem.streaming.attach import attach
+from omnimem.run import provenance, sha256, write_json
 from omnimem.tasks import RecallOptions
-from omnimem.tasks.base import Defect, Gap, Verdict
-from omnimem.training.arguments import train_section
+from omnimem.tasks.base import Verdict
 
 ARMS = ("budget", "full_memory")
 SPOKEN = WorldOptions(spoken_share=1.0)  # every symbol has a word, so that all sixteen are asked about
 DELAY = 10  # seconds from a symbol to the question about its word
-MEMORY, TIME = 1.05, 1.2  # by how much the end may be above the first mark
-SETTINGS = (  # one stream, nothing kept beside it, and a budget that needs no calibration
-    "train={}",
-    "data.cache=false",
-    "memory.budget={name: split, visual_audio_ratio: 2}",
-    "evaluate.batch_size=1",
-    "evaluate.decoders=0",
-)
+MEMORY, TIME = 1.05, 1.2  # largest ratio of the end to the first mark
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """What the stream had cost when a question was answered."""
+class TimedTask(WrappedTask):
+    """The recall task; notes the CPU time of each answer, which is judged as soon as it is given."""
 
-    minutes: float  # of the stream that had been read
-    peak_memory: int  # bytes resident in the process, the most so far
-    cpu_seconds: float  # of the process so far, decoding and answering included
-    entries: float  # audio and visual, a layer
-    peak_entries: float  # the most so far: memory and the chunk that is read
-    bytes: int  # of the memory
-
-
-@final
-class Noting:
-    """The recall task; notes the CPU time when an answer is there, which is when it is judged."""
-
-    def __init__(self, task: RecallOptions) -> None:
-        self._task = task
-        self.label, self.rules, self.annotations = task.label, task.rules, task.annotations
+    def __init__(self, inner: RecallOptions) -> None:
+        super().__init__(inner)
         self.cpu_seconds: dict[str, float] = {}  # by question
-
-    def gaps(self) -> list[Gap]:
-        return self._task.gaps()
-
-    def samples(self) -> list[Sample]:
-        return self._task.samples()
-
-    def defects(self) -> list[Defect]:
-        return self._task.defects()
 
     def judge(self, question: data.Question, prediction: str) -> Verdict:
         self.cpu_seconds[question.item.id] = time.process_time()
-        return self._task.judge(question, prediction)
-
-
-# ----------------------------------------------------------------------------------------------------------- the stream
+        return super().judge(question, prediction)
 
 
 def world_of(minutes: int, every: int) -> World:
-    """The first world in which a symbol is over at the first mark."""
+    """The first world in which a symbol has ended at the first mark."""
     worlds = (draw_world(seed, 60 * minutes, SPOKEN) for seed in count())
     return next(world for world in worlds if any(end <= 60 * every for end, _ in _symbols(world)))
 
@@ -108,7 +77,7 @@ def asked(world: World, every: int, end: int) -> Iterator[tuple[Question, int | 
 
 
 def _symbols(world: World) -> list[tuple[int, Question]]:
-    """The questions about colours, each with the second at which its symbol is gone."""
+    """The questions about colours, each with the second at which its symbol has ended."""
     return [(evidence(world, asking)[1], asking) for asking in world.questions if asking.kind == "visual"]
 
 
@@ -124,86 +93,65 @@ def manifest_line(stream: Stream, every: int, end: int) -> dict[str, Any]:
 
 
 def prepare(out: Path, minutes: int, every: int) -> Path:
-    """The file and a manifest an arm, in `out`; the file is kept for the next time."""
-    world = world_of(minutes, every)
-    stream = Stream(id=f"world-{world.seed}-{minutes}-minutes", world=world)
-    video = out / stream.video
-    video.parent.mkdir(parents=True, exist_ok=True)
-    if not video.is_file():
-        make(out, stream)
+    """Write the video and a manifest per arm into `out`; an existing video is kept."""
+    stream = recall_stream(out, world_of(minutes, every), minutes)
     for arm, end in zip(ARMS, (60 * minutes, 60 * every), strict=True):
-        (out / f"{arm}.jsonl").write_text(json.dumps(manifest_line(stream, every, end)) + "\n")
-    return video
-
-
-# ------------------------------------------------------------------------------------------------------------ measuring
+        write_manifest(out / f"{arm}.jsonl", manifest_line(stream, every, end))
+    return out / stream.video
 
 
 def measure(run: RunConfig, out: Path, arm: str) -> None:
-    """Evaluate the arm's stream in this process; what it cost goes to out/<arm>.json."""
+    """Evaluate the arm's stream in this process and write its cost to out/<arm>.json."""
     torch.set_num_threads(1)
-    task, folder = Noting(RecallOptions(root=str(out), split=arm)), out / "eval" / arm
-    shutil.rmtree(folder, ignore_errors=True)  # nothing may count as answered
-    backbone = load_backbone(run.model)
-    feeder = feeder_of(run, backbone)
-    with attach(backbone.text_model) as attached:
-        policies = policies_of(run, budget_of(run, attached, feeder, RunFolder(path=folder)))
-        policy = policies(run.memory.slots_per_layer if arm == "budget" else None)
-        began = time.process_time()
-        Evaluation(attached=attached, feeder=feeder, options=run.evaluate).run(
-            Arm(name=arm, policy=policy), task, folder
-        )
-    lines = [json.loads(line) for line in (folder / f"{task.label}.jsonl").read_text().splitlines()]
-    marks = {line["stream_seconds"]: mark_of(line, task.cpu_seconds[line["id"]] - began) for line in lines}
+    task = TimedTask(RecallOptions(root=str(out), split=arm))
+    found = evaluate_arm(run, task, out / "eval" / arm, run.memory.slots_per_layer if arm == "budget" else None)
+    lines = found.lines
+    marks = {  # by time: CPU seconds of the process so far, peaks so far, entries per layer, bytes of the memory
+        line["stream_seconds"]: {
+            "minutes": line["stream_seconds"] / 60,
+            "cpu_seconds": task.cpu_seconds[line["id"]] - found.began,
+            **{key: line[key] for key in ("peak_memory", "entries", "peak_entries", "bytes")},
+        }
+        for line in lines
+    }
+    times = {
+        "on the way": [line["correct"] for line in lines if line["at"] is not None],
+        "at the end": [line["correct"] for line in lines if line["at"] is None],
+    }
     write_json(
         out / f"{arm}.json",
         {
             "questions": len(lines),
             "answered": sum(line["parsed"] for line in lines),
-            "right": {
-                when: [sum(line["correct"] for line in some), len(some)]
-                for when, some in (
-                    ("on the way", [line for line in lines if line["at"] is not None]),
-                    ("at the end", [line for line in lines if line["at"] is None]),
-                )
-            },
-            "marks": [asdict(mark) for _, mark in sorted(marks.items())],
+            "right": {when: [sum(correct), len(correct)] for when, correct in times.items()},
+            "marks": [mark for _, mark in sorted(marks.items())],
         },
     )
 
 
-def mark_of(line: dict[str, Any], cpu_seconds: float) -> Mark:
-    """A line of the results, with the CPU time at which it was there."""
-    same = {key: line[key] for key in ("peak_memory", "entries", "peak_entries", "bytes")}
-    return Mark(minutes=line["stream_seconds"] / 60, cpu_seconds=cpu_seconds, **same)
-
-
-# ------------------------------------------------------------------------------------------------------------ judgement
-
-
-def rows_of(marks: Sequence[Mark], every: int) -> list[dict[str, float]]:
-    """A row a mark: the stretch that ended there."""
-    at = [mark for mark in marks if mark.minutes % every < 1e-6 or mark is marks[-1]]
-    starts = [(0.0, 0.0), *((mark.minutes, mark.cpu_seconds) for mark in at)]
+def rows_of(marks: Sequence[dict[str, float]], every: int) -> list[dict[str, float]]:
+    """A row per mark: the segment that ends there."""
+    at = [mark for mark in marks if mark["minutes"] % every < 1e-6 or mark is marks[-1]]
+    starts = [(0.0, 0.0), *((mark["minutes"], mark["cpu_seconds"]) for mark in at)]
     spans = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(starts)]
     return [
-        {**asdict(mark), "cpu_per_video_second": seconds / (60 * minutes)}
+        {**mark, "cpu_per_video_second": seconds / (60 * minutes)}
         for mark, (minutes, seconds) in zip(at, spans, strict=True)
     ]
 
 
 def problems(rows: Sequence[dict[str, float]], found: dict[str, Any], slots: int, chunk: int) -> Iterator[str]:
-    """What is not as it must be."""
+    """One line per requirement that is not met."""
     first, last = rows[0], rows[-1]
     grown = last["peak_memory"] / first["peak_memory"]
     if grown > MEMORY:
         yield f"resident memory grew by {grown - 1:.1%} from minute {first['minutes']:g} to {last['minutes']:g}"
     slower = last["cpu_per_video_second"] / first["cpu_per_video_second"]
     if slower > TIME:
-        yield f"the last stretch took {slower - 1:.0%} more CPU time a video second than the first"
+        yield f"the last segment took {slower - 1:.0%} more CPU time per video second than the first"
     for mark in found["marks"]:
         if mark["entries"] > slots or mark["peak_entries"] > slots + chunk:
-            held = f"{mark['entries']:g} entries a layer, at most {mark['peak_entries']:g} with a chunk"
+            held = f"{mark['entries']:g} entries per layer, at most {mark['peak_entries']:g} with a chunk"
             yield f"minute {mark['minutes']:.1f}: {held}; the budget is {slots} and a chunk has {chunk}"
     if found["answered"] < found["questions"]:
         yield f"{found['questions'] - found['answered']} of {found['questions']} questions have no answer"
@@ -211,11 +159,13 @@ def problems(rows: Sequence[dict[str, float]], found: dict[str, Any], slots: int
 
 def table(rows: Sequence[dict[str, float]], full: dict[str, float]) -> str:
     """The rows, and full memory at the first mark."""
-    lines = ["| | minutes | peak RSS, MB | CPU-ms a video second | entries a layer | memory, kB |", "|---" * 6 + "|"]
-    for name, row in [*(("budget", row) for row in rows), ("full memory", full)]:
-        cells = [f"{row['minutes']:g}", f"{row['peak_memory'] / 1e6:.1f}", f"{1e3 * row['cpu_per_video_second']:.2f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['entries']:g} | {row['bytes'] / 1e3:.1f} |")
-    return "\n".join(lines)
+    titles = ["", "minutes", "peak RSS, MB", "CPU-ms per video second", "entries per layer", "memory, kB"]
+    lines = [
+        [name, f"{row['minutes']:g}", f"{row['peak_memory'] / 1e6:.1f}", f"{1e3 * row['cpu_per_video_second']:.2f}",
+         f"{row['entries']:g}", f"{row['bytes'] / 1e3:.1f}"]
+        for name, row in [*(("budget", row) for row in rows), ("full memory", full)]
+    ]  # fmt: skip
+    return markdown(titles, lines)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -223,16 +173,12 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse(arguments)
     if not 0 < given.every <= given.minutes or 60 * given.every < SLOT:
         _parser().error(f"--every {given.every} must be a number of minutes up to --minutes {given.minutes}")
-    run = load(given.config, [*SETTINGS, *given.overrides], train=train_section())
+    run = load_config(given.config, [*ONE_STREAM, *given.overrides])
     if given.measure:
         return measure(run, given.out, given.measure)
     video = prepare(given.out, given.minutes, given.every)
-    for arm in ARMS:
-        again = [sys.executable, str(Path(__file__).resolve()), *arguments, "--measure", arm]
-        if (code := subprocess.run(again, check=False).returncode) != 0:
-            sys.exit(code)
-    found, whole = (read_json(given.out / f"{arm}.json") for arm in ARMS)
-    rows, (full,) = (rows_of([Mark(**mark) for mark in arm["marks"]], given.every) for arm in (found, whole))
+    found, whole = (measure_arm(__file__, arguments, given.out, arm) for arm in ARMS)
+    rows, (full,) = (rows_of(arm["marks"], given.every) for arm in (found, whole))
     wrong = list(problems(rows, found, run.memory.slots_per_layer, run.stream.chunk_tokens))
     facts = provenance(command=["benchmarks/long_stream.py", *arguments], seed=0, sha256={"video": sha256(video)})
     arms = {"budget": {**found, "rows": rows}, "full_memory": {**whole, "rows": [full]}}
@@ -251,7 +197,7 @@ def _parser() -> Parser:
     parser.add_argument("--minutes", type=int, default=60, help="length of the video (%(default)s)")
     parser.add_argument("--every", type=int, default=10, help="minutes between marks (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/long_stream"))
-    parser.add_argument("--measure", choices=ARMS, help="this arm alone, of what is prepared: in a process of its own")
+    parser.add_argument("--measure", choices=ARMS, help="only this arm, in this process, on the prepared stream")
     return parser
 
 

@@ -6,23 +6,23 @@ python benchmarks/policies.py --config tiny.yaml [--study policies]... [--split 
 Studies: policies (every rival as published and with our audio-visual split), ablations (the paper's table 4), ratio
 (table 3), sharpness and temperature (figure 5), chunks, neighbours, budgets. Each runs at every number of slots (the
 config's unless given), in every world (--root, made with another --seed of data_prep/synthesize.py) and on every base
-model. What is answered stays answered; streams are encoded once where data.cache is set. Writes runs/policies/<study>/
-with one line a question for every arm, table.json and accuracy_by_bytes.svg, and prints the table: accuracy by kind,
-entries, bytes with text and side state, and the paired difference to the reference, clustered by stream. An arm whose
-peak or answer-time entries are not those of the reference is refused.
+model. Existing answers are kept; streams are encoded once if data.cache is set. Writes runs/policies/<study>/ with one
+line per question for every arm, table.json and accuracy_by_bytes.svg, and prints the table: accuracy by kind, entries,
+bytes with text and side state, and the paired difference to the reference, clustered by stream. An arm whose peak or
+answer-time entries differ from those of the reference is refused.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
+from benchmarks.common import WrappedTask, load_config
 from benchmarks.policy_table import Sheet, shown, table, write
 from benchmarks.studies import QUICK, SPLIT_OF_ALL, STUDIES, Trial
 from omnimem.backbones import load_backbone
@@ -30,8 +30,8 @@ from omnimem.budget import AudioVisualBudget, Signals
 from omnimem.cli.arms import check_benchmarks
 from omnimem.cli.build import budget_of, feeder_of
 from omnimem.cli.parser import Parser, run_command
-from omnimem.config import ConfigError, RunConfig, load
-from omnimem.data import Question, Sample
+from omnimem.config import ConfigError, RunConfig
+from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.baselines.oracle import OracleOptions
@@ -39,53 +39,27 @@ from omnimem.recall.worlds import CELLS, GRID, TOKEN_SECONDS, Event, WorldOption
 from omnimem.run import RunFolder, provenance, read_json, sha256, write_json
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder
-from omnimem.tasks import RecallOptions, Verdict
-from omnimem.tasks.base import Defect, Gap
-from omnimem.training.arguments import train_section
+from omnimem.tasks import RecallOptions
 
 OUT = Path("runs/policies")
 QUICK_STREAMS = 8
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Needled:
-    """Recall streams that also say where their answers lie, as the world they are drawn from knows."""
-
-    inner: RecallOptions
-
-    @property
-    def label(self) -> str:
-        return self.inner.label
-
-    @property
-    def rules(self) -> str:
-        return self.inner.rules
-
-    @property
-    def annotations(self) -> tuple[Path, ...]:
-        return self.inner.annotations
-
-    def gaps(self) -> list[Gap]:
-        return self.inner.gaps()
+class NeedleTask(WrappedTask):
+    """Recall streams with the places of their answers, which the oracle needs."""
 
     def samples(self) -> list[Sample]:
         recipe = json.loads((Path(self.inner.root) / "recipe.json").read_text())
         options = WorldOptions(**recipe["options"])
         return [
             replace(sample, meta={**sample.meta, "needles": tuple(needles(sample.meta, options))})
-            for sample in self.inner.samples()
+            for sample in super().samples()
         ]
-
-    def defects(self) -> list[Defect]:
-        return self.inner.defects()
-
-    def judge(self, question: Question, prediction: str) -> Verdict:
-        return self.inner.judge(question, prediction)
 
 
 def needles(meta: Mapping[str, Any], options: WorldOptions) -> Iterator[tuple[float, ...]]:
-    """One copy of everything that is asked about: words first, since two kinds of question need them, then symbols."""
+    """One copy of every fact asked about: words first, since two kinds of question need them, then symbols."""
     world = draw_world(int(meta["seed"]), int(meta["seconds"]), options)
     asked = {question.key for question in world.questions}
     events = [event for event in world.events if event.shape in asked]
@@ -96,7 +70,7 @@ def needles(meta: Mapping[str, Any], options: WorldOptions) -> Iterator[tuple[fl
 
 
 def longest(event: Event) -> tuple[float, float, float]:
-    """A second and the middle of the cell in which a symbol stays longest within one visual token."""
+    """The second and the centre of the cell of the visual token that shows a symbol longest."""
     places = [(second // TOKEN_SECONDS, cell) for second, cell in zip(event.span, event.cells, strict=True)]
     token, cell = max(places, key=places.count)
     row, column = divmod(cell % CELLS, GRID)
@@ -106,13 +80,16 @@ def longest(event: Event) -> tuple[float, float, float]:
 def main(arguments: Sequence[str]) -> None:
     """Evaluate the arms of each study in every setting, then write and print its table."""
     given = _parser().parse(arguments)
-    run = load(given.config, given.overrides, train=train_section())
+    run = load_config(given.config, given.overrides)
     if given.quick:
         run = replace(run, evaluate=replace(run.evaluate, limit=QUICK_STREAMS))
     runs = [_setting(run, model, root, given.split) for model in given.model or [None] for root in given.root or [None]]
     for one in runs:
         check_benchmarks(one)
     chosen = {study: _arms(study, given.policy, given.quick) for study in given.study or ["policies"]}
+    for trials in chosen.values():
+        if given.reference not in (None, *trials):
+            raise ConfigError([f"--reference {given.reference} is not an arm of this run; known: {', '.join(trials)}"])
     sheets: dict[str, list[Sheet]] = {study: [] for study in chosen}
     for one in runs:
         backbone = load_backbone(one.model)
@@ -122,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
                 for slots in given.slots or [one.memory.slots_per_layer]:
                     sheets[study] += evaluated(one, attached, feeder, study, trials, slots)
     for study, trials in chosen.items():
-        reference = _reference(given.reference, trials)
+        reference = given.reference or next(iter(trials))
         rows = table(sheets[study], reference)
         write(rows, OUT / study, _facts(given, runs, reference))
         print("\n".join([f"{study}, {given.split} split", *shown(rows, reference)]))
@@ -132,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
 def evaluated(
     run: RunConfig, attached: StreamedAttention, feeder: Feeder, study: str, trials: Mapping[str, Trial], slots: int
 ) -> Iterator[Sheet]:
-    """The answers of every arm in one setting; those that are there are kept."""
+    """The answers of every arm in one setting; existing answers are kept."""
     benchmark = run.evaluate.benchmarks[0]
     model, root = Path(run.model.path).name, benchmark.root
     place = f"{model}-{Path(root).name}-{benchmark.split}-{slots}"
@@ -143,28 +120,28 @@ def evaluated(
         options = replace(run.stream, chunk_tokens=trial.chunk_tokens or run.stream.chunk_tokens)
         mine = Feeder(feeder.backbone, options, feeder.cache)
         evaluation = Evaluation(attached=attached, feeder=mine, options=run.evaluate)
-        told = Needled(inner=benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
+        task = NeedleTask(benchmark) if isinstance(trial.policy, OracleOptions) else benchmark
         target = RunFolder(path=OUT / study / place).evaluation(name)
         policy = trial.policy.build(budget)
         made_with = {"policy": repr(replace(policy, budget=None)), "stream": asdict(options), "sha256": digests}
         made_with |= {"slots": [list(pair) for pair in budget.slots], "max_new_tokens": run.evaluate.max_new_tokens}
         _same(target, made_with)
-        entry = evaluation.run(Arm(name=name, policy=policy), told, target)
+        entry = evaluation.run(Arm(name=name, policy=policy), task, target)
         facts = provenance(command=sys.argv, seed=0, sha256=digests)
-        write_json(target / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {told.label: entry}})
-        streams = {sample.id for sample in told.samples()[: run.evaluate.limit]}
-        lines = target / f"{told.label}.jsonl"
+        write_json(target / "summary.json", {"arm": name, "provenance": facts, "benchmarks": {task.label: entry}})
+        streams = {sample.id for sample in task.samples()[: run.evaluate.limit]}
+        lines = target / f"{task.label}.jsonl"
         yield Sheet.read(lines, streams, arm=name, model=model, root=root, slots=slots, fewer=trial.fewer)
         print(f"{place} {name}: {entry['strict']:.1%} of {entry['n']}", flush=True)
 
 
 def _split(run: RunConfig) -> AudioVisualBudget:
-    """The audio-visual split that every method is given: the config's own where it has one."""
+    """The audio-visual split of every method: that of the config if it has one."""
     return run.memory.budget if isinstance(run.memory.budget, AudioVisualBudget) else SPLIT_OF_ALL
 
 
 def _same(target: Path, settings: dict[str, Any]) -> None:
-    """Raises EvaluationError where the answers in a folder were made with other settings."""
+    """Raises EvaluationError if the answers in a folder were made with other settings."""
     place = target / "settings.json"
     if place.is_file() and read_json(place) != settings:
         raise EvaluationError(f"{target}: its answers were made with other settings ({place}); move the folder away")
@@ -173,7 +150,7 @@ def _same(target: Path, settings: dict[str, Any]) -> None:
 
 
 def _signals(run: RunConfig, attached: StreamedAttention, feeder: Feeder, base: str) -> Signals:
-    """What calibration measures of the model at the config's own size and under psi, whose split it is; kept."""
+    """Calibration signals of the model at the config's own size under psi, for which the split was made; cached."""
     budget, psi = replace(_split(run), table="calibrate"), PerturbationOptions()
     calibrating = replace(run, memory=replace(run.memory, budget=budget, policy=psi))
     measured = (base, sha256(Path(run.data.train)) if run.data.train else None, asdict(run.stream))
@@ -189,33 +166,24 @@ def _setting(run: RunConfig, model: str | None, root: str | None, split: str) ->
     (benchmark,) = run.evaluate.benchmarks
     if not isinstance(benchmark, RecallOptions):
         raise ConfigError([f"evaluate.benchmarks: {benchmark.name} has no worlds; this script knows recall alone"])
-    moved = replace(benchmark, split=split, root=root or benchmark.root)
-    return replace(
-        run,
-        model=replace(run.model, path=model or run.model.path),
-        evaluate=replace(run.evaluate, benchmarks=(moved,)),
-    )
+    moved = replace(run.evaluate, benchmarks=(replace(benchmark, split=split, root=root or benchmark.root),))
+    return replace(run, model=replace(run.model, path=model or run.model.path), evaluate=moved)
 
 
 def _arms(study: str, wanted: Sequence[str] | None, quick: bool) -> dict[str, Trial]:
-    """The arms of a study, or those asked for."""
+    """The arms of a study, or the requested ones."""
     trials = STUDIES[study]
     names = wanted or ([name for name in trials if name in QUICK] if quick and study == "policies" else list(trials))
     unknown = [name for name in names if name not in trials]
     if unknown:
-        raise ConfigError([f"--policy {name}: no arm of study {study}; known: {', '.join(trials)}" for name in unknown])
+        raise ConfigError(
+            [f"--policy {name} is not an arm of study {study}; known: {', '.join(trials)}" for name in unknown]
+        )
     return {name: trials[name] for name in trials if name in names}
 
 
-def _reference(wanted: str | None, trials: Mapping[str, Trial]) -> str:
-    """What is paired with: the arm asked for, or the first one."""
-    if wanted is not None and wanted not in trials:
-        raise ConfigError([f"--reference {wanted}: no arm of this run; there are: {', '.join(trials)}"])
-    return wanted or next(iter(trials))
-
-
 def _facts(given: Any, runs: Sequence[RunConfig], reference: str) -> dict[str, Any]:
-    """What the table was made of: bases, worlds with their seeds, sizes."""
+    """Facts about the table: base models, worlds with their seeds, sizes."""
     recipes = {}
     for run in runs:
         root = run.evaluate.benchmarks[0].root
@@ -241,7 +209,7 @@ def _parser() -> Parser:
     parser.add_argument("--root", action="append", metavar="DIR", help="a recall world; may be repeated (the config's)")
     parser.add_argument("--model", action="append", metavar="DIR", help="a base; may be repeated (the config's)")
     parser.add_argument("--policy", action="append", metavar="ARM", help="an arm to evaluate; may be repeated (all)")
-    parser.add_argument("--reference", metavar="ARM", help="what is paired with (the study's first arm)")
+    parser.add_argument("--reference", metavar="ARM", help="compared with all others (the study's first arm)")
     parser.add_argument("--quick", action="store_true", help=f"a first answer: {QUICK_STREAMS} streams, few arms")
     return parser
 

@@ -16,7 +16,7 @@ from omnimem.comparison import ComparisonError
 from omnimem.comparison.statistics import ratio, resample
 from omnimem.run import write_json
 
-SAME = 0.001  # relative: entries are means over questions
+SAME = 0.001  # relative; entries are means over questions
 DRAWS = 10_000
 NAMED = 16  # of the figure's lines; those below are grey
 
@@ -40,20 +40,20 @@ class Sheet:
         return cls(lines=tuple(row for row in rows if row["stream"] in streams), **facts)
 
     def mean(self, key: str) -> float:
-        """Of a number that every line has whose stream could be read."""
+        """The mean of a number over the lines of readable streams."""
         return fmean(float(line[key]) for line in self.lines if not line.get("failed"))
 
     @property
     def right(self) -> dict[tuple[str, str, str], bool]:
-        """Whether each question was answered; the same world under another base is another question of its stream."""
+        """Whether each answer is correct; with another base model it is another question of the same stream."""
         keys = ((self.root, str(line["stream"]), f"{self.model} {line['id']}") for line in self.lines)
         return {key: bool(line["correct"]) for key, line in zip(keys, self.lines, strict=True)}
 
 
 def table(sheets: Sequence[Sheet], reference: str) -> list[dict[str, Any]]:
-    """A row an arm and budget, over all settings; paired with the reference, clustered by stream.
+    """A row per arm and budget, over all settings; paired with the reference, clustered by stream.
 
-    Raises ComparisonError where arms do not hold the same entries.
+    Raises ComparisonError if arms do not hold the same entries.
     """
     problems = list(unequal(sheets, reference))
     if problems:
@@ -66,7 +66,7 @@ def table(sheets: Sequence[Sheet], reference: str) -> list[dict[str, Any]]:
 
 
 def unequal(sheets: Sequence[Sheet], reference: str) -> Iterator[str]:
-    """A line for every arm whose peak or answer-time entries are not the reference's."""
+    """A line for every arm whose peak or answer-time entries differ from those of the reference."""
     known = {(sheet.model, sheet.root, sheet.slots): sheet for sheet in sheets if sheet.arm == reference}
     for sheet in sheets:
         first = known.get((sheet.model, sheet.root, sheet.slots))
@@ -133,7 +133,7 @@ def shown(rows: Sequence[Mapping[str, Any]], reference: str) -> Iterator[str]:
 
 
 def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against bytes, a line an arm over its budgets (the paper's figure 6); repeatable to the byte."""
+    """Accuracy against bytes, a line per arm over its budgets (the paper's figure 6); repeatable to the byte."""
     drawing = Figure(figsize=(9, 6), layout="constrained")
     axes = drawing.subplots()
     mean = {str(row["arm"]): fmean(r["accuracy"] for r in rows if r["arm"] == row["arm"]) for row in rows}
@@ -148,7 +148,7 @@ def figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot([], [], color="0.85", marker="o", markersize=3, label=f"{len(arms) - NAMED} others, in table.json")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel("KiB a stream, text and side state included")
+    axes.set_xlabel("KiB per stream, text and side state included")
     axes.set_ylabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     drawing.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -1,16 +1,17 @@
-"""Which tokens are kept before and after tuning, on recall streams with decoys: needles by layer and modality.
+"""Tokens kept before and after tuning, on recall streams with decoys: needles by layer and modality.
 
 python benchmarks/softening.py runs/A [runs/B ...] [--streams 64] [--split calibration] [--root DIR ...] [--out DIR]
 
 For each run folder (config.yaml, budget.json, adapter/): every stream is read under the run's budget by the untouched
-checkpoint and by the tuned one, selection hard as always in evaluation. The worlds say which token is which: one visual
-token a cell and 2 s, one audio token a second. Differences are paired by stream, with 95 % intervals clustered by
-stream. The overlap is the share of a layer's kept tokens that both keep: 100 % where tuning changes nothing in what is
-kept. Each --root (data/recall; others by data_prep/synthesize.py with another --seed) adds so many streams.
-Writes softening.json into --out (runs/softening), prints a table a run.
+checkpoint and by the tuned one, selection hard as always in evaluation. The worlds define the meaning of each token:
+one visual token per cell and 2 s, one audio token per second. Differences are paired by stream, with 95 % intervals
+clustered by stream. The overlap is the share of a layer's kept tokens kept by both: 100 % if tuning changes no
+selection. Each --root (data/recall; others by data_prep/synthesize.py with another --seed) adds --streams streams.
+Writes softening.json into --out (runs/softening) and prints a table per run.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,16 +19,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import load_config
+from benchmarks.tables import markdown
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.build import feeder_of, policies_of
 from omnimem.cli.parser import Parser, run_command
 from omnimem.comparison.statistics import interval, resample
-from omnimem.config import ConfigError, RunConfig, load
+from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy
@@ -37,22 +42,18 @@ from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.tasks import RecallOptions
 from omnimem.tokens import Modality
-from omnimem.training.arguments import train_section
 from omnimem.tuning import load_adapter
 
-NEEDLES = ("symbol", "decoy", "word")  # a symbol is one that is asked about; of each, one token may be enough
+NEEDLES = ("symbol", "decoy", "word")  # symbols are asked about, decoys are not; one token of each may be enough
 ROWS = ("symbols", "symbol tokens", "decoys", "words", "flicker tokens", "background tokens")  # of the printed table
 ANY = "any layer"
 DRAWS = 2000
 
 
-# ----------------------------------------------------------------------------------------------------- which is which
-
-
 @final
 @dataclass(frozen=True)
 class Token:
-    """What a token of a stream shows or sounds, and which of the events or utterances it belongs to."""
+    """The content of a token, and the number of its event or utterance."""
 
     modality: Modality
     kind: str
@@ -60,7 +61,7 @@ class Token:
 
 
 def tokens_of(world: World) -> list[Token]:
-    """Every audio and visual token of a stream in order of arrival: 16 cells, then two seconds of sound, and again."""
+    """Every audio and visual token of a stream in order of arrival: 16 cells, then two seconds of audio, repeatedly."""
     found = []
     for first in range(0, world.seconds, TOKEN_SECONDS):
         span = range(first, min(first + TOKEN_SECONDS, world.seconds))
@@ -70,7 +71,7 @@ def tokens_of(world: World) -> list[Token]:
 
 
 def _visual(world: World, cell: int, span: range) -> Token:
-    """A token of 2 s is the symbol's when it shows it for one of them."""
+    """A token of 2 s belongs to a symbol that it shows for at least one second."""
     for number, event in enumerate(world.events):
         if any(second in span and shown == cell for second, shown in zip(event.span, event.cells, strict=True)):
             return Token(Modality.VISUAL, "decoy" if event.utterance is None else "symbol", number)
@@ -96,16 +97,14 @@ def world_of(sample: Sample) -> World:
     return world
 
 
-# ------------------------------------------------------------------------------------------------------- what is kept
-
-Places = list[frozenset[int]]  # by layer: which of the audio and visual tokens of a stream it holds
+Places = list[frozenset[int]]  # by layer: numbers of the kept audio and visual tokens of a stream
 
 
 @torch.no_grad()
 def places_of(
     attached: StreamedAttention, feeder: Feeder, policy: Policy, batch: Sequence[EncodedSample]
 ) -> list[Places]:
-    """What each layer holds of each stream of a batch at its end."""
+    """The tokens kept by each layer at the end of each stream of a batch."""
     stream = feeder.stream(attached, policy, batch=len(batch))
     for chunk in feeder.chunks(batch):
         stream.feed(chunk)
@@ -117,28 +116,25 @@ def places_of(
 
 
 def _held(memory: Memory, layer: int, row: int, opening: int) -> frozenset[int]:
-    """Numbers among the audio and visual tokens; all text stands before them."""
+    """Numbers among the audio and visual tokens; all text is before them."""
     tokens = memory.layers[layer]
     return frozenset((tokens.order[row][tokens.modality[row] != Modality.TEXT] - opening).tolist())
 
 
 def check_layout(attached: StreamedAttention, feeder: Feeder, opened: EncodedSample, tokens: Sequence[Token]) -> None:
-    """Raises ConfigError when the checkpoint reads a stream as other tokens than the worlds speak of."""
+    """Raises ConfigError if the checkpoint encodes a stream as other tokens than the worlds define."""
     kinds = torch.cat([chunk.modality[0] for chunk in feeder.chunks([opened])])
     media = kinds[kinds != Modality.TEXT].tolist()
     text_first = not bool((kinds[-len(media) :] == Modality.TEXT).any())
     if media != [token.modality for token in tokens] or not text_first:
-        got, known = (
-            f"{len(media)} audio and visual tokens",
-            f"{len(tokens)} (one a cell and 2 s, one a second of sound)",
-        )
+        got, expected = f"{len(media)} audio and visual tokens", f"{len(tokens)} (one per cell and 2 s, one per second)"
         raise ConfigError(
-            [f"{opened.sample.id}: read as {got}, the worlds know {known}; give runs of the tiny checkpoint at fps: 1"]
+            [f"{opened.sample.id}: read as {got}, expected {expected}; give runs of the tiny checkpoint at fps: 1"]
         )
 
 
 def counts(places: frozenset[int], tokens: Sequence[Token]) -> Counter[str]:
-    """Tokens of each kind, and needles of which at least one token is there."""
+    """Tokens of each kind, and needles with at least one token."""
     found = Counter(f"{tokens[place].kind} tokens" for place in places)
     for kind in NEEDLES:
         found[f"{kind}s"] = len({tokens[place].needle for place in places if tokens[place].kind == kind})
@@ -146,18 +142,15 @@ def counts(places: frozenset[int], tokens: Sequence[Token]) -> Counter[str]:
 
 
 def overlap(before: frozenset[int], after: frozenset[int], tokens: Sequence[Token], modality: Modality) -> float:
-    """Share of the tokens of a modality that both hold."""
+    """Share of the tokens of a modality that both keep."""
     first, second = ({place for place in part if tokens[place].modality == modality} for part in (before, after))
     return len(first & second) / max(len(first), len(second), 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ one run
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A mean a stream before and after tuning, and their difference."""
+    """Means per stream before and after tuning, and their difference."""
 
     before: float
     after: float
@@ -165,9 +158,12 @@ class Cell:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.before:.1f} -> {self.after:.1f} ({self.diff:+.2f} [{self.low:+.2f}, {self.high:+.2f}])"
+
 
 def paired(names: Sequence[str], before: Sequence[float], after: Sequence[float]) -> Cell:
-    """The difference with its 95 % interval, streams drawn anew."""
+    """The difference with its 95 % interval over resampled streams."""
     change = np.array(after, dtype=np.float64) - np.array(before, dtype=np.float64)
     drawn = resample(names, draws=DRAWS, seed=0)
     means = drawn.weights @ drawn.sums(names, change)[:, None] / len(names)
@@ -181,7 +177,7 @@ def paired(names: Sequence[str], before: Sequence[float], after: Sequence[float]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """A stream, and what was kept of it before and after tuning."""
+    """A stream, and the tokens kept of it before and after tuning."""
 
     name: str
     tokens: Sequence[Token]
@@ -194,9 +190,8 @@ class Read:
         yield frozenset().union(*self.before), frozenset().union(*self.after)
 
 
-def read_all(folder: RunFolder, samples: Sequence[Sample], size: int) -> Iterator[Read]:
+def read_all(folder: RunFolder, run: RunConfig, samples: Sequence[Sample], size: int) -> Iterator[Read]:
     """Every stream, by the untouched checkpoint and by the run's own."""
-    run = settings(folder)
     backbone = load_backbone(run.model)
     adapted = load_adapter(backbone.model, folder.adapter)
     feeder = feeder_of(run, backbone)
@@ -207,21 +202,16 @@ def read_all(folder: RunFolder, samples: Sequence[Sample], size: int) -> Iterato
             tokens = [tokens_of(world_of(opened.sample)) for opened in batch]
             check_layout(attached, feeder, batch[0], tokens[0])
             arms = []
-            for manner in (adapted.disable_adapter(), nullcontext()):
-                with manner:
+            for adapter in (adapted.disable_adapter(), nullcontext()):
+                with adapter:
                     arms.append(places_of(attached, feeder, policy, batch))
             for opened, mine, before, after in zip(batch, tokens, *arms, strict=True):
                 yield Read(name=opened.sample.origin, tokens=mine, before=before, after=after)
             bar.update(len(batch))
 
 
-def settings(folder: RunFolder) -> RunConfig:
-    """The run as it was configured."""
-    return load(folder.config, train=train_section())
-
-
 def summary(reads: Sequence[Read]) -> dict[str, Any]:
-    """Means a stream by layer: what is there, what is kept before and after, and the overlap."""
+    """Means per stream by layer: all tokens, tokens kept before and after, and the overlap."""
     names = [read.name for read in reads]
     layers = [*map(str, range(len(reads[0].before))), ANY]
     kept = [[tuple(counts(part, read.tokens) for part in pair) for pair in read.pairs()] for read in reads]
@@ -248,25 +238,21 @@ def table(found: dict[str, Any]) -> str:
     """Before -> after (difference, its interval) by layer."""
     layers = list(found["overlap"]["visual"])
     titles = [layer if layer == ANY else f"layer {layer}" for layer in layers]
-    lines = ["| kept a stream (of) | " + " | ".join(titles) + " |", "|---" * (len(layers) + 1) + "|"]
+    lines = []
     for what in ROWS:
         row = found["rows"][what]
-        cells = [_cell(Cell(**row["kept"][layer])) for layer in layers]
-        lines.append(f"| {what} ({row['there']:.1f}) | " + " | ".join(cells) + " |")
+        cells = [Cell(**row["kept"][layer]) for layer in layers]
+        lines.append([f"{what} ({row['there']:.1f})", *map(str, cells)])
     for modality, shares in found["overlap"].items():
-        lines.append(f"| same {modality} tokens | " + " | ".join(f"{shares[layer]:.0%}" for layer in layers) + " |")
-    return "\n".join(lines)
-
-
-def _cell(cell: Cell) -> str:
-    return f"{cell.before:.1f} -> {cell.after:.1f} ({cell.diff:+.2f} [{cell.low:+.2f}, {cell.high:+.2f}])"
+        lines.append([f"same {modality} tokens", *(f"{shares[layer]:.0%}" for layer in layers)])
+    return markdown(["kept per stream (of)", *titles], lines)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Every run over the same streams."""
+    """Read the same streams with every run."""
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that hold an adapter")
-    parser.add_argument("--streams", type=int, default=64, help="of each root (%(default)s)")
+    parser.add_argument("--streams", type=int, default=64, help="per root (%(default)s)")
     parser.add_argument("--split", default="calibration", help="split of the recall task (%(default)s)")
     parser.add_argument("--root", action="append", help="folder of a recall task; may be repeated (data/recall)")
     parser.add_argument("--batch-size", type=int, default=16, help="streams that share a pass (%(default)s)")
@@ -281,12 +267,12 @@ def main(arguments: Sequence[str]) -> None:
     found = {}
     for path in given.runs:
         folder = RunFolder(path=path)
-        run = settings(folder)
-        result = summary(list(read_all(folder, samples, given.batch_size)))
+        run = load_config(folder.config, [])
+        result = summary(list(read_all(folder, run, samples, given.batch_size)))
         selection = run.tuning.selection
         facts = {"model": run.model.path, "slots_per_layer": run.memory.slots_per_layer, "selection": asdict(selection)}
         found[str(path)] = {**facts, **result}
-        print(f"\n{path}: {result['streams']} streams of {given.split}, {run.memory.slots_per_layer} slots a layer, "
+        print(f"\n{path}: {result['streams']} streams of {given.split}, {run.memory.slots_per_layer} slots per layer, "
               f"tuned with {selection.softening} selection, budgets {run.tuning.budgets}")  # fmt: skip
         print(table(result), flush=True)
     shown = {"split": given.split, "roots": roots, "streams": given.streams}

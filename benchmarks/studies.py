@@ -1,4 +1,4 @@
-"""What benchmarks/policies.py tries: each study is a list of arms, each a policy at a budget, cut into chunks."""
+"""The arms of benchmarks/policies.py: each study is a list of arms, each a policy at a budget and a chunk size."""
 
 import math
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ SHARED, SPLIT = "as_published", "shared_split"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One arm; without a budget of its own it has our audio-visual split."""
+    """One arm; its default budget is our audio-visual split."""
 
     policy: PolicyOptions
     budget: BudgetOptions | None = None
-    pooled: bool = False  # layers as the budget has them, audio and visual tokens in one pool
+    pooled: bool = False  # layers as in the budget, audio and visual tokens in one pool
     chunk_tokens: int | None = None
-    fewer: bool = False  # may hold fewer entries than the others: it leaves slots empty, or reads less
+    fewer: bool = False  # may hold fewer entries than the others: it leaves slots empty or skips frames
 
     def allocate(self, split: AudioVisualBudget, layers: int, slots: int, signals: Signals) -> Budget:
         """The slots of this arm."""
@@ -86,7 +86,7 @@ def _fewer(rows: Mapping[str, Trial]) -> dict[str, Trial]:
     return {name: replace(trial, fewer=True) for name, trial in rows.items()}
 
 
-SPLIT_OF_ALL = _avba()  # chosen on calibration streams, for psi; where the config has no audio-visual budget of its own
+SPLIT_OF_ALL = _avba()  # chosen on calibration streams for psi; used if the config has no audio-visual budget
 POLICIES: dict[str, Trial] = {
     "distinct": _ours(),
     "distinct_pool": _pool(_ours()),
@@ -97,7 +97,7 @@ POLICIES: dict[str, Trial] = {
     "psi": _psi(coverage=0.0),
     "psi_pool": _pool(_psi(coverage=0.0)),
     "paper": _psi(name="paper"),
-    "released": replace(_psi(name="released"), fewer=True),  # lends nothing
+    "released": replace(_psi(name="released"), fewer=True),  # leaves slots empty
     **both("similarity", SimilarityOptions),
     **_controls(),
     **both("recursive_uniform", RecursiveUniformOptions),

@@ -1,15 +1,17 @@
-"""Is the device right? Against the slow reference, against float32 on the CPU, and streamed against one shot."""
+"""Checks of a device: against the slow reference, against float32 on the CPU, and streamed against one shot."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, final
 
 import torch
+from support.episodes import Episode
+from support.models import cut, one_shot
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from benchmarks.accelerator.models import IGNORED, questions, relative, small, stretch, toy_pair
+from benchmarks.accelerator.models import IGNORED, moved, questions, relative, segment, small, toy_pair
 from benchmarks.accelerator.record import Record
 from omnimem.attention import reference
 from omnimem.attention.blocked import MEMORY, Segments, attend, mass, visible
@@ -27,7 +29,7 @@ from omnimem.tokens import EVICTABLE, Chunk
 from omnimem.tuning import FullGradient
 from omnimem.view import LayerView
 
-LENGTHS = (23, 31, 1, 15, 26)
+LENGTHS = [23, 31, 1, 15, 26]
 SLOTS = ((1, 2), (3, 20), (2, 9), (4, 14))  # audio, visual slots of the four layers
 POLICIES: dict[str, PolicyOptions] = {
     "distinct": DistinctOptions(),
@@ -36,7 +38,7 @@ POLICIES: dict[str, PolicyOptions] = {
     "released": PerturbationOptions(name="released"),
     "random": ControlOptions(name="random"),
 }
-CLEAR = 3e-5  # a decision is clear when kept and dropped scores differ by more than this; rounding moves them by 1e-6
+CLEAR = 3e-5  # a decision is clear if kept and dropped scores differ by more than this; rounding errors are 1e-6
 CPU = torch.device("cpu")
 
 
@@ -59,7 +61,7 @@ BOUNDS = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """Sizes of what is compared."""
+    """Sizes of the comparisons."""
 
     width: int
     sections: tuple[int, ...]
@@ -143,21 +145,10 @@ def attention(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device
 def chunks_of(width: int, seed: int, dtype: torch.dtype, device: torch.device) -> list[Chunk]:
     """A stream in chunks; the same numbers on every device."""
     sizes = replace(small(), text={"hidden_size": width})
-    whole = stretch(sizes, 0, sum(LENGTHS), dtype=torch.float32, device=CPU)
+    whole = segment(sizes, 0, sum(LENGTHS), dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(whole.embeddings.shape, generator=generator).to(dtype).to(device)
-    found, first = [], 0
-    for length in LENGTHS:
-        span = slice(first, first + length)
-        found.append(
-            Chunk(
-                embeddings=embeddings[:, span],
-                positions=whole.positions[:, :, span].to(device),
-                modality=whole.modality[:, span].to(device),
-            )
-        )
-        first += length
-    return found
+    embeddings = torch.randn(whole.embeddings.shape, generator=generator).to(dtype)
+    return [moved(chunk, dtype, device) for chunk in cut(replace(whole, embeddings=embeddings), LENGTHS)]
 
 
 def read(model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], prompt: Prompt) -> tuple[Tensor, Stream]:
@@ -169,29 +160,25 @@ def read(model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], prompt
         return stream.ask(prompt).hidden, stream
 
 
-def one_shot(model: PreTrainedModel, chunks: Sequence[Chunk], prompt: Prompt) -> Tensor:
-    """The same from the stock forward pass over everything."""
-    positions = torch.cat([chunk.positions for chunk in chunks], dim=2)
-    following = (prompt.offsets + int(positions.max()) + 1)[:, None].expand(-1, 3, -1)
+def stock_pass(model: PreTrainedModel, chunks: Sequence[Chunk], prompt: Prompt) -> Tensor:
+    """The same from the stock forward pass over all tokens."""
+    episode = Episode(chunks=chunks, asked=[(len(chunks), prompt)])
     with torch.no_grad():
-        embeddings = [chunk.embeddings for chunk in chunks] + [model.get_input_embeddings()(prompt.ids)]
-        result: Any = model(
-            inputs_embeds=torch.cat(embeddings, dim=1),
-            position_ids=torch.cat([positions, following], dim=2).transpose(0, 1),
-            use_cache=False,
-        )
-    return result.last_hidden_state[:, -prompt.ids.shape[1] :]
+        with attach(model) as attached:
+            embeddings = episode.embeddings(attached)
+        modality = torch.zeros(embeddings.shape[:2], dtype=torch.int8)
+        whole = Chunk(embeddings=embeddings, positions=episode.positions, modality=modality)
+        return one_shot(model, whole)[:, -prompt.ids.shape[1] :]
 
 
 def streaming(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
-    """A question after a chunked stream equals the stock pass; in low precision it errs no more than stock does."""
+    """A question after a stream equals the stock pass; in low precision its error is no larger than that of stock."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     full = PerturbationOptions().build(None)
     chunks, prompt = chunks_of(toy.width, 1, dtype, device), questions(1, 8, 300, device)
-    exact_chunks = chunks_of(toy.width, 1, dtype, CPU)
-    exact_chunks = [replace(chunk, embeddings=chunk.embeddings.float()) for chunk in exact_chunks]
-    exact = one_shot(exact_model, exact_chunks, questions(1, 8, 300, CPU))
-    stock, ours = one_shot(model, chunks, prompt), read(model, full, chunks, prompt)[0]
+    exact_chunks = [moved(chunk, torch.float32, CPU) for chunk in chunks]
+    exact = stock_pass(exact_model, exact_chunks, questions(1, 8, 300, CPU))
+    stock, ours = stock_pass(model, chunks, prompt), read(model, full, chunks, prompt)[0]
     if dtype == torch.float32:
         record.check("stream equals one shot", dtype, relative(ours, stock), BOUNDS[dtype].output)
         record.check("stream equals one shot on the CPU", dtype, relative(ours, exact), 5 * BOUNDS[dtype].output)
@@ -203,7 +190,7 @@ def streaming(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Watched(AbstractScorer):
-    """A scorer that notes its scores and whose tokens they are."""
+    """A scorer that notes its scores and the modalities of their tokens."""
 
     inner: AbstractScorer
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -222,15 +209,16 @@ class _Watched(AbstractScorer):
         return scores
 
 
-def kept(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
-    """In float32 the same tokens stay as on the CPU, where its decisions are clear; in bfloat16: how many of them."""
+def kept_sets(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+    """In float32 the kept tokens are those of the CPU where decisions are clear; in bfloat16 their share is noted."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     prompt = questions(1, 8, 300, CPU)
     for name, options in POLICIES.items():
         policy = options.build(Budget(slots=SLOTS))
         seed, hidden, expected = _clear(exact_model, toy.width, policy, dtype, prompt)
         ours, found = read(model, policy, chunks_of(toy.width, seed, dtype, device), questions(1, 8, 300, device))
-        shared = [_shared(a.order, b.order) for a, b in zip(found.memory.layers, expected.memory.layers, strict=True)]
+        pairs = zip(found.memory.layers, expected.memory.layers, strict=True)
+        shared = [float(torch.isin(b.order.cpu(), a.order.cpu()).float().mean()) for a, b in pairs]
         bound = 0.0 if dtype == torch.float32 or name == "random" else None
         record.check(f"kept sets, {name}: share that differs", dtype, 1 - min(shared), bound)
         if dtype == torch.float32:
@@ -240,10 +228,10 @@ def kept(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> 
 def _clear(
     model: PreTrainedModel, width: int, policy: Policy, dtype: torch.dtype, prompt: Prompt
 ) -> tuple[int, Tensor, Stream]:
-    """The first stream in which no two scores at the border of a selection are close, as the CPU reads it."""
+    """The first stream in which, on the CPU, no two scores at the border of a selection are close."""
     for seed in range(200):
         watched = _Watched(inner=policy.scorer)
-        chunks = [replace(c, embeddings=c.embeddings.float()) for c in chunks_of(width, seed, dtype, CPU)]
+        chunks = [moved(chunk, torch.float32, CPU) for chunk in chunks_of(width, seed, dtype, CPU)]
         hidden, stream = read(model, replace(policy, scorer=watched), chunks, prompt)
         rooms = [policy.layer_slots(layer) for layer in range(len(SLOTS))] * len(LENGTHS)
         gaps = [_gap(*seen, room) for seen, room in zip(watched.seen, rooms, strict=True)]
@@ -261,11 +249,6 @@ def _gap(scores: Tensor, modality: Tensor, room: Any) -> float:
         if len(inside) and len(outside):
             gaps.append(float(inside.min() - outside.max()))
     return min(gaps)
-
-
-def _shared(found: Tensor, expected: Tensor) -> float:
-    """Share of the expected arrival numbers that were kept."""
-    return float(torch.isin(expected.cpu(), found.cpu()).float().mean())
 
 
 def streamed_loss(
@@ -293,7 +276,7 @@ def streamed_loss(
 
 
 def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
-    """Recomputed, offloaded and by layers, the gradient through evictions is that of plain autograd, and the CPU's."""
+    """The gradient through evictions, recomputed, offloaded, by layers, equals that of plain autograd and the CPU."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     policy = POLICIES["omnimem"].build(Budget(slots=SLOTS))
     seed, _, _ = _clear(exact_model, toy.width, policy, dtype, questions(1, 8, 300, CPU))

@@ -22,17 +22,17 @@ IGNORED = -100
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A text model, what it remembers and what it is fed."""
+    """Sizes of a text model, its memory and its stream."""
 
     text: Mapping[str, Any]
     memory: int  # slots per layer
     chunks: tuple[int, ...]  # lengths at which a step is measured
-    grid: tuple[int, int]  # rows and columns of visual tokens in a stretch of stream
-    sound: int  # audio tokens in a stretch
+    grid: tuple[int, int]  # rows and columns of visual tokens in a segment of the stream
+    audio: int  # audio tokens in a segment
     question: int  # tokens
     answers: int  # tokens written
     rank: int  # of LoRA
-    square: int  # side of the matrices whose product gives the ceiling
+    square: int  # side of the square matrices of the ceiling
 
     @property
     def layers(self) -> int:
@@ -41,36 +41,18 @@ class Sizes:
 
 
 def large(layers: int) -> Sizes:
-    """Qwen2.5-Omni-7B with fewer layers; 2 s of video at 1 fps and 420 x 420 pixels a stretch; the release's LoRA."""
+    """Qwen2.5-Omni-7B with fewer layers; 2 s of video at 1 fps and 420 x 420 pixels per segment; the release's LoRA."""
     shape = json.loads(SHAPES_7B.read_text())["thinker_config"]["text_config"]
     text = {**shape, "num_hidden_layers": layers, "pad_token_id": None}
     del text["model_type"]
-    return Sizes(
-        text=text,
-        memory=8192,
-        chunks=(2048, 16384),
-        grid=(15, 15),
-        sound=50,
-        question=32,
-        answers=16,
-        rank=128,
-        square=8192,
-    )
+    sizes = {"memory": 8192, "chunks": (2048, 16384), "grid": (15, 15), "audio": 50, "question": 32, "answers": 16}
+    return Sizes(text=text, rank=128, square=8192, **sizes)
 
 
 def small() -> Sizes:
     """The same on a CPU within seconds."""
-    return Sizes(
-        text=toy_text(64, [2, 3, 3]),
-        memory=48,
-        chunks=(32, 96),
-        grid=(3, 3),
-        sound=2,
-        question=6,
-        answers=3,
-        rank=4,
-        square=128,
-    )
+    sizes = {"memory": 48, "chunks": (32, 96), "grid": (3, 3), "audio": 2, "question": 6, "answers": 3}
+    return Sizes(text=toy_text(64, [2, 3, 3]), rank=4, square=128, **sizes)
 
 
 def toy_text(width: int, sections: Sequence[int]) -> dict[str, Any]:
@@ -83,7 +65,7 @@ def toy_text(width: int, sections: Sequence[int]) -> dict[str, Any]:
 
 
 def random_model(text: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A text model whose weights are drawn on the device; the rotary frequencies stay in float32."""
+    """A text model with random weights, drawn on the device; the rotary frequencies stay in float32."""
     torch.manual_seed(0)
     with device:
         model = Qwen2_5OmniThinkerTextModel._from_config(Qwen2_5OmniTextConfig(**text), dtype=dtype)
@@ -103,10 +85,10 @@ def toy_pair(width: int, sections: Sequence[int], dtype: torch.dtype, device: to
     return [exact, other]
 
 
-def stretch(sizes: Sizes, first: int, count: int, *, dtype: torch.dtype, device: torch.device, batch: int = 1) -> Chunk:
-    """Tokens `first` to `first + count` of a stream: some text, then grids of visual tokens, each with its sound."""
+def segment(sizes: Sizes, first: int, count: int, *, dtype: torch.dtype, device: torch.device, batch: int = 1) -> Chunk:
+    """Tokens `first` to `first + count` of a stream: some text, then grids of visual tokens, each with its audio."""
     rows, columns = sizes.grid
-    length, seconds = rows * columns + sizes.sound, max(sizes.sound, rows, columns)
+    length, seconds = rows * columns + sizes.audio, max(sizes.audio, rows, columns)
     number = torch.arange(first, first + count, device=device) - OPENING
     place, start = number % length, number.div(length, rounding_mode="floor") * seconds + OPENING
     seen = place < rows * columns
@@ -126,7 +108,7 @@ def stretch(sizes: Sizes, first: int, count: int, *, dtype: torch.dtype, device:
 
 
 def moved(chunk: Chunk, dtype: torch.dtype, device: torch.device) -> Chunk:
-    """The chunk elsewhere."""
+    """The chunk on another device or in another precision."""
     return replace(
         chunk,
         embeddings=chunk.embeddings.to(device=device, dtype=dtype),

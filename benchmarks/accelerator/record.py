@@ -1,4 +1,4 @@
-"""What was found: facts, checks and measurements, written after every section so that nothing is lost."""
+"""Results: facts, checks and measurements, written after every section so that nothing is lost."""
 
 import platform
 import time
@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 
 from benchmarks.accelerator.clock import GIB, release
+from benchmarks.tables import markdown
 from omnimem.run import provenance, write_json, write_text
 
 PACKAGES = ("triton", "jaxtyping", "nvidia-cudnn-cu13")
@@ -20,7 +21,7 @@ PACKAGES = ("triton", "jaxtyping", "nvidia-cudnn-cu13")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A number that must not exceed its bound; without a bound it is only reported."""
+    """A number that must not exceed its bound; reported only if there is no bound."""
 
     name: str
     dtype: str
@@ -29,13 +30,13 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """NaN is never fine."""
+        """False for NaN."""
         return self.bound is None or self.found <= self.bound
 
 
 @final
 class Record:
-    """Grows section by section; `gpu.json` and `gpu.md` always hold what there is so far."""
+    """Grows section by section; `gpu.json` and `gpu.md` always hold all results so far."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], deadline: float) -> None:
         self.folder, self.facts, self.deadline = folder, facts, deadline
@@ -48,11 +49,11 @@ class Record:
         self.checks.append(Check(name=name, dtype=str(dtype).removeprefix("torch."), found=found, bound=bound))
 
     def measured(self, section: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note measurements, one row an arm."""
+        """Note measurements, one row per arm."""
         self.rows += [{"section": section, "arm": arm, **row} for arm, row in rows.items()]
 
     def section(self, name: str, work: Callable[[], None]) -> None:
-        """Do a part of the work; what goes wrong in it is noted and the parts after it still run."""
+        """Run a section; an error in it is noted and later sections still run."""
         if time.monotonic() > self.deadline:
             self.sections[name] = {"state": "left out", "error": "no time was left for it"}
         else:
@@ -75,23 +76,16 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Whether every section was done, every check held and every arm ran; too little memory is a finding."""
+        """Whether all sections, checks and arms succeeded; out of memory is a result."""
         ran = all("error" not in row or row["out_of_memory"] for row in self.rows)
-        return (
-            ran and all(check.ok for check in self.checks) and all(s["state"] == "done" for s in self.sections.values())
-        )
+        done = all(section["state"] == "done" for section in self.sections.values())
+        return ran and done and all(check.ok for check in self.checks)
 
     def write(self) -> None:
         """gpu.json and gpu.md."""
         checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
-        whole = {
-            "ok": self.ok,
-            "facts": dict(self.facts),
-            "sections": self.sections,
-            "checks": checks,
-            "rows": self.rows,
-        }
-        write_json(self.folder / "gpu.json", whole)
+        whole = {"ok": self.ok, "facts": dict(self.facts), "sections": self.sections, "checks": checks}
+        write_json(self.folder / "gpu.json", {**whole, "rows": self.rows})
         write_text(self.folder / "gpu.md", self.table())
 
     def table(self) -> str:
@@ -100,22 +94,21 @@ class Record:
         for name, section in self.sections.items():
             reason = f": {section['error'].splitlines()[0]}" if "error" in section else f", {section['seconds']} s"
             lines.append(f"- {name}: {section['state']}{reason}")
-        lines += ["", "| check | dtype | found | bound | |", "|---|---|---|---|---|"]
+        checks = []
         for check in self.checks:
             bound = "" if check.bound is None else f"{check.bound:.1e}"
             verdict = "FAILED" if not check.ok else "" if check.bound is None else "ok"
-            lines.append(f"| {check.name} | {check.dtype} | {check.found:.2e} | {bound} | {verdict} |")
-        lines += ["", "| section | arm | median ms | transient GiB | peak GiB | |", "|---|---|---|---|---|---|"]
-        return "\n".join([*lines, *(_row(row) for row in self.rows), ""])
+            checks.append([check.name, check.dtype, f"{check.found:.2e}", bound, verdict])
+        lines += ["", markdown(["check", "dtype", "found", "bound", ""], checks), ""]
+        titles = ["section", "arm", "median ms", "transient GiB", "peak GiB", ""]
+        return "\n".join([*lines, markdown(titles, map(_row, self.rows)), ""])
 
 
-def _row(row: Mapping[str, Any]) -> str:
-    numbers = [
-        _number(row.get(key), digits) for key, digits in (("median_ms", 3), ("transient_gib", 2), ("peak_gib", 2))
-    ]
-    shown = ("section", "arm", "median_ms", "fastest_ms", "slowest_ms", "repeats", "transient_gib", "peak_gib")
+def _row(row: Mapping[str, Any]) -> list[str]:
+    digits = {"median_ms": 3, "transient_gib": 2, "peak_gib": 2}
+    shown = ("section", "arm", "fastest_ms", "slowest_ms", "repeats", *digits)
     rest = ", ".join(f"{key} {_number(value, 3)}" for key, value in row.items() if key not in shown)
-    return f"| {row['section']} | {row['arm']} | {' | '.join(numbers)} | {rest} |"
+    return [row["section"], row["arm"], *(_number(row.get(key), places) for key, places in digits.items()), rest]
 
 
 def _number(value: object, digits: int) -> str:

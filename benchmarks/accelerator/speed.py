@@ -1,4 +1,4 @@
-"""How fast is the device? Every arm of a table in turn, in one process, on one model."""
+"""Speed of a device: every arm of a table in turn, in one process, on one model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,22 +7,17 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from accelerator.clock import Arm, Clock, Work, release
-from accelerator.correctness import streamed_loss
-from accelerator.models import OPENING, Sizes, questions, random_model, stretch
-from accelerator.record import Record
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.backends.cuda import (
-    SDPAParams,
-    can_use_cudnn_attention,
-    can_use_efficient_attention,
-    can_use_flash_attention,
-)
+from torch.backends import cuda
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache, PreTrainedModel
 
+from benchmarks.accelerator.clock import GIB, Arm, Clock, Work, release
+from benchmarks.accelerator.correctness import streamed_loss
+from benchmarks.accelerator.models import OPENING, Sizes, questions, random_model, segment
+from benchmarks.accelerator.record import Record
 from omnimem.attention.blocked import BLOCK, attend, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
@@ -36,7 +31,7 @@ from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient
 
 ARMS: dict[str, PolicyOptions] = {
-    "distinct": DistinctOptions(),  # as budget8k.yaml has it
+    "distinct": DistinctOptions(),  # as in budget8k.yaml
     "distinct, by head": DistinctOptions(per_head=True),
     "lambda 0": PerturbationOptions(sharpness=0.0),
     "lambda 0.02": PerturbationOptions(sharpness=0.02),
@@ -49,14 +44,14 @@ TEMPERATURE = 0.5
 
 @contextmanager
 def plainly(work: Work) -> Iterator[Work]:
-    """Work that needs nothing around it."""
+    """Work without set-up."""
     yield work
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What every measurement shares."""
+    """Shared by all measurements."""
 
     record: Record
     clock: Clock
@@ -73,8 +68,8 @@ class Bench:
         release()
 
     def chunk(self, first: int, count: int) -> Chunk:
-        """A stretch of the stream."""
-        return stretch(self.sizes, first, count, dtype=self.dtype, device=self.device)
+        """A segment of the stream."""
+        return segment(self.sizes, first, count, dtype=self.dtype, device=self.device)
 
     def policy(self, options: PolicyOptions) -> Policy:
         """At the slots of these sizes."""
@@ -91,7 +86,7 @@ class Bench:
 
 
 def ceilings(bench: Bench) -> None:
-    """A matrix product and a copy: what the device can do at best."""
+    """A matrix product and a copy: the limits of the device."""
     side = bench.sizes.square
     a, b = (torch.randn(side, side, device=bench.device).to(bench.dtype) for _ in range(2))
     bench.measure("ceiling", {"matrix product": lambda: plainly(lambda: a @ b)}, tflops=lambda ms: 2e-9 * side**3 / ms)
@@ -122,7 +117,7 @@ class Layer:
         return cls(queries=q, keys=k, values=v, scale=dim**-0.5)
 
     def ways(self) -> dict[str, Callable[[], Tensor]]:
-        """Our attention and what could take its place."""
+        """Our attention and alternatives."""
         gate = torch.zeros(1, self.keys.shape[2], device=self.keys.device)
         plain = (self.queries, self.keys, self.values)
         return {
@@ -133,7 +128,7 @@ class Layer:
         }
 
     def _repeated(self) -> Tensor:
-        """As ours, but with one key head per query head: the memory-efficient kernel knows no grouped heads."""
+        """As ours, but with one key head per query head: the memory-efficient kernel has no grouped heads."""
         group = self.queries.shape[1] // self.keys.shape[1]
         keys, values = (part.repeat_interleave(group, dim=1) for part in (self.keys, self.values))
         count, total, blocks = self.queries.shape[2], keys.shape[2], []
@@ -181,19 +176,16 @@ def _arm(work: Work) -> Arm:
 
 
 def _kernels(layer: Layer) -> dict[str, Any]:
-    """Which fused kernels accept our call; none: it falls back to the one that stores all probabilities."""
+    """The fused kernels that accept our call; without any, torch falls back to storing all probabilities."""
     if layer.queries.device.type != "cuda":
         return {}
-    call = SDPAParams(layer.queries, layer.keys, layer.values, None, 0.0, False, True)
-    return {
-        "flash": can_use_flash_attention(call),
-        "efficient": can_use_efficient_attention(call),
-        "cudnn": can_use_cudnn_attention(call),
-    }
+    call = cuda.SDPAParams(layer.queries, layer.keys, layer.values, None, 0.0, False, True)
+    accepts = {"flash": cuda.can_use_flash_attention, "efficient": cuda.can_use_efficient_attention}
+    return {name: accept(call) for name, accept in {**accepts, "cudnn": cuda.can_use_cudnn_attention}.items()}
 
 
 def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
-    """What a policy adds to a layer."""
+    """The work that a policy adds to a layer."""
     total = layer.keys.shape[2]
     tokens = bench.chunk(OPENING, total)
     scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).layer_slots(0)
@@ -206,34 +198,24 @@ def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
     }
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Filled:
-    """A stream whose memories are full."""
+def filled(bench: Bench, model: PreTrainedModel, policy: Policy) -> Stream:
+    """A stream after one chunk that is longer than the memory."""
+    count = max(bench.sizes.memory + OPENING + bench.sizes.chunks[0], bench.sizes.chunks[-1])
+    with torch.no_grad(), attach(model) as attached:
+        stream = Stream(attached, policy)
+        stream.feed(bench.chunk(0, count))
+    return stream
 
-    stream: Stream
 
-    @classmethod
-    def of(cls, bench: Bench, model: PreTrainedModel, policy: Policy) -> "Filled":
-        """After one chunk that is longer than the memory."""
-        with torch.no_grad(), attach(model) as attached:
-            stream = Stream(attached, policy)
-            stream.feed(
-                bench.chunk(0, max(bench.sizes.memory + OPENING + bench.sizes.chunks[0], bench.sizes.chunks[-1]))
-            )
-        return cls(stream=stream)
+def on_fork(stream: Stream, model: PreTrainedModel, work: Callable[[Stream], object]) -> Arm:
+    """Work on a fork of the stream, made before the clock starts."""
 
     @contextmanager
-    def opened(self, model: PreTrainedModel) -> Iterator[Stream]:
-        """A stream that goes on from here."""
+    def arm() -> Iterator[Work]:
         with torch.no_grad(), attach(model):
-            yield self.stream.fork()
+            yield partial(work, stream.fork())
 
-    @contextmanager
-    def step(self, model: PreTrainedModel, chunk: Chunk) -> Iterator[Work]:
-        """Feeding one chunk."""
-        with self.opened(model) as stream:
-            yield lambda: stream.feed(chunk)
+    return arm
 
 
 @final
@@ -270,73 +252,63 @@ class Stock:
 
 
 def chunk_steps(bench: Bench) -> None:
-    """Stock against ours, at every length of chunk, with full memories."""
+    """Stock and ours at every chunk length, with full memories."""
     model, layers = bench.model(), bench.sizes.layers
     stock = Stock.of(bench, model)
-    filled = {name: Filled.of(bench, model, bench.policy(options)) for name, options in ARMS.items()}
-    sizes = {name: {"state_gib": one.stream.memory.bytes / (1 << 30)} for name, one in filled.items()}
+    streams = {name: filled(bench, model, bench.policy(options)) for name, options in ARMS.items()}
+    sizes = {name: {"state_gib": stream.memory.bytes / GIB} for name, stream in streams.items()}
     bench.record.measured("memory of a stream", sizes)
     for count in bench.sizes.chunks:
-        chunk = bench.chunk(filled["lambda 0"].stream.fed, count)
-        arms: dict[str, Arm] = {"stock sdpa": lambda chunk=chunk: stock.step(chunk)}
-        for name, one in filled.items():
-            arms[name] = lambda one=one, chunk=chunk: one.step(model, chunk)
+        chunk = bench.chunk(streams["lambda 0"].fed, count)
+        arms: dict[str, Arm] = {"stock sdpa": partial(stock.step, chunk)}
+        for name, stream in streams.items():
+            arms[name] = on_fork(stream, model, lambda fork, chunk=chunk: fork.feed(chunk))
         bench.measure(f"chunk of {count}", arms, ms_a_layer=lambda ms: ms / layers)
 
 
 def asking(bench: Bench) -> None:
-    """What a user waits for: a question, every further token, a whole answer."""
+    """Latencies: a question, every further token, a whole answer."""
     model, head, sizes = bench.model(), bench.head(), bench.sizes
-    filled = Filled.of(bench, model, bench.policy(ARMS["lambda 0"]))
-    vocabulary = sizes.text["vocab_size"]
+    stream = filled(bench, model, bench.policy(ARMS["lambda 0"]))
     stock = Stock.of(bench, model)
-    one, eight = (questions(n, sizes.question, vocabulary, bench.device) for n in (1, 8))
-    single = stretch(sizes, 0, 1, dtype=bench.dtype, device=bench.device)
+    one, eight = (questions(n, sizes.question, sizes.text["vocab_size"], bench.device) for n in (1, 8))
+    single = segment(sizes, 0, 1, dtype=bench.dtype, device=bench.device)
+
+    def ask(prompt: Prompt, fork: Stream) -> Tensor:
+        return head(fork.ask(prompt).hidden[:, -1:]).argmax(dim=-1)
+
+    def answer(fork: Stream) -> object:
+        return fork.answer(one, head, stop=[-1], max_new_tokens=sizes.answers)
+
     bench.measure(
         "asking",
         {
-            "a question": lambda: _asked(filled, model, head, one),
-            "8 questions": lambda: _asked(filled, model, head, eight),
-            "a further token": lambda: _continued(filled, model, head, one),
-            "a further token of 8": lambda: _continued(filled, model, head, eight),
+            "a question": on_fork(stream, model, partial(ask, one)),
+            "8 questions": on_fork(stream, model, partial(ask, eight)),
+            "a further token": lambda: _continued(stream, model, head, one),
+            "a further token of 8": lambda: _continued(stream, model, head, eight),
             "a further token, stock": lambda: _stock_token(stock, head, single),
-            f"an answer of {sizes.answers} tokens": lambda: _answered(filled, model, head, one, sizes.answers),
+            f"an answer of {sizes.answers} tokens": on_fork(stream, model, answer),
         },
     )
 
 
 @contextmanager
-def _asked(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
-    with filled.opened(model) as stream:
-        yield lambda: head(stream.ask(prompt).hidden[:, -1:]).argmax(dim=-1)
-
-
-@contextmanager
-def _continued(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
-    with filled.opened(model) as stream:
-        reading = stream.ask(prompt)
+def _continued(stream: Stream, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
+    with torch.no_grad(), attach(model):
+        fork = stream.fork()
+        state = fork.ask(prompt)
         ends = prompt.offsets == prompt.offsets.max()
         following = Prompt(
             ids=prompt.ids[ends][None], segments=prompt.segments[ends][None], offsets=prompt.offsets[ends][None] + 1
         )
-        yield lambda: head(stream.ask(following, reading).hidden).argmax(dim=-1)
+        yield lambda: head(fork.ask(following, state).hidden).argmax(dim=-1)
 
 
 @contextmanager
 def _stock_token(stock: Stock, head: nn.Module, single: Chunk) -> Iterator[Work]:
     with stock.step(single) as step:
-
-        def work() -> Tensor:
-            result: Any = step()
-            return head(result.last_hidden_state).argmax(dim=-1)
-
-        yield work
-
-
-@contextmanager
-def _answered(filled: Filled, model: PreTrainedModel, head: nn.Module, prompt: Prompt, tokens: int) -> Iterator[Work]:
-    with filled.opened(model) as stream:
-        yield lambda: stream.answer(prompt, head, stop=[-1], max_new_tokens=tokens)
+        yield lambda: head(step().last_hidden_state).argmax(dim=-1)
 
 
 def training(bench: Bench) -> None:
@@ -372,7 +344,7 @@ def training(bench: Bench) -> None:
 
 
 def _adapted(model: PreTrainedModel, rank: int) -> list[Tensor]:
-    """LoRA on q, k and v as the release has it, in float32; only that learns."""
+    """LoRA on q, k and v as in the release, in float32; only LoRA is trained."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=["q_proj", "k_proj", "v_proj"])
     inject_adapter_in_model(config, model)
     found = []

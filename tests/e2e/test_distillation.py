@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_run import Run, tune, write_films
+from support.tiny_run import Run, tune
 
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films and manifest that all runs share; one film is too long for a full memory of 80 tokens."""
-    place = write_films(tmp_path_factory.mktemp("losses"))
-    write_mp4(draw_world(0, 12), place / "0.mp4")
-    return place
+def folder(folder: Path) -> Path:
+    """One video is too long for a full memory of 80 tokens."""
+    write_mp4(draw_world(0, 12), folder / "0.mp4")
+    return folder
 
 
 SGD = ("train.optim=sgd", "train.max_steps=6", "train.max_grad_norm=0")

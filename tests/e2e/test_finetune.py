@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import ROOT, command, free_port
-from support.tiny_run import SCRIPT, Run, given, tune, write_films, write_manifest
+from support.tiny_run import SCRIPT, Run, given, tune, write_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films, manifest and config, in the folder that all runs share."""
-    return write_films(tmp_path_factory.mktemp("finetune"))
 
 
 def assert_same_run(first: Run, second: Run) -> None:

@@ -1,10 +1,8 @@
 """Gradient modes by the entry point: runs resume and share out among ranks as ever, and say what their policy was."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from support.tiny_run import tune, write_films
+from support.tiny_run import tune
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -15,12 +13,6 @@ MODES = {
     "paper": ("tuning.gradient=paper", "tuning.stop_layer=1", "tuning.selection.softening=hard"),
 }
 SGD = ("train.optim=sgd", "train.max_steps=3", "train.max_grad_norm=0", "train.deepspeed=deepspeed/zero2.json")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films, manifest and config, in the folder that all runs share."""
-    return write_films(tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,6 +1,6 @@
-"""One run however it is dealt out: long and short streams on ranks at every ZeRO stage, other ranks, two nodes, bf16.
+"""One run on any number of ranks: long and short streams at every ZeRO stage, other ranks, two nodes, bf16.
 
-A random thinker; three films of 5 chunks, and beside them one of 2, one that is heard only, one that cannot be read.
+A random thinker; three videos of 5 chunks, one of 2, one with audio only, and one that cannot be read.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import ROOT, free_port, start
-from support.tiny_run import SCRIPT, Run, given, tune, write_films, write_manifest
+from support.tiny_run import SCRIPT, Run, given, tune, write_manifest
 
 import omnimem.training.trainer
 from omnimem.recall.renderer import write_mp4
@@ -25,7 +25,6 @@ from omnimem.recall.worlds import draw_world
 from omnimem.run import RunError, write_json
 from omnimem.training.portable import FACTS, Layout, refuse_other_batch
 
-LONG = {"film0": 20, "film2": 20, "film4": 20}  # seconds; the others have 8
 MIXED = ("data.train=mixed.jsonl", "data.max_failures=0.2")
 SGD = ("train.optim=sgd", "train.max_grad_norm=0.5", "train.max_steps=3")
 SIX = ("train.max_steps=6", "train.save_steps=3")
@@ -33,17 +32,15 @@ ACCUMULATED = "train.gradient_accumulation_steps=2"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films, manifests and config, in the folder that all runs share."""
-    place = write_films(tmp_path_factory.mktemp("scale"))
-    for name, seconds in LONG.items():
-        number = int(name.removeprefix("film"))
-        write_mp4(draw_world(number, seconds), place / f"{number}.mp4")
-    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+def folder(folder: Path) -> Path:
+    """Longer videos, and a manifest of streams of different kinds."""
+    for number in (0, 2, 4):
+        write_mp4(draw_world(number, 20), folder / f"{number}.mp4")
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     rows[3] |= {"video": None, "audio": "3.mp4"}
     rows[5] |= {"video": "silent.mp4"}
-    write_manifest(place / "mixed.jsonl", rows)
-    return place
+    write_manifest(folder / "mixed.jsonl", rows)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +55,17 @@ def accumulated(folder: Path) -> Run:
 def test_ranks_with_unequal_streams_equal_one_rank_at_every_stage(folder, accumulated, stage) -> None:
     """Clipped, and plain SGD, so that a norm or a gradient of another size would show."""
     engine = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
-    dealt = tune(folder, f"dealt-{stage}", *MIXED, *SGD, *engine, ranks=2)
-    assert [line["samples"] for line in dealt.lines] == [line["samples"] for line in accumulated.lines]
-    torch.testing.assert_close(dealt.losses, accumulated.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(dealt.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
-    assert [each["id"] for each in dealt.record["failed_samples"]] == ["film5"]
+    two = tune(folder, f"ranks-{stage}", *MIXED, *SGD, *engine, ranks=2)
+    assert [line["samples"] for line in two.lines] == [line["samples"] for line in accumulated.lines]
+    torch.testing.assert_close(two.losses, accumulated.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two.adapter, accumulated.adapter, rtol=1e-5, atol=1e-7)
+    assert [each["id"] for each in two.record["failed_samples"]] == ["film5"]
 
 
 def engine(ranks: int, stage: str | None) -> tuple[str, ...]:
-    """Settings for two samples a step."""
-    dealt = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
-    return (*dealt, *(() if ranks == 2 else (ACCUMULATED,)))
+    """Settings for two samples per step."""
+    zero = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)
+    return (*zero, *(() if ranks == 2 else (ACCUMULATED,)))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +81,7 @@ def unbroken(folder: Path) -> Run:
     [((2, "zero2"), (0, None)), ((0, None), (2, "zero3")), ((2, "zero3"), (2, "zero0")), ((0, "zero0"), (2, None))],
     ids=str,
 )
-def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(folder, unbroken, before, after) -> None:
+def test_a_run_resumes_with_another_number_of_ranks_or_another_stage(folder, unbroken, before, after) -> None:
     name = "moved-" + "-".join(map(str, (*before, *after)))
     tune(folder, name, *SIX, *engine(*before), ranks=before[0])
     checkpoint = f"runs/{name}/checkpoint-3"
@@ -94,7 +91,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_or_another_stage(folder, unb
     torch.testing.assert_close(moved.losses, unbroken.losses, rtol=1e-5, atol=0)
 
 
-def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_fits(tmp_path) -> None:
+def test_another_number_of_samples_per_step_is_refused_with_the_accumulation_that_fits(tmp_path) -> None:
     layout = Layout(ranks=2, stage=2, batch=1, accumulated=2, optimizer="adamw_torch", precision="fp32")
     write_json(tmp_path / FACTS, {"layout": asdict(layout)})
     refuse_other_batch(tmp_path, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, ranks=1)
@@ -105,21 +102,21 @@ def test_another_number_of_samples_a_step_is_refused_with_the_accumulation_that_
 
 
 def stick_on_the_second_rank() -> None:
-    """The second rank never comes back from its second stream, in the process that calls this."""
-    sound, streams = omnimem.training.trainer.streamed_loss, []
+    """The second rank hangs in its second stream, in the process that calls this."""
+    original, streams = omnimem.training.trainer.streamed_loss, []
 
     def stuck(*given: Any, **options: Any) -> Any:
         streams.append(None)
         if os.environ["RANK"] == "1" and len(streams) == 2:
             time.sleep(600)
-        return sound(*given, **options)
+        return original(*given, **options)
 
     omnimem.training.trainer.streamed_loss = stuck
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_was_where(folder) -> None:
+def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_names_their_places(folder) -> None:
     settings = ("train.max_steps=3", "train.step_timeout_seconds=12", "train.deepspeed=deepspeed/zero2.json")
     ended = start(SCRIPT, given(folder, "stuck", *settings), folder, ranks=2, first=stick_on_the_second_rank).end()
     assert ended.codes == (1, 1), ended.outputs
@@ -127,9 +124,9 @@ def test_a_step_that_takes_too_long_ends_every_rank_with_1_and_says_which_rank_w
     known = {f"film{number}" for number in range(6)} - set(line["samples"])
     cure = "for more than 12 s; check the sample, or raise train.step_timeout_seconds"
     places = ("in backward, the update, or waiting for other ranks", "in its streams")
-    said = ([row for row in output.splitlines() if cure in row] for output in ended.outputs)
-    for number, (rows, place) in enumerate(zip(said, places, strict=True)):
-        (row,) = rows  # a rank whose peer has left meanwhile may say more after it
+    found = ([row for row in output.splitlines() if cure in row] for output in ended.outputs)
+    for number, (rows, place) in enumerate(zip(found, places, strict=True)):
+        (row,) = rows  # more lines may follow once a peer has ended
         rank, sample, where = row.split(", ", 2)
         assert rank == f"rank {number}"
         assert sample.removeprefix("step 2: ") in known
@@ -159,12 +156,12 @@ def test_two_nodes_of_a_hostfile_equal_two_ranks_of_one(folder) -> None:
         for number in range(2)
     ]
     try:
-        said = [node.communicate(timeout=300)[0] for node in nodes]
+        outputs = [node.communicate(timeout=300)[0] for node in nodes]
     finally:
         for node in nodes:
             node.send_signal(signal.SIGTERM)
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    assert ["step 2 of 2" in each for each in said] == [True, False]  # the first rank of all speaks
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert ["step 2 of 2" in each for each in outputs] == [True, False]  # only rank 0 reports
     forked = tune(folder, "one-node", *settings, ranks=2)
     run = replace(forked, path=folder / "runs" / "nodes")
     assert run.lines == forked.lines
@@ -184,9 +181,9 @@ def half(folder: Path) -> Run:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_bf16_on_ranks_learns_what_bf16_on_one_does(folder, half, accumulated, stage) -> None:
-    """Far nearer to it (160 times, measured) than bf16 is to float32."""
-    dealt = tune(folder, f"half-{stage}", *MIXED, *SGD, *HALF, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
-    torch.testing.assert_close(dealt.losses, half.losses, rtol=1e-3, atol=0)
+def test_bf16_on_two_ranks_learns_the_same_as_on_one(folder, half, accumulated, stage) -> None:
+    """The difference is far smaller (160 times, measured) than that of bf16 to float32."""
+    two = tune(folder, f"half-{stage}", *MIXED, *SGD, *HALF, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
+    torch.testing.assert_close(two.losses, half.losses, rtol=1e-3, atol=0)
     rounding = (half.adapter - accumulated.adapter).norm()
-    assert 0 < 20 * float((dealt.adapter - half.adapter).norm()) < float(rounding)
+    assert 0 < 20 * float((two.adapter - half.adapter).norm()) < float(rounding)

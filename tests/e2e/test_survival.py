@@ -1,4 +1,4 @@
-"""Runs that survive: asked to stop, spoiled by numbers that are not finite, short of disk, with damaged checkpoints."""
+"""Runs that are stopped, meet non-finite numbers, run out of disk space, or find damaged checkpoints."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from support.finished_run import LORA, config_of
 from support.ranks import Ended, command, start
-from support.tiny_run import SCRIPT, given, tune, write_films
+from support.tiny_run import SCRIPT, given, tune
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -38,35 +39,23 @@ ZERO2 = "train.deepspeed=deepspeed/zero2.json"
 STEPS = ("train.max_steps=6", "train.save_steps=100")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, films, manifest and config, in the folder that all runs share."""
-    return write_films(tmp_path_factory.mktemp("survival"))
-
-
 @pytest.fixture
 def arguments(tmp_path: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
 
-def test_a_launcher_that_ended_before_a_rank_was_ready_is_a_request_to_stop(monkeypatch) -> None:
-    """Between the look at who it is and the look at its command line there is time to end."""
-    ended, sent = start_and_end(), []
+def test_a_launcher_that_ended_before_a_rank_was_ready_counts_as_a_stop_signal(monkeypatch) -> None:
+    """It may end between the look-up of its process and that of its command line."""
+    process, sent = subprocess.Popen(["true"]), []
+    process.wait()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(stopping, "_parent", lambda number: ended)
+    monkeypatch.setattr(stopping, "_parent", lambda number: process.pid)
     monkeypatch.setattr(os, "kill", lambda number, asked: sent.append((number, asked)))
     stopping.follow_launcher()
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def start_and_end() -> int:
-    """The number of a process that is over."""
-    done = subprocess.Popen(["true"])
-    done.wait()
-    return done.pid
-
-
-def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments) -> None:
+def test_a_signal_stops_training_at_the_end_of_the_step(arguments) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     control, interruption = TrainerControl(), ShutdownSignal()
     with interruption:
@@ -81,20 +70,20 @@ def test_a_signal_is_a_request_that_is_granted_at_the_end_of_the_step(arguments)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_who_interrupts_twice_does_not_wait(arguments) -> None:
+def test_a_second_signal_ends_at_once(arguments) -> None:
     def interrupted() -> None:
         with ShutdownSignal() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.asked == signal.SIGINT
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
-    with pytest.raises(KeyboardInterrupt):  # nobody granted it, so it goes to whom it would have gone
+    with pytest.raises(KeyboardInterrupt):  # the previous handler gets it
         interrupted()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(number, arguments) -> None:
+def test_a_non_finite_step_changes_neither_weights_nor_optimizer(number, arguments) -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
@@ -143,7 +132,7 @@ def tuned_model(folder: Path) -> StreamedModel:
 
 
 def run_of(folder: Path, **tuning: Any) -> RunConfig:
-    """A run over the six films."""
+    """A run over the six videos."""
     run = config_of(folder / "model")
     data = DataOptions(train=str(folder / "train.jsonl"), max_failures=0.2)
     return replace(run, data=data, tuning=replace(run.tuning, **tuning))
@@ -159,7 +148,7 @@ def test_the_preflight_counts_samples_and_names_those_that_cannot_be_read(folder
         check_data(run_of(folder), [*gone, *samples[2:5], samples[0]])
 
 
-def test_the_preflight_opens_a_part_of_a_large_data_set_and_looks_for_every_file(folder, monkeypatch) -> None:
+def test_the_preflight_opens_part_of_a_large_data_set_and_checks_that_all_files_exist(folder, monkeypatch) -> None:
     monkeypatch.setattr(preflight, "PROBED", 3)
     samples = read_manifest(folder / "train.jsonl")
     assert check_data(run_of(folder), samples)[0].startswith("data: 3 of 6 samples opened, 24 s")
@@ -181,15 +170,15 @@ def test_the_preflight_counts_targets_and_refuses_a_disk_that_is_too_small(folde
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_preflight_changes_nothing_of_what_follows(folder) -> None:
+def test_a_preflight_does_not_change_the_run(folder) -> None:
     steps = ("train.max_steps=3",)
-    looked, blind = tune(folder, "looked", *steps), tune(folder, "blind", *steps, "--skip-preflight")
-    said = [line for line in looked.ended.outputs[0].splitlines() if line.startswith("preflight: ")]
-    assert [line.split()[1] for line in said] == ["data:", "adapter:", "disk:", "step:"]
-    assert "at full memory" in said[-1]
-    assert "preflight" not in blind.ended.outputs[0]
-    assert looked.lines == blind.lines
-    assert torch.equal(looked.adapter, blind.adapter)
+    checked, skipped = tune(folder, "checked", *steps), tune(folder, "skipped", *steps, "--skip-preflight")
+    lines = [line for line in checked.ended.outputs[0].splitlines() if line.startswith("preflight: ")]
+    assert [line.split()[1] for line in lines] == ["data:", "adapter:", "disk:", "step:"]
+    assert "at full memory" in lines[-1]
+    assert "preflight" not in skipped.ended.outputs[0]
+    assert checked.lines == skipped.lines
+    assert torch.equal(checked.adapter, skipped.adapter)
 
 
 def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:
@@ -208,7 +197,7 @@ def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ra
 @pytest.mark.parametrize(
     ("number", "ranks", "engine"), [(signal.SIGINT, 0, ()), (signal.SIGTERM, 2, (ZERO2,))], ids=["int", "term"]
 )
-def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(folder, number, ranks, engine) -> None:
+def test_a_stopped_run_ends_with_a_checkpoint_and_resumes_bit_for_bit(folder, number, ranks, engine) -> None:
     name = f"stopped-{ranks}"
     ended = stopped(folder, name, number, *engine, ranks=ranks)
     assert set(ended.codes) == {128 + number}
@@ -225,49 +214,35 @@ def test_a_run_asked_to_stop_ends_with_a_checkpoint_and_goes_on_bit_for_bit(fold
     assert torch.equal(resumed.adapter, whole.adapter)
 
 
-def ask_in_last_checkpoint() -> None:
-    """The last rank gets SIGTERM when the end of its last step is behind it, in the process that calls this."""
-    sound = omnimem.training.checkpoints.write_portable
+def stop_in_last_checkpoint() -> None:
+    """SIGTERM to the last rank after its last step, in the process that calls this."""
+    original = omnimem.training.checkpoints.write_portable
 
-    def asked(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
+    def stopped(folder: Path, state: Any, layout: Any, step: int, schedule: Any) -> None:
         if step == 6 and os.environ.get("RANK", "0") == str(layout.ranks - 1):
             os.kill(os.getpid(), signal.SIGTERM)
-        sound(folder, state, layout, step, schedule)
+        original(folder, state, layout, step, schedule)
 
-    omnimem.training.checkpoints.write_portable = asked
-
-
-def ask_at_the_end_of_training() -> None:
-    """SIGTERM between the end of the last step and the ranks' last question."""
-    sound = omnimem.commands.finetune.StreamTrainer._stop_if_asked
-
-    def asked(self: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        sound(self)
-
-    omnimem.commands.finetune.StreamTrainer._stop_if_asked = asked
+    omnimem.training.checkpoints.write_portable = stopped
 
 
-def ask_after_agreement() -> None:
-    """SIGTERM when the ranks have asked each other for the last time."""
-    sound = omnimem.commands.finetune.StreamTrainer._stop_if_asked
+def stop_at(method: str, before: bool) -> None:
+    """SIGTERM before or after a method of the trainer, in the process that calls this."""
+    trainer = omnimem.commands.finetune.StreamTrainer
+    original = getattr(trainer, method)
 
-    def asked(self: Any) -> None:
-        sound(self)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stopped(self: Any, *rest: Any) -> None:
+        if before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *rest)
+        if not before:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    omnimem.commands.finetune.StreamTrainer._stop_if_asked = asked
+    setattr(trainer, method, stopped)
 
 
-def ask_before_adapter() -> None:
-    """Every rank gets SIGTERM when all steps are done and no adapter is there yet."""
-    sound = omnimem.commands.finetune.StreamTrainer.save_adapter
-
-    def asked(self: Any, place: Path) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        sound(self, place)
-
-    omnimem.commands.finetune.StreamTrainer.save_adapter = asked
+AFTER_AGREEMENT = partial(stop_at, "_stop_if_asked", before=False)
+BEFORE_ADAPTER = partial(stop_at, "save_adapter", before=True)
 
 
 @pytest.mark.slow
@@ -275,14 +250,15 @@ def ask_before_adapter() -> None:
 @pytest.mark.parametrize(
     ("moment", "ranks", "code"),
     [
-        (ask_in_last_checkpoint, 0, 143),
-        (ask_in_last_checkpoint, 2, 143),
-        (ask_after_agreement, 0, -15),
-        (ask_before_adapter, 0, -15),
+        (stop_in_last_checkpoint, 0, 143),
+        (stop_in_last_checkpoint, 2, 143),
+        (AFTER_AGREEMENT, 0, -15),
+        (BEFORE_ADAPTER, 0, -15),
     ],
+    ids=["checkpoint", "checkpoint-2", "agreement", "adapter"],
 )
-def test_a_stop_signal_after_the_last_step_only_leaves_the_adapter_to_write(folder, moment, ranks, code) -> None:
-    name = f"{moment.__name__}-{ranks}"
+def test_a_stop_signal_after_the_last_step_leaves_the_adapter_to_write(folder, moment, ranks, code, request) -> None:
+    name = request.node.callspec.id
     ended = start(SCRIPT, given(folder, name, *STEPS), folder, ranks=ranks, first=moment).end()
     assert set(ended.codes) == {code}, ended.outputs
     path = folder / "runs" / name
@@ -295,19 +271,19 @@ def test_a_stop_signal_after_the_last_step_only_leaves_the_adapter_to_write(fold
 
 
 @pytest.mark.slow
-def test_a_run_that_keeps_no_checkpoints_writes_one_when_asked_to_stop_at_its_very_end(folder) -> None:
+def test_a_run_without_checkpoints_writes_one_if_stopped_after_its_last_step(folder) -> None:
     arguments = given(folder, "kept-none", "train.max_steps=6", "train.save_strategy=no")
-    ended = start(SCRIPT, arguments, folder, first=ask_at_the_end_of_training).end()
+    ended = start(SCRIPT, arguments, folder, first=partial(stop_at, "_stop_if_asked", before=True)).end()
     assert ended.codes == (143,), ended.outputs
     assert [each.name for each in (folder / "runs" / "kept-none").glob("checkpoint-*")] == ["checkpoint-6"]
-    said = ended.outputs[0].splitlines()[-1]
-    assert said == "stopped after step 6; continue from runs/kept-none/checkpoint-6 with --resume auto"
+    last = ended.outputs[0].splitlines()[-1]
+    assert last == "stopped after step 6; continue from runs/kept-none/checkpoint-6 with --resume auto"
     resumed = tune(folder, "kept-none", "train.max_steps=6", "--resume", "auto")
     assert torch.equal(resumed.adapter, tune(folder, "kept-none-whole", "train.max_steps=6").adapter)
 
 
 class Poison(torch.autograd.Function):
-    """Finite forward, a gradient that is not."""
+    """Finite forward, non-finite gradient."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
@@ -318,26 +294,26 @@ class Poison(torch.autograd.Function):
         return gradients[0] * float("nan")
 
 
-def poison_film2() -> None:
-    """Film 2 spoils its gradient, in the process that calls this."""
-    sound = omnimem.training.trainer.streamed_loss
+def poison_video_2() -> None:
+    """The gradient of video 2 is not finite, in the process that calls this."""
+    original = omnimem.training.trainer.streamed_loss
 
-    def spoiled(attached: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
-        outcome = sound(attached, feeder, batch, *rest, **options)
+    def poisoned(attached: Any, feeder: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        outcome = original(attached, feeder, batch, *rest, **options)
         if all(opened.sample.id != "film2" for opened in batch):
             return outcome
         return replace(outcome, loss=Poison.apply(outcome.loss))
 
-    omnimem.training.trainer.streamed_loss = spoiled
+    omnimem.training.trainer.streamed_loss = poisoned
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("ranks", "engine"), [(0, ()), (2, (ZERO2,))], ids=["plain", "zero2 x 2"])
-def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_every_rank(folder, ranks, engine) -> None:
+def test_a_sample_with_a_non_finite_gradient_is_named_and_its_step_skipped_on_every_rank(folder, ranks, engine) -> None:
     steps = ("train.max_steps=4", "train.save_steps=1")
     arguments = given(folder, name := f"poisoned-{ranks}", *steps, *engine)
-    command(SCRIPT, arguments, folder, ranks=ranks, first=poison_film2)
+    command(SCRIPT, arguments, folder, ranks=ranks, first=poison_video_2)
     path = folder / "runs" / name
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     (bad,) = [line for line in lines if "film2" in line["samples"]]
@@ -356,7 +332,7 @@ def test_a_sample_that_spoils_its_gradient_is_named_and_its_step_left_out_on_eve
 
 
 @pytest.mark.slow
-def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samples(folder) -> None:
+def test_too_many_non_finite_steps_end_the_run_with_1_and_name_the_samples(folder) -> None:
     arguments = given(folder, "diverged", "train.learning_rate=1e30", "train.max_bad_steps=2", "train.max_grad_norm=0")
     ended = start(SCRIPT, arguments, folder).end()
     assert ended.codes == (1,)
@@ -368,13 +344,13 @@ def test_too_many_steps_that_are_not_finite_end_the_run_with_1_and_name_the_samp
 
 
 def small_files() -> None:
-    """No file may grow beyond 20 kB, as on a full disk: a checkpoint's optimizer does."""
+    """Limit files to 20 kB, as on a full disk: the optimizer state is larger."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_whole(folder) -> None:
+def test_a_full_disk_ends_the_run_with_1_and_keeps_the_last_checkpoint_complete(folder) -> None:
     tune(folder, "full", "train.max_steps=2", "train.save_steps=2")
     more = ("train.max_steps=4", "train.save_steps=2", "--resume", "auto")
     ended = start(SCRIPT, given(folder, "full", *more), folder, first=small_files).end()
@@ -392,12 +368,12 @@ def test_a_disk_without_room_ends_the_run_with_1_and_the_last_checkpoint_stays_w
 
 @pytest.mark.slow
 def test_metrics_that_cannot_be_written_end_the_run_with_1_and_one_line(folder) -> None:
-    path = folder / "runs" / "deaf"
+    path = folder / "runs" / "unwritable"
     path.mkdir(parents=True)
     (path / "run.json").write_text("{}")
     (path / "metrics.jsonl").symlink_to("/dev/full")
-    ended = start(SCRIPT, given(folder, "deaf", *STEPS, "--resume", "auto"), folder).end()
+    ended = start(SCRIPT, given(folder, "unwritable", *STEPS, "--resume", "auto"), folder).end()
     assert ended.codes == (1,)
     (line,) = [line for line in ended.outputs[0].splitlines() if not line.startswith(("preflight: ", "step "))]
     what = "No space left on device; free space"
-    assert line.startswith(f"runs/deaf/metrics.jsonl: {what}")
+    assert line.startswith(f"runs/unwritable/metrics.jsonl: {what}")

@@ -32,7 +32,7 @@ evaluate: {{after_training: false}}
 """
 
 
-def write_films(place: Path) -> Path:
+def write_videos(place: Path) -> Path:
     """Checkpoint, films, manifests: all that a run needs."""
     write_folder(place / "model", rates="tiny")
     rows = []
