@@ -1,5 +1,7 @@
-"""The documents do what they say: code runs, links lead somewhere, lines are short."""
+"""README and documents are correct: code runs, links exist, lines are short."""
 
+import contextlib
+import io
 import json
 import re
 import runpy
@@ -12,7 +14,7 @@ from support.paths import ROOT
 
 from omnimem.policies import PolicyOptions
 from omnimem.recall.renderer import write_mp4
-from omnimem.recall.worlds import draw_world
+from omnimem.recall.worlds import COLOURS, draw_world
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("C*.md")])
 LAYERS, SLOTS = 6, 36  # of configs/models/tiny, and as the page says
@@ -61,3 +63,16 @@ def test_the_figure_shows_every_method_at_its_accuracy_without_overlapping_label
     assert {"full memory  99.5", "distinct (default)  86", "SnapKV  22"} <= labels.keys()
     assert len(labels) == 1 + len(figures["ARMS"])
     assert min(b - a for a, b in pairwise(sorted(labels.values()))) > figures["LABEL_GAP"] - 1e-9
+
+
+def test_the_code_of_the_readme_answers_a_question_from_a_memory_of_fixed_size(tmp_path, monkeypatch) -> None:
+    world = draw_world(25, 16)
+    assert any(question.text == "what colour was the star ?" for question in world.questions)
+    write_mp4(world, tmp_path / "video.mp4")
+    monkeypatch.chdir(tmp_path)
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    answers, memory = printed.getvalue().splitlines()
+    assert answers in [f"['{colour}']" for colour in COLOURS]
+    assert re.fullmatch(rf"{LAYERS * SLOTS} entries, \d+ bytes", memory)

@@ -24,7 +24,7 @@ from omnimem.recall.worlds import draw_world
 SCRIPT = "train/evaluate.py"
 ARMS = ("--arm", "training_free", "--arm", "tuned", "--arm", "blind")
 CONFIG = ("--config", "runs/x/config.yaml", "train={}", "evaluate.decoders=0", "evaluate.batch_size=1")
-FILMS, ASKED = 5, 2
+VIDEOS, ASKED = 5, 2
 
 
 pytestmark = pytest.mark.slow
@@ -37,26 +37,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_folder(folder / "model", rates="tiny")
     write_run(folder / "runs" / "x", base, config_of(base))
     lines = []
-    for number in range(FILMS):
-        write_mp4(draw_world(number, 8), folder / f"film{number}.mp4")
+    for number in range(VIDEOS):
+        write_mp4(draw_world(number, 8), folder / f"video{number}.mp4")
         turns = [{"role": "user", "content": f"what {n} ?"} for n in range(ASKED)]
         answers = [{"role": "assistant", "content": "red"}] * ASKED
         messages = [turn for pair in zip(turns, answers, strict=True) for turn in pair]
-        lines.append({"id": f"s{number}", "video": f"film{number}.mp4", "audio": None, "messages": messages})
+        lines.append({"id": f"s{number}", "video": f"video{number}.mp4", "audio": None, "messages": messages})
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path) -> Path:
-    """A copy of its own."""
+    """A copy for one test."""
     shutil.copytree(place / "runs", tmp_path / "runs")
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process finds."""
+    """The results of one process."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(place / "runs", folder / "runs")
     command(SCRIPT, [*CONFIG, *ARMS, benchmark(place)], folder)
@@ -68,7 +68,7 @@ def benchmark(place: Path) -> str:
 
 
 def found(folder: Path) -> dict[str, Any]:
-    """Lines and summaries of every arm, without times; nothing else may lie there."""
+    """Lines and summaries of every arm, without times; no other files are allowed."""
     arms = {}
     for arm in sorted((folder / "runs" / "x" / "eval").iterdir()):
         lines = [json.loads(line) for line in (arm / "recall.jsonl").read_text().splitlines()]
@@ -85,8 +85,8 @@ def found(folder: Path) -> dict[str, Any]:
 def test_one_process_answers_every_question_of_every_arm(alone) -> None:
     assert set(alone) == {"training_free", "tuned", "blind"}
     for lines, summary, _ in alone.values():
-        assert [line["id"] for line in lines] == [f"s{film}#{n}" for film in range(FILMS) for n in range(ASKED)]
-        assert summary["n"] == FILMS * ASKED
+        assert [line["id"] for line in lines] == [f"s{video}#{n}" for video in range(VIDEOS) for n in range(ASKED)]
+        assert summary["n"] == VIDEOS * ASKED
     assert [a["prediction"] for a in alone["tuned"][0]] != [b["prediction"] for b in alone["training_free"][0]]
 
 
@@ -97,7 +97,7 @@ def test_ranks_of_the_launcher_share_the_work(place, here, alone) -> None:
     assert "shard 1/2 is done; every question has been asked" in ended.outputs[1]
 
 
-def test_shards_started_by_hand_are_drawn_up_by_the_command_without_shard(place, here, alone) -> None:
+def test_shards_started_by_hand_are_merged_by_the_command_without_shard(place, here, alone) -> None:
     arguments = [*CONFIG, *ARMS, benchmark(place)]
     (first,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here).outputs
     assert "shard 0/2 is done; 14 questions wait for other shards" in first
@@ -113,9 +113,9 @@ def test_helpers_of_a_process_share_the_work(place, here, alone) -> None:
     assert found(here) == alone
 
 
-def test_what_a_failing_helper_says_is_said() -> None:
-    said = r"a helper process ended with exit code 2:\n.*nowhere.yaml: no such config"
-    with pytest.raises(EvaluationError, match=said), LocalWorkers(2, ["--config", "nowhere.yaml"]).work() as shard:
+def test_the_output_of_a_failing_helper_is_reported() -> None:
+    output = r"a helper process ended with exit code 2:\n.*nowhere.yaml: no such config"
+    with pytest.raises(EvaluationError, match=output), LocalWorkers(2, ["--config", "nowhere.yaml"]).work() as shard:
         assert str(shard) == "0/2"
 
 
@@ -128,7 +128,7 @@ def kill_at(at: int, torn: bool) -> None:
 def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(place, here, alone, trial) -> None:
     drawn = random.Random(trial)
     arguments = [*CONFIG, *ARMS, benchmark(place)]
-    at, torn = drawn.randrange(3 * FILMS * ASKED), drawn.random() < 0.5
+    at, torn = drawn.randrange(3 * VIDEOS * ASKED), drawn.random() < 0.5
     (code,) = start(SCRIPT, arguments, here, first=partial(kill_at, at, torn)).end().codes
     assert code == -signal.SIGKILL
     assert sum(path.read_bytes().count(b"\n") for path in (here / "runs").rglob("recall.jsonl")) == at
@@ -136,32 +136,32 @@ def test_killed_at_a_random_question_and_started_again_the_results_are_the_same(
     assert found(here) == alone
 
 
-def test_results_of_another_setting_are_set_aside_and_not_mixed_in(place, here) -> None:
+def test_results_of_other_settings_are_moved_away(place, here) -> None:
     arguments = [*CONFIG, "--arm", "tuned", "--arm", "training_free", benchmark(place)]
     command(SCRIPT, arguments, here)
     before = found(here)
     write_adapter(place / "model", here / "runs" / "x" / "adapter", seed=5)
     (refused,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here, fails=True).outputs
     assert "eval/tuned: made with another adapter; start the command without --shard once" in refused
-    (said,) = command(SCRIPT, arguments, here).outputs
-    assert "tuned: made with another adapter; moved to runs/x/eval_earlier/tuned.1" in said
+    (output,) = command(SCRIPT, arguments, here).outputs
+    assert "tuned: made with another adapter; moved to runs/x/eval_earlier/tuned.1" in output
     after = found(here)
     assert after["training_free"] == before["training_free"]
     assert after["tuned"][0] != before["tuned"][0]
     assert (here / "runs/x/eval_earlier/tuned.1/summary.json").is_file()
-    (said,) = command(SCRIPT, [*arguments, "evaluate.max_new_tokens=2"], here).outputs
-    assert said.count("made with another max_new_tokens; moved to") == 2
+    (output,) = command(SCRIPT, [*arguments, "evaluate.max_new_tokens=2"], here).outputs
+    assert output.count("made with another max_new_tokens; moved to") == 2
 
 
 def test_another_benchmark_may_be_added_to_results(place, here) -> None:
     arguments = [*CONFIG, "--arm", "training_free"]
     command(SCRIPT, [*arguments, benchmark(place)], here)
     before = (here / "runs/x/eval/training_free/recall.jsonl").read_bytes()
-    question = {"id": "q", "video": "film0.mp4", "question": "what ?", "options": ["a", "b"], "answer": "A"}
+    question = {"id": "q", "video": "video0.mp4", "question": "what ?", "options": ["a", "b"], "answer": "A"}
     (place / "questions.jsonl").write_text(json.dumps(question) + "\n")
     both = f"{benchmark(place)[:-1]}, {{name: own, root: {place}}}]"
-    (said,) = command(SCRIPT, [*arguments, both], here).outputs
-    assert "moved" not in said
+    (output,) = command(SCRIPT, [*arguments, both], here).outputs
+    assert "moved" not in output
     assert (here / "runs/x/eval/training_free/recall.jsonl").read_bytes() == before
     summary = json.loads((here / "runs/x/eval/training_free/summary.json").read_text())
     assert {label: entry["n"] for label, entry in summary["benchmarks"].items()} == {"recall": 10, "own": 1}

@@ -1,6 +1,6 @@
-"""Fine-tuning by its entry point: resumed bit for bit, the same on ranks, accumulated or in a batch, and calm.
+"""Fine-tuning by its entry point: resumed bit for bit, the same on ranks, accumulated or in a batch, without noise.
 
-A random thinker of two layers; six films of eight seconds, so ten steps of two samples take more than three epochs.
+A random thinker of two layers; six videos of eight seconds, so ten steps of two samples take more than three epochs.
 """
 
 import json
@@ -74,18 +74,18 @@ def test_ranks_accumulation_and_batches_mean_the_same(folder) -> None:
     assert float((two.losses - small.losses).abs().max()) > 1e-4  # dropout is active, and the same on any rank
 
 
-def test_the_launcher_starts_two_ranks_that_do_the_same_and_speak_calmly(folder) -> None:
+def test_the_launcher_starts_two_ranks_that_train_alike_without_noise(folder) -> None:
     forked = tune(folder, "forked", "train.max_steps=2", ZERO2, ranks=2)
-    said = launched(folder, "launched", "train.max_steps=2", ZERO2, ranks=2)
+    output = launched(folder, "launched", "train.max_steps=2", ZERO2, ranks=2)
     run = Run(path=folder / "runs" / "launched", ended=forked.ended)
     assert run.lines == forked.lines
     assert torch.equal(run.adapter, forked.adapter)
-    assert_calm(said)
-    assert said.count("step 1 of 2: loss ") == 1  # rank 0 alone speaks
+    assert_no_noise(output)
+    assert output.count("step 1 of 2: loss ") == 1  # only rank 0 reports
 
 
 def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
-    """What `deepspeed --num_gpus N train/finetune.py` says, the launcher's own lines left out."""
+    """Output of `deepspeed --num_gpus N train/finetune.py` without the lines of the launcher."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
     ended = subprocess.run(
         [*launcher, "--master_port", str(free_port()), str(ROOT / SCRIPT), *given(folder, name, *arguments)],
@@ -101,29 +101,29 @@ def launched(folder: Path, name: str, *arguments: str, ranks: int) -> str:
     return "\n".join(line for line in ended.stdout.splitlines() if not any(mark in line for mark in own))
 
 
-def assert_calm(said: str) -> None:
-    """Nothing but progress and results: no warning, no dict of a log, no half-drawn bar."""
-    for line in said.splitlines():
-        assert line == "" or line.startswith(("preflight: ", "step ", "adapter: ")), said
+def assert_no_noise(output: str) -> None:
+    """Nothing but progress and results: no warning, no logged dict, no progress bar."""
+    for line in output.splitlines():
+        assert line == "" or line.startswith(("preflight: ", "step ", "adapter: ")), output
 
 
-def test_films_that_cannot_be_read_are_counted_and_named_on_whichever_rank(folder) -> None:
+def test_unreadable_videos_are_counted_and_named_on_any_rank(folder) -> None:
     for ranks in (0, 2):
         settings = ("data.train=broken.jsonl", "data.max_failures=0.2", "train.max_steps=3", f"train.seed={ranks}")
         run = tune(folder, f"broken-{ranks}", *settings, "train.gradient_accumulation_steps=2", ranks=ranks)
-        assert_calm(run.ended.outputs[0])
+        assert_no_noise(run.ended.outputs[0])
         assert [line["failed_samples"] for line in run.lines][-1] == 1
         ((failed),) = run.record["failed_samples"]
         assert (failed["id"], failed["reason"]) == ("broken", "unreadable")
 
 
 @pytest.mark.parametrize(("name", "reason"), [("broken", "unreadable"), ("silent", "no_audio")])
-def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder, name, reason) -> None:
+def test_too_many_unreadable_videos_end_the_run_with_2(folder, name, reason) -> None:
     run = folder / "runs" / f"failing-{name}"
     settings = (f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6", "--skip-preflight")
     arguments = given(folder, run.name, *settings)
-    (said,) = command(SCRIPT, arguments, folder, fails=True).outputs
-    problem, verdict = [line for line in said.splitlines() if not line.startswith("step ")]
+    (output,) = command(SCRIPT, arguments, folder, fails=True).outputs
+    problem, verdict = [line for line in output.splitlines() if not line.startswith("step ")]
     assert problem.startswith(f"{name}: {reason}; ")
     assert verdict == (
         "1 of 6 samples failed, more than max_failures = 0.1; fix or remove them (data_prep/check.py lists all), "
@@ -133,13 +133,13 @@ def test_too_many_films_that_cannot_be_read_end_the_run_with_2(folder, name, rea
     assert [failed["id"] for failed in record["failed_samples"]] == [name]
 
 
-def test_a_manifest_with_a_stream_that_teaches_nothing_is_refused(folder) -> None:
+def test_a_manifest_with_a_stream_without_answers_is_refused(folder) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     rows[1]["messages"] = [message for message in rows[1]["messages"] if message["role"] == "user"]
     write_manifest(folder / "silent-row.jsonl", rows)
     arguments = given(folder, "nothing", "data.train=silent-row.jsonl")
-    (said,) = command(SCRIPT, arguments, folder, fails=True).outputs
-    assert said == (
+    (output,) = command(SCRIPT, arguments, folder, fails=True).outputs
+    assert output == (
         "silent-row.jsonl:2 messages: no answer to learn; add an assistant message (loss: true), or remove the line\n"
     )
 
@@ -148,8 +148,8 @@ def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder) -> None:
     steps = ("train.max_steps=1", "train.save_steps=5")
     fresh = tune(folder, "used", *steps, "--resume", "auto")  # nothing to resume: from the first step
     assert [line["step"] for line in fresh.lines] == [1]
-    (said,) = command(SCRIPT, given(folder, "used", *steps), folder, fails=True).outputs
-    assert said == (
+    (output,) = command(SCRIPT, given(folder, "used", *steps), folder, fails=True).outputs
+    assert output == (
         "runs/used already exists; continue it with --resume auto, give the run another name with name=..., "
         "or start again with --overwrite, which moves it to runs/used.1\n"
     )
@@ -157,7 +157,7 @@ def test_a_folder_in_use_is_refused_continued_or_moved_as_asked(folder) -> None:
     again = tune(folder, "used", *steps, "--resume", "auto")  # no checkpoint left: from the first step, nothing twice
     assert [line["step"] for line in again.lines] == [1]
     assert len(again.record["earlier"]) == 1
-    anew = tune(folder, "used", *steps, "--overwrite")
-    assert anew.record["earlier"] == []
+    restarted = tune(folder, "used", *steps, "--overwrite")
+    assert restarted.record["earlier"] == []
     assert (folder / "runs" / "used.1" / "adapter").is_dir()
-    assert torch.equal(anew.adapter, again.adapter)
+    assert torch.equal(restarted.adapter, again.adapter)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh runs from end to end without a GPU, and what goes wrong in one part costs no other part."""
+"""benchmarks/gpu.sh runs from end to end without a GPU, and an error in one section does not affect the others."""
 
 import json
 import os

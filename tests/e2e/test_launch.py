@@ -167,7 +167,7 @@ def test_a_deepspeed_that_says_0_before_the_first_rank_of_the_machine_came_to_it
     launched = start(folder, ending, "finetune", "x.yaml", *options)
     _, said = launched.communicate(timeout=20)
     assert launched.returncode == code
-    words = "launch.sh: deepspeed was stopped before training came to its end; go on with --resume auto\n"
+    words = "launch.sh: deepspeed was stopped before training had finished; continue with --resume auto\n"
     assert said == (words if code else "")
     assert list(temporary.iterdir()) == []
 

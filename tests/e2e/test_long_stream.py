@@ -1,12 +1,9 @@
-"""benchmarks/long_stream.py: nothing is asked before it was shown, and what is not flat is told."""
+"""benchmarks/long_stream.py: no question comes before its evidence, and a short real run."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from support.paths import ROOT
+from support.commands import run_benchmark
 
 from benchmarks.long_stream import asked, world_of
 from omnimem.commands.synthesize import evidence
@@ -24,11 +21,7 @@ def test_every_question_comes_after_its_evidence_and_every_mark_has_one() -> Non
 
 @pytest.mark.slow
 def test_two_minutes_are_streamed_answered_and_written_down(tmp_path) -> None:
-    script = ROOT / "benchmarks" / "long_stream.py"
-    command = [sys.executable, script, "--config", "tiny.yaml", "--minutes", "2", "--every", "1", "--out", tmp_path]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    done = run_benchmark("long_stream", "--config", "tiny.yaml", "--minutes", 2, "--every", 1, "--out", tmp_path)
     written = json.loads((tmp_path / "long_stream.json").read_text())
     assert done.returncode == (1 if written["wrong"] else 0), done.stderr
     assert not [problem for problem in written["wrong"] if "CPU" not in problem], "a minute is too short to time"

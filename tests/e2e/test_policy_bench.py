@@ -1,4 +1,4 @@
-"""The table of policies: paired, at equal entries only; needles stand where the world put them."""
+"""The table of policies: paired, at equal entries only; needles are at the places of the world."""
 
 from typing import Any
 
@@ -59,10 +59,7 @@ def test_rows_pool_all_settings_and_are_paired_by_question() -> None:
     ("entries", "fewer", "allowed"), [(17.0, False, False), (17.0, True, True), (19.0, True, False)]
 )
 def test_arms_of_other_entries_are_refused(entries, fewer, allowed) -> None:
-    sheets = [
-        sheet("omnimem", [[True]]),
-        sheet("snapkv", [[True]], entries=entries, fewer=fewer),
-    ]
+    sheets = [sheet("omnimem", [[True]]), sheet("snapkv", [[True]], entries=entries, fewer=fewer)]
     if allowed:
         assert len(policy_table.table(sheets, "omnimem")) == 2
         return
@@ -81,16 +78,16 @@ def test_every_policy_is_tried_and_every_study_fills_the_same_slots() -> None:
             assert trial.policy.build(budget).budget.total == 36
 
 
-def test_needles_are_one_copy_of_what_is_asked_about() -> None:
+def test_needles_are_one_copy_of_every_fact_asked_about() -> None:
     world = draw_world(7, 64, WorldOptions())
     found = list(needles({"seed": 7, "seconds": 64}, WorldOptions()))
     asked = {question.key for question in world.questions}
     events = [event for event in world.events if event.shape in asked]
-    sounds, pictures = ([needle for needle in found if len(needle) == size] for size in (1, 3))
-    assert len(pictures) == len(events) > 2
-    assert {int(at) for (at,) in sounds} >= {event.utterance.at for event in events if event.utterance}
-    assert len(sounds) == len({at for (at,) in sounds})
-    for event, (at, y, x) in zip(events, pictures, strict=True):
+    audio, visual = ([needle for needle in found if len(needle) == size] for size in (1, 3))
+    assert len(visual) == len(events) > 2
+    assert {int(at) for (at,) in audio} >= {event.utterance.at for event in events if event.utterance}
+    assert len(audio) == len({at for (at,) in audio})
+    for event, (at, y, x) in zip(events, visual, strict=True):
         shown = {(second // 2, cell) for second, cell in zip(event.span, event.cells, strict=True)}
         assert (int(at) // 2, int(y * 4) * 4 + int(x * 4)) in shown
-    assert torch.tensor([at for (at,) in sounds]).max() < 64
+    assert torch.tensor([at for (at,) in audio]).max() < 64

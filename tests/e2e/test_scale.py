@@ -187,3 +187,27 @@ def test_bf16_on_two_ranks_learns_the_same_as_on_one(folder, half, accumulated, 
     torch.testing.assert_close(two.losses, half.losses, rtol=1e-3, atol=0)
     rounding = (half.adapter - accumulated.adapter).norm()
     assert 0 < 20 * float((two.adapter - half.adapter).norm()) < float(rounding)
+
+
+MODES = {
+    "horizon": ("tuning.horizon=1",),
+    "states": ("tuning.gradient=states",),
+    "released": ("tuning.gradient=released", "tuning.selection.softening=hard"),
+    "paper": ("tuning.gradient=paper", "tuning.stop_layer=1", "tuning.selection.softening=hard"),
+}
+MODES_SGD = ("train.optim=sgd", "train.max_steps=3", "train.max_grad_norm=0", "train.deepspeed=deepspeed/zero2.json")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_equal_one_that_accumulates_and_the_run_records_its_policy(folder, mode) -> None:
+    """Every adapter has a gradient in every step, or the ranks would wait for each other; dropout is on."""
+    two = tune(folder, f"{mode}-2", *MODES_SGD, *MODES[mode], ranks=2)
+    one = tune(folder, f"{mode}-1", *MODES_SGD, *MODES[mode], "train.gradient_accumulation_steps=2")
+    torch.testing.assert_close(two.losses, one.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two.adapter, one.adapter, rtol=1e-5, atol=1e-7)
+    same = mode in ("horizon", "states")
+    assert (one.record["policy_in_training"] == "the one used in evaluation") == same
+    if not same:
+        assert "chunks run layers 0 to 0" in one.record["policy_in_training"]

@@ -1,4 +1,4 @@
-"""Four benchmarks in their official layouts, with real films, through a tiny model: three arms and the report."""
+"""Four benchmarks in their official layouts, with real videos, through a tiny model: three arms and the report."""
 
 import json
 from dataclasses import replace
@@ -6,19 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import finished_run as tuned
+from support import finished_run, thinkers
 from support import task_layouts as layouts
-from support import thinkers
 
 from omnimem.commands import compare, evaluate
 from omnimem.evaluation import EvaluateOptions
-from omnimem.tasks import (
-    LVBenchOptions,
-    LVOmniBenchOptions,
-    OwnOptions,
-    StreamingBenchOptions,
-    VideoMMEOptions,
-)
+from omnimem.tasks import LVBenchOptions, LVOmniBenchOptions, OwnOptions, StreamingBenchOptions, VideoMMEOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ARMS = ("full_memory", "training_free", "tuned")
@@ -46,7 +39,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
         OwnOptions(root=str(layouts.own(folder / "own")), title="mine"),
     )
     asked = EvaluateOptions(benchmarks=benchmarks, max_new_tokens=2, probes=False)
-    run = tuned.write_run(folder / "runs" / "x", base, replace(tuned.config_of(base), evaluate=asked))
+    run = finished_run.write_run(folder / "runs" / "x", base, replace(finished_run.config_of(base), evaluate=asked))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         evaluate.main(["--config", str(run.config), *(word for arm in ARMS for word in ("--arm", arm))])

@@ -11,12 +11,7 @@ from support.models import cut, text_model, whole_stream
 from support.thinkers import write_folder
 
 from omnimem.budget import Budget, BudgetError, Signals, SplitBudget
-from omnimem.calibration import (
-    CalibrationError,
-    CalibrationOptions,
-    calibrate,
-    normalised_entropy,
-)
+from omnimem.calibration import CalibrationError, CalibrationOptions, calibrate, normalised_entropy
 from omnimem.cli.build import budget_of
 from omnimem.commands.calibrate import main
 from omnimem.config import load

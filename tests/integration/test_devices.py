@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fake_gpu import GPU, PretendedGPU
+from support.fake_gpu import GPU, FakeGPU
 from support.models import cut, text_model, whole_stream
 from support.streams import LENGTHS, POLICIES, policy_of, prompt_of
 from support.thinkers import write_folder
@@ -34,10 +34,10 @@ SECONDS = 8
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     """No kernel could run on it."""
     monkeypatch.setattr(blocked, "fused_mass", lambda: None)
-    with PretendedGPU() as pretended:
+    with FakeGPU() as pretended:
         yield pretended
 
 
@@ -55,7 +55,7 @@ def loaded(tmp_path: Path) -> Backbone:
 
 
 @pytest.fixture
-def backbone(loaded: Backbone, gpu: PretendedGPU) -> Backbone:
+def backbone(loaded: Backbone, gpu: FakeGPU) -> Backbone:
     """The tiny thinker on the pretended device."""
     torch.nn.Module.to(loaded.model, GPU)
     return loaded

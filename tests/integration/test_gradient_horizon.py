@@ -6,15 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.episodes import Episode, KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
-from support.gradients import (
-    HELD,
-    adapted,
-    assert_same_gradient,
-    episode_of,
-    gradient,
-    head_of,
-    streamed_loss_of,
-)
+from support.gradients import HELD, adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
 from support.streams import policy_of
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors marked as lying on it are computed on the CPU, and mixing both raises as CUDA would."""
+"""A fake GPU: its tensors are computed on the CPU, and mixing devices raises an error as CUDA does."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, final
@@ -16,11 +16,10 @@ ASKS_ONLY = {"_has_compatible_shallow_copy_type"}
 
 
 @final
-class PretendedGPU(TorchFunctionMode):
+class FakeGPU(TorchFunctionMode):
     """Inside the block `.to("cuda")` and `device="cuda"` work, and an operation on tensors of both places raises.
 
-    Where a tensor lies is noted by object, and by storage for the views that autograd makes unseen. A backward pass is
-    not followed.
+    The device of a tensor is noted by object, and by storage for views that autograd makes. Backward is not followed.
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class PretendedGPU(TorchFunctionMode):
         ] = {}  # those on the device; held, so that no address comes twice
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies on the pretended device."""
+        """Whether a tensor is on the fake device."""
         known = self._objects.get(tensor)
         return tensor.untyped_storage().data_ptr() in self._storages if known is None else known
 

@@ -1,4 +1,4 @@
-"""A finished run without the hours: a random thinker, a random adapter, and the files that fine-tuning leaves."""
+"""A finished run without training: a random thinker, a random adapter, and the files that fine-tuning leaves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ LORA = LoraOptions(r=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
 
 
 def config_of(base: Path) -> RunConfig:
-    """The run of a tiny thinker: 12 slots a layer, chunks of two segments."""
+    """The run of a tiny thinker: 12 slots per layer, chunks of two segments."""
     return RunConfig(
         name="x",
         model=ModelOptions(path=str(base)),

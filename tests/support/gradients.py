@@ -25,10 +25,7 @@ from omnimem.streaming.prompt_pass import Prompt, PromptState
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient
-from support.episodes import (
-    IGNORED,
-    Episode,
-)
+from support.episodes import IGNORED, Episode
 from support.models import cut, text_model, whole_stream
 from support.streams import LENGTHS, levels_of
 

@@ -1,4 +1,4 @@
-"""Made-up streams of one layer with pictures of rows and columns: what a rival's view shows, drawn from a seed."""
+"""Made-up streams of one layer with frames of rows and columns: what a rival's view shows, drawn from a seed."""
 
 from itertools import pairwise
 
@@ -63,13 +63,7 @@ def chunks_of(
 
 def shape_of(kv_heads: int, layers: int = 1) -> Shape:
     return Shape(
-        layers=layers,
-        kv_heads=kv_heads,
-        dim=DIM,
-        width=4,
-        feature=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        layers=layers, kv_heads=kv_heads, dim=DIM, width=4, feature=0, dtype=torch.float32, device=torch.device("cpu")
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the tests find the checkout and recorded material."""
+"""Paths of the checkout and of recorded data."""
 
 from pathlib import Path
 

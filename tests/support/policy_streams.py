@@ -82,7 +82,7 @@ OPTIONS: dict[str, PolicyOptions] = {
 
 
 def whole_stream(batch: int = 1, seed: int = 1, still: bool = False) -> Chunk:
-    """Frames of 2 x 3 cells with two tokens of sound each; every third frame repeats the one before nearly."""
+    """Frames of 2 x 3 cells with two audio tokens each; every third frame repeats the one before nearly."""
     table = layout(STEPS)
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(batch, len(table), 64, generator=generator)
@@ -93,11 +93,7 @@ def whole_stream(batch: int = 1, seed: int = 1, still: bool = False) -> Chunk:
         embeddings = embeddings[:, :1].expand_as(embeddings).clone()
     kinds = torch.tensor([kind for kind, _ in table], dtype=torch.int8)
     places = torch.tensor([place for _, place in table]).T
-    return Chunk(
-        embeddings=embeddings,
-        positions=places.expand(batch, 3, -1),
-        modality=kinds.expand(batch, -1),
-    )
+    return Chunk(embeddings=embeddings, positions=places.expand(batch, 3, -1), modality=kinds.expand(batch, -1))
 
 
 def cut(whole: Chunk) -> list[Chunk]:

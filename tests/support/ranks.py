@@ -1,4 +1,4 @@
-"""Runs the real entry points in processes forked from one that has their imports already: seconds, not tens of them."""
+"""Runs the entry points in processes forked from one that has imported everything."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ SERVER = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended: one code and one output a rank."""
+    """Exit codes and outputs of a command, one per rank."""
 
     codes: tuple[int | None, ...]
     outputs: tuple[str, ...]
@@ -28,26 +28,26 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """A command that runs, one process a rank, each with a process group and a log of its own."""
+    """A running command: one process per rank, each with its own process group and log."""
 
     processes: tuple[ForkServerProcess, ...]
     logs: tuple[Path, ...]
 
     @property
-    def said(self) -> str:
-        """What the first rank said so far."""
+    def output(self) -> str:
+        """Output of the first rank so far."""
         return self.logs[0].read_text() if self.logs[0].exists() else ""
 
     def until(self, words: str) -> None:
-        """Wait until the first rank has said it."""
+        """Wait until the first rank has printed the words."""
         limit = time.monotonic() + LIMIT
-        while words not in self.said:
-            assert self.processes[0].is_alive(), self.said
-            assert time.monotonic() < limit, self.said
+        while words not in self.output:
+            assert self.processes[0].is_alive(), self.output
+            assert time.monotonic() < limit, self.output
             time.sleep(0.01)
 
     def end(self) -> Ended:
-        """Wait until all have ended; when one fails or time is over, the others are ended."""
+        """Wait for all; when one fails or after the time limit, kill the others."""
         _wait(self.processes)
         outputs = tuple(log.read_text() for log in self.logs)
         return Ended(codes=tuple(process.exitcode for process in self.processes), outputs=outputs)
@@ -70,12 +70,7 @@ def command(
 
 
 def start(
-    script: str,
-    arguments: Sequence[str],
-    folder: Path,
-    *,
-    ranks: int = 0,
-    first: Callable[[], None] | None = None,
+    script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, first: Callable[[], None] | None = None
 ) -> Started:
     """`python SCRIPT ARGUMENTS` in `folder`, not waited for; `first` is called in each process before."""
     SERVER.set_forkserver_preload(["omnimem.commands.finetune"])
@@ -103,7 +98,7 @@ def enter(
     log: str,
     first: Callable[[], None] | None,
 ) -> None:
-    """What a forked process does: become the command."""
+    """Run the command in a forked process."""
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
@@ -117,7 +112,7 @@ def enter(
 
 
 def _wait(processes: Sequence[ForkServerProcess]) -> None:
-    """Until all have ended; when one fails or time is over, the others are ended."""
+    """Wait for all; when one fails or after the time limit, kill the others."""
     limit = time.monotonic() + LIMIT
     while any(process.is_alive() for process in processes):
         failed = any(process.exitcode not in (None, 0) for process in processes)
@@ -132,7 +127,7 @@ def _wait(processes: Sequence[ForkServerProcess]) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -298,7 +298,7 @@ def soft_select(scores, modality, audio_slots, visual_slots, temperature, carrie
 
 @dataclass
 class SoftLayer(Layer):
-    """A layer whose selection is softened: gates are judged anew at every eviction of a group."""
+    """A layer whose selection is softened: gates are recomputed at every eviction of a group."""
 
     temperature: float = 1.0
 

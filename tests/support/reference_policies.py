@@ -1,4 +1,4 @@
-"""The rivals once more, with plain loops in float64, written from their descriptions; every fast path is compared.
+"""The baselines once more, with plain loops in float64, written from their descriptions; every fast path is compared.
 
 A row is what one layer of one stream holds, or one key-value head of it: tokens in order, each a place in lists.
 Scores are lists, one number a place; who stays are lists of places, ascending.
@@ -22,7 +22,7 @@ class Row:
     positions: list  # [token] (time, row, column)
     importance: list
     scale: float
-    extent: tuple = ()  # first row, first column, rows and columns of the pictures held
+    extent: tuple = ()  # first row, first column, rows and columns of the frames held
 
     @property
     def count(self):

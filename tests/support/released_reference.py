@@ -1,4 +1,4 @@
-"""The release's training path once more, the obvious way: stock layers with eager attention over hidden states.
+"""The release's training path once more, without optimizations: stock layers with eager attention over hidden states.
 
 Every layer of every pass runs over [memory ; chunk] as rows of one sequence, memory rows included, whose outputs are
 then dropped; nothing is stored but layer inputs; selection is by plain loops. One stream.
@@ -78,7 +78,7 @@ class SlowRelease:
                 output = self.run(layer, pool)[:, -chunk.count :]
                 kept = pool.at(self.chosen(layer, pool))
                 memory[layer] = kept if attached else kept.constant()
-                rows = rows.of(with_pictures(output, chunk, layer))
+                rows = rows.of(with_visual_features(output, chunk, layer))
             pool = join(memory[self.stop], rows)
             places = self.chosen(self.stop, pool)
             memory[self.stop] = pool.at(places)
@@ -130,7 +130,7 @@ def join(memory: Rows | None, rows: Rows) -> Rows:
     return rows if memory is None else memory.then(rows)
 
 
-def with_pictures(states: Tensor, chunk: Chunk, layer: int) -> Tensor:
+def with_visual_features(states: Tensor, chunk: Chunk, layer: int) -> Tensor:
     """Visual features that some models add after their first layers."""
     if chunk.deepstack is None or layer >= len(chunk.deepstack.features):
         return states

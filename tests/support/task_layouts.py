@@ -1,6 +1,6 @@
 """Small benchmark folders, true to the official layouts, with real mp4 files; every question in them is ours.
 
-Defects that published annotations have are here too: split and empty options, stamps that cannot be meant, letters
+Defects that published annotations have are here too: split and empty options, impossible time stamps, letters
 missing, several labels, a list of options held as text.
 """
 
@@ -37,22 +37,22 @@ SUBTITLES = """1
 
 
 @cache
-def film(seconds: int) -> bytes:
+def video(seconds: int) -> bytes:
     """A rendered world as an mp4 file."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "film.mp4"
+        path = Path(folder) / "video.mp4"
         write_mp4(draw_world(seconds, seconds), path)
         return path.read_bytes()
 
 
 def put(path: Path, seconds: int = 8) -> None:
-    """A film at a place."""
+    """Write a video."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(film(seconds))
+    path.write_bytes(video(seconds))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, its folder made where it is not there."""
+    """A JSON file, its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=4, ensure_ascii=False), encoding="utf-8")
 
@@ -154,8 +154,8 @@ def streaming_entry(video: str, stamp: str, task: str, *, window: str, **changes
 
 
 def streamingbench(root: Path) -> Path:
-    """Three parts: a split and an empty option, stamps that cannot be meant, a conversation without letters; the film
-    of the last part lies as its zip file holds it.
+    """Three parts: a split and an empty option, impossible time stamps, a conversation without letters; the video
+    of the last part has the path inside its zip file.
     """
     early, seconds = "[0:00:00 - 0:00:06]", "[0:00:04 - 0:00:08]"
     split = ["A. Red", "or so.", *LETTERED[1:3], "", LETTERED[3]]
@@ -169,8 +169,8 @@ def streamingbench(root: Path) -> Path:
         streaming_entry("sample_3_Source", "00:00:04", "Source Discrimination", window=early, options=split),
         streaming_entry("sample_3_Source", "05:11:00", "Anomaly Context Understanding", window=seconds),
     ]
-    told = {"task": "Sequential QA", "window": "[0:01:00 - 0:02:00]", "options": list(COLOURS)}
-    sqa = [[streaming_entry("sample_4_sqa", stamp, **told) for stamp in ("00:00:03", "00:00:07")]]
+    sequential = {"task": "Sequential QA", "window": "[0:01:00 - 0:02:00]", "options": list(COLOURS)}
+    sqa = [[streaming_entry("sample_4_sqa", stamp, **sequential) for stamp in ("00:00:03", "00:00:07")]]
     for part, entries in (("real", real), ("omni", omni), ("sqa", sqa)):
         write_json(root / f"questions_{part}.json", entries)
     for name in ("sample_1_real", "sample_2_real", "sample_3_Source"):
@@ -182,13 +182,13 @@ def streamingbench(root: Path) -> Path:
 def own(root: Path) -> Path:
     """Two streams of one file, and one of another with a question at a time."""
     rows = [
-        {"id": "q1", "video": "films/a.mp4", "question": QUESTION, "options": ["Red", "Blue"], "answer": "B"},
-        {"id": "q2", "video": "films/a.mp4", "question": QUESTION, "options": LETTERED, "answer": "a", "start": 2},
+        {"id": "q1", "video": "videos/a.mp4", "question": QUESTION, "options": ["Red", "Blue"], "answer": "B"},
+        {"id": "q2", "video": "videos/a.mp4", "question": QUESTION, "options": LETTERED, "answer": "a", "start": 2},
         {"id": "q3", "video": "b.mp4", "question": QUESTION, "options": ["1", "2", "3"], "answer": "C", "at": 4.5},
     ]
     rows[2]["categories"] = {"topic": ["sport", "music"], "level": "easy"}
     write_lines(root / "questions.jsonl", rows)
-    put(root / "films" / "a.mp4")
+    put(root / "videos" / "a.mp4")
     put(root / "b.mp4")
     return root
 

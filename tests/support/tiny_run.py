@@ -1,4 +1,4 @@
-"""Something to fine-tune in seconds, a random thinker of two layers and six films of eight seconds; a finished run."""
+"""A run of seconds: a random thinker of two layers, six videos of eight seconds; its results."""
 
 import json
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ evaluate: {{after_training: false}}
 
 
 def write_videos(place: Path) -> Path:
-    """Checkpoint, films, manifests: all that a run needs."""
+    """Write checkpoint, videos and manifests of a run."""
     write_folder(place / "model", rates="tiny")
     rows = []
     for number in range(6):
@@ -44,7 +44,7 @@ def write_videos(place: Path) -> Path:
             messages.append({"role": "assistant", "content": ANSWERS[(number + question) % 3]})
         rows.append({"id": f"film{number}", "video": f"{number}.mp4", "messages": messages})
     write_manifest(place / "train.jsonl", rows)
-    (place / "broken.mp4").write_bytes(b"no film")
+    (place / "broken.mp4").write_bytes(b"no video")
     silence(place / "0.mp4", place / "silent.mp4")
     for name in ("broken", "silent"):
         write_manifest(place / f"{name}.jsonl", [*rows[1:], {**rows[0], "id": name, "video": f"{name}.mp4"}])
@@ -52,11 +52,11 @@ def write_videos(place: Path) -> Path:
 
 
 def silence(source: Path, target: Path) -> None:
-    """The pictures of a film without its sound."""
+    """A video without its audio track."""
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
-        pictures = read.streams.video[0]
-        copied = write.add_stream_from_template(pictures)
-        for packet in read.demux(pictures):
+        frames = read.streams.video[0]
+        copied = write.add_stream_from_template(frames)
+        for packet in read.demux(frames):
             if packet.dts is not None:
                 packet.stream = copied
                 write.mux(packet)
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without what a clock says."""
+        """metrics.jsonl without times."""
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
 

@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from omnimem.data import (
-    Failure,
-    Failures,
-    ManifestError,
-    TooManyFailures,
-    read_manifest,
-)
+from omnimem.data import Failure, Failures, ManifestError, TooManyFailures, read_manifest
 
 ASK = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "that"}]
 GOOD: dict[str, Any] = {"id": "a", "video": "videos/a.mp4", "messages": ASK}

@@ -10,16 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support import reference_budget as reference
 
-from omnimem.budget import (
-    AudioVisualBudget,
-    Budget,
-    BudgetError,
-    Readings,
-    SharedBudget,
-    Shares,
-    Signals,
-    SplitBudget,
-)
+from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Readings, SharedBudget, Shares, Signals, SplitBudget
 from omnimem.budget.apportion import apportion
 
 QUICK = settings(max_examples=60, deadline=None)

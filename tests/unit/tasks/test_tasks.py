@@ -63,7 +63,7 @@ def test_an_empty_folder_is_a_gap_with_its_cure_and_no_error(name, tmp_path) -> 
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_videos_that_are_not_there_are_counted_with_the_share_of_samples_they_cost(name, tmp_path) -> None:
+def test_missing_videos_are_counted_with_the_fraction_of_samples_they_cost(name, tmp_path) -> None:
     root = BUILT[name][0](tmp_path)
     benchmark = BUILT[name][1](root=str(root))
     before = benchmark.samples()
@@ -150,7 +150,7 @@ def test_video_mme_is_sliced_by_duration_and_refuses_one_that_it_does_not_know(t
         sliced.samples()
 
 
-def test_lvbench_asks_what_stands_in_the_question_and_knows_several_labels(roots) -> None:
+def test_lvbench_uses_the_options_in_the_question_and_knows_several_labels(roots) -> None:
     benchmark = LVBenchOptions(root=roots["lvbench"])
     first, second = benchmark.samples()
     assert first.questions[0].text == (
@@ -210,9 +210,9 @@ def test_the_sixty_second_track_streams_the_minute_before_each_question(tmp_path
     assert {sample.cluster for sample in samples} == {"sample_1_real"}
 
 
-def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(roots) -> None:
+def test_a_sequential_prompt_holds_the_earlier_questions_with_right_answers(roots) -> None:
     first, second = StreamingBenchOptions(root=roots["streamingbench"]).samples()[3].questions
-    told = (
+    context = (
         "Here are the contextual information related to the video. Please answer the questions based on the "
         "contextual information: At timestamp 00:00:03, the following question and answer occurred: Question: Which "
         "colour has the star?; Options: A. Red., B. Green., C. Blue., D. Yellow.; Answer: C; "
@@ -223,10 +223,10 @@ def test_a_sequential_question_is_told_those_before_it_with_their_right_answers(
         "The best option is:"
     )
     assert first.text.endswith(f"of the correct option.\n\n\n\n{asked}")
-    assert second.text.endswith(f"of the correct option.\n\n{told}\n\n{asked}")
+    assert second.text.endswith(f"of the correct option.\n\n{context}\n\n{asked}")
 
 
-def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots) -> None:
+def test_defects_of_streamingbench_are_fixed_by_rule_and_listed(roots) -> None:
     benchmark = StreamingBenchOptions(root=roots["streamingbench"])
     found = [(defect.rule, defect.where) for defect in benchmark.defects()]
     assert found == [
@@ -238,9 +238,9 @@ def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots) -> None:
         ("option_letters", "sample_4_sqa#0"),
         ("option_letters", "sample_4_sqa#1"),
     ]
-    mended = benchmark.samples()[2].questions[0]
-    assert mended.item.options == ("Red or so.", "Green.", "Blue.", "Yellow.")
-    assert "Options:\nA. Red or so.\nB. Green.\nC. Blue.\nD. Yellow.\n\n" in mended.text
+    fixed = benchmark.samples()[2].questions[0]
+    assert fixed.item.options == ("Red or so.", "Green.", "Blue.", "Yellow.")
+    assert "Options:\nA. Red or so.\nB. Green.\nC. Blue.\nD. Yellow.\n\n" in fixed.text
 
 
 @pytest.mark.parametrize(
@@ -256,20 +256,20 @@ def test_defects_of_streamingbench_are_mended_by_rule_and_listed(roots) -> None:
         ("00:00:00", "[0:00:00 - 0:01:00]", 1, 1),
     ],
 )
-def test_a_time_stamp_that_cannot_be_meant_is_read_from_its_digits(stamp, window, seconds, defects) -> None:
+def test_an_impossible_time_stamp_is_read_from_its_digits(stamp, window, seconds, defects) -> None:
     reading = AnnotationReader()
     assert seconds_of(stamp, window, "q", reading) == seconds
     assert len(reading.defects) == defects
 
 
-def test_a_time_stamp_that_says_nothing_at_all_is_an_error() -> None:
+def test_a_time_stamp_without_digits_is_an_error() -> None:
     reading = AnnotationReader()
     seconds_of("soon", "", "q", reading)
     assert reading.problems == ["q time_stamp: 'soon' is not a time; download the annotations again"]
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
-def test_ends_of_lines_that_json_lets_stand_do_not_cut_a_question(end, tmp_path) -> None:
+def test_line_ends_within_json_strings_do_not_cut_a_question(end, tmp_path) -> None:
     root = layouts.own(tmp_path)
     rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
     layouts.write_lines(root / "questions.jsonl", [rows[0] | {"question": f"first{end}second?"}, *rows[1:]])
@@ -282,7 +282,7 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path) -> None:
     layouts.write_lines(root / "questions.jsonl", [*rows, {**rows[0], "id": "q4", "at": 3}])
     samples = OwnOptions(root=str(root)).samples()
     assert ids(samples) == [["q1", "q4"], ["q2"], ["q3"]]
-    assert [sample.cluster for sample in samples] == ["films/a.mp4", "films/a.mp4", "b.mp4"]
+    assert [sample.cluster for sample in samples] == ["videos/a.mp4", "videos/a.mp4", "b.mp4"]
     assert samples[0].questions[0].text == (
         "Which colour has the star?\nA. Red\nB. Blue\nAnswer with the option's letter from the given choices directly."
     )
@@ -304,7 +304,7 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path) -> None:
         ({"id": "q2"}, "question 'q2' occurs 2 times"),
     ],
 )
-def test_a_wrong_line_of_ones_own_is_named_with_its_key(change, problem, tmp_path) -> None:
+def test_a_wrong_line_of_own_questions_is_named_with_its_key(change, problem, tmp_path) -> None:
     root = layouts.own(tmp_path)
     first, *rest = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
     layouts.write_lines(root / "questions.jsonl", [{**first, **change}, *rest])

@@ -13,12 +13,7 @@ from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from omnimem.commands.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
 from omnimem.media import patchify
-from omnimem.recall.worlds import (
-    KINDS,
-    World,
-    WorldOptions,
-    draw_world,
-)
+from omnimem.recall.worlds import KINDS, World, WorldOptions, draw_world
 from omnimem.tiny.batches import ANSWER_PROMPT, attention_mask, pack_questions, stream_layout
 from omnimem.tiny.towers import GEOMETRY, Clip, render_clips
 
