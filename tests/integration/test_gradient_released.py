@@ -116,7 +116,7 @@ class Carrying(AbstractScorer):
 def test_the_stop_layer_judges_its_inputs_whether_or_not_the_policy_carries_them() -> None:
     model, episode = adapted("qwen2_5_omni", torch.float32), at_the_end(episode_of("qwen2_5_omni", torch.float32))
     bare, carry, found = policy_of("random"), ReleasedGradient(stop_layer=STOP, whole_last_chunk=True), []
-    assert not bare.needs_novelty
+    assert not bare.traits.needs_novelty
     with attach(model) as attached:
         for policy in (bare, replace(bare, scorer=Carrying(inner=bare.scorer))):
             orders = kept_by_chunk(attached, episode, policy, carry, STOP)

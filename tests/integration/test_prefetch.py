@@ -109,7 +109,7 @@ def test_a_process_ends_when_its_reader_is_gone(files) -> None:
         reading = ahead_of(decoders, files)
         next(reading)
         processes = [decoder.process.pid for decoder in decoders.decoders]
-        for decoder in decoders._decoders:  # as if this process had been killed
+        for decoder in decoders.decoders:  # as if this process had been killed
             decoder.connection.close()
         for _ in range(100):
             if not any(_runs(process) for process in processes):
