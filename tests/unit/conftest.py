@@ -21,11 +21,11 @@ QUESTION = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, a film with sound, one without, one that is none, manifests, and an adapter of another base."""
+    """A checkpoint, videos with audio, without audio and unreadable, manifests, and an adapter of another base."""
     folder = tmp_path_factory.mktemp("material")
     thinkers.write_folder(folder / "model", rates="tiny")
     write_mp4(draw_world(3, 8, WorldOptions()), folder / "film.mp4")
-    (folder / "broken.mp4").write_bytes(b"no film")
+    (folder / "broken.mp4").write_bytes(b"no video")
     silence(folder / "film.mp4", folder / "silent.mp4")
     for name in ("film", "broken", "silent"):
         line = {"id": name, "video": f"{name}.mp4", "audio": None, "messages": QUESTION}
@@ -44,7 +44,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def said(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[str]]:
-    """Runs a command in an empty folder and gives the lines on stderr; it must leave with 2."""
+    """A function that runs a command in an empty folder and returns its lines on stderr; it must exit with 2."""
     monkeypatch.chdir(tmp_path)
 
     def run(main: Callable[[Sequence[str]], None], *arguments: str) -> list[str]:
