@@ -36,8 +36,6 @@ PACKAGES = (
     "tokenizers",
 )
 HERE = Path(__file__).resolve().parent
-
-
 CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # files written by train/calibrate.py before the run
 LOCK = ".lock"
 PATIENCE = 60.0  # seconds to wait for a process that is shutting down to release its run folder
@@ -48,55 +46,35 @@ class RunError(UserError):
 
 
 @final
+class _FolderPath:
+    """The path of a file or folder in the run folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "RunFolder", owner: type | None = None) -> Path:
+        return folder.path / self._name
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """The folder runs/<name>/ and the paths of its files."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yaml"
-
-    @property
-    def record(self) -> Path:
-        """Provenance (see `provenance`) and measurements of the run."""
-        return self.path / "run.json"
-
-    @property
-    def budget(self) -> Path:
-        """The budget: slots of each layer and modality."""
-        return self.path / "budget.json"
-
-    @property
-    def adapter(self) -> Path:
-        """The tuned adapter."""
-        return self.path / "adapter"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.path / "tb"
-
-    @property
-    def metrics(self) -> Path:
-        """Metrics, one line per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def comparison(self) -> Path:
-        """The comparison report."""
-        return self.path / "compare"
+    config = _FolderPath("config.yaml")  # the resolved config
+    record = _FolderPath("run.json")  # provenance (see `provenance`) and measurements of the run
+    budget = _FolderPath("budget.json")  # slots of each layer and modality
+    adapter = _FolderPath("adapter")  # the tuned adapter
+    tensorboard = _FolderPath("tb")  # event files
+    metrics = _FolderPath("metrics.jsonl")  # one line per step
+    comparison = _FolderPath("compare")  # the comparison report
+    partial = _FolderPath(".partial")  # a checkpoint while it is written
 
     def evaluation(self, arm: str) -> Path:
         """Results of one arm."""
         return self.path / "eval" / arm
-
-    @property
-    def partial(self) -> Path:
-        """Temporary folder of a checkpoint while it is written."""
-        return self.path / ".partial"
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint after `step` steps."""
