@@ -106,6 +106,7 @@ class Recorder:
 
         Raises CalibrationError when no stream is long enough, or a modality is missing.
         """
+        # 1. check that something was measured
         skip = self.options.skip_chunks
         if self.chunks == 0:
             raise CalibrationError(
@@ -119,6 +120,7 @@ class Recorder:
                     f"the calibration streams hold no {name} tokens to measure; "
                     "give streams with both tracks, or set memory.budget: {name: shared}"
                 )
+        # 2. means
         return Signals(
             entropy=_readings(self._entropy),
             similarity=_readings(self._similarity),

@@ -99,7 +99,9 @@ class Sample:
     @property
     def questions(self) -> tuple[Question, ...]:
         """Every user message with the assistant message that follows it."""
+        # 1. kinds are listed by question
         kinds = self.meta.get("kinds", [])
+        # 2. a question per user message, with the answer after it
         found: list[Question] = []
         for message in self.messages:
             if message.role == "user":
@@ -396,13 +398,14 @@ class Failures:
     def __post_init__(self) -> None:
         _check_fraction("max_failures", self.max_failures)
 
-    def add(self, failure: Failure) -> "Failures":
-        """A copy with one more failure; raises TooManyFailures when their fraction exceeds `max_failures`."""
-        if any(known.id == failure.id for known in self.found):
-            return self
-        grown = replace(self, found=(*self.found, failure))
-        if len(grown.found) > self.max_failures * self.samples:
-            raise TooManyFailures(grown._verdict())
+    def add(self, *failures: Failure) -> "Failures":
+        """A copy with more failures; raises TooManyFailures as soon as their fraction exceeds `max_failures`."""
+        grown = self
+        for failure in failures:
+            if all(known.id != failure.id for known in grown.found):
+                grown = replace(grown, found=(*grown.found, failure))
+                if len(grown.found) > self.max_failures * self.samples:
+                    raise TooManyFailures(grown._verdict())
         return grown
 
     @property

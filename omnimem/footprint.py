@@ -156,8 +156,10 @@ class Shapes:
     @classmethod
     def of(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "Shapes":
         """The shapes of a parsed config.json (with or without talker) and preprocessor_config.json."""
+        # 1. the sections of the configuration
         thinker = config.get("thinker_config", config)
         text, vision, audio = thinker["text_config"], thinker["vision_config"], thinker["audio_config"]
+        # 2. the shape of each tower
         return cls(
             text=TextShape(
                 layers=text["num_hidden_layers"],
@@ -193,6 +195,7 @@ class Shapes:
 
     def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of one token in the memory of one layer: (keys and values, side state)."""
+        # 1. an empty memory
         shape = Shape(
             layers=1,
             kv_heads=self.text.kv_heads,
@@ -203,6 +206,7 @@ class Shapes:
             device=torch.device("meta"),
         )
         tokens = Memory.empty(shape, batch=1).layers[0]
+        # 2. bytes per token: all axes but that of the tokens
         sizes = {
             name: prod(size for number, size in enumerate(tensor.shape) if number != axis) * tensor.element_size()
             for (name, axis), tensor in zip(TOKEN_AXES.items(), tokens.tensors(), strict=True)

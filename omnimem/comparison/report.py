@@ -30,10 +30,12 @@ SHA256 = 64  # hexadecimal digits
 
 def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run]) -> str:
     """The whole page; it needs no network, and a script only to search the questions."""
+    # 1. order
     arms = in_order(arms)
     paired = [arm for arm in arms if arm.role != "probe"]
     benchmarks = summary["benchmarks"]
     named = list(groups(summary, "all benchmarks pooled"))
+    # 2. sections
     return page_template(TEMPLATE).render(
         title=" and ".join(benchmarks) if len(benchmarks) < 3 else f"{len(benchmarks)} benchmarks",
         summary=summary,

@@ -47,7 +47,7 @@ class _Job:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Runs arms with one model; the text model is attached by the caller."""
+    """Evaluates arms with one model, whose text model is attached by the caller."""
 
     attached: StreamedAttention
     feeder: Feeder
@@ -85,7 +85,11 @@ class Evaluation:
         results = Results(folder, benchmark.label, samples, shard)
         done, size = results.answered(), self.options.batch_size
         blocks = list(enumerate(samples[start : start + size] for start in range(0, len(samples), size)))
-        waiting = [(number, block) for number, block in blocks if not _all_in(block, done)]
+        waiting = [
+            (number, block)
+            for number, block in blocks
+            if any(question.item.id not in done for sample in block for question in sample.questions)
+        ]
         # 2. take those of this shard
         mine = (sample for number, block in waiting if shard.takes(first + number) for sample in block)
         numbers = {sample.id: number for number, block in waiting for sample in block}
@@ -100,8 +104,7 @@ class Evaluation:
                 for readers in self._batches(block, arm, feeder):
                     lines = self._lines(arm, benchmark, readers, trace)
                     results.append([line for line in lines if line["id"] not in done])
-                    for failure in _failures(lines):
-                        failures = failures.add(failure)
+                    failures = failures.add(*_failures(lines))
         return len(blocks)
 
     def conclude(self, benchmark: Benchmark, folder: Path) -> dict[str, Any]:
@@ -112,8 +115,7 @@ class Evaluation:
         samples = benchmark.samples()
         lines = Results(folder, benchmark.label, samples, WHOLE).fold()
         failures = Failures(samples=len({line["stream"] for line in lines}), max_failures=self.options.max_failures)
-        for failure in _failures(lines):
-            failures = failures.add(failure)
+        failures.add(*_failures(lines))
         return {"rules": benchmark.rules, **summarise(lines, defects=benchmark.defects())}
 
     def missing(self, benchmark: Benchmark, folder: Path) -> int:
@@ -147,7 +149,8 @@ class Evaluation:
             try:
                 if job.failure is not None:
                     raise job.failure
-                reader = _reader_of(job.sample, segments, arm, feeder)
+                tracks = None if arm.tracks is None else tracks_of(job.sample, feeder.options.tracks)
+                reader = StreamReader(job.sample, tracks, feeder.read(job.sample, segments) if tracks else [])
                 if self.options.batch_size > 1:
                     waiting.setdefault(reader.gather(), []).append(reader)
             except MediaError as error:
@@ -186,12 +189,13 @@ class Evaluation:
 
     def _question(self, sample: Sample, question: Question) -> dict[str, Any]:
         """The fields of a question that do not depend on the arm."""
+        prompt = self.feeder.backbone.framed(question.text, system=sample.system)
         return {
             "id": question.item.id,
             "video": sample.cluster or sample.id,
             "stream": sample.id,
             "question": question.text,
-            "prompt_sha256": _sha(self.feeder.backbone.framed(question.text, system=sample.system)),
+            "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
             "answer": question.answer or "",
             "options": len(question.item.options),
             "kind": question.kind,
@@ -204,6 +208,7 @@ class Evaluation:
         self, arm: Arm, benchmark: Benchmark, batch: Sequence[StreamReader], trace: Path | None
     ) -> Iterator[dict[str, Any]]:
         """One line per question of the batch."""
+        # 1. open the stream
         clock, peak, first = Clock(sum(reader.gathering for reader in batch)), PeakMemory(), batch[0]
         policy = arm.policy
         if policy.traits.needs_oracle:
@@ -211,6 +216,7 @@ class Evaluation:
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
         progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
         chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch)))
+        # 2. read up to each question, answer it on a fork
         for due in feed_until_due(stream, chunks, first.sample.moments):
             for rows in _in_passes([reader.sample.asked(due) for reader in batch]):
                 facts = self._facts(stream, progress.seconds) | {"media": clock.media, "reading": clock.reading}
@@ -226,6 +232,7 @@ class Evaluation:
                             **_late(question, reader, due, progress.seconds, over=arm.tracks is not None),
                             "peak_memory": peak.bytes,
                         }
+        # 3. write the trace
         if progress.trace is not None and trace is not None:
             write_json(trace, progress.trace.json(stream, progress.seconds))
 
@@ -280,12 +287,6 @@ class _ReadProgress:
                 self.trace.note(self._stream, chunk.seconds)
 
 
-def _reader_of(sample: Sample, segments: Iterable[Segment] | None, arm: Arm, feeder: Feeder) -> StreamReader:
-    if arm.tracks is None:
-        return StreamReader(sample, None, [])
-    return StreamReader(sample, tracks_of(sample, feeder.options.tracks), feeder.read(sample, segments))
-
-
 def _in_passes(asked: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """The questions of each stream, at most TOGETHER per pass."""
     for first in range(0, max(map(len, asked)), TOGETHER):
@@ -325,15 +326,7 @@ def _late(
     return {"late": f"asked at {time:g} s of a stream that ends at {seconds:.1f} s; asked at its end"}
 
 
-def _all_in(block: Sequence[Sample], done: set[str]) -> bool:
-    return all(question.item.id in done for sample in block for question in sample.questions)
-
-
 def _failures(lines: Iterable[dict[str, Any]]) -> list[Failure]:
     """The failed streams, each once."""
     found = {line["stream"]: line for line in lines if line.get("failed")}
     return [Failure(id=stream, reason=line["failed"], message=line["message"]) for stream, line in found.items()]
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

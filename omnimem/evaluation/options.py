@@ -12,7 +12,7 @@ Tracks = Literal["both", "video", "audio"]
 
 
 class EvaluationError(UserError):
-    """An evaluation that cannot continue; the message says why and how to repair it."""
+    """An evaluation cannot continue; the message says why and how to fix it."""
 
 
 @final
@@ -26,8 +26,8 @@ class EvaluateOptions:
     max_new_tokens: int = 16
     limit: int | None = None  # streams per benchmark; None: all
     probes: bool = True  # also the blind, vision-only and audio-only arms
-    max_failures: float = 0.01  # share of unreadable streams that is accepted
-    processes: int = 1  # of this machine that share the work, one GPU each if there are several
+    max_failures: float = 0.01  # fraction of streams that may be unreadable
+    processes: int = 1  # on this machine, one GPU each if there are several
     decoders: int = 1  # decoding processes of each; 0: decode in the process itself
 
     def __post_init__(self) -> None:

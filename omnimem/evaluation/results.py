@@ -1,8 +1,7 @@
 """Result lines of one arm on one benchmark, written by one process or by several at the same time.
 
 Each process appends to its own file: `eval/<arm>/<label>.jsonl` if it is the only one, else a file in `parts/`. At the
-end the lines are folded into the first file in the order of the benchmark: the result does not depend on how the work
-was divided.
+end the lines are merged into the first file in the order of the benchmark, independent of the number of processes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How several processes divide an evaluation: every count-th item of work."""
+"""Division of an evaluation among several processes: every count-th work item."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from omnimem.evaluation.options import EvaluationError
 class Shard:
     """The part of one of `count` processes: the items with number % count == index.
 
-    All processes number the items alike: start them with the same arms, benchmarks and limits.
+    Start all processes with the same arms, benchmarks and limits, so that they number the items equally.
     """
 
     index: int = 0

@@ -12,10 +12,12 @@ from omnimem.tasks.accuracy import Line, accuracy, breakdown
 
 def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:
     """`official` over counted answers, `strict` over all questions; entries, bytes and costs over answered ones."""
+    # 1. answered questions and their streams
     answered = [line for line in lines if not line.get("failed")]
     kinds = sorted({str(line["kind"]) for line in lines})
     inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
     streams = _streams(answered)
+    # 2. accuracies, memory and input
     return {
         **accuracy(lines),
         "kinds": {kind: accuracy([line for line in lines if str(line["kind"]) == kind]) for kind in kinds},
@@ -49,6 +51,7 @@ def _late(lines: Sequence[Line]) -> list[Defect]:
 
 def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:
     """Tokens and seconds per stream; wall seconds per second of stream."""
+    # 1. totals
     length = sum(float(line["stream_seconds"]) for line in streams)
     peaks = [line["peak_memory"] for line in lines if line["peak_memory"] is not None]
 
@@ -58,6 +61,7 @@ def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:
     def per_second(key: str) -> float | None:
         return sum(float(line["seconds"][key]) for line in streams) / length if length else None
 
+    # 2. means
     return {
         "streams": len(streams),
         "stream_seconds": round(length, 3),

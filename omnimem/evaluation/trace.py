@@ -57,9 +57,11 @@ class Trace:
 
     def json(self, stream: Stream, seconds: float) -> dict[str, Any]:
         """The table of `eval/<arm>/trace.json` after the last chunk, which ended at `seconds`."""
+        # 1. the last row
         if not self._rows or self._rows[-1][0] < seconds:
             counted = self._counted(stream)
             self._rows.append((seconds, counted))
+        # 2. table
         rows = self._rows
         bins = -(-len(self._reader.arrived) // self._joined)
         return {

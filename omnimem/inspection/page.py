@@ -34,13 +34,14 @@ def render(snapshot: StreamSnapshot, sides: tuple[Side, Side]) -> str:
     """Render the page, which needs no network; it embeds the holdings as arrays by `packed`."""
     left, right = (side.holding for side in sides)
     assert left.ends == right.ends, "both sides read the same chunks"
+    keys = dict.fromkeys(key for side in sides for key in side.facts)
     return page_template(TEMPLATE).render(
         title=snapshot.opened.sample.id,
         seconds=snapshot.seconds,
         frames=sum(len(grid.thumbnails) for grid in snapshot.grids),
         audio_seconds=float(snapshot.sounds.ends[-1]) if len(snapshot.sounds.ends) else 0.0,
         sides=sides,
-        facts=_facts(sides),
+        facts=[{"key": key, "values": [side.facts.get(key, UNKNOWN) for side in sides]} for key in keys],
         grids=len(snapshot.grids),
         data=_data(snapshot, sides),
     )
@@ -51,16 +52,12 @@ def packed(array: np.ndarray) -> str:
     return base64.b64encode(gzip.compress(np.ascontiguousarray(array).tobytes(), mtime=0)).decode()
 
 
-def _facts(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """The facts of both sides, by key."""
-    keys = dict.fromkeys(key for side in sides for key in side.facts)
-    return [{"key": key, "values": [side.facts.get(key, UNKNOWN) for side in sides]} for key in keys]
-
-
 def _data(snapshot: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
     """The data of the page's script; arrays by `packed`: i2, i4, f4 and u1, little-endian."""
+    # 1. data that both sides share
     holding, sounds = sides[0].holding, snapshot.sounds
     cells = [grid.tokens for grid in snapshot.grids]
+    # 2. data by section of the page
     return {
         "seconds": snapshot.seconds,
         "tokens": snapshot.tokens,
@@ -78,10 +75,7 @@ def _data(snapshot: StreamSnapshot, sides: Sequence[Side]) -> dict[str, Any]:
             "peaks": packed(sounds.peaks),
             "bin_seconds": sounds.bin_seconds,
         },
-        "marks": [
-            {"question": mark.question, "answer": mark.answer, "start": mark.start, "end": mark.end}
-            for mark in sorted(snapshot.marks, key=lambda mark: (mark.start, mark.end))
-        ],
+        "marks": [vars(mark) for mark in sorted(snapshot.marks, key=lambda mark: (mark.start, mark.end))],
         "needles": list(snapshot.needles),
         "audio_tokens": len(sounds.tokens),
         "sides": [_side(side) for side in sides],

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
-from omnimem.data import ManifestError, Sample
+from omnimem.data import ManifestError, Sample, is_seconds
 from omnimem.media import FileSource, Segment, read_audio_blocks, resize
 from omnimem.policies.base import StreamOutline
 from omnimem.streaming.encoder_cache import EncodedSegment
@@ -114,43 +114,26 @@ def marks_of(sample: Sample) -> tuple[Mark, ...]:
     asked = sample.questions
     if not spans:
         return ()
-    if len(spans) != len(asked) or not all(_is_span(span) for span in spans):
-        raise ManifestError(
-            [
-                f"{sample.origin} meta.evidence: expected [start, end] in seconds for each of {len(asked)} questions; "
-                "fix or remove it"
-            ]
-        )
+    if len(spans) != len(asked) or not all(map(_is_span, spans)):
+        what = f"expected [start, end] in seconds for each of {len(asked)} questions; fix or remove it"
+        raise ManifestError([f"{sample.origin} meta.evidence: {what}"])
     return tuple(
-        Mark(
-            question=question.text,
-            answer=question.answer or "",
-            start=span[0] - sample.start,
-            end=span[1] - sample.start,
-        )
-        for question, span in zip(asked, spans, strict=True)
+        Mark(question=one.text, answer=one.answer or "", start=start - sample.start, end=end - sample.start)
+        for one, (start, end) in zip(asked, spans, strict=True)
     )
 
 
 def check_needles(sample: Sample) -> None:
     """Raises ManifestError unless `meta.needles` are [second] or [second, y, x], y and x from 0 to below 1."""
     for needle in sample.meta.get("needles", ()):
-        numbers = isinstance(needle, list | tuple) and len(needle) in (1, 3) and all(map(_is_number, needle))
-        if not numbers or needle[0] < 0 or not all(0 <= part < 1 for part in needle[1:]):
-            raise ManifestError(
-                [
-                    f"{sample.origin} meta.needles: expected [second] or [second, y, x], y and x from 0 to below 1, "
-                    f"got {needle!r}; fix or remove it"
-                ]
-            )
+        valid = isinstance(needle, list | tuple) and len(needle) in (1, 3) and all(map(is_seconds, needle))
+        if not valid or any(part >= 1 for part in needle[1:]):
+            what = f"expected [second] or [second, y, x], y and x from 0 to below 1, got {needle!r}; fix or remove it"
+            raise ManifestError([f"{sample.origin} meta.needles: {what}"])
 
 
 def _is_span(span: Any) -> bool:
-    return isinstance(span, list | tuple) and len(span) == 2 and all(map(_is_number, span)) and 0 <= span[0] < span[1]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(span, list | tuple) and len(span) == 2 and all(map(is_seconds, span)) and span[0] < span[1]
 
 
 @final
@@ -191,22 +174,16 @@ def _grids(
     outline: StreamOutline, parts: Sequence[EncodedSegment], thumbnails: Sequence[tuple[bytes, ...]], spacing: float
 ) -> Iterator[Grid]:
     """The grids in order of time; in every layout the tokens of one modality are in the order of the segments."""
-    numbers = torch.nonzero(outline.modality == Modality.VISUAL)[:, 0].numpy()
-    first = 0
-    each = iter(thumbnails)
+    tokens = torch.nonzero(outline.modality == Modality.VISUAL)[:, 0].numpy()
+    images = iter(thumbnails)
     for part in parts:
         times, rows, columns = part.encoded.grid
+        last = part.encoded.start + part.encoded.seconds
         for number in range(times):
             start = part.encoded.start + number * spacing
-            yield Grid(
-                start=start,
-                end=min(start + spacing, part.encoded.start + part.encoded.seconds),
-                rows=rows,
-                columns=columns,
-                tokens=numbers[first : first + rows * columns],
-                thumbnails=next(each),
-            )
-            first += rows * columns
+            mine, tokens = np.split(tokens, [rows * columns])
+            end = min(start + spacing, last)
+            yield Grid(start=start, end=end, rows=rows, columns=columns, tokens=mine, thumbnails=next(images))
 
 
 def _sounds(outline: StreamOutline, parts: Sequence[EncodedSegment], source: FileSource) -> Sounds:

@@ -188,10 +188,12 @@ def stream_of(
     origin: str = "",
 ) -> Sample:
     """A sample with its questions in order; `seconds`: the shortest and longest length expected of the file."""
+    # 1. a user message and its answer per question
     turns = [
         (Message(role="user", content=one.prompt, at=one.at), Message(role="assistant", content=one.answer))
         for one in asked
     ]
+    # 2. the stream
     return Sample(
         id=name,
         video=video,
@@ -219,12 +221,14 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> list[tuple[str, Row]]:
     """The objects of a JSONL file, each with `file:line`; raises ManifestError."""
+    # 1. read the lines
     rows: list[tuple[str, Row]] = []
     problems: list[str] = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may contain other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
+    # 2. parse them, collecting problems
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -4,7 +4,7 @@ A new task is one file with a subclass of `AnnotatedBenchmark`, listed in omnime
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, final, runtime_checkable
@@ -123,11 +123,20 @@ class AnnotatedBenchmark(ABC):
 
     def gaps(self) -> list[Gap]:
         """Missing annotations, else missing videos."""
+        # 1. annotations
         annotations, videos = self.sources
         absent = [path for path in self.annotations if not path.is_file()]
         if absent:
             return [Gap(what=f"{path}", how=annotations) for path in absent]
-        return missing_videos(self.samples(), videos)
+        # 2. videos
+        samples = self.samples()
+        lost = [sample for sample in samples if sample.video is not None and not sample.video.is_file()]
+        files = list(dict.fromkeys(sample.video for sample in lost))
+        if not files:
+            return []
+        known = len({sample.video for sample in samples})
+        what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
+        return [Gap(what=what, how=videos, share=len(lost) / len(samples))]
 
     @final
     def samples(self) -> list[Sample]:
@@ -149,14 +158,3 @@ class AnnotatedBenchmark(ABC):
         samples = self.read(reader)
         reader.done(samples)
         return samples, reader.defects
-
-
-def missing_videos(samples: Sequence[Sample], how: str) -> list[Gap]:
-    """One gap for all missing videos."""
-    lost = [sample for sample in samples if sample.video is not None and not sample.video.is_file()]
-    files = list(dict.fromkeys(sample.video for sample in lost))
-    if not files:
-        return []
-    known = len({sample.video for sample in samples})
-    what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
-    return [Gap(what=what, how=how, share=len(lost) / len(samples))]

@@ -45,7 +45,7 @@ class RuleSet:
 
     def judge(self, question: Question, prediction: str) -> Verdict:
         """The verdict on a prediction for a multiple-choice question."""
-        letters = letters_of(question)
+        letters = LETTERS[: len(question.item.options)] or FOUR  # if the benchmark does not list them
         answer = self.read(prediction, letters)
         counted = {"answered": answer is not None, "written": prediction != "", "all": True}[self.denominator]
         return Verdict(
@@ -54,11 +54,6 @@ class RuleSet:
             counted=counted,
             bare=is_bare(prediction, letters),
         )
-
-
-def letters_of(question: Question) -> str:
-    """The letters of a question's options; four if the benchmark does not list them."""
-    return LETTERS[: len(question.item.options)] or FOUR
 
 
 def is_bare(prediction: str, letters: str) -> bool:

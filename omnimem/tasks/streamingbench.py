@@ -128,11 +128,13 @@ class StreamingBenchOptions(AnnotatedBenchmark):
 
     def _streams(self, path: Path, name: str, asked: Sequence[Asked], unpacked: Mapping[str, Path]) -> list[Sample]:
         """Streams of a video: up to its last question, or the minute before each."""
+        # 1. the video and the times of its questions
         stem, video = PurePosixPath(name).stem, path.parent / "videos" / name
         video = video if video.is_file() else unpacked.get(name, video)
         ends = sorted({one.at for one in asked if one.at is not None})
         if not ends:
             return []
+        # 2. one stream, or one per time
         if self.context == "all":
             return [stream_of(stem, video, asked, end=ends[-1], origin=f"{path}")]
         return [
