@@ -32,9 +32,9 @@ QUESTIONS = ("what was seen ?", "what was heard ?", "which colour ?")
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("films")
-    paths = [folder / f"film{number}.mp4" for number in range(len(SECONDS))]
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [folder / f"video{number}.mp4" for number in range(len(SECONDS))]
     for number, (path, seconds) in enumerate(zip(paths, SECONDS, strict=True)):
         write_mp4(draw_world(number, seconds), path)
     return paths
@@ -51,9 +51,9 @@ def attached(backbone: Backbone) -> Iterator[StreamedAttention]:
         yield attached
 
 
-def sample(film: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS), *, name: str = "") -> Sample:
-    """A film with a question at each time."""
-    name = name or film.stem
+def sample(video: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS), *, name: str = "") -> Sample:
+    """A video with a question at each time."""
+    name = name or video.stem
     turns = [
         (
             Message(role="user", content=QUESTIONS[number % len(QUESTIONS)], at=at),
@@ -65,7 +65,7 @@ def sample(film: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS),
         Item(id=f"{name}/{number}", categories={"topic": ("one", "two")[: number + 1]}) for number in range(len(times))
     )
     return Sample(
-        id=name, video=film, audio=None, messages=tuple(m for turn in turns for m in turn), items=items, cluster="day"
+        id=name, video=video, audio=None, messages=tuple(m for turn in turns for m in turn), items=items, cluster="day"
     )
 
 
@@ -107,7 +107,7 @@ def arm_of(attached: StreamedAttention, slots: int | None = 12, **settings: Any)
 
 
 def lines_of(folder: Path) -> list[Line]:
-    """The results, without what differs from run to run."""
+    """The results, without measurements that differ between runs."""
     lines = [json.loads(line) for line in (folder / "given.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
@@ -117,7 +117,7 @@ def kept_of(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if key != "cost"}
 
 
-def test_a_stream_is_read_once_for_all_its_questions(backbone, attached, films, tmp_path, monkeypatch) -> None:
+def test_a_stream_is_read_once_for_all_its_questions(backbone, attached, videos, tmp_path, monkeypatch) -> None:
     read: list[str] = []
     begin = FileSource.__init__
 
@@ -127,22 +127,22 @@ def test_a_stream_is_read_once_for_all_its_questions(backbone, attached, films, 
         self._read_frames = lambda: (read.append(self.path.stem), read_frames())[1]
 
     monkeypatch.setattr(FileSource, "__init__", counted)
-    asked = [sample(films[0], (2.0, 5.0, None, None)), sample(films[1])]
+    asked = [sample(videos[0], (2.0, 5.0, None, None)), sample(videos[1])]
     summary = evaluation(backbone, attached).run(arm_of(attached), Given(asked), tmp_path)
-    assert read == ["film0", "film1"]
+    assert read == ["video0", "video1"]
     assert summary["n"] == 7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
-def test_results_are_the_same_in_1_2_or_3_shards(backbone, attached, films, tmp_path, size) -> None:
-    asked = Given([sample(film) for film in films])
+def test_results_are_the_same_in_1_2_or_3_shards(backbone, attached, videos, tmp_path, size) -> None:
+    asked = Given([sample(video) for video in videos])
     judge = evaluation(backbone, attached, batch_size=size)
     whole = judge.run(arm_of(attached), asked, tmp_path / "1")
     for count in (2, 3):
         folder = tmp_path / str(count)
         items = {judge.answer(arm_of(attached), asked, folder, shard=Shard(index=i, count=count)) for i in range(count)}
-        assert items == {-(-len(films) // size)}
+        assert items == {-(-len(videos) // size)}
         assert not (folder / "given.jsonl").exists()
         assert judge.missing(asked, folder) == 0
         assert kept_of(judge.conclude(asked, folder)) == kept_of(whole)
@@ -151,8 +151,8 @@ def test_results_are_the_same_in_1_2_or_3_shards(backbone, attached, films, tmp_
 
 
 @pytest.mark.slow
-def test_decoding_ahead_and_the_cache_change_nothing(backbone, attached, films, tmp_path) -> None:
-    asked = Given([sample(film, (3.0, None)) for film in films[:3]])
+def test_decoding_ahead_and_the_cache_change_nothing(backbone, attached, videos, tmp_path) -> None:
+    asked = Given([sample(video, (3.0, None)) for video in videos[:3]])
     for name, judge in {
         "here": evaluation(backbone, attached),
         "ahead": evaluation(backbone, attached, decoders=1),
@@ -165,15 +165,15 @@ def test_decoding_ahead_and_the_cache_change_nothing(backbone, attached, films, 
 
 
 class Killed(BaseException):
-    """Stands for the end of a process: nothing may catch it."""
+    """The end of a process, which no code may catch."""
 
 
 @pytest.mark.parametrize("trial", range(4))
 def test_an_interrupted_evaluation_answers_each_question_once(
-    backbone, attached, films, tmp_path, monkeypatch, trial
+    backbone, attached, videos, tmp_path, monkeypatch, trial
 ) -> None:
     drawn = random.Random(trial)
-    asked = Given([sample(film) for film in films[:3]])
+    asked = Given([sample(video) for video in videos[:3]])
     judge, at = evaluation(backbone, attached, batch_size=drawn.choice((1, 2))), drawn.randrange(9)
     whole = kept_of(judge.run(arm_of(attached), asked, tmp_path / "whole"))
 
@@ -194,22 +194,22 @@ def test_an_interrupted_evaluation_answers_each_question_once(
 
 
 @pytest.fixture
-def spoilt(films: list[Path], tmp_path: Path) -> list[Path]:
-    """Four films: the second one breaks off, the fourth is gone."""
+def damaged(videos: list[Path], tmp_path: Path) -> list[Path]:
+    """Four videos: the second one breaks off, the fourth is gone."""
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(films[1].read_bytes()[:-1500])
-    return [films[0], cut, films[2], tmp_path / "gone.mp4"]
+    cut.write_bytes(videos[1].read_bytes()[:-1500])
+    return [videos[0], cut, videos[2], tmp_path / "gone.mp4"]
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"decoders": 1}])
-def test_a_bad_file_costs_its_questions_and_says_why(backbone, attached, spoilt, tmp_path, options) -> None:
+def test_a_bad_file_fails_its_questions_with_the_reason(backbone, attached, damaged, tmp_path, options) -> None:
     judge = evaluation(backbone, attached, max_failures=0.5, **options)
-    summary = judge.run(arm_of(attached), Given([sample(film) for film in spoilt]), tmp_path)
+    summary = judge.run(arm_of(attached), Given([sample(video) for video in damaged]), tmp_path)
     lines = lines_of(tmp_path)
-    assert [line["id"] for line in lines] == [f"{f.stem}/{n}" for f in spoilt for n in range(3)]
+    assert [line["id"] for line in lines] == [f"{f.stem}/{n}" for f in damaged for n in range(3)]
     failed = {line["stream"]: (line["failed"], line["message"]) for line in lines if line.get("failed")}
     assert {stream: reason for stream, (reason, _) in failed.items()} == {"cut": "truncated", "gone": "missing"}
-    assert failed["gone"][1] == f"{spoilt[3]}: is not a file; check the path"
+    assert failed["gone"][1] == f"{damaged[3]}: is not a file; check the path"
     assert summary["failed"] == {"truncated": 3, "missing": 3}
     answered = [line for line in lines if not line.get("failed")]
     right = sum(line["correct"] for line in answered)
@@ -218,11 +218,11 @@ def test_a_bad_file_costs_its_questions_and_says_why(backbone, attached, spoilt,
     assert summary["no_answer"] >= 0.5
 
 
-def test_a_file_that_breaks_off_costs_the_questions_before_that_too(backbone, attached, films, tmp_path) -> None:
-    whole = films[2].read_bytes()
+def test_a_truncated_file_fails_the_questions_before_its_end_too(backbone, attached, videos, tmp_path) -> None:
+    whole = videos[2].read_bytes()
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(whole)
-    with broken.open("r+b") as file:  # the container is whole, its pictures are not
+    with broken.open("r+b") as file:  # the container is whole, its frames are not
         file.seek(whole.index(b"mdat") + 4 + 2 * len(whole) // 5)
         file.write(os.urandom(len(whole) // 2))
     asked = Given([sample(broken, (2.0, None))])
@@ -232,8 +232,8 @@ def test_a_file_that_breaks_off_costs_the_questions_before_that_too(backbone, at
         assert sum(summary["failed"].values()) == 2
 
 
-def test_too_many_bad_files_stop_the_evaluation_in_any_number_of_shards(backbone, attached, spoilt, tmp_path) -> None:
-    asked = Given([sample(film) for film in spoilt])
+def test_too_many_bad_files_stop_the_evaluation_in_any_number_of_shards(backbone, attached, damaged, tmp_path) -> None:
+    asked = Given([sample(video) for video in damaged])
     judge, what = (
         evaluation(backbone, attached, max_failures=0.25),
         "2 of 4 samples failed, more than max_failures = 0.25",
@@ -246,22 +246,22 @@ def test_too_many_bad_files_stop_the_evaluation_in_any_number_of_shards(backbone
         judge.conclude(asked, tmp_path / "shards")
 
 
-def test_a_file_that_is_there_again_is_tried_again(backbone, attached, films, tmp_path) -> None:
-    film = tmp_path / "film.mp4"
-    asked = Given([sample(films[0]), sample(film)])
+def test_a_restored_file_is_read_again(backbone, attached, videos, tmp_path) -> None:
+    video = tmp_path / "video.mp4"
+    asked = Given([sample(videos[0]), sample(video)])
     judge = evaluation(backbone, attached, max_failures=0.5)
     assert judge.run(arm_of(attached), asked, tmp_path / "out")["failed"] == {"missing": 3}
-    film.write_bytes(films[1].read_bytes())
+    video.write_bytes(videos[1].read_bytes())
     assert judge.run(arm_of(attached), asked, tmp_path / "out")["failed"] == {}
     assert not any(line.get("failed") for line in lines_of(tmp_path / "out"))
 
 
-def test_a_question_on_the_way_never_sees_what_comes_later(backbone, attached, tmp_path) -> None:
-    """Two films that are the same for eight seconds and then are not: all that is known at 5 s is the same."""
+def test_a_question_during_the_stream_sees_nothing_after_it(backbone, attached, tmp_path) -> None:
+    """Two videos that are the same for eight seconds and then are not: all that is known at 5 s is the same."""
     judge, times = evaluation(backbone, attached), (3.0, 5.0, None)
     for name, later in (("one", 21), ("two", 22)):
         write_joined(tmp_path / f"{name}.mp4", first=3, later=later)
-        asked = Given([sample(tmp_path / f"{name}.mp4", times, name="film")])
+        asked = Given([sample(tmp_path / f"{name}.mp4", times, name="video")])
         judge.run(arm_of(attached), asked, tmp_path / name)
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
     assert one[:2] == two[:2]
@@ -270,7 +270,7 @@ def test_a_question_on_the_way_never_sees_what_comes_later(backbone, attached, t
     states = [logits_at(backbone, attached, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
-    assert not torch.equal(states[0][2], states[1][2]), "the films end alike, so nothing was shown"
+    assert not torch.equal(states[0][2], states[1][2]), "the videos end alike, so the test shows nothing"
 
 
 def write_joined(path: Path, *, first: int, later: int) -> None:
@@ -283,13 +283,13 @@ def write_joined(path: Path, *, first: int, later: int) -> None:
             ([frame for _, frame in read_frames(part, fps=8.0)], read_audio(part) * (0.2 if number == 0 else 1.0))
         )
     with av.open(str(path), "w") as file:
-        pictures, sounds = file.add_stream("mpeg4", rate=8), file.add_stream("aac", rate=16000, layout="mono")
-        pictures.width = pictures.height = parts[0][0][0].shape[1]
-        pictures.pix_fmt, pictures.gop_size = "yuv420p", 1
+        images, sounds = file.add_stream("mpeg4", rate=8), file.add_stream("aac", rate=16000, layout="mono")
+        images.width = images.height = parts[0][0][0].shape[1]
+        images.pix_fmt, images.gop_size = "yuv420p", 1
         for frame in (frame for frames, _ in parts for frame in frames):
             image = av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")
-            file.mux(pictures.encode(image))
-        file.mux(pictures.encode(None))
+            file.mux(images.encode(image))
+        file.mux(images.encode(None))
         sound = torch.cat([heard[: 8 * 16000] for _, heard in parts])
         for samples in sound.split(1024):
             block = av.AudioFrame.from_ndarray(samples[None].numpy(), format="fltp", layout="mono")
@@ -299,10 +299,10 @@ def write_joined(path: Path, *, first: int, later: int) -> None:
 
 
 def logits_at(
-    backbone: Backbone, attached: StreamedAttention, film: Path, times: Sequence[float | None]
+    backbone: Backbone, attached: StreamedAttention, video: Path, times: Sequence[float | None]
 ) -> list[torch.Tensor]:
-    """What the model would say at each time."""
-    judge, asked = evaluation(backbone, attached), sample(film, times)
+    """Logits at each time."""
+    judge, asked = evaluation(backbone, attached), sample(video, times)
     feeder = judge.feeder
     found: list[torch.Tensor] = []
     with torch.no_grad():
@@ -313,8 +313,8 @@ def logits_at(
     return found
 
 
-def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attached, films, tmp_path) -> None:
-    asked = Given([sample(films[0], (4.0, 8.0, 8.9, 5000.0))])
+def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attached, videos, tmp_path) -> None:
+    asked = Given([sample(videos[0], (4.0, 8.0, 8.9, 5000.0))])
     summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     lines = lines_of(tmp_path)
     assert [line["stream_seconds"] for line in lines] == [4.0, 8.0, 8.0, 8.0]
@@ -322,7 +322,7 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attac
         {"rule": "known", "where": "somewhere", "what": "handled"},
         {
             "rule": "time_stamp",
-            "where": "film0/3",
+            "where": "video0/3",
             "what": "asked at 5000 s of a stream that ends at 8.0 s; asked at its end",
         },
     ]
@@ -330,11 +330,11 @@ def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attac
     assert len(blind["defects"]) == 1
 
 
-def test_a_line_says_what_was_asked_seen_kept_and_spent(backbone, attached, films, tmp_path) -> None:
-    asked = Given([sample(films[2], (5.0, None))])
+def test_a_line_holds_question_input_memory_and_cost(backbone, attached, videos, tmp_path) -> None:
+    asked = Given([sample(videos[2], (5.0, None))])
     summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     early, late = (json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines())
-    assert (early["video"], early["stream"], early["at"]) == ("day", "film2", 5.0)
+    assert (early["video"], early["stream"], early["at"]) == ("day", "video2", 5.0)
     assert early["categories"] == {"topic": ["one"]}
     assert early["tokens_in"] == {"audio": 4, "visual": 32}
     assert late["tokens_in"] == {"audio": 12, "visual": 96}
@@ -349,13 +349,13 @@ def test_a_line_says_what_was_asked_seen_kept_and_spent(backbone, attached, film
     assert cost["peak_memory"] is None or cost["peak_memory"] > 50e6
 
 
-@pytest.mark.parametrize("at", ["end", "way"])
-def test_many_questions_at_one_time_take_several_passes(backbone, attached, films, tmp_path, monkeypatch, at) -> None:
+@pytest.mark.parametrize("at", ["end", "during"])
+def test_many_questions_at_one_time_take_several_passes(backbone, attached, videos, tmp_path, monkeypatch, at) -> None:
     times = [None if at == "end" else 4.0] * 5
     asked = (
-        Given([sample(films[0], times), sample(films[1], [*times[:1]])])
+        Given([sample(videos[0], times), sample(videos[1], [*times[:1]])])
         if at == "end"
-        else Given([sample(films[0], times)])
+        else Given([sample(videos[0], times)])
     )
     size = 2 if at == "end" else 1
     evaluation(backbone, attached, batch_size=size).run(arm_of(attached), asked, tmp_path / "one")
@@ -364,8 +364,8 @@ def test_many_questions_at_one_time_take_several_passes(backbone, attached, film
     assert lines_of(tmp_path / "one") == lines_of(tmp_path / "three")
 
 
-def test_a_trace_counts_what_every_layer_holds(backbone, attached, films, tmp_path) -> None:
-    evaluation(backbone, attached).run(arm_of(attached), Given([sample(films[2])]), tmp_path)
+def test_a_trace_counts_the_tokens_in_every_layer(backbone, attached, videos, tmp_path) -> None:
+    evaluation(backbone, attached).run(arm_of(attached), Given([sample(videos[2])]), tmp_path)
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert trace["chunk_ends"] == [4.0, 8.0, 12.0]
     assert trace["arrived"] == {"audio": [2] * 6, "visual": [16] * 6}

@@ -100,7 +100,7 @@ def test_the_adapter_has_the_size_that_peft_gives_it() -> None:
     assert trained == 2 * sum(lora.r * sum(text.projection(name)) for name in lora.targets)
 
 
-def test_what_waits_hangs_on_how_far_gradient_reaches() -> None:
+def test_memories_in_the_graph_depend_on_gradient_and_horizon() -> None:
     """Layer inputs of 7B are 3584 wide in bf16; a chunk has LOAD's tokens."""
     load = replace(LOAD, chunks=5)
     full = rows_of(load)

@@ -59,7 +59,7 @@ def test_rows_of_equal_length_need_no_filling() -> None:
     assert all(torch.equal(a, b) for a, b in zip(rows.tensors(), rows_of(listed, HEADS).tensors(), strict=True))
 
 
-def test_a_stream_is_charged_for_what_its_heads_hold_and_for_one_owner_a_pair() -> None:
+def test_a_stream_is_charged_for_what_its_heads_hold_and_for_one_owner_per_pair() -> None:
     alone = [packed(Tokens.of([part[:3] for part in ragged(seed).tensors()]), HEADS) for seed in (0, 1)]
     for tokens in alone:
         assert not bool((tokens.modality == ABSENT).any())
@@ -79,7 +79,7 @@ def test_a_batch_charges_what_its_streams_would_be_charged_alone() -> None:
     assert together.entries == pytest.approx(sum(memory.entries for memory in alone) / 2)
 
 
-def test_a_layer_that_has_nothing_yet_gives_empty_rows() -> None:
+def test_an_empty_layer_gives_empty_rows() -> None:
     empty = Memory.empty(shape_of(HEADS), 2).layers[0]
     assert rows_of(empty, HEADS).keys.shape == (6, 1, 0, 6)
     assert rows_of(packed(rows_of(empty, HEADS), HEADS), HEADS).count == 0

@@ -48,7 +48,7 @@ def test_another_rank_does_not_take_the_folder_of_rank_0_for_an_old_run(tmp_path
 
 
 @pytest.mark.parametrize("broken", ["run.json", "config.yaml"])
-def test_a_run_that_ended_while_its_folder_was_made_goes_on_with_resume_auto(broken, tmp_path, monkeypatch) -> None:
+def test_a_run_killed_while_its_folder_was_created_continues_with_resume_auto(broken, tmp_path, monkeypatch) -> None:
     sound = run.write_text
 
     def full(path: Path, text: str) -> None:
@@ -112,7 +112,7 @@ def garble(path: Path) -> str:
 
 
 @pytest.mark.parametrize("harm", [shorten, flip, lose, unseal, garble])
-def test_a_damaged_checkpoint_is_passed_over_named_and_set_aside_and_refused_by_name(harm, tmp_path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named_and_refused_if_given(harm, tmp_path) -> None:
     folder = used(tmp_path)
     older, newest = checkpoint(folder, 9), checkpoint(folder, 10)
     what = harm(newest)
@@ -136,7 +136,7 @@ def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path
     assert run.plan("x", resume="auto", runs=tmp_path).checkpoint == older
 
 
-def test_a_half_written_checkpoint_is_removed_when_the_run_goes_on(tmp_path) -> None:
+def test_a_partial_checkpoint_is_removed_on_resume(tmp_path) -> None:
     folder = used(tmp_path)
     checkpoint(folder / ".partial", 3, whole=False)
     run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {})
@@ -176,7 +176,7 @@ def test_resume_from_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     assert run.plan("y", resume=str(other), runs=tmp_path).checkpoint == other
 
 
-def test_a_resumed_run_keeps_what_the_earlier_parts_were(tmp_path) -> None:
+def test_a_resumed_run_keeps_the_earlier_records(tmp_path) -> None:
     used(tmp_path)
     for seed in (2, 3):
         run.plan("x", resume="auto", runs=tmp_path).open("name: x\n", {"seed": seed})

@@ -160,7 +160,7 @@ def test_answers_that_are_all_right_still_have_an_interval() -> None:
     assert perfect.low == pytest.approx(exact)
 
 
-def test_the_summary_holds_what_the_design_promises(tmp_path) -> None:
+def test_the_summary_holds_all_accuracies_and_differences(tmp_path) -> None:
     run = write_run(tmp_path / "demo")
     summary = compare([run], tmp_path / "out", draws=500)
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -338,7 +338,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     return leaving.value.code
 
 
-def test_the_command_exits_with_2_and_one_line_a_problem(tmp_path, capsys, monkeypatch) -> None:
+def test_the_command_exits_with_2_and_one_line_per_problem(tmp_path, capsys, monkeypatch) -> None:
     folder = write_run(tmp_path / "run", ("tuned", "training_free"))
     arguments = [str(folder), "--out", str(tmp_path / "out")]
     assert run(arguments, monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""The inspector: what its book says is what the memory holds, its map is the layout's, its page shows exactly that."""
+"""The inspector: its log equals the memory, its tokens are placed as in the layout, its page holds both."""
 
 import base64
 import gzip
@@ -92,7 +92,7 @@ def followed(bench: Bench, name: str) -> Holding:
 
 
 def memories(bench: Bench, attached: StreamedAttention, name: str) -> list[list[Tokens]]:
-    """What each layer holds after every chunk of a stream that nobody watches."""
+    """The tokens of each layer after every chunk of a stream without recorder."""
     policy = bench.feeder.with_oracle(POLICIES[name].build(BUDGET), [bench.reading.opened])
     stream, found = bench.feeder.stream(attached, policy), []
     with torch.no_grad():
@@ -103,14 +103,14 @@ def memories(bench: Bench, attached: StreamedAttention, name: str) -> list[list[
 
 
 def by_head(tokens: Tokens, heads: int) -> list[list[int]]:
-    """Places of the entries of each head, those that hold nothing left out."""
+    """Places of the entries of each head, without empty ones."""
     owner = tokens.owner[0, 0] if tokens.owner.shape[1] else torch.zeros_like(tokens.modality[0])
     there = tokens.modality[0] >= 0
     return [((owner == head) & there).nonzero()[:, 0].tolist() for head in range(heads)]
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_is_held_after_each_chunk_are_the_memorys_own_arrival_numbers(bench, name) -> None:
+def test_held_tokens_are_the_arrival_numbers_in_the_memory(bench, name) -> None:
     holding = followed(bench, name)
     with attach(bench.feeder.backbone.text_model) as attached:
         found = memories(bench, attached, name)
@@ -144,7 +144,7 @@ def test_held_and_merged_entries_count_as_the_memory_counts(bench, name) -> None
                 assert counts[kind] == pytest.approx((held[layer][:, kinds == kind].sum() + alive) / heads)
 
 
-def test_what_was_sifted_out_was_never_read_and_what_was_read_has_a_last_chunk_or_none(bench) -> None:
+def test_prefiltered_tokens_are_unread_and_others_have_a_last_chunk(bench) -> None:
     uniform, plain = followed(bench, "input_uniform"), followed(bench, "omnimem")
     policy = bench.feeder.with_oracle(POLICIES["input_uniform"].build(BUDGET), [bench.reading.opened])
     text = bench.reading.tokens - len(bench.reading.sounds.tokens) - sum(len(g.tokens) for g in bench.reading.grids)
@@ -197,7 +197,7 @@ def unpacked(data: dict[str, Any], key: str, kind: str) -> np.ndarray:
     return np.frombuffer(gzip.decompress(base64.b64decode(data[key])), kind)
 
 
-def test_the_page_holds_exactly_what_was_read_and_held(bench) -> None:
+def test_the_page_holds_the_snapshot_and_the_holdings(bench) -> None:
     reading, holdings = bench.reading, [followed(bench, "streammem_heads"), followed(bench, "omnimem")]
     data = page_of(reading, holdings)
     for side, holding in zip(data["sides"], holdings, strict=True):
@@ -212,8 +212,8 @@ def test_the_page_holds_exactly_what_was_read_and_held(bench) -> None:
     assert unpacked(data["sounds"], "starts", "<f4").tolist() == reading.sounds.starts.tolist()
     assert unpacked(data["sounds"], "ends", "<f4").tolist() == reading.sounds.ends.tolist()
     assert unpacked(data["sounds"], "peaks", "u1").tolist() == reading.sounds.peaks.tolist()
-    pictures = [picture for grid in reading.grids for picture in grid.thumbnails]
-    assert [base64.b64decode(text) for text in data["thumbnails"]] == pictures
+    images = [image for grid in reading.grids for image in grid.thumbnails]
+    assert [base64.b64decode(text) for text in data["thumbnails"]] == images
     assert data["needles"] == list(reading.needles)
     asked = {(question.text, question.answer): span for question, span in _evidence(bench.sample)}
     assert {(m["question"], m["answer"]): [m["start"], m["end"]] for m in data["marks"]} == asked
@@ -225,7 +225,7 @@ def _evidence(sample: Sample) -> Sequence[tuple[Any, list[int]]]:
     return list(zip(sample.questions, sample.meta["evidence"], strict=True))
 
 
-def test_the_page_is_whole_by_itself_and_asks_nobody_for_anything(bench) -> None:
+def test_the_page_is_self_contained(bench) -> None:
     text = whole_page(bench.reading, [followed(bench, "omnimem"), followed(bench, "snapkv")])
     page = Page(text)
     assert page.open == []
@@ -317,7 +317,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(place, arguments, said, capsys, m
         ({"needles": [["1"]]}, "got ['1']"),
     ],
 )
-def test_marks_that_are_none_are_refused(bench, meta, said) -> None:
+def test_invalid_marks_are_refused(bench, meta, said) -> None:
     with pytest.raises(ManifestError) as refused:
         read(bench.feeder, replace(bench.sample, meta=meta))
     assert said in str(refused.value)

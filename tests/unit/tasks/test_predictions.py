@@ -57,7 +57,7 @@ def changed(path: Path, target: Path, changes: Sequence[dict[str, Any]]) -> Path
 
 
 @pytest.mark.parametrize("workbook", [False, True])
-def test_our_verdicts_are_theirs_question_by_question_under_their_rules(workbook, video_mme, lvbench, tmp_path) -> None:
+def test_verdicts_equal_those_of_the_tools_for_every_question(workbook, video_mme, lvbench, tmp_path) -> None:
     table = as_workbook(VLMEVALKIT, tmp_path / "model_Video-MME_score.xlsx") if workbook else VLMEVALKIT
     for path, benchmark, right in (
         (LMMS_VIDEO_MME, VideoMMEOptions(root=video_mme, rules="lmms_eval"), 5),
@@ -105,7 +105,7 @@ def test_older_samples_are_known_by_the_annotation_in_them(lvbench, tmp_path) ->
     assert [*found.predictions] == ["57", "55", "56"]
 
 
-def test_a_prediction_with_the_ends_of_lines_that_json_lets_stand_is_read_whole(lvbench, tmp_path) -> None:
+def test_line_ends_within_a_prediction_do_not_cut_it(lvbench, tmp_path) -> None:
     said = "C\u2028because\x85of it"  # as lmms-eval writes it: ensure_ascii=False
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [{"filtered_resps": [said]}])
     assert said in {one.text for one in found_in(file, LVBenchOptions(root=lvbench)).predictions.values()}
@@ -141,7 +141,7 @@ def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(changes,
         ("x.xlsx", "no workbook", "cannot be read"),
     ],
 )
-def test_a_file_that_neither_tool_wrote_is_refused(name, text, problem, tmp_path) -> None:
+def test_a_file_of_neither_tool_is_refused(name, text, problem, tmp_path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ManifestError, match=problem.replace(".", r"\.")):
         read_predictions(tmp_path / name)
