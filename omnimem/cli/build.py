@@ -1,8 +1,9 @@
 """Builds the parts of a run from its configuration: feeder, budgets, policies."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import final
 
 from tqdm import tqdm
 
@@ -18,8 +19,21 @@ from omnimem.run import RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
+from omnimem.tuning import StreamedModel
 
 CACHE = Path(".cache/encoded")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The objects that training and evaluation share."""
+
+    backbone: Backbone
+    model: StreamedModel
+    attached: StreamedAttention
+    feeder: Feeder
+    policies: Policies
 
 
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
@@ -44,13 +58,17 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
         _check_policy(run, budget, folder.budget)
         return budget
     # 2. measure or build, and write
-    if run.memory.budget.needs_signals:
-        budget = measured_budget(run, attached, feeder, training_samples(run))
-    else:
-        built = run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
-        budget = replace(built, provenance={**built.provenance, "settings": budget_settings(run)})
+    budget = new_budget(run, attached, feeder)
     budget.write(folder.budget)
     return budget
+
+
+def new_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> Budget:
+    """The run's budget, measured or built."""
+    if run.memory.budget.needs_signals:
+        return measured_budget(run, attached, feeder, training_samples(run))
+    built = run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
+    return replace(built, provenance={**built.provenance, "settings": budget_settings(run)})
 
 
 def _check_policy(run: RunConfig, budget: Budget, file: Path) -> None:

@@ -30,6 +30,7 @@ from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.streaming.feeder import IGNORED, tracks_of
 from omnimem.tokens import Modality
+from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
 
@@ -312,7 +313,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         frame=facts.frame,
         frames_per_segment=shapes.geometry.segment(run.stream.fps)[1],
         half=bool(run.train.get("bf16") or run.train.get("fp16")),
-        stage=_stage(run),
+        stage=stage_of(run.train),
         ranks=int(os.environ.get("WORLD_SIZE", "1")),
         batch=batch,
         recompute=run.tuning.recompute,
@@ -338,13 +339,6 @@ def _deepspeed(run: RunConfig) -> str:
     if given is None:
         return "none: training on one device"
     return json.dumps(given if isinstance(given, dict) else json.loads(Path(given).read_text()))
-
-
-def _stage(run: RunConfig) -> int | None:
-    """The ZeRO stage; None without DeepSpeed."""
-    if run.train.get("deepspeed") is None:
-        return None
-    return int(json.loads(_deepspeed(run)).get("zero_optimization", {}).get("stage", 0))
 
 
 def _section(title: str, lines: Iterable[str]) -> None:

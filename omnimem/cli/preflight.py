@@ -16,13 +16,11 @@ from typing import get_args
 
 import torch
 
-from omnimem.cli.build import Policies
+from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media.container import Reason
-from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.feeder import Feeder
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 PROBED = 512  # samples whose files are opened; of the others only existence is checked
@@ -99,21 +97,14 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     yield f"disk: {needs}; {free / 1e6:,.1f} MB are free"
 
 
-def rehearse(
-    run: RunConfig,
-    attached: StreamedAttention,
-    feeder: Feeder,
-    policies: Policies,
-    model: StreamedModel,
-    sample: Sample,
-    batch: int,
-) -> str:
+def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     """A batch of one sample through forward and backward at the largest budget and chunk size; a line about its cost.
 
     Raises ConfigError if memory does not suffice, MediaError if the sample cannot be read, LayoutError if a chunk size
     that may be drawn is too small.
     """
     # 1. the largest settings that may be drawn
+    model, attached, feeder = parts.model, parts.attached, parts.feeder
     drawn = run.tuning.slots(run.memory.slots_per_layer)
     slots = None if None in drawn else max(slots for slots in drawn if slots is not None)
     chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
@@ -135,7 +126,7 @@ def rehearse(
                 attached,
                 feeder,
                 [opened] * batch,
-                policy_in_training(run.tuning, policies(slots)),
+                policy_in_training(run.tuning, parts.policies(slots)),
                 softness=softness,
                 carry=gradient_of(run.tuning, attached.shape.layers),
                 losses=run.tuning.loss.losses,

@@ -20,7 +20,7 @@ from torch import distributed
 
 from omnimem.evaluation import EvaluationError, Shard
 
-LONGEST = timedelta(days=30)  # wait of the first rank for the last one
+LONGEST = timedelta(days=30)  # time-out of the wait for the slowest rank
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
 SHOWN = 15  # lines of a failed helper
 
@@ -57,47 +57,40 @@ class LocalWorkers(Workers):
     def work(self) -> Iterator[Shard]:
         own, *others = (Shard(index=index, count=self._processes) for index in range(self._processes))
         if others:
-            threads = max(1, _cores() // self._processes)
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+            threads = max(1, cores // self._processes)
             torch.set_num_threads(min(threads, torch.get_num_threads()))
         with ExitStack() as stack:
-            helpers = [_Helper(shard, self._arguments) for shard in others]
-            for helper in helpers:
-                stack.callback(helper.end)
+            joins = [stack.enter_context(_helper(shard, self._arguments)) for shard in others]
             yield own
-            for helper in helpers:
-                helper.join()
+            for join in joins:
+                join()
 
 
-@final
-class _Helper:
-    """Another process of `omnimem evaluate`; it ends with this one."""
+@contextmanager
+def _helper(shard: Shard, arguments: Sequence[str]) -> Iterator[Callable[[], None]]:
+    """Another process of `omnimem evaluate`, killed at the end of the block; yields a function that waits for it.
 
-    def __init__(self, shard: Shard, arguments: Sequence[str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
-        environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-        environment |= {"LOCAL_RANK": str(shard.index), "OMNIMEM_LAUNCHER": str(os.getpid())}
-        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "omnimem", "evaluate", *arguments, "--shard", str(shard)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            env=environment,
-        )
+    The function raises EvaluationError with the last lines of the process if it failed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    environment |= {"LOCAL_RANK": str(shard.index), "OMNIMEM_LAUNCHER": str(os.getpid())}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    command = [sys.executable, "-m", "omnimem", "evaluate", *arguments, "--shard", str(shard)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
-    def join(self) -> None:
-        """Wait for its end; raises EvaluationError with its last lines if it failed."""
-        code = self._process.wait()
-        if code:
-            self._log.seek(0)
-            last = self._log.read().splitlines()[-SHOWN:]
-            raise EvaluationError("\n".join([f"a helper process ended with exit code {code}:", *last]))
+        def join() -> None:
+            if code := process.wait():
+                log.seek(0)
+                last = log.read().splitlines()[-SHOWN:]
+                raise EvaluationError("\n".join([f"a helper process ended with exit code {code}:", *last]))
 
-    def end(self) -> None:
-        """Kill it if it is still running."""
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
+        try:
+            yield join
+        finally:
+            process.kill()
+            process.wait()
 
 
 @final
@@ -158,8 +151,3 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-
-
-def _cores() -> int:
-    """Number of cores available to this process."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

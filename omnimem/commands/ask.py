@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SharedBudget
@@ -130,19 +130,12 @@ def source_of(video: str, feeder: Feeder) -> Source:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """Answers at one time and their cost; entries and bytes are those of the memory that they were read from."""
+    """Answers at one time and their cost."""
 
     at: float | None  # the requested time
     seen: float  # seconds of the stream read so far
     answers: list[str]
-    arrived: dict[Modality, int]
-    kept: dict[Modality, float]  # per layer, on average
-    layers: int
-    entries: int | float  # fractional if heads keep different tokens
-    bytes: int
-    reading: float  # seconds spent on reading the stream up to the question
-    first: float  # seconds from the question to the first token
-    total: float
+    cost: list[str]  # lines about tokens, memory and seconds
 
     def lines(self, questions: Sequence[str]) -> Iterator[str]:
         """The printed lines: the answer without its question if there is one question, at the end."""
@@ -151,11 +144,7 @@ class Reply:
         else:
             when = "" if self.at is None else f"at {self.at:g} s: "
             yield from (f"{when}{q} -> {a}" for q, a in zip(questions, self.answers, strict=True))
-        arrived = " + ".join(f"{self.arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
-        kept = " + ".join(f"{round(self.kept[kind], 1):g} {kind.name.lower()}" for kind in EVICTABLE)
-        yield f"  tokens in {self.seen:.4g} s: {arrived}; kept in each layer: {kept}"
-        yield f"  memory: {self.entries:,} entries in {self.layers} layers, {self.bytes:,} bytes"
-        yield f"  seconds: {self.reading:.2f} reading, {self.first:.3f} to the first token, {self.total:.3f} in all"
+        yield from (f"  {line}" for line in self.cost)
 
 
 @final
@@ -186,38 +175,30 @@ class Asking:
             yield self._reply(stream.fork(), at, seen, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
-        asked = time.perf_counter()
-        clock = Clock(self.feeder.backbone.head)
-        answers = self.feeder.answers(stream, self.questions, max_new_tokens=self.max_new_tokens, head=clock)
-        counts, layers = stream.memory.counts(), len(stream.memory.layers)
-        return Reply(
-            at=at,
-            seen=seen,
-            answers=answers,
-            arrived=dict(zip(Modality, stream.usage.tokens_in, strict=True)),
-            kept={kind: sum(layer[kind] for layer in counts) / layers for kind in Modality},
-            layers=layers,
-            entries=stream.memory.entries,
-            bytes=stream.memory.bytes,
-            reading=asked - started,
-            first=clock.first - asked,
-            total=time.perf_counter() - started,
-        )
+        # 1. answer, and record the time of the first logits
+        asked, first = time.perf_counter(), []
 
+        def head(hidden: Tensor) -> Tensor:
+            logits = self.feeder.backbone.head(hidden)
+            if not first:
+                logits.flatten()[0].item()  # waits for the GPU
+                first.append(time.perf_counter() - asked)
+            return logits
 
-@final
-class Clock:
-    """A head that records the time of the first logits."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.head, self.first = head, 0.0
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden)
-        if not self.first:
-            logits.flatten()[0].item()  # waits for the GPU
-            self.first = time.perf_counter()
-        return logits
+        answers = self.feeder.answers(stream, self.questions, max_new_tokens=self.max_new_tokens, head=head)
+        total = time.perf_counter() - started
+        # 2. cost, of the memory that the answers were read from
+        memory, counts, layers = stream.memory, stream.memory.counts(), len(stream.memory.layers)
+        arrived = dict(zip(Modality, stream.usage.tokens_in, strict=True))
+        kept = {kind: round(sum(layer[kind] for layer in counts) / layers, 1) for kind in EVICTABLE}
+        tokens = " + ".join(f"{arrived[kind]} {kind.name.lower()}" for kind in EVICTABLE)
+        held = " + ".join(f"{kept[kind]:g} {kind.name.lower()}" for kind in EVICTABLE)
+        cost = [
+            f"tokens in {seen:.4g} s: {tokens}; kept in each layer: {held}",
+            f"memory: {memory.entries:,} entries in {layers} layers, {memory.bytes:,} bytes",
+            f"seconds: {asked - started:.2f} reading, {first[0]:.3f} to the first token, {total:.3f} in all",
+        ]
+        return Reply(at=at, seen=seen, answers=answers, cost=cost)
 
 
 # --- command line

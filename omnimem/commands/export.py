@@ -9,11 +9,10 @@ is it renamed to DIR.
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import final
 
 import torch
 from torch import Tensor
@@ -63,17 +62,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{given.format}: {given.out}")
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class CheckedLogits:
-    """Logits of `ExportCheck` for the weights of the run."""
-
-    slots: int
-    evicting: Tensor  # under the exported policy
-    full: Tensor  # with full memory
-    untuned: Tensor  # of the base model, with full memory
-
-
 def write(tuned: TunedModel, kind: Kind, folder: Path) -> Exported:
     """Write and verify an export in `folder`. Raises AdapterError if the exported model differs."""
     exported, expected = _saved(tuned, kind, folder)
@@ -83,16 +71,16 @@ def write(tuned: TunedModel, kind: Kind, folder: Path) -> Exported:
     return exported
 
 
-def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, CheckedLogits]:
-    """Save weights, companion files and omnimem.json; returns the expected logits."""
+def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[str, Tensor]]:
+    """Save weights, companion files and omnimem.json; returns the logits of the run's own weights."""
     # 1. logits of the run's own weights
     backbone = load_backbone(tuned.run.model)
     base = BaseModel.of(tuned.run.model.path)
     exported = tuned.exported(kind, base)
     check = ExportCheck(backbone, exported)
-    untuned = check.logits(None)
+    logits = {"untuned": check.logits(None)}
     adapted = load_adapter(backbone.model, tuned.adapter)
-    full = check.logits(None)
+    logits["full"] = check.logits(None)
     # 2. save
     if kind == "merged":
         adapted.merge_and_unload(safe_merge=True)
@@ -102,11 +90,10 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, Check
             shutil.copyfile(tuned.adapter / name, folder / name)
     _copy_companions(base.folder, folder)
     exported.write(folder)
-    evicting = check.logits(check.slots)
-    return exported, CheckedLogits(slots=check.slots, evicting=evicting, full=full, untuned=untuned)
+    return exported, {**logits, "evicting": check.logits(check.slots)}
 
 
-def _verified(folder: Path, expected: CheckedLogits) -> dict[str, float | int]:
+def _verified(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, float | int]:
     """Differences between the logits of the exported model and the expected ones."""
     exported = Exported.read(folder)
     backbone = load_backbone(exported.model)
@@ -115,10 +102,10 @@ def _verified(folder: Path, expected: CheckedLogits) -> dict[str, float | int]:
     check = ExportCheck(backbone, exported)
     measured = {
         "tokens": check.tokens,
-        "slots_per_layer": expected.slots,
-        "difference": difference(expected.full, check.logits(None)),
-        "difference_evicting": difference(expected.evicting, check.logits(expected.slots)),
-        "adapter_effect": difference(expected.full, expected.untuned),
+        "slots_per_layer": check.slots,
+        "difference": difference(expected["full"], check.logits(None)),
+        "difference_evicting": difference(expected["evicting"], check.logits(check.slots)),
+        "adapter_effect": difference(expected["full"], expected["untuned"]),
     }
     _require_same(measured, exported)
     return measured

@@ -7,10 +7,10 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import ceil, inf
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
-from omnimem.cli.build import Policies, budget_of, feeder_of, policies_of, training_samples
+from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples
 from omnimem.cli.dry_run import preview
 from omnimem.cli.environment import prepare_process, world_size
 from omnimem.cli.parser import Parser, rank
@@ -32,7 +32,7 @@ from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
-from omnimem.streaming.attach import StreamedAttention, attach
+from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import OwnSettings, train_section, training_arguments
 from omnimem.training.logging import Progress, callbacks_of
@@ -140,7 +140,7 @@ def report(line: str) -> None:
 
 
 def rehearse_run(
-    run: RunConfig, folder: RunFolder, parts: "Parts", longest: Sample, settings: TrainingArguments, saves: int
+    run: RunConfig, folder: RunFolder, parts: Parts, longest: Sample, settings: TrainingArguments, saves: int
 ) -> None:
     """The part of the preflight that needs the model; under ZeRO-3 no rank can take a step alone."""
     for line in check_run(run, parts.model, folder.path, saves):
@@ -149,7 +149,7 @@ def rehearse_run(
         report("step: not tried, since under ZeRO-3 no process holds the whole model")
     else:
         batch = settings.per_device_train_batch_size
-        report(rehearse(run, parts.attached, parts.feeder, parts.policies, parts.model, longest, batch))
+        report(rehearse(run, parts, longest, batch))
 
 
 def checkpoint_count(settings: TrainingArguments, samples: int) -> int:
@@ -163,18 +163,6 @@ def checkpoint_count(settings: TrainingArguments, samples: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- building
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The objects that training and evaluation share."""
-
-    backbone: Backbone
-    model: StreamedModel
-    attached: StreamedAttention
-    feeder: Feeder
-    policies: Policies
 
 
 def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, StreamedModel, Feeder]:

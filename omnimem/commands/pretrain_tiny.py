@@ -279,13 +279,6 @@ def train_stage(
     return stage.steps
 
 
-def train_towers(trainee: Trainee) -> None:
-    """Train both towers; the text model is frozen."""
-    for stage in TOWER_STAGES:
-        for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
-            trainee.log.write(stage=stage.name, **record)
-
-
 @torch.no_grad()
 def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str, float]]:
     """Accuracy by kind of question on new streams, straight from the renderer ("direct") and through "mp4" files."""
@@ -327,8 +320,10 @@ def main(arguments: Sequence[str]) -> None:
     # 1. and 2. recall in embedding space, without and with the chat template
     train_recall(trainee, RECALL)
     train_recall(trainee, CHAT)
-    # 3. the towers
-    train_towers(trainee)
+    # 3. the towers; the text model is frozen
+    for stage in TOWER_STAGES:
+        for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
+            trainee.log.write(stage=stage.name, **record)
     check(trainee, seconds=64, streams=32)
     # 4. recall from the towers' outputs
     train_recall(trainee, (REAL,))

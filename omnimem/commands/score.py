@@ -53,12 +53,13 @@ def _lines(benchmark: Benchmark, samples: Sequence[Sample], found: Matched) -> I
     for sample in samples:
         for question in sample.questions:
             prediction = found.predictions.get(question.item.id)
+            prompt = (prediction and (prediction.prompt or prediction.question)) or question.text
             yield {
                 "id": question.item.id,
                 "video": sample.cluster or sample.id,
                 "stream": sample.id,
                 "question": question.text,
-                "prompt_sha256": hashlib.sha256(_prompt(question, prediction).encode()).hexdigest(),
+                "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
                 "answer": question.answer or "",
                 "kind": question.kind,
                 "categories": {axis: list(labels) for axis, labels in question.item.categories.items()},
@@ -82,20 +83,13 @@ def _verdict(benchmark: Benchmark, question: Question, prediction: Prediction | 
     }
 
 
-def _prompt(question: Question, prediction: Prediction | None) -> str:
-    """The prompt of the file, else ours."""
-    recorded = prediction and (prediction.prompt or prediction.question)
-    return recorded or question.text
-
-
 def _entry(benchmark: Benchmark, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The benchmark's entry of summary.json; quantities that only our own runs measure are null."""
-    unmeasured = dict.fromkeys(("peak_entries", "answer_entries", "bytes"))
     return {
         "rules": benchmark.rules,
         **accuracy(lines),
         "categories": breakdown(lines),
-        **unmeasured,
+        **dict.fromkeys(("peak_entries", "answer_entries", "bytes")),
         "input": {"frames": None, "audio_seconds": None},
         "missing": sum(line["prediction"] is None for line in lines),
         "defects": [vars(defect) for defect in benchmark.defects()],

@@ -18,7 +18,7 @@ from typing import Any
 from omnimem.backbones import load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.arms import adapter_as
-from omnimem.cli.build import budget_settings, measured_budget, policies_of, training_samples
+from omnimem.cli.build import budget_settings, new_budget, policies_of
 from omnimem.cli.parser import Parser
 from omnimem.comparison.formatting import size
 from omnimem.config import ConfigError, RunConfig, load
@@ -132,9 +132,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> Bu
         budget = Budget.read(file)
         if budget.provenance.get("settings") == budget_settings(run):
             return budget
-    if run.memory.budget.needs_signals:
-        return measured_budget(run, attached, feeder, training_samples(run))
-    return run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
+    return new_budget(run, attached, feeder)
 
 
 # --- text

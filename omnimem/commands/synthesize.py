@@ -86,7 +86,12 @@ def claim(out: Path, recipe: Recipe) -> None:
     path, asked = out / "recipe.json", recipe.record()
     cure = f"choose another --out, or delete {out}"
     if path.exists():
-        there = _read_recipe(path, cure)
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise RecipeError(f"{path}: not JSON ({error}); {cure}") from error
+        if not isinstance(there, dict):
+            raise RecipeError(f"{path}: not a JSON object; {cure}")
         different = [key for key in asked if there.get(key) != asked[key]]
         if different:
             lines = [f"{path} {key}: {there.get(key)!r} there, {asked[key]!r} now; {cure}" for key in different]
@@ -96,16 +101,6 @@ def claim(out: Path, recipe: Recipe) -> None:
     else:
         (out / "videos").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asked, indent=2) + "\n")
-
-
-def _read_recipe(path: Path, cure: str) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{path}: not JSON ({error}); {cure}") from error
-    if not isinstance(record, dict):
-        raise RecipeError(f"{path}: not a JSON object; {cure}")
-    return record
 
 
 def synthesize(out: Path, recipe: Recipe, counts: dict[str, int], workers: int) -> int:

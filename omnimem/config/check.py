@@ -28,6 +28,7 @@ WORDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+LITERALS = ("literal_error", "enum")
 FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
 
 
@@ -148,10 +149,13 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
             return f"{context['tag']!r} is unknown; {nearest(context['tag'], tags)}"
         case "value_error":
             return str(context["error"])
+    literals = [each["ctx"]["expected"] for each in found if "ctx" in each and each["type"] in LITERALS]
     expected = list(dict.fromkeys(_expected(each) for each in found))
-    line = f"expected {' or '.join(expected)}, got {_got(details['input'])}"
-    choices = [word for each in found for word in _choices(each)]
-    return f"{line}; {nearest(details['input'], choices)}" if choices and isinstance(details["input"], str) else line
+    given, text = details["input"], repr(details["input"])
+    got = "nothing" if given is None else text if len(text) <= 60 else f"{text[:57]}..."
+    line = f"expected {' or '.join(expected)}, got {got}"
+    choices = [word.strip("'") for text in literals for word in text.replace(" or ", ", ").split(", ")]
+    return f"{line}; {nearest(given, choices)}" if choices and isinstance(given, str) else line
 
 
 def _known(key: Key, known: Sections) -> str:
@@ -165,19 +169,6 @@ def _known(key: Key, known: Sections) -> str:
 
 
 def _expected(details: ErrorDetails) -> str:
-    if details["type"] in ("literal_error", "enum"):
+    if details["type"] in LITERALS:
         return details.get("ctx", {})["expected"]
     return WORDS.get(details["type"]) or details["msg"].removeprefix("Input should be ")
-
-
-def _choices(details: ErrorDetails) -> list[str]:
-    if details["type"] not in ("literal_error", "enum"):
-        return []
-    return [word.strip("'") for word in details.get("ctx", {})["expected"].replace(" or ", ", ").split(", ")]
-
-
-def _got(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
