@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the project up on a fresh machine and runs it. May be repeated: what is there already is kept.
+# Set the project up on a fresh machine and run it. Can be repeated: existing files are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -7,7 +7,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLIC
 
 usage() {
     cat >&2 <<'TEXT'
-usage: ./launch.sh demo                         make the recall data, fine-tune, evaluate, compare (CPU, minutes)
+usage: ./launch.sh demo                         render the recall data, fine-tune, evaluate, compare (CPU, minutes)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick runs the unit tests alone
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
                                                 with deepspeed's own options, such as --num_gpus 2 or --hostfile FILE
@@ -16,9 +16,9 @@ TEXT
     exit 2
 }
 
-# --- processes: each step has a process group of its own, because `deepspeed` alone leaves its ranks behind when it is killed
+# --- processes: each step has its own process group, because a killed `deepspeed` leaves its ranks running
 
-export OMNIMEM_LAUNCHER=$$ # a rank ends when this process is gone, however it went
+export OMNIMEM_LAUNCHER=$$ # ranks exit when this process ends, for any reason
 child=""
 
 end_group() { # $1: process group; TERM first, KILL after 10 s
@@ -30,7 +30,7 @@ end_group() { # $1: process group; TERM first, KILL after 10 s
     kill -KILL -- "-$1" 2>/dev/null || true
 }
 
-ranks() { # $1: process group; the processes in it that train
+ranks() { # $1: process group; prints the ids of its training processes
     local folder fields
     for folder in /proc/[0-9]*; do
         read -r fields <"$folder/stat" || continue
@@ -39,13 +39,13 @@ ranks() { # $1: process group; the processes in it that train
     done 2>/dev/null
 }
 
-stop() { # $1: number of the signal; ranks finish their step and write a checkpoint, unless a second signal comes
+stop() { # $1: number of the signal; ranks finish their step and write a checkpoint; a second signal stops them at once
     local training
-    # shellcheck disable=SC2064 # both are known now
+    # shellcheck disable=SC2064 # expanded now
     trap "end_group '$child'; exit $((128 + $1))" INT TERM HUP
     training=$([ -z "$child" ] || ranks "$child")
     if [ -n "$training" ]; then
-        # not to `deepspeed` itself, which would give them 30 s
+        # not to `deepspeed` itself, which would kill them after 30 s
         # shellcheck disable=SC2086
         kill -TERM $training 2>/dev/null || true
         while [ -n "$(ranks "$child")" ]; do sleep 0.5; done
@@ -69,18 +69,18 @@ run() { # a command in a process group of its own; returns its exit code
     return "$status"
 }
 
-unfinished="" # a file that the first rank of this machine removes when it has come to its end
+unfinished="" # a file that the first rank of this machine removes when the command has finished
 trap '[ -z "$unfinished" ] || rm -f "$unfinished"' EXIT
 
-train() { # deepspeed, whose 0 is not taken for granted: it says 0 as well when its own launch.py was killed
+train() { # run deepspeed; its exit code is 0 even if its own launch.py was killed, so the file is checked
     unfinished=$(mktemp)
     OMNIMEM_UNFINISHED=$unfinished run deepspeed "$@" || return
     case " $* " in
         *" --no_ssh "*) ;;
-        *" --hostfile"* | *" -H "*) return ;; # other machines do not know of the file
+        *" --hostfile"* | *" -H "*) return ;; # ranks of other machines cannot remove the file
     esac
     if [ -e "$unfinished" ]; then
-        echo "launch.sh: deepspeed was stopped before training came to its end; go on with --resume auto" >&2
+        echo "launch.sh: deepspeed was stopped before training had finished; continue with --resume auto" >&2
         return 1
     fi
 }
@@ -99,7 +99,7 @@ find_python() {
     exit 2
 }
 
-cpu_index() { # without a GPU the CPU build of torch spares gigabytes of CUDA; asked for only where it can be reached
+cpu_index() { # without a GPU, the index of CPU builds of torch (no CUDA libraries), if it can be reached
     local url=https://download.pytorch.org/whl/cpu
     if ! command -v nvidia-smi >/dev/null && curl -fsI --max-time 5 "$url/torch/" >/dev/null 2>&1; then
         echo "--extra-index-url=$url"
@@ -110,7 +110,7 @@ activate() {
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 }
 
-setup() { # creates .venv and installs what is missing; nothing to do while the requirements stay the same
+setup() { # create .venv and install the requirements, unless they are unchanged
     local python wanted
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
@@ -118,8 +118,8 @@ setup() { # creates .venv and installs what is missing; nothing to do while the 
             python=$(find_python)
             "$python" -m venv .venv
         fi
-        echo "launch.sh: installing what is missing into .venv (minutes, once)" >&2
-        # torch first and alone: its exact pin takes a CPU build where the index offers one
+        echo "launch.sh: installing packages into .venv (minutes, once)" >&2
+        # torch first and alone: its exact pin accepts a CPU build
         # shellcheck disable=SC2046
         run .venv/bin/python -m pip install -q $(cpu_index) "$(grep '^torch==' constraints.txt)"
         run .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
@@ -167,7 +167,7 @@ valued=" -H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_ac
     --master_port --launcher --launcher_args --ssh_port --bind_core_list "
 plain=" --no_ssh --no_ssh_check --force_multi --bind_cores_to_rank "
 
-free_port() { # at deepspeed's own, 29500, two runs on one machine would meet
+free_port() { # the default port of deepspeed, 29500, allows only one run per machine
     python3 -c 'import socket; probe = socket.socket(); probe.bind(("", 0)); print(probe.getsockname()[1])'
 }
 
