@@ -25,9 +25,9 @@ FULL_MEMORY = 99.5  # %, docs/log/2026-11-26-distinct.md: test split of seed 1, 
 INK, GRID, GREY = "#57606a", "#d8dee4", "#8b949e"
 DARK = {f"fill: {INK}": "fill: #c9d1d9", f"stroke: {INK}": "stroke: #c9d1d9", f"stroke: {GRID}": "stroke: #30363d"}
 ARMS = {  # label, colour; all with the same audio-visual split
-    "distinct": ("distinct (default)", "#e8590c"),
+    "distinct": ("distinct (ours)", "#e8590c"),
     "k_center_split": ("k-center", GREY),
-    "omnimem": ("omnimem (psi + coverage)", "#2f81f7"),
+    "omnimem": ("omnimem (default)", "#2f81f7"),
     "keydiff_split": ("KeyDiff", GREY),
     "paper": ("paper's score (psi)", "#8250df"),
     "infinipot_v_split": ("InfiniPot-V", GREY),

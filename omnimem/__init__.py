@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from omnimem.budget import Budget
     from omnimem.config.exported import Exported
     from omnimem.config.policy import policy
-    from omnimem.policies import DistinctOptions
+    from omnimem.policies import PerturbationOptions
     from omnimem.streaming.attach import attach
     from omnimem.streaming.feeder import Feeder
     from omnimem.streaming.options import StreamOptions
@@ -22,10 +22,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
-    "DistinctOptions",
     "Exported",
     "Feeder",
     "ModelOptions",
+    "PerturbationOptions",
     "Stream",
     "StreamOptions",
     "__version__",
@@ -37,10 +37,10 @@ __all__ = [
 
 _MODULES = {
     "Budget": "budget",
-    "DistinctOptions": "policies",
     "Exported": "config.exported",
     "Feeder": "streaming.feeder",
     "ModelOptions": "backbones",
+    "PerturbationOptions": "policies",
     "Stream": "streaming.stream",
     "StreamOptions": "streaming.options",
     "attach": "streaming.attach",

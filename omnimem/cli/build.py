@@ -14,7 +14,7 @@ from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample, read_manifest
 from omnimem.media import MediaError
-from omnimem.policies import DistinctOptions
+from omnimem.policies import PerturbationOptions
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
@@ -116,7 +116,7 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
     with tqdm(total=run.calibration.streams, desc="calibration", unit="stream", disable=None) as bar:
         streams = _streams(samples, feeder, run.data.max_failures, used, bar)
         own = run.memory.policy.build(even)
-        policy = own if own.supports("calibration") else DistinctOptions().build(even)
+        policy = own if own.supports("calibration") else PerturbationOptions().build(even)
         signals = calibrate(attached, policy, streams, run.calibration)
     # 3. allocate
     budget = replace(wanted, table="calibrate").build(layers, slots, signals)

@@ -104,7 +104,7 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     """
     own = exported.memory.slots_per_layer if exported else FULL
     slots: int = own if given.slots is None else given.slots
-    options = exported.memory.policy if exported else DistinctOptions()
+    options = exported.memory.policy if exported else PerturbationOptions()
     if given.policy not in (None, options.name):
         options = POLICIES[given.policy]
     if slots == FULL:

@@ -17,7 +17,7 @@ from omnimem.config.check import names, nearest, strict, validated
 from omnimem.config.source import ConfigError, Key, Problem, dotted, override, read
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
-from omnimem.policies import DistinctOptions, PolicyOptions
+from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
@@ -30,7 +30,7 @@ __all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find
 class MemoryOptions:
     """The policy and the size of the memory; `slots_per_layer` is the main setting."""
 
-    policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=DistinctOptions)
+    policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
 
