@@ -18,7 +18,7 @@ from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
 from omnimem.media import LiveSource
-from omnimem.policies import DistinctOptions, PerturbationOptions
+from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.streaming.attach import attach
@@ -68,7 +68,7 @@ def test_the_answer_comes_first_then_what_it_took(base, video, capsys) -> None:
     backbone = load_backbone(ModelOptions(path=str(base)))
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=36))
     with torch.no_grad(), attach(backbone.text_model) as attached:
-        stream = feeder.stream(attached, DistinctOptions().build(Budget.shared(2, 12)))
+        stream = feeder.stream(attached, PerturbationOptions().build(Budget.shared(2, 12)))
         for chunk in feeder.watch(video):
             stream.feed(chunk)
         answer = feeder.answers(stream, [QUESTION], max_new_tokens=5)[0]

@@ -156,11 +156,11 @@ def test_the_command_writes_budget_and_figures(folder, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("policy", ["{name: keydiff}", "{name: snapkv}", "{name: distinct, per_head: true}"])
 def test_policies_that_keep_no_pool_of_a_layer_are_measured_under_ours(policy, folder, tmp_path) -> None:
     """Heads of their own, or attention of probes: the signals are those of the default policy, and it says so."""
-    for name, chosen in (("theirs", policy), ("ours", "{name: distinct}")):
+    for name, chosen in (("theirs", policy), ("ours", "{name: omnimem}")):
         main(["--config", str(folder / "a.yaml"), f"memory.policy={chosen}", "--out", str(tmp_path / f"{name}.json")])
     theirs, ours = (Budget.read(tmp_path / f"{name}.json") for name in ("theirs", "ours"))
     assert (theirs.signals, theirs.slots) == (ours.signals, ours.slots)
-    assert theirs.provenance["policy"] == "distinct"
+    assert theirs.provenance["policy"] == "omnimem"
 
 
 def test_a_file_measured_for_another_run_is_refused_not_used(folder, tmp_path) -> None:
@@ -170,7 +170,7 @@ def test_a_file_measured_for_another_run_is_refused_not_used(folder, tmp_path) -
     same = load(folder / "a.yaml", [])
     assert budget_of(same, nothing, nothing, here) == Budget.read(here.budget)
     for override, message in (
-        ("memory.policy={name: omnimem}", "was measured under policy distinct, the run has omnimem; delete the file"),
+        ("memory.policy={name: distinct}", "was measured under policy omnimem, the run has distinct; delete the file"),
         ("memory.slots_per_layer=10", "was made for 9 slots a layer.*the run asks for 10 slots a layer"),
     ):
         with pytest.raises(BudgetError, match=message):

@@ -8,13 +8,14 @@ import torch
 from support import reference
 from support.layer_views import LENGTHS, SCALE, arrivals, run, view_of, with_states
 
+from omnimem import view
 from omnimem.attention import blocked
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.base import projection
 from omnimem.selection import Softness
 from omnimem.tokens import Modality
-from omnimem.view import LayerView, Measures
+from omnimem.view import Measures
 
 SLOTS = [(4, 9), (1, 3), (9, 4)]  # audio, visual; audio falls short of 9 until the last chunks
 
@@ -151,7 +152,7 @@ def test_copies_of_one_needle_are_redundant_in_the_pool_but_not_as_they_arrived(
 @pytest.mark.parametrize("name", ["random", "recency", "uniform"])
 def test_controls_neither_measure_attention_nor_redundancy(name, monkeypatch) -> None:
     monkeypatch.setattr(blocked, "mass", refuse)
-    monkeypatch.setattr(LayerView, "_novelty", refuse)
+    monkeypatch.setattr(view, "similarity", refuse)
     after = run(ControlOptions(name=name).build(Budget(slots=((4, 9),))), arrivals(LENGTHS))
     assert int((after[-1].modality == Modality.VISUAL).sum()) == 9
 

@@ -52,9 +52,9 @@ PAPER = ("tuning.gradient=paper", "tuning.selection.softening=hard")
         (["tuning.stop_layer=2"], "tuning.stop_layer", "stop_layer = 2"),
         (["tuning.gradient=released", "tuning.stop_layer=0"], "tuning.stop_layer", "stop_layer = 0"),
         (["tuning.gradient=released"], "tuning.selection", "straight_through"),
-        ([*PAPER, "memory.policy.per_head=true"], "tuning.gradient", "policy distinct"),
+        ([*PAPER, "memory.policy={name: distinct, per_head: true}"], "tuning.gradient", "policy distinct"),
         ([*PAPER, "memory.policy={name: recursive_uniform}"], "tuning.gradient", "policy recursive_uniform"),
-        (["tuning.selection.gradient=both"], "tuning.selection.gradient", "both"),
+        (["memory.policy={name: distinct}", "tuning.selection.gradient=both"], "tuning.selection.gradient", "both"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_in_one_line(overrides, key, value) -> None:
