@@ -158,9 +158,9 @@ def test_a_wrong_row_is_named_with_its_cure(media, capsys, row, expected) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: is not an object"]),
+        ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: expected an object, got 3"]),
         ("[{]", ["is not JSON"]),
-        ('{"messages": [],\n"videos": []}', ["one object per line"]),
+        ('{"messages": [],\n"videos": []}', ["one object per line"] * 2),
         ("", ["holds no rows"]),
     ],
 )
