@@ -7,7 +7,6 @@ from typing import Any, final
 
 EXTRAS = {
     "accelerate": "train",
-    "datasets": "train",
     "deepspeed": "train",
     "tensorboard": "train",
     "openpyxl": "eval",

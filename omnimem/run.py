@@ -28,7 +28,6 @@ PACKAGES = (
     "peft",
     "deepspeed",
     "accelerate",
-    "datasets",
     "av",
     "numpy",
     "scipy",

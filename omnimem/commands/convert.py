@@ -6,6 +6,7 @@
     {"conversations": [{"from": "human", "value": "<video>..."}], "videos": [...], "audios": [...]}  LLaMA-Factory
     {"video": path, "audio": path, "conversations": [{"from", "value": "<image>\n..."}]}           video-SALMONN
 
+Values are kept as written. A turn may have `at` and one of loss, weight, train, training (true, false, 1, 0).
 A row is one stream: at most one video and one audio file, before the first question. Every row becomes a sample, or a
 failure that names file, row and repair. If more rows fail than --max-failures allows, nothing is written (exit code 2).
 """
@@ -34,7 +35,7 @@ TURNS = ("messages", "conversations")
 LEARNED = ("loss", "weight", "train", "training")  # whether an answer is learned, in several tools' words
 TURN_KEYS = ("role", "from", "content", "value", "at", *LEARNED)
 CONTROL = re.compile(r"<\|\w+\|>")
-KNOWN = (*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end")
+KNOWN = (*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end", "meta")
 ELSEWHERE = re.compile(r"^(https?:|data:|s3:|file:)")
 
 
@@ -107,7 +108,10 @@ class _Row:
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
         for key in [key for key in (*LEARNED, "at") if key in self.row]:
             self.problem(key, "is given for the whole row; give it in the turn that it is about")
-        kept = {key: value for key, value in self.row.items() if key not in KNOWN}
+        kept, meta = {key: value for key, value in self.row.items() if key not in KNOWN}, self.row.get("meta", {})
+        if not isinstance(meta, dict) or meta.keys() & kept.keys():
+            self.problem("meta", f"expected an object without the keys of the row, got {got(meta)}")
+            meta = {}
         self.remarks += [f"key {key} is kept under meta only" for key in kept]
         if sum(turn["role"] == "user" for turn in turns) > 1:
             self.remarks.append("several turns: each is asked by itself, without the turns before it")
@@ -117,7 +121,7 @@ class _Row:
             "audio": self.placed("audio", audio),
             **{key: self.row[key] for key in ("start", "end") if key in self.row},
             "messages": messages,
-            "meta": kept,
+            "meta": {**meta, **kept},
         }
 
     def media(self, kind: str) -> list[str]:
@@ -148,15 +152,17 @@ class _Row:
         """System prompt and turns as messages with tags still in them."""
         found = [key for key in TURNS if self.row.get(key)]
         if len(found) != 1:
-            got = " and ".join(found) or ", ".join(self.row) or "nothing"
-            self.problem("messages", f"expected messages or conversations, got {got}; rename the column of turns")
+            keys = " and ".join(found) or ", ".join(self.row) or "nothing"
+            self.problem("messages", f"expected messages or conversations, got {keys}; rename the column of turns")
             return []
-        system = self.row.get("system")
-        turns = [{"role": "system", "content": system}] if system else []
-        for index, item in enumerate(self.row[found[0]]):
-            if turn := self.turn(f"{found[0]}[{index}]", item):
-                turns.append(turn)
-        return turns
+        given, system = self.row[found[0]], self.row.get("system", "")
+        if not isinstance(given, list):
+            self.problem(found[0], f"expected a list of turns, got {got(given)}")
+            return []
+        items = [(f"{found[0]}[{index}]", item) for index, item in enumerate(given)]
+        if system != "":
+            items.insert(0, ("system", {"role": "system", "content": system}))
+        return [turn for where, item in items if (turn := self.turn(where, item))]
 
     def turn(self, where: str, item: Any) -> dict[str, Any] | None:
         if not isinstance(item, dict):

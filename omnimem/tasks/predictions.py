@@ -9,6 +9,7 @@ VLMEvalKit: `<model>_Video-MME*.tsv` or .xlsx with the columns `video`, `questio
 
 import csv
 import io
+import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ else:
     openpyxl, exceptions = optional("openpyxl"), optional("openpyxl.utils.exceptions")
 
 SHOWN = 5  # problems
+LACKING = "\ud800"  # in place of the fields that a line lacks; no text holds this half of a character
 MALFORMED = (LookupError, ValueError, TypeError, AttributeError, SyntaxError)  # of openpyxl, for a zip of another kind
 
 
@@ -96,7 +98,7 @@ def _metric(row: Row) -> Row:
 
 def _vlmevalkit_tsv(path: Path) -> Iterator[Prediction]:
     csv.field_size_limit(2**24)  # options and subtitles are longer than the default allows
-    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", restval=LACKING)
     yield from _vlmevalkit(path, table.fieldnames or [], enumerate(table, start=2))
 
 
@@ -117,9 +119,11 @@ def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row
     if lacking:
         raise ManifestError([f"{path} {', '.join(lacking)}: no such column; give a Video-MME table of VLMEvalKit"])
     for number, row in rows:
-        if None in row or any(row[name] is None for name in ("video", "question")):
-            fields = "more fields than" if None in row else "no video or question in"
-            raise ManifestError([f"{path}:{number}: {fields} the {len(header)} columns; give the file as written"])
+        if None in row or LACKING in row.values():
+            fields = "more" if None in row else "fewer"
+            raise ManifestError(
+                [f"{path}:{number}: {fields} fields than the {len(header)} columns; give it as written"]
+            )
         yield Prediction(
             origin=f"{path}:{number}",
             text=str(row["prediction"] or ""),
@@ -136,14 +140,14 @@ def _text(value: Any) -> str | None:
 
 
 def _score(value: Any, origin: str) -> bool | None:
-    """0 or 1 in any notation; VLMEvalKit's -1 means no verdict."""
+    """0 or 1 in any notation; VLMEvalKit's -1, and NaN for an empty cell, mean no verdict."""
     try:
-        number = None if value in (None, "") else float(value)
-    except (TypeError, ValueError) as error:
-        raise ManifestError(
-            [f"{origin} score: expected a number, got {got(value)}; give the file as written"]
-        ) from error
-    return None if number is None or number < 0 else number == 1
+        number = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if number > 0 and number != 1:
+        raise ManifestError([f"{origin} score: expected 0 or 1, got {got(value)}; give the file as written"])
+    return number == 1 if number >= 0 else None
 
 
 # ----------------------------------------------------------------------------------------------------------- matching
