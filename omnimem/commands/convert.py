@@ -126,7 +126,7 @@ class _Row:
 
     def media(self, kind: str) -> list[str]:
         """The files of a kind, under its plural or singular key."""
-        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key))]
+        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key)) not in (None, "", [])]
         if len(values) > 1:
             self.problem(kind, f"is given beside {kind}s; keep one of them")
         files = values[0] if values else []
@@ -189,9 +189,7 @@ class _Row:
             if key in item and item[key] in (0, 1) and not isinstance(item[key], str):
                 turn["loss"] = bool(item[key])
             elif key in item:
-                self.problem(
-                    f"{where}.{key}", f"expected true or false, got {got(item[key])}; an answer is learned or not"
-                )
+                self.problem(f"{where}.{key}", f"expected true or false, got {got(item[key])}; correct it")
         return turn
 
     def check_tags(self, turns: list[dict[str, Any]], video: list[str], audio: list[str]) -> None:
