@@ -6,7 +6,6 @@ Times are seconds of the file. A question is asked at time `at` on a fork of the
 Each user message is an independent question about the stream; the assistant message after it is its answer.
 """
 
-import json
 import math
 import os.path
 from collections import Counter
@@ -16,7 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
-from omnimem.errors import ProblemList, UserError
+from omnimem.errors import UserError
+from omnimem.textfile import ManifestError, got, parse_object, path_problem, text_lines
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -142,11 +142,6 @@ class Sample:
         return Item(id=f"{self.id}#{number}", categories={"kind": (kind,)} if kind else {})
 
 
-@final
-class ManifestError(ProblemList):
-    """All problems of a manifest, one per line: `file:line key: problem; fix`."""
-
-
 def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sample]:
     """The samples of a manifest, in order; does not check that the media files exist.
 
@@ -155,7 +150,7 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     """
     # 1. open the file
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ManifestError(
             [
                 f"{path}: no such file; create it with `python data_prep/synthesize.py --out {path.parent}` (recall), "
@@ -165,18 +160,18 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     # 2. read the lines, collecting all problems
     samples: list[Sample] = []
     problems: list[str] = []
-    first_use: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{path}:{number}"
+    first_use: dict[str, str] = {}
+    for origin, line in text_lines(path):
         try:
-            sample = read_line(line, folder=path.parent, origin=origin, allow_absolute=allow_absolute)
+            sample = read_row(
+                parse_object(line, origin), folder=path.parent, origin=origin, allow_absolute=allow_absolute
+            )
         except ManifestError as error:
             problems += error.problems
             continue
-        if first_use.setdefault(sample.id, number) != number:
-            problems.append(f"{origin} id: {sample.id!r} is already used in line {first_use[sample.id]}; rename one")
+        if first_use.setdefault(sample.id, origin) != origin:
+            before = first_use[sample.id].rpartition(":")[2]
+            problems.append(f"{origin} id: {sample.id!r} is already used in line {before}; rename one")
         samples.append(sample)
     # 3. report them together
     if not samples and not problems:
@@ -186,10 +181,10 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     return samples
 
 
-def read_line(line: bytes | str, *, folder: Path, origin: str, allow_absolute: bool = False) -> Sample:
+def read_row(data: dict[str, Any], *, folder: Path, origin: str, allow_absolute: bool = False) -> Sample:
     """The sample of one line, with media below `folder`; raises ManifestError with all problems of the line."""
     row = _Row(folder=folder, origin=origin, allow_absolute=allow_absolute)
-    sample = row.sample(line)
+    sample = row.sample(data)
     if sample is None:
         raise ManifestError(row.problems)
     return sample
@@ -208,12 +203,9 @@ class _Row:
     def problem(self, key: str, what: str) -> None:
         self.problems.append(f"{self.origin} {key}: {what}" if key else f"{self.origin}: {what}")
 
-    def sample(self, line: bytes | str) -> Sample | None:
+    def sample(self, data: dict[str, Any]) -> Sample | None:
         """The sample, or None when there are problems."""
         # 1. parse the values
-        data = self.parsed(line)
-        if data is None:
-            return None
         self.check_keys("", data, KEYS, "put it under meta")
         values: dict[str, Any] = {
             "id": self.id(data),
@@ -231,19 +223,6 @@ class _Row:
         messages = self.messages(data, values["start"], values["end"])
         self.check_kinds(values["meta"], messages)
         return None if self.problems else Sample(**values, messages=messages, origin=self.origin)
-
-    def parsed(self, line: bytes | str) -> dict[str, Any] | None:
-        try:
-            data = json.loads(line)
-        except UnicodeDecodeError as error:
-            self.problem("", f"is not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
-        except json.JSONDecodeError as error:
-            self.problem("", f"is not JSON ({error.msg} at column {error.colno}); write one object per line")
-        else:
-            if isinstance(data, dict):
-                return data
-            self.problem("", f"expected an object, got {got(data)}; write one object per line")
-        return None
 
     def check_keys(self, where: str, data: dict[str, Any], known: tuple[str, ...], otherwise: str) -> None:
         for key in data:
@@ -265,6 +244,8 @@ class _Row:
         if not isinstance(value, str) or not value:
             self.problem(key, f"expected a path or null, got {got(value)}")
             return None
+        if problem := path_problem(value):
+            self.problem(key, problem)
         if not self.allow_absolute and not is_inside(value):
             cure = f"use a path below {self.folder}, or set data.allow_absolute_paths: true"
             self.problem(key, f"{value} is outside the folder of the manifest; {cure}")
@@ -279,10 +260,10 @@ class _Row:
 
     def meta(self, data: dict[str, Any]) -> dict[str, Any]:
         value = data.get("meta")
-        if value is None or isinstance(value, dict):
-            return value or {}
-        self.problem("meta", f"expected an object, got {got(value)}")
-        return {}
+        if value is not None and not isinstance(value, dict):
+            self.problem("meta", f"expected an object, got {got(value)}")
+            return {}
+        return {key: part for key, part in (value or {}).items() if part is not None}  # null is as good as none
 
     def messages(self, data: dict[str, Any], start: float, end: float | None) -> tuple[Message, ...]:
         value = data.get("messages")
@@ -355,12 +336,6 @@ def unknown_key(key: str, known: Sequence[str], otherwise: str) -> str:
     """The problem of an unknown key: the nearest known one, or what to do with it."""
     near = get_close_matches(key, known, n=1)
     return f"unknown key; {f'did you mean {near[0]}?' if near else otherwise}"
-
-
-def got(value: Any) -> str:
-    """A value as JSON for an error message, cut to a readable length."""
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_fraction(name: str, value: float) -> None:

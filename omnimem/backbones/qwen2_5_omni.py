@@ -5,6 +5,7 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,10 +32,13 @@ from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions,
 from omnimem.errors import UserError
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.shipped import shipped
+from omnimem.textfile import whole_characters
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 SAMPLE = "\x00"  # placeholder of the question while the template is rendered
+CUT = "\ud800"  # within a control token that users wrote; no text holds this half of a character
+SIGN = re.compile(r"<\|.+\|>")  # a control token, even if it is not marked as special (<|fim_prefix|>)
 IGNORED = -100
 # the tokens before and after the tracks of a stream
 BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
@@ -83,7 +87,10 @@ class Qwen25Omni(Backbone):
             positions_per_second=float(config.position_id_per_seconds),
             seconds_per_chunk=float(config.seconds_per_chunk),
         )
-        self._opening, self._closing = _render_template(tokenizer, system)
+        tokens = tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in tokens if token.special or SIGN.fullmatch(token.content)}
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        self._opening, self._closing = self._rendered(system)
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Qwen25Omni":
@@ -209,7 +216,7 @@ class Qwen25Omni(Backbone):
         Raises LayoutError when a single segment is larger than `chunk_tokens`.
         """
         # 1. the opening
-        text = self._opening if system is None else _render_template(self.tokenizer, system)[0]
+        text = self._opening if system is None else self._rendered(system)[0]
         opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
@@ -242,12 +249,22 @@ class Qwen25Omni(Backbone):
         return Chunk(embeddings=embeddings, positions=positions, modality=modality)
 
     def _text_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        parts = text.split(CUT) if CUT in text else [text]
+        return [token for part in parts for token in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    def _plain(self, text: str) -> str:
+        """A user's text with a cut in every control token, which is then encoded as text."""
+        text = whole_characters(text)
+        return self._control.sub(lambda found: found[0][:1] + CUT + found[0][1:], text)
+
+    def _rendered(self, system: str | None) -> tuple[str, str]:
+        """The template before and after the stream; its system text is a user's."""
+        return _render_template(self.tokenizer, None if system is None else self._plain(system))
 
     def framed(self, question: str, *, system: str | None = None) -> str:
         """The opening, then the user's turn with the question."""
-        opening = self._opening if system is None else _render_template(self.tokenizer, system)[0]
-        return opening + self._closing.replace(SAMPLE, question)
+        opening = self._opening if system is None else self._rendered(system)[0]
+        return opening.replace(CUT, "") + self._closing.replace(CUT, "").replace(SAMPLE, question)
 
     def probe(self, text: str | None) -> list[int]:
         """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""
@@ -259,8 +276,8 @@ class Qwen25Omni(Backbone):
         A label is at the token that predicts it; it is -100 elsewhere.
         """
         end = [self._id(token) for token in (END[tracks] if tracks else ())]
-        asked = self._text_ids(self._closing.replace(SAMPLE, turn.text))
-        answer = [] if turn.answer is None else [*self._text_ids(turn.answer), self.stop[0]]
+        asked = self._text_ids(self._closing.replace(SAMPLE, self._plain(turn.text)))
+        answer = [] if turn.answer is None else [*self._text_ids(self._plain(turn.answer)), self.stop[0]]
         ids = [*end, *asked, *answer]
         shared = 1 if len(end) == 2 else 0
         offsets = [max(0, number - shared) for number in range(len(ids))]

@@ -6,6 +6,7 @@
     {"conversations": [{"from": "human", "value": "<video>..."}], "videos": [...], "audios": [...]}  LLaMA-Factory
     {"video": path, "audio": path, "conversations": [{"from", "value": "<image>\n..."}]}           video-SALMONN
 
+Values are kept as written. A turn may have `at` and one of loss, weight, train, training (true, false, 1, 0).
 A row is one stream: at most one video and one audio file, before the first question. Every row becomes a sample, or a
 failure that names file, row and repair. If more rows fail than --max-failures allows, nothing is written (exit code 2).
 """
@@ -14,26 +15,27 @@ import json
 import os.path
 import re
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
-import datasets
-from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
 from omnimem.cli.data_report import DataReport, Finding, add_report_options, inspect_sample
 from omnimem.cli.parser import Parser
-from omnimem.data import Failure, ManifestError, Sample, read_line
+from omnimem.data import Failure, Sample, read_row, unknown_key
 from omnimem.run import write_text
+from omnimem.textfile import ManifestError, got, parse_json, read_objects, read_text
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TAGS = ("<video>", "<audio>", "<image>")
 TURNS = ("messages", "conversations")
-KNOWN = (*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end")
+LEARNED = ("loss", "weight", "train", "training")  # whether an answer is learned, in several tools' words
+TURN_KEYS = ("role", "from", "content", "value", "at", *LEARNED)
+CONTROL = re.compile(r"<\|\w+\|>")
+KNOWN = (*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end", "meta")
 ELSEWHERE = re.compile(r"^(https?:|data:|s3:|file:)")
 
 
@@ -60,60 +62,22 @@ class Target:
         raise ValueError(f"{absolute} is not below {self.folder}; {cure}")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row with its origin `file:line` (`file:item n` in a JSON array); raises ManifestError."""
-    origins = _origins(path)
-    if not origins:
-        raise ManifestError([f"{path}: holds no rows; export it again"])
-    with tempfile.TemporaryDirectory() as cache:
-        whole = _without_blank_lines(path, Path(cache))
-        try:
-            table = datasets.load_dataset(
-                "json", data_files=str(whole), split="train", cache_dir=cache, keep_in_memory=True
-            )
-        except DatasetGenerationError as error:
-            raise ManifestError(_unreadable(path, error)) from error
-    if len(table) != len(origins):
-        raise ManifestError([f"{path}: {len(table)} rows on {len(origins)} lines; write one object per line"])
-    for origin, row in zip(origins, table, strict=True):
-        yield origin, {key: value for key, value in dict(row).items() if value is not None}
-
-
-def _origins(path: Path) -> list[str]:
-    """The place of each row: a line that is not blank, or an item of an array."""
-    if not path.is_file():
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each row as written, with its origin `file:line` (`file:item n` in a JSON array); raises ManifestError."""
+    # 1. read the lines, or the items of an array
+    if not os.path.isfile(path):
         raise ManifestError([f"{path}: no such file; give a .json or .jsonl file"])
-    text = path.read_bytes()
-    if not text.lstrip().startswith(b"["):
-        return [f"{path}:{number}" for number, line in enumerate(text.split(b"\n"), start=1) if line.strip()]
-    try:
-        return [f"{path}:item {number}" for number in range(1, len(json.loads(text)) + 1)]
-    except ValueError as error:
-        raise ManifestError([f"{path}: is not JSON ({error}); export it again"]) from error
-
-
-def _without_blank_lines(path: Path, folder: Path) -> Path:
-    """The file, or a copy without blank lines: `datasets` fails on them where a key has several types."""
-    lines = path.read_bytes().rstrip().split(b"\n")
-    if all(line.strip() for line in lines):
-        return path
-    copy = folder / "rows.jsonl"
-    copy.write_bytes(b"\n".join(line for line in lines if line.strip()))
-    return copy
-
-
-def _unreadable(path: Path, error: DatasetGenerationError) -> list[str]:
-    """The lines that are not JSON objects; if all are, the types that `datasets` could not unify."""
-    problems = []
-    text = path.read_bytes()
-    for number, line in enumerate(text.split(b"\n"), start=1):
-        if line.strip() and not text.lstrip().startswith(b"["):
-            try:
-                if not isinstance(json.loads(line), dict):
-                    problems.append(f"{path}:{number}: is not an object; write one object per line")
-            except ValueError as wrong:
-                problems.append(f"{path}:{number}: is not JSON ({wrong}); write one object per line")
-    return problems or [f"{path}: rows do not fit together ({error.__cause__}); give a key the same type in every row"]
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        items = parse_json(text, str(path), "export it again")
+        rows = [(f"{path}:item {number}", item) for number, item in enumerate(items, start=1)]
+    else:
+        rows = read_objects(path)
+    # 2. check that they are rows
+    problems = [f"{origin}: expected an object, got {got(row)}" for origin, row in rows if not isinstance(row, dict)]
+    if problems or not rows:
+        raise ManifestError(problems or [f"{path}: holds no rows; export it again"])
+    return [(origin, {key: value for key, value in row.items() if value is not None}) for origin, row in rows]
 
 
 @final
@@ -138,7 +102,16 @@ class _Row:
         turns = self.turns()
         self.check_tags(turns, video, audio)
         messages = [{**turn, "content": without_tags(turn["content"])} for turn in turns]
-        kept = {key: value for key, value in self.row.items() if key not in KNOWN}
+        if any(CONTROL.search(turn["content"]) for turn in turns):
+            self.remarks.append("signs such as <|VIDEO|> are read as text; write <video> for the stream")
+        if not isinstance(self.row.get("id", ""), str | int):
+            self.problem("id", f"expected a name, got {got(self.row['id'])}")
+        for key in [key for key in (*LEARNED, "at") if key in self.row]:
+            self.problem(key, "is given for the whole row; give it in the turn that it is about")
+        kept, meta = {key: value for key, value in self.row.items() if key not in KNOWN}, self.row.get("meta", {})
+        if not isinstance(meta, dict) or meta.keys() & kept.keys():
+            self.problem("meta", f"expected an object without the keys of the row, got {got(meta)}")
+            meta = {}
         self.remarks += [f"key {key} is kept under meta only" for key in kept]
         if sum(turn["role"] == "user" for turn in turns) > 1:
             self.remarks.append("several turns: each is asked by itself, without the turns before it")
@@ -148,12 +121,12 @@ class _Row:
             "audio": self.placed("audio", audio),
             **{key: self.row[key] for key in ("start", "end") if key in self.row},
             "messages": messages,
-            "meta": kept,
+            "meta": {**meta, **kept},
         }
 
     def media(self, kind: str) -> list[str]:
         """The files of a kind, under its plural or singular key."""
-        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key))]
+        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key)) not in (None, "", [])]
         if len(values) > 1:
             self.problem(kind, f"is given beside {kind}s; keep one of them")
         files = values[0] if values else []
@@ -179,21 +152,31 @@ class _Row:
         """System prompt and turns as messages with tags still in them."""
         found = [key for key in TURNS if self.row.get(key)]
         if len(found) != 1:
-            got = " and ".join(found) or ", ".join(self.row) or "nothing"
-            self.problem("messages", f"expected messages or conversations, got {got}; rename the column of turns")
+            keys = " and ".join(found) or ", ".join(self.row) or "nothing"
+            self.problem("messages", f"expected messages or conversations, got {keys}; rename the column of turns")
             return []
-        system = self.row.get("system")
-        turns = [{"role": "system", "content": system}] if system else []
-        for index, item in enumerate(self.row[found[0]]):
-            if turn := self.turn(f"{found[0]}[{index}]", item):
-                turns.append(turn)
-        return turns
+        given, system = self.row[found[0]], self.row.get("system", "")
+        if not isinstance(given, list):
+            self.problem(found[0], f"expected a list of turns, got {got(given)}")
+            return []
+        items = [(f"{found[0]}[{index}]", item) for index, item in enumerate(given)]
+        if system != "":
+            items.insert(0, ("system", {"role": "system", "content": system}))
+        return [turn for where, item in items if (turn := self.turn(where, item))]
 
     def turn(self, where: str, item: Any) -> dict[str, Any] | None:
         if not isinstance(item, dict):
             self.problem(where, f"expected an object, got {str(item)[:60]}")
             return None
-        given, content = item.get("role") or item.get("from"), item.get("content") or item.get("value")
+        # 1. check the keys
+        item = {key: value for key, value in item.items() if value is not None}
+        for key in [key for key in item if key not in TURN_KEYS]:
+            self.problem(f"{where}.{key}", unknown_key(key, TURN_KEYS, "remove it"))
+        for pair in ({"role", "from"}, {"content", "value"}, {*LEARNED}):
+            if len(pair & item.keys()) > 1:
+                self.problem(where, f"{' and '.join(sorted(pair & item.keys()))} are both given; keep one of them")
+        given, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        # 2. role, text and what is learned
         role = ROLES.get(str(given))
         if role is None:
             self.problem(where, f"role {given!r} is unknown; use one of {', '.join(ROLES)}")
@@ -201,8 +184,13 @@ class _Row:
             self.problem(where, "expected text; write <video> and <audio> in it and list the files beside it")
         if role is None or not isinstance(content, str):
             return None
-        loss = item.get("loss")
-        return {"role": role, "content": content, **({} if loss is None else {"loss": bool(loss)})}
+        turn = {"role": role, "content": content, **{key: item[key] for key in ("at",) if key in item}}
+        for key in LEARNED:
+            if key in item and item[key] in (0, 1) and not isinstance(item[key], str):
+                turn["loss"] = bool(item[key])
+            elif key in item:
+                self.problem(f"{where}.{key}", f"expected true or false, got {got(item[key])}; correct it")
+        return turn
 
     def check_tags(self, turns: list[dict[str, Any]], video: list[str], audio: list[str]) -> None:
         """Tags are optional; there is one per file, and all are in the first question, where the stream begins."""
@@ -228,10 +216,11 @@ def without_tags(text: str) -> str:
 def convert_row(row: dict[str, Any], origin: str, fallback_id: str, target: Target) -> tuple[Sample, str, list[str]]:
     """The sample, its line and remarks about it; raises ManifestError."""
     taken = _Row(row, origin, target)
-    line = json.dumps(taken.line(fallback_id), ensure_ascii=False, default=str)
+    line = taken.line(fallback_id)
     if taken.problems:
         raise ManifestError(taken.problems)
-    return read_line(line, folder=target.folder, origin=origin, allow_absolute=True), line, taken.remarks
+    sample = read_row(line, folder=target.folder, origin=origin, allow_absolute=True)
+    return sample, json.dumps(line, ensure_ascii=False), taken.remarks
 
 
 def convert(files: Sequence[Path], media_root: Path | None, target: Target, **how: Any) -> tuple[DataReport, list[str]]:
@@ -243,7 +232,7 @@ def convert(files: Sequence[Path], media_root: Path | None, target: Target, **ho
     used: dict[str, str] = {}
     for file in files:
         here = replace(target, media_root=media_root or file.parent)
-        rows = tqdm(list(read_rows(file)), desc=str(file), unit="row", leave=False, disable=None)
+        rows = tqdm(read_rows(file), desc=str(file), unit="row", leave=False, disable=None)
         for number, (origin, row) in enumerate(rows, start=1):
             try:
                 sample, line, said = convert_row(row, origin, f"{file.stem}-{number:06d}", here)
@@ -271,8 +260,6 @@ def main(arguments: Sequence[str]) -> None:
     if out.exists() and not given.overwrite:
         raise ManifestError([f"{out}: exists already; give another --out, or --overwrite"])
     target = Target(folder=out.parent, media_root=out.parent, allow_absolute=given.allow_absolute_paths)
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the report below names the rows instead
     # 1. convert and report
     report, lines = convert(given.files, given.media_root, target, tracks=given.tracks, decode=given.decode)
     print(report.text())

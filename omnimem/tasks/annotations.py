@@ -1,6 +1,6 @@
 """Reads annotation files: rows with their origin, options with their letters, videos on disk."""
 
-import json
+import os.path
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, final
 
-from omnimem.data import Item, ManifestError, Message, Sample, got
+from omnimem.data import Item, Message, Sample
 from omnimem.extras import optional
 from omnimem.tasks.rules import LETTERS
+from omnimem.textfile import ManifestError, got, parse_json, path_problem, read_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -213,55 +214,26 @@ def stream_of(
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file; raises ManifestError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
-
-
-def read_lines(path: Path) -> list[tuple[str, Row]]:
-    """The objects of a JSONL file, each with `file:line`; raises ManifestError."""
-    # 1. read the lines
-    rows: list[tuple[str, Row]] = []
-    problems: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may contain other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError([f"{path}: cannot be read ({error}); {AGAIN}"]) from error
-    # 2. parse them, collecting problems
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            row = error
-        if isinstance(row, dict):
-            rows.append((f"{path}:{number}", row))
-        else:
-            problems.append(f"{path}:{number}: is not a JSON object; write one object per line")
-    if problems:
-        raise ManifestError(problems)
-    return rows
+    return parse_json(read_text(path, AGAIN), str(path), AGAIN)
 
 
 def read_parquet(path: Path) -> list[tuple[str, Row]]:
     """The rows of a parquet file, each with `file:row n`; raises ManifestError."""
     try:
-        table = parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
-    return [(f"{path}:row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+    return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def first_file(candidates: Iterable[Path]) -> Path | None:
     """The first existing file."""
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def video_file(root: Path, folders: Sequence[str], stem: str) -> Path:
     """The video of this name in one of the folders, else its expected path."""
-    if PurePosixPath(stem).name != stem or "\\" in stem:
-        raise ManifestError([f"{root}: {stem!r} cannot name a video; {AGAIN}"])
+    if PurePosixPath(stem).name != stem or "\\" in stem or path_problem(stem + SUFFIXES[0]):
+        raise ManifestError([f"{root}: {stem[:60]!r} cannot name a video; {AGAIN}"])
     paths = [root / folder / f"{stem}{suffix}" for folder in folders for suffix in SUFFIXES]
     return first_file(paths) or paths[0]

@@ -20,13 +20,13 @@ from omnimem.tasks.annotations import (
     first_file,
     labels_of,
     read_json,
-    read_lines,
     stream_of,
     strings_of,
     video_file,
 )
 from omnimem.tasks.base import AnnotatedBenchmark, Published
 from omnimem.tasks.rules import LETTERS, LMMS_EVAL, RuleSet
+from omnimem.textfile import read_objects
 
 TABLE = "video_info.meta.jsonl"
 FOLDERS, VIDEOS = ("", "data"), ("videos", "all_videos", "scripts/videos", "")
@@ -69,7 +69,7 @@ class LVBenchOptions(AnnotatedBenchmark):
     def read(self, reader: AnnotationReader) -> list[Sample]:
         """One sample per video."""
         downloaded = _downloaded(Path(self.root))
-        samples = [self._sample(row, origin, downloaded, reader) for origin, row in read_lines(self.annotations[0])]
+        samples = [self._sample(row, origin, downloaded, reader) for origin, row in read_objects(self.annotations[0])]
         reader.several_labels(samples, "question_type")
         return samples
 

@@ -18,11 +18,11 @@ from omnimem.tasks.annotations import (
     Row,
     labels_of,
     lettered,
-    read_lines,
     stream_of,
 )
 from omnimem.tasks.base import AnnotatedBenchmark
 from omnimem.tasks.rules import LETTERS, LMMS_EVAL, RuleSet
+from omnimem.textfile import path_problem, read_objects
 
 KEYS = ("id", "video", "question", "options", "answer", "audio", "start", "end", "at", "categories")
 
@@ -69,7 +69,7 @@ class OwnOptions(AnnotatedBenchmark):
     def read(self, reader: AnnotationReader) -> list[Sample]:
         """One sample per stream (video, audio, start, end), in order of appearance."""
         streams: dict[tuple[object, ...], list[tuple[str, Row]]] = {}
-        for origin, row in read_lines(self.annotations[0]):
+        for origin, row in read_objects(self.annotations[0]):
             reader.problems += [
                 f"{origin} {key}: {unknown_key(key, KEYS, 'put it under categories')}" for key in row if key not in KEYS
             ]
@@ -91,7 +91,7 @@ class OwnOptions(AnnotatedBenchmark):
             f"{first.get('video')}{'' if audio is None else f'+{audio}'}{span}",
             video,
             [self._asked(row, place, start, end, reader) for place, row in rows],
-            audio=None if audio is None else self._media(str(audio), "audio", origin, reader),
+            audio=None if audio is None else self._media(reader.text(first, "audio", origin), "audio", origin, reader),
             start=start,
             end=end,
             cluster=str(first.get("video")),
@@ -109,7 +109,7 @@ class OwnOptions(AnnotatedBenchmark):
         at = _seconds(row, "at", origin, reader)
         if at is not None and (at <= start or (end is not None and at > end)):
             reader.problems.append(f"{origin} at: {at:g} is outside the stream; give seconds of the file")
-        categories = row.get("categories") or {}
+        categories = {} if row.get("categories") is None else row["categories"]
         if not isinstance(categories, dict):
             reader.problems.append(f"{origin} categories: expected an object of labels; write {{axis: label}}")
             categories = {}
@@ -123,6 +123,8 @@ class OwnOptions(AnnotatedBenchmark):
         )
 
     def _media(self, path: str, key: str, origin: str, reader: AnnotationReader) -> Path:
+        if problem := path_problem(path):
+            reader.problems.append(f"{origin} {key}: {problem}")
         if not self.allow_absolute_paths and not is_inside(path):
             cure = f"use a path below {self.root}, or allow it (allow_absolute_paths: true)"
             reader.problems.append(f"{origin} {key}: {path} is outside the folder; {cure}")

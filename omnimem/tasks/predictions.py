@@ -8,15 +8,19 @@ VLMEvalKit: `<model>_Video-MME*.tsv` or .xlsx with the columns `video`, `questio
 """
 
 import csv
+import io
+import math
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 from zipfile import BadZipFile
 
-from omnimem.data import ManifestError, Question, Sample
+from omnimem.data import Question, Sample
 from omnimem.extras import optional
-from omnimem.tasks.annotations import Row, read_lines
+from omnimem.tasks.annotations import Row
+from omnimem.textfile import ManifestError, got, read_objects, read_text
 
 if TYPE_CHECKING:
     import openpyxl
@@ -25,6 +29,8 @@ else:
     openpyxl, exceptions = optional("openpyxl"), optional("openpyxl.utils.exceptions")
 
 SHOWN = 5  # problems
+LACKING = "\ud800"  # in place of the fields that a line lacks; no text holds this half of a character
+MALFORMED = (LookupError, ValueError, TypeError, AttributeError, SyntaxError)  # of openpyxl, for a zip of another kind
 
 
 @final
@@ -47,11 +53,13 @@ def read_predictions(path: Path) -> list[Prediction]:
     readers = {".jsonl": _lmms_eval, ".tsv": _vlmevalkit_tsv, ".xlsx": _vlmevalkit_xlsx}
     if path.suffix not in readers:
         raise ManifestError([f"{path}: expected {', '.join(readers)}: the samples of lmms-eval or a VLMEvalKit table"])
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ManifestError([f"{path}: no such file; give the predictions that lmms-eval or VLMEvalKit wrote"])
     try:
         found = list(readers[path.suffix](path))
-    except (OSError, UnicodeDecodeError, csv.Error, BadZipFile, exceptions.InvalidFileException) as error:
+    except ManifestError:
+        raise
+    except (OSError, csv.Error, BadZipFile, exceptions.InvalidFileException, *MALFORMED) as error:
         raise ManifestError([f"{path}: cannot be read ({error}); give the file as the tool wrote it"]) from error
     if not found:
         raise ManifestError([f"{path}: holds no predictions; run the tool with --log_samples, or give another file"])
@@ -59,19 +67,24 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 
 def _lmms_eval(path: Path) -> Iterator[Prediction]:
-    for origin, row in read_lines(path):
+    for origin, row in read_objects(path):
         if "filtered_resps" not in row:
             raise ManifestError([f"{origin} filtered_resps: missing; give a samples file of lmms-eval (--log_samples)"])
         text, metric, doc = row["filtered_resps"], _metric(row), row.get("doc") or {}
+        text = text[0] if isinstance(text, list) and text else text or ""
+        if not isinstance(text, str) or not isinstance(doc, dict):
+            key, wrong = ("doc", doc) if isinstance(text, str) else ("filtered_resps", text)
+            wanted = "an object" if key == "doc" else "text"
+            raise ManifestError([f"{origin} {key}: expected {wanted}, got {got(wrong)}; give the file as written"])
         yield Prediction(
             origin=origin,
-            text=str(text[0] if isinstance(text, list) and text else text or ""),
+            text=text,
             question_id=_text(metric.get("question_id") or doc.get("question_id") or doc.get("uid")),
             video=_text(metric.get("videoID") or doc.get("videoID")),
             question=_text(doc.get("question")),
             prompt=_text(row.get("input")),
             answer=_text(row.get("target")),
-            score=_score(metric.get("score")),
+            score=_score(metric.get("score"), origin),
         )
 
 
@@ -85,9 +98,8 @@ def _metric(row: Row) -> Row:
 
 def _vlmevalkit_tsv(path: Path) -> Iterator[Prediction]:
     csv.field_size_limit(2**24)  # options and subtitles are longer than the default allows
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t")
-        yield from _vlmevalkit(path, table.fieldnames or [], enumerate(table, start=2))
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t", restval=LACKING)
+    yield from _vlmevalkit(path, table.fieldnames or [], enumerate(table, start=2))
 
 
 def _vlmevalkit_xlsx(path: Path) -> Iterator[Prediction]:
@@ -107,6 +119,11 @@ def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row
     if lacking:
         raise ManifestError([f"{path} {', '.join(lacking)}: no such column; give a Video-MME table of VLMEvalKit"])
     for number, row in rows:
+        if None in row or LACKING in row.values():
+            fields = "more" if None in row else "fewer"
+            raise ManifestError(
+                [f"{path}:{number}: {fields} fields than the {len(header)} columns; give it as written"]
+            )
         yield Prediction(
             origin=f"{path}:{number}",
             text=str(row["prediction"] or ""),
@@ -114,7 +131,7 @@ def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row
             video=_text(row["video"]),
             question=_text(row["question"]),
             answer=_text(row["answer"]),
-            score=_score(row.get("score")),
+            score=_score(row.get("score"), f"{path}:{number}"),
         )
 
 
@@ -122,13 +139,15 @@ def _text(value: Any) -> str | None:
     return None if value in (None, "") else str(value)
 
 
-def _score(value: Any) -> bool | None:
-    """0 or 1 in any notation; VLMEvalKit's -1 means no verdict."""
+def _score(value: Any, origin: str) -> bool | None:
+    """0 or 1 in any notation; VLMEvalKit's -1, and NaN for an empty cell, mean no verdict."""
     try:
-        number = None if value in (None, "") else float(value)
-    except ValueError:
-        return None
-    return None if number is None or number < 0 else number == 1
+        number = math.nan if value in (None, "") else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if number > 0 and number != 1:
+        raise ManifestError([f"{origin} score: expected 0 or 1, got {got(value)}; give the file as written"])
+    return number == 1 if number >= 0 else None
 
 
 # ----------------------------------------------------------------------------------------------------------- matching

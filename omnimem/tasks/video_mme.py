@@ -28,6 +28,7 @@ from omnimem.tasks.annotations import (
 )
 from omnimem.tasks.base import AnnotatedBenchmark, Gap, Published
 from omnimem.tasks.rules import LMMS_EVAL, RuleSet
+from omnimem.textfile import read_text
 
 Rules = Literal["official", "lmms_eval", "vlmevalkit"]
 Duration = Literal["short", "medium", "long"]
@@ -152,7 +153,7 @@ class VideoMMEOptions(AnnotatedBenchmark):
         if not self.subtitles:
             return frames
         path = first_file(Path(self.root) / folder / f"{name}.srt" for folder in SUBTITLES)
-        shown = "\n".join(_shown(path.read_text(encoding="utf-8-sig"), self.subtitle_fps)) if path else ""
+        shown = "\n".join(_shown(read_text(path), self.subtitle_fps)) if path else ""
         if self.rules == "lmms_eval":
             return f"This video's subtitles are listed below: \n{shown or 'No subtitles available'}\n"
         return f"{frames}This video's subtitles are listed below:\n{shown}\n"
@@ -160,7 +161,7 @@ class VideoMMEOptions(AnnotatedBenchmark):
 
 def _shown(srt: str, fps: float) -> Iterator[str]:
     """Texts of an srt file visible at any time k / fps, each once, without markup."""
-    for block in re.split(r"\n\s*\n", srt.replace("\r\n", "\n")):
+    for block in re.split(r"\n\s*\n", srt.replace("\r\n", "\n").replace("\r", "\n")):
         found = CUE.search(block)
         if found is None:
             continue

@@ -82,6 +82,8 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"vidoe": "a.mp4"}, "1 vidoe: unknown key; did you mean video?"),
         ({"seed": 4}, "1 seed: unknown key; put it under meta"),
         ({"video": None}, "1 video: neither video nor audio is given"),
+        ({"video": "a" * 252 + ".mp4"}, "1 video: aaaaaaaaaa"),
+        ({"audio": "a\x00.wav"}, "1 audio: holds a zero character"),
         ({"video": "../a.mp4"}, "1 video: ../a.mp4 is outside the folder"),
         ({"audio": "/srv/a.wav"}, "1 audio: /srv/a.wav is outside the folder"),
         ({"start": True}, "1 start: expected seconds"),
@@ -105,10 +107,27 @@ def test_a_wrong_value_is_named_by_its_key(manifest, change, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"), [(b"[1]", "1: expected an object, got [1]"), (b'{"id": "\xff"}', "1: is not UTF-8")]
+    ("line", "expected"),
+    [
+        (b"[1]", "1: expected an object, got [1]"),
+        (b'{"id": "\xff"}', "1: is not UTF-8 (invalid start byte at byte 8)"),
+        ('{"id": "x"}'.encode("utf-16"), "1: is not UTF-8 (it looks like UTF-16"),
+        (b'{"id": "\\ud83d"}', "1: \\ud83d in '\\ud83d' is half of a character"),
+        (b'{"start": 1%s}' % (b"0" * 400), "1: the number 10000000000000000000... has 401 digits"),
+        (b'{"start": 1e999}', "1: the number 1e999 is too large"),
+        (b"[" * 100_000, "1: lists or objects are more than 64 deep"),
+        (b'{"id": 1, "id": 2}', "1: the key 'id' is given twice"),
+    ],
 )
 def test_a_line_that_is_no_object_is_named(manifest, line, expected) -> None:
     assert problems_of(manifest, line)[0].startswith(expected)
+
+
+def test_a_byte_order_mark_and_facts_that_are_null_change_nothing(manifest) -> None:
+    line = {**GOOD, "meta": {"kinds": None, "needles": None, "seed": 12345678901234567890123}}
+    (sample,) = read_manifest(written(manifest, b"\xef\xbb\xbf" + json.dumps(line).encode()))
+    assert sample.meta == {"seed": 12345678901234567890123}
+    assert sample.questions[0].kind == ""
 
 
 def test_two_samples_never_share_an_id(manifest) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, collate
 from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
+from omnimem.errors import UserError
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions
 from omnimem.streaming.attach import attach
@@ -87,6 +88,26 @@ def test_a_folder_without_preprocessor_is_refused_by_name(tmp_path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match="preprocessor_config"):
         load(folder)
+
+
+def test_control_tokens_of_a_user_are_text_and_half_a_character_is_refused(tmp_path) -> None:
+    backbone = load(write_folder(tmp_path / "m"))
+    signs = "".join(token for token in backbone.tokenizer.get_added_vocab())
+    control = set(backbone.tokenizer.get_added_vocab().values())
+    used = [[], []]
+    for found, text in zip(used, ("star", f"star {signs}<{signs}"), strict=True):
+        ids, _, labels = backbone.turn(Turn(text=text, answer=text), tracks="both")
+        found.append([token for token in ids if token in control])
+        assert [label for label in labels if label in control] == [*backbone.stop]
+        (opening,) = backbone.chunks([], tracks="both", chunk_tokens=9, system=text)
+        weight = backbone.text_model.get_input_embeddings().weight
+        matches = [(opening.embeddings[0] == weight[token]).all(-1) for token in control]
+        found.append(torch.stack(matches).sum(dim=1).tolist())
+        assert text in backbone.framed(text, system=text)
+    assert used[0] == used[1]
+    for turn in (Turn(text="what \ud83d ?"), Turn(text="what ?", answer="\udc80")):
+        with pytest.raises(UserError, match="half of a character"):
+            backbone.turn(turn, tracks="both")
 
 
 @pytest.mark.parametrize("rates", ["real", "tiny"])

@@ -54,6 +54,12 @@ def swift(text: str = "<video>what ?", **more: Any) -> dict[str, Any]:
     return {"messages": turns, "videos": ["clips/talk.mp4"], **more}
 
 
+def turned(**more: Any) -> dict[str, Any]:
+    """A row with more keys in the turn of its answer."""
+    question, answer = swift()["messages"]
+    return swift(messages=[question, {**answer, **more}])
+
+
 def run(media: Path, rows: list[Any], *more: str) -> tuple[int, Path]:
     out = media / "train.jsonl"
     out.unlink(missing_ok=True)
@@ -83,6 +89,22 @@ def test_ms_swift_messages_become_samples(media) -> None:
     ]
     assert one.meta == {"chat_template_kwargs": {"fps": 1}}
     assert (two.id, two.questions[0].text) == ("rows-000002", "what ?")
+
+
+def test_values_are_kept_as_written(media) -> None:
+    facts = {"date": "2020-01-02T00:00:00", "big": 12345678901234567890123, "mixed": [1, "a", None, {"b": None}]}
+    rows = [{**swift(), "first": None}, {**swift(**facts), "meta": {"seed": 3}}]
+    assert run(media, rows)[0] == 0
+    assert [sample.meta for sample in read_manifest(media / "train.jsonl")] == [{}, {**facts, "seed": 3}]
+
+
+@pytest.mark.parametrize("mask", [{"loss": False}, {"loss": 0}, {"weight": 0.0}, {"train": False}, {"training": 0}])
+def test_a_masked_answer_is_not_learned_and_the_time_of_a_question_is_kept(media, mask) -> None:
+    row = turned(**mask)
+    row["messages"][0]["at"] = 2
+    assert run(media, [row])[0] == 0
+    (question,) = read_manifest(media / "train.jsonl")[0].questions
+    assert (question.loss, question.at) == (False, 2)
 
 
 def test_sharegpt_conversations_with_both_files_become_samples(media) -> None:
@@ -144,6 +166,16 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
         (swift(videos=["../talk.mp4"]), "1 videos: "),
         (swift(conversations=[{"from": "human", "value": "?"}]), "1 messages: expected messages or conversations, got"),
         (swift(messages=[{"role": "tool", "content": "x"}]), "1 messages[0]: role 'tool' is unknown; use one of"),
+        (swift(messages={"role": "user"}), "1 messages: expected a list of turns"),
+        (swift(system=5), "1 system: expected text"),
+        (swift(loss=False), "1 loss: is given for the whole row"),
+        (swift(at=2), "1 at: is given for the whole row"),
+        (swift(meta={"a": 1}, a=2), "1 meta: expected an object without the keys of the row"),
+        (turned(loss=0.5), "1 messages[1].loss: expected true or false, got 0.5"),
+        (turned(train="false"), '1 messages[1].train: expected true or false, got "false"'),
+        (turned(wieght=0), "1 messages[1].wieght: unknown key; did you mean weight?"),
+        (turned(loss=True, weight=0), "1 messages[1]: loss and weight are both given"),
+        (turned(value="other"), "1 messages[1]: content and value are both given"),
         (swift(messages=["what ?"]), "1 messages[0]: expected an object, got what ?"),
         (swift("what ?", videos=[]), "1 video: neither video nor audio is given"),
         (swift(end=90), "1 end: 90.0 s is after the end of the file (8"),
@@ -158,9 +190,9 @@ def test_a_wrong_row_is_named_with_its_cure(media, capsys, row, expected) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: is not an object"]),
+        ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: expected an object, got 3"]),
         ("[{]", ["is not JSON"]),
-        ('{"messages": [],\n"videos": []}', ["one object per line"]),
+        ('{"messages": [],\n"videos": []}', ["one object per line"] * 2),
         ("", ["holds no rows"]),
     ],
 )

@@ -18,6 +18,9 @@ from omnimem.data import ManifestError, Question
 from omnimem.tasks import Benchmark, LVBenchOptions, VideoMMEOptions
 from omnimem.tasks.predictions import Matched, matched, read_predictions
 
+COLUMNS = "video\tquestion\tanswer\tprediction"
+EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
+
 
 @pytest.fixture(scope="module")
 def video_mme(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -138,11 +141,19 @@ def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(changes,
         ("x.json", "{}", "expected .jsonl, .tsv, .xlsx"),
         ("x.jsonl", "", "holds no predictions"),
         ("x.jsonl", "{}", ":1 filtered_resps: missing"),
+        ("x.jsonl", '{"filtered_resps": ["A"], "doc": "x"}', ":1 doc: expected an object"),
+        ("x.jsonl", '{"filtered_resps": [5]}', ":1 filtered_resps: expected text"),
+        ("x.jsonl", '{"filtered_resps": ["A"], "score": []}', ":1 score: expected 0 or 1"),
+        ("x.jsonl", '{"filtered_resps": ["A"], "score": 0.5}', ":1 score: expected 0 or 1"),
+        ("x.tsv", f"{COLUMNS}\nv\tq\tA", ":2: fewer fields than the 4 columns"),
+        ("x.tsv", f"{COLUMNS}\nv\tq\tA\tB\tC", ":2: more fields than the 4 columns"),
+        ("x.tsv", f"{COLUMNS}\nv\tq\tA\tB\xf9".encode("latin-1"), ":2: is not UTF-8"),
         ("x.xlsx", "no workbook", "cannot be read"),
+        ("x.xlsx", EMPTY_ZIP, "cannot be read"),
     ],
 )
 def test_a_file_of_neither_tool_is_refused(name, text, problem, tmp_path) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ManifestError, match=problem.replace(".", r"\.")):
         read_predictions(tmp_path / name)
     with pytest.raises(ManifestError, match="no such file"):

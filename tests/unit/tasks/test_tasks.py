@@ -291,6 +291,22 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path) -> None:
     assert samples[2].questions[0].item.categories == {"topic": ("sport", "music"), "level": ("easy",)}
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_files_of_questions_and_subtitles_are_utf8_with_or_without_a_mark(mark, tmp_path) -> None:
+    questions = layouts.own(tmp_path / "own") / "questions.jsonl"
+    root = layouts.video_mme(tmp_path / "mme")
+    for path, options in (
+        (questions, OwnOptions(root=str(questions.parent))),
+        (root / "subtitle" / "vid1.srt", VideoMMEOptions(root=str(root), subtitles=True)),
+    ):
+        plain, text = options.samples(), path.read_bytes()
+        path.write_bytes(mark + text)
+        assert options.samples() == plain
+        path.write_bytes(text + b"O\xf9")
+        with pytest.raises(ManifestError, match=f"{path.name}:\\d+: is not UTF-8"):
+            options.samples()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -301,6 +317,9 @@ def test_own_questions_on_one_stream_are_asked_in_one_pass(tmp_path) -> None:
         ({"start": 4, "at": 3}, "1 at: 3 is outside the stream"),
         ({"start": 4, "end": 3}, "1 end: 3 is not after start = 4"),
         ({"video": "../film.mp4"}, "1 video: ../film.mp4 is outside the folder"),
+        ({"video": "v" * 256}, "1 video: vvvv"),
+        ({"audio": 5}, "1 audio: expected text, got 5"),
+        ({"at": 10**400}, "1: the number 10000000000000000000... has 401 digits"),
         ({"id": "q2"}, "question 'q2' occurs 2 times"),
     ],
 )

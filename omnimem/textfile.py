@@ -1,0 +1,144 @@
+"""Text files that users bring: UTF-8 with or without a byte order mark, and JSON; every fault with file and line."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, final
+
+from omnimem.errors import ProblemList, UserError
+
+DEPTH = 64  # objects and lists within each other
+DIGITS = 300  # of a number; more do not fit into a float
+NAMED = 20  # lines that are not UTF-8
+
+
+@final
+class ManifestError(ProblemList):
+    """All problems of a file of samples, one per line: `file:line key: problem; fix`."""
+
+
+def read_text(path: Path, cure: str = "give a readable file") -> str:
+    """The text of a file, without a byte order mark; raises ManifestError with every line that is not UTF-8."""
+    # 1. read and decode
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ManifestError([f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {cure}"]) from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in data[:4]:
+        raise ManifestError([f"{path}:1: is not UTF-8 (it looks like UTF-16 or UTF-32); save the file as UTF-8"])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    # 2. name the lines
+    problems = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            what = f"is not UTF-8 ({error.reason} at byte {error.start})"
+            problems.append(f"{path}:{number}: {what}; save the file as UTF-8")
+    raise ManifestError(problems[:NAMED])
+
+
+def parse_json(text: str, origin: str, cure: str = "write one object per line") -> Any:
+    """The value exactly as written; raises ManifestError for what no value can hold, or what would be dropped."""
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_real, object_pairs_hook=_object)
+        _check(value, DEPTH)
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise ManifestError([f"{origin}: is not JSON ({error.msg} at {where}); {cure}"]) from error
+    except RecursionError as error:
+        raise ManifestError([f"{origin}: lists or objects are more than {DEPTH} deep; flatten them"]) from error
+    except ValueError as error:
+        raise ManifestError([f"{origin}: {error}"]) from error
+    return value
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Each line that is not blank with its `file:line`; raises ManifestError."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # JSON strings may contain other line ends
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def parse_object(line: str, origin: str) -> dict[str, Any]:
+    """The object of a line; raises ManifestError."""
+    value = parse_json(line, origin)
+    if isinstance(value, dict):
+        return value
+    raise ManifestError([f"{origin}: expected an object, got {got(value)}; write one object per line"])
+
+
+def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with `file:line`; raises ManifestError with every wrong line."""
+    rows, problems = [], []
+    for origin, line in text_lines(path):
+        try:
+            rows.append((origin, parse_object(line, origin)))
+        except ManifestError as error:
+            problems += error.problems
+    if problems:
+        raise ManifestError(problems)
+    return rows
+
+
+def path_problem(path: str) -> str | None:
+    """Why no file can have this path; None if one can."""
+    if "\x00" in path:
+        return "holds a zero character; correct the path"
+    if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(name)) > 255 for name in path.split("/")):
+        return f"{path[:40]}... is longer than a file name can be (255 bytes); shorten it"
+    return None
+
+
+def got(value: Any) -> str:
+    """A value as JSON for an error message, cut to a readable length."""
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits; write at most {DIGITS}")
+    return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]} is too large; write a smaller one")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!a} is given twice in an object; keep one of them")
+    return made
+
+
+def _check(value: Any, depth: int) -> None:
+    """Raises RecursionError for values that are too deep, and ValueError for halves of characters."""
+    if isinstance(value, str):
+        whole_characters(value)
+    elif isinstance(value, dict | list):
+        if depth == 0:
+            raise RecursionError
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check(part, depth - 1)
+
+
+def whole_characters(text: str) -> str:
+    """The text; raises UserError if half of a character (a lone surrogate) is in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{half} in {text[:40]!a} is half of a character; write the whole character") from error
+    return text
