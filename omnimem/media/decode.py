@@ -11,18 +11,16 @@ from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.error import EOFError as EndOfFileError
-from av.error import FFmpegError, InvalidDataError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from omnimem.media.container import (
-    COPY_AGAIN,
     MediaError,
     audio_stream,
     check_whole,
+    decodable,
     open_container,
     origin,
     video_stream,
@@ -48,7 +46,7 @@ def read_frames(
     Raises MediaError: as `probe`, and `no_video`, `empty` (no frame in the clip), `truncated` (after the last frame).
     """
     with open_container(path) as container:
-        stream = video_stream(container)
+        stream = decodable(video_stream(container))
         if stream is None:
             raise MediaError(path, "no_video", "has no video track; use tracks: audio or give another file")
         empty = True
@@ -75,7 +73,7 @@ def read_audio_blocks(
 ) -> Iterator[Float[Tensor, " samples"]]:
     """Yield the samples of `read_audio` lazily, in blocks of some seconds, so memory use does not grow with length."""
     with open_container(path) as container:
-        stream = audio_stream(container)
+        stream = decodable(audio_stream(container))
         if stream is None:
             raise MediaError(path, "no_audio", "has no audio track; use tracks: video or give an audio file")
         held: list[Samples] = []
@@ -142,25 +140,18 @@ def _span(start: float, end: float | None) -> str:
     return f"from {start:g} s to {'the end' if end is None else f'{end:g} s'}"
 
 
-def _decoded(
-    container: InputContainer, decode: Callable[[], Iterator[Frame]], path: Path | str, start: float
-) -> Iterator[Frame]:
-    """Decoded frames, from shortly before `start` on; raises MediaError when decoding fails."""
+def _decoded(container: InputContainer, decode: Callable[[], Iterator[Frame]], start: float) -> Iterator[Frame]:
+    """Decoded frames, from shortly before `start` on."""
     zero, frames = origin(container), decode()
-    try:
-        if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
-            container.seek(int((start - PREROLL + zero) * av.time_base))
-            first = next(frames, None)
-            if first is None or first.time is None or first.time - zero > start:
-                container.seek(0)  # without an index, seeking may end up after `start`
-                frames = decode()
-            else:
-                yield first
-        yield from frames
-    except FFmpegError as error:
-        cut = isinstance(error, (InvalidDataError, EndOfFileError))
-        message = f"decoding failed ({error.strerror}); {COPY_AGAIN}"
-        raise MediaError(path, "truncated" if cut else "unreadable", message) from error
+    if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
+        container.seek(int((start - PREROLL + zero) * av.time_base))
+        first = next(frames, None)
+        if first is None or first.time is None or first.time - zero > start:
+            container.seek(0)  # without an index, seeking may end up after `start`
+            frames = decode()
+        else:
+            yield first
+    yield from frames
 
 
 def _timed_frames(
@@ -169,11 +160,11 @@ def _timed_frames(
     """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
-    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
+    still, reached, frames = False, 0.0, _decoded(container, lambda: container.decode(stream), start)
     for time, duration, frame in timed_frames(frames, container, stream):
-        reached = time + duration
+        still, reached = reached == 0.0, time + duration
         yield time, duration, frame
-    check_whole(path, container, stream, end, reached)
+    check_whole(path, container, stream, end, reached, still=still)
 
 
 def timed_frames(
@@ -200,7 +191,7 @@ def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
-    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
+    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), start)
     for time, frame in timed_audio(frames, container):
         if end is not None and time >= end:
             return
