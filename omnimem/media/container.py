@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar, final
 
 import av
+import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
@@ -38,6 +39,7 @@ MACHINE = {
     *(errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ETIMEDOUT),
 }
 ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # box types at the beginning of mp4 and mov files
+TRIAL_BYTES = 1 << 28  # more than the decoders of most files need
 # where headers declare a length: what precedes it, its type, and the place it counts from (None: the end of itself)
 LENGTHS = (
     (rb"RIFF", "<I", 8),  # wav, avi
@@ -116,7 +118,7 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
         if _of_machine(error, path):
@@ -127,13 +129,17 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
 
 
 def _of_machine(error: Exception, path: Path | str) -> bool:
+    """Whether an error is one of MACHINE. ffmpeg gives two of them for invalid data too: those are tried again here."""
     number = getattr(error, "errno", None)
-    if number == errno.EIO and isinstance(error, FFmpegError) and Path(path).is_file():
-        with Path(path).open("rb") as file:  # demuxers give this number for invalid data too, a broken disk always
-            while file.read(1 << 20):
-                pass
+    if isinstance(error, FFmpegError) and number in (errno.EIO, errno.ENOMEM):
+        np.empty(TRIAL_BYTES, np.uint8)
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                while file.read(1 << 20):
+                    pass
         return False
-    return number in MACHINE or (isinstance(error, RuntimeError) and "allocate memory" in str(error))  # of torch
+    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate mem" in str(error))
+    return out_of_memory or number in MACHINE
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:

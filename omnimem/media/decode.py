@@ -32,7 +32,9 @@ Frame = TypeVar("Frame", AudioFrame, VideoFrame)
 
 TICK = 1e-3  # seconds; resolution of the coarsest timestamps in use (Matroska)
 GAP = 0.05  # seconds; longer gaps in the audio timestamps become silence, shorter ones are jitter
+LONGEST_GAP = 6 * 3600.0  # seconds; timestamps that jump further are damaged
 PREROLL = 0.2  # seconds decoded before a clip, because codecs with overlapping blocks need some to settle
+PLANES = 8  # from this number of channels on, PyAV reads planes that are not there
 BLOCK_SAMPLES = 1 << 18  # minimum length of an audio block
 THREADED_PIXELS = 640 * 360  # for smaller frames starting threads takes longer than decoding
 
@@ -100,6 +102,9 @@ def contiguous(
     for begun, block in _resampled(timed, rate):
         place = place if begun is None else round((begun - start) * rate)
         after = place + len(block)
+        while (place if limit is None else min(place, limit)) - done > BLOCK_SAMPLES:
+            done += BLOCK_SAMPLES
+            yield np.zeros(BLOCK_SAMPLES, np.float32)
         if place > done:
             block = np.concatenate([np.zeros(place - done, np.float32), block])
         block = block[max(0, done - place) :]
@@ -161,24 +166,31 @@ def _timed_frames(
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
     still, reached, frames = False, 0.0, _decoded(container, lambda: container.decode(stream), start)
-    for time, duration, frame in timed_frames(frames, container, stream):
+    for time, duration, frame in timed_frames(frames, container, stream, start):
         still, reached = reached == 0.0, time + duration
         yield time, duration, frame
     check_whole(path, container, stream, end, reached, still=still)
 
 
 def timed_frames(
-    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream
+    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream, start: float = 0.0
 ) -> Iterator[tuple[float, float, VideoFrame]]:
     """(time, duration, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
     reached = 0.0
     for frame in frames:
-        time = reached if frame.time is None else frame.time - origin(container)
+        time = reached if frame.time is None else _plausible(frame.time - origin(container), reached, start)
         duration = 1.0 / float(stream.average_rate or 25.0)
         if frame.duration and frame.time_base:
             duration = float(frame.duration * frame.time_base)
         reached = time + duration
         yield time, duration, frame
+
+
+def _plausible(time: float, reached: float, start: float) -> float:
+    """The time of a frame; raises ValueError if it is far after the frame before, or the beginning of the clip."""
+    if time > max(reached, start) + LONGEST_GAP:
+        raise ValueError(f"its timestamps jump from {max(reached, start):.0f} s to {time:.0f} s")
+    return time
 
 
 def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
@@ -192,7 +204,7 @@ def _timed_audio(
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
     reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), start)
-    for time, frame in timed_audio(frames, container):
+    for time, frame in timed_audio(frames, container, start):
         if end is not None and time >= end:
             return
         reached = time + frame.samples / frame.sample_rate
@@ -200,11 +212,13 @@ def _timed_audio(
     check_whole(path, container, stream, end, reached)
 
 
-def timed_audio(frames: Iterable[AudioFrame], container: InputContainer) -> Iterator[tuple[float, AudioFrame]]:
+def timed_audio(
+    frames: Iterable[AudioFrame], container: InputContainer, start: float = 0.0
+) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
     zero, reached = origin(container), 0.0
     for frame in frames:
-        time = reached if frame.time is None else frame.time - zero
+        time = reached if frame.time is None else _plausible(frame.time - zero, reached, start)
         reached = time + frame.samples / frame.sample_rate
         yield time, frame
 
@@ -225,7 +239,8 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
             if audio_format is not None:
                 yield None, _mono(resampler.resample(None))
             audio_format = (frame.format.name, frame.layout.name, frame.sample_rate)
-            resampler, begun, reached = AudioResampler("fltp", rate=rate), time, time
+            kind = "fltp" if frame.layout.nb_channels < PLANES else "flt"
+            resampler, begun, reached = AudioResampler(kind, rate=rate), time, time
         # 3. resample
         yield begun, _mono(resampler.resample(frame))
         reached += frame.samples / frame.sample_rate
@@ -235,5 +250,12 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
 
 def _mono(frames: list[AudioFrame]) -> Samples:
     """Mean of the channels (ffmpeg's down-mix of float samples is 3 dB louder)."""
-    blocks = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in frames]
+    blocks = [_channels(frame).mean(axis=0, dtype=np.float32) for frame in frames]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _channels(frame: AudioFrame) -> Float[np.ndarray, "channels samples"]:
+    values = frame.to_ndarray()
+    if frame.format.is_planar:
+        return values
+    return np.ascontiguousarray(values.reshape(frame.samples, frame.layout.nb_channels).T)
