@@ -123,7 +123,7 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
     except Exception as error:
         if _of_machine(error, path):
             raise
-        detail = error.strerror if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
+        detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
         reason = cut if isinstance(error, (InvalidDataError, EndOfFileError)) else "unreadable"
         raise MediaError(path, reason, f"{what} ({' '.join(detail.split())}); {fix}") from error
 
