@@ -1,29 +1,56 @@
 """Metadata of media files, and MediaError for files that cannot be used."""
 
+import errno
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal, final
+from typing import BinaryIO, Literal, TypeVar, final
 
 import av
+import numpy as np
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import EOFError as EndOfFileError
+from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from omnimem.errors import UserError
 
+Track = TypeVar("Track", VideoStream, AudioStream)
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated"]
 
 CODEC_PADDING = 0.1  # seconds of padding that audio codecs add at the beginning and the end to fill their blocks
 SHORTFALL = (1.0, 0.02)  # seconds, and fraction of the declared length, that a track may lack
 COPY_AGAIN = "copy or convert the file again"
+# ffmpeg's names of the formats that are read: each holds its media itself, unlike playlists, and none is plain text
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,wav,w64,mp3,flac,aac,ac3,eac3,dts,amr,aiff,au,caf,ape,wv,tta,rm,mxf,nut,"
+    "dv,wtv,gif,apng,webp,ivf,av1,obu,h264,hevc,m4v,mpegvideo,mjpeg,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
+)
+READABLE = "mp4, mov, mkv, webm, avi, mpegts, flv, asf, ogg, wav, mp3, flac or similar"
+# errors of the machine, which say nothing about the file
+MACHINE = {
+    *(errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ENOSPC, errno.EDQUOT, errno.ESTALE),
+    *(errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ETIMEDOUT),
+}
 ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # box types at the beginning of mp4 and mov files
+TRIAL_BYTES = 1 << 28  # more than the decoders of most files need
+# where headers declare a length: what precedes it, its type, and the place it counts from (None: the end of itself)
+LENGTHS = (
+    (rb"RIFF", "<I", 8),  # wav, avi
+    (rb"RF64.{16}", "<Q", 8),
+    (rb"riff\x2e\x91\xcf\x11.{8}", "<Q", 0),  # w64
+    (rb"\x30\x26\xb2\x75.*?\xa1\xdc\xab\x8c\x47\xa9\xcf\x11.{32}", "<Q", 0),  # asf
+    (rb"caff.*?data", ">Q", None),
+)
 # containers with durations written by the muxer; for all others ffmpeg estimates them from the bit rate
-WITH_DURATION = {"mov", "matroska", "avi", "flv", "wav", "flac", "asf"}
+WITH_DURATION = "mov,matroska,avi,flv,wav,flac,asf,w64,aiff,au,caf,ape,wv,tta,rm".split(",")  # noqa: SIM905 - one line
+OF_FILE = {"matroska", "flv", "asf", "rm"}  # those that declare one duration for all tracks, apart from tags
 
 
 @final
@@ -64,33 +91,84 @@ def probe(path: Path | str) -> MediaInfo:
 
 @contextmanager
 def open_container(path: Path | str) -> Iterator[InputContainer]:
-    """Open a container for reading; it may refer to local files only. Raises MediaError as `probe` does."""
-    if not Path(path).is_file():
-        raise MediaError(path, "missing", "is not a file; check the path")
-    if Path(path).stat().st_size == 0:
-        raise MediaError(path, "empty", "has zero bytes; copy or download it again")
-    if missing := _missing_bytes(Path(path)):
-        raise MediaError(path, "truncated", f"lacks its last {missing} bytes; {COPY_AGAIN}")
-    try:
-        container = av.open(str(path), options={"protocol_whitelist": "file"})
-    except FFmpegError as error:
-        message = f"cannot be read ({error.strerror}); it is not a media file, or truncated: {COPY_AGAIN}"
-        raise MediaError(path, "unreadable", message) from error
-    with container:
+    """Open a container for reading; every error until it is closed is a MediaError as of `probe` (`blaming`)."""
+    with blaming(path, "cannot be read", f"it is truncated, or not {READABLE}: {COPY_AGAIN}"):
+        if not Path(path).is_file():
+            raise MediaError(path, "missing", "is not a file; check the path")
+        if Path(path).stat().st_size == 0:
+            raise MediaError(path, "empty", "has zero bytes; copy or download it again")
+        if missing := _missing_bytes(Path(path)):
+            raise MediaError(path, "truncated", f"lacks its last {missing} bytes; {COPY_AGAIN}")
+        container = open_input(f"file:{path}", protocols="file")  # with the prefix, names may have colons
+    with container, blaming(path, "decoding failed", COPY_AGAIN, cut="truncated"):
         yield container
 
 
+def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
+    """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
+    allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols}
+    return av.open(file, "r", options=allowed, metadata_errors="replace")
+
+
+@contextmanager
+def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable") -> Iterator[None]:
+    """Raise every error as a MediaError of `path`, except those of the machine: memory, disk, number of open files.
+
+    The reason is `cut` if the data end early or are invalid, else `unreadable`.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if _of_machine(error, path):
+            raise
+        detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
+        reason = cut if isinstance(error, (InvalidDataError, EndOfFileError)) else "unreadable"
+        raise MediaError(path, reason, f"{what} ({' '.join(detail.split())}); {fix}") from error
+
+
+def _of_machine(error: Exception, path: Path | str) -> bool:
+    """Whether an error is one of MACHINE. ffmpeg gives two of them for invalid data too: those are tried again here."""
+    number = getattr(error, "errno", None)
+    if isinstance(error, FFmpegError) and number in (errno.EIO, errno.ENOMEM):
+        np.empty(TRIAL_BYTES, np.uint8)
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                while file.read(1 << 20):
+                    pass
+        return False
+    out_of_memory = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate mem" in str(error))
+    return out_of_memory or number in MACHINE
+
+
 def video_stream(container: InputContainer) -> VideoStream | None:
-    """The first video track, without cover art."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    return None
+    """The video track that ffmpeg chooses: the default one, then the largest; without cover art."""
+    tracks = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+    return max(_known(tracks), key=lambda one: (_rank(one), one.width * one.height), default=next(iter(tracks), None))
 
 
 def audio_stream(container: InputContainer) -> AudioStream | None:
-    """The first audio track."""
-    return container.streams.audio[0] if container.streams.audio else None
+    """The audio track that ffmpeg chooses: the default one, then the one with most channels."""
+    tracks = container.streams.audio
+    return max(_known(tracks), key=lambda one: (_rank(one), one.channels), default=next(iter(tracks), None))
+
+
+def decodable(track: Track | None) -> Track | None:
+    """The track; raises LookupError, in `blaming` a MediaError, if ffmpeg does not know its codec."""
+    if track is not None and track.codec_context is None:
+        raise LookupError(f"the codec of its {track.type} is unknown")
+    return track
+
+
+def _known(tracks: Sequence[Track]) -> list[Track]:
+    return [track for track in tracks if track.codec_context is not None]
+
+
+def _rank(track: VideoStream | AudioStream) -> int:
+    """Default tracks before others, tracks for impaired viewers last."""
+    impaired = Disposition.hearing_impaired | Disposition.visual_impaired
+    return bool(track.disposition & Disposition.default) - bool(track.disposition & impaired)
 
 
 def origin(container: InputContainer) -> float:
@@ -108,12 +186,17 @@ def origin(container: InputContainer) -> float:
 
 def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -> float | None:
     """Seconds from the origin to the declared end of a track; None when the container does not declare it."""
+    if tag := _duration_tag(stream):
+        hours, minutes, seconds = tag.groups()
+        return 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds)
     if stream.duration is not None and stream.time_base is not None:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin(container)
-    if tag := stream.metadata.get("DURATION"):  # Matroska
-        hours, minutes, seconds = tag.split(":")
-        return 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds)
     return None
+
+
+def _duration_tag(stream: VideoStream | AudioStream) -> re.Match[str] | None:
+    """The duration of a track of Matroska; ffmpeg may give the duration of the file as that of the track."""
+    return re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
 
 
 def check_whole(
@@ -122,18 +205,24 @@ def check_whole(
     stream: VideoStream | AudioStream,
     end: float | None,
     reached: float,
+    *,
+    still: bool = False,
 ) -> None:
     """Raise MediaError when a track decoded up to `reached` seconds ends clearly before its declared end.
 
-    If only the file declares a duration, it is compared with the longest track. Broadcast (mpegts) and raw streams
-    declare no duration, so their truncation is not detected.
+    If only the file declares a duration, it is compared with the longest track; so is a `still`, which shows one frame
+    for longer than it says. Broadcast (mpegts) and raw streams declare no duration, so their truncation is not
+    detected.
     """
-    if container.format.name.split(",")[0] not in WITH_DURATION:
+    name = container.format.name.split(",")[0]
+    if name not in WITH_DURATION and not (name == "mp3" and _counts_frames(Path(path))):
         return
     due = declared_end(container, stream)
-    if due is None:
+    of_file = due is None or (name in OF_FILE and not _duration_tag(stream))
+    if due is None or of_file:
         due = (container.duration or 0) / av.time_base
-        reached = max(reached, _last_packet(path) if _short(due, end, reached) else reached)
+    if (of_file or still) and _short(due, end, reached):
+        reached = max(reached, _last_packet(path))
     if _short(due, end, reached):
         message = f"{stream.type} ends at {reached:.1f} s of {due:.1f} s declared; {COPY_AGAIN}"
         raise MediaError(path, "truncated", message)
@@ -154,15 +243,32 @@ def _last_packet(path: Path | str) -> float:
     return max(ends)
 
 
+def _counts_frames(path: Path) -> bool:
+    """Whether the first frame of an mp3 file is a header with the number of frames (Xing, Info or VBRI)."""
+    with path.open("rb") as file:
+        tag, size = file.read(10), 0
+        if tag[:3] == b"ID3":
+            size = 10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
+        file.seek(size)
+        head = file.read(4096)
+    found = re.search(rb"(?:Xing|Info)\x00\x00\x00(.)|VBRI", head, re.DOTALL)
+    return found is not None and (found[1] is None or found[1][0] & 1 == 1)
+
+
 def _missing_bytes(path: Path) -> int:
-    """Bytes that the top-level boxes of an mp4, mov, wav or avi file declare beyond the end of the file."""
+    """Bytes that the header of a file declares beyond its end: the boxes of mp4 and mov, or one of LENGTHS."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        if head[:4] == b"RIFF" and len(head) == 8:
-            declared = struct.unpack("<I", head[4:])[0] + 8
-            return max(0, declared - size) if declared < 1 << 32 else 0  # live recorders write 2^32 - 1
-        return _missing_boxes(file, size) if head[4:] in ISO_BOXES else 0
+        head = file.read(1 << 16)
+        if head[4:8] in ISO_BOXES:
+            return _missing_boxes(file, size)
+    for pattern, number, start in LENGTHS:
+        found = re.match(pattern, head, re.DOTALL)
+        if found and (end := found.end() + struct.calcsize(number)) <= len(head):
+            length = struct.unpack(number, head[found.end() : end])[0]
+            live = length >= (1 << 32) - 8 if number == "<I" else length >= 1 << 62  # recorders write -1 or so
+            return 0 if live else max(0, (end if start is None else start) + length - size)
+    return 0
 
 
 def _missing_boxes(file: BinaryIO, size: int) -> int:

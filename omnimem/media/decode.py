@@ -11,18 +11,16 @@ from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.error import EOFError as EndOfFileError
-from av.error import FFmpegError, InvalidDataError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from omnimem.media.container import (
-    COPY_AGAIN,
     MediaError,
     audio_stream,
     check_whole,
+    decodable,
     open_container,
     origin,
     video_stream,
@@ -34,7 +32,9 @@ Frame = TypeVar("Frame", AudioFrame, VideoFrame)
 
 TICK = 1e-3  # seconds; resolution of the coarsest timestamps in use (Matroska)
 GAP = 0.05  # seconds; longer gaps in the audio timestamps become silence, shorter ones are jitter
+LONGEST_GAP = 6 * 3600.0  # seconds; timestamps that jump further are damaged
 PREROLL = 0.2  # seconds decoded before a clip, because codecs with overlapping blocks need some to settle
+PLANES = 8  # from this number of channels on, PyAV reads planes that are not there
 BLOCK_SAMPLES = 1 << 18  # minimum length of an audio block
 THREADED_PIXELS = 640 * 360  # for smaller frames starting threads takes longer than decoding
 
@@ -48,7 +48,7 @@ def read_frames(
     Raises MediaError: as `probe`, and `no_video`, `empty` (no frame in the clip), `truncated` (after the last frame).
     """
     with open_container(path) as container:
-        stream = video_stream(container)
+        stream = decodable(video_stream(container))
         if stream is None:
             raise MediaError(path, "no_video", "has no video track; use tracks: audio or give another file")
         empty = True
@@ -75,7 +75,7 @@ def read_audio_blocks(
 ) -> Iterator[Float[Tensor, " samples"]]:
     """Yield the samples of `read_audio` lazily, in blocks of some seconds, so memory use does not grow with length."""
     with open_container(path) as container:
-        stream = audio_stream(container)
+        stream = decodable(audio_stream(container))
         if stream is None:
             raise MediaError(path, "no_audio", "has no audio track; use tracks: video or give an audio file")
         held: list[Samples] = []
@@ -102,6 +102,9 @@ def contiguous(
     for begun, block in _resampled(timed, rate):
         place = place if begun is None else round((begun - start) * rate)
         after = place + len(block)
+        while (place if limit is None else min(place, limit)) - done > BLOCK_SAMPLES:
+            done += BLOCK_SAMPLES
+            yield np.zeros(BLOCK_SAMPLES, np.float32)
         if place > done:
             block = np.concatenate([np.zeros(place - done, np.float32), block])
         block = block[max(0, done - place) :]
@@ -142,25 +145,18 @@ def _span(start: float, end: float | None) -> str:
     return f"from {start:g} s to {'the end' if end is None else f'{end:g} s'}"
 
 
-def _decoded(
-    container: InputContainer, decode: Callable[[], Iterator[Frame]], path: Path | str, start: float
-) -> Iterator[Frame]:
-    """Decoded frames, from shortly before `start` on; raises MediaError when decoding fails."""
+def _decoded(container: InputContainer, decode: Callable[[], Iterator[Frame]], start: float) -> Iterator[Frame]:
+    """Decoded frames, from shortly before `start` on."""
     zero, frames = origin(container), decode()
-    try:
-        if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
-            container.seek(int((start - PREROLL + zero) * av.time_base))
-            first = next(frames, None)
-            if first is None or first.time is None or first.time - zero > start:
-                container.seek(0)  # without an index, seeking may end up after `start`
-                frames = decode()
-            else:
-                yield first
-        yield from frames
-    except FFmpegError as error:
-        cut = isinstance(error, (InvalidDataError, EndOfFileError))
-        message = f"decoding failed ({error.strerror}); {COPY_AGAIN}"
-        raise MediaError(path, "truncated" if cut else "unreadable", message) from error
+    if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
+        container.seek(int((start - PREROLL + zero) * av.time_base))
+        first = next(frames, None)
+        if first is None or first.time is None or first.time - zero > start:
+            container.seek(0)  # without an index, seeking may end up after `start`
+            frames = decode()
+        else:
+            yield first
+    yield from frames
 
 
 def _timed_frames(
@@ -169,25 +165,32 @@ def _timed_frames(
     """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
-    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
-    for time, duration, frame in timed_frames(frames, container, stream):
-        reached = time + duration
+    still, reached, frames = False, 0.0, _decoded(container, lambda: container.decode(stream), start)
+    for time, duration, frame in timed_frames(frames, container, stream, start):
+        still, reached = reached == 0.0, time + duration
         yield time, duration, frame
-    check_whole(path, container, stream, end, reached)
+    check_whole(path, container, stream, end, reached, still=still)
 
 
 def timed_frames(
-    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream
+    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream, start: float = 0.0
 ) -> Iterator[tuple[float, float, VideoFrame]]:
     """(time, duration, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
     reached = 0.0
     for frame in frames:
-        time = reached if frame.time is None else frame.time - origin(container)
+        time = reached if frame.time is None else _plausible(frame.time - origin(container), reached, start)
         duration = 1.0 / float(stream.average_rate or 25.0)
         if frame.duration and frame.time_base:
             duration = float(frame.duration * frame.time_base)
         reached = time + duration
         yield time, duration, frame
+
+
+def _plausible(time: float, reached: float, start: float) -> float:
+    """The time of a frame; raises ValueError if it is far after the frame before, or the beginning of the clip."""
+    if time > max(reached, start) + LONGEST_GAP:
+        raise ValueError(f"its timestamps jump from {max(reached, start):.0f} s to {time:.0f} s")
+    return time
 
 
 def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
@@ -200,8 +203,8 @@ def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
-    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), path, start)
-    for time, frame in timed_audio(frames, container):
+    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), start)
+    for time, frame in timed_audio(frames, container, start):
         if end is not None and time >= end:
             return
         reached = time + frame.samples / frame.sample_rate
@@ -209,11 +212,13 @@ def _timed_audio(
     check_whole(path, container, stream, end, reached)
 
 
-def timed_audio(frames: Iterable[AudioFrame], container: InputContainer) -> Iterator[tuple[float, AudioFrame]]:
+def timed_audio(
+    frames: Iterable[AudioFrame], container: InputContainer, start: float = 0.0
+) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
     zero, reached = origin(container), 0.0
     for frame in frames:
-        time = reached if frame.time is None else frame.time - zero
+        time = reached if frame.time is None else _plausible(frame.time - zero, reached, start)
         reached = time + frame.samples / frame.sample_rate
         yield time, frame
 
@@ -234,7 +239,8 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
             if audio_format is not None:
                 yield None, _mono(resampler.resample(None))
             audio_format = (frame.format.name, frame.layout.name, frame.sample_rate)
-            resampler, begun, reached = AudioResampler("fltp", rate=rate), time, time
+            kind = "fltp" if frame.layout.nb_channels < PLANES else "flt"
+            resampler, begun, reached = AudioResampler(kind, rate=rate), time, time
         # 3. resample
         yield begun, _mono(resampler.resample(frame))
         reached += frame.samples / frame.sample_rate
@@ -244,5 +250,12 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
 
 def _mono(frames: list[AudioFrame]) -> Samples:
     """Mean of the channels (ffmpeg's down-mix of float samples is 3 dB louder)."""
-    blocks = [frame.to_ndarray().mean(axis=0, dtype=np.float32) for frame in frames]
+    blocks = [_channels(frame).mean(axis=0, dtype=np.float32) for frame in frames]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _channels(frame: AudioFrame) -> Float[np.ndarray, "channels samples"]:
+    values = frame.to_ndarray()
+    if frame.format.is_planar:
+        return values
+    return np.ascontiguousarray(values.reshape(frame.samples, frame.layout.nb_channels).T)

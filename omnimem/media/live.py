@@ -2,20 +2,21 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from io import BufferedIOBase
 from typing import Any, Literal, final
 
-import av
 import torch
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.error import FFmpegError
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import MediaError, audio_stream, video_stream
+from omnimem.media.container import MediaError, audio_stream, blaming, decodable, open_input, video_stream
 from omnimem.media.decode import contiguous, sample_by_time, timed_audio, timed_frames, upright
+
+SEQUENTIAL = "mpegts, matroska, flv or fragmented mp4"
 
 
 def read_live(
@@ -32,23 +33,20 @@ def read_live(
     Raises MediaError with path `name`: `unreadable`, `no_video`, `no_audio`, and `truncated` when decoding fails.
     """
     # 1. open the container
-    try:
-        container = av.open(file, "r")
-    except FFmpegError as error:
-        message = f"cannot be read ({error.strerror}); send mpegts, matroska, flv or fragmented mp4"
-        raise MediaError(name, "unreadable", message) from error
-    # 2. choose the tracks
-    video = video_stream(container) if tracks != "audio" else None
-    audio = audio_stream(container) if tracks != "video" else None
+    with blaming(name, "cannot be read", f"send {SEQUENTIAL}"):
+        container = open_input(file, protocols="none")
+        # 2. choose the tracks
+        video = decodable(video_stream(container)) if tracks != "audio" else None
+        audio = decodable(audio_stream(container)) if tracks != "video" else None
     if video is None and tracks != "audio":
         raise MediaError(name, "no_video", "has no video track; use tracks: audio")
     if audio is None and tracks != "video":
         raise MediaError(name, "no_audio", "has no audio track; use tracks: video")
     # 3. decode both in one pass
-    packets = _Packets(container, [stream for stream in (video, audio) if stream is not None], name)
+    packets = _Packets(container, [stream for stream in (video, audio) if stream is not None])
     return (
-        None if video is None else _video_frames(packets, container, video, fps),
-        None if audio is None else _audio_blocks(packets, container, audio, rate),
+        None if video is None else _video_frames(packets, container, video, fps, name),
+        None if audio is None else _audio_blocks(packets, container, audio, rate, name),
     )
 
 
@@ -56,10 +54,9 @@ def read_live(
 class _Packets:
     """One pass over a container for two readers; frames that the other reader needs later are queued."""
 
-    def __init__(self, container: InputContainer, streams: list[VideoStream | AudioStream], name: str) -> None:
+    def __init__(self, container: InputContainer, streams: list[VideoStream | AudioStream]) -> None:
         self._packets = container.demux(streams)
         self._waiting: dict[int, deque[Any]] = {stream.index: deque() for stream in streams}
-        self._name = name
 
     def frames(self, stream: VideoStream | AudioStream) -> Iterator[Any]:
         """Decoded frames of one track, of PyAV's type for it."""
@@ -70,26 +67,27 @@ class _Packets:
 
     def _pull(self) -> bool:
         """Read and decode one packet; False at the end."""
-        try:
-            packet = next(self._packets, None)
-            if packet is None:
-                return False
+        packet = next(self._packets, None)
+        if packet is not None:
             self._waiting[packet.stream_index].extend(packet.decode())
-        except FFmpegError as error:
-            message = f"is truncated ({error.strerror}); send it again, as mpegts, matroska, flv or fragmented mp4"
-            raise MediaError(self._name, "truncated", message) from error
-        return True
+        return packet is not None
+
+
+def _blaming(name: str) -> AbstractContextManager[None]:
+    return blaming(name, "decoding failed", f"send it again, as {SEQUENTIAL}", cut="truncated")
 
 
 def _video_frames(
-    packets: _Packets, container: InputContainer, stream: VideoStream, fps: float
+    packets: _Packets, container: InputContainer, stream: VideoStream, fps: float, name: str
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]]:
-    for time, frame in sample_by_time(timed_frames(packets.frames(stream), container, stream), fps):
-        yield time, upright(frame)  # convert selected frames only
+    with _blaming(name):
+        for time, frame in sample_by_time(timed_frames(packets.frames(stream), container, stream), fps):
+            yield time, upright(frame)  # convert selected frames only
 
 
 def _audio_blocks(
-    packets: _Packets, container: InputContainer, stream: AudioStream, rate: int
+    packets: _Packets, container: InputContainer, stream: AudioStream, rate: int, name: str
 ) -> Iterator[Float[Tensor, " _"]]:
-    for block in contiguous(timed_audio(packets.frames(stream), container), rate):
-        yield torch.from_numpy(block)
+    with _blaming(name):
+        for block in contiguous(timed_audio(packets.frames(stream), container), rate):
+            yield torch.from_numpy(block)

@@ -1,5 +1,6 @@
 """Media: what is read from files made here, and equality with the processors of transformers."""
 
+import errno
 import math
 import os
 import struct
@@ -13,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -38,7 +40,7 @@ from omnimem.media import (
     resize,
     smart_resize,
 )
-from omnimem.media.decode import contiguous, sample_by_time
+from omnimem.media.decode import contiguous, sample_by_time, timed_audio
 
 RECORDED = load_file(ROOT / "tests" / "recorded" / "qwen2_vl_video.safetensors")
 WHISPER = LogMel()
@@ -106,7 +108,7 @@ def write(
 
 def rate_of(times: Sequence[float]) -> Fraction:
     """Frames per second if all frames last as long as the first."""
-    return Fraction(1 / (times[1] - times[0])).limit_denominator(100)
+    return Fraction(1 / (times[1] - times[0])).limit_denominator(100) if len(times) > 1 else Fraction(25)
 
 
 def ticks(seconds: float, rate: float) -> list[float]:
@@ -610,3 +612,104 @@ def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file
     for a, b in zip(live, file, strict=True):
         assert torch.equal(a.frames, b.frames)
         assert (a.mel.clamp(min=floor) - b.mel).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:6.0,\n{film}\n#EXT-X-ENDLIST\n"),
+        ("list.ffconcat", "ffconcat version 1.0\nfile {film}\n"),
+        ("session.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"),
+        ("text.txt", "plain text\n" * 200),
+    ],
+)
+def test_playlists_sessions_and_text_are_refused_in_files_and_pipes(film, tmp_path, name, content) -> None:
+    path = tmp_path / name
+    path.write_text(content.format(film=film.name))
+    (tmp_path / film.name).write_bytes(film.read_bytes())
+    with pytest.raises(MediaError, match="cannot be read") as file:
+        probe(path)
+    with path.open("rb") as pipe, pytest.raises(MediaError, match="cannot be read") as piped:
+        read_live(pipe, fps=1.0)
+    assert (file.value.reason, piped.value.reason) == ("unreadable", "unreadable")
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), True),
+        (ValueError("bad"), True),
+        (OverflowError("big"), True),
+        (AttributeError("none"), True),
+        (av.error.OSError(errno.EIO, "demuxers say so too"), True),
+        (PermissionError(errno.EACCES, "denied"), True),
+        (MemoryError(), False),
+        (OSError(errno.ENOSPC, "disk full"), False),
+        (OSError(errno.EIO, "broken disk"), False),
+        (av.error.OSError(errno.EMFILE, "too many files"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+    ],
+)
+def test_errors_are_of_the_file_unless_they_are_of_the_machine(film, monkeypatch, error, blamed) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    expected = MediaError if blamed else type(error)
+    monkeypatch.setattr("omnimem.media.decode.upright", broken)
+    monkeypatch.setattr("omnimem.media.live.upright", broken)
+    with pytest.raises(expected):
+        list(read_frames(film, fps=1.0))
+    with film.open("rb") as pipe, pytest.raises(expected):
+        list(read_live(pipe, fps=1.0)[0] or ())
+    monkeypatch.setattr("omnimem.media.container.av.open", broken)
+    with pytest.raises(expected):
+        probe(film)
+
+
+def test_the_default_track_is_read_then_the_one_with_most_channels(tmp_path) -> None:
+    def hertz(*tracks: tuple[int, str, bool]) -> int:
+        path = tmp_path / "tracks.mkv"
+        with av.open(str(path), "w", options={"default_mode": "passthrough"}) as container:
+            streams = [container.add_stream("pcm_s16le", rate=RATE, layout=layout) for _, layout, _ in tracks]
+            for stream, (_, _, default) in zip(streams, tracks, strict=True):
+                stream.disposition = Disposition.default if default else Disposition(0)
+            for stream, (tuning, layout, _) in zip(streams, tracks, strict=True):
+                wave = (tone(1, tuning) * 32767).short().repeat_interleave(stream.channels)[None]
+                frame = av.AudioFrame.from_ndarray(wave.numpy(), format="s16", layout=layout)
+                frame.sample_rate, frame.pts = RATE, 0
+                container.mux(stream.encode(frame))
+                container.mux(stream.encode(None))
+        return int(np.abs(np.fft.rfft(read_audio(path).numpy()[:RATE])).argmax())
+
+    assert hertz((2000, "stereo", False), (440, "mono", True)) == 440
+    assert hertz((2000, "mono", False), (440, "stereo", False)) == 440
+    assert hertz((440, "mono", False), (2000, "mono", False)) == 440
+    assert hertz((2000, "mono", False), (440, "7.1", False)) == 440
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec"),
+    [(".mp3", "libmp3lame"), (".aiff", "pcm_s16be"), (".au", "pcm_s16be"), (".caf", "pcm_s16le"), (".w64", "pcm_s16le"),
+     (".wv", "wavpack"), (".tta", "tta"), (".flac", "flac"), (".asf", "aac")],
+)  # fmt: skip
+def test_sound_cut_before_its_declared_length_is_truncated(tmp_path, ending, codec) -> None:
+    whole = write(tmp_path / f"whole{ending}", samples=noise(8, rate=44100), rate=44100, codec=codec)
+    assert len(read_audio(whole)) == pytest.approx(8 * RATE, abs=0.1 * RATE)
+    with pytest.raises(MediaError) as raised:
+        read_audio(cut(whole, 0.6))
+    assert raised.value.reason == "truncated"
+
+
+@pytest.mark.parametrize("ending", [".mkv", ".mp4", ".flv", ".mov"])
+def test_one_picture_with_sound_is_not_truncated(tmp_path, ending) -> None:
+    path = write(tmp_path / f"still{ending}", times=[0.0], samples=noise(8, rate=44100), rate=44100)
+    assert len(list(read_frames(path, fps=1.0))) >= 1
+    assert len(read_audio(path)) == pytest.approx(8 * RATE, abs=0.1 * RATE)
+
+
+def test_timestamps_that_jump_by_days_are_refused(film) -> None:
+    with av.open(str(film)) as container:
+        frames = list(container.decode(audio=0))[:3]
+        frames[2].pts = 10**12
+        with pytest.raises(ValueError, match="timestamps jump from"):
+            list(timed_audio(frames, container))
