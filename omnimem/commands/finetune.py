@@ -27,7 +27,7 @@ from omnimem.cli.parser import Parser, rank
 from omnimem.cli.preflight import check_data, check_run, rehearse
 from omnimem.cli.tuned_model import write_adapter_description
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, dump, load, refuse_changes
+from omnimem.config import RunConfig, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     # 1. read the config
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
+    refuse_unseen_budget(run)
     if given.dry_run:
         preview(run)
         return
