@@ -11,8 +11,9 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from omnimem.config import ConfigError, strict
+from omnimem.config import ConfigError, RunConfig, strict
 from omnimem.run import RunFolder
+from omnimem.training.zero3 import engine_settings
 
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
@@ -34,6 +35,8 @@ OURS = {  # fields that are set elsewhere
     "activation_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
     "auto_find_batch_size": "would change what a step is; set per_device_train_batch_size",
     "parallelism_config": "cannot be written in YAML; use deepspeed",
+    "bf16_full_eval": "evaluation has the precision of model.dtype; remove it",
+    "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "save_only_model": "no run could resume from such a checkpoint; train/export.py writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
     "torch_compile": "every chunk of a stream has a different shape; remove it",
@@ -182,6 +185,46 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_mixed_precision(run: RunConfig) -> None:
+    """Raises ConfigError if the steps would have another precision than model.dtype.
+
+    DeepSpeed casts the weights, but not the memory of a stream. Autocast knows float32 and its own precision.
+    """
+    engine = engine_settings(run.train)
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        keys = [name, dtype] if name == "bf16" else [name]  # DeepSpeed reads both
+        sections = {key: each for key in keys if isinstance(each := (engine or {}).get(key), dict)}
+        wanted = [f"deepspeed {key}.enabled" for key, each in sections.items() if each.get("enabled") is True]
+        wanted = [f"train.{name}"] if run.train.get(name) else wanted
+        if wanted and run.model.dtype not in ((dtype,) if engine else (dtype, "float32")):
+            what = f"{wanted[0]} is true and model.dtype is {run.model.dtype}, which one step cannot mix"
+            raise ConfigError([f"train: {what}; set model.dtype={dtype}, or {wanted[0]} to false"])
+
+
+def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
+    """Raises ConfigError if the schedule gives a learning rate of 0 in every one of `steps` steps, or fails."""
+    # 1. the first rate; only a warm-up starts at 0, and ends above it
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    options: Any = settings.lr_scheduler_kwargs
+    warmup, kind = settings.get_warmup_steps(steps), settings.lr_scheduler_type
+    schedule: Any = get_scheduler(kind, optimizer, warmup, steps, scheduler_specific_kwargs=options)
+    rates = [optimizer.param_groups[0]["lr"]]
+    if rates[0] > 0 or warmup < steps:
+        return
+    # 2. the rates of a run that is all warm-up
+    try:
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        what = "the learning rate would be 0 in every step"
+    except ZeroDivisionError:  # the polynomial schedule, when its warm-up ends in the last step
+        what, rates = f"no step is left for the {kind.value} schedule", [0.0]
+    if not any(rates[:steps]):
+        cure = "lower train.warmup_steps (0: no warm-up), or raise train.max_steps"
+        raise ConfigError([f"train: {what}: warmup_steps = {warmup} of {steps} steps; {cure}"])
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:
