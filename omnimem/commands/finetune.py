@@ -246,8 +246,10 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
         if first:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
-            steps = trainer.state.global_step
-            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
+            counts = {"steps": trainer.state.global_step}
+            if trainer.feeder.cache and trainer.feeder.cache.damaged:
+                counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 
 def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
