@@ -37,6 +37,7 @@ from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_mixed_precision,
+    refuse_train_changes,
     refuse_zero_rate,
     train_section,
     training_arguments,
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
+        if start.checkpoint is not None:
+            refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)

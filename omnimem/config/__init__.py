@@ -91,7 +91,7 @@ def dump(run: RunConfig) -> str:
 def refuse_changes(run: RunConfig, earlier: Path) -> None:
     """Raises ConfigError if the settings of a resumed run differ from those in the file `earlier`.
 
-    `train` and `evaluate` may change: more steps, another benchmark.
+    `evaluate` may change; what of `train` may is in `omnimem.training.arguments`.
     """
     before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (load(earlier), run))
     keys = [key for key in dict.fromkeys([*before, *now]) if key[0] not in ("train", "evaluate")]

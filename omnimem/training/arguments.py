@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
@@ -11,7 +12,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from omnimem.config import ConfigError, RunConfig, strict
+from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
 
@@ -60,6 +61,20 @@ FORMER = {  # names of transformers 4 that were removed
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
 REFUSED = {**OURS, **FORMER}
+# What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
+# were taken (seed, order); the batch is checked by `refuse_other_batch`.
+MAY_CHANGE = frozenset(
+    " ".join(
+        (
+            "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_grad_norm",
+            "deepspeed save_strategy save_steps save_total_limit logging_strategy logging_steps",
+            "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm",
+            "torch_empty_cache_steps skip_memory_metrics debug dataloader_num_workers dataloader_pin_memory",
+            "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
+            "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
+        )
+    ).split()
+)
 
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
 FROM_0: Check = (lambda number: number >= 0, "0 or more")
@@ -185,6 +200,24 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
+    """Raises ConfigError if a resumed run has other settings of `train` than the file `earlier`, but for MAY_CHANGE."""
+    usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
+    before, now = (
+        {**usual, **{name: value for name, value in section.items() if value is not None}}
+        for section in (load(earlier).train, run.train)
+    )
+    names = [name for name in dict.fromkeys([*before, *now]) if name not in MAY_CHANGE]
+    problems = [
+        f"{earlier} train.{name}: {before.get(name)!r} there, {now.get(name)!r} now, which the checkpoint does not "
+        "follow; resume with the old value, or start a new run with name=... or --overwrite"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def refuse_mixed_precision(run: RunConfig) -> None:

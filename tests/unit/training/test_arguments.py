@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from omnimem.config import ConfigError, RunConfig, load
+from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
 from omnimem.training.arguments import (
+    MAY_CHANGE,
     OwnSettings,
     refuse_mixed_precision,
+    refuse_train_changes,
     refuse_zero_rate,
     train_section,
     training_arguments,
@@ -132,3 +134,33 @@ def test_a_learning_rate_that_stays_0_is_refused_before_the_run(kind, tmp_path) 
         assert str(error.value).startswith(
             ("train: the learning rate would be 0 in every step:", "train: no step is left")
         )
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("learning_rate=0.1", "0.002 there, 0.1 now"),
+        ("lr_scheduler_type=cosine", "'linear' there, 'cosine' now"),
+        ("warmup_steps=3", "0 there, 3 now"),
+        ("weight_decay=0.1", "0.0 there, 0.1 now"),
+        ("adam_beta2=0.9", "0.999 there, 0.9 now"),
+        ("optim=sgd", "there, 'sgd' now"),
+        ("seed=7", "42 there, 7 now"),
+        ("data_seed=7", "None there, 7 now"),
+        ("train_sampling_strategy=sequential", "'random' there, 'sequential' now"),
+        ("bf16=true", "False there, True now"),
+    ],
+)
+def test_what_a_checkpoint_does_not_follow_is_refused_by_name_when_a_run_resumes(setting, shown, tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(loaded(tmp_path, "train.learning_rate=2.0e-3")))
+    rate = ("train.learning_rate=0.002", "train.seed=42", "train.weight_decay=0.0")  # defaults, written out
+    refuse_train_changes(loaded(tmp_path, *rate, "train.max_steps=9", "train.save_steps=5"), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as error:
+        refuse_train_changes(loaded(tmp_path, *rate, f"train.{setting}"), tmp_path / "config.yaml")
+    (line,) = error.value.problems
+    assert f"train.{setting.partition('=')[0]}: " in line
+    assert shown in line
+
+
+def test_every_setting_that_may_change_is_one_of_train() -> None:
+    assert set(MAY_CHANGE) <= set(SECTION.__dataclass_fields__)
