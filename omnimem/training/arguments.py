@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, 
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.run import RunFolder
@@ -254,7 +254,7 @@ def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
             rates.append(optimizer.param_groups[0]["lr"])
         what = "the learning rate would be 0 in every step"
     except ZeroDivisionError:  # the polynomial schedule, when its warm-up ends in the last step
-        what, rates = f"no step is left for the {kind.value} schedule", [0.0]
+        what, rates = f"no step is left for the {SchedulerType(kind).value} schedule", [0.0]
     if not any(rates[:steps]):
         cure = "lower train.warmup_steps (0: no warm-up), or raise train.max_steps"
         raise ConfigError([f"train: {what}: warmup_steps = {warmup} of {steps} steps; {cure}"])
