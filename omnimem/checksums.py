@@ -13,6 +13,7 @@ FORMAT = "omnimem sealed folder 1"
 
 def seal(folder: Path, **facts: Any) -> None:
     """Sync all files of a folder to disk and write their sizes and SHA-256 to sealed.json, with additional `facts`."""
+    share(folder)
     files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
     with (folder / SEAL).open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, **facts, "files": files}, file, indent=1)
@@ -20,6 +21,15 @@ def seal(folder: Path, **facts: Any) -> None:
         os.fsync(file.fileno())
     for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
         _sync(inner)
+
+
+def share(place: Path) -> None:
+    """Give a file, or all files of a folder, the mode of a new file: safetensors writes 0600, whatever the umask."""
+    umask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(umask)
+    for path in place.rglob("*") if place.is_dir() else (place,):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
 
 
 def put(folder: Path, place: Path) -> None:

@@ -102,6 +102,7 @@ class Start:
     replaces: bool = False  # rename an older run
     aside: tuple[Path, ...] = ()  # later or damaged checkpoints to rename
     news: str = ""  # a message about them
+    seen: tuple[object, ...] | None = None  # of the folder when this was decided (`_state`)
 
     @property
     def step(self) -> int:
@@ -111,10 +112,16 @@ class Start:
     def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
         """Prepare the folder on disk (on one process only) and write config.yaml and run.json.
 
-        Locks the folder for this process. Raises RunError when another one still holds it after `patience` seconds.
+        Locks the folder for this process. Raises RunError when another one still holds it after `patience` seconds, or
+        has used it since `plan` looked.
         """
         # 1. lock the folder, rename what must not stay
         hold(self.folder, patience)
+        if self.seen is not None and self.seen != _state(self.folder):
+            raise RunError(
+                f"{self.folder.path} exists already: another process has used it since this one started; continue it "
+                "with --resume auto, or give the run another name with name=..."
+            )
         if self.replaces:
             self.folder.path.rename(_free(self.folder.path))
             hold(self.folder, patience)
@@ -135,21 +142,30 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
 
     `resume`: None, "auto" (the newest intact checkpoint, otherwise the first step), or a checkpoint.
     Raises RunError when the folder cannot be used. Only rank 0 refuses an existing folder, because for other ranks it
-    may be the one that rank 0 has just created.
+    may be the one that rank 0 has just created. A resumed run waits for a process that is shutting down.
     """
     folder = RunFolder(path=runs / name)
     if resume is not None and overwrite:
         raise RunError("--resume continues a run and --overwrite starts it again; give only one of them")
+    if resume is not None:
+        _await_release(folder)  # its last checkpoint is the one to resume from
+    seen = _state(folder)
     used = folder.path.exists() and (not folder.path.is_dir() or any(_begun(path) for path in folder.path.iterdir()))
     if resume is not None:
         start = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
-        return replace(start, resumed=used)
+        return replace(start, resumed=used, seen=seen)
     if used and not overwrite and os.environ.get("RANK", "0") == "0":
         raise RunError(
             f"{folder.path} already exists; continue it with --resume auto, give the run another name with name=..., "
             f"or start again with --overwrite, which moves it to {_free(folder.path)}"
         )
-    return Start(folder=folder, replaces=used)
+    return Start(folder=folder, replaces=used, seen=seen)
+
+
+def _state(folder: RunFolder) -> tuple[object, ...]:
+    """What a start of a run changes: its record and its checkpoints."""
+    record = folder.record.stat() if folder.record.is_file() else None
+    return (record and (record.st_ino, record.st_mtime_ns), *folder.checkpoints())
 
 
 def _begun(path: Path) -> bool:
@@ -264,10 +280,36 @@ def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
             raise RunError(
                 f"{folder.path} is in use by process {holder}; wait until it has ended, or set name=..."
             ) from error
-        # 2. write the process id
+        # 2. again, if the folder was renamed while this process waited
+        if not _is(lock, folder.path / LOCK):
+            os.close(lock)
+            return hold(folder, until - time.monotonic())
+        # 3. write the process id
         os.truncate(lock, 0)
         os.write(lock, str(os.getpid()).encode())
         return
+
+
+def _is(number: int, path: Path) -> bool:
+    """Whether an open file is still the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _await_release(folder: RunFolder, patience: float = PATIENCE) -> None:
+    """Wait until no process holds the folder, at most `patience` seconds; `hold` refuses it afterwards."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        try:
+            with (folder.path / LOCK).open("r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file releases it
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:
+            time.sleep(0.2)
 
 
 def _newest(folder: RunFolder) -> Start:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import load_backbone
+from omnimem.checksums import share
 from omnimem.cli.export_check import ExportCheck, difference
 from omnimem.cli.model_card import CARD, card
 from omnimem.cli.parser import Parser
@@ -153,6 +154,7 @@ def written_whole(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        share(partial)
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

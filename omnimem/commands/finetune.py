@@ -27,14 +27,21 @@ from omnimem.cli.parser import Parser, rank
 from omnimem.cli.preflight import check_data, check_run, rehearse
 from omnimem.cli.tuned_model import write_adapter_description
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, dump, load, refuse_changes
+from omnimem.config import RunConfig, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
-from omnimem.training.arguments import OwnSettings, train_section, training_arguments
+from omnimem.training.arguments import (
+    OwnSettings,
+    refuse_mixed_precision,
+    refuse_train_changes,
+    refuse_zero_rate,
+    train_section,
+    training_arguments,
+)
 from omnimem.training.logging import Progress, callbacks_of
 from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import seed_of
@@ -50,6 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     # 1. read the config
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
+    refuse_unseen_budget(run)
+    refuse_mixed_precision(run)
     if given.dry_run:
         preview(run)
         return
@@ -58,6 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
+        if start.checkpoint is not None:
+            refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
@@ -82,6 +93,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
     """
     # 1. open the run folder
     settings, partitioned = training_arguments(run.train, start.folder), stage_of(run.train) == 3
+    refuse_zero_rate(settings, step_count(settings, len(samples)))
     first = settings.process_index == 0
     if first:
         start.open(dump(run), _provenance(run, settings))
@@ -154,12 +166,21 @@ def rehearse_run(
 
 def checkpoint_count(settings: TrainingArguments, samples: int) -> int:
     """Number of checkpoints that a run writes, including those it removes later."""
-    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-    epoch = ceil(samples / batch)
-    steps = settings.max_steps if settings.max_steps > 0 else ceil(epoch * settings.num_train_epochs)
+    steps, epoch = step_count(settings, samples), _steps_of_epoch(settings, samples)
     interval = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
     every = {"no": inf, "epoch": epoch, "steps": max(1, interval)}[SaveStrategy(settings.save_strategy).value]
     return ceil(steps / every)
+
+
+def step_count(settings: TrainingArguments, samples: int) -> int:
+    """Number of steps of a run."""
+    epochs = settings.num_train_epochs
+    return settings.max_steps if settings.max_steps > 0 else ceil(_steps_of_epoch(settings, samples) * epochs)
+
+
+def _steps_of_epoch(settings: TrainingArguments, samples: int) -> int:
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    return ceil(samples / batch)
 
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -228,8 +249,10 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
         if first:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
-            steps = trainer.state.global_step
-            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, steps=steps)
+            counts = {"steps": trainer.state.global_step}
+            if trainer.feeder.cache and trainer.feeder.cache.damaged:
+                counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 
 def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:

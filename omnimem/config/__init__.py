@@ -22,7 +22,18 @@ from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
 
-__all__ = ["CONFIGS", "ConfigError", "MemoryOptions", "RunConfig", "dump", "find", "load", "refuse_changes", "strict"]
+__all__ = [
+    "CONFIGS",
+    "ConfigError",
+    "MemoryOptions",
+    "RunConfig",
+    "dump",
+    "find",
+    "load",
+    "refuse_changes",
+    "refuse_unseen_budget",
+    "strict",
+]
 
 
 @final
@@ -68,7 +79,7 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
         problems += missing
     if run is None or problems:
         raise source.error(problems)
-    return run
+    return replace(run, tuning=run.tuning.at(run.memory.slots_per_layer))
 
 
 def dump(run: RunConfig) -> str:
@@ -80,7 +91,7 @@ def dump(run: RunConfig) -> str:
 def refuse_changes(run: RunConfig, earlier: Path) -> None:
     """Raises ConfigError if the settings of a resumed run differ from those in the file `earlier`.
 
-    `train` and `evaluate` may change: more steps, another benchmark.
+    `evaluate` may change; what of `train` may is in `omnimem.training.arguments`.
     """
     before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (load(earlier), run))
     keys = [key for key in dict.fromkeys([*before, *now]) if key[0] not in ("train", "evaluate")]
@@ -92,6 +103,16 @@ def refuse_changes(run: RunConfig, earlier: Path) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def refuse_unseen_budget(run: RunConfig) -> None:
+    """Raises ConfigError if no step of a training run draws the budget that the run is evaluated at."""
+    slots, budgets = run.memory.slots_per_layer, run.tuning.budgets
+    if not run.tuning.trains(slots):
+        drawn = f"{budgets}" if isinstance(budgets, BudgetRange) else ", ".join(map(str, budgets))
+        what = f"the run is evaluated at memory.slots_per_layer = {slots}, and no step trains at it (drawn: {drawn})"
+        cure = "set tuning.budgets=[self, full], where self is memory.slots_per_layer, or memory.slots_per_layer to one"
+        raise ConfigError([f"tuning.budgets: {what}; {cure} of those drawn"])
 
 
 def _flat(values: Any, at: Key = ()) -> dict[Key, Any]:
@@ -126,7 +147,7 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     need = "one slot" if least == 1 else "one audio and one visual slot"
     if run.memory.slots_per_layer < least:
         yield ("memory", "slots_per_layer"), f"{run.memory.slots_per_layer} is too small; each layer needs {need}"
-    for key, slots in _drawn_budgets(run.tuning.budgets):
+    for key, slots in _drawn_budgets(run):
         if slots < least:
             yield ("tuning", "budgets", key), f"{slots} is too small; each layer needs {need}"
     # 2. policy and gradient mode
@@ -150,11 +171,13 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
         yield ("tuning", "selection", "gradient"), f"{what}; set it to redundancy"
 
 
-def _drawn_budgets(budgets: Sequence[int | str] | BudgetRange) -> list[tuple[str | int, int]]:
-    """The slots of a list, or the lower end of a range, with their keys."""
+def _drawn_budgets(run: RunConfig) -> list[tuple[str | int, int]]:
+    """The slots of a list but for memory.slots_per_layer, or the lower end of a range, with their keys."""
+    budgets = run.tuning.budgets
     if isinstance(budgets, BudgetRange):
         return [("low", budgets.low)]
-    return [(number, slots) for number, slots in enumerate(budgets) if isinstance(slots, int)]
+    drawn = enumerate(run.tuning.slots(run.memory.slots_per_layer) if budgets else ())
+    return [(number, slots) for number, slots in drawn if slots is not None and budgets[number] != "self"]
 
 
 def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:

@@ -1,23 +1,26 @@
-"""Encoder outputs on disk: one safetensors file per sample and reading options."""
+"""Encoder outputs on disk: one safetensors file per sample and reading options; a damaged one is made again."""
 
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded
+from omnimem.checksums import share
 from omnimem.data import Sample
 from omnimem.media import FileSource, MediaError
 
-FORMAT = 2  # version of the cache files
+FORMAT = 3  # version of the cache files
 
 
 @final
@@ -53,6 +56,7 @@ class EncoderCache:
 
     folder: Path
     fingerprint: str  # of the encoders
+    damaged: list[Path] = field(default_factory=list)  # files found damaged, whose samples were encoded again
 
     def path_of(self, sample: Sample, source: FileSource) -> Path:
         """The cache file of a sample as `source` reads it, whether or not it exists.
@@ -69,9 +73,26 @@ class EncoderCache:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
+    def load(self, path: Path, device: torch.device) -> Iterator[EncodedSegment] | None:
+        """The segments of a cache file, one after the other, on a device; None if there is none, or it is damaged."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                known: dict[str, str] = file.metadata() or {}
+                names = sorted(file.keys())
+                what = None if known.get("sha256") == _digest(known, names, file.get_tensor) else "its checksum differs"
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            what = str(error)
+        if what is None:
+            return self._segments(path, device)
+        self.damaged.append(path)
+        again = f"encoding its sample again ({len(self.damaged)} so far)"
+        print(f"cache: {path} is damaged ({what}); {again}", file=sys.stderr, flush=True)
+        return None
+
     @staticmethod
-    def load(path: Path, device: torch.device) -> Iterator[EncodedSegment]:
-        """The segments of a cache file, one after the other, on a device."""
+    def _segments(path: Path, device: torch.device) -> Iterator[EncodedSegment]:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for number, row in enumerate(json.loads(file.metadata()["segments"])):
@@ -92,22 +113,37 @@ class EncoderCache:
 
     @staticmethod
     def store(path: Path, segments: Sequence[EncodedSegment]) -> None:
-        """Write the segments to a cache file, renamed into place when complete."""
+        """Write the segments to a cache file, with a checksum; renamed into place when it is complete on disk."""
         # 1. tensors by segment number and track, and a table of the rest
         tensors, table = {}, []
         for number, segment in enumerate(segments):
             encoded, heard = segment.encoded, segment.heard
             for name, track in (("visual", encoded.visual), ("audio", encoded.audio)):
                 if track is not None:
-                    tensors[f"{number}.{name}"] = track.contiguous()
+                    tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
             times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
             table.append([encoded.grid, *times, heard.frames, heard.audio_seconds])
+        known = {"segments": json.dumps(table)}
+        known["sha256"] = _digest(known, sorted(tensors), tensors.__getitem__)
         # 2. write beside the file, then rename
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.{id(segments)}.part")
         try:
-            save_file(tensors, partial, metadata={"segments": json.dumps(table)})
+            save_file(tensors, partial, metadata=known)
+            share(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         except SafetensorError as error:  # a full disk
             partial.unlink(missing_ok=True)
             raise OSError(errno.EIO, str(error), str(path)) from error
         partial.replace(path)
+
+
+def _digest(known: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+    """sha256 of the table and the tensors of a cache file."""
+    digest = hashlib.sha256(known.get("segments", "").encode())
+    for name in names:
+        found = tensor(name)
+        digest.update(f"{name} {found.dtype} {tuple(found.shape)}".encode())
+        digest.update(found.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

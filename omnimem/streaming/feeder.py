@@ -127,8 +127,9 @@ class Feeder:
         `decoded` are the segments of `source(sample)`, if they are decoded elsewhere. Raises MediaError as `open`.
         """
         path = self._cache_file(sample)
-        if self.cache is not None and path is not None and path.is_file():
-            yield from self.cache.load(path, self.backbone.device)
+        known = None if self.cache is None or path is None else self.cache.load(path, self.backbone.device)
+        if known is not None:
+            yield from known
             return
         encoded = self._encoded(sample, self.source(sample) if decoded is None else decoded)
         if self.cache is not None and path is not None:

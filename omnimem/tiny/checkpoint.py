@@ -16,6 +16,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from omnimem.checksums import share
 from omnimem.recall.worlds import COLOURS, KINDS, SHAPES, TEMPLATES, VOICES, WORDS
 
 SYSTEM = "You are a helpful assistant."
@@ -195,6 +196,7 @@ def save_folder(
     for key, value in IMAGE_PROCESSOR.items():
         setattr(extractor, key, value)
     extractor.save_pretrained(folder)
+    share(folder)
 
 
 CARD = """---

@@ -4,15 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
-from omnimem.config import ConfigError, strict
+from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.run import RunFolder
+from omnimem.training.zero3 import engine_settings
 
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
@@ -34,6 +36,8 @@ OURS = {  # fields that are set elsewhere
     "activation_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
     "auto_find_batch_size": "would change what a step is; set per_device_train_batch_size",
     "parallelism_config": "cannot be written in YAML; use deepspeed",
+    "bf16_full_eval": "evaluation has the precision of model.dtype; remove it",
+    "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "save_only_model": "no run could resume from such a checkpoint; train/export.py writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
     "torch_compile": "every chunk of a stream has a different shape; remove it",
@@ -57,6 +61,20 @@ FORMER = {  # names of transformers 4 that were removed
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
 REFUSED = {**OURS, **FORMER}
+# What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
+# were taken (seed, order); the batch is checked by `refuse_other_batch`.
+MAY_CHANGE = frozenset(
+    " ".join(
+        (
+            "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_grad_norm",
+            "deepspeed save_strategy save_steps save_total_limit logging_strategy logging_steps",
+            "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm",
+            "torch_empty_cache_steps skip_memory_metrics debug dataloader_num_workers dataloader_pin_memory",
+            "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
+            "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
+        )
+    ).split()
+)
 
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
 FROM_0: Check = (lambda number: number >= 0, "0 or more")
@@ -182,6 +200,64 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
+    """Raises ConfigError if a resumed run has other settings of `train` than the file `earlier`, but for MAY_CHANGE."""
+    usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
+    before, now = (
+        {**usual, **{name: value for name, value in section.items() if value is not None}}
+        for section in (load(earlier).train, run.train)
+    )
+    names = [name for name in dict.fromkeys([*before, *now]) if name not in MAY_CHANGE]
+    problems = [
+        f"{earlier} train.{name}: {before.get(name)!r} there, {now.get(name)!r} now, which the checkpoint does not "
+        "follow; resume with the old value, or start a new run with name=... or --overwrite"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def refuse_mixed_precision(run: RunConfig) -> None:
+    """Raises ConfigError if the steps would have another precision than model.dtype.
+
+    DeepSpeed casts the weights, but not the memory of a stream. Autocast knows float32 and its own precision.
+    """
+    engine = engine_settings(run.train)
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        keys = [name, dtype] if name == "bf16" else [name]  # DeepSpeed reads both
+        sections = {key: each for key in keys if isinstance(each := (engine or {}).get(key), dict)}
+        wanted = [f"deepspeed {key}.enabled" for key, each in sections.items() if each.get("enabled") is True]
+        wanted = [f"train.{name}"] if run.train.get(name) else wanted
+        if wanted and run.model.dtype not in ((dtype,) if engine else (dtype, "float32")):
+            what = f"{wanted[0]} is true and model.dtype is {run.model.dtype}, which one step cannot mix"
+            raise ConfigError([f"train: {what}; set model.dtype={dtype}, or {wanted[0]} to false"])
+
+
+def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
+    """Raises ConfigError if the schedule gives a learning rate of 0 in every one of `steps` steps, or fails."""
+    # 1. the first rate; only a warm-up starts at 0, and ends above it
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    options: Any = settings.lr_scheduler_kwargs
+    warmup, kind = settings.get_warmup_steps(steps), settings.lr_scheduler_type
+    schedule: Any = get_scheduler(kind, optimizer, warmup, steps, scheduler_specific_kwargs=options)
+    rates = [optimizer.param_groups[0]["lr"]]
+    if rates[0] > 0 or warmup < steps:
+        return
+    # 2. the rates of a run that is all warm-up
+    try:
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        what = "the learning rate would be 0 in every step"
+    except ZeroDivisionError:  # the polynomial schedule, when its warm-up ends in the last step
+        what, rates = f"no step is left for the {SchedulerType(kind).value} schedule", [0.0]
+    if not any(rates[:steps]):
+        cure = "lower train.warmup_steps (0: no warm-up), or raise train.max_steps"
+        raise ConfigError([f"train: {what}: warmup_steps = {warmup} of {steps} steps; {cure}"])
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:

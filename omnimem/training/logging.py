@@ -163,10 +163,14 @@ class Finished(Exception):
 
 @final
 class EndOfRun(TrainerCallback):
-    """Raises Finished, once the weights are loaded, when no steps are left: the Trainer would take one more."""
+    """Raises Finished, once the weights are loaded, when no steps are left: the Trainer would take one more.
+
+    A resumed run saves and logs at the steps of its own settings: the Trainer would keep those of the checkpoint.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called on every rank."""
+        state.compute_steps(args, state.max_steps)
         if state.global_step >= state.max_steps:
             raise Finished
 

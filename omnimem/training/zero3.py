@@ -28,10 +28,14 @@ from omnimem.training.deepspeed_internals import gather, release, remove_gatheri
 
 def stage_of(section: Mapping[str, Any]) -> int | None:
     """The ZeRO stage in a section `train`; None without DeepSpeed."""
-    settings = section.get("deepspeed")
-    if isinstance(settings, str):
-        settings = json.loads(Path(settings).read_text(encoding="utf-8"))
+    settings = engine_settings(section)
     return settings.get("zero_optimization", {}).get("stage", 0) if settings else None
+
+
+def engine_settings(section: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The DeepSpeed settings in a section `train`, read from their file; None without DeepSpeed."""
+    settings = section.get("deepspeed")
+    return json.loads(Path(settings).read_text(encoding="utf-8")) if isinstance(settings, str) else settings or None
 
 
 @final

@@ -1,7 +1,7 @@
 """Budget, chunk size and temperature of each step, as functions of (seed, step) alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 from omnimem.backbones import Encoded, LayoutError
@@ -10,6 +10,8 @@ from omnimem.tuning.curriculum import BudgetRange, ChunkRange, shuffled_cycle, u
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute, check_settings
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
+
+LARGEST_SHARE = 4.0  # of memory.slots_per_layer: 8192.0 is a number of slots that was written with a point
 
 
 @final
@@ -24,8 +26,9 @@ class TuningOptions:
     recompute: Recompute = "chunk"  # granularity of activation recomputation
     offload: bool = False  # keep memories on the host between forward and backward
     selection: SelectionOptions = field(default_factory=SelectionOptions)
-    # slots per layer, drawn for every step; empty: memory.slots_per_layer
-    budgets: tuple[int | Literal["full"], ...] | BudgetRange = ()
+    # slots per layer, drawn for every step: a number, self (memory.slots_per_layer), a share of that (0.5), or full;
+    # empty: self
+    budgets: tuple[int | float | Literal["full", "self"], ...] | BudgetRange = ()
     # maximum chunk size, drawn for every step; empty: stream.chunk_tokens
     chunk_tokens: tuple[int, ...] | ChunkRange = ()
     loss: LossOptions = field(default_factory=LossOptions)
@@ -33,8 +36,13 @@ class TuningOptions:
     def __post_init__(self) -> None:
         check_settings(self.gradient, self.horizon, self.stop_layer, self.selection.softening)
         for slots in () if isinstance(self.budgets, BudgetRange) else self.budgets:
-            if slots != "full" and slots < 1:
-                raise ValueError(f"tuning.budgets holds {slots}; a budget is at least 1 slot per layer, or full")
+            if isinstance(slots, float) and not 0 < slots <= LARGEST_SHARE:
+                raise ValueError(
+                    f"tuning.budgets holds {slots}; a number with a point is a share of memory.slots_per_layer, "
+                    f"above 0 and at most {LARGEST_SHARE:g}; write slots as a whole number"
+                )
+            if isinstance(slots, int) and slots < 1:
+                raise ValueError(f"tuning.budgets holds {slots}; a budget is at least 1 slot per layer, self or full")
         for tokens in () if isinstance(self.chunk_tokens, ChunkRange) else self.chunk_tokens:
             if tokens < 1:
                 raise ValueError(f"tuning.chunk_tokens holds {tokens}; a chunk has at least 1 token")
@@ -44,7 +52,24 @@ class TuningOptions:
         budgets = self.budgets
         if isinstance(budgets, BudgetRange):
             return (budgets.low, budgets.high, None) if budgets.full else (budgets.low, budgets.high)
-        return tuple(None if slots == "full" else int(slots) for slots in budgets or (slots_per_layer,))
+        sizes = {"full": None, "self": slots_per_layer}
+        return tuple(
+            round(slots * slots_per_layer) if isinstance(slots, float) else sizes.get(f"{slots}", slots)
+            for slots in budgets or ("self",)
+        )
+
+    def at(self, slots_per_layer: int) -> "TuningOptions":
+        """The same options with the slots of this budget in place of self and of shares."""
+        if isinstance(self.budgets, BudgetRange) or not self.budgets:
+            return self
+        return replace(self, budgets=tuple("full" if slots is None else slots for slots in self.slots(slots_per_layer)))
+
+    def trains(self, slots_per_layer: int) -> bool:
+        """Whether steps may draw this budget; a list of `full` alone is a control, which is for no budget."""
+        budgets, drawn = self.budgets, self.slots(slots_per_layer)
+        if isinstance(budgets, BudgetRange):
+            return budgets.low <= slots_per_layer <= budgets.high and budgets.full < 1
+        return slots_per_layer in drawn or set(drawn) == {None}
 
     def chunks(self, chunk_tokens: int) -> tuple[int, int]:
         """The smallest and largest maximum chunk size that steps may use."""

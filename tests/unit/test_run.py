@@ -33,6 +33,26 @@ def used(runs: Path, name: str = "x") -> Path:
     return runs / name
 
 
+def begin(folder: run.RunFolder) -> None:
+    """What another process does."""
+    run.write_json(folder.record, {"seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("existed", "options"),
+    [(False, {}), *((existed, one) for existed in (False, True) for one in ({"overwrite": True}, {"resume": "auto"}))],
+)
+def test_a_start_never_takes_what_another_one_began_after_it_was_planned(existed, options, tmp_path) -> None:
+    if existed:
+        begin(run.RunFolder(path=tmp_path / "x"))
+    start = run.plan("x", runs=tmp_path, **options)
+    begin(start.folder)
+    with pytest.raises(run.RunError, match="exists already: another process has used it"):
+        start.open("name: x\n", {"seed": 1})
+    assert run.read_json(start.folder.record) == {"seed": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_path) -> None:
     folder = used(tmp_path)
     with pytest.raises(run.RunError, match=r"--resume auto.*name=.*--overwrite") as error:

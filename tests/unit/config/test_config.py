@@ -176,7 +176,10 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("tuning.budgets=[8192, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'; did you mean"),
+        (
+            "tuning.budgets=[8192, ful]",
+            "tuning.budgets.1: expected a whole number or a number or 'full' or 'self', got",
+        ),
         ("tuning.lora.targets=[q_proj, q]", "tuning.lora.targets.1: expected 'q_proj', 'k_proj', 'v_proj'"),
         ("evaluate.benchmarks=[{name: video_mne}]", "evaluate.benchmarks.0.name: 'video_mne' is unknown; did you mean"),
         ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is given 2 times"),

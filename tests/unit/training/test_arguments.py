@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from omnimem.config import ConfigError, RunConfig, load
+from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
-from omnimem.training.arguments import OwnSettings, train_section, training_arguments
+from omnimem.training.arguments import (
+    MAY_CHANGE,
+    OwnSettings,
+    refuse_mixed_precision,
+    refuse_train_changes,
+    refuse_zero_rate,
+    train_section,
+    training_arguments,
+)
 
 SECTION = train_section()
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
@@ -80,3 +88,79 @@ def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting, tmp_p
 def test_settings_that_would_make_checkpoints_useless_are_refused_with_a_reason(name, tmp_path) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{name}: .*checkpoint"):
         loaded(tmp_path, f"train.{name}=true")
+
+
+ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "named"),
+    [
+        ("float32", ("train.bf16=true", ENGINE), "set model.dtype=bfloat16, or train.bf16 to false"),
+        ("float16", ("train.bf16=true", ENGINE), "set model.dtype=bfloat16, or train.bf16 to false"),
+        ("bfloat16", ("train.fp16=true", ENGINE), "set model.dtype=float16, or train.fp16 to false"),
+        ("float32", ("train.fp16=true", "train.deepspeed=deepspeed/zero2.json"), "or train.fp16 to false"),
+        ("float32", ("train.deepspeed={bf16: {enabled: true}}",), "or deepspeed bf16.enabled to false"),
+        ("float32", ("train.deepspeed={bfloat16: {enabled: true}}",), "or deepspeed bfloat16.enabled to false"),
+        ("bfloat16", ("train.deepspeed={fp16: {enabled: true}}",), "or deepspeed fp16.enabled to false"),
+        ("float16", ("train.bf16=true",), "set model.dtype=bfloat16, or train.bf16 to false"),
+        ("bfloat16", ("train.bf16=true", ENGINE), None),
+        ("bfloat16", (ENGINE,), None),
+        ("float32", ("train.bf16=true",), None),
+        ("float32", ("train.deepspeed=deepspeed/zero3.json",), None),
+    ],
+)
+def test_a_precision_that_steps_cannot_mix_with_that_of_the_model_is_refused(dtype, settings, named, tmp_path) -> None:
+    run = loaded(tmp_path, f"model.dtype={dtype}", *settings)
+    if named is None:
+        refuse_mixed_precision(run)
+        return
+    with pytest.raises(ConfigError) as error:
+        refuse_mixed_precision(run)
+    assert f"model.dtype is {dtype}" in str(error.value)
+    assert str(error.value).endswith(named)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"])
+def test_a_learning_rate_that_stays_0_is_refused_before_the_run(kind, tmp_path) -> None:
+    """Also of a fraction of the steps; a warm-up that is only longer than the run raises the rate."""
+    for warmup, steps, refused in ((10, 1, True), (0.5, 1, True), (10, 2, False), (0, 1, False)):
+        settings = training_arguments({"warmup_steps": warmup, "lr_scheduler_type": kind}, RunFolder(path=tmp_path))
+        if not refused:
+            refuse_zero_rate(settings, steps)
+            continue
+        with pytest.raises(ConfigError) as error:
+            refuse_zero_rate(settings, steps)
+        assert str(error.value).startswith(
+            ("train: the learning rate would be 0 in every step:", "train: no step is left")
+        )
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("learning_rate=0.1", "0.002 there, 0.1 now"),
+        ("lr_scheduler_type=cosine", "'linear' there, 'cosine' now"),
+        ("warmup_steps=3", "0 there, 3 now"),
+        ("weight_decay=0.1", "0.0 there, 0.1 now"),
+        ("adam_beta2=0.9", "0.999 there, 0.9 now"),
+        ("optim=sgd", "there, 'sgd' now"),
+        ("seed=7", "42 there, 7 now"),
+        ("data_seed=7", "None there, 7 now"),
+        ("train_sampling_strategy=sequential", "'random' there, 'sequential' now"),
+        ("bf16=true", "False there, True now"),
+    ],
+)
+def test_what_a_checkpoint_does_not_follow_is_refused_by_name_when_a_run_resumes(setting, shown, tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(loaded(tmp_path, "train.learning_rate=2.0e-3")))
+    rate = ("train.learning_rate=0.002", "train.seed=42", "train.weight_decay=0.0")  # defaults, written out
+    refuse_train_changes(loaded(tmp_path, *rate, "train.max_steps=9", "train.save_steps=5"), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as error:
+        refuse_train_changes(loaded(tmp_path, *rate, f"train.{setting}"), tmp_path / "config.yaml")
+    (line,) = error.value.problems
+    assert f"train.{setting.partition('=')[0]}: " in line
+    assert shown in line
+
+
+def test_every_setting_that_may_change_is_one_of_train() -> None:
+    assert set(MAY_CHANGE) <= set(SECTION.__dataclass_fields__)

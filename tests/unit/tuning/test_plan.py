@@ -1,6 +1,7 @@
 """What each step uses: a function of (seed, step) alone; lists in laps, ranges by their law; refused in one line."""
 
 from collections import Counter
+from contextlib import nullcontext
 from itertools import pairwise
 from math import log, sqrt
 
@@ -12,7 +13,7 @@ from support.thinkers import write_folder
 
 from omnimem.backbones import LayoutError, ModelOptions, load_backbone
 from omnimem.budget import AudioVisualBudget, Readings, Signals
-from omnimem.config import MemoryOptions
+from omnimem.config import ConfigError, MemoryOptions, load, refuse_unseen_budget
 from omnimem.config.exported import policies_of
 from omnimem.data import Message, Sample
 from omnimem.recall.renderer import write_mp4
@@ -165,8 +166,13 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("tuning.budgets=[64, ful]", "tuning.budgets.1: expected a whole number or 'full', got 'ful'"),
+        (
+            "tuning.budgets=[64, ful]",
+            "tuning.budgets.1: expected a whole number or a number or 'full' or",
+        ),
         ("tuning.budgets=[64, 0]", "tuning.budgets: tuning.budgets holds 0; a budget is at least 1 slot"),
+        ("tuning.budgets=[64.0]", "tuning.budgets: tuning.budgets holds 64.0; a number with a point is a share of"),
+        ("tuning.budgets=[self, 0.001]", "tuning.budgets.1: 0 is too small; each layer needs one slot"),
         ("tuning.budgets={low: 64, high: 12}", "tuning.budgets.high: high = 12 is below low = 64"),
         ("tuning.budgets={low: 3, high: 12, full: 25}", "tuning.budgets.full: full must be between 0 and 1, got 25"),
         ("tuning.budgets={low: 3, high: 12, ful: 0.2}", "tuning.budgets.ful: unknown key; did you mean 'full'?"),
@@ -180,6 +186,38 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
 def test_each_wrong_curriculum_or_loss_is_one_line_at_its_key(override, what, tmp_path) -> None:
     (line,) = problems(tmp_path, overrides=[override])
     assert line.startswith(f"command line {what}")
+
+
+def test_budgets_relative_to_the_evaluated_one_follow_it_and_are_drawn_as_numbers_were() -> None:
+    relative, numbers = (plan_of(budgets=budgets) for budgets in (("self", "self", 0.5, "full"), (18, 18, 9, "full")))
+    assert [relative(step, 40) for step in range(40)] == [numbers(step, 40) for step in range(40)]
+    for name, slots in (("tiny.yaml", 36), ("budget8k.yaml", 4096)):
+        run = load(name, [f"memory.slots_per_layer={slots}"])
+        assert slots in run.tuning.budgets
+        refuse_unseen_budget(run)
+    assert load("tiny.yaml").tuning.budgets == (18, 18, "full")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "drawn"),
+    [
+        ("[32, full]", "32, full"),
+        ("[0.5]", "32"),
+        ("{low: 12, high: 32}", "12 to 32"),
+        ("{low: 12, high: 64, full: 1.0}", "12 to 64, full in 100% of the steps"),
+        ("[]", None),
+        ("[full]", None),
+        ("[1.0, 0.5]", None),
+        ("{low: 12, high: 64, full: 0.5}", None),
+    ],
+)
+def test_a_run_that_never_trains_at_the_budget_of_its_evaluation_is_refused(budgets, drawn, tmp_path) -> None:
+    run = loaded(tmp_path, f"tuning.budgets={budgets}")
+    with nullcontext() if drawn is None else pytest.raises(ConfigError) as error:
+        refuse_unseen_budget(run)
+    if error is not None:
+        (line,) = error.value.problems
+        assert f"memory.slots_per_layer = 64, and no step trains at it (drawn: {drawn}); set" in line
 
 
 def test_the_least_of_a_range_leaves_each_modality_a_slot(tmp_path) -> None:
