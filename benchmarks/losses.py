@@ -28,10 +28,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import batch_by_layout
 from omnimem.tuning import FullMemoryKL, LossOptions, add_adapter, gradient_of, streamed_loss
 
-LOSSES = {
-    "answer": LossOptions(),
-    "answer + full_memory_kl": LossOptions(full_memory_kl=FullMemoryKL(temperature=2.0)),
-}
+LOSSES = {"answer": LossOptions(), "answer + full_memory_kl": LossOptions(full_memory_kl=FullMemoryKL(temperature=2.0))}
 
 
 def main(arguments: Sequence[str]) -> None:

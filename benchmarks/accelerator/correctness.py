@@ -52,10 +52,7 @@ class Bounds:
     mass: float = 2e-5  # always computed in float32
 
 
-BOUNDS = {
-    torch.float32: Bounds(output=2e-5, gradient=1e-4),
-    torch.bfloat16: Bounds(output=2e-2, gradient=4e-2),
-}
+BOUNDS = {torch.float32: Bounds(output=2e-5, gradient=1e-4), torch.bfloat16: Bounds(output=2e-2, gradient=4e-2)}
 
 
 @final

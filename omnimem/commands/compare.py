@@ -34,9 +34,7 @@ def _parser() -> Parser:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a run folder, or one of its eval/ARM")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the report")
     parser.add_argument(
-        "--allow-different",
-        action="store_true",
-        help="compare although inputs or budgets differ; the report says so",
+        "--allow-different", action="store_true", help="compare although inputs or budgets differ; the report says so"
     )
     parser.add_argument("--draws", type=_draws, default=DRAWS, help="draws of the bootstrap (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")

@@ -260,8 +260,7 @@ def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
     # 1. verify and describe the adapter
     tensors = adapter_tensors(folder.adapter)
     update_json(
-        folder.record,
-        adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)},
+        folder.record, adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)}
     )
     write_adapter_description(folder.path)
     print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)

@@ -161,11 +161,7 @@ class Evaluation:
         yield from waiting.values()
 
     def _lines(
-        self,
-        arm: Arm,
-        benchmark: Benchmark,
-        batch: list[StreamReader] | tuple[Sample, MediaError],
-        trace: Path | None,
+        self, arm: Arm, benchmark: Benchmark, batch: list[StreamReader] | tuple[Sample, MediaError], trace: Path | None
     ) -> list[dict[str, Any]]:
         """One line per question; if a stream becomes unreadable, all questions of its batch fail."""
         if isinstance(batch, tuple):

@@ -144,10 +144,7 @@ class StreamedAttention:
         return states
 
     def project(
-        self,
-        layer: int,
-        states: Float[Tensor, "batch tokens width"],
-        positions: Int[Tensor, "batch axes tokens"],
+        self, layer: int, states: Float[Tensor, "batch tokens width"], positions: Int[Tensor, "batch axes tokens"]
     ) -> tuple[
         Float[Tensor, "batch heads tokens dim"],
         Float[Tensor, "batch kv_heads tokens dim"],

@@ -233,12 +233,7 @@ class Stream:
 
     @torch.no_grad()
     def answer(
-        self,
-        prompt: Prompt,
-        head: Callable[[Tensor], Tensor],
-        *,
-        stop: Sequence[int],
-        max_new_tokens: int,
+        self, prompt: Prompt, head: Callable[[Tensor], Tensor], *, stop: Sequence[int], max_new_tokens: int
     ) -> list[list[list[int]]]:
         """Greedy answers: for each stream and question the new token ids, without the stop token.
 

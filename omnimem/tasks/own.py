@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from omnimem.data import Item, Sample, is_inside, is_seconds, unknown_key
-from omnimem.tasks.annotations import (
-    AnnotationReader,
-    Asked,
-    Options,
-    Row,
-    labels_of,
-    lettered,
-    stream_of,
-)
+from omnimem.tasks.annotations import AnnotationReader, Asked, Options, Row, labels_of, lettered, stream_of
 from omnimem.tasks.base import AnnotatedBenchmark
 from omnimem.tasks.rules import LETTERS, LMMS_EVAL, RuleSet
 from omnimem.textfile import path_problem, read_objects

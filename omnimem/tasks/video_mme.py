@@ -33,11 +33,7 @@ from omnimem.textfile import read_text
 Rules = Literal["official", "lmms_eval", "vlmevalkit"]
 Duration = Literal["short", "medium", "long"]
 
-SECONDS: Mapping[str, tuple[float, float]] = {
-    "short": (0.0, 120.0),
-    "medium": (240.0, 900.0),
-    "long": (1800.0, 3600.0),
-}
+SECONDS: Mapping[str, tuple[float, float]] = {"short": (0.0, 120.0), "medium": (240.0, 900.0), "long": (1800.0, 3600.0)}
 AXES = ("duration", "domain", "sub_category", "task_type")
 TABLES = ("videomme/test-00000-of-00001.parquet", "test-00000-of-00001.parquet", "videomme.parquet")
 VIDEOS, SUBTITLES = ("data", "video", "videos"), ("subtitle", "subtitles")

@@ -5,11 +5,4 @@ from omnimem.tuning.gradient.horizon import HorizonGradient
 from omnimem.tuning.gradient.released import GradientError, ReleasedGradient, by_similarity
 from omnimem.tuning.gradient.states import StatesGradient
 
-__all__ = [
-    "FullGradient",
-    "GradientError",
-    "HorizonGradient",
-    "ReleasedGradient",
-    "StatesGradient",
-    "by_similarity",
-]
+__all__ = ["FullGradient", "GradientError", "HorizonGradient", "ReleasedGradient", "StatesGradient", "by_similarity"]

@@ -166,10 +166,7 @@ def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one()
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        (
-            "tuning.budgets=[64, ful]",
-            "tuning.budgets.1: expected a whole number or a number or 'full' or",
-        ),
+        ("tuning.budgets=[64, ful]", "tuning.budgets.1: expected a whole number or a number or 'full' or"),
         ("tuning.budgets=[64, 0]", "tuning.budgets: tuning.budgets holds 0; a budget is at least 1 slot"),
         ("tuning.budgets=[64.0]", "tuning.budgets: tuning.budgets holds 64.0; a number with a point is a share of"),
         ("tuning.budgets=[self, 0.001]", "tuning.budgets.1: 0 is too small; each layer needs one slot"),
