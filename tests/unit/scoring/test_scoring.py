@@ -1,7 +1,7 @@
 """Scores against plain loops, and controls against what they claim: a window, an unbiased draw, an even spread."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
 OMNI = (2,) * 225 + (1,) * 50  # Qwen2.5-Omni at 420 x 420
 SHAPE = Shape(layers=1, kv_heads=1, dim=1, width=1, feature=0, dtype=torch.float32, device=torch.device("cpu"))
+
+DISTINCT = Covered(inner=KeyDifference(), compared="values")
 
 
 def bare(layout: tuple[int, ...], first: int, count: int, batch: int = 1) -> Tokens:
@@ -73,29 +75,16 @@ def test_psi_equals_plain_loops(sharpness, power) -> None:
     torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "scorer",
-    [
-        Recency(),
-        Random(seed=3),
-        Uniform(),
-        Perturbation(),
-        Covered(inner=Perturbation()),
-        Covered(inner=KeyDifference(), compared="values"),
-    ],
-)
+SCORERS = [Recency(), Random(seed=3), Uniform(), Perturbation(), Covered(inner=Perturbation()), DISTINCT]
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_a_stream_s_scores_do_not_depend_on_the_batch_it_shares(scorer):
     (arrival,) = arrivals([40], batch=3)
     together = scorer(view_of(arrival))
     for b in range(3):
-        row = slice(b, b + 1)
-        one = Arrival(
-            queries=arrival.queries[row],
-            keys=arrival.keys[row],
-            states=arrival.states[row],
-            modality=arrival.modality[row],
-        )
-        torch.testing.assert_close(scorer(view_of(one)), together[row], rtol=1e-6, atol=0)
+        one = Arrival(**{field.name: getattr(arrival, field.name)[b : b + 1] for field in fields(Arrival)})
+        torch.testing.assert_close(scorer(view_of(one)), together[b : b + 1], rtol=1e-6, atol=0)
 
 
 def test_recency_is_a_window_of_each_modality() -> None:
@@ -198,17 +187,16 @@ def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -
     """In float64 by central differences; without gradient for scores it has none."""
     (arrival,) = arrivals([9])
     view = view_of(arrival)
-    scorer = Covered(inner=KeyDifference(), compared="values")
     parts = [part.double().requires_grad_() for part in (view.pool.keys, view.pool.values)]
 
     def scored(keys: Tensor, values: Tensor, gradient: ScoreGradient = "redundancy") -> Tensor:
-        return scorer(replace(view, pool=replace(view.pool, keys=keys, values=values), gradient=gradient))
+        return DISTINCT(replace(view, pool=replace(view.pool, keys=keys, values=values), gradient=gradient))
 
     assert torch.autograd.gradcheck(scored, tuple(parts))
     assert scored(*parts).requires_grad
     assert not scored(*parts, "none").requires_grad
-    assert not scorer.needs_novelty
-    assert not scorer.needs_importance
+    assert not DISTINCT.needs_novelty
+    assert not DISTINCT.needs_importance
 
 
 def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:
@@ -220,9 +208,8 @@ def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:
     found = covered.uncovered(arrival.states, modality, scores)
     for b in range(4):
         there = modality[b] != ABSENT
-        alone = covered.uncovered(
-            arrival.states[b : b + 1, there], modality[b : b + 1, there], scores[b : b + 1, there]
-        )
+        one = (part[b : b + 1, there] for part in (arrival.states, modality, scores))
+        alone = covered.uncovered(*one)
         torch.testing.assert_close(found[b, there], alone[0])
         assert (found[b, ~there] == 1).all()
     assert found[1, 7] == 2
