@@ -97,7 +97,6 @@ ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"
     ("dtype", "settings", "named"),
     [
         ("float32", ("train.bf16=true", ENGINE), "set model.dtype=bfloat16, or train.bf16 to false"),
-        ("float16", ("train.bf16=true", ENGINE), "set model.dtype=bfloat16, or train.bf16 to false"),
         ("bfloat16", ("train.fp16=true", ENGINE), "set model.dtype=float16, or train.fp16 to false"),
         ("float32", ("train.fp16=true", "train.deepspeed=deepspeed/zero2.json"), "or train.fp16 to false"),
         ("float32", ("train.deepspeed={bf16: {enabled: true}}",), "or deepspeed bf16.enabled to false"),
@@ -141,11 +140,7 @@ def test_a_learning_rate_that_stays_0_is_refused_before_the_run(kind, tmp_path) 
     [
         ("learning_rate=0.1", "0.002 there, 0.1 now"),
         ("lr_scheduler_type=cosine", "'linear' there, 'cosine' now"),
-        ("warmup_steps=3", "0 there, 3 now"),
-        ("weight_decay=0.1", "0.0 there, 0.1 now"),
-        ("adam_beta2=0.9", "0.999 there, 0.9 now"),
         ("optim=sgd", "there, 'sgd' now"),
-        ("seed=7", "42 there, 7 now"),
         ("data_seed=7", "None there, 7 now"),
         ("train_sampling_strategy=sequential", "'random' there, 'sequential' now"),
         ("bf16=true", "False there, True now"),
