@@ -110,7 +110,7 @@ def by_head(tokens: Tokens, heads: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_held_tokens_are_the_arrival_numbers_in_the_memory(bench, name) -> None:
+def test_held_tokens_are_the_arrival_numbers_in_the_memory_and_count_as_it_counts(bench, name) -> None:
     holding = followed(bench, name)
     with attach(bench.feeder.backbone.text_model) as attached:
         found = memories(bench, attached, name)
@@ -125,16 +125,10 @@ def test_held_tokens_are_the_arrival_numbers_in_the_memory(bench, name) -> None:
                 book = Counter(np.flatnonzero(held[layer, head]).tolist()) + Counter(merged)
                 assert book == Counter(tokens.order[0][places].tolist())
     assert bool(holding.merged) == (name.startswith(("hermes", "streammem")))
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_held_and_merged_entries_count_as_the_memory_counts(bench, name) -> None:
-    holding = followed(bench, name)
     kinds = np.zeros(bench.reading.tokens, np.int64)
     for grid in bench.reading.grids:
         kinds[grid.tokens] = Modality.VISUAL
     kinds[bench.reading.sounds.tokens] = Modality.AUDIO
-    heads = holding.last.shape[1]
     for chunk, layers in enumerate(holding.counts):
         held = holding.held(chunk)
         for layer, counts in enumerate(layers):
@@ -283,10 +277,7 @@ VIDEO = ("--video", "one.mp4")
     ("arguments", "said"),
     [
         (VIDEO, "both sides are the same; give two policies, "),
-        (
-            (*VIDEO, "--policies", "omnimem", "snapkw"),
-            "memory.policy.name: 'snapkw' is unknown; did you mean 'snapkv'?",
-        ),
+        ((*VIDEO, "--policies", "omnimem", "snapkw"), "name: 'snapkw' is unknown; did you mean 'snapkv'?"),
         ((*VIDEO, "--right", "stream.fps=2"), "only memory.* and stream.positions may differ"),
         ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),
         ((*VIDEO, "--policies", "omnimem", "snapkv", "--tuned", "left"), "--tuned left: there is no adapter"),
