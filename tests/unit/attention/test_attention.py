@@ -172,20 +172,14 @@ def test_packed_questions_equal_each_one_alone(block) -> None:
     assert bool(packed.isfinite().all())
     for stream, row in enumerate(lengths):
         seen = reference.visible(11, 20, asked[stream].tolist(), segments.keys[stream].tolist())
-        loops, _ = reference.attention(
-            *(t[stream].tolist() for t in (queries, keys, values)), SCALE, seen, gate[stream].tolist()
-        )
+        inputs = [t[stream].tolist() for t in (queries, keys, values)]
+        loops, _ = reference.attention(*inputs, SCALE, seen, gate[stream].tolist())
         torch.testing.assert_close(packed[stream].double(), torch.tensor(loops, dtype=torch.float64), rtol=0, atol=2e-6)
         for number in range(len(row)):
             own = (asked[stream] == number).nonzero()[:, 0]
             of_keys = torch.cat([torch.arange(9), 9 + own])
-            alone = attend(
-                queries[stream : stream + 1, :, own],
-                keys[stream : stream + 1, :, of_keys],
-                values[stream : stream + 1, :, of_keys],
-                scale=SCALE,
-                gate=gate[stream : stream + 1, of_keys],
-            )
+            q, k, v, g = (t[stream : stream + 1] for t in (queries, keys, values, gate))
+            alone = attend(q[:, :, own], k[:, :, of_keys], v[:, :, of_keys], scale=SCALE, gate=g[:, of_keys])
             torch.testing.assert_close(packed[stream : stream + 1, :, own], alone, rtol=0, atol=2e-6)
 
 

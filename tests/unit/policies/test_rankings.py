@@ -202,9 +202,8 @@ def test_pyramidkv_takes_over_the_audio_visual_split_within_its_layers() -> None
 def test_sinks_stay_for_ever_and_the_rest_is_a_window() -> None:
     chunks = chunks_of(LENGTHS)
     whole = [k for _, fresh in chunks for k in evictable(fresh)]
-    for memory, arrived in zip(
-        kept_by(StreamingLLMOptions().build(BUDGETS["pool"]), chunks), ends(chunks), strict=True
-    ):
+    policy = StreamingLLMOptions().build(BUDGETS["pool"])
+    for memory, arrived in zip(kept_by(policy, chunks), ends(chunks), strict=True):
         seen = [k for k in whole if k < arrived]
         expected = seen if len(seen) <= 11 else seen[:4] + seen[-7:]
         assert evictable(memory) == expected
@@ -235,8 +234,7 @@ def test_exact_duplicates_in_bfloat16_give_no_nan(name) -> None:
     for chunk in chunks:
         view = view_after(memory, chunk, policy.measures)
         scored = isinstance(policy, ScoredPolicy)
-        assert bool(
-            (policy.scorer(view) if scored else policy.ranking(view, policy.layer_slots(0), 0.0)).isfinite().all()
-        )
+        scores = policy.scorer(view) if scored else policy.ranking(view, policy.layer_slots(0), 0.0)
+        assert bool(scores.isfinite().all())
         memory = policy.keep(0, view)
     assert len(evictable(memory)) == 11

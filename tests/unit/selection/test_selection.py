@@ -15,21 +15,17 @@ from omnimem.tokens import Modality
 
 QUICK = settings(max_examples=120, deadline=None)
 AUDIO, VISUAL = Modality.AUDIO, Modality.VISUAL
+COUNT = st.integers(0, 30)
 
 
 @given(case=cases())
 @QUICK
 def test_selection_equals_plain_loops(case) -> None:
-    index = select(case.scores, case.modality, case.room).index
+    room = case.room
+    index = select(case.scores, case.modality, room).index
     for stream in (0, 1):
-        expected = reference.select(
-            case.scores[stream].tolist(),
-            case.modality[stream].tolist(),
-            case.room.audio,
-            case.room.visual,
-            split=case.room.split,
-            lend=case.room.lend,
-        )
+        scores, kinds = case.scores[stream].tolist(), case.modality[stream].tolist()
+        expected = reference.select(scores, kinds, room.audio, room.visual, split=room.split, lend=room.lend)
         assert index[stream].tolist() == expected
 
 
@@ -49,18 +45,11 @@ def test_the_room_is_never_exceeded_text_always_stays_and_order_is_kept(case) ->
         assert index[stream].tolist() == sorted(set(index[stream].tolist()))
 
 
-@given(
-    audio=st.integers(0, 30),
-    visual=st.integers(0, 30),
-    audio_slots=st.integers(0, 30),
-    visual_slots=st.integers(0, 30),
-    lend=st.booleans(),
-)
+@given(audio=COUNT, visual=COUNT, audio_slots=COUNT, visual_slots=COUNT, lend=st.booleans())
 @QUICK
 def test_a_modality_exceeds_its_slots_only_by_free_slots(audio, visual, audio_slots, visual_slots, lend) -> None:
-    kept = taken(
-        {Modality.TEXT: 3, AUDIO: audio, VISUAL: visual}, LayerSlots(audio=audio_slots, visual=visual_slots, lend=lend)
-    )
+    room = LayerSlots(audio=audio_slots, visual=visual_slots, lend=lend)
+    kept = taken({Modality.TEXT: 3, AUDIO: audio, VISUAL: visual}, room)
     assert (kept[AUDIO], kept[VISUAL]) == reference.shares(audio, visual, audio_slots, visual_slots, lend)
     spare = {AUDIO: max(0, visual_slots - visual), VISUAL: max(0, audio_slots - audio)} if lend else {}
     assert kept[AUDIO] <= min(audio, audio_slots + spare.get(AUDIO, 0))
@@ -108,9 +97,8 @@ def test_scores_are_standardised_within_their_modality() -> None:
 
     def slopes(spread: float) -> Tensor:
         leaf = torch.cat([audio, spread * visual])[None].requires_grad_()
-        return torch.autograd.grad(
-            select(leaf, kinds, LayerSlots(audio=4, visual=4), Softness(temperature=0.3)).gate.sum(), leaf
-        )[0]
+        selected = select(leaf, kinds, LayerSlots(audio=4, visual=4), Softness(temperature=0.3))
+        return torch.autograd.grad(selected.gate.sum(), leaf)[0]
 
     once, ten = slopes(1.0), slopes(10.0)
     torch.testing.assert_close(once[:, :10], ten[:, :10])
@@ -143,9 +131,8 @@ def test_equal_scores_fall_to_the_most_recent(case) -> None:
 @pytest.mark.parametrize("value", [1e-6, 0.0, 1.0])
 def test_a_pool_of_equal_scores_has_finite_gates_and_gradients(dtype, value) -> None:
     leaf = torch.full((1, 12), value, dtype=dtype).requires_grad_()
-    selected = select(
-        leaf, torch.full((1, 12), 2, dtype=torch.int8), LayerSlots(audio=0, visual=5), Softness(temperature=0.05)
-    )
+    kinds = torch.full((1, 12), 2, dtype=torch.int8)
+    selected = select(leaf, kinds, LayerSlots(audio=0, visual=5), Softness(temperature=0.05))
     assert selected.index.tolist() == [list(range(7, 12))]
     (gradient,) = torch.autograd.grad(selected.gate.sum(), leaf)
     assert bool(selected.gate.isfinite().all())

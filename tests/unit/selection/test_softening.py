@@ -43,20 +43,13 @@ def visual_pool(scores: list[float] | Tensor) -> tuple[Tensor, Tensor]:
 @given(case=cases(), temperature=TEMPERATURES, seed=st.integers(0, 9))
 @SOME
 def test_who_stays_and_every_gate_equal_plain_loops(case, temperature, seed) -> None:
-    scores = case.scores.double()
+    scores, room = case.scores.double(), case.room
     carried = -torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    selected = select(scores, case.modality, case.room, soft(temperature), carried)
+    selected = select(scores, case.modality, room, soft(temperature), carried)
     for stream in (0, 1):
-        expected = reference.soft_select(
-            scores[stream].tolist(),
-            case.modality[stream].tolist(),
-            case.room.audio,
-            case.room.visual,
-            temperature,
-            carried[stream].tolist(),
-            split=case.room.split,
-            lend=case.room.lend,
-        )
+        row, kinds, past = (part[stream].tolist() for part in (scores, case.modality, carried))
+        slots = {"split": room.split, "lend": room.lend}
+        expected = reference.soft_select(row, kinds, room.audio, room.visual, temperature, past, **slots)
         assert selected.index[stream].tolist() == list(expected)
         assert selected.gate[stream].tolist() == pytest.approx(list(expected.values()), rel=1e-9, abs=1e-9)
 
@@ -90,15 +83,14 @@ def test_gates_decrease_with_scores_and_are_above_one_half_for_kept_tokens(case,
     hard = select(case.scores, case.modality, case.room).index
     selected = select(case.scores, case.modality, case.room, soft(temperature))
     for stream in (0, 1):
-        rows = zip(selected.index[stream].tolist(), selected.gate[stream].tolist(), strict=True)
+        rows = list(zip(selected.index[stream].tolist(), selected.gate[stream].tolist(), strict=True))
         inside = hard[stream].tolist()
         for k, gate in rows:
             assert (gate > math.log(0.5)) if k in inside else (gate < math.log(0.5))
             assert gate <= 0
         for kind in (AUDIO, VISUAL):
-            mine = [(float(case.scores[stream, k]), gate) for k, gate in
-                    zip(selected.index[stream].tolist(), selected.gate[stream].tolist(), strict=True)
-                    if int(case.modality[stream, k]) == kind]  # fmt: skip
+            of_kind = [(k, gate) for k, gate in rows if int(case.modality[stream, k]) == kind]
+            mine = [(float(case.scores[stream, k]), gate) for k, gate in of_kind]
             if case.room.split:
                 assert [gate for _, gate in sorted(mine)] == sorted(gate for _, gate in mine)
 
@@ -223,9 +215,8 @@ def by_loops(preset: str, chunks, stream: int, budget: Budget, temperature: floa
     layer = reference.SoftLayer(preset, audio, visual, split=budget.split, temperature=temperature)
     after = []
     for chunk in chunks:
-        layer.read(
-            *(part[stream].tolist() for part in (chunk.queries, chunk.keys, chunk.states, chunk.modality)), SCALE
-        )
+        parts = (chunk.queries, chunk.keys, chunk.states, chunk.modality)
+        layer.read(*(part[stream].tolist() for part in parts), SCALE)
         after.append((layer.order, layer.gates))
     return after
 
@@ -255,16 +246,13 @@ def doubled(arrival: Arrival) -> Arrival:
     layout=st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=7),
     audio=st.integers(1, 9),
     visual=st.integers(1, 9),
-    lend=st.booleans(),
-    split=st.booleans(),
+    shared=st.tuples(st.booleans(), st.booleans()),
     temperature=st.sampled_from([0.05, 0.1, 1.0]),
 )
 @FEW
-def test_soft_selection_holds_one_to_three_times_as_much(
-    lengths, layout, audio, visual, lend, split, temperature
-) -> None:
+def test_soft_selection_holds_one_to_three_times_as_much(lengths, layout, audio, visual, shared, temperature) -> None:
     """Lending too: what soft selection counts as kept is what hard selection keeps, after any past."""
-    chunks = arrivals(lengths, layout=tuple(layout))
+    chunks, (lend, split) = arrivals(lengths, layout=tuple(layout)), shared
     policy = PerturbationOptions().build(Budget(slots=((audio, visual),), lend=lend, split=split))
     softness = soft(temperature)
     for hard, softly in zip(run(policy, chunks), run(policy, chunks, softness), strict=True):
