@@ -49,13 +49,8 @@ def test_a_full_line_becomes_a_sample_with_media_below_the_manifests_folder(mani
     assert sample.origin == f"{manifest}:1"
     first, second = sample.questions
     assert (first.text, first.answer, first.at, first.kind, first.loss) == ("what ?", "that", 30.0, "visual", False)
-    assert (second.index, second.text, second.answer, second.at, second.kind) == (
-        1,
-        "and now ?",
-        None,
-        None,
-        "auditory",
-    )
+    assert (second.index, second.text, second.answer) == (1, "and now ?", None)
+    assert (second.at, second.kind) == (None, "auditory")
 
 
 def test_blank_lines_count_but_hold_nothing(manifest) -> None:
@@ -89,10 +84,7 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"start": True}, "1 start: expected seconds"),
         ({"start": 5, "end": 5}, "1 end: 5.0 is not after start = 5.0"),
         ({"meta": {"kinds": ["visual", "visual"]}}, "1 meta.kinds: expected one word per question (1)"),
-        (
-            {"messages": [{"role": "human", "content": "?"}]},
-            "1 messages[0].role: expected system, user, assistant, got",
-        ),
+        ({"messages": [{"role": "human", "content": "?"}]}, "1 messages[0].role: expected system, user, assistant,"),
         ({"messages": [{"role": "user", "content": " "}]}, "1 messages[0].content: expected text"),
         ({"messages": [ASK[0], {**ASK[1], "loss": 1}]}, "1 messages[1].loss: expected true or false, got 1"),
         ({"messages": [ASK[0], {**ASK[1], "at": 3}]}, "1 messages[1].at: only a user message has a time"),
@@ -153,9 +145,8 @@ def test_the_run_stops_at_the_first_failure_above_the_allowed_share() -> None:
         failures = failures.add(Failure(id=name, reason="truncated", message="ends early; download it again"))
     assert [failure.id for failure in failures.found] == ["a", "b"]
     assert failures.reasons == {"truncated": 2}
-    with pytest.raises(
-        TooManyFailures, match=r"c: no_audio; (?s:.*)3 of 200 samples failed, more than max_failures = 0.01"
-    ):
+    message = r"c: no_audio; (?s:.*)3 of 200 samples failed, more than max_failures = 0.01"
+    with pytest.raises(TooManyFailures, match=message):
         failures.add(Failure(id="c", reason="no_audio", message="has no audio track; use tracks: video"))
 
 

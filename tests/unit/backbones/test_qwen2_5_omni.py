@@ -39,14 +39,10 @@ def media(
     while number * length < seconds:
         part = frames[number * frames_each : (number + 1) * frames_each]
         sound = mel[:, number * mel_each : (number + 1) * mel_each]
-        segments.append(
-            Segment(
-                start=number * length,
-                seconds=min(length, seconds - number * length),
-                frames=part if len(part) and tracks != "audio" else None,
-                mel=sound if sound.shape[1] and tracks != "video" else None,
-            )
-        )
+        shown = part if len(part) and tracks != "audio" else None
+        heard = sound if sound.shape[1] and tracks != "video" else None
+        start = number * length
+        segments.append(Segment(start=start, seconds=min(length, seconds - start), frames=shown, mel=heard))
         number += 1
     return segments
 
@@ -58,13 +54,9 @@ def stream_ids(backbone: Qwen25Omni, chunks: Iterable[Tensor], tracks: str) -> T
     ids = []
     for number, modality in enumerate(chunks):
         if number == 0:
-            begin = {
-                "both": ["<|vision_bos|>", "<|audio_bos|>"],
-                "video": ["<|vision_bos|>"],
-                "audio": ["<|audio_bos|>"],
-            }
+            begin = ["<|vision_bos|>"] * (tracks != "audio") + ["<|audio_bos|>"] * (tracks != "video")
             text = backbone.tokenizer(backbone._opening, add_special_tokens=False)["input_ids"]
-            ids += [*text, *(backbone.tokenizer.convert_tokens_to_ids(name) for name in begin[tracks])]
+            ids += [*text, *(backbone.tokenizer.convert_tokens_to_ids(name) for name in begin)]
         else:
             ids += [placeholder[int(kind)] for kind in modality[0]]
     return torch.tensor([ids])
@@ -189,14 +181,8 @@ def test_streamed_questions_equal_transformers_in_one_shot(tmp_path, chunk_token
 def transformers_logits(backbone: Qwen25Omni, ids: Tensor, frames: Tensor, mel: Tensor) -> Tensor:
     """The stock model's own forward pass on pixels, mel and ids."""
     geometry = backbone.geometry
-    rows, grid = patchify(
-        frames,
-        patch=geometry.patch,
-        merge=geometry.merge,
-        temporal_patch=geometry.temporal_patch,
-        mean=geometry.mean,
-        std=geometry.std,
-    )
+    shape = {name: getattr(geometry, name) for name in ("patch", "merge", "temporal_patch", "mean", "std")}
+    rows, grid = patchify(frames, **shape)
     return backbone.model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

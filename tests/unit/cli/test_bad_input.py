@@ -16,10 +16,7 @@ CONFIG = ("--config", "tiny.yaml", "model.path=@model", "data.train=@film.jsonl"
         ("memory.slots_per_layer=0", "command line memory.slots_per_layer: 0 is too small; each layer needs one audio"),
         ("data.train=gone.jsonl", "gone.jsonl: no such file; create it with "),
         ("tuning.lora.r=0", "command line tuning.lora.r: lora.r = 0 must be at least 1"),
-        (
-            "evaluate.benchmarks=[{name: recall, root: gone}]",
-            "evaluate.benchmarks: gone/test.jsonl is missing; make it",
-        ),
+        ("evaluate.benchmarks=[{name: recall, root: gone}]", "evaluate.benchmarks: gone/test.jsonl is missing;"),
     ],
 )
 def test_finetune_refuses_wrong_settings_and_missing_data(override, what, said) -> None:
@@ -32,9 +29,8 @@ def test_finetune_refuses_wrong_settings_and_missing_data(override, what, said) 
     ("video", "what"), [("@gone.mp4", "gone.mp4"), ("@broken.mp4", "broken.mp4"), ("@silent.mp4", "silent.mp4")]
 )
 def test_ask_names_the_file_that_is_missing_unreadable_or_silent(video, what, said) -> None:
-    (line,) = said(
-        ask.main, "--model", "@model", "--video", video, "--max-pixels", "12544", "--slots", "8", "What is it?"
-    )
+    settings = ("--max-pixels", "12544", "--slots", "8")
+    (line,) = said(ask.main, "--model", "@model", "--video", video, *settings, "What is it?")
     assert what in line
     assert ";" in line
 

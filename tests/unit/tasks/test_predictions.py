@@ -87,11 +87,8 @@ def test_another_rule_set_gives_another_number_for_the_same_predictions(video_mm
 
 def test_predictions_are_found_by_prompt_where_nothing_else_is_known(lvbench) -> None:
     found = found_in(LMMS_LVBENCH, LVBenchOptions(root=lvbench))
-    assert {key: prediction.text for key, prediction in found.predictions.items()} == {
-        "55": "D",
-        "56": "B",
-        "57": "(B)",
-    }
+    texts = {key: prediction.text for key, prediction in found.predictions.items()}
+    assert texts == {"55": "D", "56": "B", "57": "(B)"}
 
 
 def test_a_prompt_of_another_form_is_known_by_its_question_and_options(lvbench, tmp_path) -> None:
@@ -143,7 +140,6 @@ def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(changes,
         ("x.jsonl", "{}", ":1 filtered_resps: missing"),
         ("x.jsonl", '{"filtered_resps": ["A"], "doc": "x"}', ":1 doc: expected an object"),
         ("x.jsonl", '{"filtered_resps": [5]}', ":1 filtered_resps: expected text"),
-        ("x.jsonl", '{"filtered_resps": ["A"], "score": []}', ":1 score: expected 0 or 1"),
         ("x.jsonl", '{"filtered_resps": ["A"], "score": 0.5}', ":1 score: expected 0 or 1"),
         ("x.tsv", f"{COLUMNS}\nv\tq\tA", ":2: fewer fields than the 4 columns"),
         ("x.tsv", f"{COLUMNS}\nv\tq\tA\tB\tC", ":2: more fields than the 4 columns"),

@@ -126,10 +126,7 @@ def test_the_prompt_of_vlmevalkit_is_its_template(roots) -> None:
     [
         ("official", "This video's subtitles are listed below:\nHello there.\nGood bye.\nSelect the best"),
         ("lmms_eval", "This video's subtitles are listed below: \nHello there.\nGood bye.\nSelect the best"),
-        (
-            "vlmevalkit",
-            "\nThese are the frames of a video. This video's subtitles are listed below:\nHello there.\nGood bye.\n",
-        ),
+        ("vlmevalkit", "\nThese are the frames of a video. This video's subtitles are listed below:\nHello there.\n"),
     ],
 )
 def test_subtitles_are_those_on_the_screen_at_the_frames_that_are_seen(rules, begins, roots) -> None:
