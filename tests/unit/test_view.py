@@ -150,12 +150,3 @@ def test_a_view_has_no_place_for_a_question() -> None:
     fixed before the stream starts), and how they are measured."""
     own = {"pool", "new", "queries", "scale", "rotary", "heads"}
     assert {field.name for field in fields(LayerView)} == own | {"measures", "gradient", "probes"}
-
-
-def test_a_view_of_a_batch_equals_the_views_of_its_streams() -> None:
-    (arrival,) = arrivals([20], batch=3)
-    together = view_of(arrival)
-    for b in range(3):
-        one = Arrival(**{f.name: getattr(arrival, f.name)[b : b + 1] for f in fields(Arrival)})
-        torch.testing.assert_close(view_of(one).importance, together.importance[b : b + 1], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(view_of(one).novelty, together.novelty[b : b + 1], rtol=1e-6, atol=1e-7)

@@ -16,12 +16,9 @@ def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name,
     assert load(tmp_path / "config.yaml", train=TRAIN) == run
 
 
-def test_a_bare_name_is_found_in_configs_from_any_folder_with_or_without_its_suffix(tmp_path, monkeypatch) -> None:
+def test_a_bare_name_is_found_from_any_folder_and_an_unknown_one_names_the_nearest(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load("budget8k.yaml") == load("budget8k") == load(CONFIGS / "budget8k.yaml")
-
-
-def test_an_unknown_config_names_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"budget8.yaml: no such config .*did you mean 'budget8k.yaml'"):
         load("budget8.yaml")
 

@@ -167,18 +167,6 @@ def test_full_memory_keeps_everything_unjudged(options) -> None:
     assert torch.equal(after[-1].keys, limited.keys)
 
 
-@pytest.mark.parametrize("preset", ["paper", "released", "omnimem"])
-def test_straight_through_keeps_what_hard_selection_keeps(preset) -> None:
-    chunks = arrivals(LENGTHS, batch=2)
-    options = PerturbationOptions(name=preset)
-    policy = options.build(Budget(slots=((4, 9),)))
-    hard = run(policy, chunks)
-    for temperature in (1.0, 0.05, 1e-4, 0.0):
-        soft = run(policy, chunks, Softness(temperature=temperature))
-        for a, b in zip(hard, soft, strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
-
-
 def test_a_gate_keeps_the_gradient_of_every_eviction_it_survived() -> None:
     """Gates add up: the slope of a token kept twice is the sum of two single slopes."""
     chunks = arrivals([20, 20], layout=(2,))

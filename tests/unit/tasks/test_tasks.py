@@ -63,7 +63,7 @@ def test_an_empty_folder_is_a_gap_with_its_cure_and_no_error(name, tmp_path) -> 
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_missing_videos_are_counted_with_the_fraction_of_samples_they_cost(name, tmp_path) -> None:
+def test_missing_videos_are_counted_and_annotations_that_cannot_be_read_are_an_error(name, tmp_path) -> None:
     root = BUILT[name][0](tmp_path)
     benchmark = BUILT[name][1](root=str(root))
     before = benchmark.samples()
@@ -75,11 +75,6 @@ def test_missing_videos_are_counted_with_the_fraction_of_samples_they_cost(name,
     assert gap.what.startswith("1 of ")
     assert ids(benchmark.samples()) == ids(before)  # n never shrinks in silence
 
-
-@pytest.mark.parametrize("name", BUILT)
-def test_annotations_that_cannot_be_read_are_an_error_with_their_file(name, tmp_path) -> None:
-    root = BUILT[name][0](tmp_path)
-    benchmark = BUILT[name][1](root=str(root))
     benchmark.annotations[0].write_bytes(b"\xff\xfe no annotations")
     with pytest.raises(ManifestError, match=benchmark.annotations[0].name):
         benchmark.samples()
