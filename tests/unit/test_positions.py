@@ -14,6 +14,9 @@ from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 
+IDS = torch.tensor([[5, 6, 7]])
+PROMPT = Prompt(ids=IDS, segments=torch.zeros_like(IDS), offsets=torch.arange(3)[None])
+
 
 def in_a_grid(whole: Chunk) -> Chunk:
     """The stream with rows and columns of visual tokens that do not grow with time, as real backbones lay them out."""
@@ -59,8 +62,6 @@ def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_origin
     model = text_model("qwen2_5_omni")
     chunks = cut(in_a_grid(whole_stream(96)), [3, *[12] * 7, 9])
     policy = PerturbationOptions().build(Budget(slots=((2, 6),) * 4))
-    ids = torch.tensor([[5, 6, 7]])
-    prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
     with attach(model) as attached:
         plain = Stream(attached, policy)
         early, late = Stream(attached, policy, last_position=1000), Stream(attached, policy, last_position=40)
@@ -70,8 +71,8 @@ def test_a_compacting_stream_stays_below_its_last_position_and_equals_the_origin
             assert all(int(layer.positions.max()) < 40 for layer in late.memory.layers)
         assert late.moved > 0
         assert late.next_position < plain.next_position
-        assert torch.equal(early.ask(prompt).hidden, plain.ask(prompt).hidden)
-        assert torch.isfinite(late.ask(prompt).hidden).all()
+        assert torch.equal(early.ask(PROMPT).hidden, plain.ask(PROMPT).hidden)
+        assert torch.isfinite(late.ask(PROMPT).hidden).all()
 
 
 def test_text_in_mid_stream_does_not_widen_the_opening() -> None:
@@ -101,8 +102,6 @@ def test_moving_all_tokens_alike_changes_no_answer() -> None:
     far = whole.positions.clone()
     far[:, :, 3:] = earlier(whole.positions, whole.modality, -7)[:, :, 3:]  # a gap of 7 after the opening
     shifted = type(whole)(embeddings=whole.embeddings, positions=far, modality=whole.modality)
-    ids = torch.tensor([[5, 6, 7]])
-    prompt = Prompt(ids=ids, segments=torch.zeros_like(ids), offsets=torch.arange(3)[None])
     lengths = [3, 27, 30]
     with attach(model) as attached:
         near = Stream(attached, PerturbationOptions().build(None))
@@ -114,4 +113,4 @@ def test_moving_all_tokens_alike_changes_no_answer() -> None:
         later = torch.tensor([kind != Modality.TEXT for kind in near.memory.layers[0].modality[0]])
         ours, theirs = moving.memory.layers[0].keys, near.memory.layers[0].keys
         assert_equal_logits(ours[:, :, later], theirs[:, :, later])  # layer 0 keys depend on nothing but the place
-        assert torch.isfinite(moving.ask(prompt).hidden).all()
+        assert torch.isfinite(moving.ask(PROMPT).hidden).all()

@@ -26,15 +26,20 @@ def left(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
     return capsys.readouterr().err
 
 
-def outcome(capsys: pytest.CaptureFixture[str], error: Exception | None) -> tuple[object, list[str]]:
-    """(exit code, lines on stderr) of a command that raises `error`."""
+def run(error: Exception | None) -> None:
+    """Run a command that raises `error`."""
 
     def main(arguments: Sequence[str]) -> None:
         if error is not None:
             raise error
 
+    run_command(main)
+
+
+def outcome(capsys: pytest.CaptureFixture[str], error: Exception | None) -> tuple[object, list[str]]:
+    """(exit code, lines on stderr) of a command that raises `error`."""
     with pytest.raises(SystemExit) as leaving:
-        run_command(main)
+        run(error)
     return leaving.value.code, capsys.readouterr().err.splitlines()
 
 
@@ -77,18 +82,9 @@ def test_the_first_rank_of_a_machine_records_its_end(local_rank, error, told, tm
     assert unfinished.exists() != told
 
 
-def raised(error: Exception) -> None:
-    """A command that raises `error`."""
-
-    def main(arguments: Sequence[str]) -> None:
-        raise error
-
-    run_command(main)
-
-
 def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="a bug"):
-        raised(ValueError("a bug"))
+        run(ValueError("a bug"))
 
 
 def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(capsys, monkeypatch) -> None:
@@ -106,4 +102,4 @@ def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(capsys, monkeyp
     assert outcome(capsys, lost) == (1, ["rank 1: lost another rank; see the messages of the others"])
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="closed by peer"):  # the first one has nobody to speak for it
-        raised(lost)
+        run(lost)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.paths import ROOT
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
 from omnimem.commands.pretrain_tiny import CHAT, RECALL, Trainee, create, make_batch, perceive, run_pass, train_recall
@@ -27,18 +27,13 @@ def model() -> Thinker:
     return Thinker.from_pretrained(FOLDER).eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return TOKENIZER
-
-
 @pytest.fixture
-def trainee(model: Thinker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Trainee:
-    return replace(create(0, tmp_path), model=model, tokenizer=tokenizer)
+def trainee(model: Thinker, tmp_path: Path) -> Trainee:
+    return replace(create(0, tmp_path), model=model, tokenizer=TOKENIZER)
 
 
-def test_a_question_sees_the_stream_and_itself_alone(tokenizer) -> None:
-    questions = pack_questions(tokenizer, [WORLD.questions[:3]], "chat")
+def test_a_question_sees_the_stream_and_itself_alone() -> None:
+    questions = pack_questions(TOKENIZER, [WORLD.questions[:3]], "chat")
     length = questions.block_tokens
     visible = attention_mask(5, questions)[0, 0] == 0
     assert visible[:5, :5].equal(torch.ones(5, 5).tril().bool())
@@ -51,14 +46,12 @@ def test_a_question_sees_the_stream_and_itself_alone(tokenizer) -> None:
         assert rows.sum() == 5 * length + own.sum()
 
 
-def whole_model_logits(
-    model: Thinker, tokenizer: PreTrainedTokenizerFast, world: World, clip: Clip, text: str
-) -> Tensor:
+def whole_model_logits(model: Thinker, world: World, clip: Clip, text: str) -> Tensor:
     """Logits after the prompt of one question, by the stock forward of transformers alone."""
     shape = {"patch": GEOMETRY.patch, "merge": GEOMETRY.merge, "temporal_patch": GEOMETRY.temporal_patch}
     patches, grid = patchify(clip.frames, mean=GEOMETRY.mean, std=GEOMETRY.std, **shape)
-    stream = stream_layout(model, tokenizer, world.seconds).ids
-    ids = torch.cat([stream, torch.tensor(tokenizer(text + ANSWER_PROMPT).input_ids)])[None]
+    stream = stream_layout(model, TOKENIZER, world.seconds).ids
+    ids = torch.cat([stream, torch.tensor(TOKENIZER(text + ANSWER_PROMPT).input_ids)])[None]
     return model(
         input_ids=ids,
         pixel_values_videos=patches,
@@ -71,16 +64,16 @@ def whole_model_logits(
     ).logits[0, -1]
 
 
-def test_questions_packed_in_one_pass_are_answered_as_if_asked_alone(model, tokenizer, trainee) -> None:
+def test_questions_packed_in_one_pass_are_answered_as_if_asked_alone(model, trainee) -> None:
     clips = render_clips([WORLD])
     stage = replace(CHAT[-1], seconds=WORLD.seconds, batch=1)
-    layout = stream_layout(model, tokenizer, WORLD.seconds)
+    layout = stream_layout(model, TOKENIZER, WORLD.seconds)
     batch = make_batch(trainee, stage, layout, [WORLD], perceive(trainee, clips), np.random.default_rng(0))
     packed = run_pass(trainee, *batch).correct
     alone: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     for question in WORLD.questions:
-        logits = whole_model_logits(model, tokenizer, WORLD, clips[0], question.text)
-        alone[question.kind].append(int(logits.argmax()) == tokenizer.convert_tokens_to_ids(question.answer))
+        logits = whole_model_logits(model, WORLD, clips[0], question.text)
+        alone[question.kind].append(int(logits.argmax()) == TOKENIZER.convert_tokens_to_ids(question.answer))
     assert {kind: marks.tolist() for kind, marks in packed.items()} == alone
     assert sum(map(sum, alone.values())) >= len(WORLD.questions) - 1
 
@@ -89,9 +82,8 @@ def test_it_recalls_streams_it_never_saw(trainee, model) -> None:
     worlds = [draw_world(20_000_000 + seed, 64) for seed in range(6)]
     stage = replace(CHAT[-1], batch=len(worlds), questions=100)
     layout = stream_layout(model, trainee.tokenizer, 64)
-    batch = make_batch(
-        trainee, stage, layout, worlds, perceive(trainee, render_clips(worlds)), np.random.default_rng(0)
-    )
+    clips = perceive(trainee, render_clips(worlds))
+    batch = make_batch(trainee, stage, layout, worlds, clips, np.random.default_rng(0))
     for kind, marks in run_pass(trainee, *batch).correct.items():
         assert len(marks) > 20
         assert marks.float().mean() >= 0.9, kind

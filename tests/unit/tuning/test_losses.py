@@ -154,9 +154,8 @@ def test_kl_and_its_slope_equal_plain_loops(temperature) -> None:
 def test_answer_losses_equal_plain_loops() -> None:
     generator = torch.Generator().manual_seed(6)
     logits, labels = torch.randn(5, 11, generator=generator), torch.tensor([3, 0, 10, 3, 7])
-    expected = [
-        reference.cross_entropy(row, label) for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
-    ]
+    pairs = zip(logits.tolist(), labels.tolist(), strict=True)
+    expected = [reference.cross_entropy(row, label) for row, label in pairs]
     torch.testing.assert_close(answer_losses(logits, labels), torch.tensor(expected))
 
 
