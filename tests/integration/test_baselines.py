@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import assert_equal_logits, text_model
+from support.models import assert_equal_logits, row_of, text_model
 from support.policy_streams import LAYERS, OPTIONS, SPLIT, cut, opened, whole_stream
 from torch import Tensor
 
@@ -20,12 +20,6 @@ from omnimem.tuning import FullGradient
 
 NAMES = sorted(OPTIONS)
 FEWER = {"input_uniform", "recent_frames"}  # what fits into no whole frame stays empty
-
-
-def row_of(chunk: Chunk, row: int) -> Chunk:
-    one = slice(row, row + 1)
-    parts = (chunk.embeddings[one], chunk.positions[one], chunk.modality[one])
-    return replace(chunk, **dict(zip(("embeddings", "positions", "modality"), parts, strict=True)))
 
 
 def policy_of(name: str, whole: Chunk | None = None) -> Policy:
@@ -98,15 +92,18 @@ def test_the_same_stream_gives_the_same_bits_and_questions_and_forks_leave_it_al
     policy, chunks = policy_of(name), cut(whole_stream())
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         quiet, asked = fed(attached, policy, chunks), opened(attached, policy)
+        heard = []
         for number, chunk in enumerate(chunks):
-            asked.ask(prompt_of())
+            heard.append(asked.ask(prompt_of()).hidden)
             if number == 3:
+                asked.answer(prompt_of(), torch.nn.Identity(), stop=[1], max_new_tokens=3)
                 twin = asked.fork()
                 for later in reversed(chunks[3:]):
                     twin.feed(later)
             asked.feed(chunk)
         assert all(torch.equal(a, b) for a, b in zip(quiet.memory.tensors(), asked.memory.tensors(), strict=True))
         assert quiet.usage == asked.usage
+        assert not torch.equal(heard[0], heard[-1])  # the question does read the memory
         assert torch.equal(quiet.ask(prompt_of()).hidden, asked.ask(prompt_of()).hidden)
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support.models import cut, text_model, whole_stream
+from support.models import cut, merged, text_model, whole_stream
 from support.thinkers import write_folder
 
 from omnimem.budget import Budget, BudgetError, Signals, SplitBudget
@@ -91,12 +91,7 @@ def test_entropy_is_one_when_attention_is_even_and_zero_when_it_falls_on_one_tok
 
 def test_a_batch_of_streams_counts_each_of_them() -> None:
     single = [cut(whole_stream(seed=seed), LENGTHS) for seed in (1, 2)]
-    rows = [whole_stream(seed=seed) for seed in (1, 2)]
-    together = Chunk(
-        embeddings=torch.cat([row.embeddings for row in rows]),
-        positions=torch.cat([row.positions for row in rows]),
-        modality=torch.cat([row.modality for row in rows]),
-    )
+    together = merged([whole_stream(seed=seed) for seed in (1, 2)])
     batched, alone = measure([cut(together, LENGTHS)], skip=2), measure(single, skip=2)
     assert (batched.streams, batched.chunks) == (alone.streams, alone.chunks) == (2, 8)
     assert batched.entropy.audio == pytest.approx(alone.entropy.audio, abs=1e-5)

@@ -1,11 +1,12 @@
 """Nothing mixes tensors of two devices: every path runs on a GPU that is only pretended."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.evaluations import Given
 from support.fake_gpu import GPU, FakeGPU
 from support.models import cut, text_model, whole_stream
 from support.streams import LENGTHS, POLICIES, policy_of, prompt_of
@@ -15,7 +16,7 @@ from omnimem.attention import blocked
 from omnimem.backbones import Backbone, ModelOptions, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.calibration import CalibrationOptions, Recorder
-from omnimem.data import Message, Question, Sample
+from omnimem.data import Message, Sample
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
@@ -27,7 +28,6 @@ from omnimem.streaming.chunk_pass import DirectStep
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
-from omnimem.tasks import Defect, Gap, Verdict
 from omnimem.tuning import LoraOptions, add_adapter, streamed_loss
 
 SECONDS = 8
@@ -72,29 +72,6 @@ def policy_at(backbone: Backbone, slots: int = 12) -> Policy:
     return PerturbationOptions().build(SplitBudget().build(layers, slots))
 
 
-class Asked:
-    """A benchmark of given samples; whatever is written counts as an answer."""
-
-    label = "asked"
-    rules = "anything"
-    annotations = ()
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = list(samples)
-
-    def samples(self) -> list[Sample]:
-        return self._samples
-
-    def gaps(self) -> list[Gap]:
-        return []
-
-    def defects(self) -> list[Defect]:
-        return []
-
-    def judge(self, question: Question, prediction: str) -> Verdict:
-        return Verdict(answer=prediction, correct=question.answer == prediction, counted=True, bare=True)
-
-
 @pytest.mark.parametrize(("policy", "last_position"), [(name, None) for name in POLICIES] + [("omnimem", 40)])
 def test_a_stream_stays_on_its_device(policy, last_position, gpu) -> None:
     model = text_model("qwen2_5_omni")
@@ -122,7 +99,7 @@ def test_an_evaluation_runs_on_the_models_device(tracks, backbone, video, tmp_pa
         options = EvaluateOptions(batch_size=2, max_new_tokens=3)
         evaluation = Evaluation(attached=attached, feeder=feeder, options=options)
         arm = Arm(name="arm", policy=policy_at(backbone), tracks=tracks)
-        assert evaluation.run(arm, Asked(samples), tmp_path / "out")["n"] == 3
+        assert evaluation.run(arm, Given(samples), tmp_path / "out")["n"] == 3
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -131,10 +108,8 @@ def test_a_streamed_loss_lies_on_the_models_device(cached, backbone, video, tmp_
     add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0)).train()
     with attach(backbone.text_model) as attached:
         batch = [feeder.open(sample(video, number, at=4.0)) for number in range(2)]
-        policy = policy_at(backbone)
-        loss = streamed_loss(
-            attached, feeder, batch, policy, softness=Softness(temperature=0.5), carry=DirectStep()
-        ).loss
+        modes = {"softness": Softness(temperature=0.5), "carry": DirectStep()}
+        loss = streamed_loss(attached, feeder, batch, policy_at(backbone), **modes).loss
     assert loss.device == GPU
 
 

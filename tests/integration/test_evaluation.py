@@ -10,12 +10,12 @@ from typing import Any
 import av
 import pytest
 import torch
-from support.evaluations import Line, dying
+from support.evaluations import Given, Line, dying
 from support.thinkers import write_folder
 
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import SplitBudget
-from omnimem.data import Item, Message, Question, Sample, TooManyFailures
+from omnimem.data import Item, Message, Sample, TooManyFailures
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Shard, answering, results
 from omnimem.evaluation.results import MEASURED
 from omnimem.media import FileSource, read_audio, read_frames
@@ -25,7 +25,6 @@ from omnimem.recall.worlds import draw_world
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
-from omnimem.tasks import Defect, Gap, Verdict
 
 SECONDS = (8, 8, 12, 8, 8)
 QUESTIONS = ("what was seen ?", "what was heard ?", "which colour ?")
@@ -54,43 +53,10 @@ def attached(backbone: Backbone) -> Iterator[StreamedAttention]:
 def sample(video: Path, times: Sequence[float | None] = (None,) * len(QUESTIONS), *, name: str = "") -> Sample:
     """A video with a question at each time."""
     name = name or video.stem
-    turns = [
-        (
-            Message(role="user", content=QUESTIONS[number % len(QUESTIONS)], at=at),
-            Message(role="assistant", content="x"),
-        )
-        for number, at in enumerate(times)
-    ]
-    items = tuple(
-        Item(id=f"{name}/{number}", categories={"topic": ("one", "two")[: number + 1]}) for number in range(len(times))
-    )
-    return Sample(
-        id=name, video=video, audio=None, messages=tuple(m for turn in turns for m in turn), items=items, cluster="day"
-    )
-
-
-class Given:
-    """A benchmark of given samples; an even number of letters is right, none at all is no answer."""
-
-    label, rules, annotations = "given", "even", ()
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self._samples = list(samples)
-
-    def samples(self) -> list[Sample]:
-        return self._samples
-
-    def gaps(self) -> list[Gap]:
-        return []
-
-    def defects(self) -> list[Defect]:
-        return [Defect(rule="known", where="somewhere", what="handled")]
-
-    def judge(self, question: Question, prediction: str) -> Verdict:
-        answer = prediction or None
-        return Verdict(
-            answer=answer, correct=len(prediction) % 2 == 0 and bool(prediction), counted=bool(answer), bare=True
-        )
+    asked = [Message(role="user", content=QUESTIONS[n % len(QUESTIONS)], at=at) for n, at in enumerate(times)]
+    items = tuple(Item(id=f"{name}/{n}", categories={"topic": ("one", "two")[: n + 1]}) for n in range(len(times)))
+    messages = tuple(m for question in asked for m in (question, Message(role="assistant", content="x")))
+    return Sample(id=name, video=video, audio=None, messages=messages, items=items, cluster="day")
 
 
 def evaluation(
@@ -234,10 +200,8 @@ def test_a_truncated_file_fails_the_questions_before_its_end_too(backbone, attac
 
 def test_too_many_bad_files_stop_the_evaluation_in_any_number_of_shards(backbone, attached, damaged, tmp_path) -> None:
     asked = Given([sample(video) for video in damaged])
-    judge, what = (
-        evaluation(backbone, attached, max_failures=0.25),
-        "2 of 4 samples failed, more than max_failures = 0.25",
-    )
+    judge = evaluation(backbone, attached, max_failures=0.25)
+    what = "2 of 4 samples failed, more than max_failures = 0.25"
     with pytest.raises(TooManyFailures, match=what):
         judge.run(arm_of(attached), asked, tmp_path / "alone")
     for index in range(4):  # a shard of its own for each file: none of them sees too many
@@ -279,9 +243,8 @@ def write_joined(path: Path, *, first: int, later: int) -> None:
     for number, seed in enumerate((first, later)):
         part = path.with_suffix(f".{number}.mp4")
         write_mp4(draw_world(seed, 8), part)
-        parts.append(
-            ([frame for _, frame in read_frames(part, fps=8.0)], read_audio(part) * (0.2 if number == 0 else 1.0))
-        )
+        frames = [frame for _, frame in read_frames(part, fps=8.0)]
+        parts.append((frames, read_audio(part) * (0.2 if number == 0 else 1.0)))
     with av.open(str(path), "w") as file:
         images, sounds = file.add_stream("mpeg4", rate=8), file.add_stream("aac", rate=16000, layout="mono")
         images.width = images.height = parts[0][0][0].shape[1]
@@ -352,12 +315,8 @@ def test_a_line_holds_question_input_memory_and_cost(backbone, attached, videos,
 @pytest.mark.parametrize("at", ["end", "during"])
 def test_many_questions_at_one_time_take_several_passes(backbone, attached, videos, tmp_path, monkeypatch, at) -> None:
     times = [None if at == "end" else 4.0] * 5
-    asked = (
-        Given([sample(videos[0], times), sample(videos[1], [*times[:1]])])
-        if at == "end"
-        else Given([sample(videos[0], times)])
-    )
     size = 2 if at == "end" else 1
+    asked = Given([sample(videos[0], times), sample(videos[1], times[:1])][:size])
     evaluation(backbone, attached, batch_size=size).run(arm_of(attached), asked, tmp_path / "one")
     monkeypatch.setattr(answering, "TOGETHER", 2)
     evaluation(backbone, attached, batch_size=size).run(arm_of(attached), asked, tmp_path / "three")

@@ -1,14 +1,14 @@
 """Gradient as the release trains, and as the paper words it: that of the obvious way, layer by layer over states."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import final
 
 import pytest
 import torch
 from support import reference
 from support.episodes import Episode
 from support.gradients import HELD, adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
-from support.models import FAMILIES
+from support.models import FAMILIES, row_of
 from support.released_reference import SlowRelease
 from support.streams import UNEQUAL, policy_of
 from torch import Tensor, nn
@@ -154,21 +154,10 @@ def test_streams_of_a_batch_and_questions_on_the_way_are_read_as_alone() -> None
         together = gradient(streamed_loss_of(attached, episode, policy, carry), model)
         for row in range(2):
             for seen, prompt in episode.asked:
-                alone = Episode(
-                    chunks=[of_stream(chunk, row) for chunk in episode.chunks[:seen]],
-                    asked=[(seen, of_stream(prompt, row))],
-                )
+                chunks = [row_of(chunk, row) for chunk in episode.chunks[:seen]]
+                alone = Episode(chunks=chunks, asked=[(seen, row_of(prompt, row))])
                 parts.append(gradient(streamed_loss_of(attached, alone, policy, carry), model))
     assert_same_gradient(together, torch.stack(parts).mean(dim=0), 1e-6)
-
-
-def of_stream(part: Any, row: int) -> Any:
-    """A chunk or a prompt of one stream of the batch."""
-    rows = {field.name: getattr(part, field.name)[row : row + 1] for field in fields(part) if field.name in TENSORS}
-    return replace(part, **rows)
-
-
-TENSORS = ("embeddings", "positions", "modality", "ids", "segments", "offsets", "labels")
 
 
 def test_positions_that_move_up_take_the_carrier_along() -> None:

@@ -8,7 +8,7 @@ import torch
 from support import reference
 from support.episodes import KeptByChunk, OneShot, ScoresByChunk, Softened, one_shot_loss
 from support.gradients import adapted, assert_same_gradient, episode_of, gradient, head_of, streamed_loss_of
-from support.models import FAMILIES, assert_equal_logits, cut, text_model, whole_stream
+from support.models import FAMILIES, assert_equal_logits, cut, row_of, text_model, whole_stream
 from support.streams import LENGTHS, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
 from torch import Tensor
 
@@ -51,8 +51,7 @@ def test_a_soft_stream_is_the_same_alone_and_in_a_batch(preset) -> None:
         together = fed(attached, policy_of(preset), cut(whole, LENGTHS), softness=soft(0.3))
         answers = together.ask(prompt_of([[[5, 6], [7]]] * 3)).hidden
         for number in range(3):
-            rows = {name: getattr(whole, name)[number : number + 1] for name in ("embeddings", "positions", "modality")}
-            alone = fed(attached, policy_of(preset), cut(replace(whole, **rows), LENGTHS), softness=soft(0.3))
+            alone = fed(attached, policy_of(preset), cut(row_of(whole, number), LENGTHS), softness=soft(0.3))
             assert orders(alone) == [[layer[number]] for layer in orders(together)]
             assert_equal_logits(answers[number : number + 1], alone.ask(prompt_of([[[5, 6], [7]]])).hidden)
     assert orders(together)[1][0] != orders(together)[1][1]

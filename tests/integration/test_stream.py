@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import reference
-from support.models import assert_equal_logits, cut, text_model, whole_stream
+from support.models import assert_equal_logits, cut, merged, row_of, text_model, whole_stream
 from support.streams import LENGTHS, POLICIES, UNEQUAL, fed, levels_of, orders, policy_of, prompt_of
 from torch import Tensor, nn
 
@@ -152,23 +152,6 @@ def test_redundancy_is_judged_on_the_layer_s_input_after_the_deepstack_addition(
     torch.testing.assert_close(features[0][0, visual], features[1][0, visual] + whole.deepstack.features[0])
 
 
-def test_asking_at_any_time_leaves_the_memory_bit_for_bit() -> None:
-    chunks = cut(whole_stream(), LENGTHS)
-    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        quiet = fed(attached, policy_of("omnimem"), chunks)
-        asked = Stream(attached, policy_of("omnimem"))
-        heard = []
-        for chunk in chunks:
-            heard.append(asked.ask(prompt_of([[[5, 6], [7]]])).hidden)
-            asked.feed(chunk)
-            asked.answer(prompt_of([[[9]]]), nn.Identity(), stop=[1], max_new_tokens=3)
-        assert all(torch.equal(a, b) for a, b in zip(quiet.memory.tensors(), asked.memory.tensors(), strict=True))
-        assert quiet.usage == asked.usage
-        assert not torch.equal(heard[0], heard[-1])  # the question does read the memory
-        prompt = prompt_of([[[5, 6], [7]]])
-        assert torch.equal(quiet.ask(prompt).hidden, asked.ask(prompt).hidden)
-
-
 def test_a_fork_goes_its_own_way_and_leaves_the_original_alone() -> None:
     chunks = cut(whole_stream(), LENGTHS)
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
@@ -210,14 +193,6 @@ def naive_answer(
     return written
 
 
-def row_of(chunk: Chunk, row: int) -> Chunk:
-    """One stream of a batch (without deepstack)."""
-    one = slice(row, row + 1)
-    return replace(
-        chunk, embeddings=chunk.embeddings[one], positions=chunk.positions[one], modality=chunk.modality[one]
-    )
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 def test_answers_equal_a_greedy_loop_that_reads_everything_again(batch) -> None:
     rows = [[[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14]]][:batch]
@@ -243,31 +218,11 @@ def test_answers_equal_a_greedy_loop_that_reads_everything_again(batch) -> None:
     assert len({tuple(answer) for row in naive for answer in row}) > 1
 
 
-def merged(rows: Sequence[Sequence[Chunk]]) -> list[Chunk]:
-    """Streams of one layout as one batch, deepstack features one stream after the other."""
-    batch = []
-    for chunks in zip(*rows, strict=True):
-        stacks = [chunk.deepstack for chunk in chunks if chunk.deepstack is not None]
-        deepstack = None
-        if stacks:
-            features = tuple(torch.cat(level) for level in zip(*(stack.features for stack in stacks), strict=True))
-            deepstack = DeepStack(mask=torch.cat([stack.mask for stack in stacks]), features=features)
-        batch.append(
-            Chunk(
-                embeddings=torch.cat([chunk.embeddings for chunk in chunks]),
-                positions=torch.cat([chunk.positions for chunk in chunks]),
-                modality=torch.cat([chunk.modality for chunk in chunks]),
-                deepstack=deepstack,
-            )
-        )
-    return batch
-
-
 def test_a_batch_of_three_equals_each_stream_alone(family) -> None:
     rows = [cut(whole_stream(seed=seed, levels=levels_of(family)), LENGTHS) for seed in (1, 2, 3)]
     questions = [[[5, 6], [7]], [[8]], [[9, 10, 11]]]
     with attach(text_model(family)) as attached, torch.no_grad():
-        together = fed(attached, policy_of("omnimem"), merged(rows))
+        together = fed(attached, policy_of("omnimem"), [merged(chunks) for chunks in zip(*rows, strict=True)])
         answers = together.ask(prompt_of(questions)).hidden
         for number, chunks in enumerate(rows):
             alone = fed(attached, policy_of("omnimem"), chunks)

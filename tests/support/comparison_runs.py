@@ -33,11 +33,8 @@ def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchm
         for place in range(len(KINDS) * per_kind):
             kind = list(KINDS)[place % len(KINDS)]
             draw = np.random.default_rng([video, place])  # shared by the arms: hard questions are hard for all
-            hardness, answer, missing = (
-                0.75 * draw.random() + 0.25 * draw.random(),
-                draw.integers(KINDS[kind]),
-                draw.random(),
-            )
+            hardness = 0.75 * draw.random() + 0.25 * draw.random()
+            answer, missing = draw.integers(KINDS[kind]), draw.random()
             noise = np.random.default_rng([video, place, len(arm)]).random()
             skill = SKILL[arm][place % len(KINDS)] * (1 + 0.1 * math.sin(video))
             correct = bool((noise if skill < 0.2 else 0.7 * hardness + 0.3 * noise) < skill)
@@ -121,16 +118,9 @@ def write_trace(folder: Path, *, seconds: int = 64, layers: int = 4) -> None:
     for modality, arrived in (("audio", 2), ("visual", 16)):
         favour = np.random.default_rng([arrived, len(str(folder))]).random((layers, bins)) ** 3
         favour[:, ::7] = 1
-        trace["kept"][modality] = [
-            [
-                [
-                    int(arrived * min(1.0, favour[layer, b] + max(0, 1 - (end - 2 * b) / 12))) if 2 * b < end else 0
-                    for b in range(bins)
-                ]
-                for layer in range(layers)
-            ]
-            for end in ends
-        ]
+        ages = np.array(ends)[:, None] - 2 * np.arange(bins)  # of each bin at each end
+        shares = np.minimum(1.0, favour + np.maximum(0, 1 - ages / 12)[:, None]) * (ages > 0)[:, None]
+        trace["kept"][modality] = (arrived * shares).astype(int).tolist()
     (folder / "trace.json").write_text(json.dumps(trace))
 
 
@@ -144,20 +134,13 @@ def write_run(
             write_trace(folder)
     Budget(slots=((8, 88), (22, 74), (30, 66), (12, 84))).write(run / "budget.json")
     noise = np.random.default_rng(0)
-    write_lines(
-        run / "metrics.jsonl",
-        [
-            {
-                "step": step,
-                "loss": (0.2 + 1.3 * math.exp(-3 * step / steps))
-                * (0.6 if step % 3 == 0 else 1)
-                * noise.uniform(0.7, 1.3),
-                "temperature": 0.0 if step % 3 == 0 else 0.05 + 0.95 * (1 - step / steps),
-                "slots": -1.0 if step % 3 == 0 else 96.0,
-            }
-            for step in range(1, steps + 1)
-        ],
-    )
+    rows = []
+    for step in range(1, steps + 1):
+        full, loss = step % 3 == 0, (0.2 + 1.3 * math.exp(-3 * step / steps)) * noise.uniform(0.7, 1.3)
+        temperature = 0.0 if full else 0.05 + 0.95 * (1 - step / steps)
+        rows.append({"step": step, "loss": 0.6 * loss if full else loss, "temperature": temperature})
+        rows[-1]["slots"] = -1.0 if full else 96.0
+    write_lines(run / "metrics.jsonl", rows)
     return run
 
 

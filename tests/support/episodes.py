@@ -33,13 +33,11 @@ class Episode:
 
     @property
     def spans(self) -> list[slice]:
-        """Where each chunk lies in the whole stream."""
         ends = torch.tensor([0, *(chunk.count for chunk in self.chunks)]).cumsum(0).tolist()
         return [slice(a, b) for a, b in pairwise(ends)]
 
     @property
     def modality(self) -> Tensor:
-        """Of every streamed token."""
         return torch.cat([chunk.modality for chunk in self.chunks], dim=1)
 
     @property
@@ -275,7 +273,6 @@ class OneShot:
 
     @property
     def cached(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the layer that is read."""
         assert self.cache is not None
         return self.cache
 

@@ -25,12 +25,9 @@ class FakeGPU(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._objects: Any = WeakIdKeyDictionary()
-        self._storages: dict[
-            int, torch.UntypedStorage
-        ] = {}  # those on the device; held, so that no address comes twice
+        self._storages: dict[int, Any] = {}  # those on the device; held, so that no address comes twice
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether a tensor is on the fake device."""
         known = self._objects.get(tensor)
         return tensor.untyped_storage().data_ptr() in self._storages if known is None else known
 

@@ -43,8 +43,6 @@ SETTINGS = (f"train.max_steps={STEPS}", "train.save_steps=2", "train.save_total_
 @final
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A number of ranks and a ZeRO stage."""
-
     ranks: int
     deepspeed: str | None = None
 
@@ -69,8 +67,6 @@ ENGINES = (
 @final
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """A launcher with its ranks, and their run folder."""
-
     process: ForkProcess
     ranks: tuple[int, ...]
     path: Path
@@ -81,7 +77,6 @@ class Launched:
 
     @property
     def steps(self) -> int:
-        """Steps that metrics.jsonl has a whole line for."""
         metrics = self.path / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
@@ -102,8 +97,6 @@ class Launched:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One kind of fault: when it strikes a run, and how."""
-
     name: str
     strikes: Callable[[Launched, random.Random], str]  # a description
 
@@ -159,12 +152,10 @@ def outcome(ranks: Sequence[ForkProcess]) -> int:
 
 
 def failure(ranks: Sequence[ForkProcess]) -> int:
-    """Exit code of a failed rank; 0 if none has failed yet."""
     return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
 
 
 def _rank(command: list[str], rank: int, count: int, port: str) -> None:
-    """Run finetune.py in this process as one rank."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
     os.environ.update({**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": "0"})
@@ -249,7 +240,6 @@ FAULTS = (
 
 
 def in_a_step(run: Launched, draw: random.Random, *, first: int = 0) -> str:
-    """Wait for a random moment of a random step."""
     step = draw.randrange(first, STEPS)
     waiting(run, lambda: run.steps >= step)
     delay = draw.uniform(0.0, 0.3)
@@ -278,7 +268,6 @@ def strike_one(run: Launched, draw: random.Random) -> str:
 
 
 def strike(number: int, kind: signal.Signals) -> None:
-    """A signal to a process, which may have ended."""
     with suppress(ProcessLookupError):
         os.kill(number, kind)
 
@@ -294,17 +283,14 @@ class Result:
 
     @property
     def samples(self) -> list[list[str]]:
-        """The samples of each step, in order."""
         return [line["samples"] for line in self.lines]
 
     @property
     def taken(self) -> Counter[str]:
-        """How often each sample was used."""
         return Counter(sample for step in self.samples for sample in step)
 
     @classmethod
     def of(cls, path: Path) -> "Result":
-        """Of a run folder."""
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
         adapter, record = RunFolder(path=path).adapter, RunFolder(path=path).record
@@ -318,7 +304,6 @@ class Result:
 
 
 def unbroken(home: Path, engine: Engine) -> Result:
-    """Train without a fault."""
     name = f"whole-{engine.name.replace(' ', '')}"
     shutil.rmtree(home / "runs" / name, ignore_errors=True)
     run = launch(home, name, engine)

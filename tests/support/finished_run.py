@@ -61,7 +61,6 @@ def write_run(folder: Path, base: Path, run: RunConfig | None = None, *, steps: 
 
 
 def write_checkpoint(folder: RunFolder, base: Path, step: int) -> Path:
-    """A whole checkpoint."""
     path = write_adapter(base, folder.path / f"checkpoint-{step}", seed=step)
     write_json(path / "trainer_state.json", {"global_step": step})
     seal(path)

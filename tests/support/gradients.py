@@ -94,7 +94,6 @@ def streamed_loss_of(
     softness: Softness | None = None,
     **settings: int,
 ) -> Tensor:
-    """The loss of an episode by feeding and asking."""
     batch = len(episode.chunks[0].modality)
     stream = Stream(attached, policy, batch=batch, carry=carry, softness=softness, **settings)
     asked = dict(episode.asked)
@@ -110,12 +109,10 @@ def streamed_loss_of(
 
 
 def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Embeddings as output weights."""
     return lambda hidden: hidden @ model.get_input_embeddings().weight.T
 
 
 def gradient(loss: Tensor, model: nn.Module) -> Tensor:
-    """Of all trainable parameters, in one row."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.cat([part.reshape(-1).double() for part in torch.autograd.grad(loss, learning)])
 

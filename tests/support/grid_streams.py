@@ -81,7 +81,6 @@ def view_after(memory: Tokens | None, chunk: tuple[Tensor, Tokens], measures: Me
 
 
 def kept_by(policy: Policy, chunks: list[tuple[Tensor, Tokens]], layer: int = 0) -> list[Tokens]:
-    """The memory of one layer after each chunk."""
     memory, after = None, []
     for chunk in chunks:
         memory = policy.keep(layer, view_after(memory, chunk, policy.measures))
@@ -90,7 +89,6 @@ def kept_by(policy: Policy, chunks: list[tuple[Tensor, Tokens]], layer: int = 0)
 
 
 def row_of(view: LayerView, number: int) -> Row:
-    """One row of a view for the loops."""
     pool = view.pool
     visual = pool.modality == Modality.VISUAL
     spans = [pool.positions[:, axis][visual] for axis in (1, 2)] if visual.any() else [torch.zeros(1).long()] * 2

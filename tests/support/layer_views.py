@@ -37,13 +37,8 @@ def arrivals(lengths: list[int], *, batch: int = 1, seed: int = 0, width: int = 
     kinds = torch.tensor((layout * count)[:count], dtype=torch.int8).expand(batch, count)
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     return [
-        Arrival(
-            queries=queries[:, :, first:last],
-            keys=keys[:, :, first:last],
-            states=states[:, first:last],
-            modality=kinds[:, first:last],
-        )
-        for first, last in pairwise(ends)
+        Arrival(queries=queries[:, :, a:b], keys=keys[:, :, a:b], states=states[:, a:b], modality=kinds[:, a:b])
+        for a, b in pairwise(ends)
     ]
 
 
@@ -87,7 +82,6 @@ def view_of(
 
 
 def with_states(arrival: Arrival, states: Tensor) -> Arrival:
-    """The same chunk with other states entering the layer."""
     return replace(arrival, states=states)
 
 

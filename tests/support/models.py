@@ -1,5 +1,9 @@
 """Tiny random text models: real transformers classes, random weights, no network."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -80,16 +84,26 @@ def cut(whole: Chunk, lengths: list[int]) -> list[Chunk]:
             until = before + int((modality == Modality.VISUAL).sum())
             features = tuple(level[before:until] for level in whole.deepstack.features)
             deepstack = DeepStack(mask=modality == Modality.VISUAL, features=features)
-        chunks.append(
-            Chunk(
-                embeddings=whole.embeddings[:, first:last],
-                positions=whole.positions[:, :, first:last],
-                modality=modality,
-                deepstack=deepstack,
-            )
-        )
+        embeddings, positions = whole.embeddings[:, first:last], whole.positions[:, :, first:last]
+        chunks.append(Chunk(embeddings=embeddings, positions=positions, modality=modality, deepstack=deepstack))
         first = last
     return chunks
+
+
+def row_of(part: Any, row: int) -> Any:
+    """One stream of a batch: of a chunk without deepstack, or of a prompt."""
+    return replace(part, **{n: t[row : row + 1] for n, t in vars(part).items() if isinstance(t, Tensor)})
+
+
+def merged(chunks: Sequence[Chunk]) -> Chunk:
+    """Streams of one layout as one batch, deepstack features one stream after the other."""
+    stacks = [chunk.deepstack for chunk in chunks if chunk.deepstack is not None]
+    deepstack = None
+    if stacks:
+        features = tuple(torch.cat(level) for level in zip(*(stack.features for stack in stacks), strict=True))
+        deepstack = DeepStack(mask=torch.cat([stack.mask for stack in stacks]), features=features)
+    parts = {n: torch.cat([getattr(c, n) for c in chunks]) for n in ("embeddings", "positions", "modality")}
+    return Chunk(**parts, deepstack=deepstack)
 
 
 def one_shot(model: PreTrainedModel, whole: Chunk) -> Tensor:

@@ -26,6 +26,7 @@ from omnimem.policies.baselines.value_norm import ValueNormOptions
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
+from support import models
 from support.grid_streams import layout
 
 LENGTHS = [3, 30, 1, 31, 9, 31]  # the opening, then cuts anywhere
@@ -97,13 +98,8 @@ def whole_stream(batch: int = 1, seed: int = 1, still: bool = False) -> Chunk:
 
 
 def cut(whole: Chunk) -> list[Chunk]:
-    chunks, first = [], 0
-    for length in LENGTHS:
-        index = torch.arange(first, first + length).expand(whole.modality.shape[0], -1)
-        chunks.append(whole.gather(index))
-        first += length
-    assert first == whole.count
-    return chunks
+    assert sum(LENGTHS) == whole.count
+    return models.cut(whole, LENGTHS)
 
 
 def opened(attached: StreamedAttention, policy: Policy, batch: int = 1, **settings: Any) -> Stream:

@@ -15,6 +15,7 @@ from pathlib import Path
 from support.paths import ROOT
 
 LIMIT = 120.0  # seconds
+First = Callable[[], None] | None  # called in each process before the script
 SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -35,7 +36,6 @@ class Started:
 
     @property
     def output(self) -> str:
-        """Output of the first rank so far."""
         return self.logs[0].read_text() if self.logs[0].exists() else ""
 
     def until(self, words: str) -> None:
@@ -54,13 +54,7 @@ class Started:
 
 
 def command(
-    script: str,
-    arguments: Sequence[str],
-    folder: Path,
-    *,
-    ranks: int = 0,
-    fails: bool = False,
-    first: Callable[[], None] | None = None,
+    script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, fails: bool = False, first: First = None
 ) -> Ended:
     """`python SCRIPT ARGUMENTS` in `folder`; with ranks, as the launcher starts them; all must end with 0, or 2."""
     ended = start(script, arguments, folder, ranks=ranks, first=first).end()
@@ -69,10 +63,8 @@ def command(
     return ended
 
 
-def start(
-    script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, first: Callable[[], None] | None = None
-) -> Started:
-    """`python SCRIPT ARGUMENTS` in `folder`, not waited for; `first` is called in each process before."""
+def start(script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, first: First = None) -> Started:
+    """`python SCRIPT ARGUMENTS` in `folder`, not waited for."""
     SERVER.set_forkserver_preload(["omnimem.commands.finetune"])
     processes, logs = [], []
     port = free_port()
@@ -84,21 +76,12 @@ def start(
         logs.append(folder / f".{Path(script).stem}.{rank}.log")
         logs[-1].unlink(missing_ok=True)
         given = (script, list(arguments), str(folder), environment, str(logs[-1]), first)
-        process = SERVER.Process(target=enter, args=given)
-        process.start()
-        processes.append(process)
+        processes.append(SERVER.Process(target=enter, args=given))
+        processes[-1].start()
     return Started(processes=tuple(processes), logs=tuple(logs))
 
 
-def enter(
-    script: str,
-    arguments: list[str],
-    folder: str,
-    environment: dict[str, str],
-    log: str,
-    first: Callable[[], None] | None,
-) -> None:
-    """Run the command in a forked process."""
+def enter(script: str, arguments: list[str], folder: str, environment: dict[str, str], log: str, first: First) -> None:
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
@@ -127,7 +110,6 @@ def _wait(processes: Sequence[ForkServerProcess]) -> None:
 
 
 def free_port() -> int:
-    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -249,7 +249,6 @@ class Layer:
             setattr(self, name, [rows[k] for k in kept])
 
     def chosen(self, scores, lend):
-        """Places that stay."""
         return select(scores, self.modality, self.audio_slots, self.visual_slots, self.split, lend)
 
 

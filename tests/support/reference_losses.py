@@ -11,7 +11,6 @@ def softmax(logits, temperature):
 
 
 def cross_entropy(logits, label):
-    """-log q(label)."""
     return -math.log(softmax(logits, 1.0)[label])
 
 

@@ -33,7 +33,6 @@ class Row:
         return self.count - len(self.queries[0])
 
     def of(self, *kinds):
-        """Places of these kinds."""
         return [k for k in range(self.count) if self.kinds[k] in kinds]
 
     def group(self):
@@ -43,8 +42,6 @@ class Row:
 
 @dataclass
 class Slots:
-    """What may stay."""
-
     audio: int
     visual: int
     split: bool = True
@@ -62,7 +59,6 @@ def contests(row, slots):
 
 
 def keep(row, scores, slots):
-    """All text and the best of every group."""
     chosen = [k for places, count in contests(row, slots) for k in best(scores, places, count)]
     return sorted(row.of(TEXT) + chosen)
 

@@ -5,7 +5,7 @@ then dropped; nothing is stored but layer inputs; selection is by plain loops. O
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -16,6 +16,8 @@ from omnimem.streaming.prompt_pass import Prompt
 from omnimem.tokens import Chunk
 from support import reference
 from support.episodes import mean_answer_loss
+
+AXIS = {"states": 1, "positions": 2, "modality": 1, "order": 1}  # of the tokens
 
 
 @final
@@ -30,23 +32,14 @@ class Rows:
 
     def at(self, places: Sequence[int]) -> "Rows":
         index = torch.tensor(places, dtype=torch.long)
-        return Rows(
-            states=self.states[:, index],
-            positions=self.positions[:, :, index],
-            modality=self.modality[:, index],
-            order=self.order[:, index],
-        )
+        return Rows(**{name: tensor.index_select(AXIS[name], index) for name, tensor in vars(self).items()})
 
     def then(self, later: "Rows") -> "Rows":
-        return Rows(
-            states=torch.cat([self.states, later.states], dim=1),
-            positions=torch.cat([self.positions, later.positions], dim=2),
-            modality=torch.cat([self.modality, later.modality], dim=1),
-            order=torch.cat([self.order, later.order], dim=1),
-        )
+        both = {name: (tensor, getattr(later, name)) for name, tensor in vars(self).items()}
+        return Rows(**{name: torch.cat(pair, dim=AXIS[name]) for name, pair in both.items()})
 
     def of(self, states: Tensor) -> "Rows":
-        return Rows(states=states, positions=self.positions, modality=self.modality, order=self.order)
+        return replace(self, states=states)
 
     def constant(self) -> "Rows":
         return self.of(self.states.detach())
@@ -101,7 +94,6 @@ class SlowRelease:
         )
 
     def chosen(self, layer: int, rows: Rows) -> list[int]:
-        """Places that stay, by redundancy alone."""
         kinds = rows.modality[0].tolist()
         redundancy = reference.similarity(rows.states[0].tolist(), kinds, "sequence", self.rule["ends"])
         return reference.select([1 - s for s in redundancy], kinds, *self.slots[layer], lend=self.rule["lend"])

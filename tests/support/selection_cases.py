@@ -32,15 +32,7 @@ def cases(draw: st.DrawFn) -> Case:
     grid = st.integers(0, 3).map(float) | st.floats(-10, 10, width=32)
     scores = [draw(st.lists(grid, min_size=len(kinds), max_size=len(kinds))) for _ in range(2)]
     rows = [kinds, draw(st.permutations(kinds))]
-    room = LayerSlots(
-        audio=draw(st.integers(0, 14)),
-        visual=draw(st.integers(0, 14)),
-        split=draw(st.booleans()),
-        lend=draw(st.booleans()),
-    )
-    shape = (2, len(kinds))
-    return Case(
-        scores=torch.tensor(scores).reshape(shape),
-        modality=torch.tensor(rows, dtype=torch.int8).reshape(shape),
-        room=room,
-    )
+    slots, flags, shape = st.integers(0, 14), st.booleans(), (2, len(kinds))
+    room = LayerSlots(audio=draw(slots), visual=draw(slots), split=draw(flags), lend=draw(flags))
+    modality = torch.tensor(rows, dtype=torch.int8).reshape(shape)
+    return Case(scores=torch.tensor(scores).reshape(shape), modality=modality, room=room)

@@ -18,7 +18,6 @@ POLICIES = ("distinct", "omnimem", "paper", "released", "random", "recency", "un
 
 
 def policy_of(name: str, slots: Sequence[tuple[int, int]] = UNEQUAL, *, split: bool = True) -> Policy:
-    """A policy by name at a budget."""
     budget = Budget(slots=tuple(slots), split=split)
     if name in ("random", "recency", "uniform"):
         return ControlOptions(name=name).build(budget)
@@ -30,7 +29,6 @@ def levels_of(family: str) -> int:
 
 
 def fed(attached: StreamedAttention, policy: Policy, chunks: Sequence[Chunk], **options: object) -> Stream:
-    """A stream that was fed these chunks."""
     stream = Stream(attached, policy, batch=len(chunks[0].modality), **options)
     for chunk in chunks:
         stream.feed(chunk)

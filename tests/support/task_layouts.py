@@ -38,7 +38,6 @@ SUBTITLES = """1
 
 @cache
 def video(seconds: int) -> bytes:
-    """A rendered world as an mp4 file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         write_mp4(draw_world(seconds, seconds), path)
@@ -46,19 +45,16 @@ def video(seconds: int) -> bytes:
 
 
 def put(path: Path, seconds: int = 8) -> None:
-    """Write a video."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(video(seconds))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=4, ensure_ascii=False), encoding="utf-8")
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
 
@@ -91,7 +87,6 @@ def video_mme(root: Path) -> Path:
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
 
@@ -154,9 +149,7 @@ def streaming_entry(video: str, stamp: str, task: str, *, window: str, **changes
 
 
 def streamingbench(root: Path) -> Path:
-    """Three parts: a split and an empty option, impossible time stamps, a conversation without letters; the video
-    of the last part has the path inside its zip file.
-    """
+    """Split and empty options, impossible times, a conversation without letters whose video keeps its zip's path."""
     early, seconds = "[0:00:00 - 0:00:06]", "[0:00:04 - 0:00:08]"
     split = ["A. Red", "or so.", *LETTERED[1:3], "", LETTERED[3]]
     real = [

@@ -33,7 +33,6 @@ evaluate: {{after_training: false}}
 
 
 def write_videos(place: Path) -> Path:
-    """Write checkpoint, videos and manifests of a run."""
     write_folder(place / "model", rates="tiny")
     rows = []
     for number in range(6):
@@ -52,7 +51,6 @@ def write_videos(place: Path) -> Path:
 
 
 def silence(source: Path, target: Path) -> None:
-    """A video without its audio track."""
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
         frames = read.streams.video[0]
         copied = write.add_stream_from_template(frames)
@@ -69,8 +67,6 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run."""
-
     path: Path
     ended: Ended
 
@@ -86,7 +82,6 @@ class Run:
 
     @property
     def adapter(self) -> Tensor:
-        """All weights in a row."""
         tensors = load_file(self.path / "adapter" / "adapter_model.safetensors")
         return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
