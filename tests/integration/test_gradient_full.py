@@ -56,24 +56,25 @@ def test_streamed_gradient_equals_one_shot_with_masks_by_layer(family, dtype, re
         got = gradient(loss, model)
         plain = one_shot_loss(attached, head_of(model), episode, OneShot(episode, noting.kept))
         expected = gradient(plain, model)
+        cut_off = gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), CutOff()), model)
     counts = [tokens.shape[1] for tokens in noting.kept[-1]]
     assert len(set(counts)) == 4  # layers remember unequal numbers, and all have evicted
     assert max(counts) < sum(LENGTHS)
     torch.testing.assert_close(loss, plain, rtol=relative, atol=0)
     assert_same_gradient(got, expected, relative)
+    assert float(F.cosine_similarity(got, cut_off, dim=0)) < 0.9  # a graph that is cut would be noticed
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("preset", ["distinct", "omnimem", "paper", "released"])
 def test_straight_through_gradient_equals_one_shot_with_gates(preset, temperature) -> None:
-    """The gates are written out from their definition, over every eviction that a token survives."""
+    """Gates written out from their definition, over every eviction that a token survives; `none` is hard selection."""
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni", batch=2)
     policy = policy_of(preset)
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
     with attach(model) as attached:
-        loss = streamed_loss_of(
-            attached, episode, replace(policy, scorer=scores), noting, Softness(temperature=temperature)
-        )
+        softness, noted = Softness(temperature=temperature), replace(policy, scorer=scores)
+        loss = streamed_loss_of(attached, episode, noted, noting, softness)
         got = gradient(loss, model)
         power = 0.5 if preset == "released" else 1.0
         softened = Softened(policy=policy, scores=scores.seen, temperature=temperature, novelty_power=power)
@@ -82,30 +83,12 @@ def test_straight_through_gradient_equals_one_shot_with_gates(preset, temperatur
         hard = streamed_loss_of(attached, episode, policy, FullGradient())
         assert_same_gradient(got, expected, 1e-9)
         torch.testing.assert_close(loss, hard, rtol=1e-12, atol=0)
-        assert float((got - gradient(hard, model)).norm() / got.norm()) > 1e-3  # the scores do receive gradient
+        still = Softness(temperature=temperature, gradient="none")
+        none = gradient(streamed_loss_of(attached, episode, policy, FullGradient(), still), model)
+        of_hard = gradient(hard, model)
+        assert_same_gradient(none, of_hard, 1e-12)
+        assert float((got - of_hard).norm() / got.norm()) > 1e-3  # the scores do receive gradient
     assert any(not torch.equal(*tokens) for tokens in noting.kept[-1])  # each stream keeps its own
-
-
-def test_scores_without_gradient_leave_the_gradient_of_hard_selection() -> None:
-    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    policy = policy_of("omnimem")
-    still = Softness(temperature=0.1, gradient="none")
-    with attach(model) as attached:
-        hard = gradient(streamed_loss_of(attached, episode, policy, FullGradient()), model)
-        assert_same_gradient(
-            gradient(streamed_loss_of(attached, episode, policy, FullGradient(), still), model), hard, 1e-12
-        )
-
-
-def test_what_flows_through_the_memory_is_most_of_the_gradient() -> None:
-    """So the equalities above would notice a graph that is cut."""
-    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
-    with attach(model) as attached:
-        full, cut_off = (
-            gradient(streamed_loss_of(attached, episode, policy_of("omnimem"), carry), model)
-            for carry in (FullGradient(), CutOff())
-        )
-    assert float(F.cosine_similarity(full, cut_off, dim=0)) < 0.9
 
 
 @pytest.mark.slow
@@ -284,9 +267,8 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Qwen25Omni:
     """A random thinker in float64 whose text model has a trained-looking adapter."""
     folder = write_folder(tmp_path_factory.mktemp("thinker"), rates="tiny")
     loaded = Qwen25Omni.load(ModelOptions(path=str(folder)))
-    adapted = add_adapter(
-        loaded.model, LoraOptions(r=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "up_proj"))
-    )
+    options = LoraOptions(r=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj", "up_proj"))
+    adapted = add_adapter(loaded.model, options)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -305,14 +287,11 @@ def test_the_trainers_loss_and_gradient_equal_one_shot(backbone, temperature) ->
     noting, scores = KeptByChunk(FullGradient()), ScoresByChunk(inner=policy.scorer)
     softness = None if temperature is None else Softness(temperature=temperature)
     with attach(backbone.text_model) as attached:
-        outcome = streamed_loss(
-            attached, feeder, batch, replace(policy, scorer=scores), softness=softness, carry=noting
-        )
+        noted = replace(policy, scorer=scores)
+        outcome = streamed_loss(attached, feeder, batch, noted, softness=softness, carry=noting)
         got = gradient(outcome.loss, backbone.model)
         episode = episode_from(attached, feeder, batch)
-        softened = None
-        if temperature is not None:
-            softened = Softened(policy=policy, scores=scores.seen, temperature=temperature)
+        softened = temperature and Softened(policy=policy, scores=scores.seen, temperature=temperature)
         plain = one_shot_loss(attached, backbone.head, episode, OneShot(episode, noting.kept, softened))
         expected = gradient(plain, backbone.model)
     assert len(episode.chunks) == 6  # opening, 4, 2, 2, 4, 4 s: cut where questions are asked
@@ -345,10 +324,9 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone) -> None:
     silent = opened(2, [None], ["red"])
     question, answer = silent.sample.messages
     silent = replace(silent, sample=replace(silent.sample, messages=(question, replace(answer, loss=False))))
+    batch = [opened(1, [None], ["red"]), silent]
     with attach(backbone.text_model) as attached, pytest.raises(ValueError, match=r"^2: no answer to train on"):
-        streamed_loss(
-            attached, feeder, [opened(1, [None], ["red"]), silent], policy_at(6), softness=None, carry=FullGradient()
-        )
+        streamed_loss(attached, feeder, batch, policy_at(6), softness=None, carry=FullGradient())
 
 
 def test_a_step_leaves_nothing_behind(backbone, monkeypatch) -> None:
