@@ -138,11 +138,6 @@ def test_a_question_on_the_way_leaves_the_memory_as_it_was(exports, video, capsy
     assert untimed(often)[-3:] == untimed(once)
 
 
-def asking(base: Path, tracks: str = "both") -> ask.Asking:
-    feeder = Feeder(load_backbone(ModelOptions(path=str(base))), StreamOptions(tracks=tracks))
-    return ask.Asking(feeder=feeder, questions=[QUESTION], max_new_tokens=2)
-
-
 @torch.no_grad()
 def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base) -> None:
     shown: list[float] = []
@@ -152,11 +147,11 @@ def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base) -> N
             shown.append(float(second))
             yield float(second), torch.full((3, 112, 112), second, dtype=torch.uint8)
 
-    plan = asking(base, "video")
-    options, geometry = plan.feeder.options.source(), plan.feeder.backbone.geometry
-    source = LiveSource(camera(), None, options=options, geometry=geometry)
-    with attach(plan.feeder.backbone.text_model) as attached:
-        stream = plan.feeder.stream(attached, PerturbationOptions().build(None))
+    feeder = Feeder(load_backbone(ModelOptions(path=str(base))), StreamOptions(tracks="video"))
+    plan = ask.Asking(feeder=feeder, questions=[QUESTION], max_new_tokens=2)
+    source = LiveSource(camera(), None, options=feeder.options.source(), geometry=feeder.backbone.geometry)
+    with attach(feeder.backbone.text_model) as attached:
+        stream = feeder.stream(attached, PerturbationOptions().build(None))
         replies = plan.replies(stream, source, [8.0, 20.0])
         assert next(replies).seen == 8.0
         assert shown[-1] <= 8 + 2 * 2, "waited for more of the stream than the segment after the question"

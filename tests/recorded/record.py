@@ -49,12 +49,8 @@ def record() -> dict[str, torch.Tensor]:
     generator, recorded = torch.Generator().manual_seed(0), {}
     for name, (frames, height, width, patch, low, high, normalisation) in CASES.items():
         pixels = clip(frames, height, width, generator)
-        processor = Qwen2VLVideoProcessor(
-            size={"shortest_edge": low, "longest_edge": high},
-            patch_size=patch,
-            cap_pixels_per_frame=False,
-            **normalisation,
-        )
+        size = {"shortest_edge": low, "longest_edge": high}
+        processor = Qwen2VLVideoProcessor(size=size, patch_size=patch, cap_pixels_per_frame=False, **normalisation)
         output = processor(videos=[pixels], return_tensors="pt")
         recorded[f"{name}.frames"] = pixels
         recorded[f"{name}.settings"] = torch.tensor([patch, low, high])
