@@ -62,6 +62,9 @@ def test_kept_tokens_equal_plain_loops_where_attention_decides(preset) -> None:
         by_loops = run_by_loops(preset, chunks, stream, budget, "sequence", 1.0)
         assert [memory.order[stream].tolist() for memory in after] == [order for order, _, _ in by_loops]
     assert not torch.equal(after[-1].order, similar[-1].order)
+    for temperature in (1.0, 0.05, 1e-4, 0.0):  # straight-through keeps what hard selection keeps
+        for a, b in zip(after, run(options.build(budget), chunks, Softness(temperature=temperature)), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def test_presets_keep_different_tokens() -> None:
