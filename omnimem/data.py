@@ -153,8 +153,8 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     if not os.path.isfile(path):
         raise ManifestError(
             [
-                f"{path}: no such file; create it with `python data_prep/synthesize.py --out {path.parent}` (recall), "
-                f"or with `python data_prep/convert.py YOUR_FILES --out {path}` (your data)"
+                f"{path}: no such file; create it with `omnimem synthesize --out {path.parent}` (recall), "
+                f"or with `omnimem convert YOUR_FILES --out {path}` (your data)"
             ]
         )
     # 2. read the lines, collecting all problems
@@ -391,5 +391,5 @@ class Failures:
     def _verdict(self) -> str:
         lines = [f"{failure.id}: {failure.reason}; {failure.message}" for failure in self.found[-LISTED:]]
         share = f"{len(self.found)} of {self.samples} samples failed, more than max_failures = {self.max_failures:g}"
-        cure = "fix or remove them (data_prep/check.py lists all), or raise data.max_failures"
+        cure = "fix or remove them (omnimem check lists all), or raise data.max_failures"
         return "\n".join([*lines, f"{share}; {cure}"])

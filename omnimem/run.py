@@ -36,7 +36,7 @@ PACKAGES = (
     "tokenizers",
 )
 HERE = Path(__file__).resolve().parent
-CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # files written by train/calibrate.py before the run
+CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # files written by omnimem calibrate before the run
 LOCK = ".lock"
 PATIENCE = 60.0  # seconds to wait for a process that is shutting down to release its run folder
 

@@ -84,7 +84,7 @@ class AudioVisualBudget:
             return self._allocate(signals, slots_per_layer)
         if read is None:
             raise BudgetError(
-                "budget.table: calibrate needs measured signals; run `python train/calibrate.py --config X.yaml`, "
+                "budget.table: calibrate needs measured signals; run `omnimem calibrate --config X.yaml`, "
                 "or name a budget file in budget.table"
             )
         return self._scale(read, layers, slots_per_layer)
@@ -126,5 +126,5 @@ def _same_layers(found: int, layers: int, source: str) -> None:
     if found != layers:
         raise BudgetError(
             f"budget.table {source}: measured on {found} layers, the model has {layers}; "
-            "calibrate this model with `python train/calibrate.py --config X.yaml`"
+            "calibrate this model with `omnimem calibrate --config X.yaml`"
         )

@@ -90,11 +90,10 @@ class Budget:
             table = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BudgetError(
-                f"{path}: cannot read the budget ({error.strerror}); "
-                "make it with `python train/calibrate.py --config X.yaml`"
+                f"{path}: cannot read the budget ({error.strerror}); make it with `omnimem calibrate --config X.yaml`"
             ) from error
         except ValueError as error:
-            raise BudgetError(f"{path}: not JSON ({error}); make it again with `python train/calibrate.py`") from error
+            raise BudgetError(f"{path}: not JSON ({error}); make it again with `omnimem calibrate`") from error
         return cls.of(table, path)
 
     @classmethod
@@ -106,7 +105,7 @@ class Budget:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise BudgetError(
                 f"{place}: not a budget ({reason}); "
-                "expected a list of [audio, visual] or a file written by train/calibrate.py"
+                "expected a list of [audio, visual] or a file written by omnimem calibrate"
             ) from error
 
     def json(self) -> dict[str, Any]:

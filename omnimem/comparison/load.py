@@ -150,7 +150,7 @@ def _arm_folders(folder: Path) -> Iterator[Path]:
     if not below:
         raise _Problem(
             f"{folder}: no evaluation in it (neither summary.json nor eval/ARM/summary.json); "
-            "run `python train/evaluate.py --config CONFIG` first"
+            "run `omnimem evaluate --config CONFIG` first"
         )
     yield from below
 
@@ -177,7 +177,7 @@ def _read_arm(folder: Path) -> Arm:
     # 1. summary
     path = folder / "summary.json"
     if not path.is_file():
-        raise _Problem(f"{folder}: no summary.json; finish its evaluation with `python train/evaluate.py`")
+        raise _Problem(f"{folder}: no summary.json; finish its evaluation with `omnimem evaluate`")
     summary = _read_object(path)
     benchmarks = _object(summary.get("benchmarks"), f"{path} benchmarks")
     if not benchmarks:

@@ -73,6 +73,11 @@ class MediaInfo:
     video_seconds: float
     audio_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        """Length of the longer track."""
+        return max(self.video_seconds, self.audio_seconds)
+
 
 def probe(path: Path | str) -> MediaInfo:
     """Read the header of a file without decoding it.

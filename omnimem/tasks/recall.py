@@ -1,4 +1,4 @@
-"""Audio-visual recall: one-word answers about streams that data_prep/synthesize.py renders."""
+"""Audio-visual recall: one-word answers about streams that omnimem synthesize renders."""
 
 import re
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class RecallOptions:
         """The manifest, if it is missing."""
         if self.manifest.is_file():
             return []
-        return [Gap(what=f"{self.manifest}", how=f"make it with `python data_prep/synthesize.py --out {self.root}`")]
+        return [Gap(what=f"{self.manifest}", how=f"make it with `omnimem synthesize --out {self.root}`")]
 
     def samples(self) -> list[Sample]:
         """All streams of the split; raises ManifestError with every problem."""

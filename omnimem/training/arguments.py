@@ -28,7 +28,7 @@ OURS = {  # fields that are set elsewhere
     "eval_strategy": "evaluation follows training; set evaluate.after_training instead",
     "eval_steps": "evaluation follows training; set evaluate.after_training instead",
     "per_device_eval_batch_size": "set evaluate.batch_size instead",
-    "load_best_model_at_end": "needs an evaluation during training; compare checkpoints with train/evaluate.py instead",
+    "load_best_model_at_end": "needs an evaluation during training; compare checkpoints with omnimem evaluate instead",
     "remove_unused_columns": "samples are streams, not columns; remove it",
     "gradient_checkpointing": "set tuning.recompute instead: none, chunk or layer",
     "gradient_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
@@ -38,7 +38,7 @@ OURS = {  # fields that are set elsewhere
     "parallelism_config": "cannot be written in YAML; use deepspeed",
     "bf16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
-    "save_only_model": "no run could resume from such a checkpoint; train/export.py writes its adapter alone",
+    "save_only_model": "no run could resume from such a checkpoint; omnimem export writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
     "torch_compile": "every chunk of a stream has a different shape; remove it",
     "use_liger_kernel": "it replaces the modules that streams attach to; remove it",
@@ -49,7 +49,7 @@ OURS = {  # fields that are set elsewhere
     "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
     "neftune_noise_alpha": "its noise ignores the seed of the step, so a resumed run would differ; remove it",
     "use_cpu": "a host without a GPU trains on the CPU; elsewhere set CUDA_VISIBLE_DEVICES to an empty string",
-    "push_to_hub": "nothing is uploaded; use train/export.py and upload its output",
+    "push_to_hub": "nothing is uploaded; use omnimem export and upload its output",
 }
 FORMER = {  # names of transformers 4 that were removed
     "warmup_ratio": "removed in transformers 5; set warmup_steps, where a number below 1 is a fraction of all steps",

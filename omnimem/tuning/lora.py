@@ -119,7 +119,7 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     # 2. validate
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if not trained or any(tensor.numel() == 0 for tensor in tensors.values()):
-        raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (train/export.py)")
+        raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (omnimem export)")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise AdapterError(f"{path}: the adapter has values that are not finite; lower the learning rate and rerun")
     if not any(bool(tensor.any()) for tensor in trained):

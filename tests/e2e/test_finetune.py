@@ -126,7 +126,7 @@ def test_too_many_unreadable_videos_end_the_run_with_2(folder, name, reason) -> 
     problem, verdict = [line for line in output.splitlines() if not line.startswith("step ")]
     assert problem.startswith(f"{name}: {reason}; ")
     assert verdict == (
-        "1 of 6 samples failed, more than max_failures = 0.1; fix or remove them (data_prep/check.py lists all), "
+        "1 of 6 samples failed, more than max_failures = 0.1; fix or remove them (omnimem check lists all), "
         "or raise data.max_failures"
     )
     record = json.loads((run / "run.json").read_text())

@@ -134,7 +134,7 @@ def test_paths_leave_the_folder_only_when_allowed(manifest) -> None:
 
 
 def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifest) -> None:
-    with pytest.raises(ManifestError, match=r"create it with `python data_prep/synthesize\.py --out .*convert\.py"):
+    with pytest.raises(ManifestError, match=r"create it with `omnimem synthesize --out .*omnimem convert"):
         read_manifest(manifest)
     assert problems_of(manifest, b"") == [" holds no samples; create it again"]
 

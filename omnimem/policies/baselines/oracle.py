@@ -35,7 +35,7 @@ class OraclePolicy(Policy):
         if any(not outline.needles for outline in streams) and self.budget is not None:
             raise PolicyError(
                 "policy oracle must know which tokens hold the answers, and a stream has no `needles` in its meta; "
-                "make recall streams with data_prep/synthesize.py"
+                "make recall streams with omnimem synthesize"
             )
         return replace(self, needles=tuple(outline.needles for outline in streams))
 
