@@ -125,7 +125,7 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # PyAV raises errors of many types for damaged files; one file must not end a run
         if _of_machine(error, path):
             raise
         detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
