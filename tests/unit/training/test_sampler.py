@@ -51,6 +51,15 @@ def test_an_uneven_last_step_is_padded_or_dropped_and_its_samples_weigh_more() -
     assert (dropped.steps, len(EpochSampler(SAMPLES, dropped, 0, lambda: 0, shuffled=False))) == (1, 4)
 
 
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return list(EpochSampler(SAMPLES, Batching(samples=7, size=1), seed, lambda: epoch, shuffled=True))
+
+    assert order(3, 0) == order(3, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (3, 4) for epoch in (0, 1)}) == 4
+    assert all(sorted(order(3, epoch)) == list(range(7)) for epoch in range(3))
+
+
 def test_the_trainer_weighs_the_samples_of_its_current_step(monkeypatch) -> None:
     """The second of two steps takes 3 samples on 4 positions; this rank's micro-batch of 2 has one of them."""
     encoded = [SimpleNamespace(sample=SAMPLES[0])]
