@@ -49,9 +49,9 @@ MUTATIONS = (
         TRAINER,
         "self.args.seed, self.state.global_step, *(",
         "self.args.seed, *(",
-        (FINETUNE,),
+        SAMPLING,
     ),
-    Mutation("budget of the step ignored", TRAINER, "self.policies(step.slots)", "self.policies(None)", (FINETUNE,)),
+    Mutation("budget of the step ignored", TRAINER, "self.policies(step.slots)", "self.policies(None)", SAMPLING),
     Mutation("failed samples not counted", TRAINER, "self.failed.record(Failure(", "str(Failure(", (FINETUNE,)),
     # feeder and stream
     Mutation(
