@@ -43,6 +43,7 @@ from omnimem.training.arguments import (
     training_arguments,
 )
 from omnimem.training.logging import Progress, callbacks_of
+from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import seed_of
 from omnimem.training.shutdown import follow_launcher
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         if start.checkpoint is not None:
             refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
+        refuse_code(start.checkpoint)
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
     # 3. read and check the data
