@@ -23,6 +23,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
+from omnimem.training.deepspeed_internals import same_buffer_types
 from omnimem.training.failures import FailedSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
@@ -200,7 +201,7 @@ class StreamTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         native, portable = self.checkpoints.sources(resume_from_checkpoint)
-        with weights_only():
+        with weights_only(), same_buffer_types(self.adapted):
             engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
