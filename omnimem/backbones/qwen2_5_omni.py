@@ -14,6 +14,7 @@ from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -43,6 +44,9 @@ IGNORED = -100
 # the tokens before and after the tracks of a stream
 BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
 END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",), "audio": ("<|audio_eos|>",)}
+# files with settings of the feature extractor and video processor; a later one counts
+PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+PREPROCESSED = ("feature_size", "hop_length", "n_fft", "image_mean", "image_std")  # what is read from them
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -96,20 +100,23 @@ class Qwen25Omni(Backbone):
     def load(cls, options: ModelOptions) -> "Qwen25Omni":
         """Load a thinker from a hub id or a local folder; a talker and vocoder in it are ignored.
 
-        Raises CheckpointError when a file is missing.
+        The files that may hold a setting are listed in docs/adding_a_model.md. Weights are read from safetensors only,
+        and no code of the checkpoint is run. Raises CheckpointError when a file is missing.
         """
         folder = Path(options.path)
         try:
             model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-                options.path, dtype=getattr(torch, options.dtype)
+                options.path, dtype=getattr(torch, options.dtype), use_safetensors=True, trust_remote_code=False
             )
-            tokenizer = AutoTokenizer.from_pretrained(options.path)
-        except OSError as error:
+            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"model.path: {options.path} cannot be loaded ({str(error).splitlines()[0]}); give a local folder with "
                 "config.json, weights and tokenizer, or a hub id that can be reached"
             ) from error
         geometry = _geometry(options.path, model)
+        if (template := _chat_template(options.path)) is not None:
+            tokenizer.chat_template = template
         return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
     @property
@@ -370,9 +377,15 @@ def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     if tokenizer.chat_template is None:
         raise CheckpointError(
-            "the checkpoint has no chat template; copy chat_template.jinja (or .json) into its folder"
+            "the checkpoint has no chat template; copy chat_template.json or chat_template.jinja from the model's hub "
+            "page into its folder"
         )
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the chat template cannot be rendered ({' '.join(str(error).split())}); use Qwen2.5-Omni's own template"
+        ) from error
     opening, found, closing = text.partition(VIDEO)
     if not found or SAMPLE not in closing:
         raise CheckpointError(f"the chat template does not render a video as {VIDEO}; use Qwen2.5-Omni's own template")
@@ -404,14 +417,55 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
 
 
 def _preprocessor(path: str) -> dict[str, Any]:
-    """Settings of the feature extractor and video processor, from either of the files that transformers writes."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if found is not None:
-            table = json.loads(Path(found).read_text())
-            parts = [table.get("video_processor", {}), table.get("feature_extractor", {})]
-            return {"sampling_rate": 16000, **table, **parts[0], **parts[1]}
-    raise CheckpointError(f"{path}: preprocessor_config.json is missing; copy it from the model's hub page")
+    """Settings of the feature extractor and video processor, from the files that transformers 4 and 5 write.
+
+    On the hub preprocessor_config.json holds all of them. save_pretrained of transformers 4 writes those of the video
+    processor to video_preprocessor_config.json, transformers 5 writes all to processor_config.json.
+    """
+    table: dict[str, Any] = {"sampling_rate": 16000}
+    for name in PREPROCESSORS:
+        found = _read_json(path, name) or {}
+        parts = [found.get(part) or {} for part in ("image_processor", "video_processor", "feature_extractor")]
+        table |= {key: value for part in (found, *parts) for key, value in part.items()}
+    missing = [name for name in PREPROCESSED if name not in table]
+    if missing:
+        raise CheckpointError(
+            f"{path}: no {' or '.join(PREPROCESSORS)} has {', '.join(missing)}; copy preprocessor_config.json from the "
+            "model's hub page"
+        )
+    return table
+
+
+def _chat_template(path: str) -> str | None:
+    """The template of the processor, which replaces the tokenizer's as in Qwen2_5OmniProcessor; None: no file."""
+    if (found := _file(path, "chat_template.jinja")) is not None:
+        return found.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = (_read_json(path, name) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _read_json(path: str, name: str) -> dict[str, Any] | None:
+    """The object in a file of the checkpoint; None without the file. Raises CheckpointError when it is damaged."""
+    if (found := _file(path, name)) is None:
+        return None
+    try:
+        table = json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{found}: is not JSON ({error}); copy it again from the model's hub page") from error
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{found}: is not a JSON object; copy it again from the model's hub page")
+    return table
+
+
+def _file(path: str, name: str) -> Path | None:
+    """A file of a local folder or of a hub id."""
+    found = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
 
 
 def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:

@@ -43,7 +43,6 @@ COMPANIONS = (  # files of tokenizers, feature extractors and processors, and li
     "merges.txt",
     "*.model",
     "generation_config.json",
-    "spk_dict.pt",
     "LICENSE*",
     "NOTICE*",
 )

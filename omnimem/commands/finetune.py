@@ -42,7 +42,9 @@ from omnimem.training.arguments import (
     train_section,
     training_arguments,
 )
+from omnimem.training.collectives import first_rank_first
 from omnimem.training.logging import Progress, callbacks_of
+from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import seed_of
 from omnimem.training.shutdown import follow_launcher
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         if start.checkpoint is not None:
             refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
+        refuse_code(start.checkpoint)
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
     # 3. read and check the data
@@ -103,7 +106,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
     backbone, model, feeder = build_model(run, settings)
     with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
         # 3. read or measure the budget of the layers
-        with settings.main_process_first(local=False, desc="budget"):
+        with first_rank_first(first=first):
             budget = budget_of(run, attached, feeder, start.folder)
         policies = policies_of(run, budget)
         parts = Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
@@ -111,8 +114,9 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
             in_training = described(run.tuning, policies(None), attached.shape.layers)
             update_json(start.folder.record, policy_in_training=in_training)
         # 4. rehearse one step
-        if longest is not None:
-            rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
+        with first_rank_first(first=first):
+            if longest is not None:
+                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
         # 5. train, and save the adapter
         trainer = build_trainer(run, start, samples, parts, settings)
         train(trainer, start, first=first)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails
 
 from omnimem.config.source import Key, Problem, dotted
@@ -35,7 +35,7 @@ FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
 Schema = TypeVar("Schema")
 Sections = Mapping[Key, Sequence[str]]  # the valid keys of each section
 
-strict = with_config(extra="forbid", strict=True)  # unknown keys are refused; "8192" is not a number
+strict = with_config(ConfigDict(extra="forbid", strict=True))  # unknown keys are refused; "8192" is not a number
 
 
 def validated(

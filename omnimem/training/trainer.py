@@ -23,10 +23,12 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
+from omnimem.training.deepspeed_internals import same_buffer_types
 from omnimem.training.failures import FailedSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
+from omnimem.training.pickles import weights_only
 from omnimem.training.portable import Layout, State, restore_portable
 from omnimem.training.sampler import Batching, EpochSampler, SampleDataset, collate, seed_of
 from omnimem.training.shutdown import ShutdownSignal, Stopped
@@ -199,7 +201,8 @@ class StreamTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         native, portable = self.checkpoints.sources(resume_from_checkpoint)
-        engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
+        with weights_only(), same_buffer_types(self.adapted):
+            engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
