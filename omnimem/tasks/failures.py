@@ -1,4 +1,4 @@
-"""Predictions that hold no answer: failure messages of tools and APIs, and refusals; no rule set reads a letter in them.
+"""Predictions without an answer: failure messages of tools and APIs, and refusals; no rule set reads a letter there.
 
 Sources: VLMEvalKit ("Failed to obtain answer via API.", and the refusals of its `can_infer_option`), lmms-eval
 ("[LMMS_EVAL_REQUEST_FAILED after 5 retries] ..."), the error classes of API clients, and HTTP status lines.
@@ -10,7 +10,8 @@ FAILURES = (
     r"\W*(nan|none|null|nat|<na>)\W*$",  # a missing value, written as text
     r"\W*(LMMS_EVAL_REQUEST_FAILED|FAILED_INFER)\b",
     r"\W*failed to (obtain|get|generate|fetch|retrieve|receive|call|process|load|connect|decode|parse)\b",
-    r"\W*((an?|the|internal|unknown|unexpected|server|network) )*(error|exception)\b( (code|occurred|message|while)\b|:)",
+    r"\W*((an?|the|internal|unknown|unexpected|server|network) )*(error|exception)\b"
+    r"( (code|occurred|message|while)\b|:)",
     r"\W*([a-z_]+\.)*[a-z_]*(error|exception)\s*[:(]",  # openai.RateLimitError: ...
     r"\W*traceback \(most recent call last\)",
     r"\W*[\"']?error[\"']?\s*:",  # {"error": ...}
@@ -19,7 +20,7 @@ FAILURES = (
     r"\W*((the|an?|[a-z]+) )?API\b.{0,40}\b(error|fail(ed|ure)?|timed? ?out|timeout|limit|unavailable|exceeded)\b",
     r"\W*((the|your|model|api|http|read) )*(request|response|connection|inference|generation|call)\W+"
     r"((was|has been) )?(failed|failure|error|timed out|timeout|refused|reset|aborted|blocked|rejected|filtered)\b",
-    r"\W*(request )?(timed out|timeout|time-?out error|rate limit|too many requests|quota exceeded|service unavailable)",
+    r"\W*(request )?(timed out|timeout|rate limit|too many requests|quota exceeded|service unavailable)",
     r"\W*(max(imum)? )?retries (exceeded|exhausted)",
     r"\W*((cuda|cpu|gpu) )?out of memory\b",
     r"\W*(content|prompt|output|response) (was |is )?(blocked|filtered|flagged)\b",

@@ -104,7 +104,8 @@ def _response(value: Any, where: str) -> str:
     if wrong is not None:
         raise ManifestError([f"{where}: expected text, got {got(wrong)}; give the file as written"])
     if len(set(leaves)) > 1:
-        raise ManifestError([f"{where}: holds {len(set(leaves))} different responses to one question; keep one of them"])
+        count = len(set(leaves))
+        raise ManifestError([f"{where}: holds {count} different responses to one question; keep one of them"])
     return leaves[0] if leaves else ""
 
 
