@@ -191,8 +191,8 @@ class FileSource(Source):
     """The segments of a file, decoded lazily; the audio is read twice, first for the maximum of its mel.
 
     `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum, as in
-    a live stream, so no segment depends on later audio; `asks` imply it. Iterating raises MediaError: `no_video` or `no_audio` when a
-    track selected by `options.tracks` is missing, and all others of `read_frames` and `read_audio`.
+    a live stream, so no segment depends on later audio; `asks` imply it. Iterating raises MediaError: `no_video` or
+    `no_audio` when a track selected by `options.tracks` is missing, and all others of `read_frames` and `read_audio`.
     """
 
     def __init__(

@@ -207,8 +207,8 @@ class Feeder:
     ) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked.
 
-        `chunk_tokens` overrides that of the options; encoder outputs do not depend on it. With `rests`, the rests before
-        the questions too, for `feed_until_due`, which feeds them to forks.
+        `chunk_tokens` overrides that of the options; encoder outputs do not depend on it. With `rests`, the rests
+        before the questions too, for `feed_until_due`, which feeds them to forks.
         """
         first = batch[0]
         return self.backbone.chunks(
@@ -223,8 +223,8 @@ class Feeder:
     def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
 
-        A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A source
-        with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
+        A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
+        source with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
