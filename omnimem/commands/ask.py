@@ -27,7 +27,7 @@ from omnimem.media import FileSource, LiveSource, Source, read_live
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.streaming.attach import attach
-from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Modality
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
         stream = feeder.stream(attached, policy)
         asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens)
-        for reply in asking.replies(stream, source_of(given.video, feeder), given.at):
+        for reply in asking.replies(stream, source_of(given.video, feeder, given.at), given.at):
             print("\n".join(reply.lines(given.questions)), flush=True)
 
 
@@ -114,14 +114,14 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
 
 
-def source_of(video: str, feeder: Feeder) -> Source:
-    """The file, or the live stream on standard input. Raises MediaError if it is unusable."""
+def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
+    """The file, or the live stream on standard input, asked at these times. Raises MediaError if it is unusable."""
     options, geometry = feeder.options.source(), feeder.backbone.geometry
     if video != PIPE:
-        return FileSource(video, options=options, geometry=geometry)
+        return FileSource(video, options=options, geometry=geometry, asks=times)
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
     frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
-    return LiveSource(frames, audio, options=options, geometry=geometry)
+    return LiveSource(frames, audio, options=options, geometry=geometry, asks=times)
 
 
 # --- questions and replies
@@ -157,22 +157,14 @@ class Asking:
     max_new_tokens: int
 
     def replies(self, stream: Stream, source: Source, times: Sequence[float]) -> Iterator[Reply]:
-        """A reply for each time, as soon as no later chunk can end before it; the stream is read up to the last one.
+        """A reply for each time, as soon as all before it was read, else at the end; the stream is read up to the last.
 
         Questions are read on a fork, so that the memory of the stream is unchanged.
         """
-        step = self.feeder.backbone.geometry.segment(self.feeder.options.fps)[0]
-        seen, started = 0.0, time.perf_counter()
-        waiting = sorted(times)
-        for chunk in self.feeder.watch(source, cuts=times):
-            stream.feed(chunk)
-            seen = chunk.seconds
-            while waiting and seen + step > waiting[0]:
-                yield self._reply(stream.fork(), waiting.pop(0), seen, started)
-            if times and not waiting:
-                return
-        for at in waiting or [None]:
-            yield self._reply(stream.fork(), at, seen, started)
+        started = time.perf_counter()
+        for due in feed_until_due(stream, self.feeder.watch(source, cuts=times), sorted(set(times)) or [None]):
+            for at in due.moments:
+                yield self._reply(due.stream.fork(), at, due.seconds, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
         # 1. answer, and record the time of the first logits
