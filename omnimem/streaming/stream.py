@@ -134,12 +134,13 @@ class Stream:
 
     def _placed(self, chunk: Chunk) -> tuple[Chunk, Compaction | None]:
         """The chunk at its positions in this stream, and the compaction that has to come first, if any."""
-        # 1. text before the first audio or visual token is the opening
-        if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
-            self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
-        # 2. compact where the policy does so after every chunk, or where positions run out
+        # 1. text before the first audio or visual token is the opening: it stays where it is
         limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        if self.policy.traits.reindex or (limit is not None and last - min(self._moved) >= limit):
+        opens = self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any())
+        if opens:
+            self.opening = max(self.opening, last + 1 - self.moved)
+        # 2. compact where the policy does so after every chunk, or where positions run out
+        if (self.policy.traits.reindex and not opens) or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
             shifts = zip(self._moved, self._next, compaction.end, strict=True)
             self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
