@@ -109,7 +109,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
         parts = Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
         if first:
             in_training = described(run.tuning, policies(None), attached.shape.layers)
-            update_json(start.folder.record, policy_in_training=in_training)
+            update_json(start.folder.record, policy_in_training=in_training, selection_from=run.memory.selection_from)
         # 4. rehearse one step
         if longest is not None:
             rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))

@@ -90,11 +90,17 @@ def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
     shared = replace(right.stream, positions=left.stream.positions)
     if left != replace(right, memory=left.memory, stream=shared):
         raise ConfigError(["--left and --right: only memory.* and stream.positions may differ; set others for both"])
-    if left == right and (given.adapter is None or given.tuned is None):
+    same = left == right if given.adapter else _chosen_alike(left) == _chosen_alike(right)
+    if same and (given.adapter is None or given.tuned is None):
         raise ConfigError(
             ["both sides are the same; give two policies, --left or --right KEY=VALUE, or --adapter with --tuned right"]
         )
     return left, right
+
+
+def _chosen_alike(run: RunConfig) -> RunConfig:
+    """The run as it is without an adapter: the model that chooses is the one that answers."""
+    return replace(run, memory=replace(run.memory, selection_from="tuned"))
 
 
 def _policy(policy: str | None, own: RunConfig) -> list[str]:
@@ -147,6 +153,7 @@ def facts_of(run: RunConfig, sample: Sample, adapter: Path | None) -> dict[str, 
         "budget": _settings(memory.budget),
         "positions": stream.positions,
         "adapter": "none" if adapter is None else str(adapter),
+        "selection from": "tuned" if adapter is None else memory.selection_from,
         "model": run.model.path,
         "stream": f"frames per second {stream.fps:g}, tokens per chunk {stream.chunk_tokens:,}, tracks {stream.tracks}",
         "file": str(sample.video or sample.audio),
@@ -176,6 +183,7 @@ def _labels(facts: Mapping[str, str]) -> dict[str, str]:
         "slots per layer": f"{facts['slots per layer']} slots",
         "adapter": "untouched" if facts["adapter"] == "none" else "tuned",
         "positions": f"{facts['positions']} positions",
+        "selection from": f"selected by {facts['selection from']}",
         "budget": f"budget {facts['budget']}",
     }
 

@@ -40,8 +40,8 @@ class Usage:
     peak_entries: int | float = 0  # most right before an eviction: memory and chunk
     kept_entries: int | float = 0  # most after an eviction
     bytes: int = 0  # most after an eviction: keys, values, text and side state
-    selector_entries: int | float = 0  # of the untuned model's memory with `selection_from: base`, most after an eviction
-    selector_bytes: int = 0  # the part of `bytes` that is the selector's
+    selector_entries: int | float = 0  # of the memory that chooses with `selection_from: base`; most after an eviction
+    selector_bytes: int = 0  # of that memory, a part of `bytes`
     tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
     chunks: int = 0
 
@@ -68,9 +68,9 @@ class Stream:
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (docs/paper.md,
         "Positions"). `probes` are the token ids of the policy's probe prompts.
 
-        If the policy has `selection_from: base` and the model an adapter, a second stream, `selector`, reads every chunk
-        first, with the adapter off, and this one keeps in every layer the tokens that the selector keeps; it measures
-        no scores of its own.
+        If the policy has `selection_from: base` and the model an adapter, a second stream, `selector`, reads every
+        chunk first, with the adapter off, and this one keeps in every layer the tokens that the selector keeps; it
+        measures no scores of its own.
 
         Raises ValueError when the number of probes differs or `softness` softens a selection that is not made here,
         PolicyError when the policy does not support `selection_from: base`.

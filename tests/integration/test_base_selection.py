@@ -43,8 +43,12 @@ Sets = list[list[list[list[int]]]]  # [layer][stream][head] arrival numbers
 def policy_from(name: str, selection_from: Any = "base", batch: int = 1) -> Policy:
     """The policy at SPLIT, which knows the stream where it asks for that."""
     whole = whole_stream(batch)
-    policy = TRIED[name].build(SPLIT).with_oracle(
-        [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=(40, 12, 70))] * batch
+    policy = (
+        TRIED[name]
+        .build(SPLIT)
+        .with_oracle(
+            [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=(40, 12, 70))] * batch
+        )
     )
     return replace(policy, selection_from=selection_from)
 
@@ -283,9 +287,7 @@ def test_gradient_equals_one_shot_with_the_sets_of_the_untuned_model(family, nam
         got = gradient(loss, model)
         with torch.no_grad(), without_adapter(model):
             streamed_loss_of(attached, episode, policy_of(name), untuned)
-        expected = gradient(
-            one_shot_loss(attached, head_of(model), episode, OneShot(episode, untuned.kept)), model
-        )
+        expected = gradient(one_shot_loss(attached, head_of(model), episode, OneShot(episode, untuned.kept)), model)
         own = gradient(streamed_loss_of(attached, episode, policy_of(name), FullGradient()), model)
     assert len(noting.kept[-1]) == 4
     assert max(tokens.shape[1] for tokens in noting.kept[-1]) < sum(LENGTHS)
@@ -337,4 +339,3 @@ class _Counted:
 
     def read(self, loss: Any, memory: Any) -> Tensor:
         return self.inner.read(loss, memory)
-
