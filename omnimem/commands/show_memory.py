@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     write_text(given.out, render(reading, (left, right)))
     for side in (left, right):
         print(summary(side, reading))
+    print(shared_tokens(left, right, reading))
     print(f"wrote {given.out} ({size(given.out.stat().st_size)})")
 
 
@@ -193,10 +194,25 @@ def summary(side: Side, reading: StreamSnapshot) -> str:
     holding: Holding = side.holding
     entries = sum(count for layer in holding.counts[-1] for kind, count in layer.items() if kind)
     layers, _, tokens = holding.last.shape
-    return (
+    line = (
         f"{side.label}: {entries / layers:,.4g} entries per layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
         f"in {len(holding.ends)} chunks"
     )
+    if not reading.needles:
+        return line
+    shares = holding.layer_shares(reading.needles)
+    there = sum(share > 0 for share in shares)
+    spread = f"each in {sum(shares) / len(shares):.1%} of the layers on average"
+    return f"{line}; needles: {there} of {len(shares)} held in some layer, {spread}"
+
+
+def shared_tokens(left: Side, right: Side, reading: StreamSnapshot) -> str:
+    """How many of the kept audio and visual tokens both sides hold at the end: drift, where one of them is tuned."""
+    if left.holding.last.shape[1] != right.holding.last.shape[1]:
+        return "held by both: not compared, as heads keep tokens of their own on one side"
+    shares = left.holding.in_common(right.holding, reading.media)
+    mean = sum(shares) / len(shares)
+    return f"held by both: {mean:.1%} of the tokens of a layer (layers: {min(shares):.1%} to {max(shares):.1%})"
 
 
 # --- command line

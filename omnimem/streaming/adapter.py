@@ -20,7 +20,12 @@ def without_adapter(text_model: nn.Module) -> Iterator[None]:
     It may be entered between two passes of one graph: parameters of earlier passes keep their place in the graph.
     """
     layers = adapter_layers(text_model)
-    trained = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    trained = [
+        (parameter, parameter.requires_grad)
+        for layer in layers
+        if isinstance(layer, nn.Module)
+        for parameter in layer.parameters()
+    ]
     for layer in layers:
         layer.enable_adapters(False)
     try:
