@@ -2,8 +2,8 @@
 
 omnimem ask --model DIR [--adapter DIR] --video FILE|- [--at SECONDS]... "QUESTION" ["QUESTION" ...]
 
-Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots and
---policy replace them. Without any of these the whole stream is kept.
+Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots,
+--policy and --selection-from replace them. Without any of these the whole stream is kept.
 """
 
 import sys
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     """Read the stream, ask the questions, print answers and their cost."""
     # 1. load the model
     given = _parser().parse(arguments)
+    if given.selection_from == "base" and given.adapter is None:
+        raise ConfigError(["--selection-from base: there is no adapter; give --adapter DIR, or leave it out"])
     exported = recorded(given.model, given.adapter)
     backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
@@ -107,11 +109,11 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     options = exported.memory.policy if exported else PerturbationOptions()
     if given.policy not in (None, options.name):
         options = POLICIES[given.policy]
-    if slots == FULL:
-        return options.build(None)
-    if exported is None:
-        return options.build(SharedBudget().build(layers, slots))
-    return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
+    chosen = given.selection_from or (exported.memory.selection_from if exported else "tuned")
+    if exported is not None and slots != FULL:
+        memory = replace(exported.memory, policy=options, selection_from=chosen)
+        return policies_of(memory, exported.budget)(slots)
+    return replace(options.build(None if slots == FULL else SharedBudget().build(layers, slots)), selection_from=chosen)
 
 
 def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
@@ -190,6 +192,10 @@ class Asking:
             f"memory: {memory.entries:,} entries in {layers} layers, {memory.bytes:,} bytes",
             f"seconds: {asked - started:.2f} reading, {first[0]:.3f} to the first token, {total:.3f} in all",
         ]
+        if stream.selector is not None:
+            chosen = stream.selector.memory
+            line = f"chosen by the model without its adapter: {chosen.entries:,} entries, {chosen.bytes:,} bytes more"
+            cost.insert(2, line)
         return Reply(at=at, seen=seen, answers=answers, cost=cost)
 
 
@@ -205,6 +211,8 @@ def _parser() -> Parser:
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
     parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
+    choice = "the model that chooses them: as it answers, or without its adapter"
+    parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
     parser.add_argument("--tracks", choices=("both", "video", "audio"), help="tracks of the stream to read")
     parser.add_argument("--fps", type=float, help="frames per second")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")

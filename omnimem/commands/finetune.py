@@ -112,7 +112,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
         parts = Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
         if first:
             in_training = described(run.tuning, policies(None), attached.shape.layers)
-            update_json(start.folder.record, policy_in_training=in_training)
+            update_json(start.folder.record, policy_in_training=in_training, selection_from=run.memory.selection_from)
         # 4. rehearse one step
         with first_rank_first(first=first):
             if longest is not None:
@@ -253,9 +253,11 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
         if first:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
-            counts = {"steps": trainer.state.global_step}
+            counts: dict[str, Any] = {"steps": trainer.state.global_step}
             if trainer.feeder.cache and trainer.feeder.cache.damaged:
                 counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.overlap.latest is not None:
+                counts["selection_overlap"] = trainer.overlap.latest
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

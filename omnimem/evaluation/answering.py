@@ -264,7 +264,15 @@ class Evaluation:
             "peak_entries": stream.usage.peak_entries / layers,
             "entries": stream.memory.entries / layers,
             "bytes": stream.usage.bytes,
+            **_selector(stream, layers),
         }
+
+
+def _selector(stream: Stream, layers: int) -> dict[str, Any]:
+    """Of the memory that chooses the tokens, where there is one; `bytes` contains these bytes."""
+    if stream.selector is None:
+        return {}
+    return {"selector": {"entries": stream.selector.memory.entries / layers, "bytes": stream.usage.selector_bytes}}
 
 
 @final

@@ -73,6 +73,12 @@ class StreamSnapshot:
     marks: tuple[Mark, ...]
     needles: tuple[int, ...]  # arrival numbers of tokens that the sample names
 
+    @property
+    def media(self) -> list[int]:
+        """Arrival numbers of all visual and audio tokens."""
+        visual = [number for grid in self.grids for number in grid.tokens.tolist()]
+        return [*visual, *self.sounds.tokens.tolist()]
+
 
 def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
     """Decode and encode a sample.
