@@ -252,6 +252,8 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             counts = {"steps": trainer.state.global_step}
             if trainer.feeder.cache and trainer.feeder.cache.damaged:
                 counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.feeder.trained.reached:
+                counts["positions_reached"] = trainer.feeder.trained.reached
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from omnimem.errors import UserError
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, projection
 from omnimem.positions import distinct, earlier
@@ -23,7 +24,13 @@ from omnimem.streaming.chunk_pass import (
     layer_tensors,
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
+from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Chunk, Modality
+
+
+@final
+class PositionsError(UserError):
+    """A stream passes the last position that it may use, even with a compacted memory."""
 
 
 @final
@@ -53,13 +60,14 @@ class Stream:
         recorder: Recorder | None = None,
         last_position: int | None = None,
         probes: Sequence[Int[Tensor, " _"]] = (),
+        trained: TrainedRange | None = None,
     ) -> None:
         """An empty stream; a softness softens selection and carries its gate (training only).
 
         `carry` is how the memory passes from chunk to chunk: a gradient mode of `tuning.gradient`, or nothing special.
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (docs/paper.md,
-        "Positions"). `probes` are the token ids of the policy's probe prompts. Raises ValueError when their number
-        differs.
+        "Positions"); without it, positions beyond `trained` are noted there. `probes` are the token ids of the policy's
+        probe prompts. Raises ValueError when their number differs.
         """
         if len(probes) != len(wanted := policy.traits.probes):
             raise ValueError(
@@ -68,6 +76,7 @@ class Stream:
             )
         self.attached, self.policy, self.softness = attached, policy, softness
         self.carry, self.recorder, self.last_position = carry or DirectStep(), recorder, last_position
+        self._trained = trained if last_position is None else None
         self._config = ReadConfig(
             policy=policy,
             softness=softness,
@@ -100,6 +109,12 @@ class Stream:
         return max(self._next)
 
     @property
+    def beyond(self) -> int:
+        """The last position if it is beyond those that the model was trained on (`positions: original`); else 0."""
+        reached = self.next_position - 1
+        return reached if self._trained is not None and reached >= self._trained.trained else 0
+
+    @property
     def moved(self) -> int:
         """By how much positions of new tokens are below those of the backbone; the largest of the batch."""
         return max(self._moved)
@@ -107,7 +122,7 @@ class Stream:
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then evicts until its budget holds.
 
-        Raises ValueError when positions pass `last_position` even with a compacted memory.
+        Raises PositionsError when positions pass `last_position` even with a compacted memory.
         """
         # 1. place: the positions of the chunk in this stream
         chunk, compaction = self._placed(chunk)
@@ -145,7 +160,7 @@ class Stream:
             self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
             reached = last - min(self._moved)
             if limit is not None and reached >= limit:
-                raise ValueError(
+                raise PositionsError(
                     f"memory and chunk reach position {reached} even when compacted, the model was trained below "
                     f"{limit}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
@@ -167,6 +182,8 @@ class Stream:
         self.fed += chunk.count
         ends = chunk.positions.amax(dim=(1, 2)).tolist()
         self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
+        if self._trained is not None:
+            self._trained.note(self.next_position - 1)
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         self.usage = Usage(
             peak_entries=max(self.usage.peak_entries, int(pool) if pool == int(pool) else pool),
@@ -187,6 +204,7 @@ class Stream:
             recorder=self.recorder,
             last_position=self.last_position,
             probes=self._config.probe_ids,
+            trained=self._trained,
         )
         twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
         twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
