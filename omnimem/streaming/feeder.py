@@ -329,6 +329,8 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
                 fork = stream.fork()
                 fork.feed(chunk)
                 yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
+                if not torch.is_grad_enabled():
+                    fork.forget()
             continue
         # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]

@@ -86,7 +86,7 @@ class Stream:
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
-        self.memory = Memory.empty(replace(shape, feature=width), batch)
+        self.memory = self._empty = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
         self._next = (0,) * batch  # of each stream, the position that follows the latest chunk
         self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
@@ -122,6 +122,7 @@ class Stream:
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then evicts until its budget holds.
 
+        Without gradient, the memory is lost when reading fails half-way (out of memory): the stream is to be dropped.
         Raises PositionsError when positions pass `last_position` even with a compacted memory.
         """
         # 1. place: the positions of the chunk in this stream
@@ -141,7 +142,11 @@ class Stream:
                 order=passed.order,
                 compaction=compaction,
             )
-            self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
+            if torch.is_grad_enabled() or self.carry != DirectStep():
+                self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
+            else:  # nothing refers to the memory but this stream and its forks
+                held, self.memory = [self.memory], self._empty
+                self.memory = step.consume(held, passed.chunk.embeddings)
         elif compaction is not None:
             self.memory = compaction(self.memory, self.attached.rotary)
         # 4. account: tokens fed, next positions, usage
@@ -209,6 +214,10 @@ class Stream:
         twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
         twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
         return twin
+
+    def forget(self) -> None:
+        """Drop the memory, so that a fork that is not asked any more does not keep it alive."""
+        self.memory = self._empty
 
     def read(self, loss: Callable[[Memory], Tensor]) -> Tensor:
         """`loss` of the memory, with the gradient of the stream's gradient mode."""
