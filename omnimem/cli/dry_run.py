@@ -29,6 +29,7 @@ from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.streaming.feeder import IGNORED, tracks_of
+from omnimem.streaming.trained_range import beyond
 from omnimem.tokens import Modality
 from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of
@@ -251,7 +252,7 @@ def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
     if facts.last_position >= trained:
-        yield f"positions reach {facts.last_position:,}, beyond the {trained:,} that the model was trained on"
+        yield beyond(facts.last_position, trained)
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"

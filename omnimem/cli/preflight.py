@@ -20,6 +20,7 @@ from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
+from omnimem.evaluation.left_out import is_out_of_memory
 from omnimem.media.container import Reason
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
@@ -134,8 +135,11 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
                 chunk_tokens=chunk_tokens,
             )
             torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
-    except torch.OutOfMemoryError as error:
-        what = f"{shown} at {budget} does not fit on {device} ({str(error).splitlines()[0]})"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
+        what = f"{shown} at {budget} does not fit on {device} ({reason})"
         cure = (
             "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "
             "layer or tuning.offload: true"

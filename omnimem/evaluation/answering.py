@@ -11,6 +11,7 @@ import torch
 
 from omnimem.backbones import Turn
 from omnimem.data import Failure, Failures, Question, Sample
+from omnimem.evaluation import left_out
 from omnimem.evaluation.cost import Clock, FirstToken, PeakMemory
 from omnimem.evaluation.options import Arm, EvaluateOptions
 from omnimem.evaluation.results import Results
@@ -23,7 +24,7 @@ from omnimem.media.prefetch import Decoders
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Due, Feeder, feed_until_due, tracks_of
-from omnimem.streaming.stream import Stream
+from omnimem.streaming.stream import PositionsError, Stream
 from omnimem.tasks import Benchmark
 from omnimem.tokens import EVICTABLE, Chunk
 
@@ -130,7 +131,7 @@ class Evaluation:
         if arm.tracks in (None, self.feeder.options.tracks):
             return self.feeder
         options = replace(self.feeder.options, tracks=arm.tracks)
-        return Feeder(self.feeder.backbone, options, self.feeder.cache)
+        return Feeder(self.feeder.backbone, options, self.feeder.cache, self.feeder.trained)
 
     def _job(self, block: int, sample: Sample, arm: Arm, feeder: Feeder) -> tuple[_Job, FileSource | None]:
         """A sample, with its file if that must be decoded."""
@@ -163,20 +164,36 @@ class Evaluation:
     def _lines(
         self, arm: Arm, benchmark: Benchmark, batch: list[StreamReader] | tuple[Sample, MediaError], trace: Path | None
     ) -> list[dict[str, Any]]:
-        """One line per question; if a stream becomes unreadable, all questions of its batch fail."""
-        if isinstance(batch, tuple):
-            return self._failed(*batch)
-        try:
-            return list(self._answers(arm, benchmark, batch, trace))
-        except MediaError as error:
-            return [line for reader in batch for line in self._failed(reader.sample, error)]
+        """One line per question; if a stream becomes unreadable, all questions of its batch fail.
 
-    def _failed(self, sample: Sample, error: MediaError) -> list[dict[str, Any]]:
+        Where the arm cannot go on with the batch (`left_out`), the questions that it has not answered are left out.
+        """
+        if isinstance(batch, tuple):
+            return self._failed(batch[0], batch[1].reason, str(batch[1]))
+        lines: list[dict[str, Any]] = []
+        try:
+            lines.extend(self._answers(arm, benchmark, batch, trace))
+            return lines
+        except MediaError as error:
+            return [line for reader in batch for line in self._failed(reader.sample, error.reason, str(error))]
+        except (PositionsError, RuntimeError, MemoryError, OSError) as error:
+            reason = left_out.reason_of(error, arm.policy)
+            if reason is None:
+                raise
+        left_out.release()
+        done = {line["id"] for line in lines}
+        rest = [line for reader in batch for line in self._failed(reader.sample, *reason) if line["id"] not in done]
+        print(
+            f"{arm.name}: {len(rest)} questions of {batch[0].sample.id} are left out: {': '.join(reason)}", flush=True
+        )
+        return lines + rest
+
+    def _failed(self, sample: Sample, reason: str, message: str) -> list[dict[str, Any]]:
         return [
             {
                 **self._question(sample, question),
-                "failed": error.reason,
-                "message": str(error),
+                "failed": reason,
+                "message": message,
                 "prediction": None,
                 **dict.fromkeys(("correct", "parsed", "counted", "bare"), False),
             }
@@ -265,6 +282,7 @@ class Evaluation:
             "entries": stream.memory.entries / layers,
             "bytes": stream.usage.bytes,
             **_selector(stream, layers),
+            **({"beyond_trained": stream.beyond} if stream.beyond else {}),
         }
 
 
@@ -332,6 +350,6 @@ def _late(question: Question, reader: StreamReader, due: Due, *, over: bool) -> 
 
 
 def _failures(lines: Iterable[dict[str, Any]]) -> list[Failure]:
-    """The failed streams, each once."""
-    found = {line["stream"]: line for line in lines if line.get("failed")}
+    """The unreadable streams, each once."""
+    found = {line["stream"]: line for line in lines if line.get("failed") and not left_out.is_left_out(line)}
     return [Failure(id=stream, reason=line["failed"], message=line["message"]) for stream, line in found.items()]

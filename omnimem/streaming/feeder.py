@@ -20,6 +20,7 @@ from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaS
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
+from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Chunk, Modality
 
 IGNORED = -100
@@ -72,9 +73,16 @@ def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -
 class Feeder:
     """Turns samples into chunks and prompts for one backbone and one set of stream options."""
 
-    def __init__(self, backbone: Backbone, options: StreamOptions, cache: Path | EncoderCache | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: StreamOptions,
+        cache: Path | EncoderCache | None = None,
+        trained: TrainedRange | None = None,
+    ) -> None:
         """`cache` is a folder for the outputs of the frozen encoders, or the cache of a feeder over the same encoders.
 
+        `trained` notes streams beyond the trained positions; it may be shared with another feeder of the same model.
         Raises LayoutError when no frame grid ends with an audio block at this rate.
         """
         self.backbone, self.options = backbone, options
@@ -82,6 +90,7 @@ class Feeder:
             backbone.geometry.segment(options.fps)
         except ValueError as error:
             raise LayoutError(f"stream.{error}") from error
+        self.trained = trained or TrainedRange(backbone.trained_positions)
         self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
 
     # ------------------------------------------------------------------------------------ decoding and encoding
@@ -180,7 +189,9 @@ class Feeder:
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
         probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.traits.probes]
-        return Stream(attached, policy, batch=batch, last_position=last, probes=probes, **settings)
+        return Stream(
+            attached, policy, batch=batch, last_position=last, probes=probes, trained=self.trained, **settings
+        )
 
     def with_oracle(self, policy: Policy, batch: Sequence[Readable]) -> Policy:
         """The policy with the content of the streams, where it needs that; their segments are then read twice."""
@@ -318,6 +329,8 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
                 fork = stream.fork()
                 fork.feed(chunk)
                 yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
+                if not torch.is_grad_enabled():
+                    fork.forget()
             continue
         # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]
