@@ -219,7 +219,7 @@ class StreamTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the metrics of the streams; collective."""
         if "loss" in logs:
-            logs = self.metrics.complete(logs, self, self._initial_global_step)
+            logs = self.metrics.complete(logs, self)
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: Any) -> int:
