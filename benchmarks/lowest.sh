@@ -35,7 +35,7 @@ trap 'rm -rf "$folder"' EXIT
 here=$PWD
 (
     cd "$folder"
-    python "$here/data_prep/synthesize.py" --out data/recall --splits train --count 4 >/dev/null
+    python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 >/dev/null
     few=(evaluate.after_training=false train.max_steps=2 train.per_device_train_batch_size=1 calibration.streams=2)
     python "$here/train/finetune.py" --config tiny.yaml --dry-run >/dev/null
     python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${few[@]}"
