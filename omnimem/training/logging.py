@@ -32,15 +32,19 @@ class StepMetrics(TrainerCallback):
     failed: FailedSamples
     outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
     samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
-    logged: int = 0  # the last logged step
+    logged: int = 0  # the last logged step, or the one that the run began at
     names: Mapping[str, Any] = field(default_factory=dict)  # sample ids of the next line
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Record the streams of a batch."""
         self.outcomes.append((step, replace(outcome, loss=outcome.loss.detach())))
 
-    def complete(self, logs: Mapping[str, float], trainer: Trainer, first: int) -> dict[str, float]:
-        """The logs of the Trainer with the metrics of the streams; collective. `first`: step that the run began at."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count from the step of the checkpoint."""
+        self.logged = state.global_step
+
+    def complete(self, logs: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
+        """The logs of the Trainer with the metrics of the streams; collective."""
         state, ranks = trainer.state, trainer.args.world_size
         # 1. losses by name and by budget, of all ranks
         self.failed.share(trainer.args)
@@ -52,7 +56,7 @@ class StepMetrics(TrainerCallback):
         # 3. loss and gradient norm without skipped steps
         skipped = self.nonfinite.since(self.logged)
         if skipped:
-            steps = state.global_step - max(self.logged, first)
+            steps = state.global_step - self.logged
             complete["loss"] = mean_without(len(skipped), steps, complete["loss"])
         if skipped and skipped[-1].step == state.global_step and "grad_norm" in complete:
             complete["grad_norm"] = math.nan

@@ -231,7 +231,7 @@ class StreamTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the metrics of the streams; collective."""
         if "loss" in logs:
-            logs = {**self.metrics.complete(logs, self, self._initial_global_step), **self._overlap()}
+            logs = {**self.metrics.complete(logs, self), **self._overlap()}
         super().log(logs, *args, **kwargs)
 
     def _overlap(self) -> dict[str, float]:
