@@ -172,9 +172,7 @@ def test_an_adapter_keeps_selection_by_the_base_and_the_card_says_so(base, by_ba
 
 
 def test_merged_weights_hold_no_base_to_choose_by(base, by_base, merged, tmp_path) -> None:
-    with pytest.raises(
-        AdapterError, match=r"^memory.selection_from = base needs the model without .*--format adapter$"
-    ):
+    with pytest.raises(AdapterError, match=r"^memory.selection_from = base needs .*; export with --format adapter$"):
         exported_to(tmp_path / "out", by_base, "merged")
     assert not (tmp_path / "out").exists()
     table = json.loads((merged / "omnimem.json").read_text())

@@ -119,7 +119,7 @@ def test_the_memory_table_has_the_bytes_of_the_memory_that_chooses(tmp_path, che
     facts = read_sample(run, skeleton, [])
     rows = {row.what: row.bytes for row in footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))}
     backbone = load_backbone(run.model)
-    add_adapter(backbone.model, LoraOptions(r=2, alpha=4))
+    add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0))
     feeder = Feeder(backbone, run.stream)
     policy = policies_of(run.memory, run.memory.budget.build(2, 9))(9)
     with attach(backbone.text_model) as attached, torch.no_grad():

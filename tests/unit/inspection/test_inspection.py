@@ -293,20 +293,19 @@ def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(p
     assert held == [2 * 8, 2 * 12]
     assert len(data["marks"]) > 1
     lines = capsys.readouterr().out.splitlines()
-    assert all(
-        re.search(r"; needles: \d of 4 held in some layer, each in \d+\.\d% of the layers", line) for line in lines[:2]
-    )
+    needles = r"; needles: \d of 4 held in some layer, each in \d+\.\d% of the layers"
+    assert all(re.search(needles, line) for line in lines[:2])
     assert re.fullmatch(r"held by both: \S+% of the tokens of a layer \(layers: \S+% to \S+%\)", lines[2])
 
 
-VIDEO = ("--video", "one.mp4")
+VIDEO, HARD = ("--video", "one.mp4"), "tuning.selection.softening=hard"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (VIDEO, "both sides are the same; give two policies, "),
-        ((*VIDEO, "--right", "memory.selection_from=base"), "both sides are the same; give two policies, "),
+        ((*VIDEO, HARD, "--right", "memory.selection_from=base"), "both sides are the same; give two policies, "),
         ((*VIDEO, "--policies", "omnimem", "snapkw"), "name: 'snapkw' is unknown; did you mean 'snapkv'?"),
         ((*VIDEO, "--right", "stream.fps=2"), "only memory.* and stream.positions may differ"),
         ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),
