@@ -94,7 +94,7 @@ class Stream:
         self._trained = trained if last_position is None else None
         # 1. the stream that chooses the tokens, if it is not this one
         self.selector: Stream | None = None
-        if policy.selection_from == "base" and policy.budget is not None and adapter_layers(attached.text_model):
+        if self._chosen_elsewhere():
             _check_base_selection(policy, softness)
             own = replace(policy, selection_from="tuned")
             self.selector = Stream(attached, own, batch=batch, last_position=last_position, probes=probes)
@@ -146,9 +146,15 @@ class Stream:
         """Read a chunk: every layer attends to its memory and the chunk, then evicts until its budget holds.
 
         Without gradient, the memory is lost when reading fails half-way (out of memory): the stream is to be dropped.
-        Raises PositionsError when positions pass `last_position` even with a compacted memory.
+        Raises PositionsError when positions pass `last_position` even with a compacted memory, ValueError when an
+        adapter whose tokens another model has to choose was switched on since the stream was opened.
         """
         # 1. choose: with a selector, which tokens every layer keeps afterwards
+        if self.selector is None and self._chosen_elsewhere():
+            raise ValueError(
+                "memory.selection_from = base: the adapter was switched on after the stream was opened; open the "
+                "stream with the adapter on, or without it and keep it off"
+            )
         config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
         # 2. place: the positions of the chunk in this stream
         chunk, compaction = self._placed(chunk)
@@ -176,6 +182,11 @@ class Stream:
             self.memory = compaction(self.memory, self.attached.rotary)
         # 5. account: tokens fed, next positions, usage
         self._account(chunk, passed.chunk, entries)
+
+    def _chosen_elsewhere(self) -> bool:
+        """Whether the tokens to keep are not those that the model as it is now would choose."""
+        base = self.policy.selection_from == "base" and self.policy.budget is not None
+        return base and bool(adapter_layers(self.attached.text_model))
 
     def _chosen_by(self, selector: "Stream", chunk: Chunk) -> ReadConfig:
         """The config of a chunk after which every layer keeps what `selector`, the untuned model, keeps of it."""

@@ -15,6 +15,11 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder
 
 
+def is_due(every: int, step: int, steps: int, last: int) -> bool:
+    """Whether the log at `step` of `steps` is the last one, or the first from a multiple of `every` on."""
+    return every > 0 and (step // every > last // every or step == steps)
+
+
 @final
 class SelectionOverlap:
     """|T & U| / max(|T|, |U|) in each layer at the end of one fixed stream (ours), T the audio and visual tokens that
@@ -34,8 +39,8 @@ class SelectionOverlap:
         self.latest: list[float] | None = None
 
     def due(self, step: int, steps: int, last: int) -> bool:
-        """Whether to measure at the log of this step, the previous one being `last`: and at the end of the run."""
-        return self.every > 0 and (step // self.every > last // self.every or step == steps)
+        """Whether to measure at the log of this step, the previous log being that of step `last`."""
+        return is_due(self.every, step, steps, last)
 
     def __call__(self) -> dict[str, float]:
         """`selection_overlap/mean` and `selection_overlap/layer_N`; nothing if no sample can be read.

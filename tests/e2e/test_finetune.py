@@ -26,12 +26,15 @@ def assert_same_run(first: Run, second: Run) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "accumulation", "recompute"),
-    [("zero0", 0, 2, "chunk"), ("zero2", 0, 2, "layer"), ("zero2", 2, 1, "chunk")],
+    [("zero0", 0, 2, "chunk"), ("zero2", 0, 2, "layer"), ("zero2", 2, 1, "chunk"), ("zero0", 0, 1, "by_base")],
     ids=str,
 )
 def test_a_resumed_run_equals_an_unbroken_run(folder, stage, ranks, accumulation, recompute) -> None:
-    name = f"{stage}-{ranks}"
+    name = f"{stage}-{ranks}-{recompute}"
+    base = recompute == "by_base"
+    recompute = "chunk" if base else recompute
     settings = (
+        *(("memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=3") if base else ()),
         f"train.deepspeed=deepspeed/{stage}.json",
         f"train.gradient_accumulation_steps={accumulation}",
         f"tuning.recompute={recompute}",
@@ -50,6 +53,9 @@ def test_a_resumed_run_equals_an_unbroken_run(folder, stage, ranks, accumulation
     assert "step 6 of 10" in resumed.ended.outputs[0]
     assert "step 5 of 10" not in resumed.ended.outputs[0]
     unbroken = Run(path=kept, ended=whole.ended)
+    measured = [line["step"] for line in unbroken.lines if "selection_overlap" in line]
+    assert measured == ([3, 6, 9, 10] if base else [10])
+    assert all(("selector" in line) == (base and line["slots"] > 0) for line in unbroken.lines)
     assert_same_run(resumed, unbroken)
     assert [earlier["steps"] for earlier in resumed.record["earlier"]] == [10]
     again = tune(folder, name, *settings, "--resume", "auto", ranks=ranks)  # nothing is left to do

@@ -109,6 +109,17 @@ def test_flags_replace_what_was_exported(exports, video, capsys, flags, kept) ->
     assert any(line.endswith(f"kept in each layer: {kept}") for line in lines), lines
 
 
+def test_the_untuned_model_chooses_when_asked_to_and_its_memory_is_counted(base, exports, video, capsys) -> None:
+    adapter = ("--model", base, "--adapter", exports / "adapter", "--video", video)
+    tuned, chosen = (said(capsys, *adapter, "--selection-from", name, QUESTION) for name in ("tuned", "base"))
+    assert untimed(tuned) == untimed(said(capsys, *adapter, QUESTION))
+    line = next(line for line in chosen if line.startswith("  chosen by the model without its adapter: 24 entries, "))
+    entries = [line for line in chosen if line.startswith("  memory: 24 entries")]
+    assert len(entries) == 1
+    assert not any(line.startswith("  chosen by") for line in tuned)
+    assert int(re.findall(r"([\d,]+) bytes", line)[0].replace(",", "")) > 0
+
+
 def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsys) -> None:
     capsys.readouterr()
     ask.main(["--model", str(base), "--video", str(video), QUESTION])
