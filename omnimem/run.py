@@ -21,6 +21,7 @@ from typing import Any, final
 
 from typing_extensions import TypedDict
 
+from omnimem.aside import written_aside
 from omnimem.checksums import damage
 from omnimem.errors import UserError
 from omnimem.textfile import StoredFileError, parse_stored, read_stored
@@ -152,7 +153,9 @@ class Start:
         # 2. write the record and config, drop metrics of later steps
         earlier = self._earlier() if self.resumed and self.folder.record.exists() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
-        write_json(self.folder.record, {**provenance, "earlier": history})  # first: marks the folder as a run
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        record = {**provenance, "config_sha256": digest, "earlier": history}
+        write_json(self.folder.record, record)  # first: marks the folder as a run
         write_text(self.folder.config, config)
         keep_steps(self.folder.metrics, self.step)
         return self.folder
@@ -234,17 +237,12 @@ def sha256(path: Path, *, suffixes: Sequence[str] = ()) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: readers never see a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _named(path), partial.open("w", encoding="utf-8") as file:
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with _named(path):
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

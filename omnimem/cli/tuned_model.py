@@ -23,6 +23,7 @@ class FinishedRecord(TypedDict):
 
     sha256: dict[str, str | None]
     steps: NotRequired[int]
+    config_sha256: NotRequired[str]
 
 
 @final
@@ -48,9 +49,11 @@ class TunedModel:
         for file in (folder.record, folder.config, folder.budget):
             if not file.is_file():
                 raise RunError(f"{file} is missing; give --run the folder of a run of `omnimem finetune`")
+        record = read_json(folder.record, FinishedRecord, RESTORE)
+        if record.get("config_sha256", sha256(folder.config)) != sha256(folder.config):
+            raise RunError(f"{folder.config}: has changed since the run started; {RESTORE}")
         run = load(folder.config, ["train={}"])  # the files of training may be elsewhere now
         model = replace(run.model, path=base or run.model.path, dtype=dtype or run.model.dtype)
-        record = read_json(folder.record, FinishedRecord, RESTORE)
         adapter, step = _adapter_of(folder, record, checkpoint)
         return cls(
             run=replace(run, model=model), record=record, budget=Budget.read(folder.budget), adapter=adapter, step=step

@@ -76,12 +76,10 @@ def run(whole, tmp_path) -> RunFolder:
 
 def check(command: Callable[[], object], path: Path, capsys, *, refused: bool = True) -> None:
     code, lines = ends(command, capsys)
-    said = [line for line in lines if path.name in line or path.parent.name in line]
     assert code == (2 if refused else 0), lines
-    assert said, lines
-    assert len(lines) == 1, lines
-    assert ";" in said[0]
-    assert len(said[0]) < 600
+    assert lines
+    assert all(path.name in line or path.parent.name in line for line in lines), lines
+    assert all(";" in line and len(line) < 600 for line in lines), lines
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -93,7 +91,7 @@ def test_a_run_with_a_damaged_file_can_be_continued(name, how, run, base, capsys
         start = plan("x", resume="auto", runs=run.path.parent)
         if start.resumed and run.config.exists():
             refuse_changes(settings, run.config)
-        start.open(dump(settings), {"seed": 1}, patience=0)
+        start.open(dump(settings), {"seed": 1}, patience=0.0)
 
     damaged(run.path / name, how)
     if name == "config.yaml":
@@ -106,8 +104,9 @@ def test_a_run_with_a_damaged_file_can_be_continued(name, how, run, base, capsys
     assert code == 0
     assert json.loads(run.record.read_text())["seed"] == 1
     assert all(name in line for line in lines), lines
-    assert all(json.loads(line)["step"] <= 4 for line in run.metrics.read_text().splitlines())
-    if name == "run.json":
+    kept = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+    assert all(json.loads(line)["step"] <= 4 for line in kept)
+    if name == "run.json" and how != "object":  # all its keys are optional
         assert run.record.with_name("run.json.1").exists()
         assert lines
 

@@ -57,4 +57,5 @@ def ends(command: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> t
         run_command(lambda _: command() and None)
     code = leaving.value.code
     assert isinstance(code, int)
-    return code, [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Loading weights")]
+    lines = capsys.readouterr().err.splitlines()
+    return code, [line for line in lines if line and not line.startswith("Loading weights")]
