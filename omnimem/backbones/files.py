@@ -8,7 +8,7 @@ from typing import Any, final
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
-from omnimem.errors import UserError, lacks_memory
+from omnimem.errors import UserError, first_line, lacks_memory
 from omnimem.limits import exceeds
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -53,7 +53,7 @@ def checkpoint_errors(path: str) -> Iterator[None]:
     except Exception as error:  # transformers raises errors of every class for values that it does not expect
         if lacks_memory(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = first_line(error)
         raise CheckpointError(
             f"model.path: {path} cannot be loaded ({first}); give a local folder with config.json, weights and "
             "tokenizer, or a hub id that can be reached"

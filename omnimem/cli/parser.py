@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError
 
-from omnimem.errors import UserError, lacks_memory
+from omnimem.errors import UserError, first_line, lacks_memory
 from omnimem.extras import missing_extra
 from omnimem.limits import raise_limits
 from omnimem.training.shutdown import Stopped
@@ -104,7 +104,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _leave_without_memory(error: Exception) -> None:
     """Exit with one line if memory is exhausted."""
     if lacks_memory(error):
-        what = (str(error).strip() or "MemoryError").splitlines()[0]
+        what = first_line(error)
         cure = "lower stream.max_pixels, stream.chunk_tokens or batch sizes, or give the process more memory"
         leave([f"not enough memory ({what}); {cure}"], 1)
 

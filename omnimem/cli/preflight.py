@@ -20,6 +20,7 @@ from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
+from omnimem.errors import first_line
 from omnimem.media.container import Reason
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
@@ -135,7 +136,7 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
             )
             torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
     except torch.OutOfMemoryError as error:
-        what = f"{shown} at {budget} does not fit on {device} ({str(error).splitlines()[0]})"
+        what = f"{shown} at {budget} does not fit on {device} ({first_line(error)})"
         cure = (
             "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "
             "layer or tuning.offload: true"

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, final
 
 from omnimem.data import Item, Message, Sample
+from omnimem.errors import first_line
 from omnimem.extras import optional
 from omnimem.limits import exceeds
 from omnimem.tasks.rules import LETTERS
@@ -232,7 +233,7 @@ def read_parquet(path: Path) -> list[tuple[str, Row]]:
                         raise ManifestError([f"{path}: unpacked, its size ({name}) of {what}"])
                 rows += batch.to_pylist()
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
+        raise ManifestError([f"{path}: cannot be read ({first_line(error)}); {AGAIN}"]) from error
     return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
