@@ -6,8 +6,9 @@ For each run folder (config.yaml, budget.json, adapter/): every stream is read u
 checkpoint and by the tuned one, selection hard as always in evaluation. The worlds define the meaning of each token:
 one visual token per cell and 2 s, one audio token per second. Differences are paired by stream, with 95 % intervals
 clustered by stream. The overlap is the share of a layer's kept tokens kept by both: 100 % if tuning changes no
-selection. Each --root (data/recall; others by data_prep/synthesize.py with another --seed) adds --streams streams.
-Writes softening.json into --out (runs/softening) and prints a table per run.
+selection. The last column is the share of layers that hold an item: a needle may be lost in many layers and still be
+held in some layer. Each --root (data/recall; others by data_prep/synthesize.py with another --seed) adds --streams
+streams. Writes softening.json into --out (runs/softening) and prints a table per run.
 """
 
 import json
@@ -47,6 +48,7 @@ from omnimem.tuning import load_adapter
 NEEDLES = ("symbol", "decoy", "word")  # symbols are asked about, decoys are not; one token of each may be enough
 ROWS = ("symbols", "symbol tokens", "decoys", "words", "flicker tokens", "background tokens")  # of the printed table
 ANY = "any layer"
+EACH = "layers that hold one, %"
 DRAWS = 2000
 
 
@@ -234,17 +236,27 @@ def summary(reads: Sequence[Read]) -> dict[str, Any]:
     return {"streams": len(reads), "rows": rows, "overlap": shares}
 
 
+def in_layers(row: dict[str, Any]) -> str:
+    """Before -> after: the share of layers that hold an item of a row, which `any layer` is blind to."""
+    shares = [
+        float(np.mean([cell[side] for layer, cell in row["kept"].items() if layer != ANY])) / max(row["there"], 1e-9)
+        for side in ("before", "after")
+    ]
+    return " -> ".join(f"{100 * share:.1f}" for share in shares)
+
+
 def table(found: dict[str, Any]) -> str:
     """Before -> after (difference, its interval) by layer."""
     layers = list(found["overlap"]["visual"])
-    titles = [layer if layer == ANY else f"layer {layer}" for layer in layers]
+    titles = [*(layer if layer == ANY else f"layer {layer}" for layer in layers), EACH]
     lines = []
     for what in ROWS:
         row = found["rows"][what]
         cells = [Cell(**row["kept"][layer]) for layer in layers]
-        lines.append([f"{what} ({row['there']:.1f})", *map(str, cells)])
+        lines.append([f"{what} ({row['there']:.1f})", *map(str, cells), in_layers(row)])
     for modality, shares in found["overlap"].items():
-        lines.append([f"same {modality} tokens", *(f"{shares[layer]:.0%}" for layer in layers)])
+        mean = np.mean([shares[layer] for layer in layers if layer != ANY])
+        lines.append([f"same {modality} tokens", *(f"{shares[layer]:.0%}" for layer in layers), f"{mean:.0%}"])
     return markdown(["kept per stream (of)", *titles], lines)
 
 

@@ -243,6 +243,8 @@ class Load:
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
+    selector_entries: int = 0  # those of the untuned model's own memory with `selection_from: base`; 0: it has none
+    selector_feature: int = 0  # width of its redundancy feature
     chunk_tokens: int  # longest chunk
     chunks: int  # of the longest stream
     text_tokens: int  # of the stream; never evicted
@@ -319,12 +321,22 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     stored, size = entries * storing // layers, shapes.text.width * load.dtype.itemsize
     if stored:
         rows.append(_estimate("memory: layer inputs", stored * size, f"{stored:,} entries x {size:,} B"))
-    # 3. graph and teacher
+    # 3. graph, selector and teacher
     rows.append(_earlier_chunks(shapes, load, entries * (pair + side), stored * size))
+    if load.selector_entries:
+        rows.append(_selector(shapes, load))
     if load.teacher_tokens:
         taught = load.batch * layers * (load.teacher_tokens + load.text_tokens)
         rows.append(_exact("teacher's full memory", taught * pair, f"{taught:,} entries x {pair} B"))
     return rows
+
+
+def _selector(shapes: Shapes, load: Load) -> Row:
+    """The memory of the untuned model that chooses the tokens; it is in no graph."""
+    pair, side = shapes.entry(load.selector_feature, load.dtype)
+    size = pair + (shapes.text.kv_heads * (side + 1) if load.per_head else side)
+    entries = load.batch * (load.selector_entries + load.text_tokens * shapes.text.layers)
+    return _exact("selector's memory", entries * size, f"{entries:,} entries x {size} B (selection_from: base)")
 
 
 def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:

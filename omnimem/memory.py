@@ -9,6 +9,8 @@ from torch import Tensor
 
 from omnimem.tokens import ABSENT, TOKEN_AXES, Modality, Tokens
 
+Held = frozenset[tuple[int, int]]  # tokens of a layer: head (0 where all heads hold all tokens) and arrival number
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,15 @@ class Memory:
         """The same values outside the autograd graph."""
         return Memory(layers=tuple(layer.detached() for layer in self.layers))
 
+    def held(self, row: int = 0) -> tuple[Held, ...]:
+        """The audio and visual tokens that each layer holds of one stream."""
+        found = []
+        for layer in self.layers:
+            there, order = layer.modality[row] > 0, layer.order[row]
+            owner = layer.owner[row, 0] if layer.owner.shape[1] else torch.zeros_like(order)
+            found.append(frozenset(zip(owner[there].tolist(), order[there].tolist(), strict=True)))
+        return tuple(found)
+
     @property
     def batch(self) -> int:
         """Number of streams that share the pass."""
@@ -97,6 +108,14 @@ class Memory:
         """The fraction of a layer's places that is not padding; a batch of one stream has no padding."""
         padded = self.batch > 1 and layer.count > 0
         return float((layer.modality != ABSENT).float().mean()) if padded else 1.0
+
+
+def in_common(ours: Sequence[Held], theirs: Sequence[Held]) -> list[float]:
+    """|A & B| / max(|A|, |B|) of every layer; 1 where both hold nothing. A merged entry counts by its number."""
+    return [
+        len(mine & other) / max(len(mine), len(other)) if mine or other else 1.0
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
 
 
 def _mean(total: int, parts: int) -> int | float:

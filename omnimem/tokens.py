@@ -147,6 +147,7 @@ class Chunk:
     modality: Int8[Tensor, "batch tokens"]
     seconds: float = 0.0  # stream time at the end of the chunk
     deepstack: DeepStack | None = None
+    at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
 
     @property
     def count(self) -> int:

@@ -44,12 +44,13 @@ class Encoded:
     start: float  # seconds
     seconds: float
     seconds_per_grid: float
+    at: float | None = None  # a rest, as `Segment.at`
 
     @property
     def layout(self) -> tuple[object, ...]:
         """The properties that segments of one batch must share."""
         audio = 0 if self.audio is None else self.audio.shape[1]
-        return (self.grid, audio, self.start, self.seconds, self.seconds_per_grid)
+        return (self.grid, audio, self.start, self.seconds, self.seconds_per_grid, self.at)
 
     @property
     def count(self) -> int:
@@ -146,7 +147,7 @@ class Backbone(ABC):
         """The opening of the prompt, then the stream in chunks of at most `chunk_tokens` tokens.
 
         A chunk also ends with the last segment that is complete at a cut (seconds), so that a question asked at that
-        time sees nothing later.
+        time sees nothing later. A rest (`Encoded.at`) becomes a chunk of its own, which is not part of the stream.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -154,17 +155,26 @@ class Qwen25Omni(Backbone):
         """
         rest = iter(segments)
         while block := list(islice(rest, per_pass)):
-            with torch.no_grad():
-                visual, audio = self._encode_frames(block), self._encode_mel(block)
-            for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True):
-                yield Encoded(
-                    visual=frame_tokens,
-                    audio=mel_tokens,
-                    grid=grid,
-                    start=segment.start,
-                    seconds=segment.seconds,
-                    seconds_per_grid=self.geometry.temporal_patch / fps,
-                )
+            whole = iter(self._encoded([segment for segment in block if segment.at is None], fps))
+            for segment in block:  # the audio of a rest ends within a block, so that nothing can follow it in a pass
+                yield next(whole) if segment.at is None else self._encoded([segment], fps)[0]
+
+    def _encoded(self, block: Sequence[Segment], fps: float) -> list[Encoded]:
+        """Segments in one pass; all but the last fill whole audio blocks."""
+        with torch.no_grad():
+            visual, audio = self._encode_frames(block), self._encode_mel(block)
+        return [
+            Encoded(
+                visual=frame_tokens,
+                audio=mel_tokens,
+                grid=grid,
+                start=segment.start,
+                seconds=segment.seconds,
+                seconds_per_grid=self.geometry.temporal_patch / fps,
+                at=segment.at,
+            )
+            for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True)
+        ]
 
     def _encode_frames(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
         """Visual tokens [1, tokens, width] and their grid for each segment."""
@@ -191,7 +201,7 @@ class Qwen25Omni(Backbone):
         """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
         # 1. encode all segments in one pass
         present = [segment.mel for segment in block if segment.mel is not None]
-        if not present:
+        if not audio_tokens(sum(mel.shape[1] for mel in present)):
             return [None] * len(block)
         towers = self._towers
         mel = torch.cat(present, dim=1)[None].to(device=self.device, dtype=towers.dtype)
@@ -235,6 +245,14 @@ class Qwen25Omni(Backbone):
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
                     f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
                 )
+            if segment.count == 0:  # audio shorter than a token
+                continue
+            if segment.at is not None:
+                if pending:
+                    yield layout.chunk(pending)
+                    pending = []
+                yield copy(layout).chunk([segment])
+                continue
             full = sum(held.count for held in pending) + segment.count > chunk_tokens
             cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
             if pending and (full or cut_here):
@@ -311,6 +329,7 @@ class _Layout:
             positions=torch.cat([positions for _, positions, _ in parts], dim=1).expand(batch, -1, -1),
             modality=torch.cat([modality for _, _, modality in parts]).expand(batch, -1),
             seconds=last.start + last.seconds,
+            at=last.at,
         )
 
     def _place(self, segment: Encoded) -> tuple[Tensor, Int[Tensor, "axes tokens"], Tensor]:

@@ -286,6 +286,8 @@ def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Itera
         if drawn:
             listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
             yield f"{what} in training, one drawn per step: {listed}"
+    if run.memory.selection_from == "base":
+        yield f"chosen by the model without its adapter, which keeps {budget.total:,} entries of its own"
     if (most := run.tuning.selection.most(slots)) > slots:
         yield f"soft selection holds up to {most:,} entries per layer in training, evaluation holds {slots:,}"
 
@@ -298,11 +300,15 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
     slots = max(media if slots is None else most(slots) for slots in drawn)
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
+    feature, base = width if policy.traits.needs_novelty else 0, run.memory.selection_from == "base"
+    evicting = max((slots for slots in drawn if slots is not None), default=0) if base else 0
     batch = int(run.train.get("per_device_train_batch_size", 8))
     return Load(
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
-        feature=width if policy.traits.needs_novelty else 0,
+        feature=0 if base else feature,
+        selector_entries=evicting * shapes.text.layers,
+        selector_feature=feature,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,

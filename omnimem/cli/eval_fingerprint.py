@@ -65,6 +65,7 @@ class EvalFingerprint:
             "model": run.model.path,
             "policy": run.memory.policy.name,
             "slots_per_layer": run.memory.slots_per_layer,
+            "selection_from": run.memory.selection_from if tuned else "tuned",
             "reading": {
                 "fps": run.stream.fps,
                 "max_pixels": run.stream.max_pixels,
@@ -76,12 +77,15 @@ class EvalFingerprint:
     def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
         """Everything that answers may depend on, as JSON returns it."""
         run, whole = self.run, arm.policy.budget is None
+        memory = asdict(run.memory)
+        selection_from = memory.pop("selection_from")  # the same for all arms that have no adapter or evict nothing
         setting = {
             "model": {**asdict(run.model), "sha256": self._base},
             "adapter": self._adapter if tuned else None,
             "stream": {**asdict(run.stream), "tracks": arm.tracks},
-            "memory": None if whole else {**asdict(run.memory), "sha256": sha256(self.folder.budget)},
+            "memory": None if whole else {**memory, "sha256": sha256(self.folder.budget)},
             "policy": None if whole else repr(replace(arm.policy, budget=None)),  # with the values of its preset
+            "selection_from": "base" if tuned and not whole and selection_from == "base" else None,  # None: tuned
             "max_new_tokens": run.evaluate.max_new_tokens,
             "benchmarks": self._benchmarks,
         }

@@ -138,6 +138,8 @@ def _memory(exported: Exported) -> Iterator[str]:
     yield "## Memory\n\n| | |\n|---|---|"
     given = {name: value for name, value in asdict(memory.policy).items() if name != "name" and value is not None}
     yield f"| policy | `{memory.policy.name}`" + "".join(f", {name} {value}" for name, value in given.items()) + " |"
+    if memory.selection_from == "base":
+        yield "| selection | by the base without the adapter: it reads every chunk first, into its own memory |"
     yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {budget.layers} layers |"
     if budget.split:
         audio, visual = ([layer[place] for layer in budget.slots] for place in (0, 1))

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from omnimem.budget import Budget
 from omnimem.checksums import damage
 from omnimem.config import RunConfig, load
-from omnimem.config.exported import HERE, Exported, Origin
+from omnimem.config.exported import HERE, NO_BASE, Exported, Origin
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError
@@ -60,8 +60,13 @@ class TunedModel:
         )
 
     def exported(self, kind: Kind, base: "BaseModel") -> Exported:
-        """Content of omnimem.json. Raises AdapterError if the base is not the one that was tuned."""
+        """Content of omnimem.json.
+
+        Raises AdapterError if the base is not the one that was tuned, or is needed and would be merged.
+        """
         run, memory, policy = self.run, self.run.memory, self.run.memory.policy
+        if kind == "merged" and memory.selection_from == "base":
+            raise AdapterError(f"memory.selection_from = {NO_BASE}; export with --format adapter")
         if isinstance(policy, PerturbationOptions):
             memory = replace(memory, policy=policy.written_out())  # presets may change later
         return Exported(

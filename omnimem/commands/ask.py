@@ -2,8 +2,8 @@
 
 omnimem ask --model DIR [--adapter DIR] --video FILE|- [--at SECONDS]... "QUESTION" ["QUESTION" ...]
 
-Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots and
---policy replace them. Without any of these the whole stream is kept.
+Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots,
+--policy and --selection-from replace them. Without any of these the whole stream is kept.
 """
 
 import sys
@@ -27,7 +27,7 @@ from omnimem.media import FileSource, LiveSource, Source, read_live
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.streaming.attach import attach
-from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Modality
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     """Read the stream, ask the questions, print answers and their cost."""
     # 1. load the model
     given = _parser().parse(arguments)
+    if given.selection_from == "base" and given.adapter is None:
+        raise ConfigError(["--selection-from base: there is no adapter; give --adapter DIR, or leave it out"])
     exported = recorded(given.model, given.adapter)
     backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
         stream = feeder.stream(attached, policy)
         asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens)
-        for reply in asking.replies(stream, source_of(given.video, feeder), given.at):
+        for reply in asking.replies(stream, source_of(given.video, feeder, given.at), given.at):
             print("\n".join(reply.lines(given.questions)), flush=True)
 
 
@@ -107,21 +109,21 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     options = exported.memory.policy if exported else PerturbationOptions()
     if given.policy not in (None, options.name):
         options = POLICIES[given.policy]
-    if slots == FULL:
-        return options.build(None)
-    if exported is None:
-        return options.build(SharedBudget().build(layers, slots))
-    return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
+    chosen = given.selection_from or (exported.memory.selection_from if exported else "tuned")
+    if exported is not None and slots != FULL:
+        memory = replace(exported.memory, policy=options, selection_from=chosen)
+        return policies_of(memory, exported.budget)(slots)
+    return replace(options.build(None if slots == FULL else SharedBudget().build(layers, slots)), selection_from=chosen)
 
 
-def source_of(video: str, feeder: Feeder) -> Source:
-    """The file, or the live stream on standard input. Raises MediaError if it is unusable."""
+def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
+    """The file, or the live stream on standard input, asked at these times. Raises MediaError if it is unusable."""
     options, geometry = feeder.options.source(), feeder.backbone.geometry
     if video != PIPE:
-        return FileSource(video, options=options, geometry=geometry)
+        return FileSource(video, options=options, geometry=geometry, asks=times)
     pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
     frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
-    return LiveSource(frames, audio, options=options, geometry=geometry)
+    return LiveSource(frames, audio, options=options, geometry=geometry, asks=times)
 
 
 # --- questions and replies
@@ -157,22 +159,14 @@ class Asking:
     max_new_tokens: int
 
     def replies(self, stream: Stream, source: Source, times: Sequence[float]) -> Iterator[Reply]:
-        """A reply for each time, as soon as no later chunk can end before it; the stream is read up to the last one.
+        """A reply for each time, as soon as all before it was read, else at the end; the stream is read up to the last.
 
         Questions are read on a fork, so that the memory of the stream is unchanged.
         """
-        step = self.feeder.backbone.geometry.segment(self.feeder.options.fps)[0]
-        seen, started = 0.0, time.perf_counter()
-        waiting = sorted(times)
-        for chunk in self.feeder.watch(source, cuts=times):
-            stream.feed(chunk)
-            seen = chunk.seconds
-            while waiting and seen + step > waiting[0]:
-                yield self._reply(stream.fork(), waiting.pop(0), seen, started)
-            if times and not waiting:
-                return
-        for at in waiting or [None]:
-            yield self._reply(stream.fork(), at, seen, started)
+        started = time.perf_counter()
+        for due in feed_until_due(stream, self.feeder.watch(source, cuts=times), sorted(set(times)) or [None]):
+            for at in due.moments:
+                yield self._reply(due.stream.fork(), at, due.seconds, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
         # 1. answer, and record the time of the first logits
@@ -198,6 +192,10 @@ class Asking:
             f"memory: {memory.entries:,} entries in {layers} layers, {memory.bytes:,} bytes",
             f"seconds: {asked - started:.2f} reading, {first[0]:.3f} to the first token, {total:.3f} in all",
         ]
+        if stream.selector is not None:
+            chosen = stream.selector.memory
+            line = f"chosen by the model without its adapter: {chosen.entries:,} entries, {chosen.bytes:,} bytes more"
+            cost.insert(2, line)
         return Reply(at=at, seen=seen, answers=answers, cost=cost)
 
 
@@ -213,6 +211,8 @@ def _parser() -> Parser:
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
     parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
+    choice = "the model that chooses them: as it answers, or without its adapter"
+    parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
     parser.add_argument("--tracks", choices=("both", "video", "audio"), help="tracks of the stream to read")
     parser.add_argument("--fps", type=float, help="frames per second")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")

@@ -42,6 +42,7 @@ from omnimem.training.arguments import (
     train_section,
     training_arguments,
 )
+from omnimem.training.collectives import first_rank_first
 from omnimem.training.logging import Progress, callbacks_of
 from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
@@ -105,16 +106,17 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
     backbone, model, feeder = build_model(run, settings)
     with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
         # 3. read or measure the budget of the layers
-        with settings.main_process_first(local=False, desc="budget"):
+        with first_rank_first(first=first):
             budget = budget_of(run, attached, feeder, start.folder)
         policies = policies_of(run, budget)
         parts = Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
         if first:
             in_training = described(run.tuning, policies(None), attached.shape.layers)
-            update_json(start.folder.record, policy_in_training=in_training)
+            update_json(start.folder.record, policy_in_training=in_training, selection_from=run.memory.selection_from)
         # 4. rehearse one step
-        if longest is not None:
-            rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
+        with first_rank_first(first=first):
+            if longest is not None:
+                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
         # 5. train, and save the adapter
         trainer = build_trainer(run, start, samples, parts, settings)
         train(trainer, start, first=first)
@@ -251,9 +253,11 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
         if first:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
-            counts = {"steps": trainer.state.global_step}
+            counts: dict[str, Any] = {"steps": trainer.state.global_step}
             if trainer.feeder.cache and trainer.feeder.cache.damaged:
                 counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.overlap.latest is not None:
+                counts["selection_overlap"] = trainer.overlap.latest
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

@@ -79,6 +79,7 @@ def _verdict(benchmark: Benchmark, question: Question, prediction: Prediction | 
         "parsed": verdict.answer is not None,
         "counted": verdict.counted,
         "bare": verdict.bare,
+        **({"failure": True} if verdict.failed else {}),
         **({} if prediction.score is None else {"agrees": prediction.score == verdict.correct}),
     }
 
@@ -92,6 +93,7 @@ def _entry(benchmark: Benchmark, lines: Sequence[dict[str, Any]]) -> dict[str, A
         **dict.fromkeys(("peak_entries", "answer_entries", "bytes")),
         "input": {"frames": None, "audio_seconds": None},
         "missing": sum(line["prediction"] is None for line in lines),
+        "failures": sum("failure" in line for line in lines),
         "defects": [vars(defect) for defect in benchmark.defects()],
     }
 
@@ -108,3 +110,9 @@ def _report(entry: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[
         yield f"the file's own scores: {len(judged):,}, of which {judged.count(False):,} differ from ours"
     if entry["missing"]:
         yield f"note: {entry['missing']:,} questions have no prediction"
+    if entry["failures"]:
+        first = next(line for line in lines if "failure" in line)
+        yield (
+            f"note: {entry['failures']:,} predictions are failure messages and count as none (first: {first['id']}, "
+            f"{first['prediction'][:60]!r})"
+        )

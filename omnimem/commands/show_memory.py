@@ -59,6 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     write_text(given.out, render(reading, (left, right)))
     for side in (left, right):
         print(summary(side, reading))
+    print(shared_tokens(left, right, reading))
     print(f"wrote {given.out} ({size(given.out.stat().st_size)})")
 
 
@@ -90,11 +91,17 @@ def runs_of(given: Namespace) -> tuple[RunConfig, RunConfig]:
     shared = replace(right.stream, positions=left.stream.positions)
     if left != replace(right, memory=left.memory, stream=shared):
         raise ConfigError(["--left and --right: only memory.* and stream.positions may differ; set others for both"])
-    if left == right and (given.adapter is None or given.tuned is None):
+    same = left == right if given.adapter else _chosen_alike(left) == _chosen_alike(right)
+    if same and (given.adapter is None or given.tuned is None):
         raise ConfigError(
             ["both sides are the same; give two policies, --left or --right KEY=VALUE, or --adapter with --tuned right"]
         )
     return left, right
+
+
+def _chosen_alike(run: RunConfig) -> RunConfig:
+    """The run as it is without an adapter: the model that chooses is the one that answers."""
+    return replace(run, memory=replace(run.memory, selection_from="tuned"))
 
 
 def _policy(policy: str | None, own: RunConfig) -> list[str]:
@@ -147,6 +154,7 @@ def facts_of(run: RunConfig, sample: Sample, adapter: Path | None) -> dict[str, 
         "budget": _settings(memory.budget),
         "positions": stream.positions,
         "adapter": "none" if adapter is None else str(adapter),
+        "selection from": "tuned" if adapter is None else memory.selection_from,
         "model": run.model.path,
         "stream": f"frames per second {stream.fps:g}, tokens per chunk {stream.chunk_tokens:,}, tracks {stream.tracks}",
         "file": str(sample.video or sample.audio),
@@ -176,6 +184,7 @@ def _labels(facts: Mapping[str, str]) -> dict[str, str]:
         "slots per layer": f"{facts['slots per layer']} slots",
         "adapter": "untouched" if facts["adapter"] == "none" else "tuned",
         "positions": f"{facts['positions']} positions",
+        "selection from": f"selected by {facts['selection from']}",
         "budget": f"budget {facts['budget']}",
     }
 
@@ -185,10 +194,25 @@ def summary(side: Side, reading: StreamSnapshot) -> str:
     holding: Holding = side.holding
     entries = sum(count for layer in holding.counts[-1] for kind, count in layer.items() if kind)
     layers, _, tokens = holding.last.shape
-    return (
+    line = (
         f"{side.label}: {entries / layers:,.4g} entries per layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
         f"in {len(holding.ends)} chunks"
     )
+    if not reading.needles:
+        return line
+    shares = holding.layer_shares(reading.needles)
+    there = sum(share > 0 for share in shares)
+    spread = f"each in {sum(shares) / len(shares):.1%} of the layers on average"
+    return f"{line}; needles: {there} of {len(shares)} held in some layer, {spread}"
+
+
+def shared_tokens(left: Side, right: Side, reading: StreamSnapshot) -> str:
+    """How many of the kept audio and visual tokens both sides hold at the end: drift, where one of them is tuned."""
+    if left.holding.last.shape[1] != right.holding.last.shape[1]:
+        return "held by both: not compared, as heads keep tokens of their own on one side"
+    shares = left.holding.in_common(right.holding, reading.media)
+    mean = sum(shares) / len(shares)
+    return f"held by both: {mean:.1%} of the tokens of a layer (layers: {min(shares):.1%} to {max(shares):.1%})"
 
 
 # --- command line

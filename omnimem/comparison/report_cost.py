@@ -5,7 +5,7 @@ from typing import Any
 
 from omnimem.comparison import figures
 from omnimem.comparison.figures import Kept
-from omnimem.comparison.formatting import seconds, shown, size
+from omnimem.comparison.formatting import percent, seconds, shown, size
 from omnimem.comparison.load import Arm, Run
 from omnimem.comparison.report_accuracy import STYLES, Group, View
 
@@ -125,13 +125,26 @@ def training(run: Run) -> View:
     steps, values = _series([record for record in run.metrics if _budget_of(record) != FULL], "temperature")
     title = f"Selection temperature of {run.name} by step"
     line = ("plain", steps, values)
+    # 3. drift of selection
+    overlaps = _overlaps(run)
+    label = f"Tokens that {run.name} and the untuned model both keep, by step"
     return {
         "run": run.name,
         "steps": len(run.metrics),
         "legend": [{"style": styles[name], "budget": name} for name in names] if len(names) > 1 else [],
         "loss": loss,
         "temperature": figures.curves([line], height=80, x_title="step", label=title) if steps else None,
+        "overlap": figures.curves([("plain", *overlaps)], height=80, x_title="step", label=label)
+        if len(overlaps[0]) > 1
+        else None,
+        "overlap_last": percent(overlaps[1][-1]) if overlaps[0] else None,
     }
+
+
+def _overlaps(run: Run) -> tuple[list[float], list[float]]:
+    """Steps, and the share of kept tokens that the untuned model keeps too."""
+    found = [{"step": record["step"], **(record.get("selection_overlap") or {})} for record in run.metrics]
+    return _series(found, "mean")
 
 
 def _budget_of(record: Mapping[str, Any]) -> str:

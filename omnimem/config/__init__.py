@@ -18,9 +18,11 @@ from omnimem.config.source import ConfigError, Key, Problem, dotted, override, r
 from omnimem.data import DataOptions
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
+from omnimem.policies.base import Policy, SelectionFrom
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import BudgetRange, TuningOptions
+from omnimem.tuning.gradient.options import HALF_WAY
 
 __all__ = [
     "CONFIGS",
@@ -44,6 +46,7 @@ class MemoryOptions:
     policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
+    selection_from: SelectionFrom = "tuned"  # base: the model without its adapter judges what is kept (docs/tuning.md)
 
 
 @strict
@@ -174,6 +177,23 @@ def _conflicts(run: RunConfig) -> Iterator[Problem]:
     if learns and not policy.supports("learned_importance"):
         what = f"both requires a score that uses attention, unlike that of policy {policy.name}"
         yield ("tuning", "selection", "gradient"), f"{what}; set it to redundancy"
+    # 4. selection by the untuned model
+    if run.memory.selection_from == "base":
+        yield from _base_conflicts(run, policy)
+
+
+def _base_conflicts(run: RunConfig, policy: Policy) -> Iterator[Problem]:
+    """Settings that do not go with `memory.selection_from: base`."""
+    at: Key = ("memory", "selection_from")
+    if not policy.supports("base_selection"):
+        what = f"base keeps the single tokens that the untuned model keeps, and policy {policy.name} merges tokens"
+        yield at, f"{what}; set it to tuned, or choose settings of the policy that merge nothing"
+    if run.tuning.gradient in HALF_WAY:
+        what = f"base needs every chunk read by all layers, unlike tuning.gradient: {run.tuning.gradient}"
+        yield at, f"{what}; set that to full or states, or selection_from to tuned"
+    if run.tuning.selection.softening != "hard":
+        what = f"{run.tuning.selection.softening} has no effect with memory.selection_from: base"
+        yield ("tuning", "selection", "softening"), f"{what}, whose scores do not learn; set it to hard"
 
 
 def _drawn_budgets(run: RunConfig) -> list[tuple[str | int, int]]:

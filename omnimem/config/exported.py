@@ -19,6 +19,7 @@ from omnimem.streaming.options import StreamOptions
 
 FILE = "omnimem.json"
 HERE = "."  # model.path of weights in the folder of the file
+NO_BASE = "base needs the model without its adapter, which merged weights no longer hold"
 
 Policies = Callable[[int | None], Policy]
 
@@ -73,6 +74,8 @@ class Exported:
         exported, problems = validated(cls, table)
         if exported is None:
             raise ConfigError([f"{path} {dotted(key)}: {what}" for key, what in problems])
+        if exported.memory.selection_from == "base" and exported.origin.kind == "merged":
+            raise ConfigError([f"{path} memory.selection_from: {NO_BASE}; set it to tuned"])
         beside = exported.model.path == HERE
         return replace(exported, model=replace(exported.model, path=str(folder))) if beside else exported
 
@@ -89,7 +92,8 @@ def policies_of(memory: MemoryOptions, budget: Budget) -> Policies:
     """
 
     def policy(slots: int | None) -> Policy:
-        return memory.policy.build(None if slots is None else _resized(memory, budget, slots))
+        built = memory.policy.build(None if slots is None else _resized(memory, budget, slots))
+        return replace(built, selection_from=memory.selection_from)
 
     return policy
 

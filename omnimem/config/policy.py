@@ -1,6 +1,6 @@
 """Any policy by its name, without a config file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, final
 
 from pydantic import Field
@@ -9,7 +9,7 @@ from omnimem.budget import Budget
 from omnimem.config.check import strict, validated
 from omnimem.config.source import ConfigError, dotted
 from omnimem.policies import PolicyOptions
-from omnimem.policies.base import Policy
+from omnimem.policies.base import Policy, SelectionFrom
 
 
 @strict
@@ -19,12 +19,16 @@ class _Chosen:
     policy: Annotated[PolicyOptions, Field(discriminator="name")]
 
 
-def policy(name: str, budget: Budget | None = None, **settings: Any) -> Policy:
+def policy(
+    name: str, budget: Budget | None = None, *, selection_from: SelectionFrom = "tuned", **settings: Any
+) -> Policy:
     """The policy called `name` at a budget (None: full memory); `settings` are those of `memory.policy` in a config.
+
+    With `selection_from="base"` the model without its adapter judges what is kept.
 
     Raises ConfigError when there is no such policy, or a setting is unknown or wrong.
     """
     chosen, problems = validated(_Chosen, {"policy": {"name": name, **settings}})
     if chosen is None:
         raise ConfigError([f"{dotted(key)}: {what}" for key, what in problems])
-    return chosen.policy.build(budget)
+    return replace(chosen.policy.build(budget), selection_from=selection_from)

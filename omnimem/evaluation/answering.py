@@ -22,7 +22,7 @@ from omnimem.media import FileSource, MediaError, Segment
 from omnimem.media.prefetch import Decoders
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.feeder import Feeder, feed_until_due, tracks_of
+from omnimem.streaming.feeder import Due, Feeder, feed_until_due, tracks_of
 from omnimem.streaming.stream import Stream
 from omnimem.tasks import Benchmark
 from omnimem.tokens import EVICTABLE, Chunk
@@ -211,21 +211,21 @@ class Evaluation:
             policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
         progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
-        chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch)))
+        chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch, rests=True)))
         # 2. read up to each question, answer it on a fork
         for due in feed_until_due(stream, chunks, first.sample.moments):
-            for rows in _in_passes([reader.sample.asked(due) for reader in batch]):
-                facts = self._facts(stream, progress.seconds) | {"media": clock.media, "reading": clock.reading}
+            for rows in _in_passes([reader.sample.asked(due.moments) for reader in batch]):
+                facts = self._facts(due) | {"media": clock.media, "reading": clock.reading}
                 with clock.answer():
-                    texts, seconds = self._ask(stream, batch, rows)
+                    texts, seconds = self._ask(due.stream, batch, rows)
                 for reader, asked, answers in zip(batch, rows, texts, strict=True):
                     for number, text in zip(asked, answers, strict=True):
                         question = reader.sample.questions[number]
                         yield {
                             **self._question(reader.sample, question),
                             **_judged(benchmark, question, text),
-                            **_measured(facts, reader, len(batch), seconds),
-                            **_late(question, reader, due, progress.seconds, over=arm.tracks is not None),
+                            **_measured(facts, due, reader, len(batch), seconds),
+                            **_late(question, reader, due, over=arm.tracks is not None),
                             "peak_memory": peak.bytes,
                         }
         # 3. write the trace
@@ -252,18 +252,27 @@ class Evaluation:
         tokenizer = self.feeder.backbone.tokenizer
         return [[str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in row] for row in answers], taken
 
-    def _facts(self, stream: Stream, seconds: float) -> dict[str, Any]:
+    def _facts(self, due: Due) -> dict[str, Any]:
         """Size of the memory when a question is asked."""
+        stream = due.stream
         layers, counts = self.attached.shape.layers, stream.memory.counts()
         _, audio, visual = stream.usage.tokens_in
         return {
-            "stream_seconds": round(seconds, 3),
+            "stream_seconds": round(due.seconds, 3),
             "tokens_in": {"audio": audio, "visual": visual},
             "kept": {kind.name.lower(): sum(layer[kind] for layer in counts) / layers for kind in EVICTABLE},
             "peak_entries": stream.usage.peak_entries / layers,
             "entries": stream.memory.entries / layers,
             "bytes": stream.usage.bytes,
+            **_selector(stream, layers),
         }
+
+
+def _selector(stream: Stream, layers: int) -> dict[str, Any]:
+    """Of the memory that chooses the tokens, where there is one; `bytes` contains these bytes."""
+    if stream.selector is None:
+        return {}
+    return {"selector": {"entries": stream.selector.memory.entries / layers, "bytes": stream.usage.selector_bytes}}
 
 
 @final
@@ -300,9 +309,11 @@ def _judged(benchmark: Benchmark, question: Question, text: str) -> dict[str, An
     }
 
 
-def _measured(facts: dict[str, Any], reader: StreamReader, streams: int, seconds: dict[str, float]) -> dict[str, Any]:
+def _measured(
+    facts: dict[str, Any], due: Due, reader: StreamReader, streams: int, seconds: dict[str, float]
+) -> dict[str, Any]:
     """Measurements of a pass, for one of its streams."""
-    heard = reader.heard(facts["stream_seconds"])
+    heard = reader.heard(facts["stream_seconds"], due.moments[0])
     shared = {key: facts[key] / streams for key in ("media", "reading")}
     return {
         **{key: value for key, value in facts.items() if key not in shared},
@@ -312,14 +323,12 @@ def _measured(facts: dict[str, Any], reader: StreamReader, streams: int, seconds
     }
 
 
-def _late(
-    question: Question, reader: StreamReader, due: Sequence[float | None], seconds: float, *, over: bool
-) -> dict[str, str]:
+def _late(question: Question, reader: StreamReader, due: Due, *, over: bool) -> dict[str, str]:
     """A defect if the question's time is after the end of the stream; unknown for probes that read nothing."""
     time = None if question.at is None else question.at - reader.sample.start
-    if not over or time is None or time not in due or time <= seconds + LATE:
+    if not over or time is None or time <= due.seconds + LATE:
         return {}
-    return {"late": f"asked at {time:g} s of a stream that ends at {seconds:.1f} s; asked at its end"}
+    return {"late": f"asked at {time:g} s of a stream that ends at {due.seconds:.1f} s; asked at its end"}
 
 
 def _failures(lines: Iterable[dict[str, Any]]) -> list[Failure]:

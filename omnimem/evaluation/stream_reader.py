@@ -23,6 +23,7 @@ class StreamReader:
         self.tracks: Tracks | None = tracks
         self._ends: list[float] = []
         self._heard: list[MediaStats] = []
+        self._rests: dict[float | None, MediaStats] = {}  # up to the time of a question within a segment
         self.arrived: list[tuple[int, int]] = []  # audio and visual tokens of each segment so far
         self.gathering = 0.0  # seconds that `gather` took
 
@@ -31,6 +32,10 @@ class StreamReader:
         """The segments; each is counted when it is read."""
         for part in self._parts:
             encoded = part.encoded
+            if encoded.at is not None:
+                self._rests[encoded.at] = part.heard
+                yield encoded
+                continue
             self._ends.append(encoded.start + encoded.seconds)
             self._heard.append(part.heard)
             self.arrived.append(
@@ -57,8 +62,10 @@ class StreamReader:
             sample=self.sample, segments=[part.encoded for part in parts], tracks=self.tracks, heard=heard
         )
 
-    def heard(self, until: float) -> MediaStats:
-        """Frames and audio seconds up to a time of the stream."""
+    def heard(self, until: float, at: float | None = None) -> MediaStats:
+        """Frames and audio seconds up to a time of the stream, or in the rest of a question at `at`."""
+        if at in self._rests:
+            return self._rests[at]
         count = bisect_right(self._ends, until + EPSILON)
         return self._heard[count - 1] if count else MediaStats()
 

@@ -4,7 +4,7 @@ Evicted tokens never come back, so one number per token, layer and head gives th
 held after chunk c when it arrived with c or earlier and its number is at least c.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -57,6 +57,23 @@ class Holding:
     def held(self, chunk: int) -> Bool[np.ndarray, "layers heads tokens"]:
         """Mask of the tokens held after a chunk."""
         return (self.last >= chunk) & (self.arrival <= chunk)
+
+    def layer_shares(self, tokens: Sequence[int]) -> list[float]:
+        """For each of these tokens the share of the layers (of heads of layers, if these keep their own) that hold it
+        at the end.
+        """
+        return self.held(len(self.ends) - 1)[:, :, list(tokens)].mean(axis=(0, 1)).tolist()
+
+    def in_common(self, other: "Holding", tokens: Sequence[int]) -> list[float]:
+        """|A & B| / max(|A|, |B|) of every layer at the end, over these tokens; 1 where both hold none of them.
+
+        Raises ValueError when heads keep tokens of their own in one of both only.
+        """
+        mine, theirs = (each.held(len(each.ends) - 1)[:, :, list(tokens)] for each in (self, other))
+        if mine.shape != theirs.shape:
+            raise ValueError(f"{mine.shape[1]} and {theirs.shape[1]} heads keep tokens of their own: not comparable")
+        most = np.maximum(mine.sum(axis=(1, 2)), theirs.sum(axis=(1, 2)))
+        return np.where(most > 0, (mine & theirs).sum(axis=(1, 2)) / np.maximum(most, 1), 1.0).tolist()
 
 
 @final

@@ -73,6 +73,12 @@ class StreamSnapshot:
     marks: tuple[Mark, ...]
     needles: tuple[int, ...]  # arrival numbers of tokens that the sample names
 
+    @property
+    def media(self) -> list[int]:
+        """Arrival numbers of all visual and audio tokens."""
+        visual = [number for grid in self.grids for number in grid.tokens.tolist()]
+        return [*visual, *self.sounds.tokens.tolist()]
+
 
 def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
     """Decode and encode a sample.
@@ -85,7 +91,7 @@ def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
     # 2. decode and encode
     source, fps = feeder.source(sample), feeder.options.fps
     thumbnails = _Thumbnails(feeder.backbone.geometry.temporal_patch)
-    parts = list(feeder.read(sample, thumbnails.passing(source)))
+    parts = [part for part in feeder.read(sample, thumbnails.passing(source)) if part.encoded.at is None]
     opened = EncodedSample(
         sample=sample,
         segments=[part.encoded for part in parts],
@@ -147,7 +153,7 @@ class _Thumbnails:
     def passing(self, segments: Iterable[Segment]) -> Iterator[Segment]:
         """Yield the segments unchanged."""
         for segment in segments:
-            if segment.frames is not None:
+            if segment.frames is not None and segment.at is None:
                 small = [jpeg(frame) for frame in _shrink(segment.frames)]
                 each = self._frames_per_grid
                 self.grids += [tuple(small[first : first + each]) for first in range(0, len(small), each)]

@@ -131,7 +131,7 @@ class RunningMel:
         self._mel = mel
         self._buffer = torch.empty(0)  # reflected start, then the samples still needed
         self._fed = 0  # samples fed
-        self._taken = 0  # mel frames taken
+        self.taken = 0  # mel frames taken
         self._ended = False
         self.maximum = torch.tensor(float("-inf"))  # maximum log10 power taken
 
@@ -139,13 +139,13 @@ class RunningMel:
     def ready(self) -> int:
         """Number of mel frames with a complete window that were not taken yet (all remaining ones after `end`)."""
         if self._ended:
-            return self._fed // self._mel.hop - self._taken
+            return self._fed // self._mel.hop - self.taken
         half = self._mel.n_fft // 2
         if self._fed <= half:
             return 0
         # WhisperFeatureExtractor drops the frame centred on the end of a clip: it needs hop samples after its centre
         lookahead = max(half, self._mel.hop)
-        return max(0, (self._fed - lookahead) // self._mel.hop + 1 - self._taken)
+        return max(0, (self._fed - lookahead) // self._mel.hop + 1 - self.taken)
 
     def feed(self, samples: Float[Tensor, " samples"]) -> None:
         """Append samples; raises ValueError after `end`."""
@@ -169,6 +169,10 @@ class RunningMel:
             self._buffer = torch.cat([self._buffer, self._buffer[-half - 1 : -1].flip(0)])
         self._ended = True
 
+    def skip(self, first: int) -> None:
+        """Take frames until `first` are taken; fewer if so many are not ready."""
+        self.take_log(min(self.ready, max(0, first - self.taken)))
+
     def take(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
         """The next `frames` mel frames (at most `ready`), normalised by the maximum up to their end."""
         log = self.take_log(frames)
@@ -180,7 +184,7 @@ class RunningMel:
             raise ValueError(f"{frames} mel frames requested, {self.ready} ready; feed more samples or call end()")
         log = self._mel.log_power(self._buffer, frames)
         self._buffer = self._buffer[frames * self._mel.hop :]
-        self._taken += frames
+        self.taken += frames
         if frames:
             self.maximum = torch.maximum(self.maximum, log.max())
         return log

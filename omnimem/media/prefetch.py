@@ -187,10 +187,10 @@ def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> Non
 def _pack(segment: Segment) -> tuple[Any, ...]:
     """Arrays instead of tensors: pickled tensors would use shared memory, which is small in containers."""
     arrays = [None if part is None else part.contiguous().numpy() for part in (segment.frames, segment.mel)]
-    return segment.start, segment.seconds, *arrays
+    return segment.start, segment.seconds, segment.at, *arrays
 
 
 def _unpack(content: tuple[Any, ...]) -> Segment:
-    start, seconds, *arrays = content
+    start, seconds, at, *arrays = content
     frames, mel = (None if array is None else torch.from_numpy(array) for array in arrays)
-    return Segment(start=start, seconds=seconds, frames=frames, mel=mel)
+    return Segment(start=start, seconds=seconds, frames=frames, mel=mel, at=at)

@@ -1,8 +1,10 @@
 """Sources: a file or a live stream in segments that hold whole frame grids and whole blocks of the audio encoder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
@@ -13,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from omnimem.media.container import CODEC_PADDING, MediaError
-from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
+from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
@@ -95,13 +97,20 @@ class Segment:
     seconds: float  # equal for all but the last segment
     frames: UInt8[Tensor, "frames 3 height width"] | None  # resized to whole cells
     mel: Float[Tensor, "mels mel_frames"] | None
+    at: float | None = None  # a rest: the begun segment up to this time, for a question; None: part of the stream
 
 
 class Source(ABC):
-    """A stream in segments; `seconds`, `frames_seen` and `audio_seconds_heard` count those of the last iteration."""
+    """A stream in segments; `seconds`, `frames_seen` and `audio_seconds_heard` count those of the last iteration.
 
-    def __init__(self, options: SourceOptions, geometry: Geometry) -> None:
-        self.options, self.geometry = options, geometry
+    For each of `asks`, seconds since the beginning of the stream or clip, a rest precedes the segment that holds this
+    time: the part of the segment before it, equal to the last segment of a stream that is cut there. A rest is not
+    part of the stream. Rests without frames and with at most CODEC_PADDING of audio are left out, as at the end of a
+    file; so is the rest of a time at which a segment ends.
+    """
+
+    def __init__(self, options: SourceOptions, geometry: Geometry, asks: Sequence[float] = ()) -> None:
+        self.options, self.geometry, self.asks = options, geometry, tuple(sorted(set(asks)))
         self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
 
     @abstractmethod
@@ -109,7 +118,7 @@ class Source(ABC):
         """Frames at `options.fps`, before resizing."""
 
     @abstractmethod
-    def _read_mel(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+    def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
         """The mel spectrogram in pieces of `mel_frames`; the last may be shorter."""
 
     @final
@@ -121,27 +130,53 @@ class Source(ABC):
         size: tuple[int, int] | None = None
         for index in count():
             # 1. read one segment of both tracks
-            taken, mel = list(islice(all_frames, frames_each)), next(all_mel, None)
-            audio_seconds = 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
+            taken, piece = list(islice(all_frames, frames_each)), next(all_mel, _Piece(mel=None))
+            mel, audio_seconds = piece.mel, self._audio_seconds(piece.mel)
             if not taken and audio_seconds <= (CODEC_PADDING if index else 0.0):
                 return
             # 2. count and resize
             if taken and size is None:  # the first frame sets the size of the whole stream
                 size = self._size(taken[0])
+            frames = _resized(taken, *size) if taken and size else None
+            yield from self._rests(index, length, frames, piece)
             self.seconds = index * length + max(len(taken) / self.options.fps, audio_seconds)
             self.frames_seen += len(taken)
             self.audio_seconds_heard += audio_seconds
+            yield Segment(start=index * length, seconds=self.seconds - index * length, frames=frames, mel=mel)
+
+    def _audio_seconds(self, mel: Tensor | None) -> float:
+        return 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
+
+    def _rests(self, index: int, length: float, frames: Tensor | None, piece: "_Piece") -> Iterator[Segment]:
+        """The rests of the times within a segment, whose frames and mel are given."""
+        start, fps = index * length, self.options.fps
+        for at in self.asks:
+            if segment_of(at, length) != index:
+                continue
+            # 1. the frames and the mel before this time
+            count = 0 if frames is None else sum(start + n / fps < at - TICK for n in range(frames.shape[0]))
+            mel = piece.rests.get(at)
+            if not count and self._audio_seconds(mel) <= (CODEC_PADDING if index else 0.0):
+                continue
+            # 2. as a segment of its own
+            seconds = max(count / fps, self._audio_seconds(mel))
             yield Segment(
-                start=index * length,
-                seconds=self.seconds - index * length,
-                frames=_resized(taken, *size) if taken and size else None,
+                start=start,
+                seconds=min(at - start, seconds),
+                frames=frames[:count] if frames is not None and count else None,
                 mel=mel,
+                at=at,
             )
 
     def _size(self, frame: UInt8[Tensor, "3 height width"]) -> tuple[int, int]:
         height, width = frame.shape[1:]
         low, high = self.options.min_pixels, self.options.max_pixels
         return smart_resize(height, width, cell=self.geometry.cell, min_pixels=low, max_pixels=high)
+
+
+def segment_of(at: float, length: float) -> int:
+    """Number of the segment that holds the moment before a time; at the end of a segment, of the next one."""
+    return int(at / length + 1e-9)
 
 
 def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "frames 3 {height} {width}"]:
@@ -156,8 +191,8 @@ class FileSource(Source):
     """The segments of a file, decoded lazily; the audio is read twice, first for the maximum of its mel.
 
     `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum, as in
-    a live stream, so no segment depends on later audio. Iterating raises MediaError: `no_video` or `no_audio` when a
-    track selected by `options.tracks` is missing, and all others of `read_frames` and `read_audio`.
+    a live stream, so no segment depends on later audio; `asks` imply it. Iterating raises MediaError: `no_video` or
+    `no_audio` when a track selected by `options.tracks` is missing, and all others of `read_frames` and `read_audio`.
     """
 
     def __init__(
@@ -170,10 +205,11 @@ class FileSource(Source):
         start: float = 0.0,
         end: float | None = None,
         causal: bool = False,
+        asks: Sequence[float] = (),
     ) -> None:
-        super().__init__(options, geometry)
+        super().__init__(options, geometry, asks)
         self.path, self.audio_path = Path(path), Path(audio_path or path)
-        self.start, self.end, self.causal = start, end, causal
+        self.start, self.end, self.causal = start, end, causal or bool(asks)
 
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         for _, frame in read_frames(self.path, fps=self.options.fps, start=self.start, end=self.end):
@@ -183,15 +219,16 @@ class FileSource(Source):
                 raise MediaError(self.path, "unreadable", message)
             yield frame
 
-    def _read_mel(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
+    def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
         mel = self.geometry.mel
         if self.causal:
-            pieces = _running_pieces(mel, self._audio_blocks(), mel_frames)
+            pieces = _running_pieces(mel, self._audio_blocks(), mel_frames, self.asks)
         else:
-            pieces = mel.pieces(self._audio_blocks(), mel.loudest(self._audio_blocks()), mel_frames)
+            whole = mel.pieces(self._audio_blocks(), mel.loudest(self._audio_blocks()), mel_frames)
+            pieces = (_Piece(mel=piece) for piece in whole)
         empty = True
         for piece in pieces:
-            if piece.numel():
+            if piece.mel is not None and piece.mel.numel():
                 empty = False
                 yield piece
         if empty:
@@ -223,8 +260,9 @@ class LiveSource(Source):
         *,
         options: SourceOptions,
         geometry: Geometry,
+        asks: Sequence[float] = (),
     ) -> None:
-        super().__init__(options, geometry)
+        super().__init__(options, geometry, asks)
         for name, track, unused in (("frames", frames, "audio"), ("audio", audio, "video")):
             if track is None and options.tracks != unused:
                 raise ValueError(f"tracks: {options.tracks} needs {name}, got None; pass them or set tracks: {unused}")
@@ -241,19 +279,58 @@ class LiveSource(Source):
             yield time, 1 / self.options.fps if before is None else time - before, frame
             before = time
 
-    def _read_mel(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
-        return _running_pieces(self.geometry.mel, self._audio, mel_frames)
+    def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
+        return _running_pieces(self.geometry.mel, self._audio, mel_frames, self.asks)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """The mel of a segment, and of its part before each time of a question within it."""
+
+    mel: Float[Tensor, "mels _"] | None
+    rests: Mapping[float, Float[Tensor, "mels _"]] = field(default_factory=dict)
 
 
 def _running_pieces(
-    mel: LogMel, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int
-) -> Iterator[Float[Tensor, "mels _"]]:
+    mel: LogMel, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int, asks: Sequence[float] = ()
+) -> Iterator[_Piece]:
     """Pieces of `mel_frames`, each as soon as its samples are there, normalised by the maximum up to its end."""
-    running = RunningMel(mel)
-    for samples in blocks:
-        running.feed(samples)
-        while running.ready >= mel_frames:
-            yield running.take(mel_frames)
+    running, waiting, fed = RunningMel(mel), deque(asks), 0
+    length = mel_frames * mel.hop / mel.rate
+    rests: dict[float, Tensor] = {}
+
+    def note(at: float) -> None:
+        rest = _rest(running, segment_of(at, length) * mel_frames, mel_frames)
+        if rest is not None:
+            rests[at] = rest
+
+    def piece() -> _Piece:
+        begun = {at: rests.pop(at) for at in list(rests) if segment_of(at, length) * mel_frames <= running.taken}
+        return _Piece(mel=running.take(min(mel_frames, running.ready)), rests=begun)
+
+    # 1. feed up to each question, then what follows
+    for block in blocks:
+        samples = block
+        while len(samples):
+            until = len(samples) if not waiting else min(len(samples), max(0, round(waiting[0] * mel.rate) - fed))
+            running.feed(samples[:until])
+            fed, samples = fed + until, samples[until:]
+            while waiting and fed >= round(waiting[0] * mel.rate):
+                note(waiting.popleft())
+            while running.ready >= mel_frames:
+                yield piece()
+    # 2. the end of the audio
+    for at in waiting:
+        note(at)
     running.end()
     while running.ready:
-        yield running.take(min(mel_frames, running.ready))
+        yield piece()
+
+
+def _rest(running: RunningMel, first: int, mel_frames: int) -> Float[Tensor, "mels _"] | None:
+    """The mel from frame `first` on, at most `mel_frames`, if the audio ended with the samples fed so far."""
+    ended = copy(running)  # its tensors are replaced, never changed in place
+    ended.end()
+    ended.skip(first)
+    return ended.take(min(mel_frames, ended.ready)) if ended.ready else None

@@ -16,9 +16,10 @@ from omnimem.selection import LayerSlots, Softness, select
 from omnimem.tokens import Chunk, Tokens
 from omnimem.view import LayerView, Measures
 
-# The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, and gradient through the
-# attention that tokens receive (`selection.gradient: both`).
-Mode = Literal["full", "states", "released", "paper", "calibration", "learned_importance"]
+# The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, gradient through the attention
+# that tokens receive (`selection.gradient: both`), and keeping what the model without its adapter keeps.
+Mode = Literal["full", "states", "released", "paper", "calibration", "learned_importance", "base_selection"]
+SelectionFrom = Literal["tuned", "base"]
 
 
 class PolicyError(UserError):
@@ -79,9 +80,17 @@ class Policy(ABC):
     name: str
     budget: Budget | None  # None: full memory, nothing is evicted
     measures: Measures = field(default_factory=Measures)
+    # the model whose scores choose: the one that answers, or that one without its adapter. A stream reads it; not in
+    # the repr, which identifies results: without adapter, or with full memory, both are the same
+    selection_from: SelectionFrom = field(default="tuned", repr=False)
 
     def supports(self, mode: Mode) -> bool:
-        """Whether the policy works in this mode; by default in those that need no score per token and layer."""
+        """Whether the policy works in this mode; by default in those that need no score per token and layer.
+
+        A choice can be repeated in another model unless some kept tokens are averages.
+        """
+        if mode == "base_selection":
+            return not self.traits.merges
         return mode in ("full", "learned_importance")
 
     @property

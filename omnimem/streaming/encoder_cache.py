@@ -65,6 +65,7 @@ class EncoderCache:
         Raises MediaError when a media file of the sample is missing.
         """
         span = f"{source.start} {source.end}{' causal' if source.causal else ''}"
+        span += "".join(f" {at}" for at in source.asks)
         digest = hashlib.sha256(f"{FORMAT} {self.fingerprint} {source.options} {span}".encode())
         for path in (sample.video, sample.audio):
             if path is not None:
@@ -97,7 +98,7 @@ class EncoderCache:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for number, row in enumerate(json.loads(file.metadata()["segments"])):
-                (time, rows, columns), start, seconds, spacing, frames, audio_seconds = row
+                (time, rows, columns), start, seconds, spacing, frames, audio_seconds, *at = row
                 visual, audio = (
                     file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
                     for name in ("visual", "audio")
@@ -109,6 +110,7 @@ class EncoderCache:
                     start=start,
                     seconds=seconds,
                     seconds_per_grid=spacing,
+                    at=at[0] if at else None,
                 )
                 yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
 
@@ -123,7 +125,8 @@ class EncoderCache:
                 if track is not None:
                     tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
             times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
-            table.append([encoded.grid, *times, heard.frames, heard.audio_seconds])
+            rest = [] if encoded.at is None else [encoded.at]
+            table.append([encoded.grid, *times, heard.frames, heard.audio_seconds, *rest])
         known = {"segments": json.dumps(table)}
         known["sha256"] = _digest(known, sorted(tensors), tensors.__getitem__)
         # 2. write beside the file, then rename

@@ -55,7 +55,7 @@ class EncodedSample:
     @property
     def tokens(self) -> int:
         """Audio and visual tokens of the stream."""
-        return sum(segment.count for segment in self.segments)
+        return sum(segment.count for segment in self.segments if segment.at is None)
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -99,7 +99,7 @@ class Feeder:
             geometry=self.backbone.geometry,
             start=sample.start,
             end=self._end(sample),
-            causal=any(time is not None for time in sample.times),
+            asks=[time for time in sample.times if time is not None],
         )
 
     def _end(self, sample: Sample) -> float | None:
@@ -158,8 +158,9 @@ class Feeder:
             for segment in segments:
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
                 seconds = 0.0 if segment.mel is None else segment.mel.shape[1] * mel.hop / mel.rate
-                total = MediaStats(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
-                heard.append(total)
+                after = MediaStats(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
+                heard.append(after)
+                total = after if segment.at is None else total
                 yield segment
 
         for encoded in self.backbone.encode(counted(), fps=self.options.fps):
@@ -192,7 +193,7 @@ class Feeder:
 
         A needle is [second] for audio, or [second, y, x] for a frame, y and x from 0 (top, left) to 1.
         """
-        segments, sample = list(readable.segments), readable.sample
+        segments, sample = [each for each in readable.segments if each.at is None], readable.sample
         chunks = self.backbone.chunks(
             iter(segments), tracks=readable.tracks, chunk_tokens=self.options.chunk_tokens, system=sample.system
         )
@@ -201,14 +202,17 @@ class Feeder:
         needles = sample.meta.get("needles", ())
         return replace(outline, needles=tuple(_token_at(outline, segments, needle) for needle in needles))
 
-    def chunks(self, batch: Sequence[Readable], chunk_tokens: int | None = None) -> Iterator[Chunk]:
+    def chunks(
+        self, batch: Sequence[Readable], chunk_tokens: int | None = None, *, rests: bool = False
+    ) -> Iterator[Chunk]:
         """The opening and the chunks of samples of one layout, cut where questions are asked.
 
-        `chunk_tokens` overrides that of the options; encoder outputs do not depend on it.
+        `chunk_tokens` overrides that of the options; encoder outputs do not depend on it. With `rests`, the rests
+        before the questions too, for `feed_until_due`, which feeds them to forks.
         """
         first = batch[0]
         return self.backbone.chunks(
-            collate([readable.segments for readable in batch]),
+            (each for each in collate([readable.segments for readable in batch]) if rests or each.at is None),
             tracks=first.tracks,
             chunk_tokens=chunk_tokens or self.options.chunk_tokens,
             batch=len(batch),
@@ -219,7 +223,8 @@ class Feeder:
     def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
 
-        A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later.
+        A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
+        source with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
@@ -286,25 +291,52 @@ def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Seque
     return int(visual[found][0])
 
 
-def feed_until_due(
-    stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]
-) -> Iterator[list[float | None]]:
+@final
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """Questions that are to be asked now, and the stream that they read."""
+
+    stream: Stream  # the stream itself, or a fork that also read the rest before a moment
+    moments: list[float | None]
+    seconds: float  # of the stream that it has read
+
+
+def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[float | None]) -> Iterator[Due]:
     """Feed the chunks to the stream, and yield the due moments whenever it is time to ask.
 
-    A question at a moment sees the chunks that end by then, and nothing later. None, and a moment that the stream does
-    not reach, is due after the end. After the last moment nothing is read.
+    A question at a moment sees everything before it and nothing later: the chunks that end by then, and where it is
+    within a segment, the rest, which is fed to a fork alone. The fork reads the rest as the last chunk: it attends to
+    [memory ; rest], then evicts until the budget holds. None, and a moment that the stream does not reach, is due after
+    the end. After the last moment nothing is read.
     """
-    waiting = list(moments)
+    waiting, seconds = list(moments), 0.0
     for chunk in chunks:
+        # 1. a rest, for the fork of its question
+        if chunk.at is not None:
+            if chunk.at in waiting:
+                waiting.remove(chunk.at)
+                fork = stream.fork()
+                fork.feed(chunk)
+                yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
+            continue
+        # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]
         if due:
-            yield list(due)
             waiting = waiting[len(due) :]
+            yield Due(stream=stream, moments=list(due), seconds=seconds)
         if not waiting:
             return
+        # 3. the chunk, and moments at its end, which need not wait for the next one
         stream.feed(chunk)
+        seconds = chunk.seconds
+        due = [moment for moment in waiting if moment == seconds]
+        if due:
+            waiting = waiting[len(due) :]
+            yield Due(stream=stream, moments=list(due), seconds=seconds)
+            if not waiting:
+                return
     if waiting:
-        yield waiting
+        yield Due(stream=stream, moments=waiting, seconds=seconds)
 
 
 def batch_by_layout(encoded: Iterable[EncodedSample], size: int) -> Iterator[list[EncodedSample]]:

@@ -1,6 +1,7 @@
 """Stream: feed chunks and ask questions at any time; training and evaluation use the same object."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -9,9 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from omnimem.memory import Memory
-from omnimem.policies.base import Policy, projection
+from omnimem.policies.base import Policy, PolicyError, projection
+from omnimem.policies.replayed import Replayed
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
+from omnimem.streaming.adapter import adapter_layers, without_adapter
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import (
     ChunkStep,
@@ -29,11 +32,16 @@ from omnimem.tokens import Chunk, Modality
 @final
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Sizes that the memory of a stream reached; entries are audio and visual tokens summed over the layers."""
+    """Sizes that the memory of a stream reached; entries are audio and visual tokens summed over the layers.
+
+    Entries are those of the memory that answers read; `bytes` are of that memory and of the selector's.
+    """
 
     peak_entries: int | float = 0  # most right before an eviction: memory and chunk
     kept_entries: int | float = 0  # most after an eviction
     bytes: int = 0  # most after an eviction: keys, values, text and side state
+    selector_entries: int | float = 0  # of the memory that chooses with `selection_from: base`; most after an eviction
+    selector_bytes: int = 0  # of that memory, a part of `bytes`
     tokens_in: tuple[int, int, int] = (0, 0, 0)  # text, audio, visual tokens fed
     chunks: int = 0
 
@@ -58,8 +66,14 @@ class Stream:
 
         `carry` is how the memory passes from chunk to chunk: a gradient mode of `tuning.gradient`, or nothing special.
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (docs/paper.md,
-        "Positions"). `probes` are the token ids of the policy's probe prompts. Raises ValueError when their number
-        differs.
+        "Positions"). `probes` are the token ids of the policy's probe prompts.
+
+        If the policy has `selection_from: base` and the model an adapter, a second stream, `selector`, reads every
+        chunk first, with the adapter off, and this one keeps in every layer the tokens that the selector keeps; it
+        measures no scores of its own.
+
+        Raises ValueError when the number of probes differs or `softness` softens a selection that is not made here,
+        PolicyError when the policy does not support `selection_from: base`.
         """
         if len(probes) != len(wanted := policy.traits.probes):
             raise ValueError(
@@ -68,11 +82,19 @@ class Stream:
             )
         self.attached, self.policy, self.softness = attached, policy, softness
         self.carry, self.recorder, self.last_position = carry or DirectStep(), recorder, last_position
+        # 1. the stream that chooses the tokens, if it is not this one
+        self.selector: Stream | None = None
+        if policy.selection_from == "base" and policy.budget is not None and adapter_layers(attached.text_model):
+            _check_base_selection(policy, softness)
+            own = replace(policy, selection_from="tuned")
+            self.selector = Stream(attached, own, batch=batch, last_position=last_position, probes=probes)
+            policy, probes = Replayed.of(policy), ()
+        # 2. how chunks are read, and the empty memory
         self._config = ReadConfig(
             policy=policy,
             softness=softness,
             recorder=recorder,
-            projection=self._feature_projection(),
+            projection=self._feature_projection(policy),
             probe_ids=tuple(probes),
         )
         shape, matrix = attached.shape, self._config.projection
@@ -84,10 +106,10 @@ class Stream:
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
 
-    def _feature_projection(self) -> Tensor | None:
+    def _feature_projection(self, policy: Policy) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""
-        shape, wanted = self.attached.shape, self.policy.measures.feature
-        measured = self.policy.traits.needs_novelty and self.policy.budget is not None
+        shape, wanted = self.attached.shape, policy.measures.feature
+        measured = policy.traits.needs_novelty and policy.budget is not None
         if not measured and self.recorder is None:
             wanted = 0
         if wanted is None or wanted >= shape.width:
@@ -109,17 +131,19 @@ class Stream:
 
         Raises ValueError when positions pass `last_position` even with a compacted memory.
         """
-        # 1. place: the positions of the chunk in this stream
+        # 1. choose: with a selector, which tokens every layer keeps afterwards
+        config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
+        # 2. place: the positions of the chunk in this stream
         chunk, compaction = self._placed(chunk)
-        # 2. prefilter: the part of the chunk that the policy lets pass
+        # 3. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
         passed = self.policy.prefilter(chunk, arrival.expand(chunk.modality.shape))
         entries = self.memory.entries
-        # 3. read and evict (`ChunkAttention`), as the gradient mode carries the memory
+        # 4. read and evict (`ChunkAttention`), as the gradient mode carries the memory
         if passed.chunk.count:
             step = ChunkStep(
                 attached=self.attached,
-                config=self._config,
+                config=config,
                 positions=passed.chunk.positions,
                 modality=passed.chunk.modality,
                 deepstack=passed.chunk.deepstack,
@@ -129,17 +153,26 @@ class Stream:
             self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
         elif compaction is not None:
             self.memory = compaction(self.memory, self.attached.rotary)
-        # 4. account: tokens fed, next positions, usage
+        # 5. account: tokens fed, next positions, usage
         self._account(chunk, passed.chunk, entries)
+
+    def _chosen_by(self, selector: "Stream", chunk: Chunk) -> ReadConfig:
+        """The config of a chunk after which every layer keeps what `selector`, the untuned model, keeps of it."""
+        with torch.no_grad(), without_adapter(self.attached.text_model):
+            selector.feed(chunk)
+        policy = self._config.policy
+        assert isinstance(policy, Replayed), "a stream with a selector keeps nothing by its own scores"
+        return replace(self._config, policy=policy.after(selector.memory, self.attached.shape.kv_heads))
 
     def _placed(self, chunk: Chunk) -> tuple[Chunk, Compaction | None]:
         """The chunk at its positions in this stream, and the compaction that has to come first, if any."""
-        # 1. text before the first audio or visual token is the opening
-        if self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any()):
-            self.opening = max(self.opening, int(chunk.positions.max()) + 1 - self.moved)
-        # 2. compact where the policy does so after every chunk, or where positions run out
+        # 1. text before the first audio or visual token is the opening: it stays where it is
         limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        if self.policy.traits.reindex or (limit is not None and last - min(self._moved) >= limit):
+        opens = self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any())
+        if opens:
+            self.opening = max(self.opening, last + 1 - self.moved)
+        # 2. compact where the policy does so after every chunk, or where positions run out
+        if (self.policy.traits.reindex and not opens) or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
             shifts = zip(self._moved, self._next, compaction.end, strict=True)
             self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
@@ -168,28 +201,22 @@ class Stream:
         ends = chunk.positions.amax(dim=(1, 2)).tolist()
         self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
+        selector = None if self.selector is None else self.selector.memory
+        selecting = 0 if selector is None else selector.bytes
         self.usage = Usage(
             peak_entries=max(self.usage.peak_entries, int(pool) if pool == int(pool) else pool),
             kept_entries=max(self.usage.kept_entries, self.memory.entries),
-            bytes=max(self.usage.bytes, self.memory.bytes),
+            bytes=max(self.usage.bytes, self.memory.bytes + selecting),
+            selector_entries=max(self.usage.selector_entries, 0 if selector is None else selector.entries),
+            selector_bytes=max(self.usage.selector_bytes, selecting),
             tokens_in=(text, audio, visual),
             chunks=self.usage.chunks + 1,
         )
 
     def fork(self) -> "Stream":
         """A stream with the same past; chunks fed to one of them do not reach the other."""
-        twin = Stream(
-            self.attached,
-            self.policy,
-            batch=self.memory.batch,
-            softness=self.softness,
-            carry=self.carry,
-            recorder=self.recorder,
-            last_position=self.last_position,
-            probes=self._config.probe_ids,
-        )
-        twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
-        twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
+        twin = copy(self)  # everything that it holds is a value, but for the selector
+        twin.selector = None if self.selector is None else self.selector.fork()
         return twin
 
     def read(self, loss: Callable[[Memory], Tensor]) -> Tensor:
@@ -266,3 +293,17 @@ class Stream:
             [[number for number in ids if number >= 0] for ids, asked in zip(row, real_row, strict=True) if asked]
             for row, real_row in zip(rows, real, strict=True)
         ]
+
+
+def _check_base_selection(policy: Policy, softness: Softness | None) -> None:
+    """Raises PolicyError or ValueError where `selection_from: base` does not work."""
+    if not policy.supports("base_selection"):
+        raise PolicyError(
+            f"memory.selection_from = base keeps single tokens that the untuned model chose, and policy {policy.name} "
+            "merges tokens; set it to tuned, or choose settings of the policy that merge nothing"
+        )
+    if softness is not None:
+        raise ValueError(
+            "memory.selection_from = base: the scores of the untuned model do not learn, so no gate can pass gradient "
+            "to them; set tuning.selection.softening to hard"
+        )

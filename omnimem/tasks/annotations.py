@@ -22,7 +22,8 @@ else:
     pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
 
 SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
-LABEL = re.compile(r"\(?([A-Z])[.):]\s*")  # "A. text", "A.text", "A) text", "(A) text", "A: text"
+# "A. text", "A.text", "A) text", "(A) text", "A: text"; not the initials of "A.M. radio"
+LABEL = re.compile(r"\(?([A-Z])[.):](?![A-Z]\.)\s*")
 AGAIN = "download the annotations again"
 PARQUET_ROWS = 256  # of a table are unpacked at once
 
@@ -97,7 +98,7 @@ class AnnotationReader:
         if len(filled) < len(strings):
             self.defect("option_list", where, f"{len(strings) - len(filled)} of {len(strings)} options empty; left out")
         first = next((place for place, string in enumerate(filled) if _labelled(string, 0)), None)
-        if first is None:
+        if first is None or not any(_labelled(string, 1) for string in filled[first + 1 :]):
             self.defect("option_letters", where, "options without letters; added in their order")
             return lettered(filled)
         if first:
@@ -151,6 +152,14 @@ def _labelled(string: str, place: int) -> bool:
     """Whether a string begins with the letter of its position."""
     found = LABEL.match(string)
     return found is not None and place < len(LETTERS) and found[1] == LETTERS[place]
+
+
+def kept_letters(strings: Sequence[str]) -> Options | None:
+    """Options whose strings all begin with the letter of their position; None if one of them does not."""
+    lines = tuple(string.strip() for string in strings)
+    if not all(_labelled(line, place) for place, line in enumerate(lines)):
+        return None
+    return Options(lines=lines, texts=tuple(LABEL.sub("", line, count=1) for line in lines))
 
 
 def lettered(texts: Sequence[str]) -> Options:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from omnimem.data import Item, Sample, is_inside, is_seconds, unknown_key
-from omnimem.tasks.annotations import AnnotationReader, Asked, Options, Row, labels_of, lettered, stream_of
+from omnimem.tasks.annotations import (
+    AnnotationReader,
+    Asked,
+    Options,
+    Row,
+    kept_letters,
+    labels_of,
+    lettered,
+    stream_of,
+)
 from omnimem.tasks.base import AnnotatedBenchmark
 from omnimem.tasks.rules import LETTERS, LMMS_EVAL, RuleSet
 from omnimem.textfile import path_problem, read_objects
@@ -124,14 +133,19 @@ class OwnOptions(AnnotatedBenchmark):
 
 
 def _options(row: Row, origin: str, reader: AnnotationReader) -> Options:
-    """The texts with letters; existing letters are kept."""
+    """The texts with letters; letters are kept if every option has its own, and added to the texts otherwise.
+
+    So `A. A. Milne` is an option when the others have letters too, and `A.M. radio` one when they have none.
+    """
     texts = row.get("options")
-    if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS) or not all(isinstance(t, str) for t in texts):
+    if (
+        not isinstance(texts, list)
+        or not 2 <= len(texts) <= len(LETTERS)
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+    ):
         reader.problems.append(f'{origin} options: expected a list of 2 to {len(LETTERS)} texts; write ["...", "..."]')
         return Options(lines=(), texts=())
-    if str(texts[0]).startswith(("A.", "(A)", "A)", "A:")):
-        return reader.options(texts, str(row.get("id")))
-    return lettered(texts)
+    return kept_letters(texts) or lettered(texts)
 
 
 def _seconds(row: Row, key: str, origin: str, reader: AnnotationReader) -> float | None:

@@ -69,17 +69,15 @@ def read_predictions(path: Path) -> list[Prediction]:
 
 def _lmms_eval(path: Path) -> Iterator[Prediction]:
     for origin, row in read_objects(path):
-        if "filtered_resps" not in row:
+        key = next((key for key in ("filtered_resps", "resps") if key in row), None)
+        if key is None:
             raise ManifestError([f"{origin} filtered_resps: missing; give a samples file of lmms-eval (--log_samples)"])
-        text, metric, doc = row["filtered_resps"], _metric(row), row.get("doc") or {}
-        text = text[0] if isinstance(text, list) and text else text or ""
-        if not isinstance(text, str) or not isinstance(doc, dict):
-            key, wrong = ("doc", doc) if isinstance(text, str) else ("filtered_resps", text)
-            wanted = "an object" if key == "doc" else "text"
-            raise ManifestError([f"{origin} {key}: expected {wanted}, got {got(wrong)}; give the file as written"])
+        metric, doc = _metric(row), row.get("doc") or {}
+        if not isinstance(doc, dict):
+            raise ManifestError([f"{origin} doc: expected an object, got {got(doc)}; give the file as written"])
         yield Prediction(
             origin=origin,
-            text=text,
+            text=_response(row[key], f"{origin} {key}"),
             question_id=_text(metric.get("question_id") or doc.get("question_id") or doc.get("uid")),
             video=_text(metric.get("videoID") or doc.get("videoID")),
             question=_text(doc.get("question")),
@@ -87,6 +85,29 @@ def _lmms_eval(path: Path) -> Iterator[Prediction]:
             answer=_text(row.get("target")),
             score=_score(metric.get("score"), origin),
         )
+
+
+def _response(value: Any, where: str) -> str:
+    """The text of a response, at any depth of lists; null and empty lists are no text.
+
+    Raises ManifestError when it is of another kind, or holds several texts that differ.
+    """
+    # 1. the leaves of the nested lists
+    leaves, waiting = [], [value]
+    while waiting:
+        leaf = waiting.pop(0)
+        if isinstance(leaf, list):
+            waiting = [*leaf, *waiting]
+        else:
+            leaves.append("" if leaf is None else leaf)
+    # 2. one text
+    wrong = next((leaf for leaf in leaves if not isinstance(leaf, str)), None)
+    if wrong is not None:
+        raise ManifestError([f"{where}: expected text, got {got(wrong)}; give the file as written"])
+    if len(set(leaves)) > 1:
+        count = len(set(leaves))
+        raise ManifestError([f"{where}: holds {count} different responses to one question; keep one of them"])
+    return leaves[0] if leaves else ""
 
 
 def _metric(row: Row) -> Row:

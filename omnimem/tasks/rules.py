@@ -3,6 +3,10 @@
 Each reproduces a published scorer, quirks included, so that the same predictions give the same number; they agree on
 a bare `B` or `B.`, and on little else. A rule set of another edition gets another name.
 
+A failure message of a tool or an API is no prediction, and a refusal that names no option is no answer, under every
+rule set (`failures.py`): the published scorers read `A` in "Failed to obtain answer via API." and `C` in "I cannot
+answer" (ours).
+
 Extraction by task: Video-MME `video_mme`, `vlmevalkit`; LVBench `lvbench`; StreamingBench `streamingbench`; LVOmniBench
 `lvomnibench`; all of them also `lmms_eval`.
 """
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.data import Question
+from omnimem.tasks.failures import is_failure, is_refusal
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FOUR = LETTERS[:4]
@@ -33,6 +38,7 @@ class Verdict:
     correct: bool  # False without an answer
     counted: bool  # in the denominator of the official accuracy
     bare: bool  # the prediction is an answer in the requested form, and nothing else
+    failed: bool = False  # the prediction is a failure message of a tool, which counts as no prediction
 
 
 @final
@@ -46,13 +52,16 @@ class RuleSet:
     def judge(self, question: Question, prediction: str) -> Verdict:
         """The verdict on a prediction for a multiple-choice question."""
         letters = LETTERS[: len(question.item.options)] or FOUR  # if the benchmark does not list them
-        answer = self.read(prediction, letters)
-        counted = {"answered": answer is not None, "written": prediction != "", "all": True}[self.denominator]
+        failed = is_failure(prediction)
+        answer = None if failed or is_refusal(prediction) else self.read(prediction, letters)
+        written = prediction != "" and not failed
+        counted = {"answered": answer is not None, "written": written, "all": True}[self.denominator]
         return Verdict(
             answer=answer,
             correct=answer is not None and answer == question.answer,
             counted=counted,
             bare=is_bare(prediction, letters),
+            failed=failed,
         )
 
 

@@ -1,20 +1,23 @@
 """Every attribute of DeepSpeed outside its documented interface that this package uses, one small function each.
 
-Tested with DeepSpeed 0.18.0 and 0.19.8. Each function raises RunError when the installed version is outside the range
-that `pyproject.toml` allows, or when an attribute is missing, instead of reading the wrong tensor.
+Tested with DeepSpeed 0.19.2 and 0.19.8; before 0.19.2 the engine casts the frequencies of RoPE to half precision. Each
+function raises RunError when the installed version is outside the range that `pyproject.toml` allows, or when an
+attribute is missing, instead of reading the wrong tensor.
 """
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from omnimem.run import RunError
 
-TESTED = ("0.18.0", "0.19.8")
-FIRST, BELOW = (0, 18), (0, 20)  # range of versions, as in pyproject.toml
+TESTED = ("0.19.2", "0.19.8")
+FIRST, BELOW = (0, 19, 2), (0, 20)  # range of versions, as in pyproject.toml
 
 
 def inner_optimizer(engine: Any) -> Any:
@@ -74,17 +77,36 @@ def release(parameters: Sequence[Any], *, changed: bool = False) -> None:
         _get(parameters[0], "partition")(param_list=list(parameters), has_been_updated=changed)
 
 
+@contextmanager
+def same_buffer_types(model: nn.Module) -> Iterator[None]:
+    """Raises RunError if a buffer has another type after the block, in which an engine is built.
+
+    In bfloat16 a frequency of RoPE is off by up to 2^-9 of itself, and an angle at position 32,768 by many turns.
+    """
+    before = {name: buffer.dtype for name, buffer in model.named_buffers()}
+    yield
+    for name, buffer in model.named_buffers():
+        if (was := before.get(name, buffer.dtype)) != buffer.dtype:
+            raise RunError(
+                f"DeepSpeed {_installed()} has cast {name} from {was} to {buffer.dtype}, which changes every position; "
+                f"install DeepSpeed {_allowed()}, or train without train.deepspeed"
+            )
+
+
+def _allowed() -> str:
+    return f">={'.'.join(map(str, FIRST))},<{'.'.join(map(str, BELOW))}"
+
+
 def _get(owner: Any, name: str) -> Any:
     """An attribute of a DeepSpeed object. Raises RunError when it is missing or the version is not supported."""
     found = _installed()
-    numbers = tuple(int(part) for part in found.split(".")[:2])
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     what = None if hasattr(owner, name) else f"{type(owner).__name__} has no attribute {name}"
     if not FIRST <= numbers < BELOW:
         what = "this version is not supported"
     if what is not None:
-        allowed = f">={'.'.join(map(str, FIRST))},<{'.'.join(map(str, BELOW))}"
         raise RunError(
-            f"DeepSpeed {found}: {what}; tested with {', '.join(TESTED)}; install a version {allowed}, or train "
+            f"DeepSpeed {found}: {what}; tested with {', '.join(TESTED)}; install a version {_allowed()}, or train "
             "without train.deepspeed"
         )
     return getattr(owner, name)

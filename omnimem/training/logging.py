@@ -1,7 +1,7 @@
 """Logging of a training run: metrics.jsonl, TensorBoard, one progress bar; and the end of a run without steps left."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +81,7 @@ class StepMetrics(TrainerCallback):
             "temperature": step.softness.temperature if step.softness else 0.0,
             "entries": max(outcome.usage.kept_entries for outcome in outcomes) / self.layers,
             "bytes": float(max(outcome.usage.bytes for outcome in outcomes)),
+            **self._selector(outcomes),
             "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in outcomes) / count,
             "failed_samples": float(len(self.failed.found)),
         }
@@ -89,6 +90,12 @@ class StepMetrics(TrainerCallback):
             usage[f"tokens_in/{name}"] = sum(outcome.usage.tokens_in[kind] for outcome in outcomes) / count
             usage[f"kept/{name}"] = sum(outcome.kept[name] for outcome in outcomes) / count / self.layers
         return usage
+
+    def _selector(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """Of the memory that chooses the tokens, where there is one; `bytes` contains these bytes."""
+        size = max(outcome.usage.selector_bytes for outcome in outcomes)
+        entries = max(outcome.usage.selector_entries for outcome in outcomes) / self.layers
+        return {"selector/entries": entries, "selector/bytes": float(size)} if size else {}
 
     def on_log(
         self,

@@ -23,6 +23,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
+from omnimem.training.deepspeed_internals import same_buffer_types
 from omnimem.training.failures import FailedSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
@@ -33,7 +34,16 @@ from omnimem.training.sampler import Batching, EpochSampler, SampleDataset, coll
 from omnimem.training.shutdown import ShutdownSignal, Stopped
 from omnimem.training.watchdog import Watchdog
 from omnimem.training.zero3 import LayerGathering, whole
-from omnimem.tuning import Plan, Step, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
+from omnimem.tuning import (
+    Plan,
+    SelectionOverlap,
+    Step,
+    StreamedModel,
+    gradient_of,
+    policy_in_training,
+    streamed_loss,
+    trainable,
+)
 
 
 @final
@@ -41,7 +51,8 @@ class StreamTrainer(Trainer):
     """Streams the samples of each step at its own budget and temperature.
 
     `training_step` is the whole step. Everything else that the Trainer calls is delegated to an owned object:
-    `batching`, `nonfinite`, `shutdown`, `watchdog`, `metrics`, `failed`, `checkpoints` and, under ZeRO-3, `gathering`.
+    `batching`, `nonfinite`, `shutdown`, `watchdog`, `metrics`, `overlap`, `failed`, `checkpoints` and, under ZeRO-3,
+    `gathering`.
     """
 
     def __init__(
@@ -73,6 +84,8 @@ class StreamTrainer(Trainer):
         self.failed = FailedSamples(failures)
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
         self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed)
+        own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
+        self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
@@ -200,7 +213,7 @@ class StreamTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         native, portable = self.checkpoints.sources(resume_from_checkpoint)
-        with weights_only():
+        with weights_only(), same_buffer_types(self.adapted):
             engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
@@ -218,8 +231,20 @@ class StreamTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the metrics of the streams; collective."""
         if "loss" in logs:
-            logs = self.metrics.complete(logs, self, self._initial_global_step)
+            logs = {**self.metrics.complete(logs, self, self._initial_global_step), **self._overlap()}
         super().log(logs, *args, **kwargs)
+
+    def _overlap(self) -> dict[str, float]:
+        """The drift of selection after this step, where it is due; every rank reads the same stream."""
+        lines = (int(line["step"]) for line in reversed(self.state.log_history) if "loss" in line)
+        if not self.overlap.due(self.state.global_step, self.state.max_steps, next(lines, 0)):
+            return {}
+        self.adapted.eval()  # every step begins in training mode
+        with self.gathering.micro_step() if self.gathering else nullcontext():
+            found = self.overlap()
+            if self.gathering:
+                self.gathering.settle()
+        return found
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the formula of the Trainer does not apply to streams."""

@@ -21,6 +21,7 @@ from omnimem.tuning.lora import (
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
 from omnimem.tuning.metrics import Pass, running_means, step_metrics
+from omnimem.tuning.overlap import SelectionOverlap
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, streamed_loss
 
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "ReleasedGradient",
     "Rows",
+    "SelectionOverlap",
     "StatesGradient",
     "Step",
     "StreamedModel",

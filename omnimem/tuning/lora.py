@@ -1,11 +1,12 @@
 """LoRA on the text model, and StreamedModel, which runs a whole stream as one forward pass for the trainer."""
 
+import json
 import re
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, Literal, final
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -20,6 +21,17 @@ from omnimem.limits import exceeds
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # settings of a saved adapter
+UNREAD = (  # checked apart, or notes without an effect
+    "target_modules",
+    "init_lora_weights",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "task_type",
+    "peft_type",
+    "peft_version",
+)
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -51,17 +63,23 @@ class LoraOptions:
 
     def config(self) -> LoraConfig:
         """The peft configuration; its pattern excludes projections of the same names in the encoders."""
-        attention = "|".join(name for name in self.targets if name in ATTENTION)
-        mlp = "|".join(name for name in self.targets if name not in ATTENTION)
-        places = [f"{part}\\.({names})" for part, names in (("self_attn", attention), ("mlp", mlp)) if names]
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
-            target_modules=rf"{LAYERS}({'|'.join(places)})",
+            target_modules=_pattern(self.targets),
             bias="none",
             task_type="CAUSAL_LM",
         )
+
+
+def _pattern(targets: Iterable[str]) -> str:
+    """A regular expression of the projections in the layers of the text model."""
+    named = tuple(targets)
+    attention = "|".join(name for name in named if name in ATTENTION)
+    mlp = "|".join(name for name in named if name not in ATTENTION)
+    places = [f"{part}\\.({names})" for part, names in (("self_attn", attention), ("mlp", mlp)) if names]
+    return rf"{LAYERS}({'|'.join(places)})"
 
 
 @final
@@ -137,7 +155,7 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
     """
     # 1. load
     tensors = adapter_tensors(folder)
-    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    config = _saved_config(folder, tensors)
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
@@ -149,6 +167,50 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """The settings of a saved adapter, checked against its weights.
+
+    Settings of peft that would import a module, or change the base model, are refused; a regular expression of modules
+    is replaced by the projections in the weights. Raises AdapterError.
+    """
+    # 1. read
+    path = folder / SETTINGS
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path}: is not JSON ({error}); copy it again, or export it again") from error
+    if not isinstance(table, dict) or table.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: is not that of a LoRA adapter (peft_type: LORA); give the folder of one")
+    # 2. check
+    problem = _settings_problem(table, tensors)
+    if problem is not None:
+        raise AdapterError(f"{path}: {problem}; restore the file that the adapter was saved with")
+    # 3. the modules
+    targets = table.get("target_modules")
+    if not isinstance(targets, list):
+        targets = _pattern(sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors}))
+    read = {name: table[name] for name in READ if name in table}
+    return LoraConfig(**read, target_modules=targets, bias="none", task_type="CAUSAL_LM", inference_mode=True)
+
+
+def _settings_problem(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """What in adapter_config.json cannot be, or contradicts the weights."""
+    usual = {each.name: each.default for each in fields(LoraConfig)}
+    for name, value in table.items():
+        if name not in (*READ, *UNREAD) and value and value != usual.get(name):
+            return f"{name}: {str(value)[:60]} is not supported"
+    if table.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        return f"init_lora_weights: {str(table['init_lora_weights'])[:60]} would change the base model"
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
+    if ranks != {table.get("r", usual["r"])}:
+        return f"r: {str(table.get('r'))[:60]}, but the weights have rank {', '.join(map(str, sorted(ranks)))}"
+    for name, least, most in (("lora_alpha", 0.0, float("inf")), ("lora_dropout", -1e-9, 1.0)):
+        value = table.get(name, usual[name])
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < most:
+            return f"{name}: {str(value)[:60]} is not a number {'above 0' if least == 0 else 'in [0, 1)'}"
+    return None
 
 
 def _adapted(model: Any, config: LoraConfig) -> StreamedModel:

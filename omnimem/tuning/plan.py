@@ -32,9 +32,12 @@ class TuningOptions:
     # maximum chunk size, drawn for every step; empty: stream.chunk_tokens
     chunk_tokens: tuple[int, ...] | ChunkRange = ()
     loss: LossOptions = field(default_factory=LossOptions)
+    overlap_every: int = 50  # steps between two measurements of `selection_overlap`; 0: none
 
     def __post_init__(self) -> None:
         check_settings(self.gradient, self.horizon, self.stop_layer, self.selection.softening)
+        if self.overlap_every < 0:
+            raise ValueError(f"tuning.overlap_every = {self.overlap_every} must be at least 1 step, or 0 for never")
         for slots in () if isinstance(self.budgets, BudgetRange) else self.budgets:
             if isinstance(slots, float) and not 0 < slots <= LARGEST_SHARE:
                 raise ValueError(

@@ -54,14 +54,14 @@ class _TrainingBatch:
             )
 
     def chunks(self) -> Iterator[Chunk]:
-        return self.feeder.chunks(self.batch, self.chunk_tokens)
+        return self.feeder.chunks(self.batch, self.chunk_tokens, rests=True)
 
-    def prompts(self, stream: Stream) -> Iterator[tuple[Prompt, Int[Tensor, "batch tokens"]]]:
-        """Feed the stream, and yield (prompt, labels) at each time with answers to train on."""
+    def prompts(self, stream: Stream) -> Iterator[tuple[Stream, Prompt, Int[Tensor, "batch tokens"]]]:
+        """Feed the stream, and yield (stream to ask, prompt, labels) at each time with answers to train on."""
         for due in feed_until_due(stream, self.chunks(), self.batch[0].sample.moments):
-            prompt = self.feeder.prompt([_turns(encoded, due) for encoded in self.batch], self.batch[0].tracks)
+            prompt = self.feeder.prompt([_turns(encoded, due.moments) for encoded in self.batch], self.batch[0].tracks)
             if prompt.labels is not None and bool((prompt.labels != IGNORED).any()):
-                yield prompt, prompt.labels
+                yield due.stream, prompt, prompt.labels
 
 
 def streamed_loss(
@@ -97,24 +97,25 @@ def streamed_loss(
         attached, feeder.with_oracle(policy, batch), batch=len(batch), softness=softness, carry=carry
     )
     values, owners = [], []
-    for number, (prompt, labels) in enumerate(data.prompts(stream)):
+    asked = stream
+    for number, (asked, prompt, labels) in enumerate(data.prompts(stream)):
         teacher = teacher_states[number] if teacher_states else None
-        loss = _loss_of(applied, stream.reader(prompt), labels, feeder.backbone.head, teacher)
-        values.append(stream.read(loss))
+        loss = _loss_of(applied, asked.reader(prompt), labels, feeder.backbone.head, teacher)
+        values.append(asked.read(loss))
         owners.append((labels != IGNORED).nonzero()[:, 0])
     # 3. reduce
     means = _means_over_streams(torch.cat(values, dim=1), torch.cat(owners), len(batch))
     weights = means.new_tensor([loss.weight for loss in applied])
     rows = sum(len(each) for each in owners)
-    counts = stream.memory.counts()
+    counts = asked.memory.counts()
     return Outcome(
         loss=(weights * means).sum(),
         losses={loss.name: mean for loss, mean in zip(applied, means.detach(), strict=True)},
         rows={loss.name: rows if loss in applied else 0 for loss in losses},
         streams=len(batch),
-        usage=stream.usage,
+        usage=asked.usage,
         kept={kind.name.lower(): sum(layer[kind] for layer in counts) for kind in Modality},
-        seconds_per_chunk=(time.perf_counter() - started) / max(1, stream.usage.chunks),
+        seconds_per_chunk=(time.perf_counter() - started) / max(1, asked.usage.chunks),
     )
 
 
@@ -133,7 +134,7 @@ def _teacher_states(
     if last is not None and any(int(chunk.positions.max()) >= last for chunk in data.chunks()):
         return []
     with model.disable_adapter():  # also disables its dropout
-        return [stream.ask(prompt).hidden[labels != IGNORED] for prompt, labels in data.prompts(stream)]
+        return [asked.ask(prompt).hidden[labels != IGNORED] for asked, prompt, labels in data.prompts(stream)]
 
 
 def _loss_of(

@@ -126,7 +126,7 @@ def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, c
     arrived = [line.partition(";")[0] for line in lines if line.startswith("  tokens in")]
     assert arrived == [
         "  tokens in 4 s: 4 audio + 32 visual",
-        "  tokens in 8 s: 8 audio + 64 visual",
+        "  tokens in 9.9 s: 10 audio + 80 visual",
         "  tokens in 16 s: 16 audio + 128 visual",
     ]
 

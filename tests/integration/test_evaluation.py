@@ -229,7 +229,7 @@ def test_a_question_during_the_stream_sees_nothing_after_it(backbone, attached, 
         judge.run(arm_of(attached), asked, tmp_path / name)
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
     assert one[:2] == two[:2]
-    assert [line["stream_seconds"] for line in one] == [2.0, 4.0, 16.0]
+    assert [line["stream_seconds"] for line in one] == [3.0, 5.0, 16.0]
     assert [line["frames"] for line in one] == [2, 4, 16]
     states = [logits_at(backbone, attached, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
     assert torch.equal(states[0][0], states[1][0])
@@ -270,9 +270,9 @@ def logits_at(
     found: list[torch.Tensor] = []
     with torch.no_grad():
         stream = feeder.stream(attached, arm_of(attached).policy)
-        for _ in feed_until_due(stream, feeder.chunks([feeder.open(asked)]), asked.moments):
+        for due in feed_until_due(stream, feeder.chunks([feeder.open(asked)], rests=True), asked.moments):
             prompt = feeder.prompt([[Turn(text="what ?")]], "both")
-            found.append(backbone.head(stream.ask(prompt).hidden))
+            found.append(backbone.head(due.stream.ask(prompt).hidden))
     return found
 
 
@@ -299,9 +299,9 @@ def test_a_line_holds_question_input_memory_and_cost(backbone, attached, videos,
     early, late = (json.loads(line) for line in (tmp_path / "given.jsonl").read_text().splitlines())
     assert (early["video"], early["stream"], early["at"]) == ("day", "video2", 5.0)
     assert early["categories"] == {"topic": ["one"]}
-    assert early["tokens_in"] == {"audio": 4, "visual": 32}
+    assert early["tokens_in"] == {"audio": 5, "visual": 48}
     assert late["tokens_in"] == {"audio": 12, "visual": 96}
-    assert (early["frames"], early["audio_seconds"]) == (4, 4.0)
+    assert (early["frames"], early["audio_seconds"]) == (5, 5.0)
     assert sum(late["kept"].values()) == late["entries"] == 12
     assert late["peak_entries"] > 12
     assert 0 < early["seconds"]["reading"] < late["seconds"]["reading"]

@@ -7,6 +7,7 @@ import torch
 from support import reference_cycle as cycle
 from support import reference_policies as loops
 from support.grid_streams import DIM, chunks_of, evictable, row_of, view_after
+from support.models import cut as support_cut
 from support.models import text_model
 from support.policy_streams import cut, opened, whole_stream
 from support.reference import AUDIO, VISUAL, best
@@ -25,7 +26,7 @@ from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.policies.baselines.streammem import StreamMemOptions, filtered
 from omnimem.positions import rotate
 from omnimem.streaming.attach import attach
-from omnimem.tokens import Modality, Tokens
+from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.tuning import StatesGradient
 from omnimem.view import LayerView, Probed
 
@@ -293,6 +294,32 @@ def test_heads_that_keep_their_own_move_together_and_keys_are_those_of_the_new_p
         times = moved.positions[0, 0][moved.positions[0, 0] >= stream.opening].unique()
         (end,) = stream._compaction().end
         assert times.tolist() == list(range(end - len(times), end))  # of both modalities and of all heads
+
+
+@pytest.mark.parametrize("lengths", [[24, 72], [10, 14, 72]])
+@pytest.mark.parametrize("options", [
+    StreamingLLMOptions(), InfiniPotVOptions(reindex=True), HermesOptions(reindex=True, summary=False)
+])  # fmt: skip
+def test_the_opening_stays_at_its_places_in_a_stream_that_is_reindexed(options, lengths) -> None:
+    whole = text_stream(24, 72)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, options.build(POOL))
+        for chunk in support_cut(whole, lengths):
+            stream.feed(chunk)
+            for layer in stream.memory.layers:
+                places = layer.positions[0, 0][layer.modality[0] == Modality.TEXT]
+                assert sorted(set(places.tolist())) == list(range(min(24, stream.fed)))
+        assert stream.opening == 24
+
+
+def text_stream(text: int, visual: int) -> Chunk:
+    """Text, then visual tokens, at consecutive positions of equal axes."""
+    count = text + visual
+    return Chunk(
+        embeddings=torch.randn(1, count, 64, generator=torch.Generator().manual_seed(3)),
+        positions=torch.arange(count).expand(1, 3, count),
+        modality=torch.tensor([[0] * text + [2] * visual], dtype=torch.int8),
+    )
 
 
 def test_input_uniform_reads_frames_spread_over_the_whole_stream_and_nothing_else() -> None:

@@ -167,7 +167,7 @@ def episode_from(attached: StreamedAttention, feeder: Feeder, batch: Sequence[En
     chunks, asked = list(feeder.chunks(batch)), []
     stream = Stream(attached, policy_at(None), batch=len(batch))
     for due in feed_until_due(stream, chunks, batch[0].sample.moments):
-        numbers = batch[0].sample.asked(due)
+        numbers = batch[0].sample.asked(due.moments)
         questions = [[one.sample.questions[number] for number in numbers] for one in batch]
         turns = [[Turn(text=question.text, answer=question.answer) for question in row] for row in questions]
         asked.append((stream.usage.chunks, feeder.prompt(turns, "both")))

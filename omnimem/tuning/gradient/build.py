@@ -10,6 +10,7 @@ from omnimem.tuning.gradient import (
     StatesGradient,
     by_similarity,
 )
+from omnimem.tuning.gradient.options import HALF_WAY
 from omnimem.tuning.plan import TuningOptions
 
 ONE_POLICY = "the one used in evaluation"
@@ -42,6 +43,11 @@ def policy_in_training(options: TuningOptions, policy: Policy) -> Policy:
 
     Raises GradientError when the policy does not support the mode.
     """
+    if options.gradient in HALF_WAY and policy.selection_from == "base":
+        raise GradientError(
+            f"tuning.gradient = {options.gradient} runs some layers alone, and memory.selection_from = base needs "
+            "every chunk read by all layers; set it to full or states, or selection_from to tuned"
+        )
     if options.gradient == "released":
         return by_similarity(policy)
     if not policy.supports(options.gradient):

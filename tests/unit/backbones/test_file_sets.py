@@ -1,12 +1,12 @@
 """The files that Qwen2.5-Omni is published with, under each of their names: all give the same model, none runs code."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.planted import Command
 from support.thinkers import write_folder
 
 from omnimem.backbones import ModelOptions, Qwen25Omni
@@ -140,16 +140,6 @@ def test_without_any_template_the_files_to_copy_are_named(tmp_path) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match=r"copy chat_template\.json or chat_template\.jinja from"):
         load(folder)
-
-
-class Command:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 def only_pickled_weights(folder: Path, mark: Path) -> None:

@@ -105,6 +105,26 @@ def test_older_samples_are_known_by_the_annotation_in_them(lvbench, tmp_path) ->
     assert [*found.predictions] == ["57", "55", "56"]
 
 
+@pytest.mark.parametrize(
+    ("response", "text"),
+    [
+        ("B", "B"),
+        (["B"], "B"),
+        ([["B"]], "B"),
+        ([[["B"]]], "B"),
+        ([["B"], ["B"]], "B"),
+        ([[]], ""),
+        (None, ""),
+        ([None], ""),
+        (["['B']"], "['B']"),
+    ],
+)
+@pytest.mark.parametrize("key", ["filtered_resps", "resps"])
+def test_a_response_is_read_at_any_depth_of_lists(key, response, text, tmp_path) -> None:
+    (tmp_path / "s.jsonl").write_text(json.dumps({"doc_id": 0, "target": "B", key: response, "input": "x"}) + "\n")
+    assert [found.text for found in read_predictions(tmp_path / "s.jsonl")] == [text]
+
+
 def test_line_ends_within_a_prediction_do_not_cut_it(lvbench, tmp_path) -> None:
     said = "C\u2028because\x85of it"  # as lmms-eval writes it: ensure_ascii=False
     file = changed(LMMS_LVBENCH, tmp_path / "samples.jsonl", [{"filtered_resps": [said]}])
@@ -140,6 +160,8 @@ def test_a_prediction_that_fits_no_question_or_the_wrong_one_is_refused(changes,
         ("x.jsonl", "{}", ":1 filtered_resps: missing"),
         ("x.jsonl", '{"filtered_resps": ["A"], "doc": "x"}', ":1 doc: expected an object"),
         ("x.jsonl", '{"filtered_resps": [5]}', ":1 filtered_resps: expected text"),
+        ("x.jsonl", '{"filtered_resps": [["A"], ["B"]]}', ":1 filtered_resps: holds 2 different responses"),
+        ("x.jsonl", '{"resps": [[{"text": "A"}]]}', ":1 resps: expected text"),
         ("x.jsonl", '{"filtered_resps": ["A"], "score": []}', ":1 score: expected 0 or 1"),
         ("x.jsonl", '{"filtered_resps": ["A"], "score": 0.5}', ":1 score: expected 0 or 1"),
         ("x.tsv", f"{COLUMNS}\nv\tq\tA", ":2: fewer fields than the 4 columns"),

@@ -331,6 +331,36 @@ def test_a_letter_before_an_option_is_known_in_every_form(string) -> None:
     assert reading.defects == []
 
 
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        (["A. Milne", "Tolstoy", "Kafka"], ["A. A. Milne", "B. Tolstoy", "C. Kafka"]),
+        (["A.M. radio", "B.B. King", "C.S. Lewis"], ["A. A.M. radio", "B. B.B. King", "C. C.S. Lewis"]),
+        (["Tolstoy", "B. Brecht"], ["A. Tolstoy", "B. B. Brecht"]),
+        (["Tolstoy", "A. Milne"], ["A. Tolstoy", "B. A. Milne"]),
+        (["A: red", "blue"], ["A. A: red", "B. blue"]),
+        (["A. red", "A. blue"], ["A. A. red", "B. A. blue"]),
+        (["A. red", "B. blue"], ["A. red", "B. blue"]),
+        (["(A) red", "(B) blue"], ["(A) red", "(B) blue"]),
+        (["U.S. army", "U.K. army"], ["A. U.S. army", "B. U.K. army"]),
+    ],
+)
+def test_own_options_are_never_merged(given, lines, tmp_path) -> None:
+    root = layouts.own(tmp_path)
+    rows = [json.loads(line) for line in (root / "questions.jsonl").read_text().splitlines()]
+    layouts.write_lines(root / "questions.jsonl", [{**rows[0], "options": given, "answer": "B"}])
+    benchmark = OwnOptions(root=str(root))
+    (question,) = benchmark.samples()[0].questions
+    assert question.text.splitlines()[1:-1] == lines
+    assert len(question.item.options) == len(given)
+    assert benchmark.defects() == []
+
+
+def test_published_options_are_not_merged_into_one() -> None:
+    reading = AnnotationReader()
+    assert reading.options(["A. Milne", "Tolstoy", "Kafka"], "q").texts == ("A. Milne", "Tolstoy", "Kafka")
+
+
 def test_a_right_answer_that_no_option_has_is_a_defect_and_stays(tmp_path) -> None:
     root = layouts.lvomnibench(tmp_path)
     rows = json.loads((root / "data.json").read_text())

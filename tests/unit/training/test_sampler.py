@@ -51,22 +51,55 @@ def test_an_uneven_last_step_is_padded_or_dropped_and_its_samples_weigh_more() -
     assert (dropped.steps, len(EpochSampler(SAMPLES, dropped, 0, lambda: 0, shuffled=False))) == (1, 4)
 
 
-def test_the_trainer_weighs_the_samples_of_its_current_step(monkeypatch) -> None:
-    """The second of two steps takes 3 samples on 4 positions; this rank's micro-batch of 2 has one of them."""
-    encoded = [SimpleNamespace(sample=SAMPLES[0])]
-    outcome = SimpleNamespace(loss=torch.tensor(3.0))
-    monkeypatch.setattr(omnimem.training.trainer, "streamed_loss", lambda *_, **__: outcome)
-    monkeypatch.setattr(omnimem.training.trainer, "batch_by_layout", lambda opened, size: [opened])
-    monkeypatch.setattr(omnimem.training.trainer, "policy_in_training", lambda options, policy: policy)
-    trainer: Any = SimpleNamespace(
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return list(EpochSampler(SAMPLES, Batching(samples=7, size=1), seed, lambda: epoch, shuffled=True))
+
+    assert order(3, 0) == order(3, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (3, 4) for epoch in (0, 1)}) == 4
+    assert all(sorted(order(3, epoch)) == list(range(7)) for epoch in range(3))
+
+
+def trainer_at(step: int) -> Any:
+    """The parts of a trainer that the loss of a micro-step reads."""
+    return SimpleNamespace(
         args=SimpleNamespace(seed=0, device="cpu", per_device_train_batch_size=2),
-        state=SimpleNamespace(global_step=1),
+        state=SimpleNamespace(global_step=step),
         batching=Batching(samples=7, size=4),
         plan=SimpleNamespace(options=SimpleNamespace(loss=SimpleNamespace(losses=()))),
-        policies=lambda slots: None,
+        policies=lambda slots: slots,
         metrics=SimpleNamespace(add=lambda step, outcome: None),
         **dict.fromkeys(("attached", "feeder", "backprop", "adapted")),
     )
+
+
+@pytest.fixture
+def passed(monkeypatch) -> list[dict[str, Any]]:
+    """What the trainer passes to `streamed_loss`, with the seed at that moment."""
+    calls: list[dict[str, Any]] = []
+
+    def loss(_attached: Any, _feeder: Any, batch: Any, policy: Any, **settings: Any) -> Any:
+        calls.append({"batch": batch, "policy": policy, "seed": torch.initial_seed(), **settings})
+        return SimpleNamespace(loss=torch.tensor(3.0))
+
+    monkeypatch.setattr(omnimem.training.trainer, "streamed_loss", loss)
+    monkeypatch.setattr(omnimem.training.trainer, "batch_by_layout", lambda opened, size: [opened])
+    monkeypatch.setattr(omnimem.training.trainer, "policy_in_training", lambda options, policy: policy)
+    return calls
+
+
+def test_the_trainer_weighs_the_samples_of_its_current_step(passed) -> None:
+    """The second of two steps takes 3 samples on 4 positions; this rank's micro-batch of 2 has one of them."""
+    encoded = [SimpleNamespace(sample=SAMPLES[0])]
     step: Any = SimpleNamespace(slots=8, softness=None, chunk_tokens=36)
-    loss = StreamTrainer._stream(trainer, cast(Any, encoded), step)
-    assert float(loss) == pytest.approx(3 * 2 / 3)
+    assert float(StreamTrainer._stream(trainer_at(1), cast(Any, encoded), step)) == pytest.approx(3 * 2 / 3)
+
+
+def test_the_trainer_streams_with_budget_softness_and_chunks_of_its_step(passed) -> None:
+    encoded = [SimpleNamespace(sample=SAMPLES[0])]
+    for number, slots, softness, chunk in ((0, 8, None, 36), (1, None, "soft", 72), (1, 4, None, None)):
+        step: Any = SimpleNamespace(slots=slots, softness=softness, chunk_tokens=chunk)
+        StreamTrainer._stream(trainer_at(number), cast(Any, encoded), step)
+        assert [passed[-1][key] for key in ("policy", "softness", "chunk_tokens")] == [slots, softness, chunk]
+    seeds = [call["seed"] for call in passed]
+    assert seeds[0] != seeds[1] == seeds[2]  # a draw depends on the step, and on nothing else of these

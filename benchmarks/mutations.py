@@ -1,0 +1,159 @@
+"""Breaks one line at a time and checks that a test fails: python benchmarks/mutations.py [NAME ...] (about 15 minutes).
+
+A copy of the tree is mutated, never the tree itself. A mutation whose line is gone is an error, so the list stays true.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "runs", "__pycache__")
+SAMPLER, TRAINER = "omnimem/training/sampler.py", "omnimem/training/trainer.py"
+FEEDER, STREAM = "omnimem/streaming/feeder.py", "omnimem/streaming/stream.py"
+ANSWERING, RESULTS = "omnimem/evaluation/answering.py", "omnimem/evaluation/results.py"
+DIFFERENCES, STATISTICS = "omnimem/comparison/differences.py", "omnimem/comparison/statistics.py"
+FINETUNE = "tests/e2e/test_finetune.py"
+EVALUATION = ("tests/integration/test_evaluation.py", "tests/unit/tasks")
+COMPARISON = ("tests/unit/comparison",)
+STREAMING = ("tests/integration/test_stream.py", "tests/unit/streaming")
+SAMPLING = ("tests/unit/training",)
+
+
+@final
+@dataclass(frozen=True)
+class Mutation:
+    """`old` in `file` becomes `new`; one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    # trainer
+    Mutation("weight of uneven steps", SAMPLER, "self.taken(step) / self.size", "1.0", SAMPLING),
+    Mutation("drop_last ignored", SAMPLER, "if self.drop_last else", "if False else", SAMPLING),
+    Mutation("same order in every epoch", SAMPLER, "seed_of(self.seed, epoch, ", "seed_of(self.seed, ", SAMPLING),
+    Mutation("sum of micro-steps", TRAINER, "loss / self.current_gradient_accumulation_steps", "loss / 1", (FINETUNE,)),
+    Mutation("loss not weighted by batch", TRAINER, "outcome.loss * len(batch)", "outcome.loss", (FINETUNE,)),
+    Mutation(
+        "draws without the step", TRAINER, "self.args.seed, self.state.global_step, *(", "self.args.seed, *(", SAMPLING
+    ),
+    Mutation("budget of the step ignored", TRAINER, "self.policies(step.slots)", "self.policies(None)", SAMPLING),
+    Mutation("failed samples not counted", TRAINER, "self.failed.record(Failure(", "str(Failure(", (FINETUNE,)),
+    # feeder and stream
+    Mutation(
+        "later audio in earlier tokens",
+        FEEDER,
+        "causal=any(time is not None for time in sample.times)",
+        "causal=False",
+        STREAMING,
+    ),
+    Mutation(
+        "no cut at a question",
+        FEEDER,
+        "if moment is not None],\n            system",
+        "if False],\n            system",
+        STREAMING,
+    ),
+    Mutation(
+        "question sees its next chunk",
+        FEEDER,
+        "chunk.seconds > moment]",
+        "chunk.seconds - 2 > moment]",
+        (*STREAMING, *EVALUATION),
+    ),
+    Mutation(
+        "chunk length of the step ignored",
+        FEEDER,
+        "chunk_tokens or self.options",
+        "self.options",
+        ("tests/integration", FINETUNE),
+    ),
+    Mutation("start of the sample ignored", FEEDER, "start=sample.start,", "start=0.0,", STREAMING),
+    Mutation("fork shares no past", STREAM, "twin.memory, twin.fed", "_, twin.fed", STREAMING),
+    Mutation("positions not shifted", STREAM, "if not any(self._moved):", "if True:", STREAMING),
+    # evaluation
+    Mutation("answered twice", ANSWERING, 'if line["id"] not in done]', "]", EVALUATION),
+    Mutation(
+        "failure of a batch swallowed",
+        ANSWERING,
+        "return [line for reader in batch for line in self._failed(reader.sample, error)]",
+        "return []",
+        EVALUATION,
+    ),
+    Mutation(
+        "tracks of an arm ignored",
+        ANSWERING,
+        "replace(self.feeder.options, tracks=arm.tracks)",
+        "self.feeder.options",
+        EVALUATION,
+    ),
+    Mutation("late questions not marked", ANSWERING, "time <= seconds + LATE", "True", EVALUATION),
+    Mutation(
+        "failed lines count as answers",
+        RESULTS,
+        'line is not None and not line.get("failed")',
+        "line is not None",
+        EVALUATION,
+    ),
+    Mutation("torn line kept", RESULTS, "os.truncate(path, len(whole[0]) + len(whole[1]))", "pass", EVALUATION),
+    # comparison
+    Mutation("unequal entries accepted", DIFFERENCES, "SAME_ENTRIES = 0.001", "SAME_ENTRIES = 1.0", COMPARISON),
+    Mutation("only means compared", DIFFERENCES, "unequal[:1] or _entry_differences(a, b)", "unequal[:1]", COMPARISON),
+    Mutation("percentiles not expanded", STATISTICS, "math.sqrt(clusters / (clusters - 1)) * t", "t", COMPARISON),
+    Mutation("answers resampled, not videos", STATISTICS, "sorted(set(videos))", "sorted(videos)", COMPARISON),
+    Mutation("no adjustment over benchmarks", STATISTICS, "np.arange(order.size, 0, -1)", "1", COMPARISON),
+    Mutation(
+        "unanswered pairs compared",
+        "omnimem/comparison/summary.py",
+        "for key in of_a if key in of_b]",
+        "for key in of_a]",
+        COMPARISON,
+    ),
+)
+
+
+def survived(mutation: Mutation, tree: Path) -> bool:
+    """Whether all tests pass with the mutation. Raises ValueError when the line is not there exactly once."""
+    # 1. mutate
+    file = tree / mutation.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.old!r} is not once in {mutation.file}")
+    file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    # 2. test, restore
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if done.returncode > 1:
+        raise ValueError(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or [""]
+    print(f"{'SURVIVED' if done.returncode == 0 else 'caught'}\t{mutation.name}\t{last[0][:140]}", flush=True)
+    return done.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """Exit code 1 if a mutation survives."""
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=LEFT_OUT, symlinks=True)
+        alive = [mutation.name for mutation in chosen if survived(mutation, tree)]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} caught")
+    return bool(alive)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Failure messages and refusals are no answers under any rule set; answers that look like them are."""
+
+import pytest
+
+from omnimem.data import Item, Question
+from omnimem.tasks import LVBenchOptions, LVOmniBenchOptions, OwnOptions, StreamingBenchOptions, VideoMMEOptions
+from omnimem.tasks.failures import is_failure, is_refusal
+from omnimem.tasks.rules import RuleSet
+
+TASKS = (VideoMMEOptions, LVBenchOptions, LVOmniBenchOptions, StreamingBenchOptions, OwnOptions)
+RULE_SETS = [
+    pytest.param(rule_set, id=f"{task.__name__}-{name}") for task in TASKS for name, rule_set in task.rule_sets.items()
+]
+FAILURES = (
+    "Failed to obtain answer via API.",
+    "Failed to obtain answer via API. ",
+    "\nFailed to obtain answer via API.\n",
+    "[LMMS_EVAL_REQUEST_FAILED after 5 retries] Error code: 400 - A bad request",
+    "[FAILED_INFER] CUDA error",
+    "Error code: 429 - {'error': {'message': 'Rate limit reached for A'}}",
+    "openai.APIConnectionError: Connection error.",
+    "RateLimitError('B exceeded')",
+    "Error: 503 Service Unavailable",
+    "An error occurred: Connection aborted",
+    "Traceback (most recent call last):\n  File A",
+    '{"error": {"code": 500, "status": "DEADLINE"}}',
+    "HTTP 502 Bad Gateway",
+    "429 Client Error: Too Many Requests",
+    "500 Internal Server Error. A retry may help",
+    "API Error: Claude returned nothing",
+    "The API call failed after C attempts",
+    "Request timed out.",
+    "Connection error.",
+    "Rate limit exceeded for Account A",
+    "CUDA out of memory. Tried to allocate 2 GiB",
+    "Response was blocked by DALL safety filters",
+    "nan",
+    "None",
+    "<NA>",
+    "null",
+)
+REFUSALS = (
+    "I cannot answer",
+    "I can't answer this question.",
+    "I can\u2019t process this file.",
+    "Sorry, I can't help with images of people yet.",
+    "I'm sorry, but without the image provided",
+    "I am unable to watch videos. Describe it first.",
+    "As an AI language model, I do not watch videos",
+    "Cannot determine the answer",
+)
+ANSWERS = (
+    ("B", "B"),
+    ("B. Connection error", "B"),
+    ("The answer is B.", "B"),
+    ("I'm sorry, but the best choice is B", "B"),
+    ("I am unable to see it clearly; the answer is (B)", "B"),
+    ("(B) None", "B"),
+    ("B: API error rate", "B"),
+)
+
+
+def question(answer: str) -> Question:
+    """A question with eleven options, so that `I` is one of them."""
+    item = Item(id="q", options=tuple("abcdefghijk"))
+    return Question(index=0, text="?", answer=answer, at=None, kind="", loss=False, item=item)
+
+
+@pytest.mark.parametrize("text", FAILURES)
+@pytest.mark.parametrize("rule_set", RULE_SETS)
+def test_a_failure_message_counts_as_an_empty_prediction(text, rule_set: RuleSet) -> None:
+    for letter in "ABCDEFGHIJK":
+        verdict, empty = rule_set.judge(question(letter), text), rule_set.judge(question(letter), "")
+        assert (verdict.answer, verdict.correct, verdict.failed) == (None, False, True)
+        assert (verdict.counted, verdict.bare) == (empty.counted, False)
+
+
+@pytest.mark.parametrize("text", REFUSALS)
+@pytest.mark.parametrize("rule_set", RULE_SETS)
+def test_a_refusal_is_a_prediction_without_an_answer(text, rule_set: RuleSet) -> None:
+    verdict = rule_set.judge(question("C"), text)
+    assert (verdict.answer, verdict.correct, verdict.failed) == (None, False, False)
+    assert verdict.counted is (rule_set.denominator != "answered")
+
+
+@pytest.mark.parametrize(("text", "letter"), ANSWERS)
+def test_an_answer_that_mentions_a_failure_is_an_answer(text, letter) -> None:
+    assert not is_failure(text)
+    assert not is_refusal(text)
+    assert VideoMMEOptions.rule_sets["official"].judge(question(letter), text).correct
+
+
+@pytest.mark.parametrize("text", ["A dog barks", "Apple", "Because", "a", "An apple", "A", "E", "I", "", " "])
+def test_the_strict_rule_takes_no_article_and_no_first_letter_of_a_word(text) -> None:
+    answer = OwnOptions.rule_sets["letter"].judge(question("A"), text).answer
+    assert answer == (text.upper() if len(text.strip()) == 1 else None)
