@@ -45,11 +45,7 @@ MUTATIONS = (
     Mutation("sum of micro-steps", TRAINER, "loss / self.current_gradient_accumulation_steps", "loss / 1", (FINETUNE,)),
     Mutation("loss not weighted by batch", TRAINER, "outcome.loss * len(batch)", "outcome.loss", (FINETUNE,)),
     Mutation(
-        "draws without the step",
-        TRAINER,
-        "self.args.seed, self.state.global_step, *(",
-        "self.args.seed, *(",
-        SAMPLING,
+        "draws without the step", TRAINER, "self.args.seed, self.state.global_step, *(", "self.args.seed, *(", SAMPLING
     ),
     Mutation("budget of the step ignored", TRAINER, "self.policies(step.slots)", "self.policies(None)", SAMPLING),
     Mutation("failed samples not counted", TRAINER, "self.failed.record(Failure(", "str(Failure(", (FINETUNE,)),

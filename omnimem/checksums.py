@@ -52,7 +52,7 @@ def damage(folder: Path) -> str | None:
         files = {str(name): (int(known["bytes"]), str(known["sha256"])) for name, known in table["files"].items()}
     except FileNotFoundError:
         return f"{SEAL} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{SEAL} cannot be read"
     return next((what for name, known in files.items() if (what := _changed(folder / name, name, *known))), None)
 
@@ -65,8 +65,8 @@ def _changed(path: Path, name: str, size: int, digest: str) -> str | None:
         return None if _digest(path, sync=False) == digest else f"{name} has changed (sha256)"
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"{name!a} cannot be read ({getattr(error, 'strerror', error)})"
 
 
 def _files(folder: Path) -> dict[str, Path]:

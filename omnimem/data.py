@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 from omnimem.errors import UserError
+from omnimem.limits import exceeds
 from omnimem.textfile import ManifestError, got, parse_object, path_problem, text_lines
 
 Role = Literal["system", "user", "assistant"]
@@ -289,6 +290,8 @@ class _Row:
             self.problem(where + "role", f"expected {', '.join(ROLES)}, got {got(role)}")
         if not isinstance(content, str) or not content.strip():
             self.problem(where + "content", f"expected text, got {got(content)}")
+        elif what := exceeds("text_characters", len(content)):
+            self.problem(where + "content", f"its length of {what}")
         if loss is not None and not isinstance(loss, bool):
             self.problem(where + "loss", f"expected true or false, got {got(loss)}")
         # 2. check the time

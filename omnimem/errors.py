@@ -1,6 +1,8 @@
-"""The base class of errors that the user's input causes."""
+"""The base class of errors that the user's input causes, and errors that it does not cause."""
 
 from collections.abc import Sequence
+
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
 
 
 class UserError(ValueError):
@@ -13,3 +15,15 @@ class ProblemList(UserError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = tuple(problems)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is exhausted, which is not the fault of the file that was being read."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

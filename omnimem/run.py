@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, final
 
+from typing_extensions import TypedDict
+
+from omnimem.aside import written_aside
 from omnimem.checksums import damage
 from omnimem.errors import UserError
+from omnimem.textfile import StoredFileError, parse_stored, read_stored
 
 PACKAGES = (
     "omnimem",
@@ -41,8 +46,25 @@ LOCK = ".lock"
 PATIENCE = 60.0  # seconds to wait for a process that is shutting down to release its run folder
 
 
+RESTORE = "restore it, or continue the run with `omnimem finetune --resume auto`, which writes it again"
+
+
 class RunError(UserError):
     """The run folder cannot be used as requested; the message names the alternatives."""
+
+
+class Record(TypedDict, total=False):
+    """The keys of run.json that are read again."""
+
+    sha256: dict[str, str | None]
+    steps: int
+    earlier: list[dict[str, Any]]
+
+
+class MetricsLine(TypedDict):
+    """The key of a line of metrics.jsonl that is read again."""
+
+    step: int
 
 
 @final
@@ -129,12 +151,24 @@ class Start:
             path.rename(_free(path))
         shutil.rmtree(self.folder.partial, ignore_errors=True)
         # 2. write the record and config, drop metrics of later steps
-        earlier = read_json(self.folder.record) if self.resumed and self.folder.record.is_file() else None
+        earlier = self._earlier() if self.resumed and self.folder.record.exists() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
-        write_json(self.folder.record, {**provenance, "earlier": history})  # first: marks the folder as a run
+        digest = hashlib.sha256(config.encode()).hexdigest()
+        record = {**provenance, "config_sha256": digest, "earlier": history}
+        write_json(self.folder.record, record)  # first: marks the folder as a run
         write_text(self.folder.config, config)
         keep_steps(self.folder.metrics, self.step)
         return self.folder
+
+    def _earlier(self) -> Record | None:
+        """The record of the run so far; a damaged one is renamed, since a run goes on without it."""
+        record = self.folder.record
+        try:
+            return read_stored(record, Record, f"it is now {_free(record).name}, and the run goes on without it")
+        except StoredFileError as error:
+            record.rename(_free(record))
+            print(error, file=sys.stderr, flush=True)
+            return None
 
 
 def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs: Path = Path("runs")) -> Start:
@@ -203,16 +237,12 @@ def sha256(path: Path, *, suffixes: Sequence[str] = ()) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: readers never see a partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _named(path), partial.open("w", encoding="utf-8") as file:
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -220,14 +250,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, shape: Any = Any, cure: str = "restore it, or write it again") -> Any:
+    """The value in a JSON file of a run; raises StoredFileError (`omnimem.textfile.read_stored`)."""
+    return read_stored(path, shape, cure)
 
 
 def update_json(path: Path, **values: Any) -> None:
-    """Update keys of the JSON object in a file."""
-    write_json(path, {**read_json(path), **values})
+    """Update keys of the JSON object in a file; raises StoredFileError."""
+    write_json(path, {**read_stored(path, dict[str, Any], RESTORE), **values})
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -246,18 +276,22 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def keep_steps(path: Path, last: int) -> None:
-    """Drop the lines of steps after `last`, which a resumed run writes again, and a line truncated by a crash."""
-    if not path.is_file():
+    """Drop the lines of steps after `last`, which a resumed run writes again, and damaged lines, which are counted."""
+    # 1. read the lines; a crash may have truncated the last one
+    if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, last)]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def _until(line: str, last: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= last
-    except json.JSONDecodeError:
-        return False
+    with _named(path):
+        lines, dropped, kept = path.read_bytes().split(b"\n"), 0, []
+    # 2. keep those of the steps so far
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip() and parse_stored(line, MetricsLine, f"{path}:{number}", "dropped")["step"] <= last:
+                kept.append(line)
+        except StoredFileError:
+            dropped += number < len(lines)
+    write_text(path, b"".join(line + b"\n" for line in kept).decode())
+    if dropped:
+        print(f"{path}: {dropped} damaged lines were dropped", file=sys.stderr, flush=True)
 
 
 def hold(folder: RunFolder, patience: float = PATIENCE) -> None:

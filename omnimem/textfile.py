@@ -1,11 +1,14 @@
-"""Text files that users bring: UTF-8 with or without a byte order mark, and JSON; every fault with file and line."""
+"""Text files, every fault with file and line: those that users bring, and JSON that a command has stored."""
 
 import json
 import math
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, final
+
+from pydantic import TypeAdapter, ValidationError
 
 from omnimem.errors import ProblemList, UserError
 
@@ -17,6 +20,11 @@ NAMED = 20  # lines that are not UTF-8
 @final
 class ManifestError(ProblemList):
     """All problems of a file of samples, one per line: `file:line key: problem; fix`."""
+
+
+@final
+class StoredFileError(UserError):
+    """A file that a command has stored is damaged; the message names it, what is wrong and the cure."""
 
 
 def read_text(path: Path, cure: str = "give a readable file") -> str:
@@ -84,6 +92,48 @@ def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if problems:
         raise ManifestError(problems)
     return rows
+
+
+def read_stored(path: Path, shape: Any, cure: str) -> Any:
+    """The value of a JSON file that a command has stored; `shape` is the type of it (a TypedDict, list[...] ...).
+
+    Keys that the shape does not name are kept. Raises StoredFileError when the file is missing, damaged or of another
+    shape.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoredFileError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
+    return parse_stored(data, shape, str(path), cure)
+
+
+def parse_stored(data: bytes, shape: Any, place: str, cure: str) -> Any:
+    """The value of stored JSON, or of a line of it at `place`; raises StoredFileError."""
+    if not data.strip(b"\0 \t\r\n"):
+        raise StoredFileError(f"{place}: {'holds zero bytes' if data.strip() else 'is empty'}; {cure}")
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "lists or objects too deep"
+        raise StoredFileError(f"{place}: not JSON ({reason}); {cure}") from error
+    return of_shape(value, shape, place, cure)
+
+
+def of_shape(value: Any, shape: Any, place: str, cure: str) -> Any:
+    """The value if it has a shape (see `read_stored`); raises StoredFileError with the first key that has not."""
+    try:
+        _shape(shape).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, what = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        wrong = "missing" if first["type"] == "missing" else f"expected {what}, got {got(first['input'])}"
+        raise StoredFileError(f"{f'{place} {key}'.rstrip()}: {wrong}; {cure}") from error
+    return value
+
+
+@cache
+def _shape(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
 
 
 def path_problem(path: str) -> str | None:

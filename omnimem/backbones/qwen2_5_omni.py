@@ -15,7 +15,6 @@ from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -31,7 +30,10 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
+from omnimem.backbones.files import CheckpointError, checkpoint_errors, require_weights
+from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.errors import UserError
+from omnimem.limits import exceeds
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.shipped import shipped
 from omnimem.textfile import whole_characters
@@ -49,10 +51,6 @@ END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",)
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 PREPROCESSED = ("feature_size", "hop_length", "n_fft", "image_mean", "image_std")  # what is read from them
 Part = TypeVar("Part", bound=nn.Module)
-
-
-class CheckpointError(UserError):
-    """A folder that is not a checkpoint of this family, or lacks a file; the message says which and how to fix it."""
 
 
 @final
@@ -105,20 +103,20 @@ class Qwen25Omni(Backbone):
         and no code of the checkpoint is run. Raises CheckpointError when a file is missing.
         """
         folder = Path(options.path)
-        try:
-            model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-                options.path, dtype=getattr(torch, options.dtype), use_safetensors=True, trust_remote_code=False
+        with checkpoint_errors(options.path):
+            model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+                options.path,
+                dtype=getattr(torch, options.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            require_weights(options.path, found)
             tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"model.path: {options.path} cannot be loaded ({str(error).splitlines()[0]}); give a local folder with "
-                "config.json, weights and tokenizer, or a hub id that can be reached"
-            ) from error
-        geometry = _geometry(options.path, model)
-        if (template := _chat_template(options.path)) is not None:
-            tokenizer.chat_template = template
-        return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
+            geometry = _geometry(options.path, model)
+            if (template := _chat_template(options.path)) is not None:
+                tokenizer.chat_template = template
+            return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
     @property
     def text_model(self) -> PreTrainedModel:
@@ -280,6 +278,8 @@ class Qwen25Omni(Backbone):
     def _plain(self, text: str) -> str:
         """A user's text with a cut in every control token, which is then encoded as text."""
         text = whole_characters(text)
+        if what := exceeds("text_characters", len(text)):
+            raise UserError(f"a text of {len(text):,} characters, {text[:40]!a}...: {what}")
         return self._control.sub(lambda found: found[0][:1] + CUT + found[0][1:], text)
 
     def _rendered(self, system: str | None) -> tuple[str, str]:
@@ -400,8 +400,10 @@ def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
             "page into its folder"
         )
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError) as error:
+        text = render_bounded(
+            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        )
+    except TemplateFailure as error:
         raise CheckpointError(
             f"the chat template cannot be rendered ({' '.join(str(error).split())}); use Qwen2.5-Omni's own template"
         ) from error

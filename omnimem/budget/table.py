@@ -8,6 +8,7 @@ from typing import Any, final
 
 from omnimem.budget.allocation import BudgetError, Shares, Slots, require
 from omnimem.budget.signals import Signals
+from omnimem.limits import exceeds
 from omnimem.run import write_text
 
 FORMAT = "omnimem budget 1"
@@ -92,7 +93,7 @@ class Budget:
             raise BudgetError(
                 f"{path}: cannot read the budget ({error.strerror}); make it with `omnimem calibrate --config X.yaml`"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BudgetError(f"{path}: not JSON ({error}); make it again with `omnimem calibrate`") from error
         return cls.of(table, path)
 
@@ -101,7 +102,7 @@ class Budget:
         """The budget of parsed JSON, ours or the release's; `place` names the source in errors."""
         try:
             return cls._released(table) if isinstance(table, list) else cls._own(table)
-        except (BudgetError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise BudgetError(
                 f"{place}: not a budget ({reason}); "
@@ -127,6 +128,8 @@ class Budget:
             raise BudgetError(f"it holds {table!r}")
         if table["format"] != FORMAT:
             raise BudgetError(f"format is {table['format']!r}, this version reads {FORMAT!r}")
+        if what := exceeds("budget_layers", int(table["layers"])):
+            raise BudgetError(f"layers = {what}")
         if table["slots"] == "full":
             return cls.full(int(table["layers"]))
         return cls(

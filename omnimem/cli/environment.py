@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import torch
+from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
 from omnimem.extras import installed
@@ -21,7 +22,8 @@ def prepare_process() -> None:
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))  # read, but no port is opened
+        _join_alone()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # set before deepspeed is imported, which then prints nothing
         if installed("deepspeed"):
@@ -34,6 +36,14 @@ def prepare_process() -> None:
     logging.getLogger("accelerate.accelerator").addFilter(_is_news)
     if not sys.stderr.isatty():
         disable_progress_bar()  # that of transformers, which would fill log files
+
+
+def _join_alone() -> None:
+    """A process group of this process alone, whose store is in memory: another one would listen on all interfaces."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    if distributed.is_available() and not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
 
 
 def world_size() -> int:

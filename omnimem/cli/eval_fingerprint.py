@@ -8,12 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from omnimem.config import RunConfig
 from omnimem.evaluation import Arm, EvaluationError
 from omnimem.run import RunFolder, provenance, sha256, write_text
+from omnimem.textfile import StoredFileError, read_stored
 
 FILE = "setting.json"
 ASIDE = "eval_earlier"
+
+
+class Setting(TypedDict):
+    """The key of setting.json whose values are merged."""
+
+    benchmarks: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +127,15 @@ def _differences(target: Path, setting: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _read(target: Path) -> dict[str, Any]:
+    """The settings beside the results; empty without the file, or if it is damaged."""
     path = target / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    try:
+        return read_stored(path, Setting, "these results count as made with other settings")
+    except StoredFileError as error:
+        print(error, file=sys.stderr, flush=True)
+        return {}
 
 
 def _free(path: Path) -> Path:

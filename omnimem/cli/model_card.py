@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import yaml
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from omnimem.comparison.formatting import count, many, percent, points, shown, size, span
 from omnimem.config.exported import FILE, Exported
@@ -16,6 +18,64 @@ CARD = "README.md"
 TASK = "video-text-to-text"  # as the hub calls it
 TUNED, UNTUNED = "tuned", "training_free"
 PACKAGES = ("torch", "transformers", "peft")
+AGAIN = "evaluate and compare the run again, or remove the file for a card without results"
+
+
+class Digests(TypedDict, total=False):
+    """The provenance of an evaluation."""
+
+    sha256: dict[str, str | None]
+
+
+class TunedSummary(TypedDict, total=False):
+    """eval/tuned/summary.json, as far as it is read here."""
+
+    provenance: Digests
+
+
+class ComparedArm(TypedDict):
+    """An arm of compare/summary.json."""
+
+    strict: FiniteFloat
+    strict_interval: Annotated[list[FiniteFloat | None], Field(min_length=2, max_length=2)]
+    peak_entries: FiniteFloat | None
+    answer_entries: FiniteFloat | None
+    bytes: FiniteFloat | None
+
+
+class ComparedPair(TypedDict):
+    """A difference of two arms."""
+
+    a: str
+    b: str
+    diff: FiniteFloat | None
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    verdict: str
+
+
+class ComparedGroup(TypedDict):
+    """A benchmark of compare/summary.json."""
+
+    n: int
+    clusters: int
+    chance: FiniteFloat | None
+    arms: dict[str, ComparedArm]
+    pairs: list[ComparedPair]
+
+
+class Pooled(TypedDict):
+    """All benchmarks pooled."""
+
+    pairs: list[ComparedPair]
+
+
+class Compared(TypedDict):
+    """compare/summary.json, as far as it is read here."""
+
+    benchmarks: dict[str, ComparedGroup]
+    pooled: NotRequired[Pooled | None]
+    different: list[str]
 
 
 def card(exported: Exported, name: str, run: RunFolder) -> str:
@@ -34,8 +94,8 @@ def results_of(run: RunFolder, exported: Exported) -> dict[str, Any]:
     summary, tuned = run.comparison / "summary.json", run.evaluation(TUNED) / "summary.json"
     if not summary.is_file() or not tuned.is_file():
         return {}
-    evaluated = read_json(tuned).get("provenance", {}).get("sha256", {}).get("adapter")
-    return read_json(summary) if evaluated == exported.origin.adapter_sha256 else {}
+    evaluated = read_json(tuned, TunedSummary, AGAIN).get("provenance", {}).get("sha256", {}).get("adapter")
+    return read_json(summary, Compared, AGAIN) if evaluated == exported.origin.adapter_sha256 else {}
 
 
 def _front(exported: Exported, name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ SIGTERM, 130: SIGINT): stopped on request, with a checkpoint. 1: anything else.
 import argparse
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from safetensors import SafetensorError
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, first_line, lacks_memory
 from omnimem.extras import missing_extra
+from omnimem.limits import raise_limits
 from omnimem.training.shutdown import Stopped
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+FULL = ("No space left", "Disk quota exceeded", "File too large", "Input/output error")  # in those of safetensors
 # Messages of gloo and NCCL for a lost rank; rank 0 reports the cause.
 LOST = ("closed by peer", "reset by peer", "remote process exited")
 # Other ranks wait before they exit: the launcher stops rank 0 as soon as one rank is gone, before its message.
@@ -34,6 +38,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        self.add_argument(
+            "--limit", action="append", default=[], metavar="NAME=N", help="raise a limit of docs/limits.md; repeatable"
+        )
         self.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # inserted by `deepspeed`
 
     def add_config(self) -> None:
@@ -43,7 +50,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse; `overrides` may be between options."""
-        return self.parse_intermixed_args(list(arguments))
+        given = self.parse_intermixed_args(list(arguments))
+        raise_limits(given.limit)
+        return given
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Called by --help, which is a normal end."""
@@ -70,16 +79,34 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         raise
     except OSError as error:
         if error.errno in DISK:
-            leave([f"{error.filename}: {error.strerror}; free space or repair the disk, then use --resume auto"], 1)
+            place = error.filename2 or error.filename or "the disk"
+            cure = "free space or repair the disk, then start the command again (a run: with --resume auto)"
+            leave([f"{place}: {error.strerror}; {cure}"], 1)
         if error.errno in PATH:
             leave([f"{error.filename}: {error.strerror}; give another path"])
+        _leave_without_memory(error)
         raise
-    except RuntimeError as error:
+    except SafetensorError as error:
+        if any(words in str(error) for words in FULL):
+            leave([f"weights could not be written ({error}); free space or repair the disk, then start again"], 1)
+        raise
+    except (RuntimeError, MemoryError) as error:
         if rank() and any(words in str(error) for words in LOST):
             leave([f"rank {rank()}: lost another rank; see the messages of the others"], 1)
+        _leave_without_memory(error)
         raise
+    except KeyboardInterrupt:
+        leave(["interrupted; start the same command again: what is complete is kept"], 128 + signal.SIGINT)
     done()
     sys.exit(0)
+
+
+def _leave_without_memory(error: Exception) -> None:
+    """Exit with one line if memory is exhausted."""
+    if lacks_memory(error):
+        what = first_line(error)
+        cure = "lower stream.max_pixels, stream.chunk_tokens or batch sizes, or give the process more memory"
+        leave([f"not enough memory ({what}); {cure}"], 1)
 
 
 def done() -> None:

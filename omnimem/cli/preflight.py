@@ -20,6 +20,7 @@ from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
+from omnimem.errors import first_line
 from omnimem.evaluation.left_out import is_out_of_memory
 from omnimem.media.container import Reason
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
@@ -138,8 +139,7 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["out of memory"])[0]
-        what = f"{shown} at {budget} does not fit on {device} ({reason})"
+        what = f"{shown} at {budget} does not fit on {device} ({first_line(error)})"
         cure = (
             "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "
             "layer or tuning.offload: true"

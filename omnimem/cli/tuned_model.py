@@ -2,19 +2,28 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, NotRequired, final
 
 from transformers.utils import cached_file
+from typing_extensions import TypedDict
 
 from omnimem.budget import Budget
 from omnimem.checksums import damage
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, NO_BASE, Exported, Origin
 from omnimem.policies import PerturbationOptions
-from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError
 
 Kind = Literal["adapter", "merged"]
+
+
+class FinishedRecord(TypedDict):
+    """The keys of run.json that an export needs."""
+
+    sha256: dict[str, str | None]
+    steps: NotRequired[int]
+    config_sha256: NotRequired[str]
 
 
 @final
@@ -40,9 +49,11 @@ class TunedModel:
         for file in (folder.record, folder.config, folder.budget):
             if not file.is_file():
                 raise RunError(f"{file} is missing; give --run the folder of a run of `omnimem finetune`")
+        record = read_json(folder.record, FinishedRecord, RESTORE)
+        if record.get("config_sha256", sha256(folder.config)) != sha256(folder.config):
+            raise RunError(f"{folder.config}: has changed since the run started; {RESTORE}")
         run = load(folder.config, ["train={}"])  # the files of training may be elsewhere now
         model = replace(run.model, path=base or run.model.path, dtype=dtype or run.model.dtype)
-        record = read_json(folder.record)
         adapter, step = _adapter_of(folder, record, checkpoint)
         return cls(
             run=replace(run, model=model), record=record, budget=Budget.read(folder.budget), adapter=adapter, step=step
@@ -68,7 +79,7 @@ class TunedModel:
                 kind=kind,
                 base=base.path,
                 base_revision=base.revision,
-                base_sha256=base.digest(self.record["sha256"]["base"], self.adapter),
+                base_sha256=base.digest(self.record["sha256"].get("base"), self.adapter),
                 adapter_sha256=sha256(self.adapter, suffixes=(".safetensors",)),
                 step=self.step,
                 run=self.record,

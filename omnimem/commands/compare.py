@@ -13,6 +13,7 @@ from omnimem.cli.parser import Parser
 from omnimem.comparison import DRAWS, compare
 from omnimem.comparison.formatting import many, percent, points, shown
 from omnimem.comparison.load import axis_of
+from omnimem.limits import exceeds
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,6 +46,8 @@ def _draws(text: str) -> int:
     draws = int(text)
     if draws < 100:
         raise argparse.ArgumentTypeError(f"{draws} draws are too few for a 95 % interval; give at least 100")
+    if what := exceeds("bootstrap_draws", draws):
+        raise argparse.ArgumentTypeError(what)
     return draws
 
 

@@ -9,14 +9,14 @@ is it renamed to DIR.
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from omnimem.aside import written_aside
 from omnimem.backbones import load_backbone
 from omnimem.checksums import share
 from omnimem.cli.export_check import ExportCheck, difference
@@ -55,9 +55,10 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, imported by saving, else prints a warning
     tuned = TunedModel.of(given.run, checkpoint=given.checkpoint, base=given.model, dtype=given.dtype)
-    with written_whole(given.out) as folder:
+    with written_aside(given.out, folder=True) as folder:
         exported = write(tuned, given.format, folder)
         write_text(folder / CARD, card(exported, given.out.resolve().name, RunFolder(path=given.run)))
+        share(folder)
     print("verified: " + ", ".join(f"{name} {value:.3g}" for name, value in exported.verified.items()))
     print(f"{given.format}: {given.out}")
 
@@ -143,20 +144,6 @@ def require_vacant(out: Path) -> None:
     """Raises RunError if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already and is not empty; give another --out, or remove it first")
-
-
-@contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`: renamed to `out` at the end of the block, removed after an error."""
-    out = out.resolve()
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        share(partial)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _parser() -> Parser:

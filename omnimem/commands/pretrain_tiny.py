@@ -7,6 +7,8 @@ Training the towers and the text model together fails (the towers collapse befor
 2. the same with the chat template around the question;
 3. the towers learn to output those sums from frames and audio samples;
 4. the text model is fine-tuned on the towers' outputs, half of them after H.264 and AAC, and the result is checked.
+
+Weights are saved after every stage: the same command continues a run that was stopped.
 """
 
 import json
@@ -39,6 +41,7 @@ from omnimem.tiny.batches import (
     stream_layout,
 )
 from omnimem.tiny.checkpoint import build_config, build_model, build_tokenizer, embeddings, save_folder, write_card
+from omnimem.tiny.progress import Progress
 from omnimem.tiny.towers import (
     TOWER_STAGES,
     Clip,
@@ -97,6 +100,8 @@ CHAT: tuple[Stage, ...] = (
 )
 REAL = replace(_CHAT, name="files-64s", batch=8, steps=40, learning_rate=2e-4, final_rate=2e-5, warm_up=10, real=True)
 
+CHECKED = "towers checked"  # the name of that stage in progress.pt
+
 
 class Log:
     """One line per record, on stdout and in log.jsonl."""
@@ -104,8 +109,11 @@ class Log:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "log.jsonl"
-        self._path.write_text("", encoding="utf-8")
         self._start = time.monotonic()
+
+    def clear(self) -> None:
+        """Start an empty log.jsonl."""
+        self._path.write_text("", encoding="utf-8")
 
     def write(self, **record: object) -> None:
         """Write a record with the seconds since the start; numbers are rounded."""
@@ -239,14 +247,16 @@ def mark(logits: Tensor, questions: Questions) -> dict[str, Tensor]:
     return {kind: right[kinds == i] for i, kind in enumerate(KINDS)}
 
 
-def train_recall(trainee: Trainee, stages: tuple[Stage, ...]) -> None:
-    """Stages of the text model, with one optimizer for all of them."""
+def train_recall(trainee: Trainee, stages: tuple[Stage, ...], progress: Progress) -> None:
+    """Stages of the text model that are not finished, with one optimizer for all of them."""
     text = [*trainee.model.get_submodule("model.language_model").parameters(), *trainee.model.lm_head.parameters()]
     parameters = [*text, *trainee.namers.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    done = 0
+    done = progress.continue_optimizer(optimizer, [stage.name for stage in stages])
     for stage in stages:
-        done += train_stage(trainee, stage, optimizer, parameters, done)
+        if stage.name not in progress.done:
+            done += train_stage(trainee, stage, optimizer, parameters, done)
+            progress.save(stage.name, optimizer, done)
 
 
 def train_stage(
@@ -317,21 +327,29 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse(arguments)
     torch.set_num_threads(1)  # at this size a second thread is slower
     trainee = create(given.seed, given.out)
+    progress = Progress(given.out, nn.ModuleList([trainee.model, trainee.namers]), given.seed)
+    if not progress.done:
+        trainee.log.clear()
     # 1. and 2. recall in embedding space, without and with the chat template
-    train_recall(trainee, RECALL)
-    train_recall(trainee, CHAT)
+    train_recall(trainee, RECALL, progress)
+    train_recall(trainee, CHAT, progress)
     # 3. the towers; the text model is frozen
     for stage in TOWER_STAGES:
-        for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
-            trainee.log.write(stage=stage.name, **record)
-    check(trainee, seconds=64, streams=32)
+        if stage.name not in progress.done:
+            for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
+                trainee.log.write(stage=stage.name, **record)
+            progress.save(stage.name)
+    if CHECKED not in progress.done:
+        check(trainee, seconds=64, streams=32)
+        progress.save(CHECKED)
     # 4. recall from the towers' outputs
-    train_recall(trainee, (REAL,))
+    train_recall(trainee, (REAL,), progress)
     # 5. save and report
     save_folder(trainee.model, trainee.tokenizer, given.out)
     accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
     weights = sum(parameter.numel() for parameter in trainee.model.parameters())
     write_card(given.out, seed=given.seed, weights=weights, accuracies=accuracies)
+    progress.remove()
 
 
 def _parser() -> Parser:

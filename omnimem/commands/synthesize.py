@@ -20,6 +20,7 @@ from typing import Any, final
 import numpy as np
 from tqdm import tqdm
 
+from omnimem.aside import written_aside
 from omnimem.cli.parser import Parser
 from omnimem.errors import UserError
 from omnimem.recall.renderer import EDITION, write_mp4
@@ -133,11 +134,9 @@ def _made(out: Path, streams: Sequence[Stream], workers: int) -> Iterator[None]:
 
 
 def make(out: Path, stream: Stream) -> None:
-    """Render under another name first: an existing file is always complete."""
-    path = out / stream.video
-    part = path.with_suffix(".part")
-    write_mp4(stream.world, part)
-    part.replace(path)
+    """Render under another name first: an existing file is always complete, whoever else renders it."""
+    with written_aside(out / stream.video) as part:
+        write_mp4(stream.world, part)
 
 
 def manifest_line(stream: Stream) -> dict[str, Any]:

@@ -1,23 +1,27 @@
 """Read run folders and evaluation folders."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, NotRequired, final
+
+from pydantic import Field, FiniteFloat, NonNegativeInt
+from typing_extensions import TypedDict
 
 from omnimem.budget import Budget, BudgetError
 from omnimem.comparison.formatting import shown
 from omnimem.errors import ProblemList
 from omnimem.evaluation.left_out import is_left_out
 from omnimem.tasks.accuracy import DURATION, categories_of
+from omnimem.textfile import StoredFileError, of_shape, parse_stored, read_stored
 
 Role = Literal["budgeted", "reference", "probe"]
 
 PROBES = ("blind", "vision_only", "audio_only")
 REFERENCE = "full_memory"
+AGAIN = "evaluate the arm again, or leave it out"
 KIND = "kind"  # the axis whose labels have no prefix
 MEASURES = ("frames", "audio_seconds", "stream_seconds", "peak_entries", "entries")
 
@@ -103,6 +107,95 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...]
 
 
+class Cost(TypedDict):
+    """Costs of an arm in summary.json."""
+
+    streams: FiniteFloat
+    stream_seconds: FiniteFloat
+    tokens_in: dict[str, FiniteFloat]
+    kept: dict[str, FiniteFloat]
+    media_per_second: FiniteFloat | None
+    reading_per_second: FiniteFloat | None
+    first_token_seconds: FiniteFloat | None
+    answer_seconds: FiniteFloat | None
+    peak_memory: FiniteFloat | None
+
+
+class DefectEntry(TypedDict):
+    """A defect of the annotations (`omnimem.tasks.Defect`)."""
+
+    rule: str
+    where: str
+    what: str
+
+
+class Facts(TypedDict, total=False):
+    """The entry of a benchmark in summary.json."""
+
+    input: dict[str, Any]
+    cost: Cost
+    defects: list[DefectEntry]
+    rules: str | None
+
+
+class Summary(TypedDict):
+    """summary.json of an arm."""
+
+    arm: NotRequired[str]
+    benchmarks: dict[str, Facts]
+    provenance: NotRequired[dict[str, Any]]
+
+
+class ComparedLine(TypedDict):
+    """The keys of a result line that are compared."""
+
+    kind: str | list[str] | None
+    correct: bool
+    parsed: bool
+    question: NotRequired[str | None]
+    options: NotRequired[int]
+    categories: NotRequired[dict[str, list[str]]]
+    failed: NotRequired[str | None]
+
+
+class Step(TypedDict):
+    """The keys of a line of metrics.jsonl that the report shows."""
+
+    step: int
+    loss: NotRequired[FiniteFloat | None]
+    temperature: NotRequired[FiniteFloat | None]
+
+
+Some = Field(min_length=1)
+Bins = Annotated[list[NonNegativeInt], Some]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+class Arrived(TypedDict):
+    """Tokens by bin."""
+
+    audio: Bins
+    visual: Bins
+
+
+class Kept(TypedDict):
+    """Tokens by chunk, layer and bin."""
+
+    audio: list[Annotated[list[list[NonNegativeInt]], Some]]
+    visual: list[Annotated[list[list[NonNegativeInt]], Some]]
+
+
+class Trace(TypedDict):
+    """trace.json (omnimem.evaluation.trace)."""
+
+    video: str
+    seconds: Positive
+    bin_seconds: Positive
+    chunk_ends: Annotated[list[FiniteFloat], Some]
+    arrived: Arrived
+    kept: Kept
+
+
 class _Problem(ValueError):
     """One line of a ComparisonError."""
 
@@ -128,7 +221,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Arm], list[Run]]:
                 run_folder = _run_of(arm_folder)
                 if run_folder is not None and run_folder not in runs:
                     runs[run_folder] = _read_run(run_folder)
-            except _Problem as problem:
+            except (_Problem, StoredFileError) as problem:
                 problems.append(str(problem))
     # 2. label the arms, or report the problems
     arms = _with_durations(_labelled(list(found.values())))
@@ -180,8 +273,8 @@ def _read_arm(folder: Path) -> Arm:
     path = folder / "summary.json"
     if not path.is_file():
         raise _Problem(f"{folder}: no summary.json; finish its evaluation with `omnimem evaluate`")
-    summary = _read_object(path)
-    benchmarks = _object(summary.get("benchmarks"), f"{path} benchmarks")
+    summary = read_stored(path, Summary, AGAIN)
+    benchmarks = summary["benchmarks"]
     if not benchmarks:
         raise _Problem(f"{path} benchmarks: empty; evaluate the arm on a benchmark first")
     # 2. answers and trace
@@ -192,23 +285,20 @@ def _read_arm(folder: Path) -> Arm:
         name=name,
         folder=folder,
         sheets={
-            benchmark: _read_sheet(folder / f"{benchmark}.jsonl", _object(facts, f"{path} benchmarks.{benchmark}"))
-            for benchmark, facts in benchmarks.items()
+            benchmark: _read_sheet(folder / f"{benchmark}.jsonl", facts) for benchmark, facts in benchmarks.items()
         },
-        provenance=_object(summary.get("provenance", {}), f"{path} provenance"),
-        trace=_read_trace(trace) if trace.is_file() else None,
+        provenance=summary.get("provenance", {}),
+        trace=_read_trace(trace) if trace.exists() else None,
     )
 
 
 def _read_trace(path: Path) -> dict[str, Any]:
-    trace = _read_object(path)
-    wanted = {"video", "seconds", "bin_seconds", "chunk_ends", "arrived", "kept"}
-    if wanted - trace.keys():
-        raise _Problem(f"{path} {', '.join(sorted(wanted - trace.keys()))}: missing; delete the file or evaluate again")
+    trace = read_stored(path, Trace, "delete the file or evaluate again")
     chunks = len(trace["chunk_ends"])
     for modality in ("audio", "visual"):
         bins, kept = len(trace["arrived"][modality]), trace["kept"][modality]
-        if len(kept) != chunks or any(len(layer) != bins for layers in kept for layer in layers):
+        sizes = {len(layers) for layers in kept}
+        if len(kept) != chunks or len(sizes) > 1 or any(len(layer) != bins for layers in kept for layer in layers):
             raise _Problem(
                 f"{path} kept.{modality}: does not hold {bins} bins per layer after each of {chunks} chunks; "
                 "delete the file or evaluate again"
@@ -231,7 +321,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
     if not answers and not left:
         raise _Problem(f"{path}: no answers in it; run the evaluation again")
     # 2. input and cost
-    given = _object(facts.get("input", {}), f"{path} input")
+    given = facts.get("input", {})
     return Sheet(
         answers=answers,
         peak_entries=_number(facts.get("peak_entries")),
@@ -239,7 +329,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         bytes=_number(facts.get("bytes")),
         frames=_number(given.get("frames")),
         audio_seconds=_number(given.get("audio_seconds")),
-        cost=_object(facts.get("cost", {}), f"{path} cost"),
+        cost=facts.get("cost", {}),
         defects=facts.get("defects", []),
         rules=facts.get("rules"),
         left_out=left,
@@ -252,6 +342,7 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
     missing = [key for key in keys if key not in record]
     if missing:
         raise _Problem(f"{place} {', '.join(missing)}: missing; evaluate the arm again with this version")
+    of_shape(record, ComparedLine, place, AGAIN)
     # 2. convert the values
     prediction, parsed = record["prediction"], bool(record["parsed"])
     return Answer(
@@ -332,7 +423,9 @@ def _read_run(folder: Path) -> Run:
         raise _Problem(str(error)) from error
     # A resumed run repeats the steps after its last checkpoint: the later line counts.
     steps = {
-        record["step"]: record for _, record in (_json_lines(metrics) if metrics.is_file() else ()) if "step" in record
+        of_shape(record, Step, place, "delete the line")["step"]: record
+        for place, record in (_json_lines(metrics) if metrics.is_file() else ())
+        if "step" in record
     }
     return Run(name=folder.name, budget=slots, metrics=tuple(steps[step] for step in sorted(steps)))
 
@@ -340,28 +433,10 @@ def _read_run(folder: Path) -> Run:
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise _Problem(f"{path}: missing although summary.json names it; run the evaluation again")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield place, _object(_parse(place, line), place)
-
-
-def _parse(place: Path | str, text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise _Problem(f"{place}: not JSON ({error}); correct it or write it again") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    return _object(_parse(path, path.read_text(encoding="utf-8")), str(path))
-
-
-def _object(value: object, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _Problem(f"{place}: expected a JSON object, got {json.dumps(value)[:40]}; write it again")
-    return value
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield place, parse_stored(line, dict[str, Any], place, "delete the line, or evaluate again")
 
 
 def _number(value: object) -> float | None:

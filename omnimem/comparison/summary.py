@@ -87,13 +87,21 @@ def pair_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # first characters of what a spreadsheet computes
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows under the union of their columns; an unknown number is an empty field."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    """The value, with an apostrophe before text that a spreadsheet would run as a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def groups(summary: Mapping[str, Any], pooled: str = "pooled") -> Iterator[tuple[str, Mapping[str, Any]]]:

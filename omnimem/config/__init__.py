@@ -96,7 +96,12 @@ def refuse_changes(run: RunConfig, earlier: Path) -> None:
 
     `evaluate` may change; what of `train` may is in `omnimem.training.arguments`.
     """
-    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (load(earlier), run))
+    try:
+        saved = load(earlier)
+    except ConfigError as error:
+        cure = "remove it, and resume with the settings that the run was started with"
+        raise ConfigError([f"{earlier}: cannot be read ({error.problems[0]}); {cure}"]) from error
+    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (saved, run))
     keys = [key for key in dict.fromkeys([*before, *now]) if key[0] not in ("train", "evaluate")]
     problems = [
         f"{earlier} {dotted(key)}: {before.get(key)!r} there, {now.get(key)!r} now; resume with the old value, "

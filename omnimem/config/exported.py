@@ -69,7 +69,7 @@ class Exported:
         path = Path(folder) / FILE
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError([f"{path}: cannot be read ({error}); make it with `omnimem export`"]) from error
         exported, problems = validated(cls, table)
         if exported is None:

@@ -11,6 +11,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from omnimem.errors import ProblemList
+from omnimem.limits import exceeds
 
 Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); a number is an index into a list
 Problem = tuple[Key, str]  # a key, and its message with the cure
@@ -54,6 +55,8 @@ def read(path: Path) -> Source:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read ({error}); give a YAML file in UTF-8"]) from error
+    if what := exceeds("config_bytes", len(text)):
+        raise ConfigError([f"{path}: {what}"])
     reader = _Reader(place=lambda line: f"{path}:{line}")
     data = reader.read(text, ())
     if not reader.problems and not isinstance(data, dict):
@@ -69,7 +72,7 @@ def override(source: Source, overrides: Sequence[str]) -> Source:
     problems: list[str] = []
     for text in overrides:
         name, equals, value = text.partition("=")
-        key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+        key: Key = tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in name.split("."))
         if not equals or "" in key:
             problems.append(f"{COMMAND_LINE} {text}: not a setting; write section.key=value, without blanks around =")
             continue
@@ -114,6 +117,7 @@ class _Reader:
     place: Callable[[int], str]  # of a line, counted from 1
     places: dict[Key, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    values: int = 0  # so far, each as often as aliases repeat it
 
     def read(self, text: str, key: Key) -> Any:
         """The value in `text`, which belongs to `key`; None and a problem if it is not valid YAML."""
@@ -121,6 +125,9 @@ class _Reader:
             loader = _Loader(text)
             node = loader.get_single_node()
             return None if node is None else self._value(loader, node, key)
+        except (RecursionError, ValueError) as error:
+            what = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            self.problems.append(f"{self.place(1)} {dotted(key)}".rstrip() + f": {what}; write it out")
         except yaml.YAMLError as error:
             marked = isinstance(error, yaml.MarkedYAMLError)
             mark = error.problem_mark if marked else None
@@ -130,6 +137,9 @@ class _Reader:
         return None
 
     def _value(self, loader: _Loader, node: Node, key: Key) -> Any:
+        self.values += 1
+        if what := exceeds("config_values", self.values):
+            raise ValueError(f"its aliases (&, *) repeat values: {what}")
         if isinstance(node, MappingNode):
             return self._mapping(loader, node, key)
         if isinstance(node, SequenceNode):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.errors import UserError
+from omnimem.limits import exceeds
 from omnimem.policies.base import Policy
 from omnimem.tasks import BenchmarkOptions
 
@@ -34,6 +35,9 @@ class EvaluateOptions:
         for name in ("batch_size", "max_new_tokens", "processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("processes", "decoders"):
+            if what := exceeds("processes", getattr(self, name)):
+                raise ValueError(f"{name} = {what}")
         if self.decoders < 0:
             raise ValueError(f"decoders = {self.decoders} must be 0 or more")
         if self.limit is not None and self.limit < 1:

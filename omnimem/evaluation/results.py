@@ -11,12 +11,71 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from pydantic import FiniteFloat
+from typing_extensions import TypedDict
+
 from omnimem.data import Sample
-from omnimem.evaluation.options import EvaluationError
 from omnimem.evaluation.sharding import Shard
 from omnimem.run import append_line, write_text
+from omnimem.textfile import of_shape, parse_stored
 
 MEASURED = ("seconds", "peak_memory")  # fields that differ between two runs of the same question
+AGAIN = "delete the line and start the evaluation again: it asks the question again"
+
+
+class ResultLine(TypedDict):
+    """What every line holds."""
+
+    id: str
+    video: str
+    stream: str
+    prompt_sha256: str
+    answer: str
+    kind: str
+    categories: dict[str, list[str]]
+    correct: bool
+    parsed: bool
+    counted: bool
+    bare: bool
+
+
+class FailedLine(ResultLine):
+    """The line of a question whose stream cannot be read."""
+
+    failed: str
+    message: str
+
+
+class Tokens(TypedDict):
+    """Tokens by modality."""
+
+    audio: FiniteFloat
+    visual: FiniteFloat
+
+
+class Seconds(TypedDict):
+    """Seconds by what they were taken for."""
+
+    media: FiniteFloat
+    reading: FiniteFloat
+    first_token: FiniteFloat
+    answer: FiniteFloat
+
+
+class AnsweredLine(ResultLine):
+    """The line of an answered question, with its measurements."""
+
+    prediction: str
+    stream_seconds: FiniteFloat
+    tokens_in: Tokens
+    kept: Tokens
+    peak_entries: FiniteFloat
+    entries: FiniteFloat
+    bytes: int
+    frames: int
+    audio_seconds: FiniteFloat
+    seconds: Seconds
+    peak_memory: int | None
 
 
 @final
@@ -74,13 +133,12 @@ def _answers(line: Mapping[str, Any] | None) -> bool:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """Complete lines; the last one may be incomplete."""
+    """Complete lines; the last one may be incomplete. Raises StoredFileError for a damaged line."""
     whole = path.read_bytes().rpartition(b"\n")[0]
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise EvaluationError(f"{path}:{number}: not JSON ({error}); delete the line") from error
+    for number, data in enumerate(whole.split(b"\n"), start=1) if whole else ():
+        place = f"{path}:{number}"
+        line = parse_stored(data, dict[str, Any], place, AGAIN)
+        yield of_shape(line, FailedLine if line.get("failed") else AnsweredLine, place, AGAIN)
 
 
 def _drop_torn_line(path: Path) -> None:

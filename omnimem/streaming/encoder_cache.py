@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omnimem.aside import written_aside
 from omnimem.backbones import Backbone, Encoded
 from omnimem.checksums import share
 from omnimem.data import Sample
@@ -130,16 +131,15 @@ class EncoderCache:
         known["sha256"] = _digest(known, sorted(tensors), tensors.__getitem__)
         # 2. write beside the file, then rename
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.{id(segments)}.part")
         try:
-            save_file(tensors, partial, metadata=known)
-            share(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-        except SafetensorError as error:  # a full disk
-            partial.unlink(missing_ok=True)
-            raise OSError(errno.EIO, str(error), str(path)) from error
-        partial.replace(path)
+            with written_aside(path) as partial:
+                save_file(tensors, partial, metadata=known)
+                share(partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+        except (SafetensorError, OSError) as error:  # a full disk
+            number = (isinstance(error, OSError) and error.errno) or errno.EIO
+            raise OSError(number, str(error), str(path)) from error
 
 
 def _digest(known: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, final
 
 from omnimem.data import Item, Message, Sample
+from omnimem.errors import first_line
 from omnimem.extras import optional
+from omnimem.limits import exceeds
 from omnimem.tasks.rules import LETTERS
 from omnimem.textfile import ManifestError, got, parse_json, path_problem, read_text
 
@@ -23,6 +25,7 @@ SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 # "A. text", "A.text", "A) text", "(A) text", "A: text"; not the initials of "A.M. radio"
 LABEL = re.compile(r"\(?([A-Z])[.):](?![A-Z]\.)\s*")
 AGAIN = "download the annotations again"
+PARQUET_ROWS = 256  # of a table are unpacked at once
 
 Row = Mapping[str, Any]
 
@@ -228,10 +231,18 @@ def read_json(path: Path) -> Any:
 
 def read_parquet(path: Path) -> list[tuple[str, Row]]:
     """The rows of a parquet file, each with `file:row n`; raises ManifestError."""
+    rows: list[Row] = []
+    size = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                size += batch.nbytes
+                for name, value in (("table_bytes", size), ("table_rows", len(rows) + batch.num_rows)):
+                    if what := exceeds(name, value):
+                        raise ManifestError([f"{path}: unpacked, its size ({name}) of {what}"])
+                rows += batch.to_pylist()
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise ManifestError([f"{path}: cannot be read ({str(error).splitlines()[0]}); {AGAIN}"]) from error
+        raise ManifestError([f"{path}: cannot be read ({first_line(error)}); {AGAIN}"]) from error
     return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
 
 

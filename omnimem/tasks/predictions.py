@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 from omnimem.data import Question, Sample
 from omnimem.extras import optional
+from omnimem.limits import exceeds, limit
 from omnimem.tasks.annotations import Row
 from omnimem.textfile import ManifestError, got, read_objects, read_text
 
@@ -124,9 +125,17 @@ def _vlmevalkit_tsv(path: Path) -> Iterator[Prediction]:
 
 
 def _vlmevalkit_xlsx(path: Path) -> Iterator[Prediction]:
+    with ZipFile(path) as packed:
+        if what := exceeds("table_bytes", sum(each.file_size for each in packed.infolist())):
+            raise ManifestError([f"{path}: unpacked, its size in bytes of {what}"])
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     try:
-        rows = book.worksheets[0].iter_rows(values_only=True)
+        sheet: Any = book.worksheets[0]
+        for name, size in (("table_columns", sheet.max_column or 0), ("table_rows", sheet.max_row or 0)):
+            if what := exceeds(name, size):
+                raise ManifestError([f"{path}: the size of the table of {what}"])
+        most, width = limit("table_rows"), sheet.max_column or limit("table_columns")
+        rows = sheet.iter_rows(values_only=True, max_row=most + 1, max_col=width)
         header = [str(name) for name in next(rows, ())]
         yield from _vlmevalkit(
             path, header, ((n, dict(zip(header, row, strict=True))) for n, row in enumerate(rows, 2))
@@ -140,6 +149,8 @@ def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row
     if lacking:
         raise ManifestError([f"{path} {', '.join(lacking)}: no such column; give a Video-MME table of VLMEvalKit"])
     for number, row in rows:
+        if what := exceeds("table_rows", number):
+            raise ManifestError([f"{path}:{number}: the number of rows of {what}"])
         if None in row or LACKING in row.values():
             fields = "more" if None in row else "fewer"
             raise ManifestError(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from omnimem.checksums import put, seal
+from omnimem.errors import first_line
 from omnimem.run import RunFolder
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
 from omnimem.training.shutdown import Stopped
@@ -98,4 +99,4 @@ def _explained(folder: RunFolder, place: Path) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError):
         return "only a part of a file was written"
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NotRequired, final
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
+from typing_extensions import TypedDict
 
 from omnimem.run import RunError, read_json, write_json
 from omnimem.training.deepspeed_internals import (
@@ -32,6 +33,7 @@ from omnimem.tuning import StreamedModel
 
 WEIGHTS, FACTS = "portable.safetensors", "portable.json"
 JOINT = "::"
+CURE = "continue with --resume auto, which takes the newest intact checkpoint"
 
 
 @final
@@ -68,6 +70,21 @@ class Layout:
         """Whether a run of one layout can read the DeepSpeed files of the other."""
         mine, theirs = ((one.ranks, one.stage, one.optimizer, one.precision) for one in (self, other))
         return mine == theirs
+
+
+class Schedule(TypedDict):
+    """Steps of the learning rate schedule so far."""
+
+    steps: int
+
+
+class Facts(TypedDict):
+    """portable.json; the last two only beside portable.safetensors."""
+
+    layout: Layout
+    step: int
+    counters: NotRequired[dict[str, float]]
+    schedule: NotRequired[Schedule]
 
 
 @final
@@ -212,7 +229,7 @@ def write_portable(folder: Path, state: State, layout: Layout, step: int, schedu
 
 def restore_portable(folder: Path, state: State, schedule: LRScheduler) -> None:
     """Restore the portable state of a checkpoint; collective. `schedule` is a new one, which is advanced."""
-    facts = read_json(folder / FACTS)
+    facts = read_json(folder / FACTS, Facts, CURE)
     with safe_open(folder / WEIGHTS, framework="pt") as found:
         state.restore(found, facts["counters"])
     with warnings.catch_warnings():
@@ -224,7 +241,7 @@ def restore_portable(folder: Path, state: State, schedule: LRScheduler) -> None:
 def layout_of(folder: Path) -> Layout | None:
     """The layout of the run that wrote a checkpoint; None when it has no portable state."""
     path = folder / FACTS
-    return Layout(**read_json(path)["layout"]) if path.is_file() else None
+    return Layout(**read_json(path, Facts, CURE)["layout"]) if path.is_file() else None
 
 
 def needs_portable(folder: Path, now: Layout) -> bool:

@@ -1,6 +1,6 @@
-"""A run is asked to stop by SIGTERM, by SIGINT, or by the end of the process that launched it.
+"""A run is asked to stop by SIGTERM, SIGINT, SIGHUP (a closed terminal), or by the end of its launcher's process.
 
-It finishes the current step, writes a checkpoint and exits with 128 + the signal number (143, 130). All ranks stop
+It finishes the current step, writes a checkpoint and exits with 128 + the signal number (143, 130, 129). All ranks stop
 after the same step.
 """
 
@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from omnimem.training.collectives import highest
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ALONE = 60.0  # seconds for a rank whose launcher has ended to finish its step and its checkpoint
 
 
@@ -42,7 +42,8 @@ class ShutdownSignal(TrainerCallback):
         self.agreed = 0  # the signal that all ranks stop for
 
     def __enter__(self) -> "ShutdownSignal":
-        self.former = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.former = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

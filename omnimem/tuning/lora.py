@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from omnimem.errors import UserError
+from omnimem.limits import exceeds
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,6 +52,8 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"lora.r = {self.r} must be at least 1")
+        if what := exceeds("lora_rank", self.r):
+            raise ValueError(f"lora.r = {what}")
         if not self.alpha > 0:
             raise ValueError(f"lora.alpha = {self.alpha:g} must be above 0: it scales the adapter")
         if not 0 <= self.dropout < 1:

@@ -56,7 +56,7 @@ def write_run(folder: Path, base: Path, run: RunConfig | None = None, *, steps: 
     layers = load_backbone(ModelOptions(path=str(base))).text_model.config.num_hidden_layers
     run.memory.budget.build(layers, run.memory.slots_per_layer).write(done.budget)
     record = provenance(command=["finetune.py"], seed=42, sha256={"base": sha256(base, suffixes=(".safetensors",))})
-    write_json(done.record, {**record, "steps": steps})
+    write_json(done.record, {**record, "steps": steps, "config_sha256": sha256(done.config)})
     return done
 
 

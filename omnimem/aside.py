@@ -1,0 +1,79 @@
+"""Files and folders that are complete or absent: written beside their place, then renamed to it."""
+
+import fcntl
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+_NUMBER = count()  # of this process
+
+
+@contextmanager
+def written_aside(place: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new partial file or folder `.NAME.PID.N` beside `place`: renamed to it at the end, removed after an error.
+
+    What processes that were killed have left there is removed first. The partial one is locked while it is written.
+    """
+    # 1. a name of its own, locked
+    place = place.resolve()
+    remove_leftovers(place)
+    partial = place.with_name(f".{place.name}.{os.getpid()}.{next(_NUMBER)}")
+    if folder:
+        partial.mkdir(parents=True)
+    else:
+        partial.touch()
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # 2. write, rename
+        yield partial
+        partial.replace(place)
+    finally:
+        os.close(lock)
+        _remove(partial)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove the partial files and folders of `place` whose process was killed, on this or another machine."""
+    mine = re.compile(rf"\.{re.escape(place.name)}\.(\d+)(?:\.\d+)?")
+    for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
+        found = mine.fullmatch(path.name)
+        if found and not _alive(int(found[1])) and _unlocked(path):
+            _remove(path)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unlocked(path: Path) -> bool:
+    """Whether no process, here or on another machine that shares the disk, is writing it."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(number)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""The files of a checkpoint folder: an interrupted or damaged download is named before anything is loaded."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
+
+from omnimem.errors import UserError, first_line, lacks_memory
+from omnimem.limits import exceeds
+from omnimem.textfile import StoredFileError, read_stored
+
+AGAIN = "copy the file again from the model's page"
+OBJECTS = (  # files that hold one JSON object
+    "config.json",
+    "generation_config.json",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+TEXTS = ("chat_template.jinja", "merges.txt")
+INDEX = "model.safetensors.index.json"
+LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
+
+
+@final
+class CheckpointError(UserError):
+    """A folder that is not a checkpoint of this family, or lacks a file; the message says which and how to fix it."""
+
+
+class Index(TypedDict):
+    """The file of each weight."""
+
+    weight_map: dict[str, str]
+
+
+@contextmanager
+def checkpoint_errors(path: str) -> Iterator[None]:
+    """Examine a local checkpoint folder, then turn errors of loading it into CheckpointError."""
+    if Path(path).is_dir():
+        require_whole(Path(path))
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises errors of every class for values that it does not expect
+        if lacks_memory(error):
+            raise
+        first = first_line(error)
+        raise CheckpointError(
+            f"model.path: {path} cannot be loaded ({first}); give a local folder with config.json, weights and "
+            "tokenizer, or a hub id that can be reached"
+        ) from error
+
+
+def require_whole(folder: Path) -> None:
+    """Raises CheckpointError if a file of a checkpoint folder is cut, damaged, or missing although others name it.
+
+    Of weight files only the headers are read, which give the size that a file must have.
+    """
+    try:
+        for pattern in OBJECTS:
+            for path in folder.glob(pattern):
+                table = read_stored(path, dict[str, Any], AGAIN)
+                if path.name == "config.json":
+                    _check_layers(path, table)
+        for path in (folder / name for name in TEXTS):
+            if path.exists():
+                _require_text(path)
+        known = {path: _weights(path) for path in sorted(folder.glob("*.safetensors"))}
+        if (folder / INDEX).exists():
+            _require_shards(folder, known)
+    except StoredFileError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def require_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if weights were not in the files: transformers fills them with random numbers.
+
+    `found` is the loading info of `from_pretrained`.
+    """
+    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    if lacking:
+        raise CheckpointError(
+            f"{path}: {len(lacking)} weights are not in its files, or have other shapes (first: {lacking[0][:80]}); "
+            "copy all files of one model again"
+        )
+
+
+def _check_layers(path: Path, table: dict[str, Any]) -> None:
+    """Each layer is an object before any weight is read: a thousand million of them would take hours."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _check_layers(path, value)
+        elif key in LAYERS and isinstance(value, int) and (what := exceeds("model_layers", value)):
+            raise CheckpointError(f"{path} {key}: {what}")
+
+
+def _require_text(path: Path) -> None:
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+    if not text.strip() or "\0" in text:
+        raise CheckpointError(f"{path}: {'holds zero bytes' if text.strip() else 'is empty'}; {AGAIN}")
+
+
+def _weights(path: Path) -> set[str]:
+    """The names of the weights in a file, which has the size that its header gives."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+
+
+def _require_shards(folder: Path, known: dict[Path, set[str]]) -> None:
+    """Every weight of the index is in its file."""
+    missing: dict[str, list[str]] = {}
+    for weight, name in read_stored(folder / INDEX, Index, AGAIN)["weight_map"].items():
+        if weight not in known.get(folder / name, ()):
+            missing.setdefault(name, []).append(weight)
+    for name, weights in missing.items():
+        path = folder / name
+        what = f"lacks {len(weights)} weights of {INDEX}" if path in known else f"is missing, but {INDEX} names it"
+        raise CheckpointError(f"{path}: {what} (first: {weights[0][:80]}); {AGAIN}")

@@ -1,0 +1,47 @@
+"""Limits against input that would fill memory or run for hours; each is raised with `--limit NAME=N`.
+
+The option is stored in an environment variable, so that processes which a command starts have the same limits.
+"""
+
+import os
+from collections.abc import Sequence
+
+from omnimem.errors import UserError
+
+RAISED = "OMNIMEM_LIMITS"  # NAME=N,NAME=N
+LIMITS = {
+    "text_characters": 65_536,  # of a question, an answer or a system prompt
+    "template_characters": 200_000,  # of a rendered chat template
+    "template_seconds": 20,  # to render it
+    "config_bytes": 1_000_000,  # of a YAML file, and of overrides
+    "config_values": 20_000,  # in a config, after its aliases are expanded
+    "table_bytes": 200_000_000,  # of an xlsx or parquet table when it is unpacked
+    "table_rows": 1_000_000,
+    "table_columns": 512,
+    "lora_rank": 4096,
+    "model_layers": 1024,  # of each tower and of the text model
+    "budget_layers": 4096,
+    "processes": 256,  # of an evaluation, and decoders of each
+    "bootstrap_draws": 1_000_000,
+}
+
+
+def limit(name: str) -> int:
+    """The value of a limit: as raised by `--limit`, else as in LIMITS."""
+    given = dict(part.split("=") for part in os.environ.get(RAISED, "").split(",") if part)
+    return int(given.get(name, LIMITS[name]))
+
+
+def raise_limits(settings: Sequence[str]) -> None:
+    """Set limits from NAME=N, for this process and those that it starts; raises UserError."""
+    for setting in settings:
+        name, _, number = setting.partition("=")
+        if name not in LIMITS or not (number.isascii() and number.isdigit() and 0 < int(number[:20]) < 2**62):
+            raise UserError(f"--limit {setting[:60]}: expected NAME=N, a number; the names are {', '.join(LIMITS)}")
+        os.environ[RAISED] = f"{os.environ.get(RAISED, '')},{name}={number}".strip(",")
+
+
+def exceeds(name: str, value: int) -> str | None:
+    """Why a value is refused, with the option that allows it; None within the limit."""
+    most = limit(name)
+    return None if value <= most else f"{value:,} is more than {name} = {most:,}; lower it, or give --limit {name}=N"
