@@ -186,7 +186,7 @@ class Qwen25Omni(Backbone):
         """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
         # 1. encode all segments in one pass
         present = [segment.mel for segment in block if segment.mel is not None]
-        if not present:
+        if audio_tokens(sum(mel.shape[1] for mel in present)) == 0:
             return [None] * len(block)
         towers = self._towers
         mel = torch.cat(present, dim=1)[None].to(device=self.device, dtype=towers.dtype)
@@ -225,6 +225,8 @@ class Qwen25Omni(Backbone):
         layout = _Layout(rates=self.rates, base=count)
         pending: list[Encoded] = []
         for segment in segments:
+            if not segment.count:  # audio of less than one token
+                continue
             if segment.count > chunk_tokens:
                 raise LayoutError(
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import CODEC_PADDING, MediaError
+from omnimem.media.container import MediaError
 from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
@@ -103,6 +103,7 @@ class Source(ABC):
     def __init__(self, options: SourceOptions, geometry: Geometry) -> None:
         self.options, self.geometry = options, geometry
         self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+        self._samples = 0  # audio samples read so far
 
     @abstractmethod
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
@@ -114,7 +115,7 @@ class Source(ABC):
 
     @final
     def __iter__(self) -> Iterator[Segment]:
-        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+        self.seconds, self.frames_seen, self.audio_seconds_heard, self._samples = 0.0, 0, 0.0, 0
         length, frames_each, mel_each = self.geometry.segment(self.options.fps)
         all_frames = self._read_frames() if self.options.tracks != "audio" else iter(())
         all_mel = self._read_mel(mel_each) if self.options.tracks != "video" else iter(())
@@ -122,9 +123,9 @@ class Source(ABC):
         for index in count():
             # 1. read one segment of both tracks
             taken, mel = list(islice(all_frames, frames_each)), next(all_mel, None)
-            audio_seconds = 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
-            if not taken and audio_seconds <= (CODEC_PADDING if index else 0.0):
+            if not taken and mel is None:
                 return
+            audio_seconds = 0.0 if mel is None else self._audio_seconds(index * mel_each, mel.shape[1])
             # 2. count and resize
             if taken and size is None:  # the first frame sets the size of the whole stream
                 size = self._size(taken[0])
@@ -137,6 +138,17 @@ class Source(ABC):
                 frames=_resized(taken, *size) if taken and size else None,
                 mel=mel,
             )
+
+    def _audio_seconds(self, first: int, mel_frames: int) -> float:
+        """Length of the audio of mel frames from the `first` one on: the last may hold less than a hop."""
+        hop = self.geometry.mel.hop
+        return (min((first + mel_frames) * hop, self._samples) - first * hop) / self.geometry.mel.rate
+
+    def _counted(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, " _"]]:
+        """The blocks, whose samples are counted."""
+        for samples in blocks:
+            self._samples += len(samples)
+            yield samples
 
     def _size(self, frame: UInt8[Tensor, "3 height width"]) -> tuple[int, int]:
         height, width = frame.shape[1:]
@@ -184,19 +196,10 @@ class FileSource(Source):
             yield frame
 
     def _read_mel(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
-        mel = self.geometry.mel
+        mel, blocks = self.geometry.mel, self._counted(self._audio_blocks())
         if self.causal:
-            pieces = _running_pieces(mel, self._audio_blocks(), mel_frames)
-        else:
-            pieces = mel.pieces(self._audio_blocks(), mel.loudest(self._audio_blocks()), mel_frames)
-        empty = True
-        for piece in pieces:
-            if piece.numel():
-                empty = False
-                yield piece
-        if empty:
-            message = f"audio is shorter than one mel frame ({mel.hop / mel.rate:g} s); choose a longer clip"
-            raise MediaError(self.audio_path, "empty", message)
+            return _running_pieces(mel, blocks, mel_frames)
+        return mel.pieces(blocks, mel.loudest(self._audio_blocks()), mel_frames)
 
     def _audio_blocks(self) -> Iterator[Float[Tensor, " samples"]]:
         """The samples of the clip from its beginning, in blocks."""
@@ -242,7 +245,7 @@ class LiveSource(Source):
             before = time
 
     def _read_mel(self, mel_frames: int) -> Iterator[Float[Tensor, "mels _"]]:
-        return _running_pieces(self.geometry.mel, self._audio, mel_frames)
+        return _running_pieces(self.geometry.mel, self._counted(self._audio), mel_frames)
 
 
 def _running_pieces(

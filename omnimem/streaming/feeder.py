@@ -150,22 +150,25 @@ class Feeder:
 
         Raises MediaError when there is none.
         """
-        mel, total = self.backbone.geometry.mel, MediaStats()
+        mel, total, tokens = self.backbone.geometry.mel, MediaStats(), 0
         heard: deque[MediaStats] = deque()
 
         def counted() -> Iterator[Segment]:
             nonlocal total
             for segment in segments:
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
-                seconds = 0.0 if segment.mel is None else segment.mel.shape[1] * mel.hop / mel.rate
-                total = MediaStats(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
+                mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
+                seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
+                total = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
                 heard.append(total)
                 yield segment
 
         for encoded in self.backbone.encode(counted(), fps=self.options.fps):
+            tokens += encoded.count
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
-        if total == MediaStats():
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no audio")
+        if not tokens:
+            what = "holds no frame, and too little audio for one token; choose a longer clip"
+            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
 
     def unseen(self, sample: Sample) -> EncodedSample:
         """The sample without its stream, for an arm that sees the question alone."""
