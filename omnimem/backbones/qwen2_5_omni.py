@@ -220,7 +220,7 @@ class Qwen25Omni(Backbone):
         opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
-        yield self._text_chunk(opening, places, batch)
+        yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
         # 2. the segments
         layout = _Layout(rates=self.rates, base=count)
         pending: list[Encoded] = []

@@ -12,7 +12,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import final, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from omnimem.cli.parser import Parser
 from omnimem.cli.tuned_model import BaseModel
 from omnimem.config import ConfigError
 from omnimem.config.exported import FILE, Exported, policies_of
-from omnimem.media import FileSource, LiveSource, Source, read_live
+from omnimem.data import Message, Sample
+from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
+from omnimem.rows import SLACK, tracks_of
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
         stream = feeder.stream(attached, policy)
         asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens)
-        for reply in asking.replies(stream, source_of(given.video, feeder), given.at):
+        for reply in asking.replies(stream, source_of(given.video, feeder, given.at), given.at):
             print("\n".join(reply.lines(given.questions)), flush=True)
 
 
@@ -114,14 +116,24 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     return policies_of(replace(exported.memory, policy=options), exported.budget)(slots)
 
 
-def source_of(video: str, feeder: Feeder) -> Source:
-    """The file, or the live stream on standard input. Raises MediaError if it is unusable."""
-    options, geometry = feeder.options.source(), feeder.backbone.geometry
+def source_of(video: str, feeder: Feeder, times: Sequence[float] = ()) -> Source:
+    """The file, or the live stream on standard input; says so if it lacks a track.
+
+    Raises MediaError if it is unusable, or a time is after the end of the file.
+    """
+    asked, geometry = feeder.options.tracks, feeder.backbone.geometry
     if video != PIPE:
-        return FileSource(video, options=options, geometry=geometry)
-    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
-    frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
-    return LiveSource(frames, audio, options=options, geometry=geometry)
+        questions = tuple(Message(role="user", content="", at=time) for time in times)
+        tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
+        source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry)
+    else:
+        pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
+        frames, audio = read_live(pipe, fps=feeder.options.fps, rate=geometry.mel.rate, tracks=asked)
+        tracks = "both" if frames and audio else "video" if frames else "audio"
+        source = LiveSource(frames, audio, options=feeder.options.source(tracks), geometry=geometry)
+    if asked == "both" and tracks != "both":
+        print(f"{video} has no {'audio' if tracks == 'video' else 'video'} track: {tracks} only", file=sys.stderr)
+    return source
 
 
 # --- questions and replies
@@ -172,6 +184,9 @@ class Asking:
             if times and not waiting:
                 return
         for at in waiting or [None]:
+            if at is not None and at > seen + SLACK:  # of a live stream
+                what = f"the stream ended at {seen:.1f} s, before --at {at:g}; leave it out to ask at the end"
+                raise MediaError(source.path if isinstance(source, FileSource) else PIPE, "too_short", what)
             yield self._reply(stream.fork(), at, seen, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
@@ -213,7 +228,7 @@ def _parser() -> Parser:
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
     parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
-    parser.add_argument("--tracks", choices=("both", "video", "audio"), help="tracks of the stream to read")
+    parser.add_argument("--tracks", choices=get_args(TracksOption), help="tracks of the stream to read")
     parser.add_argument("--fps", type=float, help="frames per second")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
     parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="at most so many tokens per forward pass")

@@ -249,9 +249,11 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
         if first:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
-            counts = {"steps": trainer.state.global_step}
+            counts: dict[str, Any] = {"steps": trainer.state.global_step}
             if trainer.feeder.cache and trainer.feeder.cache.damaged:
                 counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.one_track.found:
+                counts["one_track_samples"] = trainer.one_track.found
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import final
 
 from omnimem.backbones import Encoded
-from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.streaming.encoder_cache import EncodedSegment, MediaStats
 from omnimem.streaming.feeder import EncodedSample, layout
+from omnimem.tokens import Tracks
 
 EPSILON = 1e-6  # seconds: rounding of segment ends
 

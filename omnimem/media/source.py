@@ -17,6 +17,7 @@ from omnimem.media.decode import read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
+TracksOption = Literal["both", "require_both", "video", "audio"]  # both: those that a file has
 LONGEST_SEGMENT = 60  # audio blocks; frame rates that need longer segments are refused
 
 
@@ -77,7 +78,7 @@ class SourceOptions:
     fps: float = 1.0  # frames per second of stream time
     max_pixels: int = 176400  # per frame, after resizing
     min_pixels: int = 3136  # per frame; smaller frames are enlarged
-    tracks: Literal["both", "video", "audio"] = "both"
+    tracks: Literal["both", "video", "audio"] = "both"  # all of them must be there
 
     def __post_init__(self) -> None:
         if self.fps <= 0:

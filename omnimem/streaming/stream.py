@@ -23,7 +23,7 @@ from omnimem.streaming.chunk_pass import (
     layer_tensors,
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Chunk, Modality, Tracks
 
 
 @final
@@ -83,6 +83,7 @@ class Stream:
         self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
+        self.tracks: Tracks | None = None  # that the opening announced
 
     def _feature_projection(self) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""
@@ -110,6 +111,7 @@ class Stream:
         Raises ValueError when positions pass `last_position` even with a compacted memory.
         """
         # 1. place: the positions of the chunk in this stream
+        self.tracks = chunk.tracks or self.tracks
         chunk, compaction = self._placed(chunk)
         # 2. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
@@ -190,6 +192,7 @@ class Stream:
         )
         twin.memory, twin.fed, twin.usage = self.memory, self.fed, self.usage
         twin.opening, twin._moved, twin._next = self.opening, self._moved, self._next
+        twin.tracks = self.tracks
         return twin
 
     def read(self, loss: Callable[[Memory], Tensor]) -> Tensor:

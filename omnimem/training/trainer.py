@@ -23,7 +23,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
-from omnimem.training.failures import FailedSamples
+from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
@@ -69,9 +69,11 @@ class StreamTrainer(Trainer):
         # 2. the owned objects
         layout = Layout.of(self)
         self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
-        self.failed = FailedSamples(failures)
+        self.failed, self.one_track = FailedSamples(failures), OneTrackSamples()
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
-        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed)
+        self.metrics = StepMetrics(
+            folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed, self.one_track
+        )
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
@@ -118,6 +120,8 @@ class StreamTrainer(Trainer):
             try:
                 encoded.append(self.feeder.open(sample))
                 self.plan.options.check_segments(encoded[-1].segments)
+                if self.feeder.options.tracks == "both":
+                    self.one_track.record(sample.id, encoded[-1].tracks)
             except MediaError as error:
                 self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return encoded
