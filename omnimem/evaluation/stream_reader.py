@@ -33,12 +33,9 @@ class StreamReader:
             encoded = part.encoded
             self._ends.append(encoded.start + encoded.seconds)
             self._heard.append(part.heard)
-            self.arrived.append(
-                (
-                    0 if encoded.audio is None else encoded.audio.shape[1],
-                    0 if encoded.visual is None else encoded.visual.shape[1],
-                )
-            )
+            if encoded.count:
+                audio, visual = (0 if part is None else part.shape[1] for part in (encoded.audio, encoded.visual))
+                self.arrived.append((audio, visual))
             yield encoded
 
     def gather(self) -> tuple[object, ...]:

@@ -207,9 +207,11 @@ def _rank(track: VideoStream | AudioStream) -> int:
 def origin(container: InputContainer) -> float:
     """Timestamp of time zero in seconds, the same for both tracks (in broadcast recordings it is arbitrary).
 
-    The time of the first video frame, or the start of the audio if that is more than CODEC_PADDING earlier.
+    The time of the first video frame, or the start of the audio if that is more than CODEC_PADDING earlier. It may be
+    negative, for instance where a clock is about to wrap; codec padding before 0 is cut off.
     """
-    begin = max(0.0, (container.start_time or 0) / av.time_base)
+    begin = (container.start_time or 0) / av.time_base
+    begin = 0.0 if -CODEC_PADDING <= begin < 0.0 else begin
     video = video_stream(container)
     if video is None or video.start_time is None or video.time_base is None:
         return begin
@@ -221,7 +223,8 @@ def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -
     """Seconds from the origin to the declared end of a track; None when the container does not declare it."""
     if tag := _duration_tag(stream):
         hours, minutes, seconds = tag.groups()
-        return 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds)
+        end, zero = 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds), origin(container)
+        return end - zero if end > zero else end  # muxers write the end on the file's clock, or the length
     if stream.duration is not None and stream.time_base is not None:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin(container)
     return None

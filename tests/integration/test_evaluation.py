@@ -278,9 +278,7 @@ def logits_at(
     return found
 
 
-def test_a_question_after_the_end_is_refused_and_a_defect_of_a_published_benchmark(
-    backbone, attached, videos, tmp_path
-) -> None:
+def test_a_question_after_the_end_is_refused_or_a_published_defect(backbone, attached, videos, tmp_path) -> None:
     own = sample(videos[0], (4.0, 8.0, 8.9, 5000.0))
     refused = evaluation(backbone, attached, max_failures=1.0).run(arm_of(attached), Given([own]), tmp_path / "own")
     assert refused["failed"] == {"too_short": 4}

@@ -33,7 +33,7 @@ def test_a_file_becomes_what_the_stock_processor_makes_of_it(tmp_path, backbone,
     # 1. ours
     segments = list(source(case, path, backbone.geometry))
     encoded = list(backbone.encode(segments, fps=case.fps))
-    opening, *chunks = backbone.chunks(encoded, tracks=case.tracks, chunk_tokens=100)
+    opening, *chunks = backbone.chunks(encoded, tracks=case.tracks, chunk_tokens=200)
     asked, offsets, _ = backbone.turn(Turn(text=QUESTION), tracks=case.tracks)
     config = backbone.model.config
     sign = torch.tensor([0, config.audio_token_id, config.video_token_id])
@@ -54,7 +54,12 @@ def test_a_file_becomes_what_the_stock_processor_makes_of_it(tmp_path, backbone,
         assert not torch.equal(ids[1].sort().values, ids[1])
     else:
         assert torch.equal(ours, ids)
-        assert torch.equal(positions, expected)
+        end = len(ids) - len(asked)
+        assert torch.equal(positions[:, :end], expected[:, :end])
+        # text follows the last piece of the stream there, and here its maximum: frames may reach beyond their audio
+        shift = (positions - expected)[:, end:].unique().tolist()
+        assert shift == [int(expected[:, :end].max() - expected[:, end - 1].max())]
+        assert (shift != [0]) == (case.name in ("two_frames_a_second", "short_audio"))
     # 3. pixels and mel
     if case.frames:
         patches = [backbone.geometry.patches(s.frames) for s in segments if s.frames is not None]
