@@ -14,11 +14,13 @@ axes     the three axes of a position: time, height, width
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
+
+Tracks = Literal["both", "video", "audio"]  # of one stream
 
 
 class Modality(IntEnum):
@@ -146,6 +148,7 @@ class Chunk:
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
     seconds: float = 0.0  # stream time at the end of the chunk
+    tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
 

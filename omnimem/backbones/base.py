@@ -14,9 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.errors import UserError
 from omnimem.media import Geometry, Segment
-from omnimem.tokens import Chunk
-
-Tracks = Literal["both", "video", "audio"]
+from omnimem.tokens import Chunk, Tracks
 
 
 class LayoutError(UserError):

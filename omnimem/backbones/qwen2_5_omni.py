@@ -201,7 +201,7 @@ class Qwen25Omni(Backbone):
         """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
         # 1. encode all segments in one pass
         present = [segment.mel for segment in block if segment.mel is not None]
-        if not audio_tokens(sum(mel.shape[1] for mel in present)):
+        if audio_tokens(sum(mel.shape[1] for mel in present)) == 0:
             return [None] * len(block)
         towers = self._towers
         mel = torch.cat(present, dim=1)[None].to(device=self.device, dtype=towers.dtype)
@@ -235,11 +235,13 @@ class Qwen25Omni(Backbone):
         opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
-        yield self._text_chunk(opening, places, batch)
+        yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
         # 2. the segments
         layout = _Layout(rates=self.rates, base=count)
         pending: list[Encoded] = []
         for segment in segments:
+            if not segment.count:  # audio of less than one token
+                continue
             if segment.count > chunk_tokens:
                 raise LayoutError(
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones import Encoded, Qwen25Omni, Turn
-from omnimem.backbones.base import Tracks
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.comparison.formatting import span
@@ -28,9 +27,10 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
-from omnimem.streaming.feeder import IGNORED, tracks_of
+from omnimem.rows import tracks_of
+from omnimem.streaming.feeder import IGNORED
 from omnimem.streaming.trained_range import beyond
-from omnimem.tokens import Modality
+from omnimem.tokens import Modality, Tracks
 from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
@@ -140,7 +140,7 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str]) -> Sampl
         except MediaError as error:
             missing.append(f"the first sample's media ({error}); `omnimem check` lists all unreadable files")
     # 2. a synthetic sample
-    tracks = run.stream.tracks
+    tracks = run.stream.source().tracks
     frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
     source = LiveSource(frames, audio, options=run.stream.source(), geometry=skeleton.shapes.geometry)
     return _read(run, skeleton, SYNTHETIC, tracks, source)

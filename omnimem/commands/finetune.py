@@ -263,6 +263,8 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
                 counts["selection_overlap"] = trainer.overlap.latest
             if trainer.feeder.trained.reached:
                 counts["positions_reached"] = trainer.feeder.trained.reached
+            if trainer.one_track.found:
+                counts["one_track_samples"] = trainer.one_track.found
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

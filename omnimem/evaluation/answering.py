@@ -21,12 +21,13 @@ from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
 from omnimem.media import FileSource, MediaError, Segment
 from omnimem.media.prefetch import Decoders
+from omnimem.rows import tracks_of
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.feeder import Due, Feeder, feed_until_due, tracks_of
+from omnimem.streaming.feeder import Due, Feeder, feed_until_due
 from omnimem.streaming.stream import PositionsError, Stream
 from omnimem.tasks import Benchmark
-from omnimem.tokens import EVICTABLE, Chunk
+from omnimem.tokens import EVICTABLE, Chunk, Tracks
 
 TOGETHER = 64  # questions of a stream per pass
 LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
@@ -42,6 +43,7 @@ class _Job:
 
     block: int
     sample: Sample
+    tracks: Tracks | None = None  # None: nothing is read
     failure: MediaError | None = None
 
 
@@ -136,10 +138,21 @@ class Evaluation:
     def _job(self, block: int, sample: Sample, arm: Arm, feeder: Feeder) -> tuple[_Job, FileSource | None]:
         """A sample, with its file if that must be decoded."""
         try:
-            source = None if arm.tracks is None or feeder.stored(sample) else feeder.source(sample)
+            tracks = self._tracks(arm, sample)
+            source = None if tracks is None or feeder.stored(sample) else feeder.source(sample)
         except MediaError as error:
             return _Job(block=block, sample=sample, failure=error), None
-        return _Job(block=block, sample=sample), source
+        return _Job(block=block, sample=sample, tracks=tracks), source
+
+    def _tracks(self, arm: Arm, sample: Sample) -> Tracks | None:
+        """The tracks that an arm reads of a sample; None: none, because it is blind or the file lacks its track."""
+        if arm.tracks is None:
+            return None
+        if self.feeder.options.tracks == "both" and arm.tracks in ("video", "audio"):
+            present = tracks_of(sample, "both")
+            if present not in ("both", arm.tracks):
+                return None
+        return tracks_of(sample, arm.tracks)
 
     def _batches(
         self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
@@ -150,8 +163,8 @@ class Evaluation:
             try:
                 if job.failure is not None:
                     raise job.failure
-                tracks = None if arm.tracks is None else tracks_of(job.sample, feeder.options.tracks)
-                reader = StreamReader(job.sample, tracks, feeder.read(job.sample, segments) if tracks else [])
+                parts = feeder.read(job.sample, segments) if job.tracks else []
+                reader = StreamReader(job.sample, job.tracks, parts)
                 if self.options.batch_size > 1:
                     waiting.setdefault(reader.gather(), []).append(reader)
             except MediaError as error:
@@ -227,7 +240,7 @@ class Evaluation:
         if policy.traits.needs_oracle:
             policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
-        progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
+        progress = _ReadProgress(stream, Trace(first) if trace and first.tracks and not trace.exists() else None)
         chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch, rests=True)))
         # 2. read up to each question, answer it on a fork
         for due in feed_until_due(stream, chunks, first.sample.moments):
@@ -242,7 +255,7 @@ class Evaluation:
                             **self._question(reader.sample, question),
                             **_judged(benchmark, question, text),
                             **_measured(facts, due, reader, len(batch), seconds),
-                            **_late(question, reader, due, over=arm.tracks is not None),
+                            **_late(question, reader, due, over=reader.tracks is not None),
                             "peak_memory": peak.bytes,
                         }
         # 3. write the trace
@@ -335,6 +348,7 @@ def _measured(
     shared = {key: facts[key] / streams for key in ("media", "reading")}
     return {
         **{key: value for key, value in facts.items() if key not in shared},
+        "tracks": reader.tracks or "none",
         "frames": heard.frames,
         "audio_seconds": round(heard.audio_seconds, 3),
         "seconds": {key: round(value, 5) for key, value in (shared | seconds).items()},

@@ -34,6 +34,7 @@ def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[
         "input": {
             "frames": sum(int(line["frames"]) for line in streams),
             "audio_seconds": round(sum(float(line["audio_seconds"]) for line in streams), 3),
+            "tracks": dict(Counter(str(line["tracks"]) for line in streams)),
             "prompt_sha256": inputs,
         },
         "cost": _cost(answered, streams),

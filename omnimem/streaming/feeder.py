@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
-from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy, StreamOutline
+from omnimem.rows import tracks_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import PADDING, Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.streaming.trained_range import TrainedRange
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Chunk, Modality, Tracks
 
 IGNORED = -100
 QUESTION_ROOM = 1024  # positions reserved for a question and its answer
@@ -159,23 +159,26 @@ class Feeder:
 
         Raises MediaError when there is none.
         """
-        mel, total = self.backbone.geometry.mel, MediaStats()
+        mel, total, tokens = self.backbone.geometry.mel, MediaStats(), 0
         heard: deque[MediaStats] = deque()
 
         def counted() -> Iterator[Segment]:
             nonlocal total
             for segment in segments:
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
-                seconds = 0.0 if segment.mel is None else segment.mel.shape[1] * mel.hop / mel.rate
-                after = MediaStats(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
+                mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
+                seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
+                after = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
                 heard.append(after)
                 total = after if segment.at is None else total
                 yield segment
 
         for encoded in self.backbone.encode(counted(), fps=self.options.fps):
+            tokens += encoded.count
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
-        if total == MediaStats():
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no audio")
+        if not tokens:
+            what = "holds no frame, and too little audio for one token; choose a longer clip"
+            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
 
     def unseen(self, sample: Sample) -> EncodedSample:
         """The sample without its stream, for an arm that sees the question alone."""
@@ -239,7 +242,7 @@ class Feeder:
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
-            source = FileSource(source, options=self.options.source(), geometry=self.backbone.geometry)
+            source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
             self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
@@ -263,7 +266,7 @@ class Feeder:
         `head` replaces the backbone's own; it is called for every new token.
         """
         rows = stream.answer(
-            self.prompt([[Turn(text=question) for question in questions]], self.options.tracks),
+            self.prompt([[Turn(text=question) for question in questions]], stream.tracks),
             head or self.backbone.head,
             stop=self.backbone.stop,
             max_new_tokens=max_new_tokens,
@@ -361,15 +364,3 @@ def batch_by_layout(encoded: Iterable[EncodedSample], size: int) -> Iterator[lis
         if len(batch) == size:
             yield waiting.pop(sample.layout)
     yield from waiting.values()
-
-
-def tracks_of(sample: Sample, asked: Tracks) -> Tracks:
-    """The tracks to read: those asked for, or the only one in the manifest.
-
-    Raises MediaError when the video track of an audio-only sample is asked for.
-    """
-    if sample.video is not None:
-        return asked
-    if asked == "video":
-        raise MediaError(sample.audio or Path(sample.id), "no_video", "has audio only, but stream.tracks is video")
-    return "audio"

@@ -28,7 +28,7 @@ from omnimem.streaming.chunk_pass import (
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
 from omnimem.streaming.trained_range import TrainedRange
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Chunk, Modality, Tracks
 
 
 @final
@@ -115,6 +115,7 @@ class Stream:
         self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
+        self.tracks: Tracks | None = None  # that the opening announced
 
     def _feature_projection(self, policy: Policy) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""
@@ -157,6 +158,7 @@ class Stream:
             )
         config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
         # 2. place: the positions of the chunk in this stream
+        self.tracks = chunk.tracks or self.tracks
         chunk, compaction = self._placed(chunk)
         # 3. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed

@@ -129,10 +129,10 @@ def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsy
 
 
 def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, capsys) -> None:
-    times = ["--at", "9.9", "--at", "4", "--at", "40"]
+    times = ["--at", "9.9", "--at", "4", "--at", "16"]
     lines = said(capsys, "--model", exports / "merged", "--video", video, *times, QUESTION, "what word ?")
     assert [line.partition(" -> ")[0] for line in lines if " -> " in line] == [
-        f"at {at} s: {question}" for at in ("4", "9.9", "40") for question in (QUESTION, "what word ?")
+        f"at {at} s: {question}" for at in ("4", "9.9", "16") for question in (QUESTION, "what word ?")
     ]
     arrived = [line.partition(";")[0] for line in lines if line.startswith("  tokens in")]
     assert arrived == [
@@ -144,8 +144,8 @@ def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, c
 
 def test_a_question_on_the_way_leaves_the_memory_as_it_was(exports, video, capsys) -> None:
     command = ["--model", exports / "merged", "--chunk-tokens", "18", "--video", video]
-    often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "40", QUESTION)
-    once = said(capsys, *command, "--at", "40", QUESTION)
+    often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "16", QUESTION)
+    once = said(capsys, *command, "--at", "16", QUESTION)
     assert untimed(often)[-3:] == untimed(once)
 
 
