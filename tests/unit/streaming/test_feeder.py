@@ -52,7 +52,8 @@ def sample(*times: float | None, system: str | None = None, **given: Any) -> Sam
         (sample(5.0, None), {"end": None, "causal": True}),
     ],
 )
-def test_a_source_is_asked_for_what_the_sample_needs(asked, expected, feeder) -> None:
+def test_a_source_is_asked_for_what_the_sample_needs(asked, expected, feeder, monkeypatch) -> None:
+    monkeypatch.setattr(module, "tracks_of", lambda sample, asked: asked if sample.video else "audio")  # no file exists
     source = feeder.source(asked)
     found = {name: getattr(source, name) for name in ("path", "audio_path", "start", "end", "causal")}
     found["tracks"] = source.options.tracks
@@ -144,13 +145,16 @@ def test_a_watched_stream_has_its_cuts_and_live_segments_do_not_wait_for_others(
 
 
 def test_a_watched_path_is_read_with_the_options_of_the_feeder(feeder, monkeypatch) -> None:
-    asked: dict[str, Any] = {}
-
-    class Recorded(module.FileSource):  # pyright: ignore[reportGeneralTypeIssues]
-        def __init__(self, path: Any, **named: Any) -> None:
-            asked.update(named, path=path)
-            super().__init__(path, **named)
-
-    monkeypatch.setattr(module, "FileSource", Recorded)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        feeder,
+        "source",
+        lambda sample: (
+            asked.append(sample)
+            or module.FileSource(sample.video, options=OPTIONS.source("audio"), geometry=feeder.backbone.geometry)
+        ),
+    )
     feeder.watch(VIDEO)
-    assert asked == {"path": VIDEO, "options": OPTIONS.source(), "geometry": feeder.backbone.geometry}
+    assert [(sample.video, sample.audio, sample.start, sample.end, sample.messages) for sample in asked] == [
+        (VIDEO, None, 0.0, None, ())
+    ]
