@@ -54,8 +54,8 @@ class _Layer:
     step: LayerStep
     memories: dict[int, tuple[Tensor, ...]]  # by layer
     number: int = -1
-    consumed: bool = False  # nobody else reads the memories: each is dropped when its layer has read it
     states: Tensor | None = None
+    consumed: bool = False  # nobody else reads the memories: each is dropped when its layer has read it
 
 
 def _attention(
