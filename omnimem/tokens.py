@@ -105,6 +105,16 @@ class Tokens:
         pairs = {name: [getattr(self, name), getattr(later, name)] for name in TOKEN_AXES}
         return type(self)(**{name: torch.cat(pair, dim=TOKEN_AXES[name]) for name, pair in pairs.items()})
 
+    @classmethod
+    def joined(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        """All parts, one after the other."""
+        rows = {name: [getattr(part, name) for part in parts] for name in TOKEN_AXES}
+        return cls(**{name: torch.cat(row, dim=TOKEN_AXES[name]) for name, row in rows.items()})
+
+    def since(self, count: int) -> "Tokens":
+        """A copy of the tokens after the first `count`, which does not keep the others alive."""
+        return self.map(lambda tensor, axis: tensor.narrow(axis, count, tensor.shape[axis] - count).clone())
+
     def masked(self, present: Bool[Tensor, "batch tokens"]) -> "Tokens":
         """The same tokens; those that are not `present` become padding."""
         return replace(

@@ -300,6 +300,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
     slots = max(media if slots is None else most(slots) for slots in drawn)
+    limited = max((most(each) for each in drawn if each is not None), default=0)
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
     feature, base = width if policy.traits.needs_novelty else 0, run.memory.selection_from == "base"
     evicting = max((slots for slots in drawn if slots is not None), default=0) if base else 0
@@ -313,6 +314,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
+        limited=min(limited, slots) * shapes.text.layers if None in drawn and slots == media else None,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(facts.chunks),
         text_tokens=facts.tokens[Modality.TEXT],

@@ -129,6 +129,13 @@ class ChunkStep:
     order: Int[Tensor, "batch tokens"]  # arrival numbers
     compaction: Compaction | None = None  # before the chunk is read
 
+    @property
+    def appends(self) -> bool:
+        """Whether the memory after the chunk is the one before it, unchanged, followed by the chunk."""
+        policy = self.config.policy
+        changed = policy.traits.per_head or policy.traits.ragged or policy.traits.merges
+        return policy.budget is None and self.compaction is None and not changed
+
     def __call__(
         self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
     ) -> Memory:

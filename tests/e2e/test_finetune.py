@@ -80,6 +80,21 @@ def test_ranks_accumulation_and_batches_mean_the_same(folder) -> None:
     assert float((two.losses - small.losses).abs().max()) > 1e-4  # dropout is active, and the same on any rank
 
 
+def test_the_evaluation_after_training_uses_all_ranks(folder) -> None:
+    """Each rank answers its share of every arm; the first one summarises, with full memory last."""
+    benchmark = f"evaluate.benchmarks=[{{name: recall, root: {folder}, split: train}}]"
+    steps = ("train.max_steps=1", "evaluate.after_training=true", benchmark, ZERO2)
+    run = tune(folder, "evaluated", *steps, ranks=2)
+    first, second = run.ended.outputs
+    assert "shard 1/2 is done" in second
+    assert "report: " in first
+    assert "report: " not in second
+    arms = [line.partition(":")[0] for line in first.splitlines() if ": recall" in line]
+    assert arms == ["blind", "training_free", "tuned", "audio_only", "vision_only", "full_memory", "tuned_full_memory"]
+    summaries = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("*/summary.json"))]
+    assert len({entry["n"] for summary in summaries for entry in summary["benchmarks"].values()}) == 1
+
+
 def test_the_launcher_starts_two_ranks_that_train_alike_without_noise(folder) -> None:
     forked = tune(folder, "forked", "train.max_steps=2", ZERO2, ranks=2)
     output = launched(folder, "launched", "train.max_steps=2", ZERO2, ranks=2)
