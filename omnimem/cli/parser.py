@@ -82,6 +82,12 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
+def warn(lines: Sequence[str]) -> None:
+    """Print warnings to stderr, on the first rank."""
+    for line in lines if rank() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def done() -> None:
     """Tell `launch.sh` that the command has finished; the launcher's exit code 0 does not always mean that."""
     if (unfinished := os.environ.get("OMNIMEM_UNFINISHED")) and os.environ.get("LOCAL_RANK", "0") == "0":
