@@ -23,12 +23,12 @@ from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples
 from omnimem.cli.dry_run import preview
 from omnimem.cli.environment import prepare_process, world_size
-from omnimem.cli.parser import Parser, rank
+from omnimem.cli.parser import Parser, rank, warn
 from omnimem.cli.preflight import check_data, check_run, rehearse
 from omnimem.cli.tuned_model import write_adapter_description
 from omnimem.cli.workers import LocalWorkers, RankWorkers, Workers
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, dump, load, refuse_changes, refuse_unseen_budget
+from omnimem.config import RunConfig, differences, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     run = load(given.config, given.overrides, train=train_section())
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
+    warn(differences(run))
     if given.dry_run:
         preview(run)
         return
