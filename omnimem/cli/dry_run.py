@@ -28,7 +28,8 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
-from omnimem.streaming.feeder import IGNORED, tracks_of
+from omnimem.streaming.feeder import tracks_of
+from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.tokens import Modality
 from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of

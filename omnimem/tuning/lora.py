@@ -18,7 +18,8 @@ from omnimem.errors import UserError
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
+# Decoder layers: of a text model alone, of its language model, or nested deeper by version; encoders match nowhere.
+LAYERS = r"(?:(?:.*\.)?model\.)?(?:language_model\.)?layers\.\d+\."
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
