@@ -11,6 +11,7 @@ nothing planted, whose passages are given again; and streams without a protected
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,6 +232,9 @@ class Results:
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.jsonl"
+        if self.path.is_file():  # a line that was cut off would swallow the next one
+            whole = self.path.read_bytes()
+            os.truncate(self.path, whole.rfind(b"\n") + 1)
         self.done = {_key(row) for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)}
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -355,8 +359,8 @@ def main(arguments: Sequence[str]) -> None:
         rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
         print(write_tables(rows, folder, given.reference))
         return
-    chosen = texts(given.split, given.texts, partly=given.partly)
     model, tokenizer = smollm2.load("bfloat16")
+    chosen = texts(given.split, given.texts, partly=given.partly)
     with attach(model.model) as attached:
         bed = Bed(attached, model, tokenizer)
         evaluate(bed, given, chosen, Results(folder, "results-{}of{}".format(*given.shard)))
