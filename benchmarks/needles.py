@@ -9,9 +9,12 @@ texts.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, final
 
+from omnimem.backbones.text import TextSegment
 from omnimem.errors import UserError
+from omnimem.streaming.text_feeder import TextSample
 from omnimem.tokens import Modality
 
 FACTS = 10
@@ -90,6 +93,16 @@ class Episode:
     questions: tuple[Question, ...] = ()
     held: tuple[int, ...] = ()  # the prose that follows the stream
     snippets: tuple[tuple[int, ...], ...] = ()  # passages of the stream given again
+
+    def sample(self, first: tuple[int, ...] = ()) -> TextSample:
+        """The stream after the tokens `first`; for the oracle the values, then the rest of the facts."""
+        wanted = [question.value for question in self.questions]
+        wanted += [place for question in self.questions for place in range(*question.fact)]
+        segments = [TextSegment(ids=first)] if first else []
+        for kind, run in groupby(zip(self.modality, self.ids, strict=True), key=lambda pair: pair[0]):
+            segments.append(TextSegment(ids=tuple(i for _, i in run), modality=Modality(kind)))
+        needles = tuple(len(first) + place for place in dict.fromkeys(wanted))
+        return TextSample(id="", segments=tuple(segments), needles=needles)
 
 
 @final

@@ -11,6 +11,7 @@ nothing planted, whose passages are given again; and streams without a protected
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +27,19 @@ from benchmarks.needles import GIVEN, HELD, Episode, interleaved, needles, verba
 from benchmarks.real_lm_table import write_tables
 from benchmarks.real_texts import Text, texts, write_list
 from benchmarks.studies import POLICIES
+from omnimem.backbones.base import Turn
+from omnimem.backbones.text import TextModel
 from omnimem.budget import AudioVisualBudget, Budget, SharedBudget, Signals, SplitBudget
 from omnimem.calibration import CalibrationOptions, calibrate
 from omnimem.cli.parser import Parser, run_command
 from omnimem.errors import UserError
 from omnimem.extras import require
 from omnimem.policies import PerturbationOptions
-from omnimem.policies.base import Policy, StreamOutline
+from omnimem.policies.base import Policy
 from omnimem.pretrained import smollm2
 from omnimem.streaming.attach import StreamedAttention, attach
-from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import Chunk, Modality
+from omnimem.streaming.text_feeder import TextFeeder
 
 CHUNK = 256
 START = 0  # <|endoftext|>, the protected token before a stream
@@ -117,8 +119,16 @@ CELLS = (
 class Bed:
     """The model, attached, and what is run on it."""
 
-    def __init__(self, attached: StreamedAttention, head: Tensor, tokenizer: Any) -> None:
-        self.attached, self.head, self.tokenizer = attached, head, tokenizer
+    def __init__(self, attached: StreamedAttention, model: Any, tokenizer: Any) -> None:
+        self.attached, self.tokenizer = attached, tokenizer
+        self.head: Tensor = model.lm_head.weight.float()  # bfloat16 logits would tie candidates
+        start = tokenizer.convert_ids_to_tokens(START)
+        self.feeders = {
+            protected: TextFeeder(
+                TextModel(model, tokenizer, system=start if protected else None, template=False), chunk_tokens=CHUNK
+            )
+            for protected in (True, False)
+        }
 
     @cache  # noqa: B019 - one bed per process
     def episode(self, cell: Cell, text: Text, other: Text) -> Episode:
@@ -130,35 +140,19 @@ class Bed:
             return verbatim(self.tokenizer, text.prose, cell.tokens, seed)
         return needles(self.tokenizer, text.prose, text.split, cell.tokens, seed)
 
-    def chunks(self, episode: Episode, protected: bool = True) -> Iterator[Chunk]:
-        """The first token, protected as text or not, and the stream in chunks of 256 tokens."""
-        ids = (START, *episode.ids)
-        kinds = (int(Modality.TEXT if protected else Modality.VISUAL), *episode.modality)
-        cuts = [*range(1 if protected else 0, len(ids), CHUNK), len(ids)]
-        for first, last in zip([0, *cuts] if protected else cuts, cuts if protected else cuts[1:], strict=False):
-            if first < last:
-                yield Chunk(
-                    embeddings=self.attached.embed(torch.tensor([ids[first:last]])),
-                    positions=torch.arange(first, last).expand(1, 3, -1),
-                    modality=torch.tensor([kinds[first:last]], dtype=torch.int8),
-                    seconds=float(last),
-                )
-
     @torch.no_grad()
     def run(self, episode: Episode, policy: Policy, *, protected: bool = True, empty: bool = False) -> dict[str, Any]:
-        """Stream, ask, and measure what was kept; `empty`: nothing is streamed."""
+        """Stream, ask, and measure what was kept; `empty`: nothing is streamed but the first token."""
         # 1. stream
         started = time.process_time()
-        if policy.traits.needs_oracle:
-            policy = policy.with_oracle([_outline(episode)])
-        probes = [torch.tensor(self.tokenizer.encode(probe.text or "\n")) for probe in policy.traits.probes]
-        stream = Stream(self.attached, policy, probes=probes)
-        for number, chunk in enumerate(self.chunks(episode, protected)):
+        feeder, sample = self.feeders[protected], episode.sample(() if protected else (START,))
+        stream = feeder.stream(self.attached, feeder.with_oracle(policy, [sample]))
+        for number, chunk in enumerate(feeder.chunks([sample])):
             if not empty or number == 0:
                 stream.feed(chunk)
         # 2. ask: questions, the prose that follows, and passages given again, packed
         asked = [*(question.ids for question in episode.questions), episode.held, *episode.snippets]
-        hidden = stream.ask(_packed(asked)).hidden[0].float()
+        hidden = stream.ask(feeder.prompt([[Turn(ids=ids) for ids in asked]])).hidden[0].float()
         rows = torch.split(hidden, [len(ids) for ids in asked])
         count = len(episode.questions)
         # 3. scores
@@ -193,23 +187,6 @@ class Bed:
             "wording": question.wording,
             "at": question.fact[0],
         }
-
-
-def _outline(episode: Episode) -> StreamOutline:
-    """The stream with its facts, values first, for the oracle; the protected token is the first."""
-    modality = torch.tensor([0, *episode.modality], dtype=torch.int8)
-    wanted = [question.value + 1 for question in episode.questions]
-    wanted += [place + 1 for question in episode.questions for place in range(*question.fact)]
-    return StreamOutline(
-        modality=modality, positions=torch.arange(len(modality)).expand(3, -1), needles=tuple(dict.fromkeys(wanted))
-    )
-
-
-def _packed(asked: Sequence[Sequence[int]]) -> Prompt:
-    """All texts behind one stream; each sees the stream and itself."""
-    columns = [(i, number, place) for number, ids in enumerate(asked) for place, i in enumerate(ids)]
-    ids, segments, offsets = torch.tensor(columns).T[:, None]
-    return Prompt(ids=ids, segments=segments, offsets=offsets)
 
 
 def _kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
@@ -255,6 +232,9 @@ class Results:
     def __init__(self, folder: Path, name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{name}.jsonl"
+        if self.path.is_file():  # a line that was cut off would swallow the next one
+            whole = self.path.read_bytes()
+            os.truncate(self.path, whole.rfind(b"\n") + 1)
         self.done = {_key(row) for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)}
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -317,7 +297,9 @@ def _signals(bed: Bed, cell: Cell, chosen: Sequence[Text]) -> Signals:
     """Signals of AVBA on four texts of the split, under psi, as for the audio-visual models."""
     psi = PerturbationOptions().build(Budget.shared(bed.attached.shape.layers, cell.slots))
     members = usable(bed, cell, chosen)
-    streams = (bed.chunks(bed.episode(cell, text, members[n - 1])) for n, text in enumerate(members[:4]))
+    feeder = bed.feeders[True]
+    samples = (bed.episode(cell, text, members[n - 1]).sample() for n, text in enumerate(members[:4]))
+    streams = (feeder.chunks([sample]) for sample in samples)
     return calibrate(bed.attached, psi, streams, CalibrationOptions(streams=4, skip_chunks=1))
 
 
@@ -346,11 +328,12 @@ def check(folders: Sequence[Path]) -> None:
         expected = theirs(ids).logits
         print(f"logits minus those of transformers: {_apart(model(ids).logits, expected):.1e} (bound 1e-4)")
         with attach(model.model) as attached:
-            bed = Bed(attached, model.lm_head.weight, tokenizer)
-            stream = Stream(attached, PerturbationOptions().build(None))
-            for chunk in bed.chunks(Episode(ids=tuple(ids[0, :150].tolist()), modality=(2,) * 150)):
+            feeder = Bed(attached, model, tokenizer).feeders[True]
+            stream = feeder.stream(attached, PerturbationOptions().build(None))
+            for chunk in feeder.chunks([Episode(ids=tuple(ids[0, :150].tolist()), modality=(2,) * 150).sample()]):
                 stream.feed(chunk)
-            streamed = model.lm_head(stream.ask(_packed([ids[0, 150:].tolist()])).hidden)
+            asked = feeder.prompt([[Turn(ids=tuple(ids[0, 150:].tolist()))]])
+            streamed = model.lm_head(stream.ask(asked).hidden)
         whole = model(torch.cat([torch.tensor([[START]]), ids], dim=1)).logits[:, 151:]
     scale = max(1.0, float(whole.abs().max()))
     print(f"streamed minus one shot: {_apart(streamed, whole):.1e} (bound {1e-5 * scale:.1e})")
@@ -376,10 +359,10 @@ def main(arguments: Sequence[str]) -> None:
         rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
         print(write_tables(rows, folder, given.reference))
         return
-    chosen = texts(given.split, given.texts, partly=given.partly)
     model, tokenizer = smollm2.load("bfloat16")
+    chosen = texts(given.split, given.texts, partly=given.partly)
     with attach(model.model) as attached:
-        bed = Bed(attached, model.lm_head.weight.float(), tokenizer)
+        bed = Bed(attached, model, tokenizer)
         evaluate(bed, given, chosen, Results(folder, "results-{}of{}".format(*given.shard)))
 
 

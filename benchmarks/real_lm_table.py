@@ -113,14 +113,13 @@ def figure(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Facts found and loss of the next prose against slots, a line per arm; repeatable to the byte."""
     drawing = Figure(figsize=(11, 5), layout="constrained")
     panels = drawing.subplots(1, 2)
-    mine = [entry for entry in entries if entry["cell"] == "needles-1024" and entry["arm"] != "empty"]
-    arms = list(dict.fromkeys(entry["arm"] for entry in sorted(mine, key=lambda entry: -(entry["rank1"] or 0))))
+    arms = list(dict.fromkeys(entry["arm"] for entry in sorted(entries, key=lambda entry: -(entry["rank1"] or 0))))
     for axes, (name, label) in zip(
         panels, (("rank1", "right value first of 20, %"), ("held", "loss of the next 127 tokens, nats")), strict=True
     ):
         for number, arm in enumerate(arms):
             scale = 100 if name in PERCENT else 1
-            points = sorted((entry["slots"], scale * entry[name]) for entry in mine if entry["arm"] == arm)
+            points = sorted((entry["slots"], scale * entry[name]) for entry in entries if entry["arm"] == arm)
             named = number < NAMED
             style = {"color": f"C{number % 10}", "zorder": 3} if named else {"color": "0.85", "zorder": 1}
             text = {"label": arm} if named and name == "rank1" else {}
@@ -128,7 +127,8 @@ def figure(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, **style, **text)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set_xlabel("slots per layer, of 1,024 tokens")
+        tokens = entries[0]["cell"].rpartition("-")[2]
+        axes.set_xlabel(f"slots per layer, of {tokens} tokens")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     drawing.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -142,6 +142,9 @@ def write_tables(rows: Sequence[Row], folder: Path, reference: str) -> str:
     write_json(folder / "table.json", {"reference": reference, "rows": entries})
     text = "\n".join(markdown(entries, reference)) + "\n"
     (folder / "table.md").write_text(text)
-    if any(entry["cell"] == "needles-1024" for entry in entries):
-        figure(entries, folder / "real_lm.svg")
+    facts = [entry for entry in entries if entry["cell"].startswith("needles") and entry["arm"] != "empty"]
+    if facts:  # of the length with the most budgets
+        sizes = {cell: len({e["slots"] for e in facts if e["cell"] == cell}) for cell in {e["cell"] for e in facts}}
+        chosen = max(sorted(sizes), key=lambda cell: sizes[cell])
+        figure([entry for entry in facts if entry["cell"] == chosen], folder / "real_lm.svg")
     return text

@@ -28,7 +28,7 @@ from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
-from omnimem.streaming.feeder import IGNORED
+from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.tokens import Modality, Tracks
 from omnimem.training.zero3 import stage_of

@@ -18,12 +18,11 @@ from omnimem.rows import tracks_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
-from omnimem.streaming.prompt_pass import PADDING, Prompt
+from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
 from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Chunk, Modality, Tracks
 
-IGNORED = -100
 QUESTION_ROOM = 1024  # positions reserved for a question and its answer
 
 
@@ -62,6 +61,25 @@ class EncodedSample:
     def layout(self) -> tuple[object, ...]:
         """The properties that samples of one batch must share."""
         return layout(self.sample, self.tracks, self.segments)
+
+    @property
+    def id(self) -> str:
+        """The sample's id."""
+        return self.sample.id
+
+    @property
+    def moments(self) -> tuple[float | None, ...]:
+        """The distinct times of the questions; None: after the end."""
+        return self.sample.moments
+
+    def turns(self, due: Sequence[float | None]) -> list[Turn]:
+        """The questions at these times with an answer to train on."""
+        questions = self.sample.questions
+        return [
+            Turn(text=questions[number].text, answer=questions[number].answer)
+            for number in self.sample.asked(due)
+            if questions[number].loss and questions[number].answer is not None
+        ]
 
 
 def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
@@ -275,20 +293,8 @@ class Feeder:
 
     def prompt(self, rows: Sequence[Sequence[Turn]], tracks: Tracks | None) -> Prompt:
         """The questions of each stream packed into one row; shorter rows are padded."""
-        packed = [self._row(turns, tracks) for turns in rows]
-        width = max(row.shape[1] for row in packed)
-        fill = torch.tensor([[self.backbone.stop[0]], [PADDING], [0], [IGNORED]])
-        padded = [torch.cat([row, fill.expand(4, width - row.shape[1])], dim=1) for row in packed]
-        ids, segments, offsets, labels = torch.stack(padded, dim=1).to(self.backbone.device)
-        return Prompt(ids=ids, segments=segments, offsets=offsets, labels=labels)
-
-    def _row(self, turns: Iterable[Turn], tracks: Tracks | None) -> Tensor:
-        """ids, segments, offsets and labels of one row, stacked."""
-        columns: list[tuple[int, int, int, int]] = []
-        for number, turn in enumerate(turns):
-            ids, offsets, labels = self.backbone.turn(turn, tracks=tracks)
-            columns += [(i, number, o, label) for i, o, label in zip(ids, offsets, labels, strict=True)]
-        return torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T
+        asked = [[self.backbone.turn(turn, tracks=tracks) for turn in turns] for turns in rows]
+        return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
 
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
