@@ -100,9 +100,9 @@ def test_needles_are_counted_by_the_share_of_layers_that_hold_them(adapted, per_
     trained(model)
     model.eval()
     sample = opened(1, [None], ["red"], seconds=32)
-    named = {"needles": [[time] if time % 3 else [time, 0.2, 0.7] for time in range(1, 32, 2)]}
+    named = {"needles": [[float(at)] if at % 3 else [float(at), 0.2, 0.7] for at in range(1, 32, 2)]}
     sample = replace(sample, sample=replace(sample.sample, meta=named))
-    feeder, policy = readable(Feeder(backbone, StreamOptions(chunk_tokens=12)), sample), policy_at(6)
+    feeder, policy = readable(Feeder(backbone, StreamOptions(chunk_tokens=12)), sample), policy_at(24)
     assert isinstance(policy, ScoredPolicy)
     policy = replace(policy, per_head=per_head)
     with attach(backbone.text_model) as attached:
