@@ -45,7 +45,9 @@ class SelectionOverlap:
     def __call__(self) -> dict[str, float]:
         """`selection_overlap/mean` and `selection_overlap/layer_N`; nothing if no sample can be read.
 
-        The model must be in evaluation mode.
+        Where the sample names needles, also `needle_layers/tuned` and `needle_layers/untuned`: the share of layers (of
+        heads of layers, if these keep their own) that hold a needle, mean over the needles. The model must be in
+        evaluation mode.
         """
         opened = self._open()
         if opened is None:
@@ -53,9 +55,20 @@ class SelectionOverlap:
         if self._untuned is None:
             with without_adapter(self.attached.text_model):
                 self._untuned = self._held(opened)
-        shares = self.latest = in_common(self._held(opened), self._untuned)
-        layers = {f"selection_overlap/layer_{layer}": share for layer, share in enumerate(shares)}
-        return {"selection_overlap/mean": sum(shares) / len(shares), **layers}
+        held = self._held(opened)
+        shares = self.latest = in_common(held, self._untuned)
+        found = {"selection_overlap/mean": sum(shares) / len(shares)}
+        found |= {f"selection_overlap/layer_{layer}": share for layer, share in enumerate(shares)}
+        if opened.sample.meta.get("needles"):
+            needles = self.feeder.outline(opened).needles
+            found["needle_layers/tuned"] = self._needle_layers(held, needles)
+            found["needle_layers/untuned"] = self._needle_layers(self._untuned, needles)
+        return found
+
+    def _needle_layers(self, held: Sequence[Held], needles: Sequence[int]) -> float:
+        heads = self.attached.shape.kv_heads if self.policy.traits.per_head else 1
+        there = sum((head, needle) in layer for layer in held for head in range(heads) for needle in needles)
+        return there / (len(held) * heads * len(needles))
 
     def _open(self) -> EncodedSample | None:
         for sample in self.samples:

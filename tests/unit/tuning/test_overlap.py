@@ -13,7 +13,7 @@ from omnimem.backbones import ModelOptions, Qwen25Omni
 from omnimem.data import Sample
 from omnimem.media import MediaError
 from omnimem.memory import in_common
-from omnimem.policies.base import Policy
+from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import EncodedSample, Feeder
 from omnimem.streaming.options import StreamOptions
@@ -92,6 +92,31 @@ def test_it_is_the_share_of_kept_tokens_that_the_untuned_model_keeps_too(adapted
     }
     assert min(shares) < 1
     assert overlap.latest == shares
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_needles_are_counted_by_the_share_of_layers_that_hold_them(adapted, per_head) -> None:
+    backbone, model = adapted
+    trained(model)
+    model.eval()
+    sample = opened(1, [None], ["red"], seconds=32)
+    named = {"needles": [[float(at)] if at % 3 else [float(at), 0.2, 0.7] for at in range(1, 32, 2)]}
+    sample = replace(sample, sample=replace(sample.sample, meta=named))
+    feeder, policy = readable(Feeder(backbone, StreamOptions(chunk_tokens=12)), sample), policy_at(24)
+    assert isinstance(policy, ScoredPolicy)
+    policy = replace(policy, per_head=per_head)
+    with attach(backbone.text_model) as attached:
+        found = SelectionOverlap(attached, feeder, policy, [sample.sample], every=1)()
+    needles = feeder.outline(sample).needles
+    assert len(set(needles)) == 16
+    heads = 2 if per_head else 1  # a layer lists a token once for each head that holds it
+    tuned = kept_orders(backbone, policy, sample)
+    with model.disable_adapter():
+        base = kept_orders(backbone, policy, sample)
+    for name, kept in (("tuned", tuned), ("untuned", base)):
+        count = sum(layer.count(needle) for layer in kept for needle in needles)
+        assert found[f"needle_layers/{name}"] == pytest.approx(count / (2 * heads * 16))
+    assert 0 < found["needle_layers/tuned"] < 1
 
 
 def test_without_a_readable_sample_nothing_is_measured(adapted) -> None:
