@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from omnimem.data import Question, Sample
+from omnimem.errors import first_line, lacks_memory
 from omnimem.extras import optional
 from omnimem.limits import exceeds, limit
 from omnimem.tasks.annotations import Row
@@ -25,13 +26,11 @@ from omnimem.textfile import ManifestError, got, read_objects, read_text
 
 if TYPE_CHECKING:
     import openpyxl
-    from openpyxl.utils import exceptions
 else:
-    openpyxl, exceptions = optional("openpyxl"), optional("openpyxl.utils.exceptions")
+    openpyxl = optional("openpyxl")
 
 SHOWN = 5  # problems
 LACKING = "\ud800"  # in place of the fields that a line lacks; no text holds this half of a character
-MALFORMED = (LookupError, ValueError, TypeError, AttributeError, SyntaxError)  # of openpyxl, for a zip of another kind
 
 
 @final
@@ -60,8 +59,11 @@ def read_predictions(path: Path) -> list[Prediction]:
         found = list(readers[path.suffix](path))
     except ManifestError:
         raise
-    except (OSError, csv.Error, BadZipFile, exceptions.InvalidFileException, *MALFORMED) as error:
-        raise ManifestError([f"{path}: cannot be read ({error}); give the file as the tool wrote it"]) from error
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        what = f"{path}: cannot be read ({first_line(error)}); give the file as the tool wrote it"
+        raise ManifestError([what]) from error
     if not found:
         raise ManifestError([f"{path}: holds no predictions; run the tool with --log_samples, or give another file"])
     return found

@@ -55,19 +55,31 @@ def test_a_launcher_that_ended_before_a_rank_was_ready_counts_as_a_stop_signal(m
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_a_signal_stops_training_at_the_end_of_the_step(arguments) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hup"])
+def test_a_signal_stops_training_at_the_end_of_the_step(number, arguments) -> None:
+    before = signal.getsignal(number), signal.getsignal(signal.SIGINT)
     control, interruption = TrainerControl(), ShutdownSignal()
     with interruption:
         interruption.on_step_end(arguments, TrainerState(), control)
         assert not control.should_training_stop
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         interruption.on_step_end(arguments, TrainerState(), control)
     assert control.should_save
     assert control.should_training_stop
-    assert interruption.agreed == signal.SIGTERM
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert interruption.agreed == number
+    assert (signal.getsignal(number), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(arguments) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ShutdownSignal() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.asked == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_a_second_signal_ends_at_once(arguments) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from omnimem.cli import parser as command
 from omnimem.cli.parser import Parser, run_command
@@ -103,3 +105,45 @@ def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(capsys, monkeyp
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="closed by peer"):  # the first one has nobody to speak for it
         run(lost)
+
+
+FULL_DISK = (
+    OSError(28, "No space left on device", "out/x"),
+    OSError(122, "Disk quota exceeded", "out/x"),
+    OSError(27, "File too large", "a", None, "out/x"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+)
+NO_MEMORY = (
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+    ),
+    OSError(12, "Cannot allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+)
+
+
+@pytest.mark.parametrize("error", [*FULL_DISK, *NO_MEMORY], ids=str)
+def test_a_full_disk_or_memory_is_one_line_and_exit_code_1(error, capsys) -> None:
+    code, lines = outcome(capsys, error)
+    assert code == 1
+    assert len(lines) == 1
+    assert ";" in lines[0]
+    assert ("memory" in lines[0]) == (error in NO_MEMORY)
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys) -> None:
+    def main(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as leaving:
+        run_command(main)
+    assert leaving.value.code == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted; ")
+
+
+def test_other_errors_keep_their_traceback(capsys) -> None:
+    for error in (RuntimeError("x"), OSError(5000, "odd"), SafetensorError("header")):
+        with pytest.raises(type(error)):
+            run(error)

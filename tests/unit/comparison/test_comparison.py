@@ -15,6 +15,7 @@ from support.paths import ROOT
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
+from omnimem.comparison.summary import write_csv
 
 AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
 
@@ -398,3 +399,12 @@ def test_an_hour_long_trace_is_drawn_with_few_rectangles(tmp_path) -> None:
     assert kept.chunk_ends[-1] == 3600
     assert kept.arrived.sum() == sum(trace["arrived"]["visual"])
     assert len(figures.kept_over_time(kept, "visual", label="kept")) < 200_000
+
+
+def test_cells_that_a_spreadsheet_would_compute_are_text(tmp_path) -> None:
+    texts = ("=1+1", "+1", "-1+2", "@SUM(A1)", "\t=1", "\r=1", "\n=1")
+    write_csv(tmp_path / "x.csv", [{"a": text, "b": -1.5, "c": "plain - text"} for text in texts])
+    with (tmp_path / "x.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["a"] for row in rows] == [f"'{text}" for text in texts]
+    assert {(row["b"], row["c"]) for row in rows} == {("-1.5", "plain - text")}

@@ -1,0 +1,438 @@
+"""Hostile input to every reader of files: a command must end with exit code 0, 1 or 2, in time and within memory.
+
+Each surface prepares valid input once, and draws hostile variants of it. Commands run in this process.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import yaml
+from hypothesis import strategies as st
+from openpyxl import Workbook
+
+from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.budget import Budget
+from omnimem.cli.parser import run_command
+from omnimem.commands import check, compare, convert, score
+from omnimem.config import dump, load
+from omnimem.config.exported import Exported, Origin
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
+from omnimem.run import plan
+from omnimem.streaming.encoder_cache import EncoderCache
+from omnimem.training.arguments import train_section
+from omnimem.tuning import load_adapter
+from support.comparison_runs import write_arm, write_trace
+from support.finished_run import config_of, write_run
+from support.mutation import as_json, damaged_bytes, mutated, variant, variant_lines
+from support.task_layouts import lvbench
+from support.thinkers import write_folder
+
+Draw = Any
+Case = Callable[[], object]
+HANG = 30.0  # seconds
+MEMORY = 2.0  # times the peak of the clean run
+
+
+@final
+class Hang(BaseException):
+    """A case took longer than HANG."""
+
+
+@final
+@dataclass
+class Verdicts:
+    """What happened in the cases so far."""
+
+    cases: Counter[str] = field(default_factory=Counter)  # by surface
+    refused: Counter[str] = field(default_factory=Counter)  # those that ended with exit code 1 or 2
+    tracebacks: list[str] = field(default_factory=list)
+    hangs: list[str] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
+    clean: dict[str, int] = field(default_factory=dict)  # peak bytes of the clean run, by surface
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything that must not happen."""
+        return [*self.tracebacks, *self.hangs, *self.memory]
+
+    def run(self, surface: str, case: Case, what: str) -> None:
+        """Run a case; the first of a surface is the clean one."""
+        reset_peak()
+        code, lines, error = _outcome(case)
+        peak = peak_bytes()
+        self.cases[surface] += 1
+        self.refused[surface] += code in (1, 2)
+        if isinstance(error, Hang):
+            self.hangs.append(f"{surface}: {what}")
+        elif error is not None or code not in (0, 1, 2) or (code == 2 and not any(lines)):
+            last = traceback.format_exception(error)[-1].strip()[:300] if error else f"exit code {code}: {lines[:3]}"
+            where = (
+                [f"{each.filename}:{each.lineno}" for each in traceback.extract_tb(error.__traceback__)[-3:]]
+                if error
+                else []
+            )
+            self.tracebacks.append(f"{surface}: {last} at {' < '.join(reversed(where))}: {what}")
+        most = self.clean.setdefault(surface, peak)
+        if peak > MEMORY * most:
+            self.memory.append(f"{surface}: {peak / 1e6:.0f} MB, clean {most / 1e6:.0f} MB: {what}")
+
+
+def _outcome(case: Case) -> tuple[int, list[str], BaseException | None]:
+    """Exit code, error lines, and an exception that is no exit."""
+    errors = io.StringIO()
+    former = signal.signal(signal.SIGALRM, _hang)
+    signal.setitimer(signal.ITIMER_REAL, HANG)
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            run_command(lambda _: case() and None)
+    except SystemExit as left:
+        return int(left.code or 0), errors.getvalue().splitlines(), None
+    except BaseException as error:  # noqa: BLE001 - any of them is what the harness looks for
+        return -1, errors.getvalue().splitlines(), error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    return -1, [], None
+
+
+def _hang(number: int, frame: object) -> None:
+    raise Hang
+
+
+def reset_peak() -> None:
+    """Start a new peak of resident memory (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The peak of resident memory since `reset_peak`; 0 where it is not known."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+
+
+@final
+@dataclass(frozen=True)
+class Surface:
+    """A reader: `draw` gives a hostile case, or the clean one for None."""
+
+    name: str
+    case: Callable[[Draw | None, Path, "Material"], Case]
+    share: int = 4  # of the cases; 1: slow
+
+
+@final
+class Material:
+    """Valid input, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_folder(folder / "model", rates="tiny")
+        self.run = write_run(folder / "runs" / "x", self.model)
+        self.run.metrics.write_text("".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(1, 9)))
+        for arm in ("tuned", "training_free"):
+            write_arm(self.run.path, arm, videos=2, per_kind=1)
+        write_trace(self.run.evaluation("tuned"))
+        write_mp4(draw_world(3, 8), folder / "a.mp4")
+        self.lvbench = lvbench(folder / "lvbench")
+        self.backbone = load_backbone(ModelOptions(path=str(self.model)))
+        self.config = yaml.safe_load(dump(config_of(self.model)))
+        self.budget = json.loads(self.run.budget.read_text())
+        origin = Origin(
+            **{"kind": "adapter", "base": "b", "base_revision": None, "base_sha256": "", "adapter_sha256": ""},
+            step=1,
+            run={},
+        )
+        run = config_of(self.model)
+        exported = Exported(
+            model=run.model,
+            stream=run.stream,
+            memory=run.memory,
+            budget=Budget.read(self.run.budget),
+            max_new_tokens=4,
+            origin=origin,
+        )
+        exported.write(folder)
+        self.exported = json.loads((folder / "omnimem.json").read_text())
+
+    def linked(self, at: Path) -> Path:
+        """A copy of the run folder."""
+        shutil.rmtree(at, ignore_errors=True)
+        shutil.copytree(self.run.path, at)
+        return at
+
+
+ROW = {
+    "id": "s",
+    "video": "a.mp4",
+    "audio": None,
+    "start": 0,
+    "end": 8.0,
+    "messages": [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "What is it ?", "at": 3.0},
+        {"role": "assistant", "content": "red", "loss": True},
+    ],
+    "meta": {"kinds": ["visual"], "seconds": 8},
+}
+TURNS = {
+    "messages": [{"role": "user", "content": "<video>What ?"}, {"role": "assistant", "content": "red", "loss": 1}],
+    "videos": ["a.mp4"],
+}
+LMMS = {
+    "input": "q",
+    "filtered_resps": ["A"],
+    "target": "A",
+    "lvbench_score": True,
+    "doc": {"uid": "1", "question": "q"},
+}
+TABLE = [["video", "question", "answer", "prediction", "score"], ["1", "q", "A", "A.", 1], ["2", "q", "B", "", 0]]
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def _config(draw: Draw | None, at: Path, made: Material) -> Case:
+    value = made.config if draw is None else mutated(draw, made.config)
+    text = yaml.safe_dump(json.loads(json.dumps(value)), allow_unicode=True).encode("utf-8", "surrogatepass")
+    if draw is not None and not draw(st.integers(0, 3)):
+        text = damaged_bytes(draw, text)
+    path = put(at / "c.yaml", text)
+    return lambda: dump(load(path, train=train_section()))
+
+
+def _override(draw: Draw | None, at: Path, made: Material) -> Case:
+    path = put(at / "c.yaml", yaml.safe_dump(made.config).encode())
+    given = ["train.max_steps=2"]
+    if draw is not None:
+        names = (
+            "name",
+            "memory.slots_per_layer",
+            "tuning.budgets",
+            "tuning.budgets.0",
+            "train.x",
+            "evaluate",
+            "a.²",
+            "..",
+            "",
+        )
+        values = st.one_of(
+            st.text(max_size=30), st.sampled_from(("[[", "{a: {", "&a [*a]", "1e999", ".inf", "null", "9" * 400))
+        )
+        given = [f"{draw(st.sampled_from(names))}={draw(values)}"]
+    return lambda: dump(load(path, given, train=train_section()))
+
+
+def _manifest(draw: Draw | None, at: Path, made: Material) -> Case:
+    rows = [ROW, {**ROW, "id": "t"}]
+    path = put(made.folder / "m.jsonl", variant_lines(draw, rows) if draw else b"\n".join(map(as_json, rows)))
+    return lambda: check.main([str(path), "--max-failures", "1"])
+
+
+def _convert(draw: Draw | None, at: Path, made: Material) -> Case:
+    rows = [TURNS, {**TURNS, "id": "2", "system": "s"}]
+    path = put(made.folder / "c.jsonl", variant_lines(draw, rows) if draw else b"\n".join(map(as_json, rows)))
+    return lambda: convert.main([str(path), "--out", str(made.folder / "o.jsonl"), "--max-failures", "1"])
+
+
+def _question(draw: Draw | None, at: Path, made: Material) -> Case:
+    text = (
+        "What is it ?"
+        if draw is None
+        else draw(st.one_of(st.text(), st.sampled_from(("\ud800", "x" * 10**6, "<|VIDEO|>" * 999))))
+    )
+    return lambda: made.backbone.turn(Turn(text=text, answer=text), tracks="both")
+
+
+def _predictions(draw: Draw | None, at: Path, made: Material) -> Case:
+    kind = "jsonl" if draw is None else draw(st.sampled_from(("jsonl", "tsv", "xlsx")))
+    if kind == "jsonl":
+        path = put(at / "p.jsonl", variant_lines(draw, [LMMS, LMMS]) if draw else as_json(LMMS))
+    else:
+        rows = mutated(draw, TABLE)
+        cells = [[str(cell)[:30_000] for cell in row] if isinstance(row, list) else [str(row)] for row in rows or [[]]]
+        if kind == "tsv":
+            data = "\n".join("\t".join(row) for row in cells).encode("utf-8", "replace")
+        else:
+            data = _workbook(cells)
+        path = put(at / f"p.{kind}", damaged_bytes(draw, data) if draw(st.booleans()) else data)
+    given = [str(path), "--benchmark", "lvbench", "--root", str(made.lvbench), "--out", str(at / "scored")]
+    return lambda: score.main(given)
+
+
+def _workbook(cells: list[list[str]]) -> bytes:
+    book, data = Workbook(), io.BytesIO()
+    for row in cells:
+        book.worksheets[0].append(["".join(c for c in cell if c >= " " and c < "\ud800")[:300] for cell in row])
+    book.save(data)
+    return data.getvalue()
+
+
+def _annotations(draw: Draw | None, at: Path, made: Material) -> Case:
+    path = next(made.lvbench.glob("*.json*"))
+    data = path.read_bytes()
+
+    def checked() -> None:
+        try:
+            if draw is not None:
+                path.write_bytes(changed)
+            check.main(["--benchmark", "lvbench", "--root", str(made.lvbench), "--subset", "--max-failures", "1"])
+        finally:
+            path.write_bytes(data)
+
+    changed = data
+    if draw is not None:
+        changed = variant_lines(draw, [json.loads(line) for line in data.splitlines() if line.strip()])
+    return checked
+
+
+def _budget(draw: Draw | None, at: Path, made: Material) -> Case:
+    path = put(at / "budget.json", variant(draw, made.budget) if draw else as_json(made.budget))
+    return lambda: Budget.read(path).json()
+
+
+def _exported(draw: Draw | None, at: Path, made: Material) -> Case:
+    put(at / "omnimem.json", variant(draw, made.exported) if draw else as_json(made.exported))
+
+    def use() -> None:
+        found = Exported.read(at)
+        found.policies(None)
+        assert found.policy
+
+    return use
+
+
+def _resumed(draw: Draw | None, at: Path, made: Material) -> Case:
+    folder = made.linked(at / "runs" / "x")
+    if draw is not None:
+        name = draw(
+            st.sampled_from(
+                ("run.json", "metrics.jsonl", "checkpoint-4/sealed.json", "checkpoint-4/trainer_state.json")
+            )
+        )
+        _spoil(draw, folder / name)
+
+    def resume() -> None:
+        plan("x", resume="auto", runs=folder.parent).open("name: x\n", {"seed": 1}, patience=0.0)
+
+    return resume
+
+
+COMPARED = (
+    "eval/tuned/summary.json",
+    "eval/tuned/recall.jsonl",
+    "eval/tuned/trace.json",
+    "budget.json",
+    "metrics.jsonl",
+)
+
+
+def _compared(draw: Draw | None, at: Path, made: Material) -> Case:
+    folder = made.linked(at / "runs" / "x")
+    if draw is not None:
+        _spoil(draw, folder / draw(st.sampled_from(COMPARED)))
+    return lambda: compare.main([str(folder), "--out", str(at / "out"), "--draws", "100", "--allow-different"])
+
+
+def _spoil(draw: Draw, path: Path) -> None:
+    if path.suffix == ".jsonl":
+        path.write_bytes(variant_lines(draw, [json.loads(line) for line in path.read_text().splitlines()]))
+    else:
+        path.write_bytes(variant(draw, json.loads(path.read_text())))
+
+
+def _adapter(draw: Draw | None, at: Path, made: Material) -> Case:
+    folder = at / "adapter"
+    shutil.copytree(made.run.adapter, folder)
+    if draw is not None and draw(st.integers(0, 2)):
+        _spoil(draw, folder / "adapter_config.json")
+    elif draw is not None:
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(damaged_bytes(draw, path.read_bytes()))
+    model = load_backbone(ModelOptions(path=str(made.model))).model
+    return lambda: load_adapter(model, folder)
+
+
+MODEL = ("config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+
+
+def _model(draw: Draw | None, at: Path, made: Material) -> Case:
+    folder = at / "model"
+    shutil.copytree(made.model, folder)
+    if draw is not None and draw(st.integers(0, 4)):
+        _spoil(draw, folder / draw(st.sampled_from([name for name in MODEL if (folder / name).exists()])))
+    elif draw is not None:
+        path = folder / draw(st.sampled_from(("model.safetensors", "chat_template.jinja")))
+        path.write_bytes(damaged_bytes(draw, path.read_bytes()))
+    return lambda: load_backbone(ModelOptions(path=str(folder)))
+
+
+def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
+    path = at / "x.safetensors"
+    source = made.folder / "entry.safetensors"
+    if not source.exists():
+        shutil.copyfile(made.run.adapter / "adapter_model.safetensors", source)
+    path.write_bytes(source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
+    device = made.backbone.device
+    return lambda: list(EncoderCache(at, "x").load(path, device) or ())
+
+
+SURFACES = (
+    Surface("config", _config),
+    Surface("overrides", _override),
+    Surface("manifest", _manifest),
+    Surface("conversations", _convert),
+    Surface("questions", _question),
+    Surface("predictions", _predictions),
+    Surface("annotations", _annotations),
+    Surface("budgets", _budget),
+    Surface("exported folders", _exported),
+    Surface("run folders", _resumed),
+    Surface("results", _compared, share=2),
+    Surface("adapters", _adapter, share=1),
+    Surface("model folders", _model, share=1),
+    Surface("cache entries", _cache, share=2),
+)
+
+
+def strategies(surface: Surface, folder: Path, made: Material) -> st.SearchStrategy[tuple[Case, str]]:
+    """Hostile cases of a surface, each in a folder of its own, with a description."""
+
+    @st.composite
+    def drawn(draw: Draw) -> tuple[Case, str]:
+        at = folder / surface.name.replace(" ", "-")
+        shutil.rmtree(at, ignore_errors=True)
+        at.mkdir(parents=True)
+        case = surface.case(draw, at, made)
+        return case, _described(at)
+
+    return drawn()
+
+
+def clean(surface: Surface, folder: Path, made: Material) -> Case:
+    """The case with valid input."""
+    at = folder / f"{surface.name.replace(' ', '-')}-clean"
+    at.mkdir(parents=True, exist_ok=True)
+    return surface.case(None, at, made)
+
+
+def _described(at: Path) -> str:
+    """The newest small file of the case."""
+    files = sorted((path for path in at.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+    return f"{files[-1].name} = {files[-1].read_bytes()[:300]!r}" if files else "drawn text"
