@@ -308,6 +308,23 @@ def test_a_container_that_begins_at_any_time_begins_at_zero(folder) -> None:
     assert len(read_audio(path, start=4.5, end=5.5)) == RATE
 
 
+@pytest.mark.parametrize("ending", ["ts", "mkv", "mp4", "mov"])
+@pytest.mark.parametrize("begin", [0.0, 1000.0, 95441.7, -2.0])  # 33 bits of 90 kHz wrap after 95443.7 s
+def test_no_second_is_lost_wherever_a_clock_begins_or_wraps(folder, ending, begin) -> None:
+    path = write(
+        folder / f"clock{begin}.{ending}",
+        times=[begin + time for time in ticks(6, 4)],
+        samples=tone(6, 500),
+        audio_from=lambda sample: sample + round(begin * RATE),
+        options={"avoid_negative_ts": "disabled"},
+    )
+    first, seconds = (8, 4) if begin < 0 and ending in ("mp4", "mov") else (0, 6)  # an edit list begins at 0 there
+    frames = shown(path, fps=1.0)
+    assert (frames[0], frames[-1] // 4, abs(len(frames) - seconds) <= 1) == (first, 5, True)
+    assert abs(len(read_audio(path)) / RATE - seconds) < 0.2
+    assert probe(path, measure=True).seconds == pytest.approx(seconds, abs=0.2)
+
+
 def test_pictures_are_turned_upright(folder) -> None:
     def left_half_white(index: int) -> np.ndarray:
         return np.repeat(np.arange(64)[None, :, None] < 32, 64, axis=0).repeat(3, axis=2).astype(np.uint8) * 255
