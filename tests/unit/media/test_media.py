@@ -681,6 +681,9 @@ def test_playlists_sessions_and_text_are_refused_in_files_and_pipes(film, tmp_pa
     with path.open("rb") as pipe, pytest.raises(MediaError, match="cannot be read") as piped:
         read_live(pipe, fps=1.0)
     assert (file.value.reason, piped.value.reason) == ("unreadable", "unreadable")
+    refused = {"list.m3u8": "hls", "list.ffconcat": "concat", "session.sdp": "sdp"}.get(name)
+    for error in (file.value, piped.value):
+        assert (f"its format {refused} is not read" in str(error)) == (refused is not None)
 
 
 @pytest.mark.parametrize(
