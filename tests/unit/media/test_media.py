@@ -190,7 +190,7 @@ def test_mel_of_every_short_length_equals_the_whisper_feature_extractor(log_mel)
 
 
 @settings(max_examples=30, deadline=None)
-@given(length=st.integers(1, 20 * RATE), block=st.integers(1, 3 * RATE), click=st.booleans())
+@given(length=st.integers(1, 20 * RATE), block=st.integers(2000, 3 * RATE), click=st.booleans())
 def test_mel_of_any_length_in_any_blocks_equals_the_whisper_feature_extractor(length, block, click) -> None:
     samples = 0.1 * noise(20.0)[:length]
     if click:  # the loudest frame may be the one after the end
