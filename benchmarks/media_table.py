@@ -70,7 +70,9 @@ FILES = (
     File(name="mp4_h264_aac.mp4", arguments=BOTH),
     File(name="mp4_fragmented.mp4", arguments=f"{BOTH} -movflags frag_keyframe+empty_moov"),
     File(name="mov_prores_pcm.mov", arguments="V5 A5 -c:v prores_ks -c:a pcm_s16le"),
-    File(name="mp4_hevc_ac3.mp4", arguments="V5 A5 -c:v libx265 -preset ultrafast -x265-params log-level=none -c:a ac3"),
+    File(
+        name="mp4_hevc_ac3.mp4", arguments="V5 A5 -c:v libx265 -preset ultrafast -x265-params log-level=none -c:a ac3"
+    ),
     File(name="mkv_h264_flac.mkv", arguments=f"V5 A5 {X264} -c:a flac"),
     File(name="mkv_ffv1_pcm.mkv", arguments="V5 A5 -c:v ffv1 -c:a pcm_s24le"),
     File(name="webm_vp9_opus.webm", arguments="V5 A5 -c:v libvpx-vp9 -deadline realtime -cpu-used 8 -c:a libopus"),
@@ -106,7 +108,11 @@ FILES = (
     File(name="clock_below_0.mkv", arguments=f"{BOTH} -output_ts_offset -2 -avoid_negative_ts disabled"),
     File(name="clock_below_0.ts", arguments=f"{BOTH} -output_ts_offset -4 -avoid_negative_ts disabled"),
     File(name="clock_below_0.mp4", arguments=f"{BOTH} -output_ts_offset -2 -avoid_negative_ts disabled"),
-    File(name="clock_below_0.flv", arguments=f"{BOTH} -output_ts_offset -2 -avoid_negative_ts disabled"),
+    File(
+        name="clock_below_0.flv",
+        arguments=f"{BOTH} -output_ts_offset -2 -avoid_negative_ts disabled",
+        reason="its timestamps jump by 25 days",
+    ),
     File(name="clock_below_0.mpg", arguments="V5 A5 -c:v mpeg2video -c:a mp2 -f vob -output_ts_offset -2"),
     File(name="clock_wraps.ts", arguments=f"{BOTH} -output_ts_offset 95441.7 -muxdelay 0"),
     File(name="edit_list_starts_at_2.mp4", arguments=f"-ss 2 -copy MP4 {X264}"),
@@ -114,9 +120,18 @@ FILES = (
     File(name="audio_longer.mkv", arguments=f"V3 A5 {X264} -c:a flac"),
     File(name="video_longer.mkv", arguments=f"V5 A3 {X264} -c:a flac"),
     File(name="video_alone.mp4", arguments=f"V5 {X264}"),
-    File(name="second_audio_is_default.mkv", arguments=f"V5 A3 A5 -map 0 -map 1 -map 2 -disposition:a:0 0 -disposition:a:1 default {X264} -c:a flac"),
-    File(name="second_audio_has_6_channels.mkv", arguments=f"V5 A3 A5 -map 0 -map 1 -map 2 -disposition:a 0 -ac:a:1 6 {X264} -c:a flac"),
-    File(name="second_video_is_larger.mkv", arguments=f"V3 V5 A5 -map 0 -map 1 -map 2 -disposition:v 0 -s:v:1 640x360 {X264} -c:a flac"),
+    File(
+        name="second_audio_is_default.mkv",
+        arguments=f"V5 A3 A5 -map 0 -map 1 -map 2 -disposition:a:0 0 -disposition:a:1 default {X264} -c:a flac",
+    ),
+    File(
+        name="second_audio_has_6_channels.mkv",
+        arguments=f"V5 A3 A5 -map 0 -map 1 -map 2 -disposition:a 0 -ac:a:1 6 {X264} -c:a flac",
+    ),
+    File(
+        name="second_video_is_larger.mkv",
+        arguments=f"V3 V5 A5 -map 0 -map 1 -map 2 -disposition:v 0 -s:v:1 640x360 {X264} -c:a flac",
+    ),
     File(name="still_and_audio.mp4", arguments=f"V0.04 A5 {X264} -c:a aac"),
     File(name="still_and_audio.mkv", arguments=f"V0.04 A5 {X264} -c:a flac"),
     # audio
@@ -135,7 +150,9 @@ FILES = (
     File(name="aiff.aiff", arguments="A5"),
     # truncations
     File(name="cut_half.mp4", arguments=BOTH, change=cut(0.5)),
-    File(name="cut_half_index_first.mp4", arguments=f"{BOTH} -movflags +faststart", change=cut(0.5), reason="truncated"),
+    File(
+        name="cut_half_index_first.mp4", arguments=f"{BOTH} -movflags +faststart", change=cut(0.5), reason="truncated"
+    ),
     File(name="cut_half.mkv", arguments=f"V5 A5 {X264} -c:a flac", change=cut(0.5), reason="truncated"),
     File(name="cut_half.wav", arguments="A5", change=cut(0.5), reason="truncated"),
     File(name="cut_half.mp3", arguments="A5", change=cut(0.5), reason="truncated"),

@@ -13,6 +13,7 @@ from typing import BinaryIO, Literal, TypeVar, final
 
 import av
 import numpy as np
+from av import logging
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
@@ -140,7 +141,13 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
 def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
     """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols}
-    return av.open(file, "r", options=allowed, metadata_errors="replace")
+    level = logging.get_level()
+    logging.set_level(logging.ERROR)  # ffmpeg names a refused format in its log only
+    try:
+        with logging.Capture():
+            return av.open(file, "r", options=allowed, metadata_errors="replace")
+    finally:
+        logging.set_level(level)
 
 
 @contextmanager
@@ -157,6 +164,9 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
         if _of_machine(error, path):
             raise
         detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
+        log = error.log if isinstance(error, FFmpegError) else None  # level, name of the format, message
+        if log and "not on whitelist" in log[2]:
+            detail = f"its format {log[1]} is not read: it may refer to other files, or is text"
         reason = cut if isinstance(error, (InvalidDataError, EndOfFileError)) else "unreadable"
         raise MediaError(path, reason, f"{what} ({' '.join(detail.split())}); {fix}") from error
 

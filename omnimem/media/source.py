@@ -20,6 +20,7 @@ from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
 TracksOption = Literal["both", "require_both", "video", "audio"]  # both: those that a file has
+MAX_FPS, MAX_PIXELS = 120, 1 << 26  # no camera gives more frames; 8192 x 8192 pixels of one frame
 LONGEST_SEGMENT = 60  # audio blocks; frame rates that need longer segments are refused
 
 
@@ -83,8 +84,10 @@ class SourceOptions:
     tracks: Literal["both", "video", "audio"] = "both"  # all of them must be there
 
     def __post_init__(self) -> None:
-        if self.fps <= 0:
-            raise ValueError(f"fps = {self.fps:g} must be above 0")
+        if not 0 < self.fps <= MAX_FPS:
+            raise ValueError(f"fps = {self.fps:g} must be above 0 and at most {MAX_FPS}")
+        if not 0 < self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"max_pixels = {self.max_pixels} must be in 1..{MAX_PIXELS:,}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"min_pixels = {self.min_pixels} must be in 1..max_pixels = {self.max_pixels}")
 

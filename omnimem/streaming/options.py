@@ -6,6 +6,8 @@ from typing import Literal, final
 from omnimem.media import SourceOptions, TracksOption
 from omnimem.tokens import Tracks
 
+MOST_TOKENS = 1 << 30  # of one forward pass
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +22,9 @@ class StreamOptions:
     tracks: TracksOption = "both"  # both: those that a file has; require_both: a file without one is refused
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
+        if not 0 < self.chunk_tokens <= MOST_TOKENS:
+            limits = f"1..{MOST_TOKENS:,}; 16384 is the release's setting"
+            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be in {limits}")
         self.source()
 
     def source(self, tracks: Tracks | None = None) -> SourceOptions:

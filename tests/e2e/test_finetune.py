@@ -142,6 +142,7 @@ def test_unreadable_videos_are_counted_and_named_on_any_rank(folder) -> None:
 def test_too_many_unreadable_videos_end_the_run_with_2(folder, name, reason) -> None:
     run = folder / "runs" / f"failing-{name}"
     settings = (f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6", "--skip-preflight")
+    settings += ("stream.tracks=require_both",)
     arguments = given(folder, run.name, *settings)
     (output,) = command(SCRIPT, arguments, folder, fails=True).outputs
     problem, verdict = [line for line in output.splitlines() if not line.startswith("step ")]

@@ -190,7 +190,7 @@ def test_mel_of_every_short_length_equals_the_whisper_feature_extractor(log_mel)
 
 
 @settings(max_examples=30, deadline=None)
-@given(length=st.integers(1, 20 * RATE), block=st.integers(1, 3 * RATE), click=st.booleans())
+@given(length=st.integers(1, 20 * RATE), block=st.integers(2000, 3 * RATE), click=st.booleans())
 def test_mel_of_any_length_in_any_blocks_equals_the_whisper_feature_extractor(length, block, click) -> None:
     samples = 0.1 * noise(20.0)[:length]
     if click:  # the loudest frame may be the one after the end
@@ -306,6 +306,23 @@ def test_a_container_that_begins_at_any_time_begins_at_zero(folder) -> None:
     assert shown(path, fps=1.0) == [0, 4, 8, 12, 16, 20]
     assert shown(path, fps=1.0, start=4.5) == [18, 22]
     assert len(read_audio(path, start=4.5, end=5.5)) == RATE
+
+
+@pytest.mark.parametrize("ending", ["ts", "mkv", "mp4", "mov"])
+@pytest.mark.parametrize("begin", [0.0, 1000.0, 95441.7, -2.0])  # 33 bits of 90 kHz wrap after 95443.7 s
+def test_no_second_is_lost_wherever_a_clock_begins_or_wraps(folder, ending, begin) -> None:
+    path = write(
+        folder / f"clock{begin}.{ending}",
+        times=[begin + time for time in ticks(6, 4)],
+        samples=tone(6, 500),
+        audio_from=lambda sample: sample + round(begin * RATE),
+        options={"avoid_negative_ts": "disabled"},
+    )
+    first, seconds = (8, 4) if begin < 0 and ending in ("mp4", "mov") else (0, 6)  # an edit list begins at 0 there
+    frames = shown(path, fps=1.0)
+    assert (frames[0], frames[-1] // 4, abs(len(frames) - seconds) <= 1) == (first, 5, True)
+    assert abs(len(read_audio(path)) / RATE - seconds) < 0.2
+    assert probe(path, measure=True).seconds == pytest.approx(seconds, abs=0.2)
 
 
 def test_pictures_are_turned_upright(folder) -> None:
@@ -664,6 +681,9 @@ def test_playlists_sessions_and_text_are_refused_in_files_and_pipes(film, tmp_pa
     with path.open("rb") as pipe, pytest.raises(MediaError, match="cannot be read") as piped:
         read_live(pipe, fps=1.0)
     assert (file.value.reason, piped.value.reason) == ("unreadable", "unreadable")
+    refused = {"list.m3u8": "hls", "list.ffconcat": "concat", "session.sdp": "sdp"}.get(name)
+    for error in (file.value, piped.value):
+        assert (f"its format {refused} is not read" in str(error)) == (refused is not None)
 
 
 @pytest.mark.parametrize(
