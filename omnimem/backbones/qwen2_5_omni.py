@@ -103,7 +103,8 @@ class Qwen25Omni(Backbone):
         """
         folder = Path(options.path)
         with checkpoint_errors(options.path):
-            model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            load: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained
+            model, found = load(
                 options.path,
                 dtype=getattr(torch, options.dtype),
                 use_safetensors=True,

@@ -87,7 +87,9 @@ def _check_policy(run: RunConfig, budget: Budget, file: Path) -> None:
 def _check_stream(run: RunConfig, budget: Budget, file: Path) -> None:
     """Raises BudgetError if the signals of a file were measured on streams that were read in another way."""
     before, now = budget.provenance.get("stream"), asdict(run.stream)
-    for name, value in now.items() if isinstance(before, dict) else ():
+    if not isinstance(before, dict):  # a file of an earlier version
+        return
+    for name, value in now.items():
         if before.get(name, value) != value:
             raise BudgetError(
                 f"{file} was measured with stream.{name} = {before[name]}, the run has {value}; delete the file, or "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar, final
+from typing import Any, BinaryIO, Literal, TypeVar, final
 
 import av
 import numpy as np
@@ -164,7 +164,7 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
         if _of_machine(error, path):
             raise
         detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
-        log = error.log if isinstance(error, FFmpegError) else None  # level, name of the format, message
+        log: Any = error.log if isinstance(error, FFmpegError) else None  # level, name of the format, message
         if log and "not on whitelist" in log[2]:
             detail = f"its format {log[1]} is not read: it may refer to other files, or is text"
         reason = cut if isinstance(error, (InvalidDataError, EndOfFileError)) else "unreadable"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -30,7 +30,7 @@ def first_rank_first(*, first: bool) -> Iterator[None]:
     first rank ends, its connection closes, and they end too.
     """
     many = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    group = distributed.new_group(backend="gloo", timeout=LIMIT) if many else None
+    group: Any = distributed.new_group(backend="gloo", timeout=LIMIT) if many else None
     if group is not None and not first:
         distributed.barrier(group)
     yield
