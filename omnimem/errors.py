@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate",
+    "bad_alloc",
+    "bad allocation",
+)
 
 
 class UserError(ValueError):
@@ -18,10 +25,15 @@ class ProblemList(UserError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is exhausted, which is not the fault of the file that was being read."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
+    """Whether memory is exhausted, on a GPU or on the host, by this error or one that caused it; no fault of a file."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, RuntimeError | OSError) and any(words in str(cause).lower() for words in NO_MEMORY):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -18,8 +18,7 @@ from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
-from omnimem.errors import first_line
-from omnimem.evaluation.left_out import is_out_of_memory
+from omnimem.errors import first_line, lacks_memory
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 PROBED = 512  # samples whose files are opened; of the others only existence is checked
@@ -133,7 +132,7 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
             )
             torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not lacks_memory(error):
             raise
         what = f"{shown} at {budget} does not fit on {device} ({first_line(error)})"
         cure = (

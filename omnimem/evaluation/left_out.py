@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from omnimem.errors import first_line, lacks_memory
 from omnimem.policies.base import Policy
 from omnimem.streaming.stream import PositionsError
 
 OUT_OF_MEMORY, NOT_APPLICABLE = "out_of_memory", "not_applicable"
 LEFT_OUT = (OUT_OF_MEMORY, NOT_APPLICABLE)
-ALLOCATORS = ("out of memory", "can't allocate memory", "cannot allocate memory", "failed to allocate", "bad_alloc")
 
 
 def is_left_out(line: Mapping[str, Any]) -> bool:
@@ -25,23 +25,11 @@ def is_left_out(line: Mapping[str, Any]) -> bool:
     return line.get("failed") in LEFT_OUT
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host, here or in the cause of the error."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(cause, RuntimeError | OSError) and any(text in str(cause).lower() for text in ALLOCATORS):
-            return True
-        cause = cause.__cause__
-    return False
-
-
 def reason_of(error: BaseException, policy: Policy) -> tuple[str, str] | None:
     """(reason, message) of an error for which an arm's questions are left out; None for any other error."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    if is_out_of_memory(error):
-        return OUT_OF_MEMORY, first or type(error).__name__
+    first = first_line(error)
+    if lacks_memory(error):
+        return OUT_OF_MEMORY, first
     if isinstance(error, PositionsError) and policy.budget is None:
         return NOT_APPLICABLE, f"everything is kept, which cannot be compacted: {first}"
     return None

@@ -15,8 +15,8 @@ from omnimem.backbones import Backbone, ModelOptions, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.comparison import compare
 from omnimem.data import Item, Message, Sample
+from omnimem.errors import lacks_memory
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
-from omnimem.evaluation.left_out import is_out_of_memory
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
@@ -119,7 +119,7 @@ def test_an_arm_out_of_memory_loses_the_questions_it_cannot_answer(
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("wrong"), OSError(2, "no such file")])
 def test_any_other_error_still_ends_the_evaluation(backbone, attached, videos, tmp_path, failing, error) -> None:
     failing(error)
-    assert not is_out_of_memory(error)
+    assert not lacks_memory(error)
     arm = Arm(name="full_memory", policy=policy_of(attached, None))
     with pytest.raises(type(error)):
         evaluation(backbone, attached).run(arm, Given([sample(video) for video in videos]), tmp_path)
