@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -104,6 +105,10 @@ class Qwen25Omni(Backbone):
         """
         folder = Path(options.path)
         with checkpoint_errors(options.path):
+            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
+            if (template := _chat_template(options.path)) is not None:
+                tokenizer.chat_template = template
+            _render_template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
             model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 options.path,
                 dtype=getattr(torch, options.dtype),
@@ -112,10 +117,7 @@ class Qwen25Omni(Backbone):
                 output_loading_info=True,
             )
             require_weights(options.path, found)
-            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
             geometry = _geometry(options.path, model)
-            if (template := _chat_template(options.path)) is not None:
-                tokenizer.chat_template = template
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
     @property
@@ -390,6 +392,12 @@ def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
 
     Raises CheckpointError when there is no template, or it does not render a video.
     """
+    return _render(tokenizer, repr(tokenizer.chat_template), system)
+
+
+@lru_cache(maxsize=64)
+def _render(tokenizer: PreTrainedTokenizerBase, template: str, system: str | None) -> tuple[str, str]:
+    """`_render_template`, once for each template and system prompt."""
     content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
