@@ -4,7 +4,6 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 `seconds_per_chunk`; a stream with one track has only the markers of that track.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -31,13 +30,13 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
-from omnimem.backbones.files import CheckpointError, checkpoint_errors, require_weights
+from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_weights
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.shipped import shipped
-from omnimem.textfile import whole_characters
+from omnimem.textfile import StoredFileError, read_stored, whole_characters
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
@@ -481,12 +480,9 @@ def _read_json(path: str, name: str) -> dict[str, Any] | None:
     if (found := _file(path, name)) is None:
         return None
     try:
-        table = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{found}: is not JSON ({error}); copy it again from the model's hub page") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{found}: is not a JSON object; copy it again from the model's hub page")
-    return table
+        return read_stored(found, dict[str, Any], AGAIN)
+    except StoredFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _file(path: str, name: str) -> Path | None:

@@ -47,7 +47,12 @@ COMPARED = (
     "budget.json",
     "metrics.jsonl",
 )
-NOT_REFUSED = {("metrics.jsonl", "folder"), ("metrics.jsonl", "empty"), ("metrics.jsonl", "object"), ("metrics.jsonl", "cut")}
+NOT_REFUSED = {
+    ("metrics.jsonl", "folder"),
+    ("metrics.jsonl", "empty"),
+    ("metrics.jsonl", "object"),
+    ("metrics.jsonl", "cut"),
+}
 
 
 @pytest.fixture(scope="session")
