@@ -89,6 +89,7 @@ class Sample:
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     items: tuple[Item, ...] = ()  # one per question, in order; () in a manifest
+    published: bool = False  # of a published benchmark: its times are scored as they are, and counted as defects
     cluster: str = ""  # id of the recording: answers about one recording are not independent; "": the sample's id
     origin: str = field(default="", compare=False)  # file:line
 

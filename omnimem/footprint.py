@@ -246,6 +246,7 @@ class Load:
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
+    limited: int | None = None  # those of the largest limited budget, where "full" is drawn too; None: as `entries`
     selector_entries: int = 0  # those of the untuned model's own memory with `selection_from: base`; 0: it has none
     selector_feature: int = 0  # width of its redundancy feature
     chunk_tokens: int  # longest chunk
@@ -355,8 +356,14 @@ def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row
         return _estimate(name, 0, "on the host")
     # 2. growing with the stream
     if load.gradient == "full":
+        # under full memory each chunk adds a block, which the graph holds once (`FullGradient.blocks`)
+        whole = load.limited is not None and load.recompute != "none"
+        share = 1.0 if load.limited is None or not load.entries else load.limited / load.entries
+        evicting = ceil(earlier * memory * (share if whole else 1.0))
+        if whole and memory >= evicting:
+            return _estimate(name, memory, "the blocks of full memory, once; none with tuning.offload: true")
         how = f"{earlier} earlier chunks x memory; none with tuning.offload: true"
-        return _estimate(name, earlier * memory, how)
+        return _estimate(name, evicting, how)
     layer = memory // shapes.text.layers + inputs // (load.stop_layer + 1)
     chunk = load.batch * load.chunk_tokens * shapes.text.width * load.dtype.itemsize
     how = f"{earlier} earlier chunks x (one layer's memory and input); none with tuning.offload: true"

@@ -65,6 +65,18 @@ class Memory:
         rows = (tensors[first : first + size] for first in range(0, len(tensors), size))
         return cls(layers=tuple(Tokens.of(row) for row in rows))
 
+    @classmethod
+    def joined(cls, blocks: Sequence["Memory"]) -> "Memory":
+        """The blocks of a memory from which nothing was evicted, one after the other."""
+        return cls(
+            layers=tuple(Tokens.joined(parts) for parts in zip(*(block.layers for block in blocks), strict=True))
+        )
+
+    def since(self, before: "Memory") -> "Memory":
+        """The tokens after those of `before`, as a block of its own."""
+        pairs = zip(self.layers, before.layers, strict=True)
+        return Memory(layers=tuple(layer.since(earlier.count) for layer, earlier in pairs))
+
     def detached(self) -> "Memory":
         """The same values outside the autograd graph."""
         return Memory(layers=tuple(layer.detached() for layer in self.layers))

@@ -14,11 +14,13 @@ axes     the three axes of a position: time, height, width
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
+
+Tracks = Literal["both", "video", "audio"]  # of one stream
 
 
 class Modality(IntEnum):
@@ -103,6 +105,16 @@ class Tokens:
         pairs = {name: [getattr(self, name), getattr(later, name)] for name in TOKEN_AXES}
         return type(self)(**{name: torch.cat(pair, dim=TOKEN_AXES[name]) for name, pair in pairs.items()})
 
+    @classmethod
+    def joined(cls, parts: Sequence["Tokens"]) -> "Tokens":
+        """All parts, one after the other."""
+        rows = {name: [getattr(part, name) for part in parts] for name in TOKEN_AXES}
+        return cls(**{name: torch.cat(row, dim=TOKEN_AXES[name]) for name, row in rows.items()})
+
+    def since(self, count: int) -> "Tokens":
+        """A copy of the tokens after the first `count`, which does not keep the others alive."""
+        return self.map(lambda tensor, axis: tensor.narrow(axis, count, tensor.shape[axis] - count).clone())
+
     def masked(self, present: Bool[Tensor, "batch tokens"]) -> "Tokens":
         """The same tokens; those that are not `present` become padding."""
         return replace(
@@ -146,6 +158,7 @@ class Chunk:
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
     seconds: float = 0.0  # stream time at the end of the chunk
+    tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.errors import UserError
 from omnimem.media import Geometry, Segment
-from omnimem.tokens import Chunk
+from omnimem.tokens import Chunk, Tracks
 
-Tracks = Literal["both", "video", "audio"]
+IGNORED = -100  # label of a token that predicts nothing to learn
 
 
 class LayoutError(UserError):
@@ -86,10 +86,24 @@ def _joined(row: Sequence[Encoded]) -> Encoded:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """A question, and the answer to learn from, if any."""
+    """A question, and the answer to learn from, if any.
 
-    text: str
+    `ids` replaces the text by ready token ids, which are read as they are. `given` is the beginning of the answer: the
+    model reads it, and is not trained on it.
+    """
+
+    text: str = ""
     answer: str | None = None
+    ids: tuple[int, ...] | None = None
+    given: str = ""
+
+
+def labelled(asked: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a question and the answer after it: a label is at the token that predicts it, else -100."""
+    ids = [*asked, *answer]
+    if not answer:
+        return ids, [IGNORED] * len(ids)
+    return ids, [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
 
 
 class Backbone(ABC):

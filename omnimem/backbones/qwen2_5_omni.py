@@ -29,7 +29,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 from transformers.utils import cached_file
 
-from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn
+from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn, labelled
 from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_weights
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.errors import UserError
@@ -43,7 +43,6 @@ VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 CUT = "\ud800"  # within a control token that users wrote; no text holds this half of a character
 SIGN = re.compile(r"<\|.+\|>")  # a control token, even if it is not marked as special (<|fim_prefix|>)
-IGNORED = -100
 # the tokens before and after the tracks of a stream
 BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
 END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",), "audio": ("<|audio_eos|>",)}
@@ -202,7 +201,7 @@ class Qwen25Omni(Backbone):
         """Audio tokens [1, tokens, width] for each segment; every mel but the last fills whole audio blocks."""
         # 1. encode all segments in one pass
         present = [segment.mel for segment in block if segment.mel is not None]
-        if not audio_tokens(sum(mel.shape[1] for mel in present)):
+        if audio_tokens(sum(mel.shape[1] for mel in present)) == 0:
             return [None] * len(block)
         towers = self._towers
         mel = torch.cat(present, dim=1)[None].to(device=self.device, dtype=towers.dtype)
@@ -236,11 +235,13 @@ class Qwen25Omni(Backbone):
         opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
-        yield self._text_chunk(opening, places, batch)
+        yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
         # 2. the segments
         layout = _Layout(rates=self.rates, base=count)
         pending: list[Encoded] = []
         for segment in segments:
+            if not segment.count:  # audio of less than one token
+                continue
             if segment.count > chunk_tokens:
                 raise LayoutError(
                     f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
@@ -302,13 +303,12 @@ class Qwen25Omni(Backbone):
         A label is at the token that predicts it; it is -100 elsewhere.
         """
         end = [self._id(token) for token in (END[tracks] if tracks else ())]
-        asked = self._text_ids(self._closing.replace(SAMPLE, self._plain(turn.text)))
+        asked = self._text_ids(self._closing.replace(SAMPLE, self._plain(turn.text)) if turn.ids is None else "")
         answer = [] if turn.answer is None else [*self._text_ids(self._plain(turn.answer)), self.stop[0]]
-        ids = [*end, *asked, *answer]
+        given = self._text_ids(self._plain(turn.given))
+        ids, labels = labelled([*end, *asked, *(turn.ids or ()), *given], answer)
         shared = 1 if len(end) == 2 else 0
         offsets = [max(0, number - shared) for number in range(len(ids))]
-        silent = len(ids) - len(answer)
-        labels = [IGNORED] * (silent - 1) + answer + [IGNORED] if answer else [IGNORED] * len(ids)
         return ids, offsets, labels
 
 

@@ -20,6 +20,8 @@ BASE = ("full_memory", "training_free")
 TUNED = ("tuned", "tuned_full_memory")
 PROBES = ("blind", "vision_only", "audio_only")
 ARMS = (*BASE, *TUNED, *PROBES)
+# by the memory that an arm needs: no stream, a budget, one track, everything
+BY_COST = ("blind", "training_free", "tuned", "audio_only", "vision_only", "full_memory", "tuned_full_memory")
 
 
 def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
@@ -50,11 +52,12 @@ def evaluate_arms(
 ) -> None:
     """Evaluate each arm on each benchmark; existing answers are kept, unless they were made with other settings.
 
+    The cheapest arms come first, so that one that does not fit into memory costs none of the others.
     Without `workers` this process starts helpers that read the config of the run folder.
     """
     # 1. prepare
     workers = workers or LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
-    arms = [_arm(run, policies, name) for name in names]
+    arms = [_arm(run, policies, name) for name in sorted(names, key=BY_COST.index)]
     fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter or folder.adapter)
     workers.prepare(lambda leading: fingerprint.prepare([(arm, arm.name in TUNED) for arm in arms], leading=leading))
     # 2. answer this process's shard
@@ -93,6 +96,10 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     write_json(target / "summary.json", {"arm": arm.name, "provenance": provenance, "benchmarks": table})
     shown = ", ".join(f"{benchmark} {entry['strict']:.1%} of {entry['n']}" for benchmark, entry in table.items())
     print(f"{arm.name}: {shown}", flush=True)
+    for benchmark, entry in table.items():
+        for reason, left in entry["left_out"].items():
+            what = f"{left['questions']} questions of {left['streams']} streams left out: {reason}"
+            print(f"{arm.name}: {benchmark}: {what} ({left['message']})", flush=True)
 
 
 def _status(run: RunConfig, evaluation: Evaluation, folder: RunFolder, names: Sequence[str], shard: Shard) -> str:

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its configuration: feeder, budgets, policies."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -56,6 +56,7 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
                 "delete the file, or give the run another name"
             )
         _check_policy(run, budget, folder.budget)
+        _check_stream(run, budget, folder.budget)
         return budget
     # 2. measure or build, and write
     budget = new_budget(run, attached, feeder)
@@ -81,6 +82,17 @@ def _check_policy(run: RunConfig, budget: Budget, file: Path) -> None:
             f"{file} was measured under policy {measured}, the run has {own.name}; "
             "delete the file, or give the run another name"
         )
+
+
+def _check_stream(run: RunConfig, budget: Budget, file: Path) -> None:
+    """Raises BudgetError if the signals of a file were measured on streams that were read in another way."""
+    before, now = budget.provenance.get("stream"), asdict(run.stream)
+    for name, value in now.items() if isinstance(before, dict) else ():
+        if before.get(name, value) != value:
+            raise BudgetError(
+                f"{file} was measured with stream.{name} = {before[name]}, the run has {value}; delete the file, or "
+                "give the run another name"
+            )
 
 
 def policies_of(run: RunConfig, budget: Budget) -> Policies:
@@ -126,6 +138,7 @@ def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder,
         "model": run.model.path,
         "policy": policy.name,
         "chunk_tokens": run.stream.chunk_tokens,
+        "stream": asdict(run.stream),
         "skip_chunks": run.calibration.skip_chunks,
         "streams": used,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Literal, final, get_args
+from typing import final, get_args
 
 from tqdm import tqdm
 
@@ -15,13 +15,12 @@ from omnimem.config import strict
 from omnimem.config.check import validated
 from omnimem.config.source import COMMAND_LINE, Source, override
 from omnimem.data import Failure, ManifestError, Sample
-from omnimem.media import MediaError, MediaInfo, probe, read_audio, read_frames
+from omnimem.media import MediaError, TracksOption, read_audio, read_frames
+from omnimem.rows import SLACK, judge
 from omnimem.tasks import BenchmarkOptions, Defect, Gap
+from omnimem.tokens import Tracks
 
-Tracks = Literal["both", "video", "audio"]
-TRACKS: tuple[Tracks, ...] = get_args(Tracks)
-
-SLACK = 1.0  # seconds by which containers may disagree about the same length
+TRACKS: tuple[TracksOption, ...] = get_args(TracksOption)
 DECODED_FPS = 0.5  # frames per second that --decode reads
 SHORTER = 0.8  # of the expected length of a benchmark's video: below it the download is incomplete
 
@@ -39,66 +38,28 @@ class Finding:
     notes: tuple[str, ...] = ()
 
 
-def inspect_sample(sample: Sample, *, tracks: Tracks = "both", decode: bool = False) -> Finding:
+def inspect_sample(sample: Sample, *, tracks: TracksOption = "both", decode: bool = False) -> Finding:
     """Probe the files of a sample; `decode` reads them to the end, the only way to find a truncated file."""
-    # 1. probe
-    failures: list[Failure] = []
-    infos: dict[str, MediaInfo] = {}
-    for key, path in (("video", sample.video), ("audio", sample.audio)):
-        if path is not None:
-            try:
-                infos[key] = probe(path)
-            except MediaError as error:
-                failures.append(_failure(sample, key, error.reason, str(error)))
-    if failures:
-        return Finding(sample=sample, failures=tuple(failures))
-    # 2. tracks and times
-    visual, heard = infos.get("video"), infos.get("audio", infos.get("video"))
-    video, audio = visual is not None and visual.has_video, heard is not None and heard.has_audio
-    lengths = (visual.video_seconds if visual and video else 0.0, heard.audio_seconds if heard and audio else 0.0)
-    failures += _missing_tracks(sample, tracks, video, audio)
-    failures += _impossible_times(sample, max(lengths))
-    # 3. decode
+    # 1. judge tracks and times
+    judged = judge(sample, tracks)
+    failures = [_failure(sample, each.key, each.reason, f"{each.path}: {each.what}") for each in judged.problems]
+    lengths = (judged.video_seconds, judged.audio_seconds)
+    # 2. decode
     if decode and not failures:
-        failures += _decoded(sample, tracks)
+        failures += _decoded(sample, judged.tracks)
     stop = max(lengths) if sample.end is None else min(sample.end, max(lengths))
     return Finding(
         sample=sample,
         seconds=max(0.0, stop - sample.start),
-        video=video,
-        audio=audio,
+        video=judged.video and judged.tracks != "audio",
+        audio=judged.audio and judged.tracks != "video",
         failures=tuple(failures),
-        notes=tuple(_doubts(sample, *lengths)),
+        notes=tuple(_doubts(sample, *lengths)) if not failures else (),
     )
 
 
 def _failure(sample: Sample, key: str, reason: str, what: str) -> Failure:
     return Failure(id=sample.id, reason=reason, message=f"{sample.origin} {key}: {what}")
-
-
-def _missing_tracks(sample: Sample, tracks: Tracks, video: bool, audio: bool) -> Iterator[Failure]:
-    """As streams read them: a sample without a video is audio only, unless `tracks` is video."""
-    if not video and (tracks == "video" or (tracks == "both" and sample.video is not None)):
-        what = f"{sample.video} has no video track" if sample.video else "no video is given"
-        yield _failure(sample, "video", "no_video", f"{what}; give another file, or use --tracks audio")
-    if not audio and tracks != "video":
-        what = f"{sample.audio or sample.video} has no audio track"
-        yield _failure(sample, "audio", "no_audio", f"{what}; give an audio file, or use --tracks video")
-
-
-def _impossible_times(sample: Sample, seconds: float) -> Iterator[Failure]:
-    """Times after the end of the file, if the container declares its length."""
-    if seconds <= 0:
-        return
-    if sample.start >= seconds:
-        yield _failure(sample, "start", "empty", f"{sample.start} s is after the end of the file ({seconds:.1f} s)")
-    if sample.end is not None and sample.end > seconds + SLACK:
-        what = f"{sample.end} s is after the end of the file ({seconds:.1f} s); lower it, or make it null"
-        yield _failure(sample, "end", "too_short", what)
-    for question in sample.questions:
-        if question.at is not None and question.at > seconds + SLACK:
-            what = f"question {question.index} is asked at {question.at} s, after the end of the file ({seconds:.1f} s)"
-            yield _failure(sample, "messages", "too_short", f"{what}; make `at` null to ask after the end")
 
 
 def _doubts(sample: Sample, video_seconds: float, audio_seconds: float) -> Iterator[str]:
@@ -192,7 +153,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def manifest_report(
-    name: str, samples: Iterable[Sample], *, tracks: Tracks = "both", decode: bool = False
+    name: str, samples: Iterable[Sample], *, tracks: TracksOption = "both", decode: bool = False
 ) -> DataReport:
     """The report on samples, with a progress bar."""
     bar = tqdm(samples, desc=name, unit="sample", leave=False, disable=None)
@@ -260,7 +221,7 @@ def benchmark_from(name: str, root: Path, settings: Sequence[str]) -> BenchmarkO
 
 
 def benchmark_report(
-    benchmark: BenchmarkOptions, *, tracks: Tracks = "both", decode: bool = False, subset: bool = False
+    benchmark: BenchmarkOptions, *, tracks: TracksOption = "both", decode: bool = False, subset: bool = False
 ) -> BenchmarkReport:
     """The report on a benchmark whose annotations exist; each file is inspected once.
 
@@ -270,10 +231,15 @@ def benchmark_report(
     files: dict[tuple[Path | None, Path | None], list[Sample]] = {}
     for sample in samples:
         files.setdefault((sample.video, sample.audio), []).append(sample)
-    whole = {group[0].id: _whole(group) for group in files.values()}
-    files_report = manifest_report(f"{benchmark.label}: {benchmark.root}", whole.values(), tracks=tracks, decode=decode)
-    cuts = dict(zip(whole, files.values(), strict=True))
-    findings = tuple(_with_lengths(finding, cuts[finding.sample.id]) for finding in files_report.findings)
+    name = f"{benchmark.label}: {benchmark.root}"
+    if benchmark.published is None:  # rows of the user's own, judged as those of a manifest
+        files_report = manifest_report(name, samples, tracks=tracks, decode=decode)
+        findings = files_report.findings
+    else:
+        whole = {group[0].id: _whole(group) for group in files.values()}
+        files_report = manifest_report(name, whole.values(), tracks=tracks, decode=decode)
+        cuts = dict(zip(whole, files.values(), strict=True))
+        findings = tuple(_with_lengths(finding, cuts[finding.sample.id]) for finding in files_report.findings)
     return BenchmarkReport(
         files=replace(files_report, findings=findings),
         samples=tuple(samples),

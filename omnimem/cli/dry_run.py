@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones import Encoded, Qwen25Omni, Turn
-from omnimem.backbones.base import Tracks
 from omnimem.backbones.files import AGAIN
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
@@ -29,9 +28,11 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
-from omnimem.streaming.feeder import IGNORED, tracks_of
+from omnimem.rows import tracks_of
+from omnimem.streaming.prompt_pass import IGNORED
+from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
-from omnimem.tokens import Modality
+from omnimem.tokens import Modality, Tracks
 from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
@@ -141,7 +142,7 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str]) -> Sampl
         except MediaError as error:
             missing.append(f"the first sample's media ({error}); `omnimem check` lists all unreadable files")
     # 2. a synthetic sample
-    tracks = run.stream.tracks
+    tracks = run.stream.source().tracks
     frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
     source = LiveSource(frames, audio, options=run.stream.source(), geometry=skeleton.shapes.geometry)
     return _read(run, skeleton, SYNTHETIC, tracks, source)
@@ -253,7 +254,7 @@ def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
     if facts.last_position >= trained:
-        yield f"positions reach {facts.last_position:,}, beyond the {trained:,} that the model was trained on"
+        yield beyond(facts.last_position, trained)
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"
@@ -301,6 +302,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
     slots = max(media if slots is None else most(slots) for slots in drawn)
+    limited = max((most(each) for each in drawn if each is not None), default=0)
     width = shapes.text.width if measures.feature is None else min(measures.feature, shapes.text.width)
     feature, base = width if policy.traits.needs_novelty else 0, run.memory.selection_from == "base"
     evicting = max((slots for slots in drawn if slots is not None), default=0) if base else 0
@@ -314,6 +316,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
+        limited=min(limited, slots) * shapes.text.layers if None in drawn and slots == media else None,
         chunk_tokens=run.tuning.chunks(run.stream.chunk_tokens)[1],
         chunks=len(facts.chunks),
         text_tokens=facts.tokens[Modality.TEXT],

@@ -35,7 +35,7 @@ class ExportCheck:
     @torch.no_grad()
     def logits(self, slots: int | None) -> Float[Tensor, "tokens vocabulary"]:
         """Float32 logits of the question's tokens after four chunks under the exported policy; None: full memory."""
-        tracks, backbone = self.exported.stream.tracks, self.backbone
+        tracks, backbone = self.exported.stream.source().tracks, self.backbone
         feeder = Feeder(backbone, self.exported.stream)
         with attach(backbone.text_model) as attached:
             stream = feeder.stream(attached, self.exported.policies(slots))

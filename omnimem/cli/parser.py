@@ -109,6 +109,12 @@ def _leave_without_memory(error: Exception) -> None:
         leave([f"not enough memory ({what}); {cure}"], 1)
 
 
+def warn(lines: Sequence[str]) -> None:
+    """Print warnings to stderr, on the first rank."""
+    for line in lines if rank() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def done() -> None:
     """Tell `launch.sh` that the command has finished; the launcher's exit code 0 does not always mean that."""
     if (unfinished := os.environ.get("OMNIMEM_UNFINISHED")) and os.environ.get("LOCAL_RANK", "0") == "0":

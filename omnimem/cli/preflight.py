@@ -10,9 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -21,7 +19,7 @@ from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import first_line
-from omnimem.media.container import Reason
+from omnimem.evaluation.left_out import is_out_of_memory
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 PROBED = 512  # samples whose files are opened; of the others only existence is checked
@@ -57,10 +55,9 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
 
 
 def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
-    """As in training: odd times do not stop it (`omnimem check` reports them)."""
+    """The finding of `omnimem check`; a sample that is not opened can only be missing."""
     if probe:
-        finding = inspect_sample(sample, tracks=run.stream.tracks)
-        return replace(finding, failures=tuple(each for each in finding.failures if each.reason in get_args(Reason)))
+        return inspect_sample(sample, tracks=run.stream.tracks)
     gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
     missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
     return Finding(sample=sample, failures=tuple(missing))
@@ -135,7 +132,9 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
                 chunk_tokens=chunk_tokens,
             )
             torch.autograd.grad(outcome.loss, trainable(model), allow_unused=True)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         what = f"{shown} at {budget} does not fit on {device} ({first_line(error)})"
         cure = (
             "lower train.per_device_train_batch_size, tuning.budgets or stream.chunk_tokens, set tuning.recompute: "

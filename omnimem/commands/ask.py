@@ -12,7 +12,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import final, get_args
 
 import torch
 from torch import Tensor
@@ -23,9 +23,11 @@ from omnimem.cli.parser import Parser
 from omnimem.cli.tuned_model import BaseModel
 from omnimem.config import ConfigError
 from omnimem.config.exported import FILE, Exported, policies_of
-from omnimem.media import FileSource, LiveSource, Source, read_live
+from omnimem.data import Message, Sample
+from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
+from omnimem.rows import SLACK, tracks_of
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
@@ -117,13 +119,23 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
 
 
 def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
-    """The file, or the live stream on standard input, asked at these times. Raises MediaError if it is unusable."""
-    options, geometry = feeder.options.source(), feeder.backbone.geometry
+    """The file, or the live stream on standard input, asked at these times; says so if it lacks a track.
+
+    Raises MediaError if it is unusable, or a time is after the end of the file.
+    """
+    asked, geometry = feeder.options.tracks, feeder.backbone.geometry
     if video != PIPE:
-        return FileSource(video, options=options, geometry=geometry, asks=times)
-    pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
-    frames, audio = read_live(pipe, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks)
-    return LiveSource(frames, audio, options=options, geometry=geometry, asks=times)
+        questions = tuple(Message(role="user", content="", at=time) for time in times)
+        tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
+        source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
+    else:
+        pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
+        frames, audio = read_live(pipe, fps=feeder.options.fps, rate=geometry.mel.rate, tracks=asked)
+        tracks = "both" if frames and audio else "video" if frames else "audio"
+        source = LiveSource(frames, audio, options=feeder.options.source(tracks), geometry=geometry, asks=times)
+    if asked == "both" and tracks != "both":
+        print(f"{video} has no {'audio' if tracks == 'video' else 'video'} track: {tracks} only", file=sys.stderr)
+    return source
 
 
 # --- questions and replies
@@ -166,6 +178,11 @@ class Asking:
         started = time.perf_counter()
         for due in feed_until_due(stream, self.feeder.watch(source, cuts=times), sorted(set(times)) or [None]):
             for at in due.moments:
+                if at is not None and at > due.seconds + SLACK:  # of a live stream
+                    what = (
+                        f"the stream ended at {due.seconds:.1f} s, before --at {at:g}; leave it out to ask at the end"
+                    )
+                    raise MediaError(source.path if isinstance(source, FileSource) else PIPE, "too_short", what)
                 yield self._reply(due.stream.fork(), at, due.seconds, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
@@ -213,7 +230,7 @@ def _parser() -> Parser:
     parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
     choice = "the model that chooses them: as it answers, or without its adapter"
     parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
-    parser.add_argument("--tracks", choices=("both", "video", "audio"), help="tracks of the stream to read")
+    parser.add_argument("--tracks", choices=get_args(TracksOption), help="tracks of the stream to read")
     parser.add_argument("--fps", type=float, help="frames per second")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
     parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="at most so many tokens per forward pass")

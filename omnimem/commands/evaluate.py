@@ -17,9 +17,9 @@ import torch
 from omnimem.backbones import load_backbone
 from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import budget_of, feeder_of, policies_of
-from omnimem.cli.parser import Parser
+from omnimem.cli.parser import Parser, warn
 from omnimem.cli.workers import device, workers_of
-from omnimem.config import RunConfig, load
+from omnimem.config import RunConfig, differences, load
 from omnimem.evaluation import Evaluation, EvaluationError
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import attach
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     follow_launcher()
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
+    warn(differences(run))
     folder = RunFolder(path=Path("runs") / run.name)
     names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or folder.adapter.is_dir()))
     check_benchmarks(run)

@@ -23,11 +23,12 @@ from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples
 from omnimem.cli.dry_run import preview
 from omnimem.cli.environment import prepare_process, world_size
-from omnimem.cli.parser import Parser, rank
+from omnimem.cli.parser import Parser, rank, warn
 from omnimem.cli.preflight import check_data, check_run, rehearse
 from omnimem.cli.tuned_model import write_adapter_description
+from omnimem.cli.workers import LocalWorkers, RankWorkers, Workers
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, dump, load, refuse_changes, refuse_unseen_budget
+from omnimem.config import RunConfig, differences, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     run = load(given.config, given.overrides, train=train_section())
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
+    warn(differences(run))
     if given.dry_run:
         preview(run)
         return
@@ -121,12 +123,14 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
         trainer = build_trainer(run, start, samples, parts, settings)
         train(trainer, start, first=first)
         trainer.save_adapter(start.folder.adapter)
-        # 6. verify what was saved, evaluate, compare
-        if first and not partitioned:
-            conclude(run, start.folder, parts)
-    if first and partitioned:
-        with reloaded(run, start.folder, policies) as parts:
-            conclude(run, start.folder, parts)
+        # 6. verify what was saved, evaluate on all ranks, compare
+        workers = evaluation_workers(run, start.folder)
+        workers.prepare(lambda leading: describe_adapter(start.folder))
+        if not partitioned:
+            evaluate_and_compare(run, start.folder, parts, workers)
+    if partitioned and run.evaluate.after_training:
+        with reloaded(run, start.folder, policies, settings.device) as parts:
+            evaluate_and_compare(run, start.folder, parts, workers)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -231,10 +235,10 @@ def build_trainer(
 
 
 @contextmanager
-def reloaded(run: RunConfig, folder: RunFolder, policies: Policies) -> Iterator[Parts]:
+def reloaded(run: RunConfig, folder: RunFolder, policies: Policies, device: torch.device) -> Iterator[Parts]:
     """The whole model with the saved adapter, loaded again: under ZeRO-3 each rank holds a part."""
     unset_hf_deepspeed_config()
-    backbone = load_backbone(run.model)
+    backbone = load_backbone(run.model, device)
     model, feeder = load_adapter(backbone.model, folder.adapter), feeder_of(run, backbone)
     with attach(backbone.text_model) as attached:
         yield Parts(backbone=backbone, model=model, attached=attached, feeder=feeder, policies=policies)
@@ -258,26 +262,42 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
                 counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
             if trainer.overlap.latest is not None:
                 counts["selection_overlap"] = trainer.overlap.latest
+            if trainer.feeder.trained.reached:
+                counts["positions_reached"] = trainer.feeder.trained.reached
+            if trainer.one_track.found:
+                counts["one_track_samples"] = trainer.one_track.found
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 
-def conclude(run: RunConfig, folder: RunFolder, parts: Parts) -> None:
-    """Verify the saved adapter, record it in run.json, and evaluate all arms when the config asks for it."""
-    # 1. verify and describe the adapter
+def evaluation_workers(run: RunConfig, folder: RunFolder) -> Workers:
+    """The ranks of the training; one rank alone starts `evaluate.processes` helpers."""
+    if world_size() > 1:
+        return RankWorkers()
+    return LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
+
+
+def describe_adapter(folder: RunFolder) -> None:
+    """Verify the saved adapter, and record it in run.json."""
     tensors = adapter_tensors(folder.adapter)
     update_json(
         folder.record, adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)}
     )
     write_adapter_description(folder.path)
     print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
+
+
+def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, workers: Workers) -> None:
+    """Evaluate all arms when the config asks for it, each rank its share of the questions; the first rank compares."""
     if not run.evaluate.after_training:
         return
-    # 2. evaluate
+    # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
-    evaluate_arms(run, evaluation, parts.policies, folder, applicable(run, tuned=True), parts.model)
-    # 3. compare
-    compare([folder.path], folder.comparison)
-    print(f"report: {folder.comparison / 'report.html'}", flush=True)
+    names = applicable(run, tuned=True)
+    evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
+    # 2. compare
+    if workers.leads:
+        compare([folder.path], folder.comparison)
+        print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
 def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:

@@ -58,7 +58,7 @@ class Recipe:
         """Stream `index` of a split: the first world of its seeds that has a question."""
         for attempt in count():
             numbers = (self.seed, SPLITS.index(split), index, attempt)
-            seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 16)
+            seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 16
             world = draw_world(seed, self.seconds, self.options)
             if world.questions:
                 return Stream(id=f"{split}-{index:05d}", world=world)

@@ -45,7 +45,7 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
     # 1. each question
     again = "evaluate both on the same input"
     shared = sorted(set(a.answers) & set(b.answers))
-    alone = sorted(set(a.answers) ^ set(b.answers))
+    alone = sorted((set(a.answers) ^ set(b.answers)) - set(a.left_out) - set(b.left_out))
     if alone:
         yield (
             f"{where}: {many(len(alone), 'question')} only one of them answered (first: {alone[0]}); "
@@ -60,7 +60,9 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
             yield (
                 f"{where}: {many(len(differing), 'question')} {verb} {what} (first: {key}: {one} and {two}); {again}"
             )
-    # 2. sums over all questions
+    # 2. sums over all questions, unless one of the arms leaves some out
+    if set(a.left_out) != set(b.left_out):
+        return
     if _differ(a.frames, b.frames, 0.0):
         yield f"{where}: {a.frames:g} and {b.frames:g} frames were seen; {again}"
     if _differ(a.audio_seconds, b.audio_seconds, SAME_SECONDS * len(shared)):
@@ -77,6 +79,7 @@ def _budget_differences(first: Arm, arm: Arm) -> Iterator[str]:
             ("entries at answer time", a.answer_entries, b.answer_entries),
         )
         unequal = [f"{what} are {one:g} and {two:g}" for what, one, two in means if _unequal(one, two)]
+        unequal = unequal if set(a.left_out) == set(b.left_out) else []  # means over other questions
         lines = unequal[:1] or _entry_differences(a, b)
         yield from (f"{arm.label} and {first.label}: {name}: {line}, {cure}" for line in lines)
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, final
 
@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from omnimem.budget import Budget, BudgetError
 from omnimem.comparison.formatting import shown
 from omnimem.errors import ProblemList
+from omnimem.evaluation.left_out import is_left_out
 from omnimem.tasks.accuracy import DURATION, categories_of
 from omnimem.textfile import StoredFileError, of_shape, parse_stored, read_stored
 
@@ -68,6 +69,7 @@ class Sheet:
     cost: Mapping[str, Any]  # tokens, seconds, memory (omnimem.evaluation.summary)
     defects: Sequence[Mapping[str, Any]]
     rules: str | None
+    left_out: Mapping[str, str] = field(default_factory=dict)  # questions that the arm cannot answer: id to reason
 
 
 @final
@@ -307,12 +309,16 @@ def _read_trace(path: Path) -> dict[str, Any]:
 def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
     # 1. answers
     answers: dict[str, Answer] = {}
+    left: dict[str, str] = {}
     for place, record in _json_lines(path):
         answer = _read_answer(place, record)
-        if answer.id in answers:
+        if answer.id in answers or answer.id in left:
             raise _Problem(f"{place} id: {answer.id!r} occurs twice; delete one of the two lines")
-        answers[answer.id] = answer
-    if not answers:
+        if answer.failed is not None and is_left_out(record):
+            left[answer.id] = answer.failed
+        else:
+            answers[answer.id] = answer
+    if not answers and not left:
         raise _Problem(f"{path}: no answers in it; run the evaluation again")
     # 2. input and cost
     given = facts.get("input", {})
@@ -326,6 +332,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         cost=facts.get("cost", {}),
         defects=facts.get("defects", []),
         rules=facts.get("rules"),
+        left_out=left,
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from omnimem.comparison import statistics
+from omnimem.comparison.formatting import many
 from omnimem.comparison.load import KIND, PROBES, Answer, Arm, Sheet, axis_of
 from omnimem.comparison.statistics import Estimate, Resampling
 
@@ -36,7 +38,7 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
     """
     # 1. accuracies and differences of each benchmark
     arms = in_order(arms)
-    names = sorted({name for arm in arms for name in arm.sheets})
+    names = sorted({name for arm in arms for name, sheet in arm.sheets.items() if sheet.answers})
     benchmarks = {name: _group(arms, (name,), draws=draws, seed=seed) for name in names}
     _adjust(list(benchmarks.values()))
     # 2. costs, rules and defects
@@ -48,6 +50,11 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
         sheets = [arm.sheets[name] for arm in arms if name in arm.sheets]
         group["rules"] = next((sheet.rules for sheet in sheets if sheet.rules), None)
         group["defects"] = _defects(sheets)
+        group["left_out"] = {
+            arm.label: dict(Counter(arm.sheets[name].left_out.values()))
+            for arm in arms
+            if name in arm.sheets and arm.sheets[name].left_out
+        }
     # 3. all benchmarks pooled
     pooled = _group(arms, tuple(names), draws=draws, seed=seed)
     _adjust([pooled])
@@ -134,7 +141,7 @@ def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) 
     sheets = {
         arm.label: {(name, key): sheet.answers[key] for name, sheet in given for key in sorted(sheet.answers)}
         for arm in arms
-        if (given := [(name, arm.sheets[name]) for name in names if name in arm.sheets])
+        if (given := [(name, arm.sheets[name]) for name in names if name in arm.sheets and arm.sheets[name].answers])
     }
     asked = {key: answer for sheet in sheets.values() for key, answer in sheet.items()}
     resampling = statistics.resample([answer.video for answer in asked.values()], draws=draws, seed=seed)
@@ -256,8 +263,14 @@ def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 
 
 def _notes(arms: Sequence[Arm]) -> list[str]:
-    """Notes on unequal bytes at equal entries, which are allowed."""
-    notes: list[str] = []
+    """Notes on questions that an arm leaves out, and on unequal bytes at equal entries, which are allowed."""
+    notes = [
+        f"{name}: {arm.title} leaves out {many(count, 'question')} ({reason.replace('_', ' ')}), which are in none of "
+        "its accuracies; differences are over the questions that both arms answered"
+        for arm in arms
+        for name, sheet in sorted(arm.sheets.items())
+        for reason, count in Counter(sheet.left_out.values()).items()
+    ]
     budgeted = [arm for arm in arms if arm.role == "budgeted"]
     for name in sorted({name for arm in budgeted for name in arm.sheets}):
         of_arms = {arm.title: arm.sheets[name].bytes for arm in budgeted if name in arm.sheets}

@@ -20,8 +20,10 @@ from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy, SelectionFrom
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
+from omnimem.tasks.video_mme import VideoMMEOptions
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.tuning import BudgetRange, TuningOptions
+from omnimem.tuning.curriculum import ChunkRange
 from omnimem.tuning.gradient.options import HALF_WAY
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "ConfigError",
     "MemoryOptions",
     "RunConfig",
+    "differences",
     "dump",
     "find",
     "load",
@@ -82,7 +85,38 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
         problems += missing
     if run is None or problems:
         raise source.error(problems)
-    return replace(run, tuning=run.tuning.at(run.memory.slots_per_layer))
+    return _followed(run)
+
+
+def _followed(run: RunConfig) -> RunConfig:
+    """The run with the values of settings that follow another one unless they are given."""
+    fps = run.stream.fps
+    benchmarks = tuple(
+        replace(each, subtitle_fps=each.subtitle_fps or fps) if isinstance(each, VideoMMEOptions) else each
+        for each in run.evaluate.benchmarks
+    )
+    evaluate = replace(run.evaluate, benchmarks=benchmarks)
+    return replace(run, tuning=run.tuning.at(run.memory.slots_per_layer), evaluate=evaluate)
+
+
+def differences(run: RunConfig) -> list[str]:
+    """A line for each setting that usually follows another one and does not, for the reader to judge."""
+    found, stream, tuning = [], run.stream, run.tuning
+    low, high = tuning.chunks(stream.chunk_tokens)
+    inside = low <= stream.chunk_tokens <= high
+    drawn = inside if isinstance(tuning.chunk_tokens, ChunkRange) else stream.chunk_tokens in tuning.chunk_tokens
+    if tuning.chunk_tokens and not drawn:
+        found.append(
+            f"tuning.chunk_tokens: no step draws stream.chunk_tokens = {stream.chunk_tokens}, at which the run is "
+            f"evaluated (drawn: {low} to {high})"
+        )
+    for number, each in enumerate(run.evaluate.benchmarks):
+        if isinstance(each, VideoMMEOptions) and each.subtitles and each.subtitle_fps != stream.fps:
+            found.append(
+                f"evaluate.benchmarks[{number}].subtitle_fps: subtitles of {each.subtitle_fps:g} frames per second "
+                f"beside frames at stream.fps = {stream.fps:g}; leave it out to follow stream.fps"
+            )
+    return found
 
 
 def dump(run: RunConfig) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from omnimem.backbones import Turn
 from omnimem.data import Failure, Failures, Question, Sample
+from omnimem.evaluation import left_out
 from omnimem.evaluation.cost import Clock, FirstToken, PeakMemory
 from omnimem.evaluation.options import Arm, EvaluateOptions
 from omnimem.evaluation.results import Results
@@ -20,12 +21,13 @@ from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
 from omnimem.media import FileSource, MediaError, Segment
 from omnimem.media.prefetch import Decoders
+from omnimem.rows import tracks_of
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.feeder import Due, Feeder, feed_until_due, tracks_of
-from omnimem.streaming.stream import Stream
+from omnimem.streaming.feeder import Due, Feeder, feed_until_due
+from omnimem.streaming.stream import PositionsError, Stream
 from omnimem.tasks import Benchmark
-from omnimem.tokens import EVICTABLE, Chunk
+from omnimem.tokens import EVICTABLE, Chunk, Tracks
 
 TOGETHER = 64  # questions of a stream per pass
 LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
@@ -41,6 +43,7 @@ class _Job:
 
     block: int
     sample: Sample
+    tracks: Tracks | None = None  # None: nothing is read
     failure: MediaError | None = None
 
 
@@ -130,15 +133,26 @@ class Evaluation:
         if arm.tracks in (None, self.feeder.options.tracks):
             return self.feeder
         options = replace(self.feeder.options, tracks=arm.tracks)
-        return Feeder(self.feeder.backbone, options, self.feeder.cache)
+        return Feeder(self.feeder.backbone, options, self.feeder.cache, self.feeder.trained)
 
     def _job(self, block: int, sample: Sample, arm: Arm, feeder: Feeder) -> tuple[_Job, FileSource | None]:
         """A sample, with its file if that must be decoded."""
         try:
-            source = None if arm.tracks is None or feeder.stored(sample) else feeder.source(sample)
+            tracks = self._tracks(arm, sample)
+            source = None if tracks is None or feeder.stored(sample) else feeder.source(sample)
         except MediaError as error:
             return _Job(block=block, sample=sample, failure=error), None
-        return _Job(block=block, sample=sample), source
+        return _Job(block=block, sample=sample, tracks=tracks), source
+
+    def _tracks(self, arm: Arm, sample: Sample) -> Tracks | None:
+        """The tracks that an arm reads of a sample; None: none, because it is blind or the file lacks its track."""
+        if arm.tracks is None:
+            return None
+        if self.feeder.options.tracks == "both" and arm.tracks in ("video", "audio"):
+            present = tracks_of(sample, "both")
+            if present not in ("both", arm.tracks):
+                return None
+        return tracks_of(sample, arm.tracks)
 
     def _batches(
         self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
@@ -149,8 +163,8 @@ class Evaluation:
             try:
                 if job.failure is not None:
                     raise job.failure
-                tracks = None if arm.tracks is None else tracks_of(job.sample, feeder.options.tracks)
-                reader = StreamReader(job.sample, tracks, feeder.read(job.sample, segments) if tracks else [])
+                parts = feeder.read(job.sample, segments) if job.tracks else []
+                reader = StreamReader(job.sample, job.tracks, parts)
                 if self.options.batch_size > 1:
                     waiting.setdefault(reader.gather(), []).append(reader)
             except MediaError as error:
@@ -163,20 +177,36 @@ class Evaluation:
     def _lines(
         self, arm: Arm, benchmark: Benchmark, batch: list[StreamReader] | tuple[Sample, MediaError], trace: Path | None
     ) -> list[dict[str, Any]]:
-        """One line per question; if a stream becomes unreadable, all questions of its batch fail."""
-        if isinstance(batch, tuple):
-            return self._failed(*batch)
-        try:
-            return list(self._answers(arm, benchmark, batch, trace))
-        except MediaError as error:
-            return [line for reader in batch for line in self._failed(reader.sample, error)]
+        """One line per question; if a stream becomes unreadable, all questions of its batch fail.
 
-    def _failed(self, sample: Sample, error: MediaError) -> list[dict[str, Any]]:
+        Where the arm cannot go on with the batch (`left_out`), the questions that it has not answered are left out.
+        """
+        if isinstance(batch, tuple):
+            return self._failed(batch[0], batch[1].reason, str(batch[1]))
+        lines: list[dict[str, Any]] = []
+        try:
+            lines.extend(self._answers(arm, benchmark, batch, trace))
+            return lines
+        except MediaError as error:
+            return [line for reader in batch for line in self._failed(reader.sample, error.reason, str(error))]
+        except (PositionsError, RuntimeError, MemoryError, OSError) as error:
+            reason = left_out.reason_of(error, arm.policy)
+            if reason is None:
+                raise
+        left_out.release()
+        done = {line["id"] for line in lines}
+        rest = [line for reader in batch for line in self._failed(reader.sample, *reason) if line["id"] not in done]
+        print(
+            f"{arm.name}: {len(rest)} questions of {batch[0].sample.id} are left out: {': '.join(reason)}", flush=True
+        )
+        return lines + rest
+
+    def _failed(self, sample: Sample, reason: str, message: str) -> list[dict[str, Any]]:
         return [
             {
                 **self._question(sample, question),
-                "failed": error.reason,
-                "message": str(error),
+                "failed": reason,
+                "message": message,
                 "prediction": None,
                 **dict.fromkeys(("correct", "parsed", "counted", "bare"), False),
             }
@@ -210,7 +240,7 @@ class Evaluation:
         if policy.traits.needs_oracle:
             policy = self.feeder.with_oracle(policy, [reader.whole() for reader in batch])
         stream = self.feeder.stream(self.attached, policy, batch=len(batch))
-        progress = _ReadProgress(stream, Trace(first) if trace and arm.tracks and not trace.exists() else None)
+        progress = _ReadProgress(stream, Trace(first) if trace and first.tracks and not trace.exists() else None)
         chunks = progress.chunks(clock.chunks(self.feeder.chunks(batch, rests=True)))
         # 2. read up to each question, answer it on a fork
         for due in feed_until_due(stream, chunks, first.sample.moments):
@@ -225,7 +255,7 @@ class Evaluation:
                             **self._question(reader.sample, question),
                             **_judged(benchmark, question, text),
                             **_measured(facts, due, reader, len(batch), seconds),
-                            **_late(question, reader, due, over=arm.tracks is not None),
+                            **_late(question, reader, due, over=reader.tracks is not None),
                             "peak_memory": peak.bytes,
                         }
         # 3. write the trace
@@ -265,6 +295,7 @@ class Evaluation:
             "entries": stream.memory.entries / layers,
             "bytes": stream.usage.bytes,
             **_selector(stream, layers),
+            **({"beyond_trained": stream.beyond} if stream.beyond else {}),
         }
 
 
@@ -317,6 +348,7 @@ def _measured(
     shared = {key: facts[key] / streams for key in ("media", "reading")}
     return {
         **{key: value for key, value in facts.items() if key not in shared},
+        "tracks": reader.tracks or "none",
         "frames": heard.frames,
         "audio_seconds": round(heard.audio_seconds, 3),
         "seconds": {key: round(value, 5) for key, value in (shared | seconds).items()},
@@ -332,6 +364,6 @@ def _late(question: Question, reader: StreamReader, due: Due, *, over: bool) -> 
 
 
 def _failures(lines: Iterable[dict[str, Any]]) -> list[Failure]:
-    """The failed streams, each once."""
-    found = {line["stream"]: line for line in lines if line.get("failed")}
+    """The unreadable streams, each once."""
+    found = {line["stream"]: line for line in lines if line.get("failed") and not left_out.is_left_out(line)}
     return [Failure(id=stream, reason=line["failed"], message=line["message"]) for stream, line in found.items()]

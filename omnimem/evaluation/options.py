@@ -2,14 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
+from omnimem.media import TracksOption
 from omnimem.policies.base import Policy
 from omnimem.tasks import BenchmarkOptions
-
-Tracks = Literal["both", "video", "audio"]
 
 
 class EvaluationError(UserError):
@@ -55,4 +54,4 @@ class Arm:
 
     name: str
     policy: Policy
-    tracks: Tracks | None = "both"
+    tracks: TracksOption | None = "both"

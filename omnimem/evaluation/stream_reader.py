@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import final
 
 from omnimem.backbones import Encoded
-from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.streaming.encoder_cache import EncodedSegment, MediaStats
 from omnimem.streaming.feeder import EncodedSample, layout
+from omnimem.tokens import Tracks
 
 EPSILON = 1e-6  # seconds: rounding of segment ends
 
@@ -38,12 +38,9 @@ class StreamReader:
                 continue
             self._ends.append(encoded.start + encoded.seconds)
             self._heard.append(part.heard)
-            self.arrived.append(
-                (
-                    0 if encoded.audio is None else encoded.audio.shape[1],
-                    0 if encoded.visual is None else encoded.visual.shape[1],
-                )
-            )
+            if encoded.count:
+                audio, visual = (0 if part is None else part.shape[1] for part in (encoded.audio, encoded.visual))
+                self.arrived.append((audio, visual))
             yield encoded
 
     def gather(self) -> tuple[object, ...]:

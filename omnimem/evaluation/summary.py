@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from omnimem.evaluation.left_out import counts, is_left_out
 from omnimem.tasks import Defect
 from omnimem.tasks.accuracy import Line, accuracy, breakdown
 
 
 def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[str, Any]:
-    """`official` over counted answers, `strict` over all questions; entries, bytes and costs over answered ones."""
+    """`official` over counted answers, `strict` over all questions; entries, bytes and costs over answered ones.
+
+    Questions that the arm cannot answer (`left_out`) are in none of them.
+    """
     # 1. answered questions and their streams
+    left = [line for line in lines if is_left_out(line)]
+    lines = [line for line in lines if not is_left_out(line)]
     answered = [line for line in lines if not line.get("failed")]
     kinds = sorted({str(line["kind"]) for line in lines})
     inputs = hashlib.sha256("".join(sorted(str(line["prompt_sha256"]) for line in lines)).encode()).hexdigest()
@@ -28,10 +34,13 @@ def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[
         "input": {
             "frames": sum(int(line["frames"]) for line in streams),
             "audio_seconds": round(sum(float(line["audio_seconds"]) for line in streams), 3),
+            "tracks": dict(Counter(str(line["tracks"]) for line in streams)),
             "prompt_sha256": inputs,
         },
         "cost": _cost(answered, streams),
         "failed": dict(Counter(str(line["failed"]) for line in lines if line.get("failed"))),
+        "left_out": counts(left),
+        "beyond_trained": _beyond_trained(answered),
         "defects": [vars(defect) for defect in [*defects, *_late(answered)]],
     }
 
@@ -47,6 +56,16 @@ def _streams(lines: Sequence[Line]) -> list[Line]:
 
 def _late(lines: Sequence[Line]) -> list[Defect]:
     return [Defect(rule="time_stamp", where=line["id"], what=line["late"]) for line in lines if line.get("late")]
+
+
+def _beyond_trained(lines: Sequence[Line]) -> dict[str, int]:
+    """Questions asked beyond the positions that the model was trained on (`positions: original`)."""
+    found = [line for line in lines if line.get("beyond_trained")]
+    return {
+        "questions": len(found),
+        "streams": len({line["stream"] for line in found}),
+        "reached": max((int(line["beyond_trained"]) for line in found), default=0),
+    }
 
 
 def _cost(lines: Sequence[Line], streams: Sequence[Line]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from omnimem.data import ManifestError, Sample, is_seconds
 from omnimem.media import FileSource, Segment, read_audio_blocks, resize
 from omnimem.policies.base import StreamOutline
+from omnimem.rows import tracks_of
 from omnimem.streaming.encoder_cache import EncodedSegment
-from omnimem.streaming.feeder import EncodedSample, Feeder, tracks_of
+from omnimem.streaming.feeder import EncodedSample, Feeder
 from omnimem.tokens import Modality
 
 SIDE = 128  # pixels of the longer side of a thumbnail

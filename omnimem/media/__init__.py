@@ -5,7 +5,7 @@ from omnimem.media.decode import read_audio, read_audio_blocks, read_frames
 from omnimem.media.live import read_live
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
-from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions
+from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions, TracksOption
 
 __all__ = [
     "FileSource",
@@ -18,6 +18,7 @@ __all__ = [
     "Segment",
     "Source",
     "SourceOptions",
+    "TracksOption",
     "patchify",
     "probe",
     "read_audio",

@@ -6,12 +6,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar, final
 
 import av
 import numpy as np
+from av import logging
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
@@ -22,7 +24,7 @@ from av.video.stream import VideoStream
 from omnimem.errors import UserError
 
 Track = TypeVar("Track", VideoStream, AudioStream)
-Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated"]
+Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated", "too_short"]
 
 CODEC_PADDING = 0.1  # seconds of padding that audio codecs add at the beginning and the end to fill their blocks
 SHORTFALL = (1.0, 0.02)  # seconds, and fraction of the declared length, that a track may lack
@@ -79,19 +81,46 @@ class MediaInfo:
         return max(self.video_seconds, self.audio_seconds)
 
 
-def probe(path: Path | str) -> MediaInfo:
+def probe(path: Path | str, *, measure: bool = False) -> MediaInfo:
     """Read the header of a file without decoding it.
 
+    `measure`: where the muxer wrote no duration, so that ffmpeg estimates it or has none, read all packets instead.
     Raises MediaError: `missing`, `empty` (zero bytes), `unreadable`, `truncated` (shorter than its header says).
     """
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return _probed(path, measure)
+    return _probed_once(path, measure, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _probed_once(path: Path | str, measure: bool, changed: int, size: int) -> MediaInfo:
+    """`_probed`, once for each state of a file."""
+    return _probed(path, measure)
+
+
+def _probed(path: Path | str, measure: bool) -> MediaInfo:
     with open_container(path) as container:
-        video, audio = video_stream(container), audio_stream(container)
-        return MediaInfo(
-            has_video=video is not None,
-            has_audio=audio is not None,
-            video_seconds=(declared_end(container, video) or 0.0) if video else 0.0,
-            audio_seconds=(declared_end(container, audio) or 0.0) if audio else 0.0,
-        )
+        # 1. tracks and declared lengths
+        tracks = {"video": video_stream(container), "audio": audio_stream(container)}
+        present = {name: track for name, track in tracks.items() if track is not None}
+        ends = {name: declared_end(container, track) or 0.0 for name, track in present.items()}
+        # 2. measured lengths
+        declared = container.format.name.split(",")[0] in WITH_DURATION and all(ends.values())
+        if measure and not declared:
+            zero, ends = origin(container), dict.fromkeys(ends, 0.0)
+            names = {track.index: name for name, track in present.items()}
+            for packet in container.demux(*present.values()):
+                if packet.pts is not None:
+                    name, after = names[packet.stream_index], (packet.pts + (packet.duration or 0)) * packet.time_base
+                    ends[name] = max(ends[name], float(after) - zero)
+    return MediaInfo(
+        has_video="video" in present,
+        has_audio="audio" in present,
+        video_seconds=ends.get("video", 0.0),
+        audio_seconds=ends.get("audio", 0.0),
+    )
 
 
 @contextmanager
@@ -112,7 +141,13 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
 def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
     """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols}
-    return av.open(file, "r", options=allowed, metadata_errors="replace")
+    level = logging.get_level()
+    logging.set_level(logging.ERROR)  # ffmpeg names a refused format in its log only
+    try:
+        with logging.Capture():
+            return av.open(file, "r", options=allowed, metadata_errors="replace")
+    finally:
+        logging.set_level(level)
 
 
 @contextmanager
@@ -129,6 +164,9 @@ def blaming(path: Path | str, what: str, fix: str, *, cut: Reason = "unreadable"
         if _of_machine(error, path):
             raise
         detail = f"{error.strerror}" if isinstance(error, FFmpegError) else f"{type(error).__name__}: {error}"
+        log = error.log if isinstance(error, FFmpegError) else None  # level, name of the format, message
+        if log and "not on whitelist" in log[2]:
+            detail = f"its format {log[1]} is not read: it may refer to other files, or is text"
         reason = cut if isinstance(error, (InvalidDataError, EndOfFileError)) else "unreadable"
         raise MediaError(path, reason, f"{what} ({' '.join(detail.split())}); {fix}") from error
 
@@ -179,9 +217,11 @@ def _rank(track: VideoStream | AudioStream) -> int:
 def origin(container: InputContainer) -> float:
     """Timestamp of time zero in seconds, the same for both tracks (in broadcast recordings it is arbitrary).
 
-    The time of the first video frame, or the start of the audio if that is more than CODEC_PADDING earlier.
+    The time of the first video frame, or the start of the audio if that is more than CODEC_PADDING earlier. It may be
+    negative, for instance where a clock is about to wrap; codec padding before 0 is cut off.
     """
-    begin = max(0.0, (container.start_time or 0) / av.time_base)
+    begin = (container.start_time or 0) / av.time_base
+    begin = 0.0 if -CODEC_PADDING <= begin < 0.0 else begin
     video = video_stream(container)
     if video is None or video.start_time is None or video.time_base is None:
         return begin
@@ -193,7 +233,8 @@ def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -
     """Seconds from the origin to the declared end of a track; None when the container does not declare it."""
     if tag := _duration_tag(stream):
         hours, minutes, seconds = tag.groups()
-        return 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds)
+        end, zero = 3600.0 * int(hours) + 60.0 * int(minutes) + float(seconds), origin(container)
+        return end - zero if end > zero else end  # muxers write the end on the file's clock, or the length
     if stream.duration is not None and stream.time_base is not None:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - origin(container)
     return None

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from io import BufferedIOBase
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from av.audio.stream import AudioStream
@@ -15,20 +15,17 @@ from torch import Tensor
 
 from omnimem.media.container import MediaError, audio_stream, blaming, decodable, open_input, video_stream
 from omnimem.media.decode import contiguous, sample_by_time, timed_audio, timed_frames, upright
+from omnimem.media.source import TracksOption
 
 SEQUENTIAL = "mpegts, matroska, flv or fragmented mp4"
 
 
 def read_live(
-    file: BufferedIOBase,
-    *,
-    fps: float,
-    rate: int = 16000,
-    tracks: Literal["both", "video", "audio"] = "both",
-    name: str = "-",
+    file: BufferedIOBase, *, fps: float, rate: int = 16000, tracks: TracksOption = "both", name: str = "-"
 ) -> tuple[Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]] | None, Iterator[Float[Tensor, " _"]] | None]:
     """The (frames, audio) iterators of a `LiveSource`, read from a file object that need not be seekable.
 
+    With `both`, a track that the stream lacks is None.
     Formats written sequentially can be read while they grow: mpegts, matroska, flv, fragmented mp4.
     Raises MediaError with path `name`: `unreadable`, `no_video`, `no_audio`, and `truncated` when decoding fails.
     """
@@ -38,9 +35,9 @@ def read_live(
         # 2. choose the tracks
         video = decodable(video_stream(container)) if tracks != "audio" else None
         audio = decodable(audio_stream(container)) if tracks != "video" else None
-    if video is None and tracks != "audio":
+    if video is None and (tracks in ("video", "require_both") or (tracks == "both" and audio is None)):
         raise MediaError(name, "no_video", "has no video track; use tracks: audio")
-    if audio is None and tracks != "video":
+    if audio is None and tracks in ("audio", "require_both"):
         raise MediaError(name, "no_audio", "has no audio track; use tracks: video")
     # 3. decode both in one pass
     packets = _Packets(container, [stream for stream in (video, audio) if stream is not None])

@@ -8,7 +8,6 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 TOP_HERTZ = 8000.0  # upper end of Whisper's filters at any sampling rate
 DYNAMIC_RANGE = 8.0  # log10 units below the maximum; lower values are clamped
@@ -52,17 +51,21 @@ class LogMel:
             raise ValueError(f"{self}: mels, hop, rate must be positive and n_fft even; fix preprocessor_config.json")
 
     def clip(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, "{self.mels} mel_frames"]:
-        """(max(log10 power, maximum of the clip - 8) + 4) / 4 of a whole clip, with samples // hop frames.
+        """(max(log10 power, maximum of the clip - 8) + 4) / 4 of a whole clip, with ceil(samples / hop) frames.
 
-        Equal to WhisperFeatureExtractor(padding="longest", truncation=False), except that clips shorter than half a
-        window, for which that raises, are padded with silence.
+        Equal to the frames that WhisperFeatureExtractor(padding="max_length") marks as audio, at every length up to
+        its 300 s (less half a window): the clip is followed by silence, and the maximum includes the frames after its
+        end that reach into it. Longer clips are not truncated.
         """
-        log = torch.cat(list(self._logs([samples])), dim=1)
-        return normalise(log, _loudest([log]))
+        running = RunningMel(self)
+        return normalise(torch.cat(list(running.logs([samples])), dim=1), running.maximum)
 
     def loudest(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
         """Maximum log10 power of a clip given in blocks; holds one block at a time."""
-        return _loudest(self._logs(blocks))
+        running = RunningMel(self)
+        for _ in running.logs(blocks):
+            pass
+        return running.maximum
 
     def pieces(
         self, blocks: Iterable[Float[Tensor, " _"]], maximum: Float[Tensor, ""], mel_frames: int
@@ -72,28 +75,13 @@ class LogMel:
         Reading the audio twice avoids holding the spectrogram (184 MB for an hour of 128 mels).
         """
         held = torch.empty(self.mels, 0)
-        for log in self._logs(blocks):
+        for log in RunningMel(self).logs(blocks):
             held = torch.cat([held, normalise(log, maximum)], dim=1)
             while held.shape[1] >= mel_frames:
                 yield held[:, :mel_frames]
                 held = held[:, mel_frames:]
         if held.shape[1]:
             yield held
-
-    def _logs(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, "{self.mels} _"]]:
-        """The spectrogram of a clip before normalisation, in pieces, one per block and one at the end."""
-        running = RunningMel(self)
-        for samples in blocks:
-            running.feed(samples)
-            yield running.take_log(running.ready)
-        running.end()
-        yield running.take_log(running.ready)
-
-    def reflected(self, samples: Float[Tensor, " samples"]) -> Float[Tensor, " padded"]:
-        """Samples with reflection padding of half a window at both ends, so that frame i is centred at i * hop."""
-        half = self.n_fft // 2
-        short = max(0, half + 1 - len(samples))
-        return pad(pad(samples, (0, short))[None], (half, half), mode="reflect")[0]
 
     def log_power(self, padded: Float[Tensor, " padded"], frames: int) -> Float[Tensor, "{self.mels} mel_frames"]:
         """log10 of the mel power (at least 1e-10) of the first `frames` windows; window i starts at i * hop."""
@@ -109,11 +97,6 @@ class LogMel:
         return torch.cat(blocks, dim=1)
 
 
-def _loudest(logs: Iterable[Float[Tensor, "mels _"]]) -> Float[Tensor, ""]:
-    """The maximum over all blocks; minus infinity if they are empty."""
-    return torch.stack([torch.tensor(float("-inf")), *(log.max() for log in logs if log.numel())]).max()
-
-
 def normalise(log: Float[Tensor, "mels mel_frames"], maximum: Float[Tensor, ""]) -> Float[Tensor, "mels mel_frames"]:
     """Whisper's normalisation, in place: clamp at 8 below the maximum, then (x + 4) / 4."""
     return torch.maximum(log, maximum - DYNAMIC_RANGE, out=log).add_(4.0).div_(4.0)
@@ -121,10 +104,11 @@ def normalise(log: Float[Tensor, "mels mel_frames"], maximum: Float[Tensor, ""])
 
 @final
 class RunningMel:
-    """Log-mel of a live stream, normalised by the running maximum.
+    """Log-mel of a live stream, normalised by the running maximum; frame i is centred at sample i * hop.
 
-    Let M be the maximum of the whole clip. Every value v obeys max(v, (M - 8 + 4) / 4) = value of `LogMel.clip`.
-    From the first `take` that contains the maximum on, v equals it.
+    The beginning is reflected, the end is followed by silence. Let M be the maximum of the whole clip. Every value v
+    obeys max(v, (M - 8 + 4) / 4) = value of `LogMel.clip`. From the first `take` that contains the maximum on, v equals
+    it.
     """
 
     def __init__(self, mel: LogMel) -> None:
@@ -139,35 +123,40 @@ class RunningMel:
     def ready(self) -> int:
         """Number of mel frames with a complete window that were not taken yet (all remaining ones after `end`)."""
         if self._ended:
-            return self._fed // self._mel.hop - self.taken
+            return -(-self._fed // self._mel.hop) - self.taken
         half = self._mel.n_fft // 2
         if self._fed <= half:
             return 0
-        # WhisperFeatureExtractor drops the frame centred on the end of a clip: it needs hop samples after its centre
-        lookahead = max(half, self._mel.hop)
-        return max(0, (self._fed - lookahead) // self._mel.hop + 1 - self.taken)
+        return max(0, (self._fed - half) // self._mel.hop + 1 - self.taken)
 
     def feed(self, samples: Float[Tensor, " samples"]) -> None:
         """Append samples; raises ValueError after `end`."""
         if self._ended:
             raise ValueError("samples after the end of the stream; make a new RunningMel for the next one")
-        half = self._mel.n_fft // 2
         before = self._fed
         self._fed += len(samples)
+        self._append(samples, before)
+
+    def _append(self, samples: Float[Tensor, " samples"], before: int) -> None:
+        """Append to the buffer of `before` samples, and reflect the beginning as soon as it is complete."""
+        half = self._mel.n_fft // 2
         self._buffer = torch.cat([self._buffer, samples])
-        if before <= half < self._fed:
+        if before <= half < before + len(samples):
             self._buffer = torch.cat([self._buffer[1 : half + 1].flip(0), self._buffer])
 
     def end(self) -> None:
-        """End the stream: add the reflection padding of a clip's end."""
-        if self._ended:
-            return
-        half = self._mel.n_fft // 2
-        if self._fed <= half:
-            self._buffer = self._mel.reflected(self._buffer)
-        else:
-            self._buffer = torch.cat([self._buffer, self._buffer[-half - 1 : -1].flip(0)])
-        self._ended = True
+        """End the stream: add the silence that the windows of the last frames reach into."""
+        if not self._ended:
+            self._append(torch.zeros(self._mel.n_fft), self._fed)
+            self._ended = True
+
+    def logs(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, "mels _"]]:
+        """The spectrogram of a clip before normalisation, in pieces, one per block and one at the end."""
+        for samples in blocks:
+            self.feed(samples)
+            yield self.take_log(self.ready)
+        self.end()
+        yield self.take_log(self.ready)
 
     def skip(self, first: int) -> None:
         """Take frames until `first` are taken; fewer if so many are not ready."""
@@ -185,6 +174,14 @@ class RunningMel:
         log = self._mel.log_power(self._buffer, frames)
         self._buffer = self._buffer[frames * self._mel.hop :]
         self.taken += frames
-        if frames:
-            self.maximum = torch.maximum(self.maximum, log.max())
+        heard = [log, self._mel.log_power(self._buffer, self._reaching)] if self._ended and not self.ready else [log]
+        for part in heard:
+            if part.numel():
+                self.maximum = torch.maximum(self.maximum, part.max())
         return log
+
+    @property
+    def _reaching(self) -> int:
+        """Number of frames after the last one whose windows reach into the clip."""
+        until = self._fed + self._mel.n_fft // 2 if self._fed else 0
+        return -(-until // self._mel.hop) - -(-self._fed // self._mel.hop)

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import CODEC_PADDING, MediaError
+from omnimem.media.container import MediaError
 from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
+TracksOption = Literal["both", "require_both", "video", "audio"]  # both: those that a file has
+MAX_FPS, MAX_PIXELS = 120, 1 << 26  # no camera gives more frames; 8192 x 8192 pixels of one frame
 LONGEST_SEGMENT = 60  # audio blocks; frame rates that need longer segments are refused
 
 
@@ -79,11 +81,13 @@ class SourceOptions:
     fps: float = 1.0  # frames per second of stream time
     max_pixels: int = 176400  # per frame, after resizing
     min_pixels: int = 3136  # per frame; smaller frames are enlarged
-    tracks: Literal["both", "video", "audio"] = "both"
+    tracks: Literal["both", "video", "audio"] = "both"  # all of them must be there
 
     def __post_init__(self) -> None:
-        if self.fps <= 0:
-            raise ValueError(f"fps = {self.fps:g} must be above 0")
+        if not 0 < self.fps <= MAX_FPS:
+            raise ValueError(f"fps = {self.fps:g} must be above 0 and at most {MAX_FPS}")
+        if not 0 < self.max_pixels <= MAX_PIXELS:
+            raise ValueError(f"max_pixels = {self.max_pixels} must be in 1..{MAX_PIXELS:,}")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(f"min_pixels = {self.min_pixels} must be in 1..max_pixels = {self.max_pixels}")
 
@@ -105,13 +109,13 @@ class Source(ABC):
 
     For each of `asks`, seconds since the beginning of the stream or clip, a rest precedes the segment that holds this
     time: the part of the segment before it, equal to the last segment of a stream that is cut there. A rest is not
-    part of the stream. Rests without frames and with at most CODEC_PADDING of audio are left out, as at the end of a
-    file; so is the rest of a time at which a segment ends.
+    part of the stream. Empty rests are left out, so is that of a time at which a segment ends.
     """
 
     def __init__(self, options: SourceOptions, geometry: Geometry, asks: Sequence[float] = ()) -> None:
         self.options, self.geometry, self.asks = options, geometry, tuple(sorted(set(asks)))
         self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+        self._samples = 0  # audio samples read so far
 
     @abstractmethod
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
@@ -123,7 +127,7 @@ class Source(ABC):
 
     @final
     def __iter__(self) -> Iterator[Segment]:
-        self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
+        self.seconds, self.frames_seen, self.audio_seconds_heard, self._samples = 0.0, 0, 0.0, 0
         length, frames_each, mel_each = self.geometry.segment(self.options.fps)
         all_frames = self._read_frames() if self.options.tracks != "audio" else iter(())
         all_mel = self._read_mel(mel_each) if self.options.tracks != "video" else iter(())
@@ -131,42 +135,54 @@ class Source(ABC):
         for index in count():
             # 1. read one segment of both tracks
             taken, piece = list(islice(all_frames, frames_each)), next(all_mel, _Piece(mel=None))
-            mel, audio_seconds = piece.mel, self._audio_seconds(piece.mel)
-            if not taken and audio_seconds <= (CODEC_PADDING if index else 0.0):
+            mel = piece.mel
+            if not taken and mel is None:
                 return
+            audio_seconds = 0.0 if mel is None else self._audio_seconds(index * mel_each, mel.shape[1])
             # 2. count and resize
             if taken and size is None:  # the first frame sets the size of the whole stream
                 size = self._size(taken[0])
             frames = _resized(taken, *size) if taken and size else None
-            yield from self._rests(index, length, frames, piece)
+            yield from self._rests(index, frames, piece)
             self.seconds = index * length + max(len(taken) / self.options.fps, audio_seconds)
             self.frames_seen += len(taken)
             self.audio_seconds_heard += audio_seconds
             yield Segment(start=index * length, seconds=self.seconds - index * length, frames=frames, mel=mel)
 
-    def _audio_seconds(self, mel: Tensor | None) -> float:
-        return 0.0 if mel is None else mel.shape[1] * self.geometry.mel.hop / self.geometry.mel.rate
-
-    def _rests(self, index: int, length: float, frames: Tensor | None, piece: "_Piece") -> Iterator[Segment]:
+    def _rests(self, index: int, frames: Tensor | None, piece: "_Piece") -> Iterator[Segment]:
         """The rests of the times within a segment, whose frames and mel are given."""
-        start, fps = index * length, self.options.fps
+        fps = self.options.fps
+        length, _, mel_each = self.geometry.segment(fps)
+        start = index * length
         for at in self.asks:
             if segment_of(at, length) != index:
                 continue
             # 1. the frames and the mel before this time
             count = 0 if frames is None else sum(start + n / fps < at - TICK for n in range(frames.shape[0]))
             mel = piece.rests.get(at)
-            if not count and self._audio_seconds(mel) <= (CODEC_PADDING if index else 0.0):
+            if not count and mel is None:
                 continue
             # 2. as a segment of its own
-            seconds = max(count / fps, self._audio_seconds(mel))
+            audio_seconds = 0.0 if mel is None else self._audio_seconds(index * mel_each, mel.shape[1], at)
             yield Segment(
                 start=start,
-                seconds=min(at - start, seconds),
+                seconds=min(at - start, max(count / fps, audio_seconds)),
                 frames=frames[:count] if frames is not None and count else None,
                 mel=mel,
                 at=at,
             )
+
+    def _audio_seconds(self, first: int, mel_frames: int, at: float | None = None) -> float:
+        """Length, up to `at`, of the audio of mel frames from the `first` one on: the last may hold less than a hop."""
+        hop, rate = self.geometry.mel.hop, self.geometry.mel.rate
+        end = self._samples if at is None else min(self._samples, round(at * rate))
+        return (min((first + mel_frames) * hop, end) - first * hop) / rate
+
+    def _counted(self, blocks: Iterable[Float[Tensor, " _"]]) -> Iterator[Float[Tensor, " _"]]:
+        """The blocks, whose samples are counted."""
+        for samples in blocks:
+            self._samples += len(samples)
+            yield samples
 
     def _size(self, frame: UInt8[Tensor, "3 height width"]) -> tuple[int, int]:
         height, width = frame.shape[1:]
@@ -220,20 +236,11 @@ class FileSource(Source):
             yield frame
 
     def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
-        mel = self.geometry.mel
+        mel, blocks = self.geometry.mel, self._counted(self._audio_blocks())
         if self.causal:
-            pieces = _running_pieces(mel, self._audio_blocks(), mel_frames, self.asks)
-        else:
-            whole = mel.pieces(self._audio_blocks(), mel.loudest(self._audio_blocks()), mel_frames)
-            pieces = (_Piece(mel=piece) for piece in whole)
-        empty = True
-        for piece in pieces:
-            if piece.mel is not None and piece.mel.numel():
-                empty = False
-                yield piece
-        if empty:
-            message = f"audio is shorter than one mel frame ({mel.hop / mel.rate:g} s); choose a longer clip"
-            raise MediaError(self.audio_path, "empty", message)
+            return _running_pieces(mel, blocks, mel_frames, self.asks)
+        pieces = mel.pieces(blocks, mel.loudest(self._audio_blocks()), mel_frames)
+        return (_Piece(mel=piece) for piece in pieces)
 
     def _audio_blocks(self) -> Iterator[Float[Tensor, " samples"]]:
         """The samples of the clip from its beginning, in blocks."""
@@ -280,7 +287,7 @@ class LiveSource(Source):
             before = time
 
     def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
-        return _running_pieces(self.geometry.mel, self._audio, mel_frames, self.asks)
+        return _running_pieces(self.geometry.mel, self._counted(self._audio), mel_frames, self.asks)
 
 
 @final

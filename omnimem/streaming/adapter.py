@@ -8,9 +8,14 @@ from torch import nn
 
 
 def adapter_layers(text_model: nn.Module) -> list[BaseTunerLayer]:
-    """The modules in which an adapter changes the output now; empty without adapter, or where it is off or merged."""
-    layers = (module for module in text_model.modules() if isinstance(module, BaseTunerLayer))
-    return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters and not layer.merged]
+    """The modules in which an adapter changes the output now; empty without adapter, or where it is off.
+
+    Raises ValueError when it is merged into the weights, so that there is nothing to switch off.
+    """
+    layers = [module for module in text_model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged into the weights of the model; call unmerge_adapter() first")
+    return [layer for layer in layers if layer.active_adapters and not layer.disable_adapters]
 
 
 @contextmanager

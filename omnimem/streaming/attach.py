@@ -8,7 +8,7 @@ attribute remains on a module, so a layer that is recomputed in backward gets th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast, final, runtime_checkable
 
@@ -52,9 +52,10 @@ class _Layer:
     """The keyword that reaches the attention function; the pre-hook of each layer fills in number and states."""
 
     step: LayerStep
-    memories: Mapping[int, tuple[Tensor, ...]]  # by layer
+    memories: dict[int, tuple[Tensor, ...]]  # by layer
     number: int = -1
     states: Tensor | None = None
+    consumed: bool = False  # nobody else reads the memories: each is dropped when its layer has read it
 
 
 def _attention(
@@ -73,7 +74,8 @@ def _attention(
         raise RuntimeError(
             "the text model is attached to a stream; call it through StreamedAttention.run, not directly"
         )
-    memory = layer.memories.get(layer.number, ())
+    take = layer.memories.pop if layer.consumed else layer.memories.get
+    memory = take(layer.number, ())
     output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
     return output.transpose(1, 2).contiguous(), None
 
@@ -112,10 +114,16 @@ class StreamedAttention:
         embeddings: Float[Tensor, "batch queries width"],
         positions: Int[Tensor, "batch axes queries"],
         deepstack: DeepStack | None = None,
-        memories: Sequence[tuple[Tensor, ...]] = (),
+        memories: Sequence[tuple[Tensor, ...]] | list[tuple[Tensor, ...]] = (),
+        consumed: bool = False,
     ) -> Float[Tensor, "batch queries width"]:
-        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory."""
-        extra: dict[str, Any] = {KEYWORD: _Layer(step, dict(enumerate(memories)))}
+        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory.
+
+        With `consumed`, which requires a list, the memory of a layer is dropped as soon as the layer has read it.
+        """
+        extra: dict[str, Any] = {KEYWORD: _Layer(step, dict(enumerate(memories)), consumed=consumed)}
+        if consumed and isinstance(memories, list):
+            memories.clear()
         if deepstack is not None:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
         with self._recomputing():
@@ -134,7 +142,8 @@ class StreamedAttention:
     ) -> Float[Tensor, "batch queries width"]:
         """Output of consecutive layers alone, those with an entry in `memories`, computed as in a whole pass."""
         model: Any = self.text_model
-        extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: _Layer(step, memories)}
+        given = _Layer(step, dict(memories))
+        extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: given}
         rotary = model.rotary_emb(states, self._ids(positions.transpose(0, 1)))
         with self._recomputing():
             for number in memories:
@@ -205,7 +214,7 @@ def _layer_hook(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, A
         if layer is None:
             return None
         states = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, KEYWORD: _Layer(layer.step, layer.memories, number, states)}
+        return args, {**kwargs, KEYWORD: replace(layer, number=number, states=states)}
 
     return hook
 

@@ -129,24 +129,47 @@ class ChunkStep:
     order: Int[Tensor, "batch tokens"]  # arrival numbers
     compaction: Compaction | None = None  # before the chunk is read
 
+    @property
+    def appends(self) -> bool:
+        """Whether the memory after the chunk is the one before it, unchanged, followed by the chunk."""
+        policy = self.config.policy
+        changed = policy.traits.per_head or policy.traits.ragged or policy.traits.merges
+        return policy.budget is None and self.compaction is None and not changed
+
     def __call__(
         self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
     ) -> Memory:
         """The memory after the chunk; with `states`, it carries the layer inputs of its tokens."""
-        # 1. move the memory up, if positions run out
-        memory = self.compacted(memory)
-        # 2. append the probe prompts to the chunk
+        return self._read(layer_tensors(self.compacted(memory)), embeddings, states=states)
+
+    def consume(self, held: list[Memory], embeddings: Float[Tensor, "batch tokens width"]) -> Memory:
+        """The memory after the chunk, given the only reference to the memory before it, in a list that is emptied.
+
+        Each layer drops its part as soon as it has read it, so that old and new exist together in one layer only.
+        """
+        return self._read(layer_tensors(self.compacted(held.pop())), embeddings, consumed=True)
+
+    def _read(
+        self,
+        memories: list[tuple[Tensor, ...]],
+        embeddings: Float[Tensor, "batch tokens width"],
+        *,
+        states: bool = False,
+        consumed: bool = False,
+    ) -> Memory:
+        # 1. append the probe prompts to the chunk
+        layers = range(len(memories))
         embeddings, positions, deepstack = self._with_probes(embeddings)
-        # 3. run all layers: each attends to [memory ; chunk], then evicts (`ChunkAttention`)
+        # 2. run all layers: each attends to [memory ; chunk], then evicts (`ChunkAttention`)
         attention = ChunkAttention(self, states=states)
         try:
-            self.attached.run(attention, embeddings, positions, deepstack, layer_tensors(memory))
+            self.attached.run(attention, embeddings, positions, deepstack, memories, consumed)
         finally:  # a recomputation ends by an exception, as soon as backward has the tensors that it needs
             kept, views = attention.take_results()
-        # 4. evict in all layers at once, if the policy decides over them together
+        # 3. evict in all layers at once, if the policy decides over them together
         if (policy := self.config.joint) is not None:
-            kept = self._selected(policy, [views[layer] for layer in range(len(memory.layers))])
-        return Memory(layers=tuple(kept[layer] for layer in range(len(memory.layers))))
+            kept = self._selected(policy, [views[layer] for layer in layers])
+        return Memory(layers=tuple(kept[layer] for layer in layers))
 
     def _selected(self, policy: JointPolicy, views: Sequence[LayerView]) -> dict[int, Tokens]:
         """The tokens that the layers keep, decided together."""

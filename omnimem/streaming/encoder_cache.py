@@ -21,7 +21,7 @@ from omnimem.checksums import share
 from omnimem.data import Sample
 from omnimem.media import FileSource, MediaError
 
-FORMAT = 3  # version of the cache files
+FORMAT = 4  # version of the cache files
 
 
 @final

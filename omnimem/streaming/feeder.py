@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
-from omnimem.backbones.base import Tracks
 from omnimem.data import Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy, StreamOutline
+from omnimem.rows import tracks_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
-from omnimem.streaming.prompt_pass import PADDING, Prompt
+from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import Chunk, Modality
+from omnimem.streaming.trained_range import TrainedRange
+from omnimem.tokens import Chunk, Modality, Tracks
 
-IGNORED = -100
 QUESTION_ROOM = 1024  # positions reserved for a question and its answer
 
 
@@ -62,6 +62,25 @@ class EncodedSample:
         """The properties that samples of one batch must share."""
         return layout(self.sample, self.tracks, self.segments)
 
+    @property
+    def id(self) -> str:
+        """The sample's id."""
+        return self.sample.id
+
+    @property
+    def moments(self) -> tuple[float | None, ...]:
+        """The distinct times of the questions; None: after the end."""
+        return self.sample.moments
+
+    def turns(self, due: Sequence[float | None]) -> list[Turn]:
+        """The questions at these times with an answer to train on."""
+        questions = self.sample.questions
+        return [
+            Turn(text=questions[number].text, answer=questions[number].answer)
+            for number in self.sample.asked(due)
+            if questions[number].loss and questions[number].answer is not None
+        ]
+
 
 def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
     """The properties that samples of one batch must share."""
@@ -72,9 +91,16 @@ def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -
 class Feeder:
     """Turns samples into chunks and prompts for one backbone and one set of stream options."""
 
-    def __init__(self, backbone: Backbone, options: StreamOptions, cache: Path | EncoderCache | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        options: StreamOptions,
+        cache: Path | EncoderCache | None = None,
+        trained: TrainedRange | None = None,
+    ) -> None:
         """`cache` is a folder for the outputs of the frozen encoders, or the cache of a feeder over the same encoders.
 
+        `trained` notes streams beyond the trained positions; it may be shared with another feeder of the same model.
         Raises LayoutError when no frame grid ends with an audio block at this rate.
         """
         self.backbone, self.options = backbone, options
@@ -82,6 +108,7 @@ class Feeder:
             backbone.geometry.segment(options.fps)
         except ValueError as error:
             raise LayoutError(f"stream.{error}") from error
+        self.trained = trained or TrainedRange(backbone.trained_positions)
         self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
 
     # ------------------------------------------------------------------------------------ decoding and encoding
@@ -150,23 +177,26 @@ class Feeder:
 
         Raises MediaError when there is none.
         """
-        mel, total = self.backbone.geometry.mel, MediaStats()
+        mel, total, tokens = self.backbone.geometry.mel, MediaStats(), 0
         heard: deque[MediaStats] = deque()
 
         def counted() -> Iterator[Segment]:
             nonlocal total
             for segment in segments:
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
-                seconds = 0.0 if segment.mel is None else segment.mel.shape[1] * mel.hop / mel.rate
-                after = MediaStats(frames=total.frames + frames, audio_seconds=total.audio_seconds + seconds)
+                mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
+                seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
+                after = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
                 heard.append(after)
                 total = after if segment.at is None else total
                 yield segment
 
         for encoded in self.backbone.encode(counted(), fps=self.options.fps):
+            tokens += encoded.count
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
-        if total == MediaStats():
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", "holds no frame and no audio")
+        if not tokens:
+            what = "holds no frame, and too little audio for one token; choose a longer clip"
+            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
 
     def unseen(self, sample: Sample) -> EncodedSample:
         """The sample without its stream, for an arm that sees the question alone."""
@@ -180,7 +210,9 @@ class Feeder:
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
         probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.traits.probes]
-        return Stream(attached, policy, batch=batch, last_position=last, probes=probes, **settings)
+        return Stream(
+            attached, policy, batch=batch, last_position=last, probes=probes, trained=self.trained, **settings
+        )
 
     def with_oracle(self, policy: Policy, batch: Sequence[Readable]) -> Policy:
         """The policy with the content of the streams, where it needs that; their segments are then read twice."""
@@ -228,7 +260,7 @@ class Feeder:
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
-            source = FileSource(source, options=self.options.source(), geometry=self.backbone.geometry)
+            source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
             self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
@@ -252,7 +284,7 @@ class Feeder:
         `head` replaces the backbone's own; it is called for every new token.
         """
         rows = stream.answer(
-            self.prompt([[Turn(text=question) for question in questions]], self.options.tracks),
+            self.prompt([[Turn(text=question) for question in questions]], stream.tracks),
             head or self.backbone.head,
             stop=self.backbone.stop,
             max_new_tokens=max_new_tokens,
@@ -261,20 +293,8 @@ class Feeder:
 
     def prompt(self, rows: Sequence[Sequence[Turn]], tracks: Tracks | None) -> Prompt:
         """The questions of each stream packed into one row; shorter rows are padded."""
-        packed = [self._row(turns, tracks) for turns in rows]
-        width = max(row.shape[1] for row in packed)
-        fill = torch.tensor([[self.backbone.stop[0]], [PADDING], [0], [IGNORED]])
-        padded = [torch.cat([row, fill.expand(4, width - row.shape[1])], dim=1) for row in packed]
-        ids, segments, offsets, labels = torch.stack(padded, dim=1).to(self.backbone.device)
-        return Prompt(ids=ids, segments=segments, offsets=offsets, labels=labels)
-
-    def _row(self, turns: Iterable[Turn], tracks: Tracks | None) -> Tensor:
-        """ids, segments, offsets and labels of one row, stacked."""
-        columns: list[tuple[int, int, int, int]] = []
-        for number, turn in enumerate(turns):
-            ids, offsets, labels = self.backbone.turn(turn, tracks=tracks)
-            columns += [(i, number, o, label) for i, o, label in zip(ids, offsets, labels, strict=True)]
-        return torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T
+        asked = [[self.backbone.turn(turn, tracks=tracks) for turn in turns] for turns in rows]
+        return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
 
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
@@ -318,6 +338,8 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
                 fork = stream.fork()
                 fork.feed(chunk)
                 yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
+                if not torch.is_grad_enabled():
+                    fork.forget()
             continue
         # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]
@@ -348,15 +370,3 @@ def batch_by_layout(encoded: Iterable[EncodedSample], size: int) -> Iterator[lis
         if len(batch) == size:
             yield waiting.pop(sample.layout)
     yield from waiting.values()
-
-
-def tracks_of(sample: Sample, asked: Tracks) -> Tracks:
-    """The tracks to read: those asked for, or the only one in the manifest.
-
-    Raises MediaError when the video track of an audio-only sample is asked for.
-    """
-    if sample.video is not None:
-        return asked
-    if asked == "video":
-        raise MediaError(sample.audio or Path(sample.id), "no_video", "has audio only, but stream.tracks is video")
-    return "audio"

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
-from omnimem.media import SourceOptions
+from omnimem.media import SourceOptions, TracksOption
+from omnimem.tokens import Tracks
+
+MOST_TOKENS = 1 << 30  # of one forward pass
 
 
 @final
@@ -16,15 +19,17 @@ class StreamOptions:
     min_pixels: int = 3_136
     chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
     positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
-    tracks: Literal["both", "video", "audio"] = "both"
+    tracks: TracksOption = "both"  # both: those that a file has; require_both: a file without one is refused
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be at least 1; 16384 is the release's setting")
+        if not 0 < self.chunk_tokens <= MOST_TOKENS:
+            limits = f"1..{MOST_TOKENS:,}; 16384 is the release's setting"
+            raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be in {limits}")
         self.source()
 
-    def source(self, tracks: Literal["both", "video", "audio"] | None = None) -> SourceOptions:
-        """The part of these options that decoding needs, for other tracks if given."""
+    def source(self, tracks: Tracks | None = None) -> SourceOptions:
+        """The part of these options that decoding needs, for the tracks that a file has (default: both, if asked)."""
+        asked: Tracks = "both" if self.tracks == "require_both" else self.tracks
         return SourceOptions(
-            fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=tracks or self.tracks
+            fps=self.fps, max_pixels=self.max_pixels, min_pixels=self.min_pixels, tracks=tracks or asked
         )

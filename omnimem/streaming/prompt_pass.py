@@ -1,5 +1,6 @@
 """The prompt pass: packed questions read the memory, which does not change."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -15,6 +16,8 @@ from omnimem.streaming.chunk_pass import ReadConfig, kv_from_states
 from omnimem.tokens import Tokens
 
 PADDING = -1  # segment of padding in a packed pass
+IGNORED = -100  # label of a token that predicts nothing to learn
+Asked = tuple[Sequence[int], Sequence[int], Sequence[int]]  # ids, offsets, labels
 
 
 @final
@@ -26,6 +29,27 @@ class Prompt:
     segments: Int[Tensor, "batch tokens"]  # number of the question; PADDING where a row is shorter
     offsets: Int[Tensor, "batch tokens"]  # position relative to the first position after the stream
     labels: Int[Tensor, "batch tokens"] | None = None  # the next token at each place; -100: no loss
+
+
+def pack(rows: Sequence[Sequence[Asked]], *, fill: int, device: torch.device) -> Prompt:
+    """The questions of each stream packed into one row, in order; shorter rows are padded with the id `fill`.
+
+    A question is (ids, offsets, labels): token ids, positions relative to the first one after the stream, and labels
+    at the tokens that predict them (-100: no loss).
+    """
+    packed = []
+    for row in rows:
+        columns = [
+            (i, number, offset, label)
+            for number, (ids, offsets, labels) in enumerate(row)
+            for i, offset, label in zip(ids, offsets, labels, strict=True)
+        ]
+        packed.append(torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T)
+    width = max(row.shape[1] for row in packed)
+    empty = torch.tensor([[fill], [PADDING], [0], [IGNORED]])
+    padded = [torch.cat([row, empty.expand(4, width - row.shape[1])], dim=1) for row in packed]
+    ids, segments, offsets, labels = torch.stack(padded, dim=1).to(device)
+    return Prompt(ids=ids, segments=segments, offsets=offsets, labels=labels)
 
 
 @final

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from omnimem.errors import UserError
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, PolicyError, projection
 from omnimem.policies.replayed import Replayed
@@ -26,7 +27,13 @@ from omnimem.streaming.chunk_pass import (
     layer_tensors,
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
-from omnimem.tokens import Chunk, Modality
+from omnimem.streaming.trained_range import TrainedRange
+from omnimem.tokens import Chunk, Modality, Tracks
+
+
+@final
+class PositionsError(UserError):
+    """A stream passes the last position that it may use, even with a compacted memory."""
 
 
 @final
@@ -61,12 +68,14 @@ class Stream:
         recorder: Recorder | None = None,
         last_position: int | None = None,
         probes: Sequence[Int[Tensor, " _"]] = (),
+        trained: TrainedRange | None = None,
     ) -> None:
         """An empty stream; a softness softens selection and carries its gate (training only).
 
         `carry` is how the memory passes from chunk to chunk: a gradient mode of `tuning.gradient`, or nothing special.
         Before a chunk would pass `last_position`, the kept tokens move up: their times become ranks (docs/paper.md,
-        "Positions"). `probes` are the token ids of the policy's probe prompts.
+        "Positions"); without it, positions beyond `trained` are noted there. `probes` are the token ids of the policy's
+        probe prompts.
 
         If the policy has `selection_from: base` and the model an adapter, a second stream, `selector`, reads every
         chunk first, with the adapter off, and this one keeps in every layer the tokens that the selector keeps; it
@@ -82,9 +91,10 @@ class Stream:
             )
         self.attached, self.policy, self.softness = attached, policy, softness
         self.carry, self.recorder, self.last_position = carry or DirectStep(), recorder, last_position
+        self._trained = trained if last_position is None else None
         # 1. the stream that chooses the tokens, if it is not this one
         self.selector: Stream | None = None
-        if policy.selection_from == "base" and policy.budget is not None and adapter_layers(attached.text_model):
+        if self._chosen_elsewhere():
             _check_base_selection(policy, softness)
             own = replace(policy, selection_from="tuned")
             self.selector = Stream(attached, own, batch=batch, last_position=last_position, probes=probes)
@@ -99,12 +109,13 @@ class Stream:
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
-        self.memory = Memory.empty(replace(shape, feature=width), batch)
+        self.memory = self._empty = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
         self._next = (0,) * batch  # of each stream, the position that follows the latest chunk
         self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
+        self.tracks: Tracks | None = None  # that the opening announced
 
     def _feature_projection(self, policy: Policy) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""
@@ -122,6 +133,12 @@ class Stream:
         return max(self._next)
 
     @property
+    def beyond(self) -> int:
+        """The last position if it is beyond those that the model was trained on (`positions: original`); else 0."""
+        reached = self.next_position - 1
+        return reached if self._trained is not None and reached >= self._trained.trained else 0
+
+    @property
     def moved(self) -> int:
         """By how much positions of new tokens are below those of the backbone; the largest of the batch."""
         return max(self._moved)
@@ -129,11 +146,19 @@ class Stream:
     def feed(self, chunk: Chunk) -> None:
         """Read a chunk: every layer attends to its memory and the chunk, then evicts until its budget holds.
 
-        Raises ValueError when positions pass `last_position` even with a compacted memory.
+        Without gradient, the memory is lost when reading fails half-way (out of memory): the stream is to be dropped.
+        Raises PositionsError when positions pass `last_position` even with a compacted memory, ValueError when an
+        adapter whose tokens another model has to choose was switched on since the stream was opened.
         """
         # 1. choose: with a selector, which tokens every layer keeps afterwards
+        if self.selector is None and self._chosen_elsewhere():
+            raise ValueError(
+                "memory.selection_from = base: the adapter was switched on after the stream was opened; open the "
+                "stream with the adapter on, or without it and keep it off"
+            )
         config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
         # 2. place: the positions of the chunk in this stream
+        self.tracks = chunk.tracks or self.tracks
         chunk, compaction = self._placed(chunk)
         # 3. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
@@ -150,11 +175,20 @@ class Stream:
                 order=passed.order,
                 compaction=compaction,
             )
-            self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
+            if torch.is_grad_enabled() or self.carry != DirectStep():
+                self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
+            else:  # nothing refers to the memory but this stream and its forks
+                held, self.memory = [self.memory], self._empty
+                self.memory = step.consume(held, passed.chunk.embeddings)
         elif compaction is not None:
             self.memory = compaction(self.memory, self.attached.rotary)
         # 5. account: tokens fed, next positions, usage
         self._account(chunk, passed.chunk, entries)
+
+    def _chosen_elsewhere(self) -> bool:
+        """Whether the tokens to keep are not those that the model as it is now would choose."""
+        base = self.policy.selection_from == "base" and self.policy.budget is not None
+        return base and bool(adapter_layers(self.attached.text_model))
 
     def _chosen_by(self, selector: "Stream", chunk: Chunk) -> ReadConfig:
         """The config of a chunk after which every layer keeps what `selector`, the untuned model, keeps of it."""
@@ -178,7 +212,7 @@ class Stream:
             self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
             reached = last - min(self._moved)
             if limit is not None and reached >= limit:
-                raise ValueError(
+                raise PositionsError(
                     f"memory and chunk reach position {reached} even when compacted, the model was trained below "
                     f"{limit}; lower stream.chunk_tokens or memory.slots_per_layer"
                 )
@@ -200,6 +234,8 @@ class Stream:
         self.fed += chunk.count
         ends = chunk.positions.amax(dim=(1, 2)).tolist()
         self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
+        if self._trained is not None:
+            self._trained.note(self.next_position - 1)
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         selector = None if self.selector is None else self.selector.memory
         selecting = 0 if selector is None else selector.bytes
@@ -218,6 +254,12 @@ class Stream:
         twin = copy(self)  # everything that it holds is a value, but for the selector
         twin.selector = None if self.selector is None else self.selector.fork()
         return twin
+
+    def forget(self) -> None:
+        """Drop the memory, so that a fork that is not asked any more does not keep it alive."""
+        self.memory = self._empty
+        if self.selector is not None:
+            self.selector.forget()
 
     def read(self, loss: Callable[[Memory], Tensor]) -> Tensor:
         """`loss` of the memory, with the gradient of the stream's gradient mode."""

@@ -5,7 +5,7 @@ A new task is one file with a subclass of `AnnotatedBenchmark`, listed in omnime
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
@@ -155,6 +155,6 @@ class AnnotatedBenchmark(ABC):
 
     def _read(self) -> tuple[list[Sample], list[Defect]]:
         reader = AnnotationReader()
-        samples = self.read(reader)
+        samples = [replace(sample, published=self.published is not None) for sample in self.read(reader)]
         reader.done(samples)
         return samples, reader.defects

@@ -63,14 +63,14 @@ class VideoMMEOptions(AnnotatedBenchmark):
     root: str = "data/Video-MME"
     durations: tuple[Duration, ...] = get_args(Duration)
     subtitles: bool = False  # in the prompt, before the task
-    subtitle_fps: float = 1.0  # subtitles at the frames that are read: the same as stream.fps
+    subtitle_fps: float | None = None  # subtitles at the frames that are read; None: stream.fps (1 without a run)
     rules: Rules = "official"
 
     def __post_init__(self) -> None:
         if not self.durations or len(set(self.durations)) < len(self.durations):
             raise ValueError(f"durations = {list(self.durations)} must name short, medium or long, each at most once")
-        if self.subtitle_fps <= 0:
-            raise ValueError(f"subtitle_fps = {self.subtitle_fps} must be above 0; give that of stream.fps")
+        if self.subtitle_fps is not None and self.subtitle_fps <= 0:
+            raise ValueError(f"subtitle_fps = {self.subtitle_fps} must be above 0; leave it out for stream.fps")
 
     @property
     def label_parts(self) -> list[str]:
@@ -149,7 +149,7 @@ class VideoMMEOptions(AnnotatedBenchmark):
         if not self.subtitles:
             return frames
         path = first_file(Path(self.root) / folder / f"{name}.srt" for folder in SUBTITLES)
-        shown = "\n".join(_shown(read_text(path), self.subtitle_fps)) if path else ""
+        shown = "\n".join(_shown(read_text(path), self.subtitle_fps or 1.0)) if path else ""
         if self.rules == "lmms_eval":
             return f"This video's subtitles are listed below: \n{shown or 'No subtitles available'}\n"
         return f"{frames}This video's subtitles are listed below:\n{shown}\n"

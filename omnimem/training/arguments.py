@@ -202,6 +202,15 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     return arguments
 
 
+def on_resume() -> dict[str, str]:
+    """What a resumed run does with a change of each setting of `train`: `takes effect`, or `refused`.
+
+    Settings that no run may have are left out; `docs/train_settings.md` shows this table.
+    """
+    allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
+    return {name: "takes effect" if name in MAY_CHANGE else "refused" for name in sorted((*allowed, *own_names()))}
+
+
 def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
     """Raises ConfigError if a resumed run has other settings of `train` than the file `earlier`, but for MAY_CHANGE."""
     usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
@@ -209,7 +218,7 @@ def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
         {**usual, **{name: value for name, value in section.items() if value is not None}}
         for section in (load(earlier).train, run.train)
     )
-    names = [name for name in dict.fromkeys([*before, *now]) if name not in MAY_CHANGE]
+    names = [name for name in dict.fromkeys([*before, *now]) if on_resume().get(name, "refused") == "refused"]
     problems = [
         f"{earlier} train.{name}: {before.get(name)!r} there, {now.get(name)!r} now, which the checkpoint does not "
         "follow; resume with the old value, or start a new run with name=... or --overwrite"

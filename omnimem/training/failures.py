@@ -6,6 +6,7 @@ from typing import final
 from transformers import TrainingArguments
 
 from omnimem.data import Failure, Failures
+from omnimem.tokens import Tracks
 from omnimem.training.collectives import gather_lists
 
 
@@ -38,3 +39,21 @@ class FailedSamples:
                 self.record(failure)
         else:
             self.failures = replace(self.failures, found=tuple(known.values()))
+
+
+@final
+class OneTrackSamples:
+    """The samples of which only one track could be read, because their files lack the other, known to all ranks."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}  # id to the track that was read
+
+    def record(self, sample: str, tracks: Tracks | None) -> None:
+        """Record a sample unless both tracks were read."""
+        if tracks in ("video", "audio"):
+            self.found[sample] = tracks
+
+    def share(self, args: TrainingArguments) -> None:
+        """Merge the samples of all ranks; collective."""
+        if args.world_size > 1:
+            self.found = dict(gather_lists(list(self.found.items()), args.world_size))

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from omnimem.run import Start, append_line
 from omnimem.tokens import Modality
 from omnimem.training.collectives import gather_lists
-from omnimem.training.failures import FailedSamples
+from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.nonfinite import NonFiniteGuard, mean_without
 from omnimem.tuning import Outcome, Pass, Plan, running_means, step_metrics
 
@@ -30,20 +30,26 @@ class StepMetrics(TrainerCallback):
     layers: int  # decoder layers
     nonfinite: NonFiniteGuard
     failed: FailedSamples
+    one_track: OneTrackSamples
     outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
     samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
-    logged: int = 0  # the last logged step
+    logged: int = 0  # the last logged step, or the one that the run began at
     names: Mapping[str, Any] = field(default_factory=dict)  # sample ids of the next line
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Record the streams of a batch."""
         self.outcomes.append((step, replace(outcome, loss=outcome.loss.detach())))
 
-    def complete(self, logs: Mapping[str, float], trainer: Trainer, first: int) -> dict[str, float]:
-        """The logs of the Trainer with the metrics of the streams; collective. `first`: step that the run began at."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Count from the step of the checkpoint."""
+        self.logged = state.global_step
+
+    def complete(self, logs: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
+        """The logs of the Trainer with the metrics of the streams; collective."""
         state, ranks = trainer.state, trainer.args.world_size
         # 1. losses by name and by budget, of all ranks
         self.failed.share(trainer.args)
+        self.one_track.share(trainer.args)
         passes = gather_lists(self._passes(), ranks)
         complete = {**logs, **step_metrics(passes), **running_means(passes, state.log_history)}
         # 2. memory, tokens and time of the streams of this rank
@@ -52,7 +58,7 @@ class StepMetrics(TrainerCallback):
         # 3. loss and gradient norm without skipped steps
         skipped = self.nonfinite.since(self.logged)
         if skipped:
-            steps = state.global_step - max(self.logged, first)
+            steps = state.global_step - self.logged
             complete["loss"] = mean_without(len(skipped), steps, complete["loss"])
         if skipped and skipped[-1].step == state.global_step and "grad_norm" in complete:
             complete["grad_norm"] = math.nan
@@ -84,6 +90,7 @@ class StepMetrics(TrainerCallback):
             **self._selector(outcomes),
             "seconds_per_chunk": sum(outcome.seconds_per_chunk for outcome in outcomes) / count,
             "failed_samples": float(len(self.failed.found)),
+            "one_track_samples": float(len(self.one_track.found)),
         }
         for kind in Modality:
             name = kind.name.lower()

@@ -24,7 +24,7 @@ from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
 from omnimem.training.deepspeed_internals import same_buffer_types
-from omnimem.training.failures import FailedSamples
+from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
@@ -81,9 +81,11 @@ class StreamTrainer(Trainer):
         # 2. the owned objects
         layout = Layout.of(self)
         self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
-        self.failed = FailedSamples(failures)
+        self.failed, self.one_track = FailedSamples(failures), OneTrackSamples()
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
-        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed)
+        self.metrics = StepMetrics(
+            folder.metrics, plan, attached.shape.layers, self.nonfinite, self.failed, self.one_track
+        )
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
@@ -132,6 +134,8 @@ class StreamTrainer(Trainer):
             try:
                 encoded.append(self.feeder.open(sample))
                 self.plan.options.check_segments(encoded[-1].segments)
+                if self.feeder.options.tracks == "both":
+                    self.one_track.record(sample.id, encoded[-1].tracks)
             except MediaError as error:
                 self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return encoded
@@ -231,7 +235,7 @@ class StreamTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the metrics of the streams; collective."""
         if "loss" in logs:
-            logs = {**self.metrics.complete(logs, self, self._initial_global_step), **self._overlap()}
+            logs = {**self.metrics.complete(logs, self), **self._overlap()}
         super().log(logs, *args, **kwargs)
 
     def _overlap(self) -> dict[str, float]:

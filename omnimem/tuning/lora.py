@@ -20,7 +20,8 @@ from omnimem.textfile import StoredFileError, read_stored
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYERS = r".*model\.(?:language_model\.)?layers\.\d+\."  # of the text model, nested differently by version
+# Decoder layers: of a text model alone, of its language model, or nested deeper by version; encoders match nowhere.
+LAYERS = r"(?:(?:.*\.)?model\.)?(?:language_model\.)?layers\.\d+\."
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # settings of a saved adapter
 UNREAD = (  # checked apart, or notes without an effect
     "target_modules",

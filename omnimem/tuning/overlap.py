@@ -15,6 +15,11 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder
 
 
+def is_due(every: int, step: int, steps: int, last: int) -> bool:
+    """Whether the log at `step` of `steps` is the last one, or the first from a multiple of `every` on."""
+    return every > 0 and (step // every > last // every or step == steps)
+
+
 @final
 class SelectionOverlap:
     """|T & U| / max(|T|, |U|) in each layer at the end of one fixed stream (ours), T the audio and visual tokens that
@@ -34,13 +39,15 @@ class SelectionOverlap:
         self.latest: list[float] | None = None
 
     def due(self, step: int, steps: int, last: int) -> bool:
-        """Whether to measure at the log of this step, the previous one being `last`: and at the end of the run."""
-        return self.every > 0 and (step // self.every > last // self.every or step == steps)
+        """Whether to measure at the log of this step, the previous log being that of step `last`."""
+        return is_due(self.every, step, steps, last)
 
     def __call__(self) -> dict[str, float]:
         """`selection_overlap/mean` and `selection_overlap/layer_N`; nothing if no sample can be read.
 
-        The model must be in evaluation mode.
+        Where the sample names needles, also `needle_layers/tuned` and `needle_layers/untuned`: the share of layers (of
+        heads of layers, if these keep their own) that hold a needle, mean over the needles. The model must be in
+        evaluation mode.
         """
         opened = self._open()
         if opened is None:
@@ -48,9 +55,20 @@ class SelectionOverlap:
         if self._untuned is None:
             with without_adapter(self.attached.text_model):
                 self._untuned = self._held(opened)
-        shares = self.latest = in_common(self._held(opened), self._untuned)
-        layers = {f"selection_overlap/layer_{layer}": share for layer, share in enumerate(shares)}
-        return {"selection_overlap/mean": sum(shares) / len(shares), **layers}
+        held = self._held(opened)
+        shares = self.latest = in_common(held, self._untuned)
+        found = {"selection_overlap/mean": sum(shares) / len(shares)}
+        found |= {f"selection_overlap/layer_{layer}": share for layer, share in enumerate(shares)}
+        if opened.sample.meta.get("needles"):
+            needles = self.feeder.outline(opened).needles
+            found["needle_layers/tuned"] = self._needle_layers(held, needles)
+            found["needle_layers/untuned"] = self._needle_layers(self._untuned, needles)
+        return found
+
+    def _needle_layers(self, held: Sequence[Held], needles: Sequence[int]) -> float:
+        heads = self.attached.shape.kv_heads if self.policy.traits.per_head else 1
+        there = sum((head, needle) in layer for layer in held for head in range(heads) for needle in needles)
+        return there / (len(held) * heads * len(needles))
 
     def _open(self) -> EncodedSample | None:
         for sample in self.samples:

@@ -3,24 +3,76 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from omnimem.backbones import Turn
+from omnimem.backbones.base import Tracks
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import MemoryStep
-from omnimem.streaming.feeder import IGNORED, EncodedSample, Feeder, feed_until_due
-from omnimem.streaming.prompt_pass import Prompt, PromptState
+from omnimem.streaming.feeder import feed_until_due
+from omnimem.streaming.prompt_pass import IGNORED, Prompt, PromptState
 from omnimem.streaming.stream import Stream, Usage
 from omnimem.tokens import Chunk, Modality
 from omnimem.tuning.lora import StreamedModel
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows
+
+
+@runtime_checkable
+class TrainingStream(Protocol):
+    """A stream with questions to learn from: `EncodedSample` of media, `TextSample` of plain text, or your own."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def tokens(self) -> int:
+        """Evictable tokens of the stream; losses with a teacher are left out above their `max_tokens`."""
+        ...
+
+    @property
+    def moments(self) -> tuple[float | None, ...]:
+        """The distinct times of the questions, as `Chunk.seconds` counts them; None (after the end) is the last."""
+        ...
+
+    @property
+    def tracks(self) -> Tracks | None: ...
+
+    def turns(self, due: Sequence[float | None]) -> Sequence[Turn]:
+        """The questions at these times with an answer to train on."""
+        ...
+
+
+@runtime_checkable
+class HasHead(Protocol):
+    """What a loss needs of a backbone."""
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]: ...
+
+
+@runtime_checkable
+class StreamFeeder(Protocol):
+    """Makes chunks and prompts of streams: `Feeder`, `TextFeeder`, or your own (docs/adding_a_model.md)."""
+
+    @property
+    def backbone(self) -> HasHead: ...
+
+    def chunks(
+        self, batch: Sequence[Any], chunk_tokens: int | None = None, *, rests: bool = False
+    ) -> Iterator[Chunk]: ...
+
+    def prompt(self, rows: Sequence[Sequence[Turn]], tracks: Tracks | None) -> Prompt: ...
+
+    def stream(self, attached: StreamedAttention, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream: ...
+
+    def with_oracle(self, policy: Policy, batch: Sequence[Any]) -> Policy: ...
 
 
 @final
@@ -42,12 +94,12 @@ class Outcome:
 class _TrainingBatch:
     """The chunks and prompts of a batch, the same for teacher and student."""
 
-    feeder: Feeder
-    batch: Sequence[EncodedSample]
+    feeder: StreamFeeder
+    batch: Sequence[TrainingStream]
     chunk_tokens: int | None
 
     def __post_init__(self) -> None:
-        unanswered = [encoded.sample.id for encoded in self.batch if not _turns(encoded, encoded.sample.moments)]
+        unanswered = [stream.id for stream in self.batch if not stream.turns(stream.moments)]
         if unanswered:
             raise ValueError(
                 f"{', '.join(unanswered)}: no answer to train on; give an assistant message with loss: true"
@@ -58,16 +110,16 @@ class _TrainingBatch:
 
     def prompts(self, stream: Stream) -> Iterator[tuple[Stream, Prompt, Int[Tensor, "batch tokens"]]]:
         """Feed the stream, and yield (stream to ask, prompt, labels) at each time with answers to train on."""
-        for due in feed_until_due(stream, self.chunks(), self.batch[0].sample.moments):
-            prompt = self.feeder.prompt([_turns(encoded, due.moments) for encoded in self.batch], self.batch[0].tracks)
+        for due in feed_until_due(stream, self.chunks(), self.batch[0].moments):
+            prompt = self.feeder.prompt([one.turns(due.moments) for one in self.batch], self.batch[0].tracks)
             if prompt.labels is not None and bool((prompt.labels != IGNORED).any()):
                 yield due.stream, prompt, prompt.labels
 
 
 def streamed_loss(
     attached: StreamedAttention,
-    feeder: Feeder,
-    batch: Sequence[EncodedSample],
+    feeder: StreamFeeder,
+    batch: Sequence[TrainingStream],
     policy: Policy,
     *,
     softness: Softness | None,
@@ -164,12 +216,3 @@ def _means_over_streams(
     """For each loss, the mean over streams of the mean over their rows."""
     counts = owners.bincount(minlength=streams)
     return (values / counts[owners]).sum(dim=1) / streams
-
-
-def _turns(encoded: EncodedSample, due: Sequence[float | None]) -> list[Turn]:
-    questions = encoded.sample.questions
-    return [
-        Turn(text=questions[number].text, answer=questions[number].answer)
-        for number in encoded.sample.asked(due)
-        if questions[number].loss and questions[number].answer is not None
-    ]

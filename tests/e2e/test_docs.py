@@ -16,7 +16,7 @@ from omnimem.policies import PolicyOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import COLOURS, draw_world
 
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("C*.md")])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("[CS]*.md")])
 LAYERS, SLOTS = 6, 36  # of configs/models/tiny, and as the page says
 
 

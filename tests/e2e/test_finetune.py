@@ -26,12 +26,15 @@ def assert_same_run(first: Run, second: Run) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "ranks", "accumulation", "recompute"),
-    [("zero0", 0, 2, "chunk"), ("zero2", 0, 2, "layer"), ("zero2", 2, 1, "chunk")],
+    [("zero0", 0, 2, "chunk"), ("zero2", 0, 2, "layer"), ("zero2", 2, 1, "chunk"), ("zero0", 0, 1, "by_base")],
     ids=str,
 )
 def test_a_resumed_run_equals_an_unbroken_run(folder, stage, ranks, accumulation, recompute) -> None:
-    name = f"{stage}-{ranks}"
+    name = f"{stage}-{ranks}-{recompute}"
+    base = recompute == "by_base"
+    recompute = "chunk" if base else recompute
     settings = (
+        *(("memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=3") if base else ()),
         f"train.deepspeed=deepspeed/{stage}.json",
         f"train.gradient_accumulation_steps={accumulation}",
         f"tuning.recompute={recompute}",
@@ -50,6 +53,9 @@ def test_a_resumed_run_equals_an_unbroken_run(folder, stage, ranks, accumulation
     assert "step 6 of 10" in resumed.ended.outputs[0]
     assert "step 5 of 10" not in resumed.ended.outputs[0]
     unbroken = Run(path=kept, ended=whole.ended)
+    measured = [line["step"] for line in unbroken.lines if "selection_overlap" in line]
+    assert measured == ([3, 6, 9, 10] if base else [10])
+    assert all(("selector" in line) == (base and line["slots"] > 0) for line in unbroken.lines)
     assert_same_run(resumed, unbroken)
     assert [earlier["steps"] for earlier in resumed.record["earlier"]] == [10]
     again = tune(folder, name, *settings, "--resume", "auto", ranks=ranks)  # nothing is left to do
@@ -72,6 +78,21 @@ def test_ranks_accumulation_and_batches_mean_the_same(folder) -> None:
         torch.testing.assert_close(first.losses, second.losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(first.adapter, second.adapter, rtol=1e-5, atol=1e-7)
     assert float((two.losses - small.losses).abs().max()) > 1e-4  # dropout is active, and the same on any rank
+
+
+def test_the_evaluation_after_training_uses_all_ranks(folder) -> None:
+    """Each rank answers its share of every arm; the first one summarises, with full memory last."""
+    benchmark = f"evaluate.benchmarks=[{{name: recall, root: {folder}, split: train}}]"
+    steps = ("train.max_steps=1", "evaluate.after_training=true", benchmark, ZERO2)
+    run = tune(folder, "evaluated", *steps, ranks=2)
+    first, second = run.ended.outputs
+    assert "shard 1/2 is done" in second
+    assert "report: " in first
+    assert "report: " not in second
+    arms = [line.partition(":")[0] for line in first.splitlines() if ": recall" in line]
+    assert arms == ["blind", "training_free", "tuned", "audio_only", "vision_only", "full_memory", "tuned_full_memory"]
+    summaries = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("*/summary.json"))]
+    assert len({entry["n"] for summary in summaries for entry in summary["benchmarks"].values()}) == 1
 
 
 def test_the_launcher_starts_two_ranks_that_train_alike_without_noise(folder) -> None:
@@ -121,6 +142,7 @@ def test_unreadable_videos_are_counted_and_named_on_any_rank(folder) -> None:
 def test_too_many_unreadable_videos_end_the_run_with_2(folder, name, reason) -> None:
     run = folder / "runs" / f"failing-{name}"
     settings = (f"data.train={name}.jsonl", "data.max_failures=0.1", "train.max_steps=6", "--skip-preflight")
+    settings += ("stream.tracks=require_both",)
     arguments = given(folder, run.name, *settings)
     (output,) = command(SCRIPT, arguments, folder, fails=True).outputs
     problem, verdict = [line for line in output.splitlines() if not line.startswith("step ")]

@@ -62,6 +62,21 @@ def test_ranks_with_unequal_streams_equal_one_rank_at_every_stage(folder, accumu
     assert [each["id"] for each in two.record["failed_samples"]] == ["film5"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_ranks_choose_by_the_untuned_model_as_one_rank_does(folder, stage) -> None:
+    """Ranks need the layers at different times in the second pass too, and all of them measure the drift together."""
+    base = (*MIXED, *SGD, "memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=1")
+    one = tune(folder, f"chosen-one-{stage}", *base, ACCUMULATED)
+    two = tune(folder, f"chosen-{stage}", *base, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
+    torch.testing.assert_close(two.losses, one.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two.adapter, one.adapter, rtol=1e-5, atol=1e-7)
+    overlaps = [[line["selection_overlap"] for line in run.lines] for run in (one, two)]
+    assert overlaps[0] == overlaps[1]
+    assert two.record["selection_overlap"] == list(overlaps[1][-1].values())[1:]
+
+
 def engine(ranks: int, stage: str | None) -> tuple[str, ...]:
     """Settings for two samples per step."""
     zero = () if stage is None else (f"train.deepspeed=deepspeed/{stage}.json",)

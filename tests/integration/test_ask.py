@@ -109,6 +109,17 @@ def test_flags_replace_what_was_exported(exports, video, capsys, flags, kept) ->
     assert any(line.endswith(f"kept in each layer: {kept}") for line in lines), lines
 
 
+def test_the_untuned_model_chooses_when_asked_to_and_its_memory_is_counted(base, exports, video, capsys) -> None:
+    adapter = ("--model", base, "--adapter", exports / "adapter", "--video", video)
+    tuned, chosen = (said(capsys, *adapter, "--selection-from", name, QUESTION) for name in ("tuned", "base"))
+    assert untimed(tuned) == untimed(said(capsys, *adapter, QUESTION))
+    line = next(line for line in chosen if line.startswith("  chosen by the model without its adapter: 24 entries, "))
+    entries = [line for line in chosen if line.startswith("  memory: 24 entries")]
+    assert len(entries) == 1
+    assert not any(line.startswith("  chosen by") for line in tuned)
+    assert int(re.findall(r"([\d,]+) bytes", line)[0].replace(",", "")) > 0
+
+
 def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsys) -> None:
     capsys.readouterr()
     ask.main(["--model", str(base), "--video", str(video), QUESTION])
@@ -118,10 +129,10 @@ def test_without_settings_everything_is_kept_and_that_is_said(base, video, capsy
 
 
 def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, capsys) -> None:
-    times = ["--at", "9.9", "--at", "4", "--at", "40"]
+    times = ["--at", "9.9", "--at", "4", "--at", "16"]
     lines = said(capsys, "--model", exports / "merged", "--video", video, *times, QUESTION, "what word ?")
     assert [line.partition(" -> ")[0] for line in lines if " -> " in line] == [
-        f"at {at} s: {question}" for at in ("4", "9.9", "40") for question in (QUESTION, "what word ?")
+        f"at {at} s: {question}" for at in ("4", "9.9", "16") for question in (QUESTION, "what word ?")
     ]
     arrived = [line.partition(";")[0] for line in lines if line.startswith("  tokens in")]
     assert arrived == [
@@ -133,8 +144,8 @@ def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, c
 
 def test_a_question_on_the_way_leaves_the_memory_as_it_was(exports, video, capsys) -> None:
     command = ["--model", exports / "merged", "--chunk-tokens", "18", "--video", video]
-    often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "40", QUESTION)
-    once = said(capsys, *command, "--at", "40", QUESTION)
+    often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "16", QUESTION)
+    once = said(capsys, *command, "--at", "16", QUESTION)
     assert untimed(often)[-3:] == untimed(once)
 
 

@@ -266,6 +266,20 @@ def test_the_adapter_is_off_inside_the_block_alone_and_what_learns_is_what_learn
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
+def test_an_adapter_that_is_merged_or_switched_on_later_is_refused() -> None:
+    model, chunk = tuned_model(), cut(whole_stream())[0]
+    with attach(model) as attached:
+        with without_adapter(model):
+            early = opened(attached, policy_from("omnimem"))
+            early.feed(chunk)  # both settings are the same here
+        with pytest.raises(ValueError, match="switched on after the stream was opened"):
+            early.feed(chunk)
+        adapter_layers(model)[0].merge()
+        with pytest.raises(ValueError, match="merged into the weights"):
+            opened(attached, policy_from("omnimem"))
+        opened(attached, policy_from("omnimem", "tuned")).feed(chunk)
+
+
 def test_softened_selection_is_refused_with_the_cure() -> None:
     with attach(tuned_model()) as attached, pytest.raises(ValueError, match="softening to hard"):
         opened(attached, policy_from("omnimem"), softness=Softness(temperature=0.5))

@@ -166,6 +166,11 @@ def test_a_file_measured_for_another_run_is_refused_not_used(folder, tmp_path) -
     assert budget_of(same, nothing, nothing, here) == Budget.read(here.budget)
     for override, message in (
         ("memory.policy={name: distinct}", "was measured under policy omnimem, the run has distinct; delete the file"),
+        ("stream.fps=2.0", "was measured with stream.fps = 1.0, the run has 2.0; delete the file"),
+        ("stream.max_pixels=6272", "was measured with stream.max_pixels = .*, the run has 6272"),
+        ("stream.chunk_tokens=40", "was measured with stream.chunk_tokens = .*, the run has 40"),
+        ("stream.tracks=audio", "was measured with stream.tracks = both, the run has audio"),
+        ("stream.positions=compact", "was measured with stream.positions = original, the run has compact"),
         ("memory.slots_per_layer=10", "was made for 9 slots a layer.*the run asks for 10 slots a layer"),
     ):
         with pytest.raises(BudgetError, match=message):

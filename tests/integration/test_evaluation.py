@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from support.evaluations import Given, Line, dying
 from support.thinkers import write_folder
+from support.tiny_run import silence
 
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import SplitBudget
@@ -230,7 +232,7 @@ def test_a_question_during_the_stream_sees_nothing_after_it(backbone, attached, 
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
     assert one[:2] == two[:2]
     assert [line["stream_seconds"] for line in one] == [3.0, 5.0, 16.0]
-    assert [line["frames"] for line in one] == [2, 4, 16]
+    assert [line["frames"] for line in one] == [3, 5, 16]
     states = [logits_at(backbone, attached, tmp_path / f"{name}.mp4", times) for name in ("one", "two")]
     assert torch.equal(states[0][0], states[1][0])
     assert torch.equal(states[0][1], states[1][1])
@@ -276,8 +278,11 @@ def logits_at(
     return found
 
 
-def test_a_question_after_the_end_is_asked_there_and_is_a_defect(backbone, attached, videos, tmp_path) -> None:
-    asked = Given([sample(videos[0], (4.0, 8.0, 8.9, 5000.0))])
+def test_a_question_after_the_end_is_refused_or_a_published_defect(backbone, attached, videos, tmp_path) -> None:
+    own = sample(videos[0], (4.0, 8.0, 8.9, 5000.0))
+    refused = evaluation(backbone, attached, max_failures=1.0).run(arm_of(attached), Given([own]), tmp_path / "own")
+    assert refused["failed"] == {"too_short": 4}
+    asked = Given([replace(own, published=True)])
     summary = evaluation(backbone, attached).run(arm_of(attached), asked, tmp_path)
     lines = lines_of(tmp_path)
     assert [line["stream_seconds"] for line in lines] == [4.0, 8.0, 8.0, 8.0]
@@ -339,3 +344,21 @@ def test_a_trace_counts_the_tokens_in_every_layer(backbone, attached, videos, tm
 def test_a_shard_that_does_not_exist_is_named(text) -> None:
     with pytest.raises(EvaluationError, match=r"shard"):
         Shard.parse(text)
+
+
+def test_a_silent_video_costs_no_questions_and_is_counted(backbone, attached, videos, tmp_path) -> None:
+    silent = tmp_path / "silent.mp4"
+    silence(videos[1], silent)
+    asked = Given([sample(videos[0]), sample(silent)])
+    for tracks, read in (("both", "video"), ("audio", "none"), ("video", "video")):
+        folder = tmp_path / tracks
+        summary = evaluation(backbone, attached, batch_size=2).run(arm_of(attached, tracks=tracks), asked, folder)
+        assert summary["failed"] == {}
+        assert [line["tracks"] for line in lines_of(folder)] == [tracks] * 3 + [read] * 3
+        assert sum(summary["input"]["tracks"].values()) == 2
+    quiet = [line for line in lines_of(tmp_path / "both") if line["stream"] == "silent"]
+    assert all(line["kept"] == {"audio": 0.0, "visual": 12.0} for line in quiet), "the whole budget is lent"
+    strict = evaluation(backbone, attached, max_failures=1.0)
+    strict = replace(strict, feeder=Feeder(backbone, replace(strict.feeder.options, tracks="require_both")))
+    refused = strict.run(arm_of(attached, tracks="require_both"), asked, tmp_path / "strict")
+    assert refused["failed"] == {"no_audio": 3}

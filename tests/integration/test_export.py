@@ -32,6 +32,7 @@ from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.selection import SelectionOptions
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.tuning import AdapterError, load_adapter
@@ -148,6 +149,37 @@ def test_omnimem_json_says_which_memory_and_where_from(base, done, merged) -> No
     assert origin.run == read_json(done.record)
     assert exported.verified["difference"] <= 1e-5
     assert exported.verified["adapter_effect"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def by_base(base: Path) -> RunFolder:
+    """A run whose tokens are chosen by the base."""
+    run = config_of(base)
+    run = replace(run, memory=replace(run.memory, selection_from="base"))
+    hard = replace(run.tuning, selection=SelectionOptions(softening="hard"))
+    return write_run(base.parent / "runs" / "by_base", base, replace(run, tuning=hard))
+
+
+def test_an_adapter_keeps_selection_by_the_base_and_the_card_says_so(base, by_base, adapter, video) -> None:
+    exported = exported_to(base.parent / "chosen", by_base, "adapter")
+    assert exported.memory.selection_from == "base"
+    assert "| selection | by the base without the adapter" in (base.parent / "chosen" / "README.md").read_text()
+    own = Exported.read(adapter)
+    assert own.memory.selection_from == "tuned"
+    backbone = tuned(base, base.parent / "chosen")
+    chosen, usual = (heard(backbone, each, each.policy, video) for each in (exported, own))
+    assert float((chosen - usual).abs().max()) > 1e-3
+
+
+def test_merged_weights_hold_no_base_to_choose_by(base, by_base, merged, tmp_path) -> None:
+    with pytest.raises(AdapterError, match=r"^memory.selection_from = base needs .*; export with --format adapter$"):
+        exported_to(tmp_path / "out", by_base, "merged")
+    assert not (tmp_path / "out").exists()
+    table = json.loads((merged / "omnimem.json").read_text())
+    table["memory"]["selection_from"] = "base"
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    with pytest.raises(ConfigError, match=r"omnimem.json memory.selection_from: base needs .*; set it to tuned"):
+        Exported.read(tmp_path)
 
 
 def test_an_export_means_the_same_when_a_preset_changes(adapter, monkeypatch) -> None:

@@ -329,6 +329,26 @@ def test_a_stream_without_an_answer_to_learn_is_refused(backbone) -> None:
         streamed_loss(attached, feeder, batch, policy_at(6), softness=None, carry=FullGradient())
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_full_memory_holds_every_chunk_once_with_the_same_gradient(family, offload) -> None:
+    """Blocks in place of memories that grow: equal to the bit, and no memory of an earlier chunk stays in the graph."""
+    model, episode = adapted(family, torch.float64), episode_of(family, torch.float64)
+    policy = policy_of("omnimem").with_budget(None)
+    with attach(model) as attached:
+        plain = streamed_loss_of(attached, episode, policy, FullGradient(recompute=False))
+        expected = gradient(plain, model)
+        loss = streamed_loss_of(attached, episode, policy, FullGradient(offload=offload))
+        assert torch.equal(loss, plain)
+        assert_same_gradient(gradient(loss, model), expected, 1e-12)
+        earlier: list[weakref.ref[Tensor]] = []
+        stream = Stream(attached, policy, carry=FullGradient())
+        for chunk in episode.chunks:
+            stream.feed(chunk)
+            earlier.append(weakref.ref(stream.memory.layers[0].keys))
+        gc.collect()
+        assert [reference() is not None for reference in earlier] == [False] * (len(earlier) - 1) + [True]
+
+
 def test_a_step_leaves_nothing_behind(backbone, monkeypatch) -> None:
     """A step that waits in the graph and holds what the graph produced is never freed: 60 MB a step were once lost."""
     made: list[weakref.ref[Memory]] = []

@@ -1,5 +1,6 @@
 """Streaming under a budget: never exceeded, equal to one shot with masks, undisturbed by questions and batches."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -165,6 +166,25 @@ def test_a_fork_goes_its_own_way_and_leaves_the_original_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight.memory.tensors(), twin.memory.tensors(), strict=True))
     assert (twin.fed, twin.next_position, twin.usage) == (straight.fed, straight.next_position, straight.usage)
     assert stream.fed == sum(LENGTHS[:3])
+
+
+@pytest.mark.parametrize("budgeted", [False, True])
+def test_each_layer_drops_its_old_memory_as_soon_as_it_has_read_it(budgeted) -> None:
+    """Otherwise old and new memory exist together at the end of every chunk: twice the memory."""
+    before: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def note(layer: int, view: LayerView) -> None:
+        alive.extend(reference() is not None for reference in before[:layer])
+
+    policy = policy_of("omnimem") if budgeted else PerturbationOptions().build(None)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = Stream(attached, policy, recorder=note)
+        for chunk in cut(whole_stream(), LENGTHS):
+            stream.feed(chunk)
+            before[:] = [weakref.ref(layer.keys) for layer in stream.memory.layers]
+    assert alive
+    assert not any(alive)
 
 
 def test_packed_questions_equal_each_asked_alone(family) -> None:

@@ -6,7 +6,7 @@ project's own environment: transformers only looks whether it is there, then fai
     python3.11 -m venv /tmp/recording
     realpath .venv/lib/python3.11/site-packages > /tmp/recording/lib/python3.11/site-packages/project.pth
     /tmp/recording/bin/pip install --no-deps 'torchvision==0.28.*'
-    /tmp/recording/bin/python tests/recorded/record.py
+    /tmp/recording/bin/python -P tests/recorded/record.py
 
 The wheel of torchvision needs CUDA libraries for its compiled operators. None of them is used here, but its Python part
 wants two of their schemas, which are declared below before it is imported.

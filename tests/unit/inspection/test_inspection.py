@@ -252,6 +252,30 @@ def shown(place: Path, *arguments: str) -> dict[str, Any]:
     return Page((place / "out/page.html").read_text()).data
 
 
+@pytest.mark.parametrize("name", ["omnimem", "lava"])
+def test_shares_of_layers_and_tokens_in_common_are_counted_as_defined(bench, name) -> None:
+    ours, theirs = followed(bench, name), followed(bench, "streammem_heads" if name == "lava" else "snapkv")
+    if ours.last.shape != theirs.last.shape:
+        theirs = followed(bench, "omnimem")
+    media, last = bench.reading.media, len(ours.ends) - 1
+    kept = [
+        [{(head, k) for head, row in enumerate(layer) for k in media if row[k]} for layer in one.held(last)]
+        for one in (ours, theirs)
+    ]
+    assert ours.in_common(ours, media) == [1.0, 1.0]
+    assert ours.in_common(theirs, media) == pytest.approx(
+        [len(a & b) / max(len(a), len(b)) for a, b in zip(*kept, strict=True)]
+    )
+    rows = ours.last.shape[0] * ours.last.shape[1]
+    expected = [sum((head, k) in layer for layer in kept[0] for head in range(9)) / rows for k in bench.reading.needles]
+    assert ours.layer_shares(bench.reading.needles) == pytest.approx(expected)
+
+
+def test_unequal_heads_are_not_compared(bench) -> None:
+    with pytest.raises(ValueError, match="heads keep tokens of their own"):
+        followed(bench, "omnimem").in_common(followed(bench, "lava"), bench.reading.media)
+
+
 def test_two_policies_of_a_file_are_shown_side_by_side(place, capsys) -> None:
     data = shown(place, "--video", "one.mp4", "--policies", "omnimem", "{name: snapkv, preset: shared_split}")
     assert [side["label"] for side in data["sides"]] == ["omnimem", "snapkv"]
@@ -262,21 +286,26 @@ def test_two_policies_of_a_file_are_shown_side_by_side(place, capsys) -> None:
     assert not (place / "runs").exists()
 
 
-def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(place) -> None:
+def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(place, capsys) -> None:
     data = shown(place, "--manifest", "test.jsonl", "--id", "one", "--right", "memory.slots_per_layer=12")
     assert [side["label"] for side in data["sides"]] == ["omnimem, 8 slots", "omnimem, 12 slots"]
     held = [sum(sum(layer[1:]) for layer in side["counts"][-1]) for side in data["sides"]]
     assert held == [2 * 8, 2 * 12]
     assert len(data["marks"]) > 1
+    lines = capsys.readouterr().out.splitlines()
+    needles = r"; needles: \d of 4 held in some layer, each in \d+\.\d% of the layers"
+    assert all(re.search(needles, line) for line in lines[:2])
+    assert re.fullmatch(r"held by both: \S+% of the tokens of a layer \(layers: \S+% to \S+%\)", lines[2])
 
 
-VIDEO = ("--video", "one.mp4")
+VIDEO, HARD = ("--video", "one.mp4"), "tuning.selection.softening=hard"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (VIDEO, "both sides are the same; give two policies, "),
+        ((*VIDEO, HARD, "--right", "memory.selection_from=base"), "both sides are the same; give two policies, "),
         ((*VIDEO, "--policies", "omnimem", "snapkw"), "name: 'snapkw' is unknown; did you mean 'snapkv'?"),
         ((*VIDEO, "--right", "stream.fps=2"), "only memory.* and stream.positions may differ"),
         ((*VIDEO, "--right", "memory.slots_per_layer=1"), "memory.slots_per_layer: 1 is too small"),

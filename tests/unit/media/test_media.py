@@ -7,6 +7,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,15 +154,67 @@ def test_frames_too_slender_or_off_the_cell_grid_are_refused() -> None:
         patchify(frames, patch=14, merge=2, temporal_patch=2, mean=[0.0] * 3, std=[1.0] * 3)
 
 
+@lru_cache
+def extractor(log_mel: LogMel, samples: int) -> WhisperFeatureExtractor:
+    """The stock extractor, which pads to a number of samples."""
+    sizes = {"feature_size": log_mel.mels, "hop_length": log_mel.hop, "n_fft": log_mel.n_fft}
+    made = WhisperFeatureExtractor(**sizes, chunk_length=1)
+    made.n_samples = samples
+    return made
+
+
+def stock_mel(log_mel: LogMel, samples: Tensor, padded: int) -> Tensor:
+    """The frames that WhisperFeatureExtractor marks as audio, padded as by Qwen2_5OmniProcessor."""
+    options = {"padding": "max_length", "return_attention_mask": True, "return_tensors": "pt"}
+    output = extractor(log_mel, padded)(samples.numpy(), sampling_rate=RATE, **options)
+    return output["input_features"][0, :, : int(output["attention_mask"].sum())]
+
+
 @pytest.mark.parametrize("log_mel", [WHISPER, TINY], ids=["whisper", "tiny"])
-@pytest.mark.parametrize("seconds", [2.0, 7.77, 31.0])
+@pytest.mark.parametrize("seconds", [2.0, 7.77, 31.0, 7.77 + 1 / RATE])
 def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel, seconds) -> None:
-    extractor = WhisperFeatureExtractor(feature_size=log_mel.mels, hop_length=log_mel.hop, n_fft=log_mel.n_fft)
     samples = noise(seconds)
-    padding = {"padding": "longest", "truncation": False, "return_tensors": "pt"}
-    expected = extractor(samples.numpy(), sampling_rate=RATE, **padding)["input_features"][0]
-    assert log_mel.clip(samples).shape == expected.shape
+    expected = stock_mel(log_mel, samples, 60 * RATE)
+    assert log_mel.clip(samples).shape == expected.shape == (log_mel.mels, math.ceil(len(samples) / log_mel.hop))
     assert (log_mel.clip(samples) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("log_mel", [WHISPER, LogMel(mels=20, hop=200)], ids=["whisper", "even"])
+def test_mel_of_every_short_length_equals_the_whisper_feature_extractor(log_mel) -> None:
+    samples = torch.rand(2000, generator=torch.Generator().manual_seed(0)) - 0.5
+    for length in range(1, 2001):
+        expected = stock_mel(log_mel, samples[:length], 3200)
+        found = log_mel.clip(samples[:length])
+        assert found.shape == expected.shape, length
+        assert (found - expected).abs().max() <= 1e-5, length
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 20 * RATE), block=st.integers(2000, 3 * RATE), click=st.booleans())
+def test_mel_of_any_length_in_any_blocks_equals_the_whisper_feature_extractor(length, block, click) -> None:
+    samples = 0.1 * noise(20.0)[:length]
+    if click:  # the loudest frame may be the one after the end
+        samples[-1] = 1.0
+    blocks = samples.split(block)
+    pieces = list(WHISPER.pieces(blocks, WHISPER.loudest(blocks), 200))
+    expected = stock_mel(WHISPER, samples, 21 * RATE)
+    assert [piece.shape[1] for piece in pieces[:-1]] == [200] * (len(pieces) - 1)
+    assert torch.cat(pieces, dim=1).shape == expected.shape
+    assert (torch.cat(pieces, dim=1) - expected).abs().max() <= 1e-5
+    assert (WHISPER.clip(samples) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 320, 321, 32000, 32001, 32160, 32321, 33599, 48000, 63999])
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_audio_of_a_file_is_lost_at_the_end(tmp_path, samples, causal) -> None:
+    path = write(tmp_path / "sound.wav", samples=noise(4)[:samples] + 0.1, codec="pcm_s16le")
+    options = SourceOptions(tracks="audio")
+    source = FileSource(path, options=options, geometry=geometry(WHISPER), causal=causal)
+    mels = [segment.mel for segment in source if segment.mel is not None]
+    whole = WHISPER.clip(read_audio(path))
+    assert torch.cat(mels, dim=1).shape == whole.shape == (128, math.ceil(samples / 160))
+    assert (source.seconds, source.audio_seconds_heard) == pytest.approx((samples / RATE, samples / RATE))
+    assert causal or (torch.cat(mels, dim=1) - whole).abs().max() <= 1e-5
 
 
 def test_mel_in_blocks_equals_mel_at_once(monkeypatch) -> None:
@@ -253,6 +306,23 @@ def test_a_container_that_begins_at_any_time_begins_at_zero(folder) -> None:
     assert shown(path, fps=1.0) == [0, 4, 8, 12, 16, 20]
     assert shown(path, fps=1.0, start=4.5) == [18, 22]
     assert len(read_audio(path, start=4.5, end=5.5)) == RATE
+
+
+@pytest.mark.parametrize("ending", ["ts", "mkv", "mp4", "mov"])
+@pytest.mark.parametrize("begin", [0.0, 1000.0, 95441.7, -2.0])  # 33 bits of 90 kHz wrap after 95443.7 s
+def test_no_second_is_lost_wherever_a_clock_begins_or_wraps(folder, ending, begin) -> None:
+    path = write(
+        folder / f"clock{begin}.{ending}",
+        times=[begin + time for time in ticks(6, 4)],
+        samples=tone(6, 500),
+        audio_from=lambda sample: sample + round(begin * RATE),
+        options={"avoid_negative_ts": "disabled"},
+    )
+    first, seconds = (8, 4) if begin < 0 and ending in ("mp4", "mov") else (0, 6)  # an edit list begins at 0 there
+    frames = shown(path, fps=1.0)
+    assert (frames[0], frames[-1] // 4, abs(len(frames) - seconds) <= 1) == (first, 5, True)
+    assert abs(len(read_audio(path)) / RATE - seconds) < 0.2
+    assert probe(path, measure=True).seconds == pytest.approx(seconds, abs=0.2)
 
 
 def test_pictures_are_turned_upright(folder) -> None:
@@ -436,10 +506,13 @@ def seconds_of(segments: list[Segment]) -> list[tuple[float, float]]:
 def test_segments_end_on_frame_grids_and_audio_blocks(film) -> None:
     source = FileSource(film, options=SourceOptions(), geometry=geometry())
     segments = list(source)
-    assert seconds_of(segments) == [(0.0, 2.0), (2.0, 2.0), (4.0, 2.0), (6.0, 2.0)]
-    assert all(segment.frames is not None and len(segment.frames) == 2 for segment in segments)
-    assert all(segment.mel is not None and segment.mel.shape == (64, 8) for segment in segments)
-    assert (source.seconds, source.frames_seen, source.audio_seconds_heard) == (8.0, 8, 8.0)
+    *whole, rest = segments
+    assert seconds_of(whole) == [(0.0, 2.0), (2.0, 2.0), (4.0, 2.0), (6.0, 2.0)]
+    assert all(segment.frames is not None and len(segment.frames) == 2 for segment in whole)
+    assert all(segment.mel is not None and segment.mel.shape == (64, 8) for segment in whole)
+    assert (rest.frames, rest.mel.shape) == (None, (64, 1))
+    heard = len(read_audio(film)) / RATE
+    assert (source.seconds, source.frames_seen, source.audio_seconds_heard) == pytest.approx((heard, 8, heard))
 
 
 def test_the_mel_of_segments_is_the_mel_of_the_clip(film) -> None:
@@ -585,7 +658,8 @@ def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file
     assert half_was_enough == [True]
     assert seconds_of(live) == seconds_of(file)
     for a, b in zip(live, file, strict=True):
-        assert torch.equal(a.frames, b.frames)
+        assert (a.frames is None) == (b.frames is None)
+        assert a.frames is None or torch.equal(a.frames, b.frames)
         assert (a.mel.clamp(min=floor) - b.mel).abs().max() <= 1e-5
 
 
@@ -607,6 +681,9 @@ def test_playlists_sessions_and_text_are_refused_in_files_and_pipes(film, tmp_pa
     with path.open("rb") as pipe, pytest.raises(MediaError, match="cannot be read") as piped:
         read_live(pipe, fps=1.0)
     assert (file.value.reason, piped.value.reason) == ("unreadable", "unreadable")
+    refused = {"list.m3u8": "hls", "list.ffconcat": "concat", "session.sdp": "sdp"}.get(name)
+    for error in (file.value, piped.value):
+        assert (f"its format {refused} is not read" in str(error)) == (refused is not None)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
+from transformers import TrainingArguments
 
 from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
 from omnimem.training.arguments import (
     MAY_CHANGE,
+    REFUSED,
     OwnSettings,
+    on_resume,
+    own_names,
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
@@ -157,5 +164,29 @@ def test_what_a_checkpoint_does_not_follow_is_refused_by_name_when_a_run_resumes
     assert shown in line
 
 
-def test_every_setting_that_may_change_is_one_of_train() -> None:
-    assert set(MAY_CHANGE) <= set(SECTION.__dataclass_fields__)
+def test_the_table_of_a_resumed_run_covers_every_setting_of_train() -> None:
+    assert set(MAY_CHANGE) <= set(on_resume())
+    known = {each.name for each in fields(TrainingArguments) if each.init} | set(own_names())
+    assert known <= set(on_resume()) | set(REFUSED)
+    assert not set(on_resume()) & set(REFUSED)
+    assert set(on_resume()) | set(REFUSED) == set(SECTION.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", sorted(on_resume()))
+def test_each_setting_takes_effect_on_resume_or_is_refused_by_its_name(name, tmp_path) -> None:
+    before = loaded(tmp_path, "train.learning_rate=2.0e-3")
+    (tmp_path / "config.yaml").write_text(dump(before))
+    changed = replace(before, train={**before.train, name: "another value"})
+    if on_resume()[name] == "takes effect":
+        refuse_train_changes(changed, tmp_path / "config.yaml")
+        return
+    with pytest.raises(ConfigError) as error:
+        refuse_train_changes(changed, tmp_path / "config.yaml")
+    (line,) = error.value.problems
+    assert f" train.{name}: " in line
+
+
+def test_the_page_of_the_settings_is_the_table() -> None:
+    text = (ROOT / "docs/train_settings.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", text, re.MULTILINE))
+    assert rows == {**on_resume(), **{name: f"in no run: {reason}" for name, reason in REFUSED.items()}}

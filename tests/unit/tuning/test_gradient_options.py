@@ -89,6 +89,13 @@ def test_a_policy_that_does_not_keep_tokens_as_they_came_is_refused(gradient) ->
         assert policy_in_training(TuningOptions(), policy) is policy
 
 
+@pytest.mark.parametrize("gradient", ["released", "paper"])
+def test_modes_that_run_some_layers_alone_are_refused_with_selection_by_the_untuned_model(gradient) -> None:
+    options = TuningOptions(gradient=gradient, selection=HARD)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(GradientError, match=rf"^tuning.gradient = {gradient} .*selection_from"):
+        described(options, replace(policy_of("omnimem"), selection_from="base"), 4)
+
+
 @pytest.mark.parametrize("name", ["omnimem", "random"])
 def test_one_policy_in_training_and_evaluation_but_for_the_release(name) -> None:
     policy = policy_of(name)
