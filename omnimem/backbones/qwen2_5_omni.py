@@ -107,13 +107,14 @@ class Qwen25Omni(Backbone):
             if (template := _chat_template(options.path)) is not None:
                 tokenizer.chat_template = template
             _render_template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
-            model, found = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            loaded: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
                 options.path,
                 dtype=getattr(torch, options.dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+            model, found = loaded
             require_weights(options.path, found)
             geometry = _geometry(options.path, model)
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)

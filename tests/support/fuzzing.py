@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import av
 import torch
 import yaml
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from omnimem.cli.parser import run_command
 from omnimem.commands import check, compare, convert, score
 from omnimem.config import dump, load
 from omnimem.config.exported import Exported, Origin
+from omnimem.media.decode import read_audio_blocks, read_frames
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.run import plan
@@ -392,6 +394,34 @@ def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     return lambda: list(EncoderCache(at, "x").load(path, device) or ())
 
 
+def _media(draw: Draw | None, at: Path, made: Material) -> Case:
+    kind = "mp4" if draw is None else draw(st.sampled_from(MEDIA))
+    source = made.folder / f"media.{kind}"
+    if not source.exists():
+        _remux(made.folder / "a.mp4", source)
+    path = put(at / f"a.{kind}", source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
+
+    def read() -> None:
+        for _ in read_frames(path, fps=1.0):
+            pass
+        for _ in read_audio_blocks(path):
+            pass
+
+    return read
+
+
+MEDIA = ("mp4", "mkv", "ts", "avi", "nut")
+
+
+def _remux(source: Path, target: Path) -> None:
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        streams = {stream.index: write.add_stream_from_template(stream) for stream in read.streams}
+        for packet in read.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream_index]
+                write.mux(packet)
+
+
 SURFACES = (
     Surface("config", _config),
     Surface("overrides", _override),
@@ -407,6 +437,7 @@ SURFACES = (
     Surface("adapters", _adapter, share=1),
     Surface("model folders", _model, share=1),
     Surface("cache entries", _cache, share=2),
+    Surface("media", _media, share=2),
 )
 
 
