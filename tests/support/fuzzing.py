@@ -410,7 +410,7 @@ def _media(draw: Draw | None, at: Path, made: Material) -> Case:
     return read
 
 
-MEDIA = ("mp4", "mkv", "ts", "avi", "nut")
+MEDIA = ("mp4", "mkv", "flv", "mov")
 
 
 def _remux(source: Path, target: Path) -> None:
