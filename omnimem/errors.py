@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
-NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad allocation", "std::bad_alloc")
+NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and threading
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+    "can't start new thread",
+)
 
 
 class UserError(ValueError):
@@ -19,9 +25,10 @@ class ProblemList(UserError):
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory is exhausted, which is not the fault of the file that was being read."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in NO_MEMORY)
+    if isinstance(error, UserError):
+        return False
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(words in str(error) for words in NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:
