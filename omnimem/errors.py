@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-NO_MEMORY = (
+NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and threading, in lower case
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
     "failed to allocate",
     "bad_alloc",
-    "bad allocation",
+    "can't start new thread",
 )
 
 
@@ -27,10 +27,10 @@ class ProblemList(UserError):
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory is exhausted, on a GPU or on the host, by this error or one that caused it; no fault of a file."""
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and not isinstance(cause, UserError):
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return True
-        if isinstance(cause, RuntimeError | OSError) and any(words in str(cause).lower() for words in NO_MEMORY):
+        if any(words in str(cause).lower() for words in NO_MEMORY):
             return True
         cause = cause.__cause__
     return False

@@ -3,7 +3,6 @@
 Rows for parameters, optimizer and memory are exact; rows for activations and encoders are estimates and marked `~`.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
@@ -15,12 +14,17 @@ import torch
 from omnimem.errors import UserError
 from omnimem.media import Geometry, LogMel
 from omnimem.memory import Memory, Shape
+from omnimem.textfile import StoredFileError, read_stored
 from omnimem.tokens import TOKEN_AXES
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 
 COVERAGE = 20  # bytes saved by autograd per feature element when coverage is differentiable (measured: 20.8)
 TOGETHER = 32  # segments per encoder pass
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_stored(path, dict[str, Any], "copy it from the model's page")
 
 
 class ShapesError(UserError):
@@ -140,13 +144,12 @@ class Shapes:
             if path.is_dir():
                 names = ("preprocessor_config.json", "processor_config.json")
                 beside = next((path / name for name in names if (path / name).is_file()), path / names[0])
-                return cls.of(json.loads((path / "config.json").read_text()), json.loads(beside.read_text()))
-            table = json.loads(path.read_text())
+                config, preprocessor = (_read(each) for each in (path / "config.json", beside))
+                return cls.of(config, preprocessor)
+            table = _read(path)
             return cls.of(table, table["preprocessor_config"])
-        except OSError as error:
-            raise ShapesError(
-                f"{error.filename}: cannot be read ({error.strerror}); copy it from the model's page"
-            ) from error
+        except StoredFileError as error:
+            raise ShapesError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise ShapesError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from omnimem.errors import UserError
 
+BYTES_PER_SECOND = 16  # of a file beyond `sparse_seconds`: a still picture, or silence, has more
 RAISED = "OMNIMEM_LIMITS"  # NAME=N,NAME=N
 LIMITS = {
     "text_characters": 65_536,  # of a question, an answer or a system prompt
@@ -18,6 +19,10 @@ LIMITS = {
     "table_bytes": 200_000_000,  # of an xlsx or parquet table when it is unpacked
     "table_rows": 1_000_000,
     "table_columns": 512,
+    "frame_pixels": 36_000_000,  # of a decoded frame: 8K
+    "sparse_seconds": 3600,  # of a stream whose file has fewer than BYTES_PER_SECOND
+    "frames_per_byte": 1,  # of a file
+    "resampling": 16,  # the checkpoint's sample rate over that of the audio
     "lora_rank": 4096,
     "model_layers": 1024,  # of each tower and of the text model
     "budget_layers": 4096,

@@ -310,7 +310,7 @@ def hold(folder: RunFolder, patience: float = PATIENCE) -> None:
             if time.monotonic() < until:
                 time.sleep(0.2)
                 continue
-            holder = os.read(lock, 20).decode()
+            holder = os.read(lock, 20).decode("ascii", "replace")
             raise RunError(
                 f"{folder.path} is in use by process {holder}; wait until it has ended, or set name=..."
             ) from error

@@ -4,11 +4,11 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 `seconds_per_chunk`; a stream with one track has only the markers of that track.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -30,13 +30,13 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn, labelled
-from omnimem.backbones.files import CheckpointError, checkpoint_errors, require_weights
+from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_weights
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.shipped import shipped
-from omnimem.textfile import whole_characters
+from omnimem.textfile import StoredFileError, read_stored, whole_characters
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
@@ -103,6 +103,10 @@ class Qwen25Omni(Backbone):
         """
         folder = Path(options.path)
         with checkpoint_errors(options.path):
+            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
+            if (template := _chat_template(options.path)) is not None:
+                tokenizer.chat_template = template
+            _render_template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
             load: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained
             model, found = load(
                 options.path,
@@ -112,10 +116,7 @@ class Qwen25Omni(Backbone):
                 output_loading_info=True,
             )
             require_weights(options.path, found)
-            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
             geometry = _geometry(options.path, model)
-            if (template := _chat_template(options.path)) is not None:
-                tokenizer.chat_template = template
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
     @property
@@ -391,6 +392,12 @@ def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
 
     Raises CheckpointError when there is no template, or it does not render a video.
     """
+    return _render(tokenizer, repr(tokenizer.chat_template), system)
+
+
+@lru_cache(maxsize=64)
+def _render(tokenizer: PreTrainedTokenizerBase, template: str, system: str | None) -> tuple[str, str]:
+    """`_render_template`, once for each template and system prompt."""
     content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
@@ -474,12 +481,9 @@ def _read_json(path: str, name: str) -> dict[str, Any] | None:
     if (found := _file(path, name)) is None:
         return None
     try:
-        table = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{found}: is not JSON ({error}); copy it again from the model's hub page") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{found}: is not a JSON object; copy it again from the model's hub page")
-    return table
+        return read_stored(found, dict[str, Any], AGAIN)
+    except StoredFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _file(path: str, name: str) -> Path | None:

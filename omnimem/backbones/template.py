@@ -27,7 +27,10 @@ def render_bounded(render: Callable[[], str]) -> str:
     end, start = os.pipe()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)  # child: no threads
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError as error:
+            raise MemoryError(f"no process can be started to render the chat template: {error.strerror}") from error
     if child == 0:
         os.close(end)
         _answer(render, start)

@@ -10,6 +10,7 @@ from omnimem.budget.allocation import BudgetError, Shares, Slots, require
 from omnimem.budget.signals import Signals
 from omnimem.limits import exceeds
 from omnimem.run import write_text
+from omnimem.textfile import StoredFileError, read_stored
 
 FORMAT = "omnimem budget 1"
 UNLIMITED = 1 << 40  # more slots than any stream fills
@@ -88,13 +89,9 @@ class Budget:
     def read(cls, path: Path) -> "Budget":
         """Read our JSON or the release's list (split, without lending); raises BudgetError when that fails."""
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BudgetError(
-                f"{path}: cannot read the budget ({error.strerror}); make it with `omnimem calibrate --config X.yaml`"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise BudgetError(f"{path}: not JSON ({error}); make it again with `omnimem calibrate`") from error
+            table = read_stored(path, dict[str, Any] | list[Any], "make it with `omnimem calibrate --config X.yaml`")
+        except StoredFileError as error:
+            raise BudgetError(str(error)) from error
         return cls.of(table, path)
 
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones import Encoded, Qwen25Omni, Turn
+from omnimem.backbones.files import AGAIN
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.comparison.formatting import span
@@ -30,6 +31,7 @@ from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
+from omnimem.textfile import read_stored
 from omnimem.tokens import Modality, Tracks
 from omnimem.training.zero3 import stage_of
 from omnimem.tuning.gradient.build import stop_layer_of
@@ -98,7 +100,7 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
         return None
     # 2. model on the meta device, tokenizer
     shapes = Shapes.read(described)
-    table = json.loads((described / "config.json" if folder else described).read_text())
+    table = read_stored(described / "config.json" if folder else described, dict[str, Any], AGAIN)
     config = Qwen2_5OmniThinkerConfig.from_dict(table.get("thinker_config", table))
     with torch.device("meta"):
         model: Any = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
@@ -347,7 +349,9 @@ def _deepspeed(run: RunConfig) -> str:
     given = run.train.get("deepspeed")
     if given is None:
         return "none: training on one device"
-    return json.dumps(given if isinstance(given, dict) else json.loads(Path(given).read_text()))
+    return json.dumps(
+        given if isinstance(given, dict) else read_stored(Path(given), dict[str, Any], "see configs/deepspeed")
+    )
 
 
 def _section(title: str, lines: Iterable[str]) -> None:

@@ -23,7 +23,7 @@ from omnimem.limits import raise_limits
 from omnimem.training.shutdown import Stopped
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 FULL = ("No space left", "Disk quota exceeded", "File too large", "Input/output error")  # in those of safetensors
 # Messages of gloo and NCCL for a lost rank; rank 0 reports the cause.
 LOST = ("closed by peer", "reset by peer", "remote process exited")
@@ -69,44 +69,41 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command with the arguments of this process; exit with its code."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        leave(str(error).splitlines())
-    except Stopped as stopped:
-        leave(str(stopped).splitlines(), stopped.code)
-    except ModuleNotFoundError as error:
-        if cure := missing_extra(error):
-            leave([cure])
-        raise
-    except OSError as error:
-        if error.errno in DISK:
-            place = error.filename2 or error.filename or "the disk"
-            cure = "free space or repair the disk, then start the command again (a run: with --resume auto)"
-            leave([f"{place}: {error.strerror}; {cure}"], 1)
-        if error.errno in PATH:
-            leave([f"{error.filename}: {error.strerror}; give another path"])
-        _leave_without_memory(error)
-        raise
-    except SafetensorError as error:
-        if any(words in str(error) for words in FULL):
-            leave([f"weights could not be written ({error}); free space or repair the disk, then start again"], 1)
-        raise
-    except (RuntimeError, MemoryError) as error:
-        if rank() and any(words in str(error) for words in LOST):
-            leave([f"rank {rank()}: lost another rank; see the messages of the others"], 1)
-        _leave_without_memory(error)
-        raise
-    except KeyboardInterrupt:
-        leave(["interrupted; start the same command again: what is complete is kept"], 128 + signal.SIGINT)
+    except (Exception, KeyboardInterrupt) as error:
+        ending = _explained(error)
+        if ending is None:
+            raise
+        leave(*ending)
     done()
     sys.exit(0)
 
 
-def _leave_without_memory(error: Exception) -> None:
-    """Exit with one line if memory is exhausted."""
+def _explained(error: Exception | KeyboardInterrupt) -> tuple[list[str], int] | None:
+    """The lines and the exit code that an error ends with; None: a fault of the program, which needs its traceback."""
+    # 1. the user's input, or a request
+    match error:
+        case UserError():
+            return str(error).splitlines(), 2
+        case Stopped():
+            return str(error).splitlines(), error.code
+        case KeyboardInterrupt():
+            return ["interrupted; start the same command again: what is complete is kept"], 128 + signal.SIGINT
+        case ModuleNotFoundError() if cure := missing_extra(error):
+            return [cure], 2
+        case OSError() if error.errno in PATH:
+            return [f"{error.filename}: {error.strerror}; give another path"], 2
+    # 2. the machine
+    again = "free space or repair the disk, then start the command again (a run: with --resume auto)"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return [f"{error.filename2 or error.filename or 'the disk'}: {error.strerror}; {again}"], 1
+    if isinstance(error, SafetensorError) and any(words in str(error) for words in FULL):
+        return [f"weights could not be written ({first_line(error)}); {again}"], 1
+    if isinstance(error, RuntimeError) and rank() and any(words in str(error) for words in LOST):
+        return [f"rank {rank()}: lost another rank; see the messages of the others"], 1
     if lacks_memory(error):
-        what = first_line(error)
         cure = "lower stream.max_pixels, stream.chunk_tokens or batch sizes, or give the process more memory"
-        leave([f"not enough memory ({what}); {cure}"], 1)
+        return [f"not enough memory ({first_line(error)}); {cure}"], 1
+    return None
 
 
 def warn(lines: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from omnimem.errors import UserError
 from omnimem.recall.renderer import EDITION, write_mp4
 from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
 from omnimem.run import write_text
+from omnimem.textfile import StoredFileError, read_stored
 
 SPLITS = ("train", "calibration", "test")
 
@@ -88,11 +89,9 @@ def claim(out: Path, recipe: Recipe) -> None:
     cure = f"choose another --out, or delete {out}"
     if path.exists():
         try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise RecipeError(f"{path}: not JSON ({error}); {cure}") from error
-        if not isinstance(there, dict):
-            raise RecipeError(f"{path}: not a JSON object; {cure}")
+            there = read_stored(path, dict[str, Any], cure)
+        except StoredFileError as error:
+            raise RecipeError(str(error)) from error
         different = [key for key in asked if there.get(key) != asked[key]]
         if different:
             lines = [f"{path} {key}: {there.get(key)!r} there, {asked[key]!r} now; {cure}" for key in different]

@@ -1,6 +1,5 @@
 """The strict schema of a run, composed of the options of each part; read from YAML and `key=value` overrides."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from omnimem.policies.base import Policy, SelectionFrom
 from omnimem.shipped import CONFIGS
 from omnimem.streaming.options import StreamOptions
 from omnimem.tasks.video_mme import VideoMMEOptions
+from omnimem.textfile import StoredFileError, read_stored
 from omnimem.tuning import BudgetRange, TuningOptions
 from omnimem.tuning.curriculum import ChunkRange
 from omnimem.tuning.gradient.options import HALF_WAY
@@ -269,6 +269,7 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
 
 def _is_json_object(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+        read_stored(path, dict[str, Any], "")
+    except StoredFileError:
         return False
+    return True

@@ -16,6 +16,7 @@ from omnimem.config.source import ConfigError, dotted
 from omnimem.policies.base import Policy
 from omnimem.run import write_text
 from omnimem.streaming.options import StreamOptions
+from omnimem.textfile import StoredFileError, read_stored
 
 FILE = "omnimem.json"
 HERE = "."  # model.path of weights in the folder of the file
@@ -68,9 +69,9 @@ class Exported:
         """The omnimem.json of a folder; raises ConfigError if it is missing or wrong."""
         path = Path(folder) / FILE
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError([f"{path}: cannot be read ({error}); make it with `omnimem export`"]) from error
+            table = read_stored(path, dict[str, Any], "make it again with `omnimem export`")
+        except StoredFileError as error:
+            raise ConfigError([str(error)]) from error
         exported, problems = validated(cls, table)
         if exported is None:
             raise ConfigError([f"{path} {dotted(key)}: {what}" for key, what in problems])

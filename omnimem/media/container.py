@@ -22,6 +22,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from omnimem.errors import UserError
+from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
 
 Track = TypeVar("Track", VideoStream, AudioStream)
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated", "too_short"]
@@ -140,7 +141,7 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
 
 def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
     """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
-    allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols}
+    allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, "max_pixels": str(limit("frame_pixels"))}
     level = logging.get_level()
     logging.set_level(logging.ERROR)  # ffmpeg names a refused format in its log only
     try:
@@ -198,10 +199,51 @@ def audio_stream(container: InputContainer) -> AudioStream | None:
 
 
 def decodable(track: Track | None) -> Track | None:
-    """The track; raises LookupError, in `blaming` a MediaError, if ffmpeg does not know its codec."""
+    """The track; raises LookupError, in `blaming` a MediaError, if ffmpeg does not know its codec, or for a limit."""
     if track is not None and track.codec_context is None:
         raise LookupError(f"the codec of its {track.type} is unknown")
+    if isinstance(track, VideoStream):
+        refuse_large(track.width, track.height)
+        if not track.width * track.height:  # ffmpeg gave up at the first frame
+            most = limit("frame_pixels")
+            raise ValueError(f"its frames have no size, or more than frame_pixels = {most:,} (--limit frame_pixels=N)")
+        track.codec_context.options = {"max_pixels": str(limit("frame_pixels"))}  # frames may become larger
     return track
+
+
+def refuse_large(width: int, height: int) -> None:
+    """Raises ValueError for frames with more pixels than the limit."""
+    if what := exceeds("frame_pixels", width * height):
+        raise ValueError(f"its frames of {width} x {height} pixels: {what}")
+
+
+@final
+class Plausible:
+    """What a file of its size may hold: `sparse_seconds`, and more with BYTES_PER_SECOND; `frames_per_byte`.
+
+    Gaps, repeated frames and empty packets make streams of any length from few bytes.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._bytes = Path(path).stat().st_size if Path(path).is_file() else 1
+
+    def refuse_length(self, seconds: float) -> None:
+        """Raises ValueError if a track of so many seconds cannot be in the file."""
+        filled = self._bytes // BYTES_PER_SECOND
+        if what := exceeds("sparse_seconds", max(0, int(min(seconds, 1e15)) - filled)):
+            raise ValueError(f"a length of {seconds:,.0f} s from {self._bytes:,} bytes: beyond {filled:,} s, {what}")
+
+    def refuse_frames(self, count: int) -> None:
+        """Raises ValueError if so many video frames cannot be in the file."""
+        if what := exceeds("frames_per_byte", -(-count // self._bytes)):
+            raise ValueError(f"{count:,} frames from {self._bytes:,} bytes: {what}")
+
+    def refuse_track(self, container: InputContainer, stream: VideoStream | AudioStream, end: float | None) -> None:
+        """`refuse_length` and `refuse_frames` of what the header declares up to `end`."""
+        declared = declared_end(container, stream) or 0.0
+        self.refuse_length(declared if end is None else min(declared, end))
+        if isinstance(stream, VideoStream):
+            self.refuse_frames(stream.frames)
 
 
 def _known(tracks: Sequence[Track]) -> list[Track]:

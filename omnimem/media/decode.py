@@ -16,13 +16,16 @@ from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from omnimem.limits import exceeds
 from omnimem.media.container import (
     MediaError,
+    Plausible,
     audio_stream,
     check_whole,
     decodable,
     open_container,
     origin,
+    refuse_large,
     video_stream,
 )
 
@@ -166,7 +169,11 @@ def _timed_frames(
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
     still, reached, frames = False, 0.0, _decoded(container, lambda: container.decode(stream), start)
-    for time, duration, frame in timed_frames(frames, container, stream, start):
+    plausible = Plausible(path)
+    plausible.refuse_track(container, stream, end)
+    for number, (time, duration, frame) in enumerate(timed_frames(frames, container, stream, start), start=1):
+        plausible.refuse_length(time + duration if end is None else min(time + duration, end))
+        plausible.refuse_frames(number)
         still, reached = reached == 0.0, time + duration
         yield time, duration, frame
     check_whole(path, container, stream, end, reached, still=still)
@@ -194,7 +201,8 @@ def _plausible(time: float, reached: float, start: float) -> float:
 
 
 def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
-    """The frame as RGB, with the container's rotation applied."""
+    """The frame as RGB, with the container's rotation applied; raises ValueError for frames that are too large."""
+    refuse_large(frame.width, frame.height)
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(pixels, round(frame.rotation / 90.0) % 4, dims=(1, 2)).contiguous()
 
@@ -204,9 +212,12 @@ def _timed_audio(
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
     reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), start)
+    plausible = Plausible(path)
+    plausible.refuse_track(container, stream, end)
     for time, frame in timed_audio(frames, container, start):
         if end is not None and time >= end:
             return
+        plausible.refuse_length(time)
         reached = time + frame.samples / frame.sample_rate
         yield time, frame
     check_whole(path, container, stream, end, reached)
@@ -230,6 +241,8 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
     """
     reached, audio_format, resampler = 0.0, None, AudioResampler("fltp", rate=rate)
     for time, frame in timed:
+        if what := exceeds("resampling", -(-rate // max(1, frame.sample_rate))):
+            raise ValueError(f"audio of {frame.sample_rate} Hz at {rate} Hz: a factor of {what}")
         # 1. skip repeated audio
         if audio_format is not None and time < reached - GAP:
             continue  # timestamps went back

@@ -11,7 +11,6 @@ Partitioned are the frozen matrices of the decoder layers. Everything else (enco
 is gathered for the whole micro-step.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omnimem.textfile import read_stored
 from omnimem.training.collectives import highest
 from omnimem.training.deepspeed_internals import gather, release, remove_gathering_hooks
 
@@ -35,7 +35,9 @@ def stage_of(section: Mapping[str, Any]) -> int | None:
 def engine_settings(section: Mapping[str, Any]) -> dict[str, Any] | None:
     """The DeepSpeed settings in a section `train`, read from their file; None without DeepSpeed."""
     settings = section.get("deepspeed")
-    return json.loads(Path(settings).read_text(encoding="utf-8")) if isinstance(settings, str) else settings or None
+    if isinstance(settings, str):
+        return read_stored(Path(settings), dict[str, Any], "see configs/deepspeed")
+    return settings or None
 
 
 @final

@@ -1,6 +1,5 @@
 """LoRA on the text model, and StreamedModel, which runs a whole stream as one forward pass for the trainer."""
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
+from omnimem.textfile import StoredFileError, read_stored
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -179,10 +179,10 @@ def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
     # 1. read
     path = folder / SETTINGS
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path}: is not JSON ({error}); copy it again, or export it again") from error
-    if not isinstance(table, dict) or table.get("peft_type") != "LORA":
+        table = read_stored(path, dict[str, Any], "copy it again, or export it again")
+    except StoredFileError as error:
+        raise AdapterError(str(error)) from error
+    if table.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: is not that of a LoRA adapter (peft_type: LORA); give the folder of one")
     # 2. check
     problem = _settings_problem(table, tensors)

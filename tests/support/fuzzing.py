@@ -15,26 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import av
+import torch
 import yaml
 from hypothesis import strategies as st
 from openpyxl import Workbook
 
-from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.backbones import Encoded, ModelOptions, Turn, load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import check, compare, convert, score
 from omnimem.config import dump, load
 from omnimem.config.exported import Exported, Origin
+from omnimem.media.decode import read_audio_blocks, read_frames
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.run import plan
-from omnimem.streaming.encoder_cache import EncoderCache
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 from omnimem.training.arguments import train_section
 from omnimem.tuning import load_adapter
 from support.comparison_runs import write_arm, write_trace
 from support.finished_run import config_of, write_run
 from support.mutation import as_json, damaged_bytes, mutated, variant, variant_lines
-from support.task_layouts import lvbench
+from support.task_layouts import LMMS_LVBENCH, lvbench
 from support.thinkers import write_folder
 
 Draw = Any
@@ -192,13 +195,6 @@ TURNS = {
     "messages": [{"role": "user", "content": "<video>What ?"}, {"role": "assistant", "content": "red", "loss": 1}],
     "videos": ["a.mp4"],
 }
-LMMS = {
-    "input": "q",
-    "filtered_resps": ["A"],
-    "target": "A",
-    "lvbench_score": True,
-    "doc": {"uid": "1", "question": "q"},
-}
 TABLE = [["video", "question", "answer", "prediction", "score"], ["1", "q", "A", "A.", 1], ["2", "q", "B", "", 0]]
 
 
@@ -248,6 +244,7 @@ def _manifest(draw: Draw | None, at: Path, made: Material) -> Case:
 def _convert(draw: Draw | None, at: Path, made: Material) -> Case:
     rows = [TURNS, {**TURNS, "id": "2", "system": "s"}]
     path = put(made.folder / "c.jsonl", variant_lines(draw, rows) if draw else b"\n".join(map(as_json, rows)))
+    (made.folder / "o.jsonl").unlink(missing_ok=True)
     return lambda: convert.main([str(path), "--out", str(made.folder / "o.jsonl"), "--max-failures", "1"])
 
 
@@ -263,7 +260,8 @@ def _question(draw: Draw | None, at: Path, made: Material) -> Case:
 def _predictions(draw: Draw | None, at: Path, made: Material) -> Case:
     kind = "jsonl" if draw is None else draw(st.sampled_from(("jsonl", "tsv", "xlsx")))
     if kind == "jsonl":
-        path = put(at / "p.jsonl", variant_lines(draw, [LMMS, LMMS]) if draw else as_json(LMMS))
+        rows = [json.loads(line) for line in LMMS_LVBENCH.read_text().splitlines()]
+        path = put(at / "p.jsonl", variant_lines(draw, rows) if draw else LMMS_LVBENCH.read_bytes())
     else:
         rows = mutated(draw, TABLE)
         cells = [[str(cell)[:30_000] for cell in row] if isinstance(row, list) else [str(row)] for row in rows or [[]]]
@@ -387,10 +385,41 @@ def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     path = at / "x.safetensors"
     source = made.folder / "entry.safetensors"
     if not source.exists():
-        shutil.copyfile(made.run.adapter / "adapter_model.safetensors", source)
+        encoded = Encoded(
+            visual=torch.ones(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
+        )
+        EncoderCache.store(source, [EncodedSegment(encoded=encoded, heard=MediaStats())])
     path.write_bytes(source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
     device = made.backbone.device
     return lambda: list(EncoderCache(at, "x").load(path, device) or ())
+
+
+def _media(draw: Draw | None, at: Path, made: Material) -> Case:
+    kind = "mp4" if draw is None else draw(st.sampled_from(MEDIA))
+    source = made.folder / f"media.{kind}"
+    if not source.exists():
+        _remux(made.folder / "a.mp4", source)
+    path = put(at / f"a.{kind}", source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
+
+    def read() -> None:
+        for _ in read_frames(path, fps=1.0):
+            pass
+        for _ in read_audio_blocks(path):
+            pass
+
+    return read
+
+
+MEDIA = ("mp4", "mkv", "flv", "mov")
+
+
+def _remux(source: Path, target: Path) -> None:
+    with av.open(str(source)) as read, av.open(str(target), "w") as write:
+        streams = {stream.index: write.add_stream_from_template(stream) for stream in read.streams}
+        for packet in read.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream_index]
+                write.mux(packet)
 
 
 SURFACES = (
@@ -408,6 +437,7 @@ SURFACES = (
     Surface("adapters", _adapter, share=1),
     Surface("model folders", _model, share=1),
     Surface("cache entries", _cache, share=2),
+    Surface("media", _media, share=2),
 )
 
 

@@ -119,6 +119,8 @@ NO_MEMORY = (
         "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     ),
     OSError(12, "Cannot allocate memory"),
+    RuntimeError("can't start new thread"),
+    ImportError("failed to map segment from shared object: Cannot allocate memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
 )
 
