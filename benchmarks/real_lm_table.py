@@ -30,6 +30,7 @@ MEASURES: dict[str, Callable[[Row], list[float]]] = {
 }
 PAIRED = ("rank1", "exact", "logp", "held", "verbatim")
 PERCENT = ("rank1", "exact", "value_held", "fact_held", "first_held")
+UNPROTECTED = "loss of next prose, minus that with a protected first token"
 TITLES = {
     "rank1": "rank-1 %",
     "exact": "exact %",
@@ -57,6 +58,9 @@ def tables(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
             entry |= {name: _mean(mine.values(), values) for name, values in MEASURES.items()}
             if arm != reference:
                 entry |= {f"{name} difference": _paired(mine, its, MEASURES[name]) for name in PAIRED}
+            if cell.startswith("sinks"):  # the same streams with the first token protected
+                kept = groups.get((cell.replace("sinks", "needles"), slots, arm), {})
+                entry["unprotected"] = _paired(mine, kept, MEASURES["held"])
             found.append(entry)
     return sorted(found, key=lambda entry: (entry["cell"], -entry["slots"], -(entry["rank1"] or 0), entry["held"]))
 
@@ -100,11 +104,13 @@ def markdown(entries: Sequence[Mapping[str, Any]], reference: str) -> Iterator[s
         names = [name for name in MEASURES if any(entry[name] is not None for entry in mine)]
         paired = [name for name in PAIRED if name in names]
         yield f"\n### {cell}, {slots} slots per layer; differences to {reference}\n"
-        heads = [TITLES[name] for name in names] + [f"{TITLES[name]}, minus {reference}" for name in paired]
+        sinks = [UNPROTECTED] if any(entry.get("unprotected") for entry in mine) else []
+        heads = [TITLES[name] for name in names] + sinks + [f"{TITLES[name]}, minus {reference}" for name in paired]
         yield "| " + " | ".join(["arm", "texts", *heads]) + " |"
         yield "|" + "---|" * (2 + len(heads))
         for entry in mine:
             plain = [_shown(name, entry[name]) for name in names]
+            plain += [_shown("held", entry.get("unprotected")) for _ in sinks]
             against = [_shown(name, entry.get(f"{name} difference")) for name in paired]
             yield "| " + " | ".join([entry["arm"], str(entry["texts"]), *plain, *against]) + " |"
 

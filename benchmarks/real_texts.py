@@ -83,6 +83,7 @@ SOURCES: Mapping[str, Source] = {
     "fortunes": Source("/usr/share", "games/fortunes/*", _fortunes, 14, "Debian fortunes, BSD"),
 }
 WHEELS = ("scipy", "sympy", "networkx", "matplotlib", "pandas", "torch", "transformers", "numpy", "peft", "datasets")
+SHARED = 0.1  # fraction of its runs of eight words that a text may share with another
 PER_FOLDER = 2  # files of one folder of a wheel
 
 
@@ -182,23 +183,20 @@ def texts(split: Split, folders: Sequence[Path] = (), *, partly: bool = False) -
 
 
 def write_list(folders: Sequence[Path], seed: int = 0) -> None:
-    """Find texts, split them by file with a seeded hash, and write the list."""
+    """Find texts, split them by file with a seeded hash, and write the list.
+
+    A text that shares more than a tenth of its passages with one before it is left out, so that the two splits have
+    nothing in common and texts are independent.
+    """
     rows: list[Listed] = []
+    seen: list[set[int]] = []
     for name, source in SOURCES.items():
         chosen: list[tuple[str, str]] = []
-        folder_counts: dict[str, int] = {}
-        files = {str(path.relative_to(root)) for root in roots(source, folders) for path in root.glob(source.pattern)}
-        for file in sorted(files, key=lambda each: _key(seed, each)):
-            place = str(Path(file).parent) if name == "wheels" else file
-            known = name != "wheels" or file.split("/")[0] in WHEELS
-            if file.endswith(".u8"):  # another encoding of a file beside it
-                continue
-            if not known or folder_counts.get(place, 0) >= PER_FOLDER or "/tests/" in file:
-                continue
-            text = read(source, file, folders)
-            if text is not None and len(text) >= LEAST and text not in (each for _, each in chosen):
+        for file, text in _candidates(name, source, folders, seed):
+            passages = _passages(text)
+            if all(len(passages & other) <= SHARED * len(passages) for other in seen):
                 chosen.append((file, text))
-                folder_counts[place] = folder_counts.get(place, 0) + 1
+                seen.append(passages)
             if len(chosen) == source.count:
                 break
         limit = round(DEVELOPMENT * len(chosen))
@@ -207,6 +205,27 @@ def write_list(folders: Sequence[Path], seed: int = 0) -> None:
             rows.append(Listed(name, file, split, len(text), hashlib.sha256(text.encode()).hexdigest()))
     rows.sort(key=lambda row: _key(seed, row.file))
     LIST.write_text(json.dumps({"seed": seed, "texts": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def _candidates(name: str, source: Source, folders: Sequence[Path], seed: int) -> Iterator[tuple[str, str]]:
+    """Files of a source with enough prose, in an order of a seeded hash; few of one folder of a wheel."""
+    counts: dict[str, int] = {}
+    files = {str(path.relative_to(root)) for root in roots(source, folders) for path in root.glob(source.pattern)}
+    for file in sorted(files, key=lambda each: _key(seed, each)):
+        place = str(Path(file).parent) if name == "wheels" else file
+        known = name != "wheels" or file.split("/")[0] in WHEELS
+        if file.endswith(".u8") or "/tests/" in file or not known or counts.get(place, 0) >= PER_FOLDER:
+            continue
+        text = read(source, file, folders)
+        if text is not None and len(text) >= LEAST:
+            counts[place] = counts.get(place, 0) + 1
+            yield file, text
+
+
+def _passages(text: str) -> set[int]:
+    """Hashes of all runs of eight words."""
+    words = text.split()
+    return {hash(tuple(words[first : first + 8])) for first in range(len(words) - 7)}
 
 
 def _key(seed: int, name: str) -> str:

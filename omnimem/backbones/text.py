@@ -39,7 +39,8 @@ class TextModel:
     """A causal language model (`LlamaForCausalLM` and others with rotary positions) and its tokenizer.
 
     The prompt is the chat template's: {opening}{stream}{question}. With `template=False` it is `system`, the stream and
-    the question as they are, for continuations. Raises LayoutError when the template cannot be used.
+    the question as they are, for continuations. Raises LayoutError when the template cannot be used, or the model has
+    no head.
     """
 
     def __init__(
@@ -51,18 +52,23 @@ class TextModel:
         template: bool = True,
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
+        head: Any = model.get_output_embeddings()
+        if head is None:
+            raise LayoutError(f"{type(model).__name__} has no language-model head; load it as a causal language model")
+        self._head: nn.Module = head
         self._opening, self._closing = (system or "", SAMPLE) if not template else _rendered(tokenizer, system)
         self._template = template
 
     @property
     def text_model(self) -> PreTrainedModel:
         """The decoder that processes a stream."""
-        return self.model.base_model
+        decoder: Any = self.model.base_model
+        return decoder
 
     @property
     def head(self) -> nn.Module:
         """The language-model head: hidden states to logits."""
-        return self.model.get_output_embeddings()
+        return self._head
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +89,7 @@ class TextModel:
 
     def ids(self, text: str, *, control: bool = False) -> list[int]:
         """Token ids of a text; unless `control`, control tokens in it are encoded as text."""
-        plain = {} if control else {"split_special_tokens": True}
+        plain: dict[str, Any] = {} if control else {"split_special_tokens": True}
         encoded = self.tokenizer(whole_characters(text), add_special_tokens=False, **plain)
         return list(encoded["input_ids"])  # type: ignore[arg-type]
 

@@ -167,6 +167,18 @@ def test_a_difference_is_over_texts_that_both_arms_have() -> None:
     assert found["held difference"]["value"] == pytest.approx(-0.5)
 
 
+def test_sinks_are_the_same_streams_without_protection(bed) -> None:
+    cells = [Cell(setting=setting, tokens=384) for setting in ("needles", "sinks")]
+    kept, lost = (bed.episode(cell, TEXTS[0], TEXTS[1]) for cell in cells)
+    assert kept == lost
+    shared = {"questions": [], "cpu": 1.0, "slots": 256, "arm": "recency", "text": "a"}
+    rows = [{**shared, "cell": "needles-1024", "held": 3.0}, {**shared, "cell": "sinks-1024", "held": 3.5}]
+    rows += [{**row, "text": "b"} for row in rows]
+    (found,) = (entry for entry in real_lm_table.tables(rows, "paper") if entry["cell"] == "sinks-1024")
+    assert found["unprotected"]["value"] == pytest.approx(0.5)
+    assert "+0.500" in "\n".join(real_lm_table.markdown([found], "paper"))
+
+
 @pytest.mark.parametrize(
     ("raw", "kept"),
     [

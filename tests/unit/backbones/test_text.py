@@ -67,3 +67,8 @@ def test_text_of_a_stream_must_be_evictable() -> None:
 def test_a_template_without_the_users_text_is_refused(template) -> None:
     with pytest.raises(LayoutError, match="template=False"):
         TextModel(causal_model(), tokenizer(template))
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(LayoutError, match="LlamaModel"):
+        TextModel(causal_model().model, tokenizer())
