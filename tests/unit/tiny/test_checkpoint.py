@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.paths import ROOT
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration as Thinker
 
@@ -15,6 +15,7 @@ from omnimem.commands.pretrain_tiny import CHAT, RECALL, Trainee, create, make_b
 from omnimem.media import patchify
 from omnimem.recall.worlds import KINDS, World, WorldOptions, draw_world
 from omnimem.tiny.batches import ANSWER_PROMPT, attention_mask, pack_questions, stream_layout
+from omnimem.tiny.progress import Progress
 from omnimem.tiny.towers import GEOMETRY, Clip, render_clips
 
 FOLDER = ROOT / "configs" / "models" / "tiny"
@@ -94,7 +95,8 @@ def test_the_recipe_repeats_bit_for_bit(tmp_path) -> None:
     trained = []
     for run in ("a", "b"):
         trainee = create(7, tmp_path / run)
-        train_recall(trainee, (short,))
+        progress = Progress(tmp_path / run, nn.ModuleList([trainee.model, trainee.namers]), 7)
+        train_recall(trainee, (short,), progress)
         trained.append(trainee.model.state_dict())
     other = create(8, tmp_path / "c").model.state_dict()
     assert all(trained[0][name].equal(trained[1][name]) for name in other)
