@@ -72,6 +72,17 @@ class Layout:
         return mine == theirs
 
 
+class StoredLayout(TypedDict):
+    """The fields of `Layout` in portable.json."""
+
+    ranks: int
+    stage: int | None
+    batch: int
+    accumulated: int
+    optimizer: str
+    precision: str
+
+
 class Schedule(TypedDict):
     """Steps of the learning rate schedule so far."""
 
@@ -81,7 +92,7 @@ class Schedule(TypedDict):
 class Facts(TypedDict):
     """portable.json; the last two only beside portable.safetensors."""
 
-    layout: Layout
+    layout: StoredLayout
     step: int
     counters: NotRequired[dict[str, float]]
     schedule: NotRequired[Schedule]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from omnimem.config import dump, load, refuse_changes
 from omnimem.evaluation.results import Results
 from omnimem.evaluation.sharding import Shard
 from omnimem.run import RunFolder, plan, sha256
+from omnimem.training.portable import Layout, layout_of
 
 MODEL = (
     "config.json",
@@ -240,3 +242,26 @@ def test_a_damaged_result_line_is_named_with_its_number(what, tmp_path, capsys) 
     (line,) = lines
     assert line.startswith(f"{path}:2")
     assert "delete the line" in line
+
+
+FACTS = {
+    "layout": asdict(Layout(ranks=1, stage=None, batch=1, accumulated=2, optimizer="a", precision="fp32")),
+    "step": 4,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_facts_of_a_checkpoint_are_named(how, tmp_path, capsys) -> None:
+    path = tmp_path / "portable.json"
+    path.write_text(json.dumps(FACTS))
+    found = layout_of(tmp_path)
+    assert found is not None
+    assert found.accumulated == 2
+    damaged(path, how)
+    if how == "folder":  # as without the file
+        assert layout_of(tmp_path) is None
+        return
+    code, (line,) = ends(lambda: layout_of(tmp_path), capsys)
+    assert code == 2
+    assert line.startswith(f"{path}")
+    assert "--resume auto" in line
