@@ -19,6 +19,7 @@ from omnimem.tokens import Modality
 
 FACTS = 10
 CANDIDATES = 20
+LETTERS = 6  # more than the characters of a token of prose
 HELD = 128  # tokens of prose after the stream, whose loss is measured
 SNIPPETS = 8  # passages of the stream that are given again, GIVEN tokens of each, for the loss of the next AGAIN
 GIVEN, AGAIN = 16, 16
@@ -191,7 +192,7 @@ def question_of(fact: Fact, first: int) -> Question:
 def needles(tokenizer: Any, prose: str, split: Any, tokens: int, seed: str) -> Episode:
     """Facts in one text, one modality, and the prose that follows."""
     draw = random.Random(seed)
-    ids = tokenizer.encode(prose[: 8 * (tokens + HELD)], add_special_tokens=False)
+    ids = tokenizer.encode(prose[: LETTERS * (tokens + HELD)], add_special_tokens=False)
     given = facts(tokenizer, split, FACTS, draw)
     stream, stated, used = planted(ids, tokens, given, sentence_ends(tokenizer), draw)
     return Episode(
@@ -208,7 +209,7 @@ def interleaved(tokenizer: Any, pair: tuple[str, str], split: Any, tokens: int, 
     given, half = facts(tokenizer, split, FACTS, draw), tokens // 2
     parts, held = [], ()
     for number, prose in enumerate(pair):
-        ids = tokenizer.encode(prose[: 8 * (half + HELD)], add_special_tokens=False)
+        ids = tokenizer.encode(prose[: LETTERS * (half + HELD)], add_special_tokens=False)
         mine = given[number * FACTS // 2 : (number + 1) * FACTS // 2]
         stream, stated, used = planted(ids, half, mine, sentence_ends(tokenizer), draw)
         parts.append((stream, stated))
@@ -231,7 +232,7 @@ def interleaved(tokenizer: Any, pair: tuple[str, str], split: Any, tokens: int, 
 def verbatim(tokenizer: Any, prose: str, tokens: int, seed: str) -> Episode:
     """Nothing planted: passages of the stream, one from each eighth, given again at its end."""
     draw = random.Random(seed)
-    ids = tokenizer.encode(prose[: 8 * (tokens + HELD)], add_special_tokens=False)
+    ids = tokenizer.encode(prose[: LETTERS * (tokens + HELD)], add_special_tokens=False)
     if len(ids) < tokens + HELD:
         raise EpisodeError(f"{len(ids)} tokens of prose, {tokens + HELD} are needed")
     size, part = GIVEN + AGAIN, tokens // SNIPPETS

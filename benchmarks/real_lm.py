@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.needles import GIVEN, HELD, Episode, interleaved, needles, verbatim
+from benchmarks.needles import GIVEN, HELD, LETTERS, Episode, interleaved, needles, verbatim
 from benchmarks.real_lm_table import write_tables
 from benchmarks.real_texts import Text, texts, write_list
 from benchmarks.studies import POLICIES
@@ -290,7 +290,7 @@ def evaluate(bed: Bed, given: Any, chosen: Sequence[Text], results: Results) -> 
 def usable(bed: Bed, cell: Cell, chosen: Sequence[Text]) -> list[Text]:
     """Texts that are long enough for a cell."""
     need = cell.tokens + HELD
-    return [text for text in chosen if len(bed.tokenizer.encode(text.prose[: 8 * need])) >= need]
+    return [text for text in chosen if len(bed.tokenizer.encode(text.prose[: LETTERS * need])) >= need]
 
 
 def _signals(bed: Bed, cell: Cell, chosen: Sequence[Text]) -> Signals:

@@ -26,6 +26,7 @@ MEASURES: dict[str, Callable[[Row], list[float]]] = {
     "value_held": lambda row: [float(row["value_held"])] if "value_held" in row else [],
     "fact_held": lambda row: [float(row["fact_held"])] if "fact_held" in row else [],
     "first_held": lambda row: [float(row["first_held"])] if "first_held" in row else [],
+    "entries": lambda row: [float(row["entries"])] if "entries" in row else [],
     "cpu": lambda row: [float(row["cpu"])],
 }
 PAIRED = ("rank1", "exact", "logp", "held", "verbatim")
@@ -40,6 +41,7 @@ TITLES = {
     "value_held": "value held %",
     "fact_held": "fact held %",
     "first_held": "first token held %",
+    "entries": "entries",
     "cpu": "CPU-s",
 }
 
@@ -94,7 +96,9 @@ def _shown(name: str, value: Any) -> str:
         scale, digits = (100, 1) if name in PERCENT else (1, 3)
         parts = [f"{scale * value[key]:+.{digits}f}" for key in ("value", "low", "high")]
         return f"{parts[0]} [{parts[1]}, {parts[2]}]"
-    return f"{100 * value:.1f}" if name in PERCENT else f"{value:.3f}"
+    if name in PERCENT:
+        return f"{100 * value:.1f}"
+    return f"{value:.0f}" if name == "entries" else f"{value:.3f}"
 
 
 def markdown(entries: Sequence[Mapping[str, Any]], reference: str) -> Iterator[str]:
