@@ -23,6 +23,9 @@ EVALUATION = ("tests/integration/test_evaluation.py", "tests/unit/tasks")
 COMPARISON = ("tests/unit/comparison",)
 STREAMING = ("tests/integration/test_stream.py", "tests/unit/streaming")
 SAMPLING = ("tests/unit/training",)
+LEFT_OUT_OF, LEFT = "omnimem/evaluation/left_out.py", ("tests/integration/test_left_out.py",)
+MIDWAY, ROWS = ("tests/integration/test_asked_midway.py",), ("tests/unit/test_rows.py",)
+ARMS = ("tests/unit/cli", "tests/integration/test_evaluation.py")
 
 
 @final
@@ -118,6 +121,72 @@ MUTATIONS = (
         "for key in of_a if key in of_b]",
         "for key in of_a]",
         COMPARISON,
+    ),
+    # questions within a grid, tracks, left-out questions, ranges
+    Mutation("rest counted as part of the stream", FEEDER, "after if segment.at is None else total", "after", MIDWAY),
+    Mutation("stream without tokens accepted", FEEDER, "if not tokens:", "if False:", ("tests/unit/test_rows.py",)),
+    Mutation(
+        "compaction failure under a budget excused",
+        LEFT_OUT_OF,
+        "isinstance(error, PositionsError) and policy.budget is None",
+        "isinstance(error, PositionsError)",
+        LEFT,
+    ),
+    Mutation("cause of an error not looked at", LEFT_OUT_OF, "cause = cause.__cause__", "cause = None", LEFT),
+    Mutation(
+        "answers before the failure left out too",
+        ANSWERING,
+        'self._failed(reader.sample, *reason) if line["id"] not in done]',
+        "self._failed(reader.sample, *reason)]",
+        LEFT,
+    ),
+    Mutation(
+        "arm of a missing track fails", ANSWERING, 'present not in ("both", arm.tracks)', "False", EVALUATION + MIDWAY
+    ),
+    Mutation(
+        "left-out questions are not tried again",
+        RESULTS,
+        'for line in self._lines() if not line.get("failed")}',
+        "for line in self._lines()}",
+        LEFT,
+    ),
+    Mutation(
+        "left-out questions counted as wrong",
+        "omnimem/evaluation/summary.py",
+        "lines = [line for line in lines if not is_left_out(line)]",
+        "pass",
+        LEFT,
+    ),
+    Mutation(
+        "left-out questions compared",
+        "omnimem/comparison/load.py",
+        "answer.failed is not None and is_left_out(record)",
+        "False",
+        (*COMPARISON, *LEFT),
+    ),
+    Mutation("dear arms first", "omnimem/cli/arms.py", "sorted(names, key=BY_COST.index)", "names", ARMS),
+    Mutation("question after `end` accepted", "omnimem/rows.py", "min(seconds, sample.end)", "seconds", ROWS),
+    Mutation("silent audio file accepted", "omnimem/rows.py", "not (alone and video)", "not video", ROWS),
+    Mutation(
+        "range not shared by ranks",
+        "omnimem/training/logging.py",
+        "self.trained.note(highest(self.trained.reached, trainer.args.device))",
+        "pass",
+        SAMPLING,
+    ),
+    Mutation(
+        "range of other processes not said",
+        ANSWERING,
+        'self.feeder.trained.note(summary["beyond_trained"]["reached"])',
+        "pass",
+        LEFT,
+    ),
+    Mutation(
+        "subtitles do not follow the frames",
+        "omnimem/config/__init__.py",
+        "each.subtitle_fps or fps",
+        "each.subtitle_fps or 3.0",
+        ("tests/unit/config",),
     ),
 )
 

@@ -295,6 +295,8 @@ class _Row:
             self.problem(where + "content", f"its length of {what}")
         if loss is not None and not isinstance(loss, bool):
             self.problem(where + "loss", f"expected true or false, got {got(loss)}")
+        elif loss and role != "assistant":
+            self.problem(where + "loss", "only an answer is learned; remove it, or make it false")
         # 2. check the time
         at = self.seconds(data, "at", where)
         if at is not None:

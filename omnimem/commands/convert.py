@@ -104,7 +104,7 @@ class _Row:
         messages = [{**turn, "content": without_tags(turn["content"])} for turn in turns]
         if any(CONTROL.search(turn["content"]) for turn in turns):
             self.remarks.append("signs such as <|VIDEO|> are read as text; write <video> for the stream")
-        if not isinstance(self.row.get("id", ""), str | int):
+        if not isinstance(self.row.get("id", ""), str | int) or isinstance(self.row.get("id"), bool):
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
         for key in [key for key in (*LEARNED, "at") if key in self.row]:
             self.problem(key, "is given for the whole row; give it in the turn that it is about")
@@ -209,7 +209,9 @@ class _Row:
 
 
 def without_tags(text: str) -> str:
-    """The text of a question without the tags that represent the stream."""
+    """The text of a question without the tags that represent the stream; a text without them as it is."""
+    if not any(tag in text for tag in TAGS):
+        return text
     return re.sub(rf"(?:\s*(?:{'|'.join(TAGS)}))+\s*", " ", text).strip()
 
 

@@ -119,7 +119,9 @@ class Evaluation:
         lines = Results(folder, benchmark.label, samples, WHOLE).fold()
         failures = Failures(samples=len({line["stream"] for line in lines}), max_failures=self.options.max_failures)
         failures.add(*_failures(lines))
-        return {"rules": benchmark.rules, **summarise(lines, defects=benchmark.defects())}
+        summary = summarise(lines, defects=benchmark.defects())
+        self.feeder.trained.note(summary["beyond_trained"]["reached"])  # of the streams that other processes read
+        return {"rules": benchmark.rules, **summary}
 
     def missing(self, benchmark: Benchmark, folder: Path) -> int:
         """Number of questions that no process has tried to answer."""

@@ -7,9 +7,13 @@ Sources: VLMEvalKit ("Failed to obtain answer via API.", and the refusals of its
 import re
 
 FAILURES = (
-    r"\W*(nan|none|null|nat|<na>)\W*$",  # a missing value, written as text
+    r"\W*(nan|none|null|nat|<na>|n/a)\W*$",  # a missing value, written as text
+    r"\W*(([a-z]+[ _])?(error|exception|fail(ed|ure)?)|(no|empty) (response|answer|output|prediction))\W*$",
+    r"\W*[\[<({]\W*(error|exception|failed|failure)\b",  # [ERROR] ...
+    r"\W*(error|exception|failed|failure|something went wrong)\s*[:.]",
     r"\W*(LMMS_EVAL_REQUEST_FAILED|FAILED_INFER)\b",
-    r"\W*failed to (obtain|get|generate|fetch|retrieve|receive|call|process|load|connect|decode|parse)\b",
+    r"\W*(we |I )?(fail(ed|ure)?|unable|could not|couldn't|cannot|can't) (to |in )?"
+    r"(obtain|get|generat|fetch|retriev|receiv|call|process|load|connect|decod|pars)(e|ing|ting)?\b",
     r"\W*((an?|the|internal|unknown|unexpected|server|network) )*(error|exception)\b"
     r"( (code|occurred|message|while)\b|:)",
     r"\W*([a-z_]+\.)*[a-z_]*(error|exception)\s*[:(]",  # openai.RateLimitError: ...
@@ -26,9 +30,22 @@ FAILURES = (
     r"\W*(content|prompt|output|response) (was |is )?(blocked|filtered|flagged)\b",
 )
 ANYWHERE = ("failed to obtain answer via api", "lmms_eval_request_failed")
+SIGNS = (  # anywhere, in a text that names no option by its letter
+    r"\bvia API\b",
+    r"\bAPI[ _-]?(key|error|call|request|response)\b",
+    r"\b[a-z]+(?-i:Error|Exception)\b",
+    r"\b(an?|this) (error|exception)\s*:",
+    r"\bHTTPS?ConnectionPool\b",
+    r"\b(max retries|current quota|bad gateway|internal server error|server disconnected|access denied|unauthorized)\b",
+    r"\b(gateway time-?out|operation timed out|safety filter|finish_reason|failed to generate)\b",
+    r"\b(server|service|model) (is |was |currently )*(overloaded|unavailable|had an error)\b",
+)
 REFUSALS = (
     r"\W*(I'm|I am|we are|we're) (very |really |so )?(sorry|unable|not able|afraid)\b",
-    r"\W*(sorry|apologies|my apologies|unfortunately)\b[,.]? (but )?(I|we)\b",
+    r"\W*((I|we) apologi[sz]e|sorry|apologies|my apologies|unfortunately)\b[,.]? (but )?(I|we)\b",
+    r"\W*(it is|it's) (not possible|impossible) to (answer|determine|tell|say|identify)\b",
+    r"\W*there (is|was|isn't) (not )?(insufficient|not enough|enough|no) (information|context|evidence)\b",
+    r"\W*(the|this) (answer|question) (can ?not|can't) be (determined|answered)\b",
     r"\W*(I|we) (can ?not|can't|could not|couldn't|am unable to|won't|will not) "
     r"(answer|determine|help|assist|process|view|see|watch|hear|access|provide|tell|identify|comply)\b",
     r"\W*as an? (AI|artificial|large language|language)\b",
@@ -37,6 +54,7 @@ REFUSALS = (
 # a letter by itself, which answers after all; not the word I, nor an article before a word
 LETTER = re.compile(r"\b(?-i:[B-HJ-Z]\b|A\b(?! +[a-z]))")
 _FAILURE = re.compile("|".join(FAILURES), re.IGNORECASE)
+_SIGN = re.compile("|".join(SIGNS), re.IGNORECASE)
 _REFUSAL = re.compile("|".join(REFUSALS), re.IGNORECASE)
 
 
@@ -44,7 +62,9 @@ def is_failure(prediction: str) -> bool:
     """Whether a tool wrote a failure message, or the text of a missing value, in place of a prediction."""
     text = prediction.strip()
     lower = text.lower()
-    return any(phrase in lower for phrase in ANYWHERE) or _FAILURE.match(text) is not None
+    if any(phrase in lower for phrase in ANYWHERE) or _FAILURE.match(text):
+        return True
+    return _SIGN.search(text) is not None and LETTER.search(text) is None
 
 
 def is_refusal(prediction: str) -> bool:

@@ -13,8 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback
 
 from omnimem.run import Start, append_line
+from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Modality
-from omnimem.training.collectives import gather_lists
+from omnimem.training.collectives import gather_lists, highest
 from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.nonfinite import NonFiniteGuard, mean_without
 from omnimem.tuning import Outcome, Pass, Plan, running_means, step_metrics
@@ -31,6 +32,7 @@ class StepMetrics(TrainerCallback):
     nonfinite: NonFiniteGuard
     failed: FailedSamples
     one_track: OneTrackSamples
+    trained: TrainedRange
     outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
     samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
     logged: int = 0  # the last logged step, or the one that the run began at
@@ -50,6 +52,7 @@ class StepMetrics(TrainerCallback):
         # 1. losses by name and by budget, of all ranks
         self.failed.share(trainer.args)
         self.one_track.share(trainer.args)
+        self.trained.note(highest(self.trained.reached, trainer.args.device))
         passes = gather_lists(self._passes(), ranks)
         complete = {**logs, **step_metrics(passes), **running_means(passes, state.log_history)}
         # 2. memory, tokens and time of the streams of this rank

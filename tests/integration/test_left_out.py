@@ -210,3 +210,16 @@ def test_beyond_the_trained_range_is_said_once_and_recorded(
         assert (counted["reached"] >= 24) is (positions == "original")
     said = [line for line in capsys.readouterr().err.splitlines() if "that the model was trained on" in line]
     assert len(said) == (1 if positions == "original" else 0)
+
+
+def test_what_another_process_read_beyond_the_trained_range_is_said_by_the_first(
+    backbone, attached, videos, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(type(backbone), "trained_positions", property(lambda self: 24))
+    asked, arm = Given([sample(video) for video in videos]), Arm(name="tuned", policy=policy_of(attached, 4))
+    monkeypatch.setenv("RANK", "1")
+    evaluation(backbone, attached).answer(arm, asked, tmp_path / "eval")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    evaluation(backbone, attached).conclude(asked, tmp_path / "eval")
+    assert capsys.readouterr().err.count("that the model was trained on") == 1

@@ -87,6 +87,7 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"messages": [{"role": "human", "content": "?"}]}, "1 messages[0].role: expected system, user, assistant,"),
         ({"messages": [{"role": "user", "content": " "}]}, "1 messages[0].content: expected text"),
         ({"messages": [ASK[0], {**ASK[1], "loss": 1}]}, "1 messages[1].loss: expected true or false, got 1"),
+        ({"messages": [{**ASK[0], "loss": True}, ASK[1]]}, "1 messages[0].loss: only an answer is learned"),
         ({"messages": [ASK[0], {**ASK[1], "at": 3}]}, "1 messages[1].at: only a user message has a time"),
         ({"messages": [{**ASK[0], "at": 70}], "end": 60}, "1 messages[0].at: 70.0 is outside the stream (0.0, 60.0]"),
         ({"messages": ASK[1:]}, "1 messages[0].role: an answer without a question"),

@@ -98,6 +98,22 @@ def test_values_are_kept_as_written(media) -> None:
     assert [sample.meta for sample in read_manifest(media / "train.jsonl")] == [{}, {**facts, "seed": 3}]
 
 
+@pytest.mark.parametrize("answer", [" that\n", "that\n\n  this", "\u00a0that", "a  b"])
+def test_blanks_of_an_answer_are_kept_as_written(media, answer) -> None:
+    question = swift("<video>\nwhat ?")["messages"][0]
+    assert run(media, [swift(messages=[question, {"role": "assistant", "content": answer}])])[0] == 0
+    (asked,) = read_manifest(media / "train.jsonl")[0].questions
+    assert (asked.text, asked.answer) == ("what ?", answer)
+
+
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "training"])
+def test_a_question_that_is_to_be_learned_is_refused(media, capsys, key) -> None:
+    row = swift()
+    row["messages"][0][key] = True
+    assert run(media, [row])[0] == 2
+    assert "messages[0].loss: only an answer is learned" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mask", [{"loss": False}, {"loss": 0}, {"weight": 0.0}, {"train": False}, {"training": 0}])
 def test_a_masked_answer_is_not_learned_and_the_time_of_a_question_is_kept(media, mask) -> None:
     row = turned(**mask)
