@@ -104,6 +104,7 @@ class StreamedAttention:
     def __init__(self, text_model: PreTrainedModel, recompute_layers: bool = False) -> None:
         self.text_model, self.recompute_layers = text_model, recompute_layers
         self.shape = shape_of(text_model)
+        self.axes = axes_of(text_model)
 
     def run(
         self,
@@ -119,7 +120,7 @@ class StreamedAttention:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
         with self._recomputing():
             result = self.text_model(
-                inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), use_cache=False, **extra
+                inputs_embeds=embeddings, position_ids=self._ids(positions.transpose(0, 1)), use_cache=False, **extra
             )
         return result.last_hidden_state
 
@@ -134,7 +135,7 @@ class StreamedAttention:
         """Output of consecutive layers alone, those with an entry in `memories`, computed as in a whole pass."""
         model: Any = self.text_model
         extra: dict[str, Any] = {"past_key_values": None, "position_ids": None, KEYWORD: _Layer(step, memories)}
-        rotary = model.rotary_emb(states, positions.transpose(0, 1))
+        rotary = model.rotary_emb(states, self._ids(positions.transpose(0, 1)))
         with self._recomputing():
             for number in memories:
                 states = model.layers[number](states, attention_mask=None, position_embeddings=rotary, **extra)
@@ -160,7 +161,7 @@ class StreamedAttention:
         with torch.random.fork_rng(devices=[states.device] if states.is_cuda else []):
             decoder.self_attn(
                 hidden_states=decoder.input_layernorm(states),
-                position_embeddings=model.rotary_emb(states, positions.transpose(0, 1)),
+                position_embeddings=model.rotary_emb(states, self._ids(positions.transpose(0, 1))),
                 attention_mask=None,
                 **{KEYWORD: _Layer(step, {}, layer, states)},
             )
@@ -187,7 +188,11 @@ class StreamedAttention:
         """cos and sin of the model's own rotary embedding, axes merged, [batch, tokens, dim]."""
         like = torch.zeros(1, dtype=torch.float32, device=positions.device)
         model: Any = self.text_model
-        return model.rotary_emb(like, positions)
+        return model.rotary_emb(like, self._ids(positions))
+
+    def _ids(self, positions: Int[Tensor, "axes batch tokens"]) -> Tensor:
+        """Positions as the model takes them: all axes, or the time of a model of plain text."""
+        return positions if self.axes == 3 else positions[0]
 
 
 def _layer_hook(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
@@ -232,6 +237,20 @@ def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) 
         return inner(*fixed, states, *others, **named, **{KEYWORD: given})
 
     return checkpoint(again, states, *memory, *(leaves[place] for place in places), use_reentrant=False)
+
+
+def axes_of(text_model: PreTrainedModel) -> int:
+    """Axes of the model's positions: 3 (time, height, width), or 1 of a language model of plain text.
+
+    The rotary embedding itself decides: the axes may be missing in a config whose class has a default for them.
+    """
+    rotary, device = cast(Any, text_model).rotary_emb, text_model.device
+    positions = torch.zeros(3, 2, 1, dtype=torch.long, device=device)
+    try:
+        cos, _ = rotary(torch.zeros(1, device=device), positions)
+    except RuntimeError:  # batch and axis of the positions do not agree
+        return 1
+    return 3 if cos.shape[:-1] == (2, 1) else 1
 
 
 def shape_of(text_model: PreTrainedModel) -> Shape:

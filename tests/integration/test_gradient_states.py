@@ -16,7 +16,7 @@ from support.gradients import (
     loss_of,
     streamed_loss_of,
 )
-from support.models import FAMILIES
+from support.models import FAMILIES, position_ids
 from support.streams import policy_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ def pair_of(model: PreTrainedModel, layer: int, states: Tensor, positions: Tenso
     if model.config.model_type.startswith("qwen3"):
         keys = attention.k_norm(keys)
     keys = keys.transpose(1, 2)
-    cos, sin = (part[:, None] for part in model.rotary_emb(states, positions.transpose(0, 1)))
+    cos, sin = (part[:, None] for part in model.rotary_emb(states, position_ids(model, positions)))
     first, second = keys.chunk(2, dim=-1)
     return keys * cos + torch.cat([-second, first], dim=-1) * sin, values.transpose(1, 2)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    LlamaConfig,
+    LlamaModel,
     PreTrainedModel,
     Qwen2_5_VLTextConfig,
     Qwen2_5OmniTextConfig,
@@ -20,7 +22,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from omnimem.tokens import Chunk, DeepStack, Modality
 
-FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni")
+FAMILIES = ("qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni", "llama")
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -35,12 +37,16 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
 def text_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random text model of one of the four families, in evaluation mode."""
+    """A random text model of one of the families, in evaluation mode."""
     torch.manual_seed(seed)
     if family == "qwen2_5_omni":
         model = Qwen2_5OmniThinkerTextModel._from_config(Qwen2_5OmniTextConfig(**SIZES, rope_parameters=dict(ROPE)))
     elif family == "qwen2_5_vl":
         model = Qwen2_5_VLTextModel._from_config(Qwen2_5_VLTextConfig(**SIZES, rope_parameters=dict(ROPE)))
+    elif family == "llama":  # plain text: positions have one axis
+        model = LlamaModel._from_config(
+            LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+        )
     elif family == "qwen3_vl":
         model = Qwen3VLTextModel._from_config(Qwen3VLTextConfig(**SIZES, head_dim=16, rope_parameters=dict(ROPE)))
     else:
@@ -106,14 +112,20 @@ def merged(chunks: Sequence[Chunk]) -> Chunk:
     return Chunk(**parts, deepstack=deepstack)
 
 
+def position_ids(model: PreTrainedModel, positions: Tensor) -> Tensor:
+    """Positions [batch, axes, tokens] as the model takes them: axes first, or the first axis alone."""
+    return positions[:, 0] if isinstance(model, LlamaModel) else positions.transpose(0, 1)
+
+
 def one_shot(model: PreTrainedModel, whole: Chunk) -> Tensor:
     """Hidden states of the stock forward pass over the whole stream."""
     extra = {}
     if whole.deepstack is not None:
         extra = {"visual_pos_masks": whole.deepstack.mask, "deepstack_visual_embeds": list(whole.deepstack.features)}
-    result = model(
-        inputs_embeds=whole.embeddings, position_ids=whole.positions.transpose(0, 1), use_cache=False, **extra
-    )
+    if isinstance(model, LlamaModel):  # without a mask, repeated positions would separate packed sequences
+        extra = {"attention_mask": torch.ones(whole.modality.shape, dtype=torch.long)}
+    places = position_ids(model, whole.positions)
+    result = model(inputs_embeds=whole.embeddings, position_ids=places, use_cache=False, **extra)
     return result.last_hidden_state
 
 

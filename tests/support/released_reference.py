@@ -16,6 +16,7 @@ from omnimem.streaming.prompt_pass import Prompt
 from omnimem.tokens import Chunk
 from support import reference
 from support.episodes import mean_answer_loss
+from support.models import position_ids
 
 AXIS = {"states": 1, "positions": 2, "modality": 1, "order": 1}  # of the tokens
 
@@ -88,7 +89,7 @@ class SlowRelease:
         count = rows.states.shape[1]
         seen = torch.ones(count, count, dtype=torch.bool).tril() if seen is None else seen
         mask = torch.zeros(count, count, dtype=rows.states.dtype).masked_fill(~seen, float("-inf"))
-        rotary = self.model.rotary_emb(rows.states, rows.positions.transpose(0, 1))
+        rotary = self.model.rotary_emb(rows.states, position_ids(self.model, rows.positions))
         return self.model.layers[layer](
             rows.states, attention_mask=mask[None, None], position_embeddings=rotary, past_key_values=None
         )
