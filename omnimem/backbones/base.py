@@ -23,6 +23,10 @@ class LayoutError(UserError):
     """A stream that cannot be cut into chunks as configured; the message says why and how to fix it."""
 
 
+class CheckpointError(UserError):
+    """A folder that is not a checkpoint of its family, or lacks a file; the message says which and how to fix it."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -74,6 +78,28 @@ def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
                 "of equal length and frame size, or set the batch size to 1"
             )
         yield _joined(row)
+
+
+def grouped(segments: Iterable[Encoded], *, chunk_tokens: int, cuts: Sequence[float]) -> Iterator[list[Encoded]]:
+    """Segments joined up to `chunk_tokens` tokens, never across a cut (seconds).
+
+    Raises LayoutError when a single segment is larger than `chunk_tokens`.
+    """
+    pending: list[Encoded] = []
+    for segment in segments:
+        if segment.count > chunk_tokens:
+            raise LayoutError(
+                f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
+                f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
+            )
+        full = sum(held.count for held in pending) + segment.count > chunk_tokens
+        cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
+        if pending and (full or cut_here):
+            yield pending
+            pending = []
+        pending.append(segment)
+    if pending:
+        yield pending
 
 
 def _joined(row: Sequence[Encoded]) -> Encoded:
