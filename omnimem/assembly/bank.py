@@ -40,8 +40,8 @@ class Part:
 
 PARTS: tuple[Part, ...] = (
     Part(name="fit", media="fit", first=0, count=31, tracks="both"),
-    Part(name="fitv", media="fit", first=100, count=20, tracks="video"),
-    Part(name="fita", media="fit", first=10_000, count=40, tracks="audio", all_spoken=True),
+    Part(name="fitv", media="fit", first=100, count=40, tracks="video"),
+    Part(name="fita", media="fit", first=10_000, count=80, tracks="audio", all_spoken=True),
     Part(name="adapter", media="adapter", first=0, count=30, tracks="both", length=3),
     Part(name="adapterv", media="adapter", first=200, count=12, tracks="video"),
 )

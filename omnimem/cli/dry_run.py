@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones import Encoded, Qwen25Omni, Turn
+from omnimem.backbones.assembled import FAMILY
 from omnimem.backbones.base import Tracks
+from omnimem.backbones.load import model_type
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.comparison.formatting import span
@@ -28,6 +30,7 @@ from omnimem.data import Message, Sample, read_manifest
 from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
+from omnimem.shipped import shipped
 from omnimem.streaming.feeder import IGNORED, tracks_of
 from omnimem.tokens import Modality
 from omnimem.training.zero3 import stage_of
@@ -87,6 +90,9 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     """The backbone from its configuration files only; None if its shapes are unknown."""
     # 1. configuration files
     path = run.model.path
+    if model_type(Path(shipped(path))) == FAMILY:
+        missing.append(f"shapes of {path}: a dry run knows those of Qwen2.5-Omni only; sample and memory are left out")
+        return None
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
         missing.append(f"weights of {path}; get them with `hf download {path}`, or set model.path to a local folder")
