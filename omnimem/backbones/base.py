@@ -77,6 +77,36 @@ def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
         yield _joined(row)
 
 
+def grouped(segments: Iterable[Encoded], *, chunk_tokens: int, cuts: Sequence[float]) -> Iterator[list[Encoded]]:
+    """Segments joined up to `chunk_tokens` tokens, never across a cut (seconds); a rest (`Encoded.at`) stays alone.
+
+    Raises LayoutError when a single segment is larger than `chunk_tokens`.
+    """
+    pending: list[Encoded] = []
+    for segment in segments:
+        if segment.count > chunk_tokens:
+            raise LayoutError(
+                f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
+                f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
+            )
+        if not segment.count:  # audio of less than one token
+            continue
+        if segment.at is not None:
+            if pending:
+                yield pending
+                pending = []
+            yield [segment]
+            continue
+        full = sum(held.count for held in pending) + segment.count > chunk_tokens
+        cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
+        if pending and (full or cut_here):
+            yield pending
+            pending = []
+        pending.append(segment)
+    if pending:
+        yield pending
+
+
 def _joined(row: Sequence[Encoded]) -> Encoded:
     visual = [segment.visual for segment in row if segment.visual is not None]
     audio = [segment.audio for segment in row if segment.audio is not None]

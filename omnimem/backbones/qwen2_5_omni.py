@@ -4,7 +4,6 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 `seconds_per_chunk`; a stream with one track has only the markers of that track.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -29,20 +28,16 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 from transformers.utils import cached_file
 
-from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Tracks, Turn, labelled
+from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
 from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_weights
+from omnimem.backbones.prompt_text import CUT, PromptText
 from omnimem.backbones.template import TemplateFailure, render_bounded
-from omnimem.errors import UserError
-from omnimem.limits import exceeds
 from omnimem.media import Geometry, LogMel, Segment
-from omnimem.shipped import shipped
-from omnimem.textfile import StoredFileError, read_stored, whole_characters
+from omnimem.textfile import StoredFileError, read_stored
 from omnimem.tokens import Chunk, Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 SAMPLE = "\x00"  # placeholder of the question while the template is rendered
-CUT = "\ud800"  # within a control token that users wrote; no text holds this half of a character
-SIGN = re.compile(r"<\|.+\|>")  # a control token, even if it is not marked as special (<|fim_prefix|>)
 # the tokens before and after the tracks of a stream
 BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
 END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",), "audio": ("<|audio_eos|>",)}
@@ -89,9 +84,7 @@ class Qwen25Omni(Backbone):
             positions_per_second=float(config.position_id_per_seconds),
             seconds_per_chunk=float(config.seconds_per_chunk),
         )
-        tokens = tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in tokens if token.special or SIGN.fullmatch(token.content)}
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        self._text = PromptText(tokenizer)
         self._opening, self._closing = self._rendered(system)
 
     @classmethod
@@ -233,37 +226,14 @@ class Qwen25Omni(Backbone):
         """
         # 1. the opening
         text = self._opening if system is None else self._rendered(system)[0]
-        opening = self._text_ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
+        opening = self._text.ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
         yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
         # 2. the segments
         layout = _Layout(rates=self.rates, base=count)
-        pending: list[Encoded] = []
-        for segment in segments:
-            if not segment.count:  # audio of less than one token
-                continue
-            if segment.count > chunk_tokens:
-                raise LayoutError(
-                    f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
-                    f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
-                )
-            if segment.count == 0:  # audio shorter than a token
-                continue
-            if segment.at is not None:
-                if pending:
-                    yield layout.chunk(pending)
-                    pending = []
-                yield copy(layout).chunk([segment])
-                continue
-            full = sum(held.count for held in pending) + segment.count > chunk_tokens
-            cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
-            if pending and (full or cut_here):
-                yield layout.chunk(pending)
-                pending = []
-            pending.append(segment)
-        if pending:
-            yield layout.chunk(pending)
+        for group in grouped(segments, chunk_tokens=chunk_tokens, cuts=cuts):
+            yield (layout if group[0].at is None else copy(layout)).chunk(group)  # a rest moves nothing on
 
     def _text_chunk(self, ids: list[int], places: list[int], batch: int) -> Chunk:
         device = self.device
@@ -274,20 +244,9 @@ class Qwen25Omni(Backbone):
         modality = torch.zeros(batch, len(ids), dtype=torch.int8, device=device)
         return Chunk(embeddings=embeddings, positions=positions, modality=modality)
 
-    def _text_ids(self, text: str) -> list[int]:
-        parts = text.split(CUT) if CUT in text else [text]
-        return [token for part in parts for token in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
-
-    def _plain(self, text: str) -> str:
-        """A user's text with a cut in every control token, which is then encoded as text."""
-        text = whole_characters(text)
-        if what := exceeds("text_characters", len(text)):
-            raise UserError(f"a text of {len(text):,} characters, {text[:40]!a}...: {what}")
-        return self._control.sub(lambda found: found[0][:1] + CUT + found[0][1:], text)
-
     def _rendered(self, system: str | None) -> tuple[str, str]:
         """The template before and after the stream; its system text is a user's."""
-        return _render_template(self.tokenizer, None if system is None else self._plain(system))
+        return _render_template(self.tokenizer, None if system is None else self._text.plain(system))
 
     def framed(self, question: str, *, system: str | None = None) -> str:
         """The opening, then the user's turn with the question."""
@@ -296,7 +255,7 @@ class Qwen25Omni(Backbone):
 
     def probe(self, text: str | None) -> list[int]:
         """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""
-        return self._text_ids(self._closing.partition(SAMPLE)[2] if text is None else text)
+        return self._text.ids(self._closing.partition(SAMPLE)[2] if text is None else text)
 
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """(ids, offsets, labels) of the tracks' end markers (both at one position), the question and the answer.
@@ -304,9 +263,9 @@ class Qwen25Omni(Backbone):
         A label is at the token that predicts it; it is -100 elsewhere.
         """
         end = [self._id(token) for token in (END[tracks] if tracks else ())]
-        asked = self._text_ids(self._closing.replace(SAMPLE, self._plain(turn.text)) if turn.ids is None else "")
-        answer = [] if turn.answer is None else [*self._text_ids(self._plain(turn.answer)), self.stop[0]]
-        given = self._text_ids(self._plain(turn.given))
+        asked = self._text.ids(self._closing.replace(SAMPLE, self._text.plain(turn.text)) if turn.ids is None else "")
+        answer = [] if turn.answer is None else [*self._text.ids(self._text.plain(turn.answer)), self.stop[0]]
+        given = self._text.ids(self._text.plain(turn.given))
         ids, labels = labelled([*end, *asked, *(turn.ids or ()), *given], answer)
         shared = 1 if len(end) == 2 else 0
         offsets = [max(0, number - shared) for number in range(len(ids))]
@@ -492,19 +451,6 @@ def _file(path: str, name: str) -> Path | None:
         path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
     return None if found is None else Path(found)
-
-
-def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
-    """Load the checkpoint at `options.path`, frozen, on `device` (None: the GPU if there is one).
-
-    The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id.
-
-    Supports the Qwen2.5-Omni family. Raises CheckpointError when a file is missing.
-    """
-    backbone = Qwen25Omni.load(replace(options, path=shipped(options.path)))
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    nn.Module.to(backbone.model.requires_grad_(False), place)
-    return backbone
 
 
 def _part(model: nn.Module, kind: type[Part]) -> Part:

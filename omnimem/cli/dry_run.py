@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.backbones import Encoded, Qwen25Omni, Turn
+from omnimem.backbones.assembled import FAMILY
 from omnimem.backbones.files import AGAIN
+from omnimem.backbones.load import model_type
 from omnimem.backbones.qwen2_5_omni import audio_tokens
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.comparison.formatting import span
@@ -29,6 +31,7 @@ from omnimem.footprint import Load, Shapes, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
+from omnimem.shipped import shipped
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
@@ -90,6 +93,9 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     """The backbone from its configuration files only; None if its shapes are unknown."""
     # 1. configuration files
     path = run.model.path
+    if model_type(Path(shipped(path))) == FAMILY:
+        missing.append(f"shapes of {path}: a dry run knows those of Qwen2.5-Omni only; sample and memory are left out")
+        return None
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
         missing.append(f"weights of {path}; get them with `hf download {path}`, or set model.path to a local folder")

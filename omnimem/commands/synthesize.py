@@ -1,6 +1,11 @@
 """Render the audio-visual recall task: seeded streams as mp4 files, and one manifest per split.
 
     omnimem synthesize --out data/recall --seconds 64 --train 512 --calibration 64 --test 80 --seed 1
+    omnimem synthesize --world pictures --out data/pictures --train 16 --calibration 4 --test 24
+
+Worlds: `symbols`, coloured shapes and artificial voices, for the bundled tiny checkpoint; `pictures`, emoji and spoken
+English words, for the assembled one (needs espeak-ng, flite and the font Noto Color Emoji). The renderings and voices
+of `pictures` in the test split occur in no other split, and not in the fit of that checkpoint.
 
 Can be repeated: existing files are kept, missing ones are rendered. A folder belongs to one recipe (recipe.json);
 another recipe is refused. The recipe does not include the number of streams: stream i of a split is always the same.
@@ -23,12 +28,15 @@ from tqdm import tqdm
 from omnimem.aside import written_aside
 from omnimem.cli.parser import Parser
 from omnimem.errors import UserError
-from omnimem.recall.renderer import EDITION, write_mp4
+from omnimem.recall import pictures_renderer, renderer
+from omnimem.recall.pictures import Media, PictureOptions, PictureWorld, draw_pictures
 from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
 from omnimem.run import write_text
 from omnimem.textfile import StoredFileError, read_stored
 
 SPLITS = ("train", "calibration", "test")
+MEDIA: dict[str, Media] = {"train": "adapter", "calibration": "adapter", "test": "test"}
+SHORTEST = {"symbols": SLOT, "pictures": 6}  # seconds of a stream
 
 
 @final
@@ -37,7 +45,7 @@ class Stream:
     """One file to render."""
 
     id: str
-    world: World
+    world: World | PictureWorld
 
     @property
     def video(self) -> str:
@@ -52,32 +60,39 @@ class Recipe:
 
     seconds: int
     seed: int
-    options: WorldOptions
+    options: WorldOptions | PictureOptions
+
+    def draw(self, seed: int, seconds: int, split: str) -> World | PictureWorld:
+        """The world of a seed."""
+        if isinstance(self.options, PictureOptions):
+            return draw_pictures(seed, seconds, MEDIA[split], self.options)
+        return draw_world(seed, seconds, self.options)
 
     def stream(self, split: str, index: int) -> Stream:
         """Stream `index` of a split: the first world of its seeds that has a question."""
         for attempt in count():
             numbers = (self.seed, SPLITS.index(split), index, attempt)
             seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 16
-            world = draw_world(seed, self.seconds, self.options)
+            world = self.draw(seed, self.seconds, split)
             if world.questions:
                 return Stream(id=f"{split}-{index:05d}", world=world)
         raise AssertionError("count() does not end")
 
     def record(self) -> dict[str, Any]:
         """Content of recipe.json; the digest changes with the rules that worlds are drawn by."""
-        example = draw_world(0, 64, self.options)
+        example = self.draw(0, 64, "test")
+        drawn_by = pictures_renderer if isinstance(self.options, PictureOptions) else renderer
         return {
             "seconds": self.seconds,
             "seed": self.seed,
-            "options": asdict(self.options),
-            "renderer_edition": EDITION,
+            "options": json.loads(json.dumps(asdict(self.options))),
+            "renderer_edition": drawn_by.EDITION,
             "rules_sha256": hashlib.sha256(repr(example).encode()).hexdigest(),
         }
 
 
 class RecipeError(UserError):
-    """The folder holds streams of another recipe; one line per difference."""
+    """A length that cannot be drawn, or a folder that holds streams of another recipe; one line per difference."""
 
 
 def claim(out: Path, recipe: Recipe) -> None:
@@ -135,7 +150,10 @@ def _made(out: Path, streams: Sequence[Stream], workers: int) -> Iterator[None]:
 def make(out: Path, stream: Stream) -> None:
     """Render under another name first: an existing file is always complete, whoever else renders it."""
     with written_aside(out / stream.video) as part:
-        write_mp4(stream.world, part)
+        if isinstance(stream.world, PictureWorld):
+            pictures_renderer.write_pictures(stream.world, part)
+        else:
+            renderer.write_mp4(stream.world, part)
 
 
 def manifest_line(stream: Stream) -> dict[str, Any]:
@@ -149,7 +167,9 @@ def manifest_line(stream: Stream) -> dict[str, Any]:
         "seconds": world.seconds,
         "seed": world.seed,
         "kinds": [question.kind for question in world.questions],
-        "evidence": [evidence(world, question) for question in world.questions],
+        "evidence": [*world.evidence]
+        if isinstance(world, PictureWorld)
+        else [evidence(world, question) for question in world.questions],
     }
     return {"id": stream.id, "video": stream.video, "audio": None, "messages": messages, "meta": meta}
 
@@ -166,7 +186,10 @@ def evidence(world: World, question: Question) -> tuple[int, int]:
 def main(arguments: Sequence[str]) -> None:
     """Render the missing streams and write the manifests; raises RecipeError if the folder has another recipe."""
     given = _parser().parse(arguments)
-    recipe = Recipe(seconds=given.seconds, seed=given.seed, options=WorldOptions())
+    if given.world == "pictures" and (given.seconds < SHORTEST["pictures"] or given.seconds % 2):
+        raise RecipeError(f"--seconds {given.seconds}: scenes of pictures need an even number, at least 6")
+    options = PictureOptions() if given.world == "pictures" else WorldOptions()
+    recipe = Recipe(seconds=given.seconds, seed=given.seed, options=options)
     counts = {split: getattr(given, split) for split in SPLITS}
     made = synthesize(given.out, recipe, counts, given.workers)
     total = sum(counts.values())
@@ -176,6 +199,7 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/recall"), help="folder (default: %(default)s)")
+    parser.add_argument("--world", choices=SHORTEST, default="symbols", help="what is rendered (default: %(default)s)")
     parser.add_argument("--seconds", type=_at_least(SLOT), default=64, help="length of a stream (default: %(default)s)")
     for split, number in zip(SPLITS, (512, 64, 80), strict=True):
         parser.add_argument(f"--{split}", type=_at_least(0), default=number, help="streams (default: %(default)s)")

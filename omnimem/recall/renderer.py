@@ -6,7 +6,7 @@ flickering cells. Audio: one-second utterances over babble; an utterance is a vo
 1.3 kHz) plus a word (three syllables, each one partial above 1.3 kHz).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, lru_cache
 from pathlib import Path
@@ -326,43 +326,62 @@ AUDIO_BITS = 64_000
 
 
 def write_mp4(world: World, path: Path) -> None:
-    """Write H.264 (crf 23, yuv420p, 4 frames per second) and AAC (64 kb/s), rendered and encoded block by block.
+    """Write a recall world with 4 frames per second (`write_stream`)."""
 
+    def frames(start: int, end: int) -> Bytes:
+        return render_frames(world, MP4_FRAME_RATE, start, end)
+
+    def samples(start: int, end: int) -> Floats:
+        return render_audio(world, SAMPLE_RATE, start, end)
+
+    write_stream(path, world.seconds, frames, samples)
+
+
+def write_stream(
+    path: Path,
+    seconds: int,
+    frames: Callable[[int, int], Bytes],
+    samples: Callable[[int, int], Floats],
+    *,
+    size: int = FRAME_SIZE,
+    frame_rate: int = MP4_FRAME_RATE,
+) -> None:
+    """Write H.264 (crf 23, yuv420p) and AAC (64 kb/s), rendered and encoded block by block.
+
+    `frames` and `samples` give those of the seconds [start, end): uint8 [frames, 3, size, size] and float32 at 16 kHz.
     Each encoder uses one thread, so that equal library versions write equal bytes.
     """
     with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=MP4_FRAME_RATE)
-        video.width = video.height = FRAME_SIZE
+        video = container.add_stream("libx264", rate=frame_rate)
+        video.width = video.height = size
         video.pix_fmt = "yuv420p"
         video.thread_count = 1
-        video.gop_size = BLOCK * MP4_FRAME_RATE
+        video.gop_size = BLOCK * frame_rate
         # x264's macroblock tree is not deterministic for frames this small
         video.options = {"crf": str(VIDEO_CRF), "preset": "veryfast", "mbtree": "0"}
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         audio.bit_rate = AUDIO_BITS
-        for start in range(0, world.seconds, BLOCK):
-            end = min(start + BLOCK, world.seconds)
-            for video_frame in _video_frames(world, start, end):
+        for start in range(0, seconds, BLOCK):
+            end = min(start + BLOCK, seconds)
+            for video_frame in _video_frames(frames(start, end), start * frame_rate, frame_rate):
                 container.mux(video.encode(video_frame))
-            for audio_frame in _audio_frames(world, start, end):
+            for audio_frame in _audio_frames(samples(start, end), start * SAMPLE_RATE):
                 container.mux(audio.encode(audio_frame))
         container.mux(video.encode(None))
         container.mux(audio.encode(None))
 
 
-def _video_frames(world: World, start: int, end: int) -> Iterator[av.VideoFrame]:
-    frames = render_frames(world, MP4_FRAME_RATE, start, end).transpose(0, 2, 3, 1)
-    for number, pixels in enumerate(frames, start * MP4_FRAME_RATE):
+def _video_frames(frames: Bytes, first: int, frame_rate: int) -> Iterator[av.VideoFrame]:
+    for number, pixels in enumerate(frames.transpose(0, 2, 3, 1), first):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        frame.pts, frame.time_base = number, Fraction(1, MP4_FRAME_RATE)
+        frame.pts, frame.time_base = number, Fraction(1, frame_rate)
         yield frame
 
 
-def _audio_frames(world: World, start: int, end: int) -> Iterator[av.AudioFrame]:
+def _audio_frames(samples: Floats, first: int) -> Iterator[av.AudioFrame]:
     """Audio in frames of 1,024 samples, as the AAC encoder requires; BLOCK seconds are a whole number of them."""
-    samples = render_audio(world, SAMPLE_RATE, start, end)
     for offset in range(0, len(samples), 1024):
         frame = av.AudioFrame.from_ndarray(samples[None, offset : offset + 1024], format="fltp", layout="mono")
         frame.sample_rate = SAMPLE_RATE
-        frame.pts, frame.time_base = start * SAMPLE_RATE + offset, Fraction(1, SAMPLE_RATE)
+        frame.pts, frame.time_base = first + offset, Fraction(1, SAMPLE_RATE)
         yield frame

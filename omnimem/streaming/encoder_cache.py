@@ -46,7 +46,7 @@ def fingerprint(backbone: Backbone) -> str:
     """sha256 of the encoders' weights and of the geometry they read."""
     digest = hashlib.sha256(f"{backbone.geometry}".encode())
     for tensor in backbone.encoder_weights():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ import torch
 from support import thinkers
 
 from omnimem.backbones import load_backbone
+from omnimem.backbones.assembled import FAMILY
 from omnimem.cli import dry_run as preview
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.config import RunConfig, load
@@ -152,3 +153,9 @@ def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, cap
     said = capsys.readouterr().out
     assert "slots per layer in training, one drawn per step: 4 to 9\n" in said
     assert "chunk_tokens in training, one drawn per step: 20 to 70\n" in said
+
+
+def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, capsys) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": FAMILY}))
+    assert "a dry run knows those of Qwen2.5-Omni only" in shown(capsys, f"model.path={tmp_path / 'base'}")

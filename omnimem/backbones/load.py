@@ -1,0 +1,36 @@
+"""Chooses the family of a checkpoint."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from omnimem.backbones.assembled import FAMILY, Assembled
+from omnimem.backbones.base import Backbone, ModelOptions
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
+from omnimem.shipped import shipped
+
+
+def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
+    """Load the checkpoint at `options.path`, frozen, on `device` (None: the GPU if there is one).
+
+    The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id. The family
+    is Qwen2.5-Omni, unless config.json names the assembled one. Raises CheckpointError when a file is missing.
+    """
+    options = replace(options, path=shipped(options.path))
+    family = Assembled if model_type(Path(options.path)) == FAMILY else Qwen25Omni
+    backbone = family.load(options)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    nn.Module.to(backbone.model.requires_grad_(False), place)
+    return backbone
+
+
+def model_type(folder: Path) -> str | None:
+    """The model_type in the config.json of a local folder; None where there is none."""
+    try:
+        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a hub id, or a folder that its family refuses with a reason
+        return None
+    return table.get("model_type") if isinstance(table, dict) else None
