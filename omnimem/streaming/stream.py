@@ -7,6 +7,7 @@ from typing import final
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, projection
@@ -110,6 +111,8 @@ class Stream:
         Raises ValueError when positions pass `last_position` even with a compacted memory.
         """
         # 1. place: the positions of the chunk in this stream
+        if self.attached.axes == 1:  # only time; other axes would not move with visual tokens, and count as reached
+            chunk = replace(chunk, positions=F.pad(chunk.positions[:, :1], (0, 0, 0, 2)))
         chunk, compaction = self._placed(chunk)
         # 2. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
