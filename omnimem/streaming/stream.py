@@ -8,6 +8,7 @@ from typing import final
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from omnimem.errors import UserError
 from omnimem.memory import Memory
@@ -159,6 +160,8 @@ class Stream:
         config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
         # 2. place: the positions of the chunk in this stream
         self.tracks = chunk.tracks or self.tracks
+        if self.attached.axes == 1:  # only time; other axes would not move with visual tokens, and count as reached
+            chunk = replace(chunk, positions=F.pad(chunk.positions[:, :1], (0, 0, 0, 2)))
         chunk, compaction = self._placed(chunk)
         # 3. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed

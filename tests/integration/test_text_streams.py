@@ -7,9 +7,11 @@ from support.text_models import causal_model, text_lm
 
 from omnimem.backbones.base import Turn
 from omnimem.budget import Budget
-from omnimem.policies import PerturbationOptions
+from omnimem.policies import ControlOptions, PerturbationOptions
 from omnimem.policies.baselines.oracle import OracleOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
 from omnimem.streaming.text_feeder import TextFeeder, TextQuestion, TextSample
 from omnimem.tokens import Modality
 from omnimem.tuning import (
@@ -125,6 +127,26 @@ def test_the_oracle_keeps_the_needles() -> None:
     before = len(model.ids(model._opening, control=True))
     layer = stream.memory.layers[0]
     assert layer.order[0][layer.modality[0] > 0].tolist() == [before + 3, before + 100]
+
+
+@pytest.mark.parametrize("modality", [Modality.VISUAL, Modality.AUDIO])
+@pytest.mark.parametrize("compact", [False, True], ids=["reindex", "positions run out"])
+def test_kept_text_moves_up_and_new_text_follows_it(modality, compact) -> None:
+    model = text_lm(template=False, system="abc")
+    sample = TextSample(id="s", segments=(model.segment(STORY, modality),))
+    policy = ControlOptions(name="recency").build(BUDGET) if compact else StreamingLLMOptions().build(BUDGET)
+    with attach(model.text_model) as attached, torch.no_grad():
+        stream = Stream(attached, policy, last_position=3 + 16 + 24 + 8 if compact else None)
+        for chunk in TextFeeder(model, chunk_tokens=24).chunks([sample]):
+            stream.feed(chunk)
+            times = stream.memory.layers[0].positions[0, 0]
+            assert bool((times[1:] > times[:-1]).all())
+            assert stream.next_position == int(times.max()) + 1
+            assert stream.next_position <= 3 + 16 + 24 + (8 if compact else 0)
+    assert stream.moved > 0
+
+
+BUDGET = Budget.shared(4, 16)
 
 
 def test_a_text_model_alone_takes_an_adapter_and_its_encoders_would_not() -> None:
