@@ -81,6 +81,16 @@ def require_whole(folder: Path) -> None:
         raise CheckpointError(str(error)) from error
 
 
+def require_size(path: str, weights: int) -> None:
+    """Raises CheckpointError if config.json describes more weights than a local folder has bytes of them."""
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    if Path(path).is_dir() and weights > size:
+        raise CheckpointError(
+            f"{path}: config.json describes {weights:,} weights, the weight files have {size:,} bytes; copy all files "
+            "of one model again"
+        )
+
+
 def require_weights(path: str, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError if weights were not in the files: transformers fills them with random numbers.
 

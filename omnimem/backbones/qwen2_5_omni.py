@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
@@ -29,7 +30,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
-from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_weights
+from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_size, require_weights
 from omnimem.backbones.prompt_text import CUT, PromptText
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.media import Geometry, LogMel, Segment
@@ -100,6 +101,7 @@ class Qwen25Omni(Backbone):
             if (template := _chat_template(options.path)) is not None:
                 tokenizer.chat_template = template
             _render_template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
+            require_size(options.path, _weight_count(options.path))
             load: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained
             model, found = load(
                 options.path,
@@ -402,6 +404,13 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
         mel=mel,
         segment_seconds=float(config.seconds_per_chunk),
     )
+
+
+def _weight_count(path: str) -> int:
+    """The number of weights that config.json describes."""
+    with torch.device("meta"):
+        config = Qwen2_5OmniThinkerConfig.from_pretrained(path)
+        return sum(weight.numel() for weight in Qwen2_5OmniThinkerForConditionalGeneration(config).parameters())
 
 
 def _preprocessor(path: str) -> dict[str, Any]:

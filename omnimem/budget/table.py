@@ -4,16 +4,56 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, NotRequired, final
+
+from typing_extensions import TypedDict
 
 from omnimem.budget.allocation import BudgetError, Shares, Slots, require
 from omnimem.budget.signals import Signals
 from omnimem.limits import exceeds
 from omnimem.run import write_text
-from omnimem.textfile import StoredFileError, read_stored
+from omnimem.textfile import StoredFileError, of_shape, read_stored
 
 FORMAT = "omnimem budget 1"
 UNLIMITED = 1 << 40  # more slots than any stream fills
+
+
+class SharesFile(TypedDict):
+    """`Shares` in a budget file."""
+
+    fractions: list[list[float]]
+    low: list[float]
+    high: list[float | None]
+    provenance: dict[str, Any]
+
+
+class ReadingsFile(TypedDict):
+    """Entropies or similarities in a budget file."""
+
+    all: list[float]
+    audio: list[float]
+    visual: list[float]
+
+
+class SignalsFile(TypedDict):
+    """`Signals` in a budget file."""
+
+    entropy: ReadingsFile
+    similarity: ReadingsFile
+    streams: int
+    chunks: int
+
+
+class BudgetFile(TypedDict):
+    """Our format of a budget file."""
+
+    layers: int
+    slots: list[Any] | Literal["full"]
+    split: NotRequired[bool]
+    lend: NotRequired[bool]
+    shares: NotRequired[SharesFile | None]
+    signals: NotRequired[SignalsFile | None]
+    provenance: NotRequired[dict[str, Any]]
 
 
 @final
@@ -125,6 +165,7 @@ class Budget:
             raise BudgetError(f"it holds {table!r}")
         if table["format"] != FORMAT:
             raise BudgetError(f"format is {table['format']!r}, this version reads {FORMAT!r}")
+        of_shape(table, BudgetFile, "it", "restore the file")
         if what := exceeds("budget_layers", int(table["layers"])):
             raise BudgetError(f"layers = {what}")
         if table["slots"] == "full":

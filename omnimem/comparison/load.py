@@ -107,13 +107,20 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...]
 
 
+class TokenMeans(TypedDict):
+    """Mean tokens of each modality."""
+
+    audio: FiniteFloat
+    visual: FiniteFloat
+
+
 class Cost(TypedDict):
     """Costs of an arm in summary.json."""
 
     streams: FiniteFloat
     stream_seconds: FiniteFloat
-    tokens_in: dict[str, FiniteFloat]
-    kept: dict[str, FiniteFloat]
+    tokens_in: TokenMeans
+    kept: TokenMeans
     media_per_second: FiniteFloat | None
     reading_per_second: FiniteFloat | None
     first_token_seconds: FiniteFloat | None

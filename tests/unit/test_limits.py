@@ -134,6 +134,15 @@ def test_a_model_with_countless_layers_is_refused(tmp_path) -> None:
         load_backbone(ModelOptions(path=str(folder)))
 
 
+def test_a_model_that_is_larger_than_its_files_is_refused_before_it_takes_memory(tmp_path) -> None:
+    folder = write_folder(tmp_path / "model", rates="tiny")
+    table = json.loads((folder / "config.json").read_text())
+    table["text_config"]["intermediate_size"] *= 10**6
+    (folder / "config.json").write_text(json.dumps(table))
+    with pytest.raises(UserError, match=r"config.json describes .* weights"):
+        load_backbone(ModelOptions(path=str(folder)))
+
+
 def test_the_option_raises_a_limit(tmp_path, capsys) -> None:
     parser = Parser("x")
     parser.parse(["--limit", "lora_rank=1000000", "--limit", "text_characters=200000"])
