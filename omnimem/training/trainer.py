@@ -83,8 +83,8 @@ class StreamTrainer(Trainer):
         self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
         self.failed, self.one_track = FailedSamples(failures), OneTrackSamples()
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
-        known, layers = (self.failed, self.one_track, feeder.trained), attached.shape.layers
-        self.metrics = StepMetrics(folder.metrics, plan, layers, self.nonfinite, *known)
+        known = (self.failed, self.one_track, feeder.trained)
+        self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, *known)
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
