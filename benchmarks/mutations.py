@@ -168,13 +168,6 @@ MUTATIONS = (
     Mutation("question after `end` accepted", "omnimem/rows.py", "min(seconds, sample.end)", "seconds", ROWS),
     Mutation("silent audio file accepted", "omnimem/rows.py", "not (alone and video)", "not video", ROWS),
     Mutation(
-        "range not shared by ranks",
-        "omnimem/training/logging.py",
-        "self.trained.note(highest(self.trained.reached, trainer.args.device))",
-        "pass",
-        SAMPLING,
-    ),
-    Mutation(
         "range of other processes not said",
         ANSWERING,
         'self.feeder.trained.note(summary["beyond_trained"]["reached"])',

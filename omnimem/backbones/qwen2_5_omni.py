@@ -441,6 +441,10 @@ def _chat_template(path: str) -> str | None:
         template = (_read_json(path, name) or {}).get("chat_template")
         if isinstance(template, str):
             return template
+        if template is not None:
+            raise CheckpointError(
+                f"{path}: chat_template in {name} is not one text; copy {name} again from the model's hub page"
+            )
     return None
 
 

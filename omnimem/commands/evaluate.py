@@ -19,7 +19,7 @@ from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, evaluate
 from omnimem.cli.build import budget_of, feeder_of, policies_of
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.workers import device, workers_of
-from omnimem.config import RunConfig, differences, load
+from omnimem.config import RunConfig, differences, load, untuned
 from omnimem.evaluation import Evaluation, EvaluationError
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import attach
@@ -34,16 +34,17 @@ def main(arguments: Sequence[str]) -> None:
     follow_launcher()
     given = _parser().parse(arguments)
     run = load(given.config, given.overrides, train=train_section())
-    warn(differences(run))
     folder = RunFolder(path=Path("runs") / run.name)
-    names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or folder.adapter.is_dir()))
+    adapter = given.adapter or folder.adapter
+    names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or adapter.is_dir()))
+    training = RunFolder(path=adapter.parent).config  # of the run that made the adapter
+    warn([*differences(run), *(untuned(run, training) if set(names) & set(TUNED) and training.is_file() else [])])
     check_benchmarks(run)
     # 2. model
     if not torch.cuda.is_available():  # models of CPU runs are small: more threads slow them down
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     workers = workers_of(given, run.evaluate.processes, arguments)
     backbone = load_backbone(run.model, device())
-    adapter = given.adapter or folder.adapter
     adapted = load_adapter(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
     # 3. budget and arms

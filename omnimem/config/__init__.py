@@ -38,6 +38,7 @@ __all__ = [
     "refuse_changes",
     "refuse_unseen_budget",
     "strict",
+    "untuned",
 ]
 
 
@@ -102,6 +103,11 @@ def _followed(run: RunConfig) -> RunConfig:
 def differences(run: RunConfig) -> list[str]:
     """A line for each setting that usually follows another one and does not, for the reader to judge."""
     found, stream, tuning = [], run.stream, run.tuning
+    if set(tuning.slots(run.memory.slots_per_layer)) == {None}:
+        found.append(
+            "tuning.budgets: every step keeps everything, and none trains at memory.slots_per_layer = "
+            f"{run.memory.slots_per_layer}, at which the run is evaluated"
+        )
     low, high = tuning.chunks(stream.chunk_tokens)
     inside = low <= stream.chunk_tokens <= high
     drawn = inside if isinstance(tuning.chunk_tokens, ChunkRange) else stream.chunk_tokens in tuning.chunk_tokens
@@ -117,6 +123,23 @@ def differences(run: RunConfig) -> list[str]:
                 f"beside frames at stream.fps = {stream.fps:g}; leave it out to follow stream.fps"
             )
     return found
+
+
+def untuned(run: RunConfig, earlier: Path) -> list[str]:
+    """A line for each setting of memory and stream that no step of the training in the file `earlier` had."""
+    try:
+        saved = load(earlier)
+    except ConfigError as error:
+        return [f"{earlier}: cannot be read ({error.problems[0]}); nobody knows what the adapter was tuned at"]
+    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (saved, run))
+    drawn: set[Key] = {("memory", "slots_per_layer")} if saved.tuning.trains(run.memory.slots_per_layer) else set()
+    low, high = saved.tuning.chunks(saved.stream.chunk_tokens)
+    drawn |= {("stream", "chunk_tokens")} if low <= run.stream.chunk_tokens <= high else set()
+    return [
+        f"{dotted(key)}: the adapter was tuned at {before.get(key)}, and is evaluated at {now.get(key)}"
+        for key in dict.fromkeys([*before, *now])
+        if key[0] in ("memory", "stream") and before.get(key) != now.get(key) and key not in drawn
+    ]
 
 
 def dump(run: RunConfig) -> str:

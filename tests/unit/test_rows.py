@@ -177,3 +177,11 @@ def test_a_file_with_one_track_has_the_layout_of_that_track(folder, backbone, na
         streams.append((opened.layout, prompt.ids.tolist(), [chunk.positions.tolist() for chunk in chunks]))
         assert chunks[0].tracks == tracks
     assert streams[0] == streams[1]
+
+
+def test_a_stream_too_short_for_one_token_is_refused(folder, backbone) -> None:
+    sample = Sample(id="s", video=None, audio=folder / "sound.wav", end=0.01, messages=())
+    feeder = Feeder(backbone, StreamOptions(max_pixels=12544, chunk_tokens=60, tracks="audio"))
+    with pytest.raises(MediaError, match="too little audio for one token") as raised:
+        feeder.open(sample)
+    assert raised.value.reason == "empty"

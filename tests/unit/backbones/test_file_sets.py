@@ -142,6 +142,15 @@ def test_without_any_template_the_files_to_copy_are_named(tmp_path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("template", [{"default": "x"}, [{"name": "default", "template": "x"}], 3])
+def test_a_template_that_is_not_one_text_is_named(template, tmp_path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    write(folder / "chat_template.json", {"chat_template": template})
+    with pytest.raises(CheckpointError, match=r"chat_template in chat_template\.json is not one text"):
+        load(folder)
+
+
 def only_pickled_weights(folder: Path, mark: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Command(mark)}, folder / "pytorch_model.bin")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.configs import SMALL, TRAIN, loaded, problems
 
-from omnimem.config import CONFIGS, ConfigError, RunConfig, differences, dump, load, refuse_changes
+from omnimem.config import CONFIGS, ConfigError, RunConfig, differences, dump, load, refuse_changes, untuned
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
@@ -186,6 +186,9 @@ def test_every_part_refuses_what_it_does_not_know(override, what, tmp_path) -> N
         (["tuning.chunk_tokens={low: 24, high: 36}", "stream.chunk_tokens=72"], ["tuning.chunk_tokens"]),
         (["tuning.chunk_tokens={low: 24, high: 100}", "stream.chunk_tokens=72"], []),
         ([], []),
+        (["tuning.budgets=[full]"], ["tuning.budgets"]),
+        (["tuning.budgets=[full, full]"], ["tuning.budgets"]),
+        (["tuning.budgets=[full, self]"], []),
         (["stream.fps=0.5", "evaluate.benchmarks=[{name: video_mme, subtitles: true}]"], []),
         (
             ["evaluate.benchmarks=[{name: recall}, {name: video_mme, subtitles: true, subtitle_fps: 2.0}]"],
@@ -199,6 +202,36 @@ def test_settings_that_follow_each_other_are_named_where_they_do_not(settings, n
     run = load(tmp_path / "x.yaml", settings)
     assert [line.partition(":")[0] for line in differences(run)] == named
     assert load_again(run, tmp_path) == run
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ([], []),
+        (["tuning.budgets=[2048]"], []),  # only training reads it
+        (["memory.slots_per_layer=4096"], []),
+        (["memory.slots_per_layer=2048"], ["memory.slots_per_layer"]),
+        (["stream.chunk_tokens=50"], []),
+        (["stream.chunk_tokens=200"], ["stream.chunk_tokens"]),
+        (["stream.fps=2", "stream.max_pixels=12544"], ["stream.max_pixels", "stream.fps"]),
+        (["stream.tracks=video", "memory.policy={name: distinct}"], ["memory.policy", "stream.tracks"]),
+    ],
+)
+def test_settings_at_which_an_adapter_was_not_tuned_are_named(settings, named, tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    tuned = ["memory.slots_per_layer=8192", "tuning.budgets=[self, 0.5, full]", "tuning.chunk_tokens=[36, 72]"]
+    trained = load(tmp_path / "x.yaml", [*tuned, "stream.chunk_tokens=72"])
+    (tmp_path / "config.yaml").write_text(dump(trained))
+    run = load(tmp_path / "config.yaml", settings)
+    found = [line.partition(":")[0] for line in untuned(run, tmp_path / "config.yaml")]
+    assert {".".join(name.split(".")[:2]) for name in found} == set(named)
+
+
+def test_a_damaged_config_of_the_training_is_named(tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    (tmp_path / "config.yaml").write_text("name: [")
+    (line,) = untuned(load(tmp_path / "x.yaml"), tmp_path / "config.yaml")
+    assert line.startswith(f"{tmp_path / 'config.yaml'}: cannot be read")
 
 
 def test_subtitles_follow_the_frames(tmp_path) -> None:
