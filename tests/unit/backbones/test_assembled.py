@@ -12,8 +12,10 @@ from torch import Tensor
 
 from omnimem.backbones import CheckpointError, ModelOptions, Turn, assembled, load_backbone
 from omnimem.backbones.assembled import Assembled, Encoders, quadrants
+from omnimem.commands.assemble import PACKAGES
 from omnimem.media import Segment
 from omnimem.policies import PerturbationOptions
+from omnimem.shipped import CONFIGS
 from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
@@ -270,3 +272,16 @@ def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone) -> None:
 def test_the_description_is_readable_json(tmp_path) -> None:
     table = json.loads((write_folder(tmp_path / "m") / "config.json").read_text())
     assert table["model_type"] == assembled.FAMILY
+
+
+def test_the_shipped_folder_is_complete() -> None:
+    folder = CONFIGS / "models" / "assembled"
+    parts, table, norm, scale = assembled._description(folder)
+    assert parts == PACKAGES
+    assert (norm, scale) == (pytest.approx(3.2, abs=0.01), 2.0)
+    bridge = assembled._bridge(folder, table, norm, 576)
+    assert (bridge.visual.in_features, bridge.audio.in_features) == (1280, 384)
+    factors = {name for name in table if name.startswith("lora.")}
+    names = [f"lora.{layer}.{name}.{side}" for layer in range(30) for name in assembled.TARGETS for side in "ab"]
+    assert factors == set(names)
+    assert all(bool(torch.isfinite(each).all()) and bool(each.any()) for each in table.values())
