@@ -20,7 +20,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from omnimem.tuning.lora import LoraOptions, add_adapter
+from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -262,11 +262,14 @@ def test_a_template_without_the_users_turn_is_refused(backbone, template) -> Non
         backbone.prompts.opening()
 
 
-def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone) -> None:
+def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone, tmp_path) -> None:
     adapted = add_adapter(backbone.model, LoraOptions(r=2, targets=assembled.TARGETS))
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * 2 * len(assembled.TARGETS)
     assert not any("encoders" in name or "bridge" in name for name in names)
+    torch.nn.init.ones_(next(each for name, each in adapted.named_parameters() if "lora_B" in name))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert len(adapter_tensors(tmp_path / "adapter")) == len(names)
 
 
 def test_the_description_is_readable_json(tmp_path) -> None:
