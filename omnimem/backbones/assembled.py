@@ -63,7 +63,7 @@ class Encoders(nn.Module):
 
     def seconds(self, mel: Float[Tensor, "mels mel_frames"]) -> Float[Tensor, "seconds channels"]:
         """Mean of the states of each second of a segment; a last part below half a second is left out, if not alone."""
-        states = whisper.encode_window(self.audio, mel[None])[0]
+        states = whisper.encode_window(self.audio, mel[None].to(self.audio.conv1.weight.dtype))[0]
         parts = states.split(STATES_PER_SECOND)
         return torch.stack([part.mean(0) for part in parts if 2 * len(part) >= STATES_PER_SECOND or len(parts) == 1])
 

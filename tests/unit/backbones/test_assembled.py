@@ -12,13 +12,15 @@ from torch import Tensor
 
 from omnimem.backbones import CheckpointError, ModelOptions, Turn, assembled, load_backbone
 from omnimem.backbones.assembled import Assembled, Encoders, quadrants
+from omnimem.commands.assemble import PACKAGES
 from omnimem.media import Segment
 from omnimem.policies import PerturbationOptions
+from omnimem.shipped import CONFIGS
 from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from omnimem.tuning.lora import LoraOptions, add_adapter
+from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -260,13 +262,29 @@ def test_a_template_without_the_users_turn_is_refused(backbone, template) -> Non
         backbone.prompts.opening()
 
 
-def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone) -> None:
+def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone, tmp_path) -> None:
     adapted = add_adapter(backbone.model, LoraOptions(r=2, targets=assembled.TARGETS))
     names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * 2 * len(assembled.TARGETS)
     assert not any("encoders" in name or "bridge" in name for name in names)
+    torch.nn.init.ones_(next(each for name, each in adapted.named_parameters() if "lora_B" in name))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    assert len(adapter_tensors(tmp_path / "adapter")) == len(names)
 
 
 def test_the_description_is_readable_json(tmp_path) -> None:
     table = json.loads((write_folder(tmp_path / "m") / "config.json").read_text())
     assert table["model_type"] == assembled.FAMILY
+
+
+def test_the_shipped_folder_is_complete() -> None:
+    folder = CONFIGS / "models" / "assembled"
+    parts, table, norm, scale = assembled._description(folder)
+    assert parts == PACKAGES
+    assert (norm, scale) == (pytest.approx(3.2, abs=0.01), 2.0)
+    bridge = assembled._bridge(folder, table, norm, 576)
+    assert (bridge.visual.in_features, bridge.audio.in_features) == (1280, 384)
+    factors = {name for name in table if name.startswith("lora.")}
+    names = [f"lora.{layer}.{name}.{side}" for layer in range(30) for name in assembled.TARGETS for side in "ab"]
+    assert factors == set(names)
+    assert all(bool(torch.isfinite(each).all()) and bool(each.any()) for each in table.values())
