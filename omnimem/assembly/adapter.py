@@ -84,9 +84,10 @@ class StreamBank:
                 if visual is not None:
                     scenes.setdefault(scene.picture, []).append(visual[scene.start // STEP : end // STEP])
                 spoken = {word.at: word.text for word in scene.words}
-                for second in range(scene.start, end) if audio is not None else ():
-                    group = words if second in spoken else noises
-                    group.setdefault(spoken.get(second, scene.noise), []).append(audio[second])
+                if audio is not None:
+                    for second in range(scene.start, end):
+                        group = words if second in spoken else noises
+                        group.setdefault(spoken.get(second, scene.noise), []).append(audio[second])
         return cls(scenes=scenes, words=words, noises=noises)
 
     def stream(self, world: PictureWorld, rng: np.random.Generator) -> Float[Tensor, "tokens width"]:

@@ -80,13 +80,13 @@ def cells_of(frames: UInt8[Tensor, "frames 3 height width"]) -> tuple[int, int]:
 
 def geometry_of(mels: int) -> Geometry:
     """The geometry of the family; patches are whole cells, and frames reach the encoder as pixels."""
-    shade = (efficientnet.MEAN / 255,) * 3
+    mean, std = efficientnet.MEAN / 255, efficientnet.STD / 255
     return Geometry(
         patch=CELL,
         merge=1,
         temporal_patch=1,
-        mean=shade,
-        std=(efficientnet.STD / 255,) * 3,
+        mean=(mean, mean, mean),
+        std=(std, std, std),
         mel=LogMel(mels=mels),
         segment_seconds=SEGMENT_SECONDS,
     )
@@ -180,7 +180,7 @@ class Prompts:
     @property
     def stop(self) -> int:
         """Id of the token that ends an answer."""
-        return int(self.text.tokenizer.eos_token_id)
+        return self.text.tokenizer.encode(str(self.text.tokenizer.eos_token), add_special_tokens=False)[0]
 
 
 @final

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from omnimem.assembly.adapter import ALPHA, RANK, STAGES, StreamBank, Trainee, train
 from omnimem.assembly.bank import PARTS, Features, build
-from omnimem.assembly.projectors import HEARD, SHOWN, fit_ridge, recognition, rows_of, word_rows
+from omnimem.assembly.projectors import HEARD, SHOWN, Track, fit_ridge, recognition, rows_of, word_rows
 from omnimem.backbones.assembled import FAMILY, WEIGHTS, Bridge, Encoders, Prompts
 from omnimem.backbones.prompt_text import PromptText
 from omnimem.checksums import share
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     # 2. projectors
     text, tokenizer = smollm2.load("bfloat16")
     prompts = Prompts(PromptText(tokenizer))
-    bridge, found = fit(bank, text.get_input_embeddings().weight.float(), prompts)
+    bridge, found = fit(bank, text.model.embed_tokens.weight.float(), prompts)
     report(projectors=found)
     # 3. the adapter
     trainee = Trainee.create(text, prompts, seed=given.seed)
@@ -78,7 +78,11 @@ def media(bank: dict[str, list[Features]], name: str) -> list[Features]:
 def fit(bank: dict[str, list[Features]], table: Tensor, prompts: Prompts) -> tuple[Bridge, dict[str, dict[str, float]]]:
     """The bridge with both projectors, and the recognition of each on media that it was not fitted on."""
     layers, found = {}, {}
-    for track, names, count in (("visual", SHOWN, len(NAMES)), ("audio", HEARD, len(WORDS))):
+    tracks: tuple[tuple[Track, tuple[str, ...], int], ...] = (
+        ("visual", SHOWN, len(NAMES)),
+        ("audio", HEARD, len(WORDS)),
+    )
+    for track, names, count in tracks:
         words = word_rows(table, [prompts.answer(name) for name in names])
         rows, others = rows_of(media(bank, "fit"), track), rows_of(media(bank, "adapter"), track)
         layers[track] = fit_ridge(rows.features, words[rows.labels])

@@ -116,7 +116,7 @@ class EfficientNetLite0(nn.Module):
     def fuse(self) -> "EfficientNetLite0":
         """Fold every batch normalisation into its convolution; faster, and equal up to rounding."""
         for unit in self.modules():
-            if isinstance(unit, _Unit):
+            if isinstance(unit, _Unit) and isinstance(unit.norm, nn.BatchNorm2d):
                 unit.conv, unit.norm = fuse_conv_bn_eval(unit.conv, unit.norm), nn.Identity()
         return self
 

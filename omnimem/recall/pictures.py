@@ -189,11 +189,13 @@ class _Supply:
     @classmethod
     def draw(cls, rng: np.random.Generator, groups: dict[str, Sequence[str]], asked: Sequence[str]) -> "_Supply":
         """Half of the asked kinds (rounded up), drawn by lot, have one member in the stream."""
-        shuffled = {kind: [names[i] for i in rng.permutation(len(names))] for kind, names in groups.items()}
-        unique = tuple(asked[i] for i in rng.permutation(len(asked))[: (len(asked) + 1) // 2])
+        shuffled = {kind: [names[int(i)] for i in rng.permutation(len(names))] for kind, names in groups.items()}
+        unique = tuple(asked[int(i)] for i in rng.permutation(len(asked))[: (len(asked) + 1) // 2])
         singles = [shuffled[kind][0] for kind in unique]
         rest = [name for kind, names in shuffled.items() if kind not in unique for name in names]
-        return cls(groups=shuffled, unique=unique, order=[*singles, *(rest[i] for i in rng.permutation(len(rest)))])
+        return cls(
+            groups=shuffled, unique=unique, order=[*singles, *(rest[int(i)] for i in rng.permutation(len(rest)))]
+        )
 
 
 def draw_pictures(seed: int, seconds: int, media: Media, options: PictureOptions | None = None) -> PictureWorld:
@@ -284,13 +286,15 @@ def _questions(
     asked: list[tuple[Direction, str, str, tuple[int, int]]] = []
     shown = {scene.picture: (scene.start, scene.start + scene.seconds) for scene in scenes if scene.picture}
     said = {word.text: (word.at, word.at + 1) for scene in scenes for word in scene.words}
-    for direction, groups, kinds, there in (
+    rounds: tuple[tuple[Direction, Mapping[str, Iterable[str]], Sequence[str], dict[str, tuple[int, int]]], ...] = (
         ("shown_kind", PICTURES, ASKED_SHOWN, shown),
         ("spoken_kind", SPOKEN, ASKED_SPOKEN, said),
-    ):
+    )
+    for direction, groups, kinds, there in rounds:
         single = [(kind, found[0]) for kind in kinds if len(found := [n for n in groups[kind] if n in there]) == 1]
         chosen = [single[i] for i in rng.permutation(len(single))[: options.kind_questions]]
-        asked += [(direction, kind, name, there[name]) for kind, name in chosen]
+        for kind, name in chosen:
+            asked.append((direction, kind, name, there[name]))
     # 2. pairs of a picture and a word
     pairs = [(scene, scene.words[0]) for scene in scenes if scene.picture and len(scene.words) == 1]
     both = [(each, way) for each in pairs for way in ("spoken_with", "shown_with")]

@@ -141,7 +141,7 @@ def _texture(seed: int, name: str, colours: tuple[str, str]) -> Floats:
     # 2. blend both colours, with a little noise
     low, high = (np.array(RGB[colour], np.float32)[:, None, None] * rng.uniform(0.6, 1.1) for colour in colours)
     tile = low + pattern.astype(np.float32) * (high - low) + rng.normal(0, 4, (1, PERIOD, PERIOD)).astype(np.float32)
-    return np.tile(np.clip(tile, 0, 255), (1, 2, 2))
+    return np.tile(np.clip(tile, 0, 255), (1, 2, 2)).astype(np.float32)
 
 
 Plane = npt.NDArray[np.float64]

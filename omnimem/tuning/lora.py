@@ -91,9 +91,9 @@ class StreamedModel(PeftModel):
         """`streamed()` if given, otherwise the model's forward pass."""
         return super().forward(*args, **kwargs) if streamed is None else streamed()
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Write the adapter alone; peft adds the embeddings when the folder of the base has another config."""
-        super().save_pretrained(save_directory, **{"save_embedding_layers": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_embedding_layers": False, **kwargs})
 
     def train(self, mode: bool = True) -> "StreamedModel":
         """Switch the dropout of the adapters only; frozen encoders and base stay in evaluation mode."""
