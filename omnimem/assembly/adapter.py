@@ -51,6 +51,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(seconds=12, streams=4, steps=100, rate=1e-3, last=1e-3, lengths=(1, 2)),
     Stage(seconds=32, streams=2, steps=80, rate=1e-3, last=1e-3, lengths=(1, 2, 3)),
     Stage(seconds=64, streams=2, steps=110, rate=1e-3, last=1e-5),
+    Stage(seconds=64, streams=2, steps=120, rate=7e-4, last=1e-5),
 )
 WARM_UP = 15
 RANK, ALPHA = 16, 32.0
