@@ -261,7 +261,7 @@ def evaluate(bed: Bed, given: Any, chosen: Sequence[Text], results: Results) -> 
     """Every cell, text and arm that is missing, in this order."""
     shard, shards = given.shard
     for cell in cells_of(given):
-        members = usable(bed, cell, chosen)[: min(x for x in (given.limit, cell.limit, len(chosen)) if x is not None)]
+        members = usable(bed, cell, chosen)[: min(x for x in (given.most, cell.limit, len(chosen)) if x is not None)]
         signals = None
         for number, text in enumerate(members):
             if number % shards != shard:
@@ -383,7 +383,7 @@ def _parser() -> Parser:
     parser.add_argument("--tokens", type=int, action="append", help="length of the stream; may be repeated (all)")
     parser.add_argument("--slots", type=int, action="append", help="slots per layer; may be repeated (all)")
     parser.add_argument("--policy", action="append", choices=list(ARMS), help="may be repeated (all)")
-    parser.add_argument("--limit", type=int, help="texts of each cell (all)")
+    parser.add_argument("--most", type=int, help="texts of each cell (all)")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="N/M", help="every M-th text from N on")
     parser.add_argument("--reference", default="paper", choices=list(ARMS), help="compared with (%(default)s)")
     parser.add_argument("--table", action="store_true", help="write the table and the figure of what is there")

@@ -31,6 +31,6 @@ def model_type(folder: Path) -> str | None:
     """The model_type in the config.json of a local folder; None where there is none."""
     try:
         table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a hub id, or a folder that its family refuses with a reason
+    except (OSError, ValueError, RecursionError):  # a hub id, or a folder that its family refuses with a reason
         return None
     return table.get("model_type") if isinstance(table, dict) else None

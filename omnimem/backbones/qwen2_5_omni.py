@@ -22,6 +22,7 @@ from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniThinkerTextModel,
@@ -407,7 +408,9 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
 
 
 def _weight_count(path: str) -> int:
-    """The number of weights that config.json describes."""
+    """The number of weights that config.json describes; 0 under ZeRO-3, which takes over every construction."""
+    if is_deepspeed_zero3_enabled():
+        return 0
     with torch.device("meta"):
         config = Qwen2_5OmniThinkerConfig.from_pretrained(path)
         return sum(weight.numel() for weight in Qwen2_5OmniThinkerForConditionalGeneration(config).parameters())

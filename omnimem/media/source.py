@@ -307,13 +307,16 @@ def _running_pieces(
     length = mel_frames * mel.hop / mel.rate
     rests: dict[float, Tensor] = {}
 
+    def first_of(at: float) -> int:
+        return segment_of(at, length) * mel_frames
+
     def note(at: float) -> None:
-        rest = _rest(running, segment_of(at, length) * mel_frames, mel_frames)
+        rest = _rest(running, first_of(at), mel_frames)
         if rest is not None:
             rests[at] = rest
 
     def piece() -> _Piece:
-        begun = {at: rests.pop(at) for at in list(rests) if segment_of(at, length) * mel_frames <= running.taken}
+        begun = {at: rests.pop(at) for at in list(rests) if first_of(at) <= running.taken}
         return _Piece(mel=running.take(min(mel_frames, running.ready)), rests=begun)
 
     # 1. feed up to each question, then what follows
@@ -325,8 +328,8 @@ def _running_pieces(
             fed, samples = fed + until, samples[until:]
             while waiting and fed >= round(waiting[0] * mel.rate):
                 note(waiting.popleft())
-            while running.ready >= mel_frames:
-                yield piece()
+            while running.ready >= mel_frames and not (waiting and first_of(waiting[0]) <= running.taken):
+                yield piece()  # once all rests of its segment are there
     # 2. the end of the audio
     for at in waiting:
         note(at)

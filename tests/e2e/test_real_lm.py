@@ -132,7 +132,7 @@ def test_a_run_continues_and_its_table_pairs_texts(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(real_lm.smollm2, "load", lambda dtype: (_model(), TOKENIZER))
     monkeypatch.setattr(real_lm, "texts", lambda split, folders, partly: TEXTS)
     call = ["--out", str(tmp_path), "--policy", "paper", "--policy", "omnimem"]
-    real_lm.main([*call, "--limit", "2"])
+    real_lm.main([*call, "--most", "2"])
     path = tmp_path / "development" / "results-0of1.jsonl"
     before = path.read_text()
     path.write_text(before[:-20])  # the last line was cut off

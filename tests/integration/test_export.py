@@ -335,7 +335,7 @@ def test_a_run_that_is_none_or_not_that_far_is_named(base, tmp_path) -> None:
 
 
 def test_problems_of_omnimem_json_are_named_with_their_key(merged, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it with `omnimem export`"):
+    with pytest.raises(ConfigError, match=r"omnimem\.json: cannot be read .*; make it again with `omnimem export`"):
         Exported.read(tmp_path)
     table = json.loads((merged / "omnimem.json").read_text())
     table["memory"]["slot_per_layer"] = table["memory"].pop("slots_per_layer")

@@ -64,7 +64,8 @@ def whole_stream(count: int = 96, batch: int = 1, width: int = 64, seed: int = 1
     generator = torch.Generator().manual_seed(seed)
     modality = torch.tensor([0, 0, 0] + [2, 2, 2, 2, 1, 0] * count)[:count].to(torch.int8).expand(batch, count)
     time = torch.arange(count) // 2
-    positions = torch.stack([time, time + torch.arange(count) % 3, time + torch.arange(count) % 2])
+    rows, columns = ((time - torch.arange(count) % step).clamp_min(0) for step in (3, 2))
+    positions = torch.stack([time, rows, columns])  # time reaches furthest: models with one axis read it alone
     deepstack = None
     if levels:
         visual = int((modality == Modality.VISUAL).sum())
