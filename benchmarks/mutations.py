@@ -20,6 +20,7 @@ ANSWERING, RESULTS = "omnimem/evaluation/answering.py", "omnimem/evaluation/resu
 DIFFERENCES, STATISTICS = "omnimem/comparison/differences.py", "omnimem/comparison/statistics.py"
 FINETUNE = "tests/e2e/test_finetune.py"
 EVALUATION = ("tests/integration/test_evaluation.py", "tests/unit/tasks")
+ERRORS = "omnimem/errors.py"
 COMPARISON = ("tests/unit/comparison",)
 STREAMING = ("tests/integration/test_stream.py", "tests/unit/streaming")
 SAMPLING = ("tests/unit/training",)
@@ -56,8 +57,8 @@ MUTATIONS = (
     Mutation(
         "later audio in earlier tokens",
         FEEDER,
-        "causal=any(time is not None for time in sample.times)",
-        "causal=False",
+        "asks=[time for time in sample.times if time is not None]",
+        "asks=()",
         STREAMING,
     ),
     Mutation(
@@ -82,14 +83,20 @@ MUTATIONS = (
         ("tests/integration", FINETUNE),
     ),
     Mutation("start of the sample ignored", FEEDER, "start=sample.start,", "start=0.0,", STREAMING),
-    Mutation("fork shares no past", STREAM, "twin.memory, twin.fed", "_, twin.fed", STREAMING),
+    Mutation(
+        "fork shares no past",
+        STREAM,
+        "twin = copy(self)",
+        "twin = Stream(self.attached, self.policy, batch=self.memory.batch)",
+        STREAMING,
+    ),
     Mutation("positions not shifted", STREAM, "if not any(self._moved):", "if True:", STREAMING),
     # evaluation
-    Mutation("answered twice", ANSWERING, 'if line["id"] not in done]', "]", EVALUATION),
+    Mutation("answered twice", ANSWERING, 'in lines if line["id"] not in done]', "in lines]", EVALUATION),
     Mutation(
         "failure of a batch swallowed",
         ANSWERING,
-        "return [line for reader in batch for line in self._failed(reader.sample, error)]",
+        "return [line for reader in batch for line in self._failed(reader.sample, error.reason, str(error))]",
         "return []",
         EVALUATION,
     ),
@@ -100,7 +107,7 @@ MUTATIONS = (
         "self.feeder.options",
         EVALUATION,
     ),
-    Mutation("late questions not marked", ANSWERING, "time <= seconds + LATE", "True", EVALUATION),
+    Mutation("late questions not marked", ANSWERING, "time <= due.seconds + LATE", "True", EVALUATION),
     Mutation(
         "failed lines count as answers",
         RESULTS,
@@ -132,7 +139,7 @@ MUTATIONS = (
         "isinstance(error, PositionsError)",
         LEFT,
     ),
-    Mutation("cause of an error not looked at", LEFT_OUT_OF, "cause = cause.__cause__", "cause = None", LEFT),
+    Mutation("cause of an error not looked at", ERRORS, "cause = cause.__cause__", "cause = None", LEFT),
     Mutation(
         "answers before the failure left out too",
         ANSWERING,
