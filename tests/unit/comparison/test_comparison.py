@@ -289,6 +289,16 @@ def test_unequal_budgets_of_one_question_are_refused_though_their_means_are_equa
     assert "entries at answer time of test-00000/01 are 97 and 96, not the same budget" in said
 
 
+def test_a_difference_is_over_the_questions_that_both_arms_were_asked(tmp_path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    for arm, place in (("tuned", 3), ("training_free", 7)):
+        path = run / "eval" / arm / "recall.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:place] + lines[place + 1 :]))
+    recall = compare([run], tmp_path / "out", draws=200, allow_different=True)["benchmarks"]["recall"]
+    assert (recall["n"], recall["pairs"][0]["n"]) == (54, 52)
+
+
 def test_a_trace_that_contradicts_itself_is_refused(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned",))
     path = run / "eval" / "tuned" / "trace.json"
