@@ -119,6 +119,8 @@ def late_times(sample: Sample, seconds: float) -> Iterator[RowProblem]:
         what = f"end = {sample.end:g} s is {length}; lower it, or make it null"
         yield RowProblem(key="end", path=path, reason="too_short", what=what)
     last = seconds if sample.end is None else min(seconds, sample.end)
+    if last < seconds:
+        length = f"after the end of the sample (end = {last:g} s)"
     for question in sample.questions:
         if question.at is not None and question.at > last + SLACK:
             what = f"question {question.index} is asked at {question.at:g} s, {length}"

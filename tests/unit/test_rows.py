@@ -14,7 +14,7 @@ from support.thinkers import write_folder
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.cli.data_report import inspect_sample
 from omnimem.commands import ask, check
-from omnimem.data import Sample, read_manifest
+from omnimem.data import Message, Sample, read_manifest
 from omnimem.media import MediaError
 from omnimem.rows import judge, tracks_of
 from omnimem.streaming.feeder import Feeder
@@ -185,3 +185,12 @@ def test_a_stream_too_short_for_one_token_is_refused(folder, backbone) -> None:
     with pytest.raises(MediaError, match="too little audio for one token") as raised:
         feeder.open(sample)
     assert raised.value.reason == "empty"
+
+
+@pytest.mark.parametrize(("at", "said"), [(3.0, None), (5.5, "after the end of the sample (end = 3 s)")])
+def test_a_question_after_the_end_of_the_sample_is_no_question_about_the_file(folder, at, said) -> None:
+    question = Message(role="user", content="what ?", at=at)
+    sample = Sample(id="s", video=folder / "both.mp4", audio=None, end=3.0, messages=(question,))
+    assert [said in str(problem.error) for problem in judge(sample, "both").problems] == (
+        [] if said is None else [True]
+    )
