@@ -278,7 +278,7 @@ def _named(path: Path) -> Iterator[None]:
 def keep_steps(path: Path, last: int) -> None:
     """Drop the lines of steps after `last`, which a resumed run writes again, and damaged lines, which are counted."""
     # 1. read the lines; a crash may have truncated the last one
-    if not path.is_file():  # of a device there is no end
+    if not path.exists() or path.is_char_device():  # a device has no end
         return
     with _named(path):
         lines, dropped, kept = path.read_bytes().split(b"\n"), 0, []
