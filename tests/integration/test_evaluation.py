@@ -356,6 +356,8 @@ def test_a_silent_video_costs_no_questions_and_is_counted(backbone, attached, vi
         assert summary["failed"] == {}
         assert [line["tracks"] for line in lines_of(folder)] == [tracks] * 3 + [read] * 3
         assert sum(summary["input"]["tracks"].values()) == 2
+        fed = {kind for kind, count in lines_of(folder)[0]["tokens_in"].items() if count}
+        assert fed == {"both": {"audio", "visual"}, "audio": {"audio"}, "video": {"visual"}}[tracks]
     quiet = [line for line in lines_of(tmp_path / "both") if line["stream"] == "silent"]
     assert all(line["kept"] == {"audio": 0.0, "visual": 12.0} for line in quiet), "the whole budget is lent"
     strict = evaluation(backbone, attached, max_failures=1.0)
