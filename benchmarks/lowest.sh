@@ -36,7 +36,8 @@ here=$PWD
 (
     cd "$folder"
     python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 >/dev/null
-    few=(evaluate.after_training=false train.max_steps=2 train.per_device_train_batch_size=1 calibration.streams=2)
+    few=(evaluate.after_training=false train.max_steps=2 train.per_device_train_batch_size=1 calibration.streams=2
+        calibration.skip_chunks=0)
     python "$here/train/finetune.py" --config tiny.yaml --dry-run >/dev/null
     python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${few[@]}"
     python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \

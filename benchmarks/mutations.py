@@ -131,7 +131,9 @@ MUTATIONS = (
         COMPARISON,
     ),
     # questions within a grid, tracks, left-out questions, ranges
-    Mutation("rest counted as part of the stream", FEEDER, "after if segment.at is None else total", "after", MIDWAY),
+    Mutation(
+        "rest counted as part of the stream", FEEDER, "after if segment.at is None else total", "after", EVALUATION
+    ),
     Mutation("stream without tokens accepted", FEEDER, "if not tokens:", "if False:", ("tests/unit/test_rows.py",)),
     Mutation(
         "compaction failure under a budget excused",
@@ -141,13 +143,6 @@ MUTATIONS = (
         LEFT,
     ),
     Mutation("cause of an error not looked at", ERRORS, "cause = cause.__cause__", "cause = None", LEFT),
-    Mutation(
-        "answers before the failure left out too",
-        ANSWERING,
-        'self._failed(reader.sample, *reason) if line["id"] not in done]',
-        "self._failed(reader.sample, *reason)]",
-        LEFT,
-    ),
     Mutation(
         "arm of a missing track fails", ANSWERING, 'present not in ("both", arm.tracks)', "False", EVALUATION + MIDWAY
     ),

@@ -125,6 +125,25 @@ def test_any_other_error_still_ends_the_evaluation(backbone, attached, videos, t
         evaluation(backbone, attached).run(arm, Given([sample(video) for video in videos]), tmp_path)
 
 
+def test_left_out_questions_are_tried_again(backbone, attached, videos, tmp_path, failing, monkeypatch) -> None:
+    judge, asked = evaluation(backbone, attached), Given([sample(video) for video in videos])
+    arm = Arm(name="full_memory", policy=policy_of(attached, None))
+    failing(MemoryError())
+    assert judge.run(arm, asked, tmp_path)["n"] == 5
+    monkeypatch.undo()
+    summary = judge.run(arm, asked, tmp_path)
+    assert (summary["n"], summary.get("left_out", {})) == (6, {})
+    assert not any(line.get("failed") for line in lines_of(tmp_path).values())
+
+
+def test_an_error_that_was_caused_by_exhausted_memory_counts_as_such() -> None:
+    error = ValueError("the decoder failed")
+    error.__cause__ = RuntimeError("no result")
+    assert not lacks_memory(error)
+    error.__cause__.__cause__ = MemoryError()
+    assert lacks_memory(error)
+
+
 @pytest.mark.parametrize("tracks", ["both", "video", "audio"])
 def test_an_arm_that_cannot_compact_is_not_applicable_beyond_the_range(
     backbone, attached, videos, tmp_path, monkeypatch, tracks
