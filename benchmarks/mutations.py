@@ -27,7 +27,6 @@ CYCLE = ("tests/integration/test_policy_cycle.py", "tests/integration/test_text_
 SAMPLING = ("tests/unit/training",)
 LEFT_OUT_OF, LEFT = "omnimem/evaluation/left_out.py", ("tests/integration/test_left_out.py",)
 MIDWAY, ROWS = ("tests/integration/test_asked_midway.py",), ("tests/unit/test_rows.py",)
-ARMS = ("tests/unit/cli", "tests/integration/test_evaluation.py")
 
 
 @final
@@ -167,7 +166,7 @@ MUTATIONS = (
         "False",
         (*COMPARISON, *LEFT),
     ),
-    Mutation("dear arms first", "omnimem/cli/arms.py", "sorted(names, key=BY_COST.index)", "names", ARMS),
+    Mutation("dear arms first", "omnimem/cli/arms.py", "sorted(names, key=BY_COST.index)", "names", (FINETUNE,)),
     Mutation("question after `end` accepted", "omnimem/rows.py", "min(seconds, sample.end)", "seconds", ROWS),
     Mutation("silent audio file accepted", "omnimem/rows.py", "not (alone and video)", "not video", ROWS),
     Mutation(
