@@ -59,7 +59,7 @@ def read_predictions(path: Path) -> list[Prediction]:
         found = list(readers[path.suffix](path))
     except ManifestError:
         raise
-    except Exception as error:
+    except Exception as error:  # openpyxl and zipfile raise many kinds for a damaged file
         if lacks_memory(error):
             raise
         what = f"{path}: cannot be read ({first_line(error)}); give the file as the tool wrote it"
