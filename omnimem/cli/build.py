@@ -19,6 +19,7 @@ from omnimem.run import RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
+from omnimem.training.sampler import held_out
 from omnimem.tuning import StreamedModel
 
 CACHE = Path(".cache/encoded")
@@ -106,7 +107,19 @@ def training_samples(run: RunConfig) -> list[Sample]:
     """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
         raise BudgetError("data.train names no manifest; calibration measures the first training streams")
-    return read_manifest(run.data.train, allow_absolute=run.data.allow_absolute_paths)
+    samples = read_manifest(run.data.train, allow_absolute=run.data.allow_absolute_paths)
+    share = run.data.validation
+    return held_out(samples, share)[0] if isinstance(share, float) else samples
+
+
+def validation_samples(run: RunConfig) -> list[Sample]:
+    """The streams of `data.validation`; none without it."""
+    given, train = run.data.validation, run.data.train
+    if given is None or train is None:
+        return []
+    manifest = given if isinstance(given, str) else train
+    samples = read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)
+    return samples if isinstance(given, str) else held_out(samples, given)[1]
 
 
 def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder, samples: Sequence[Sample]) -> Budget:

@@ -27,8 +27,8 @@ BESIDES = 200_000  # other bytes of a checkpoint
 STATES = 12  # bytes of gradient and optimizer for each trained weight
 
 
-def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
-    """A line about the data set, and its longest readable sample.
+def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data") -> tuple[str, Sample]:
+    """A line about the data set, `data` or `validation`, and its longest readable sample.
 
     Raises TooManyFailures if so many samples are unreadable that training would stop.
     """
@@ -45,11 +45,12 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
             found.append(finding)
     # 2. summarise
     if not found:
-        raise ConfigError([f"{run.data.train}: none of the {len(opened)} opened samples can be read; repair the data"])
+        place = run.data.train if what == "data" or not isinstance(run.data.validation, str) else run.data.validation
+        raise ConfigError([f"{place}: none of the {len(opened)} opened samples can be read; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
     seconds = sum(each.seconds for each in found)
-    line = f"data: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
+    line = f"{what}: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
     return line, max(found, key=lambda each: each.seconds).sample
 
 
@@ -86,6 +87,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     # 2. disk space
     size = weights * PER_WEIGHT + BESIDES
     kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
+    kept += run.data.validation is not None  # the best one
     free = shutil.disk_usage(folder).free
     needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
     if kept * size > free:
