@@ -119,13 +119,17 @@ CELLS = (
 class Bed:
     """The model, attached, and what is run on it."""
 
-    def __init__(self, attached: StreamedAttention, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, attached: StreamedAttention, model: Any, tokenizer: Any, *, chunk_tokens: int | None = None
+    ) -> None:
+        """`chunk_tokens`: CHUNK unless given."""
         self.attached, self.tokenizer = attached, tokenizer
         self.head: Tensor = model.lm_head.weight.float()  # bfloat16 logits would tie candidates
         start = tokenizer.convert_ids_to_tokens(START)
         self.feeders = {
             protected: TextFeeder(
-                TextModel(model, tokenizer, system=start if protected else None, template=False), chunk_tokens=CHUNK
+                TextModel(model, tokenizer, system=start if protected else None, template=False),
+                chunk_tokens=chunk_tokens or CHUNK,
             )
             for protected in (True, False)
         }
@@ -143,32 +147,42 @@ class Bed:
     @torch.no_grad()
     def run(self, episode: Episode, policy: Policy, *, protected: bool = True, empty: bool = False) -> dict[str, Any]:
         """Stream, ask, and measure what was kept; `empty`: nothing is streamed but the first token."""
-        # 1. stream
         started = time.process_time()
+        stream = self.read(episode, policy, protected=protected, empty=empty)
+        found = self.answers(episode, stream)
+        return found | {"cpu": round(time.process_time() - started, 2)} | kept(stream, episode, protected)
+
+    @torch.no_grad()
+    def read(self, episode: Episode, policy: Policy, *, protected: bool = True, empty: bool = False) -> Stream:
+        """The stream after its last chunk."""
         feeder, sample = self.feeders[protected], episode.sample(() if protected else (START,))
         stream = feeder.stream(self.attached, feeder.with_oracle(policy, [sample]))
         for number, chunk in enumerate(feeder.chunks([sample])):
             if not empty or number == 0:
                 stream.feed(chunk)
-        # 2. ask: questions, the prose that follows, and passages given again, packed
+        return stream
+
+    @torch.no_grad()
+    def answers(self, episode: Episode, stream: Stream) -> dict[str, Any]:
+        """Scores of all that is asked of a stream."""
+        # 1. ask: questions, the prose that follows, and passages given again, packed
         asked = [*(question.ids for question in episode.questions), episode.held, *episode.snippets]
-        hidden = stream.ask(feeder.prompt([[Turn(ids=ids) for ids in asked]])).hidden[0].float()
-        rows = torch.split(hidden, [len(ids) for ids in asked])
+        prompt = self.feeders[True].prompt([[Turn(ids=ids) for ids in asked]])
+        rows = torch.split(stream.ask(prompt).hidden[0].float(), [len(ids) for ids in asked])
         count = len(episode.questions)
-        # 3. scores
+        # 2. scores
         found: dict[str, Any] = {
             "questions": [
                 self._answer(row[-1], question) for row, question in zip(rows, episode.questions, strict=False)
             ],
             "held": self._loss(rows[count], episode.held, 0),
-            "cpu": round(time.process_time() - started, 2),
             "entries": stream.memory.entries,
         }
         if episode.snippets:
             again = zip(rows[count + 1 :], episode.snippets, strict=True)
             losses = [self._loss(row, ids, GIVEN - 1) for row, ids in again]
             found["verbatim"] = sum(losses) / len(losses)
-        return found | _kept(stream, episode, protected)
+        return found
 
     def _loss(self, rows: Float[Tensor, "tokens width"], ids: Sequence[int], first: int) -> float:
         """Mean loss of the tokens after `first`, in nats."""
@@ -189,7 +203,7 @@ class Bed:
         }
 
 
-def _kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
+def kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
     """Fractions of (layer, head) in which value and fact tokens are held, and in which the first token is."""
     held = torch.zeros(1 + len(episode.ids))
     for layer in stream.memory.layers:
