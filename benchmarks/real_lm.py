@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.needles import GIVEN, HELD, LETTERS, Episode, interleaved, needles, verbatim
 from benchmarks.real_lm_table import write_tables
 from benchmarks.real_texts import Text, texts, write_list
-from benchmarks.studies import POLICIES
+from benchmarks.studies import POLICIES, STUDIES
 from omnimem.backbones.base import Turn
 from omnimem.backbones.text import TextModel
 from omnimem.budget import AudioVisualBudget, Budget, SharedBudget, Signals, SplitBudget
@@ -72,6 +72,7 @@ ARMS: dict[str, str] = {
     "hermes_reindexed": "hermes_reindexed",
     "streammem": "streammem_unfiltered",
 }
+CANDIDATES = {name: trial for name, trial in STUDIES["candidates"].items() if name not in POLICIES}  # by --policy only
 LEFT_OUT = {
     "infinipot_v, recent_frames, input_uniform, streammem with its frame filter": "they compare or choose whole frames"
 }
@@ -225,7 +226,8 @@ def policy_of(arm: str, cell: Cell, layers: int, signals: Signals | None) -> Pol
     if split:
         budget: Budget = SPLITS[split].build(layers, cell.slots, signals)
         return POLICIES[SPLIT_ARMS[name]].policy.build(budget)
-    return POLICIES[ARMS[name]].policy.build(SharedBudget().build(layers, cell.slots))
+    trial = CANDIDATES.get(name) or POLICIES[ARMS[name]]
+    return trial.policy.build(SharedBudget().build(layers, cell.slots))
 
 
 def arms_of(cell: Cell, wanted: Sequence[str] | None) -> list[str]:
@@ -233,7 +235,7 @@ def arms_of(cell: Cell, wanted: Sequence[str] | None) -> list[str]:
     if cell.setting == "interleaved":
         names = ["full", *SPLIT_ARMS, *(f"{name}/{split}" for split in SPLITS for name in SPLIT_ARMS)]
     else:
-        names = ["full", "empty", *ARMS]
+        names = ["full", "empty", *ARMS, *(name for name in CANDIDATES if name in (wanted or ()))]
     if wanted:
         names = [name for name in names if name.partition("/")[0] in {"full", *wanted}]
     return [name for name in names if not (cell.setting == "sinks" and name == "empty")]
@@ -396,7 +398,9 @@ def _parser() -> Parser:
     parser.add_argument("--setting", action="append", choices=("needles", "interleaved", "verbatim", "sinks"))
     parser.add_argument("--tokens", type=int, action="append", help="length of the stream; may be repeated (all)")
     parser.add_argument("--slots", type=int, action="append", help="slots per layer; may be repeated (all)")
-    parser.add_argument("--policy", action="append", choices=list(ARMS), help="may be repeated (all)")
+    parser.add_argument(
+        "--policy", action="append", choices=[*ARMS, *CANDIDATES], help="may be repeated (all of the table)"
+    )
     parser.add_argument("--most", type=int, help="texts of each cell (all)")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="N/M", help="every M-th text from N on")
     parser.add_argument("--reference", default="paper", choices=list(ARMS), help="compared with (%(default)s)")

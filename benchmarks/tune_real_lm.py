@@ -147,7 +147,7 @@ def evaluate(given: Any) -> None:
         with attach(model.model) as attached, path.open("a") as file:
             bed = Bed(attached, model, tokenizer, chunk_tokens=CHUNK)
             for number, text in enumerate(chosen[: given.most]):
-                for slots in SLOTS:
+                for slots in given.slots or SLOTS:
                     if (label, text.digest[:16], slots) in done:
                         continue
                     rows = list(evaluated(bed, text, given.split, slots, tuned=name != "free"))
@@ -204,6 +204,7 @@ def _parser() -> Parser:
     parser.add_argument("--run", action="append", default=[], metavar="NAME", help="a run folder, or free: no adapter")
     parser.add_argument("--split", choices=("development", "test"), default="development", help="(%(default)s)")
     parser.add_argument("--most", type=int, help="texts of an evaluation (all)")
+    parser.add_argument("--slots", type=int, action="append", help=f"of an evaluation; may be repeated {SLOTS}")
     parser.add_argument("--reference", action="append", metavar="ARM", help="of the table; may be repeated (free)")
     parser.add_argument("--texts", type=Path, action="append", default=[], metavar="DIR", help="unpacked packages")
     parser.add_argument("--out", default="runs/tune_real_lm", metavar="DIR", help="(%(default)s)")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import needles, real_lm, real_lm_table, real_texts, tune_real_lm
+from benchmarks.candidates import MeanRank
 from benchmarks.real_lm import Bed, Cell
 from benchmarks.real_texts import Text
 from omnimem.streaming.attach import attach
@@ -244,3 +246,21 @@ def test_what_is_asked_of_a_tuned_model_is_not_what_it_was_trained_on() -> None:
         other = needles.VOCABULARIES[split]
         for name in ("wordings", "first", "last", "values"):
             assert not set(getattr(trained, name)) & set(getattr(other, name))
+
+
+def test_a_candidate_is_evaluated_on_request_only() -> None:
+    cell = Cell(setting="needles", slots=16)
+    assert "mean_rank" not in real_lm.arms_of(cell, None)
+    assert real_lm.arms_of(cell, ["mean_rank"]) == ["full", "mean_rank"]
+    policy = real_lm.policy_of("mean_rank", cell, 4, None)
+    assert policy is not None
+    assert policy.name == "mean_rank"
+
+
+def test_the_mean_rank_lies_between_its_parts() -> None:
+    score, attention = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1.0, 3.0, 2.0]])
+    view = SimpleNamespace(importance=attention)
+    found = [MeanRank(inner=lambda _: score, weight=weight)(view) for weight in (0.0, 0.5, 1.0)]  # type: ignore[arg-type]
+    assert found[0].tolist() == [[1.0, 0.0, 0.5]]
+    assert found[1].tolist() == [[0.5, 0.5, 0.5]]
+    assert found[2].tolist() == [[0.0, 1.0, 0.5]]
