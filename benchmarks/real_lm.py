@@ -238,7 +238,8 @@ def arms_of(cell: Cell, wanted: Sequence[str] | None) -> list[str]:
         names = ["full", "empty", *ARMS, *(name for name in CANDIDATES if name in (wanted or ()))]
     if wanted:
         names = [name for name in names if name.partition("/")[0] in {"full", *wanted}]
-    return [name for name in names if not (cell.setting == "sinks" and name == "empty")]
+    without = {"sinks": "empty", "verbatim": "oracle"}  # an oracle has nothing to know where nothing is planted
+    return [name for name in names if name != without.get(cell.setting)]
 
 
 @final

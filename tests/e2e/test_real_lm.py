@@ -250,6 +250,8 @@ def test_what_is_asked_of_a_tuned_model_is_not_what_it_was_trained_on() -> None:
 
 def test_a_candidate_is_evaluated_on_request_only() -> None:
     cell = Cell(setting="needles", slots=16)
+    assert "oracle" in real_lm.arms_of(cell, None)
+    assert "oracle" not in real_lm.arms_of(Cell(setting="verbatim"), None)
     assert "mean_rank" not in real_lm.arms_of(cell, None)
     assert real_lm.arms_of(cell, ["mean_rank"]) == ["full", "mean_rank"]
     policy = real_lm.policy_of("mean_rank", cell, 4, None)
