@@ -28,6 +28,7 @@ WORDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")
 FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
 
@@ -65,7 +66,8 @@ def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection
 def nearest(name: str, known: Sequence[str]) -> str:
     """`did you mean 'x'?`, or all known words if no one is similar."""
     near = _near(name, known)
-    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    listed = f"known: {', '.join(known)}" if len(known) <= LISTED else "omnimem explain lists what there is"
+    return f"did you mean {near!r}?" if near else listed
 
 
 def _near(name: str, known: Sequence[str]) -> str | None:
@@ -159,13 +161,8 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
 
 
 def _known(key: Key, known: Sections) -> str:
-    """The nearest valid name in the same section, else the same name in another one."""
-    name, here = str(key[-1]), known.get(key[:-1], ())
-    if not _near(name, here):
-        elsewhere = [dotted((*section, name)) for section, keys in known.items() if name in keys]
-        if elsewhere:
-            return f"did you mean {elsewhere[0]}?"
-    return nearest(name, here)
+    """The nearest valid name in the same section, or all names there."""
+    return nearest(str(key[-1]), known.get(key[:-1], ()))
 
 
 def _expected(details: ErrorDetails) -> str:

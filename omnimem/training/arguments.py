@@ -1,5 +1,6 @@
 """The section `train`: the fields of transformers.TrainingArguments, checked without building it, and our own."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
+from omnimem.config.reference import field_comments, first_sentence
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
 
@@ -76,6 +78,12 @@ MAY_CHANGE = frozenset(
     ).split()
 )
 
+DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "ddp_find_unused_parameters": False,  # every adapter has a gradient in every step
+}
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
 FROM_0: Check = (lambda number: number >= 0, "0 or more")
 FROM_1: Check = (lambda number: number >= 1, "1 or more")
@@ -143,7 +151,8 @@ def train_section() -> type:
     for name, reason in REFUSED.items():
         kind = Annotated[Any, BeforeValidator(_refuse(reason))]
         columns.append((name, kind, field(default=None, metadata={"refused": reason})))
-    return strict(make_dataclass("TrainSection", columns, kw_only=True))
+    about = {"__doc__": "Settings of transformers' Trainer, and our own"}
+    return strict(make_dataclass("TrainSection", columns, kw_only=True, namespace=about))
 
 
 def _exact(hint: Any) -> Any:
@@ -181,8 +190,7 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     Raises ConfigError when transformers refuses them.
     """
     # 1. our defaults
-    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
-    defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
+    defaults = dict(DEFAULTS)
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     # 2. build and check
     try:
@@ -205,10 +213,26 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
 def on_resume() -> dict[str, str]:
     """What a resumed run does with a change of each setting of `train`: `takes effect`, or `refused`.
 
-    Settings that no run may have are left out; `docs/train_settings.md` shows this table.
+    Settings that no run may have are left out; `docs/configuration.md` shows this table.
     """
     allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     return {name: "takes effect" if name in MAY_CHANGE else "refused" for name in sorted((*allowed, *own_names()))}
+
+
+def train_docs() -> dict[str, tuple[str, str]]:
+    """Default and meaning of each allowed setting of `train`, from transformers' docstring and our own comments."""
+    text = TrainingArguments.__doc__ or ""
+    said = dict(re.findall(r"^ {8}(\w+) ?\(.*\):\n((?:(?: {9,}.*)?\n)+)", text, re.MULTILINE))
+    usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
+    docs = {name: first_sentence(text) for name, text in said.items()} | field_comments(OwnSettings)
+    found = {}
+    for name, effect in on_resume().items():
+        value = {**usual, **DEFAULTS}[name]
+        plain = value.value if isinstance(value, Enum) else value
+        default = str(plain) if isinstance(plain, int | float | str) and not isinstance(plain, bool) else None
+        shown = default or {True: "true", False: "false"}.get(plain if isinstance(plain, bool) else None, "null")
+        found[name] = (shown, f"{docs.get(name, '')}; on resume: {effect}".lstrip("; "))
+    return found
 
 
 def refuse_train_changes(run: RunConfig, earlier: Path) -> None:

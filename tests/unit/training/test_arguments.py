@@ -19,6 +19,7 @@ from omnimem.training.arguments import (
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
+    train_docs,
     train_section,
     training_arguments,
 )
@@ -186,7 +187,17 @@ def test_each_setting_takes_effect_on_resume_or_is_refused_by_its_name(name, tmp
     assert f" train.{name}: " in line
 
 
+def test_every_setting_has_a_default_and_a_meaning() -> None:
+    docs = train_docs()
+    assert docs.keys() == on_resume().keys()
+    assert docs["learning_rate"] == ("5e-05", "The initial learning rate for the optimizer; on resume: refused")
+    assert docs["save_steps"][0] == "100"
+    assert docs["max_bad_steps"][0] == "3"
+    bare = [name for name, (_, doc) in docs.items() if doc.startswith("on resume")]
+    assert len(bare) < 5, bare  # transformers describes almost all of its own
+
+
 def test_the_page_of_the_settings_is_the_table() -> None:
-    text = (ROOT / "docs/train_settings.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8").partition("## `train`")[2].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", text, re.MULTILINE))
     assert rows == {**on_resume(), **{name: f"in no run: {reason}" for name, reason in REFUSED.items()}}
