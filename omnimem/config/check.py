@@ -28,6 +28,20 @@ WORDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+_PACKED = "every stream is read alone, chunk by chunk, so rows are not packed; set train.per_device_train_batch_size"
+_COMPILED = "every chunk of a stream has a different shape; remove it"
+_LIGER = "it replaces the modules that streams attach to; remove it"
+_SHARDED = "use deepspeed: deepspeed/zero3.json partitions the weights too"
+_LENGTH = "streams have any length; set stream.chunk_tokens and memory.slots_per_layer"
+_IMAGES = "still images are not streamed; make them a video, or remove them"
+UNFIT = {  # settings of other trainers that do not go with a memory of streams, in whatever section they are given
+    **dict.fromkeys(("packing", "eval_packing", "neat_packing", "packing_strategy", "padding_free"), _PACKED),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo"), _COMPILED),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config", "use_liger", "enable_liger_kernel"), _LIGER),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"), _SHARDED),
+    **dict.fromkeys(("max_length", "max_seq_length", "cutoff_len", "model_max_length"), _LENGTH),
+    **dict.fromkeys(("images", "image_folder", "image_dir"), _IMAGES),
+}
 LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")
 FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
@@ -145,7 +159,7 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
         case "missing" | "union_tag_not_found":
             return f"missing; add it, or give {dotted(key)}=... on the command line"
         case "unexpected_keyword_argument":
-            return f"unknown key; {_known(key, known)}"
+            return UNFIT.get(str(key[-1])) or f"unknown key; {_known(key, known)}"
         case "union_tag_invalid":
             tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
             return f"{context['tag']!r} is unknown; {nearest(context['tag'], tags)}"

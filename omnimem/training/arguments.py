@@ -1,5 +1,6 @@
 """The section `train`: the fields of transformers.TrainingArguments, checked without building it, and our own."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -14,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
+from omnimem.config.check import UNFIT
 from omnimem.config.reference import field_comments, first_sentence
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
@@ -42,10 +44,6 @@ OURS = {  # fields that are set elsewhere
     "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "save_only_model": "no run could resume from such a checkpoint; omnimem export writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
-    "torch_compile": "every chunk of a stream has a different shape; remove it",
-    "use_liger_kernel": "it replaces the modules that streams attach to; remove it",
-    "fsdp": "use deepspeed: deepspeed/zero3.json partitions the weights too",
-    "fsdp_config": "use deepspeed: deepspeed/zero3.json partitions the weights too",
     "accelerator_config": "samples are distributed over ranks by this project; remove it",
     "ignore_data_skip": "a resumed run would repeat some samples and skip others; remove it",
     "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
@@ -62,7 +60,14 @@ FORMER = {  # names of transformers 4 that were removed
     "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
-REFUSED = {**OURS, **FORMER}
+FITTING = {each.name for each in fields(TrainingArguments)}
+REFUSED = {**OURS, **FORMER, **{name: reason for name, reason in UNFIT.items() if name in FITTING}}
+UNFIT_LAUNCH = {  # environment variables by which `accelerate launch` asks for what does not fit
+    "ACCELERATE_USE_FSDP": UNFIT["fsdp"],
+    "ACCELERATE_USE_MEGATRON_LM": UNFIT["fsdp"],
+    "ACCELERATE_USE_PARALLELISM_CONFIG": UNFIT["fsdp"],
+    "ACCELERATE_DYNAMO_BACKEND": UNFIT["torch_compile"],
+}
 # What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
 # were taken (seed, order); the batch is checked by `refuse_other_batch`.
 MAY_CHANGE = frozenset(
@@ -190,6 +195,7 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     Raises ConfigError when transformers refuses them.
     """
     # 1. our defaults
+    refuse_unfit_launch()
     defaults = dict(DEFAULTS)
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     # 2. build and check
@@ -208,6 +214,13 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_unfit_launch() -> None:
+    """Raises ConfigError if the launcher asks for what does not go with streams: FSDP, Megatron, torch.compile."""
+    for name, reason in UNFIT_LAUNCH.items():
+        if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
+            raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
 
 
 def on_resume() -> dict[str, str]:
@@ -308,6 +321,8 @@ def _try_engine(arguments: TrainingArguments) -> None:
     if not arguments.deepspeed:
         return
     settings = arguments.hf_deepspeed_config
+    if settings.get_value("compile.deepcompile"):
+        raise ValueError(f"{arguments.deepspeed}: compile.deepcompile: {UNFIT['torch_compile']}")
     if settings.mismatches:
         each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
         raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes the value of train)')
