@@ -10,6 +10,7 @@ from tqdm import tqdm
 from omnimem.cli.build import Policies
 from omnimem.cli.eval_fingerprint import EvalFingerprint
 from omnimem.cli.workers import LocalWorkers, Workers
+from omnimem.comparison.formatting import unread
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
@@ -118,6 +119,8 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     shown = ", ".join(f"{benchmark} {entry['strict']:.1%} of {entry['n']}" for benchmark, entry in table.items())
     print(f"{arm.name}: {shown}", flush=True)
     for benchmark, entry in table.items():
+        if what := unread(entry):
+            print(f"{arm.name}: {benchmark}: {what}", flush=True)
         for reason, left in entry["left_out"].items():
             what = f"{left['questions']} questions of {left['streams']} streams left out: {reason}"
             print(f"{arm.name}: {benchmark}: {what} ({left['message']})", flush=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.budget import BudgetError
@@ -149,12 +149,13 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
     """
     # 1. the settings of the trainer, on every rank that a launcher starts
     prepare_process()
-    settings = training_arguments(run.train, start.folder)
+    settings = training_arguments(run.train, start.folder, validated=run.data.validation is not None)
     # 2. the data, if they are there
     taken = None
     if not missing_sources(run.data):
-        samples = training_samples(run)
-        check_answers(samples)
+        samples, validation = training_samples(run), validation_samples(run)
+        check_answers([*samples, *validation])
+        warn(trained_on(samples, validation))
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
     # 3. the plan
@@ -191,6 +192,10 @@ def describe_training(settings: TrainingArguments, start: Start, taken: int | No
     kept = f"the newest {settings.save_total_limit} are kept" if settings.save_total_limit else "all are kept"
     where = start.folder.checkpoint(at[0]) if at else start.folder.path
     begin = f"continue from {start.checkpoint}; " if start.checkpoint else ""
+    if settings.eval_strategy != IntervalStrategy.NO:
+        by_step = settings.eval_strategy == IntervalStrategy.STEPS and settings.eval_steps
+        often = f"every {settings.eval_steps:g} steps" if by_step else "after each epoch"
+        yield f"validation: {often}"
     yield f"checkpoints: {begin}after steps {listed or 'none'} ({kept}), the first one in {where}"
 
 

@@ -372,11 +372,12 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
 
 
 def _kinds(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Categories of a question: its kind by name, the labels of other axes as `axis: label`."""
-    kind = record["kind"]
-    named = [str(one) for one in (kind if isinstance(kind, list) else [kind]) if one]
-    axes = {axis: labels for axis, labels in record.get("categories", {}).items() if axis != KIND}
-    return tuple(dict.fromkeys([*named, *(_under(axis, str(label)) for axis in axes for label in axes[axis])]))
+    """Categories of a question: its kinds by name, the labels of other axes as `axis: label`."""
+    kind, axes = record["kind"], record.get("categories", {})
+    named = [str(one) for one in [*(kind if isinstance(kind, list) else [kind]), *axes.get(KIND, ())] if one]
+    kinds = [_under(KIND, name) if ": " in name else name for name in named]  # a colon would be that of an axis
+    others = [_under(axis, str(label)) for axis in axes if axis != KIND for label in axes[axis]]
+    return tuple(dict.fromkeys([*kinds, *others]))
 
 
 def _under(axis: str, label: str) -> str:
