@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples
@@ -33,6 +34,7 @@ from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.shipped import shipped
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import (
@@ -51,7 +53,7 @@ from omnimem.training.sampler import seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter, require_base
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,6 +77,8 @@ def main(arguments: Sequence[str]) -> None:
             refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
+        with checkpoint_errors(shipped(run.model.path)):
+            require_base(start.checkpoint, shipped(run.model.path))
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
     # 3. read and check the data

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, final
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
+from omnimem.backbones.files import weights_digest
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
@@ -88,7 +90,8 @@ class StreamTrainer(Trainer):
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
-        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
+        base = weights_digest(model.name_or_path) if args.process_index == 0 else ""
+        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
         for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):
             self.add_callback(callback)
@@ -271,5 +274,6 @@ class StreamTrainer(Trainer):
 
     def save_adapter(self, place: Path) -> None:
         """Write the adapter into a folder of its own; collective."""
-        with written_by_all(self.checkpoints.folder, place, self.accelerator) as partial_folder:
+        origin = replace(self.checkpoints.origin, step=self.state.global_step)
+        with written_by_all(self.checkpoints.folder, place, self.accelerator, origin) as partial_folder:
             self.save_model(str(partial_folder))

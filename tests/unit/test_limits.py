@@ -11,6 +11,7 @@ import pytest
 from openpyxl import Workbook
 from pyarrow import parquet
 from support.thinkers import write_folder
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.template import TemplateFailure, render_bounded
@@ -134,13 +135,18 @@ def test_a_model_with_countless_layers_is_refused(tmp_path) -> None:
         load_backbone(ModelOptions(path=str(folder)))
 
 
-def test_a_model_that_is_larger_than_its_files_is_refused_before_it_takes_memory(tmp_path) -> None:
+@pytest.mark.parametrize("stage", [None, 3])
+def test_a_model_that_is_larger_than_its_files_is_refused_before_it_takes_memory(stage, tmp_path, request) -> None:
+    """Also under ZeRO-3, which stays set: its construction of a model takes the memory itself."""
     folder = write_folder(tmp_path / "model", rates="tiny")
     table = json.loads((folder / "config.json").read_text())
     table["text_config"]["intermediate_size"] *= 10**6
     (folder / "config.json").write_text(json.dumps(table))
+    settings = stage and HfDeepSpeedConfig({"zero_optimization": {"stage": stage}, "train_batch_size": 1})
+    request.addfinalizer(unset_hf_deepspeed_config)
     with pytest.raises(UserError, match=r"config.json describes .* weights"):
         load_backbone(ModelOptions(path=str(folder)))
+    assert is_deepspeed_zero3_enabled() is bool(settings)
 
 
 def test_the_option_raises_a_limit(tmp_path, capsys) -> None:
