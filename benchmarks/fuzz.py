@@ -1,8 +1,9 @@
-"""Hostile variants of every file that a command reads: counts tracebacks, hangs, and memory above twice the clean run.
+"""Hostile variants of every file that a command reads.
 
 python benchmarks/fuzz.py [--cases 3000] [--seed 1] [--surface NAME]... [--out runs/fuzz]
 
-Exit code 1 if anything of that happened; fuzz.json in --out lists it. tests/support/fuzzing.py has the surfaces.
+Counts tracebacks, hangs, memory above twice the clean run, and media that are read at another length than they have;
+exit code 1 if there are any, and fuzz.json in --out lists them. tests/support/fuzzing.py has the surfaces.
 """
 
 import sys
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         "tracebacks": len(verdicts.tracebacks),
         f"hangs over {HANG:g} s": len(verdicts.hangs),
         "memory above twice the clean run": len(verdicts.memory),
+        "wrong durations": len(verdicts.durations),
     }
     print(", ".join(f"{name} {number}" for name, number in counts.items()), f"in {time.monotonic() - began:.0f} s")
     record = {**provenance(command=sys.argv, seed=given_options.seed, sha256={}), **counts, "found": verdicts.failures}
