@@ -15,6 +15,7 @@ from omnimem.config.exported import HERE, NO_BASE, Exported, Origin
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256, step_of
 from omnimem.tuning import AdapterError, StreamedModel, load_adapter
+from omnimem.tuning.lora import SETTINGS
 
 Kind = Literal["adapter", "merged"]
 
@@ -126,13 +127,24 @@ def _misplaced(adapter: Path) -> str | None:
     steps = {path: step_of(path) for path in folder.checkpoints()}
     if adapter not in (folder.adapter, *steps):
         return None
-    if what := folder.foreign(adapter, steps.get(adapter)):
+    if what := folder.foreign(adapter, steps.get(adapter)) or _rescaled(adapter, folder):
         return what
     expected = folder.adapter_sha256 if adapter == folder.adapter else None
     if expected is None:
         return None
     found = sha256(adapter, suffixes=(".safetensors",))
     return None if found == expected else f"sha256 {found[:SHOWN]}, but {folder.record} describes {expected[:SHOWN]}"
+
+
+def _rescaled(adapter: Path, folder: RunFolder) -> str | None:
+    """How an adapter without a seal differs from the config of its run; None also where a file cannot be read."""
+    path = adapter / SETTINGS
+    if is_sealed(adapter) or not path.is_file() or not folder.config.is_file():
+        return None
+    found, lora = read_json(path, dict[str, Any], RESTORE), load(folder.config, ["train={}"]).tuning.lora
+    usual = {"r": lora.r, "lora_alpha": lora.alpha, "use_rslora": False}
+    differing = (f"{name} is {found[name]!r:.60}" for name in usual if found.get(name, usual[name]) != usual[name])
+    return next((f"{SETTINGS} {what}, but the run was tuned with {usual}" for what in differing), None)
 
 
 @final

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.comparison_runs import write_arm
 from support.damage import ends
 from support.finished_run import config_of, write_adapter, write_checkpoint, write_run
 from support.planted import FORMS, zipped
@@ -16,11 +17,11 @@ from support.thinkers import write_folder
 
 from omnimem.backbones.files import weights_digest
 from omnimem.checksums import origin_of, seal
-from omnimem.commands import ask, evaluate, export, finetune, show_memory
+from omnimem.commands import ask, compare, evaluate, export, finetune, show_memory
 from omnimem.config import dump
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
-from omnimem.run import RunFolder, plan
+from omnimem.run import RunFolder, plan, sha256
 
 SETTINGS = "adapter_config.json"
 COMMANDS = ("ask", "evaluate", "show_memory", "export")
@@ -157,6 +158,36 @@ def test_an_adapter_without_a_seal_is_accepted_with_one_line(made, place, capsys
     command("ask", made, folder)()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert line.startswith(f"warning: {folder}: has no sealed.json")
+
+
+@pytest.mark.parametrize("change", ["lora_alpha", "use_rslora", "r"])
+def test_without_its_seal_an_adapter_of_a_run_is_held_against_the_config(change, made, place, capsys) -> None:
+    (place / "runs/x/adapter/sealed.json").unlink()
+    CHANGES[change](place / "runs/x/adapter")
+    for name in ("ask", "export"):
+        refused(command(name, made, place / "runs/x/adapter"), capsys, SETTINGS, change)
+
+
+def test_a_comparison_says_when_answers_are_of_other_weights(place, capsys) -> None:
+    run = RunFolder(path=place / "runs/x")
+    own = sha256(run.adapter, suffixes=(".safetensors",))
+    edit(run.record, adapter={"sha256": own})
+    answered = {"training_free": {"base": "b" * 64}, "tuned": {"base": "b" * 64, "adapter": own}}
+    for arm, digests in answered.items():
+        edit(write_arm(run.path, arm, videos=2) / "summary.json", provenance={"sha256": digests})
+    given = [str(run.path), "--out", "compared", "--draws", "100"]
+    compare.main(given)
+    # 1. the adapter has changed since
+    weights = run.adapter / "adapter_model.safetensors"
+    save_file({name: 2 * each for name, each in load_file(weights).items()}, weights)
+    code, lines = ends(lambda: compare.main(given), capsys)
+    assert code == 2
+    assert f"tuned: answered by adapter {own[:12]}" in lines[0]
+    # 2. another base
+    edit(run.evaluation("tuned") / "summary.json", provenance={"sha256": {"base": "c" * 64}})
+    code, lines = ends(lambda: compare.main(given), capsys)
+    assert code == 2
+    assert "answered by another base (sha256 " in lines[0]
 
 
 def test_an_export_says_its_run_step_and_base(made) -> None:
