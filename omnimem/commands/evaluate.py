@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         )
         policies = policies_of(run, budget_of(run, attached, feeder, folder))
         evaluation = Evaluation(attached=attached, feeder=feeder, options=run.evaluate)
-        evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
+        with workers.claim(folder.path / "eval"):
+            evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
 
 
 def _measure(run: RunConfig, folder: RunFolder, measure: Callable[[], object], leading: bool) -> None:

@@ -297,7 +297,8 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True)
-    evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
+    with workers.claim(folder.path / "eval"):
+        evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare
     if workers.leads:
         compare([folder.path], folder.comparison)
