@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
+
+from omnimem.limits import read_within
 
 SEAL = "sealed.json"
 FORMAT = "omnimem sealed folder 1"
@@ -55,7 +58,7 @@ def is_sealed(folder: Path) -> bool:
 def origin_of(folder: Path) -> Origin:
     """What sealed.json says about where the weights come from; nothing without it, or where it cannot be read."""
     try:
-        table = json.loads((folder / SEAL).read_bytes())
+        table = json.loads(read_within(folder / SEAL))
         found = {name: table.get(name) for name in ("run", "step", "base")}
     except (OSError, ValueError, AttributeError, RecursionError):
         return Origin()
@@ -88,7 +91,7 @@ def damage(folder: Path, names: Collection[str] = ()) -> str | None:
     With `names` only these are read. Files added later are ignored.
     """
     try:
-        table = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        table = json.loads(read_within(folder / SEAL).decode())
         files = {str(name): (int(known["bytes"]), str(known["sha256"])) for name, known in table["files"].items()}
     except FileNotFoundError:
         return f"{SEAL} is missing"
@@ -102,7 +105,10 @@ def damage(folder: Path, names: Collection[str] = ()) -> str | None:
 
 def _changed(path: Path, name: str, size: int, digest: str) -> str | None:
     try:
-        found = path.stat().st_size
+        status = path.stat()
+        found = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name!a} is not a file"
         if found != size:
             return f"{name} has {found} of {size} bytes"
         now = _digest(path, sync=False)

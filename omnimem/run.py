@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 from omnimem.aside import written_aside
 from omnimem.checksums import Origin, damage, origin_of
 from omnimem.errors import UserError
+from omnimem.limits import read_within
 from omnimem.textfile import StoredFileError, parse_stored, read_stored
 
 PACKAGES = (
@@ -135,7 +136,7 @@ class RunFolder:
     def _noted(self, *keys: str) -> str | None:
         """A text in run.json, which may be missing or damaged."""
         try:
-            found = json.loads(self.record.read_bytes())
+            found = json.loads(read_within(self.record))
             for key in keys:
                 found = found[key]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -318,7 +319,7 @@ def keep_steps(path: Path, last: int) -> None:
     if not path.exists() or path.is_char_device():  # a device has no end
         return
     with _named(path):
-        lines, dropped, kept = path.read_bytes().split(b"\n"), 0, []
+        lines, dropped, kept = read_within(path).split(b"\n"), 0, []
     # 2. keep those of the steps so far
     for number, line in enumerate(lines, start=1):
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
 from omnimem.errors import UserError, first_line, lacks_memory
-from omnimem.limits import exceeds
+from omnimem.limits import exceeds, read_within
 from omnimem.textfile import StoredFileError, read_stored
 
 AGAIN = "copy the file again from the model's page"
@@ -112,6 +113,8 @@ def weights_digest(path: str) -> str:
 def _tensor_digests(file: BinaryIO) -> Iterator[str]:
     """Name, type, shape and digest of each tensor of an open safetensors file."""
     size = int.from_bytes(file.read(8), "little")
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"a header of {size:,} bytes")
     for name, entry in json.loads(file.read(size)).items():
         if name == "__metadata__":
             continue
@@ -158,7 +161,7 @@ def _check_layers(path: Path, table: dict[str, Any]) -> None:
 
 def _require_text(path: Path) -> None:
     try:
-        text = path.read_bytes().decode()
+        text = read_within(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {AGAIN}") from error
     if not text.strip() or "\0" in text:

@@ -12,6 +12,7 @@ from omnimem.backbones.base import Backbone, ModelOptions
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.checksums import SEAL, damage, is_sealed
+from omnimem.limits import read_within
 from omnimem.shipped import shipped
 
 
@@ -37,7 +38,7 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
 def model_type(folder: Path) -> str | None:
     """The model_type in the config.json of a local folder; None where there is none."""
     try:
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        table = json.loads(read_within(folder / "config.json").decode())
     except (OSError, ValueError, RecursionError):  # a hub id, or a folder that its family refuses with a reason
         return None
     return table.get("model_type") if isinstance(table, dict) else None

@@ -27,7 +27,7 @@ from omnimem.evaluation import EvaluationError, Shard
 LONGEST = timedelta(days=30)  # time-out of the wait for the slowest rank
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
 SHOWN = 15  # lines of a failed helper
-LOCK = ".lock"  # in the folder of the results
+LOCK = ".eval.lock"  # in the run folder
 PATIENCE = 10.0  # seconds for helpers whose evaluation was killed to end
 HELPER = "OMNIMEM_HELPER"  # set in the processes that an evaluation starts: they write under its lock
 
@@ -40,8 +40,8 @@ class Workers(ABC):
     leads: bool  # whether this process summarises the results
 
     @abstractmethod
-    def claim(self, results: Path) -> AbstractContextManager[None]:
-        """Lock a folder of results against other evaluations; raises EvaluationError if one writes there."""
+    def claim(self, run: Path) -> AbstractContextManager[None]:
+        """Lock the results of a run folder against other evaluations; raises EvaluationError if one is going on."""
 
     @abstractmethod
     def prepare(self, action: Prepare) -> None:
@@ -63,8 +63,8 @@ class LocalWorkers(Workers):
         self._lock: int | None = None
 
     @contextmanager
-    def claim(self, results: Path) -> Iterator[None]:
-        with _locked(results, fcntl.LOCK_EX) as self._lock:
+    def claim(self, run: Path) -> Iterator[None]:
+        with _locked(run, fcntl.LOCK_EX) as self._lock:
             yield
 
     def prepare(self, action: Prepare) -> None:
@@ -85,10 +85,10 @@ class LocalWorkers(Workers):
 
 
 @contextmanager
-def _locked(results: Path, kind: int) -> Iterator[int]:
-    """A lock on a folder of results, until the end of the block and of every process that has its descriptor."""
-    results.mkdir(parents=True, exist_ok=True)
-    lock, until = os.open(results / LOCK, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + PATIENCE
+def _locked(run: Path, kind: int) -> Iterator[int]:
+    """A lock on the results of a run, until the end of the block and of every process that has its descriptor."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock, until = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + PATIENCE
     try:
         while True:
             try:
@@ -97,7 +97,7 @@ def _locked(results: Path, kind: int) -> Iterator[int]:
             except BlockingIOError as error:
                 if time.monotonic() > until:
                     raise EvaluationError(
-                        f"{results}: another evaluation is writing there; wait until it has ended, or give the run "
+                        f"{run}: another evaluation is writing its results; wait until it has ended, or give the run "
                         "another name with name=..."
                     ) from error
                 time.sleep(0.1)
@@ -151,8 +151,8 @@ class RankWorkers(Workers):
         self.leads = self._rank == 0
 
     @contextmanager
-    def claim(self, results: Path) -> Iterator[None]:
-        with _locked(results, fcntl.LOCK_EX) if self.leads else nullcontext():
+    def claim(self, run: Path) -> Iterator[None]:
+        with _locked(run, fcntl.LOCK_EX) if self.leads else nullcontext():
             yield
 
     def prepare(self, action: Prepare) -> None:
@@ -176,8 +176,8 @@ class ShardWorker(Workers):
         self._shard = shard
 
     @contextmanager
-    def claim(self, results: Path) -> Iterator[None]:
-        with nullcontext() if HELPER in os.environ else _locked(results, fcntl.LOCK_SH):
+    def claim(self, run: Path) -> Iterator[None]:
+        with nullcontext() if HELPER in os.environ else _locked(run, fcntl.LOCK_SH):
             yield
 
     def prepare(self, action: Prepare) -> None:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         )
         policies = policies_of(run, budget_of(run, attached, feeder, folder))
         evaluation = Evaluation(attached=attached, feeder=feeder, options=run.evaluate)
-        with workers.claim(folder.path / "eval"):
+        with workers.claim(folder.path):
             evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
 
 

@@ -297,7 +297,7 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True)
-    with workers.claim(folder.path / "eval"):
+    with workers.claim(folder.path):
         evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare
     if workers.leads:

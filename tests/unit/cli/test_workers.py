@@ -23,12 +23,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_evaluation_is_refused_until_the_first_has_ended(first, second, tmp_path) -> None:
     kinds = (LocalWorkers(1, []), SHARDS[0])
     with (
-        kinds[first].claim(tmp_path / "eval"),
-        pytest.raises(EvaluationError, match="another evaluation is writing there; wait"),
-        kinds[second].claim(tmp_path / "eval"),
+        kinds[first].claim(tmp_path / "run"),
+        pytest.raises(EvaluationError, match="another evaluation is writing its results; wait"),
+        kinds[second].claim(tmp_path / "run"),
     ):
         pass
-    with kinds[second].claim(tmp_path / "eval"):
+    with kinds[second].claim(tmp_path / "run"):
         pass
 
 
@@ -48,4 +48,4 @@ def test_a_helper_that_outlives_its_evaluation_still_holds_the_lock(tmp_path: Pa
         pass
     helper.communicate(b"\n")
     with SHARDS[0].claim(tmp_path):
-        assert os.listdir(tmp_path) == [".lock"]
+        assert os.listdir(tmp_path) == [".eval.lock"]
