@@ -85,10 +85,10 @@ def put(folder: Path, place: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def damage(folder: Path, names: Collection[str] = ()) -> str | None:
+def damage(folder: Path, names: Collection[str] = (), *, listed: bool = True) -> str | None:
     """A description of the damage of a sealed folder; None when all sealed files are unchanged.
 
-    With `names` only these are read. Files added later are ignored.
+    With `names` only these are read, and must be among the sealed files if `listed`. Files added later are ignored.
     """
     try:
         table = json.loads(read_within(folder / SEAL).decode())
@@ -99,6 +99,8 @@ def damage(folder: Path, names: Collection[str] = ()) -> str | None:
         return f"{SEAL} cannot be read"
     if not files:
         return f"{SEAL} lists no files"
+    if listed and (unknown := [name for name in names if name not in files]):
+        return f"{SEAL} does not list {unknown[0]}"
     chosen = {name: known for name, known in files.items() if name in names or (not names and name not in FREE)}
     return next((what for name, known in chosen.items() if (what := _changed(folder / name, name, *known))), None)
 

@@ -69,7 +69,7 @@ class Exported:
     def read(cls, folder: Path | str) -> "Exported":
         """The omnimem.json of a folder; raises ConfigError if it is missing, wrong or not as it was sealed."""
         path = Path(folder) / FILE
-        if is_sealed(Path(folder)) and (what := damage(Path(folder), (FILE,))):
+        if is_sealed(Path(folder)) and (what := damage(Path(folder), (FILE,), listed=False)):
             cure = f"restore it or export again; without {SEAL} the folder is not checked"
             raise ConfigError([f"{folder}: {what}; {cure}"])
         try:

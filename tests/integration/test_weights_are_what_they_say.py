@@ -190,6 +190,12 @@ def test_a_comparison_says_when_answers_are_of_other_weights(place, capsys) -> N
     assert "answered by another base (sha256 " in lines[0]
 
 
+@pytest.mark.parametrize("table", [{}, {"files": {}}, {"files": {"../x": {"bytes": 1, "sha256": "x"}}}, [], "x"])
+def test_a_seal_that_does_not_list_the_adapter_is_refused(table, made, place, capsys) -> None:
+    (place / "adapter/sealed.json").write_text(json.dumps(table))
+    refused(command("ask", made, place / "adapter"), capsys, "sealed.json")
+
+
 def test_an_export_says_its_run_step_and_base(made) -> None:
     for kind in ("adapter", "merged"):
         origin = origin_of(made / kind)
