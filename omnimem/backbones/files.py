@@ -91,12 +91,15 @@ def folder_of(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
 
 
-def weights_digest(path: str) -> str:
+def weights_digest(path: str) -> str | None:
     """SHA-256 of the names, types and shapes of a checkpoint's weights, and of samples of each (ours).
 
     It does not depend on how the weights are spread over files. Tensors of up to 256 KiB are read whole, of larger
-    ones 64 places of 4 KiB. Raises CheckpointError if a file cannot be read.
+    ones 64 places of 4 KiB. None for a model that was not read from files. Raises CheckpointError if a file cannot be
+    read.
     """
+    if not path:
+        return None
     folder = folder_of(path)
     shards = set(read_stored(folder / INDEX, Index, AGAIN)["weight_map"].values()) if (folder / INDEX).exists() else ()
     files = [folder / name for name in shards] or list(folder.glob("*.safetensors"))

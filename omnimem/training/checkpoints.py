@@ -24,7 +24,9 @@ CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 class CheckpointWriter:
     """Writes the checkpoints of a run, each once, and removes old ones."""
 
-    def __init__(self, folder: RunFolder, ranks: Accelerator, layout: Layout, keep: int | None, base: str) -> None:
+    def __init__(
+        self, folder: RunFolder, ranks: Accelerator, layout: Layout, keep: int | None, base: str | None
+    ) -> None:
         """`base` is the digest of the weights that are tuned; the first rank needs it."""
         self.folder, self.ranks, self.layout, self.keep = folder, ranks, layout, keep
         self.origin = Origin(run=folder.id, base=base)

@@ -94,7 +94,7 @@ class StreamTrainer(Trainer):
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
-        base = weights_digest(model.name_or_path) if args.process_index == 0 else ""
+        base = weights_digest(model.name_or_path) if args.process_index == 0 else None
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
         for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):

@@ -186,10 +186,11 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
 def require_base(folder: Path, base: str) -> None:
     """Raises AdapterError if the adapter in a folder was tuned on other weights than those of `base`, a folder or id.
 
-    An adapter without a record of them passes.
+    An adapter without a record of them passes, and any adapter on a model that was not read from files.
     """
     tuned = origin_of(folder).base
-    if tuned is not None and tuned != (found := weights_digest(base)):
+    found = weights_digest(base) if tuned else None
+    if tuned is not None and found is not None and tuned != found:
         raise AdapterError(
             f"{folder}: made for another base than {base} (digest of the weights {tuned[:SHOWN]}, not "
             f"{found[:SHOWN]}); give the base that it was tuned from with --model, or model.path=..."
