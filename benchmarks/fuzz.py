@@ -41,9 +41,8 @@ def main(arguments: Sequence[str]) -> None:
             verdicts.run(surface.name, clean(surface, Path(folder), made), "clean")
             cases = max(1, given_options.cases * surface.share // shares)
             run_cases(surface, cases, given_options.seed, Path(folder), made, verdicts)
-            print(
-                f"{surface.name}: {verdicts.cases[surface.name]}, refused {verdicts.refused[surface.name]}", flush=True
-            )
+            found = f"{verdicts.cases[surface.name]}, refused {verdicts.refused[surface.name]}"
+            print(f"{surface.name}: {found}; failures so far {len(verdicts.failures)}", flush=True)
     # 3. counts
     counts = {
         "cases": sum(verdicts.cases.values()),
