@@ -14,6 +14,7 @@ from omnimem.budget import Budget, BudgetError
 from omnimem.comparison.formatting import shown
 from omnimem.errors import ProblemList
 from omnimem.evaluation.left_out import is_left_out
+from omnimem.limits import read_within
 from omnimem.tasks.accuracy import DURATION, categories_of
 from omnimem.textfile import StoredFileError, of_shape, parse_stored, read_stored
 
@@ -442,10 +443,17 @@ def _read_run(folder: Path) -> Run:
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise _Problem(f"{path}: missing although summary.json names it; run the evaluation again")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_bytes_of(path).split(b"\n"), start=1):
         if line.strip():
             place = f"{path}:{number}"
             yield place, parse_stored(line, dict[str, Any], place, "delete the line, or evaluate again")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_within(path)
+    except OSError as error:
+        raise _Problem(f"{path}: cannot be read ({error.strerror}); run the evaluation again") from error
 
 
 def _number(value: object) -> float | None:

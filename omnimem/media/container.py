@@ -21,7 +21,7 @@ from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, printable
 from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
 
 Track = TypeVar("Track", VideoStream, AudioStream)
@@ -61,7 +61,7 @@ class MediaError(UserError):
     """A media file that cannot be used: `path`, `reason`, and a message of one line with the problem and the fix."""
 
     def __init__(self, path: Path | str, reason: Reason, message: str) -> None:
-        super().__init__(f"{path}: {message}")
+        super().__init__(printable(f"{path}: {message}"))
         self.path = Path(path)
         self.reason: Reason = reason
 
