@@ -104,6 +104,13 @@ MUTATIONS = (
         "tuple(after for moved in self._moved)",
         ("tests/unit/test_positions.py",),
     ),
+    Mutation(
+        "empty packets decoded",
+        "omnimem/media/container.py",
+        "packet.size == 0 and packet.pts is not None",
+        "False",
+        ("tests/unit/media/test_table.py",),
+    ),
     Mutation("positions not shifted", STREAM, "if not any(self._moved):", "if True:", CYCLE),
     # evaluation
     Mutation("answered twice", ANSWERING, 'in lines if line["id"] not in done]', "in lines]", EVALUATION),

@@ -18,6 +18,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
 from av.error import FFmpegError, InvalidDataError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
@@ -285,6 +286,11 @@ def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -
 def _duration_tag(stream: VideoStream | AudioStream) -> re.Match[str] | None:
     """The duration of a track of Matroska; ffmpeg may give the duration of the file as that of the track."""
     return re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+
+
+def is_empty(packet: Packet) -> bool:
+    """Whether a packet holds nothing, as Theora marks a frame that repeats the one before; decoders refuse it."""
+    return packet.size == 0 and packet.pts is not None  # without a time: the signal to decoders that no packet follows
 
 
 def check_whole(
