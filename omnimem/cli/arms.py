@@ -29,6 +29,11 @@ def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
     return (*BASE, *(TUNED if tuned else ()), *(PROBES if run.evaluate.probes else ()))
 
 
+def by_cost(names: Sequence[str]) -> list[str]:
+    """The arms in the order of the memory that they need, so that one that does not fit costs none of the others."""
+    return sorted(names, key=BY_COST.index)
+
+
 def check_benchmarks(run: RunConfig) -> None:
     """Raises ConfigError if there is no benchmark, or one has no data."""
     if not run.evaluate.benchmarks:
@@ -52,12 +57,12 @@ def evaluate_arms(
 ) -> None:
     """Evaluate each arm on each benchmark; existing answers are kept, unless they were made with other settings.
 
-    The cheapest arms come first, so that one that does not fit into memory costs none of the others.
+    The cheapest arms come first (`by_cost`).
     Without `workers` this process starts helpers that read the config of the run folder.
     """
     # 1. prepare
     workers = workers or LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
-    arms = [_arm(run, policies, name) for name in sorted(names, key=BY_COST.index)]
+    arms = [_arm(run, policies, name) for name in by_cost(names)]
     fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter or folder.adapter)
     workers.prepare(lambda leading: fingerprint.prepare([(arm, arm.name in TUNED) for arm in arms], leading=leading))
     # 2. answer this process's shard

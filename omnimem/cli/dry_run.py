@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -79,7 +79,7 @@ def preview(run: RunConfig) -> None:
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
         facts = read_sample(run, skeleton, missing)
-        _section("sample", describe_sample(skeleton, facts))
+        _section("sample", describe_sample(skeleton, facts, run.stream.positions))
         _section("budget", describe_budget(run, skeleton.shapes, facts))
         rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
         _section("memory of a device", render(rows).splitlines())
@@ -246,7 +246,7 @@ def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterato
         )
 
 
-def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
+def describe_sample(skeleton: Skeleton, facts: SampleFacts, layout: Literal["original", "compact"]) -> Iterator[str]:
     """Frames and audio of the sample, its tokens by modality, and its questions with the label mask."""
     source, sample, tokenizer = facts.source, facts.sample, skeleton.backbone.tokenizer
     height, width = facts.frame
@@ -260,7 +260,8 @@ def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
     if facts.last_position >= trained:
-        yield beyond(facts.last_position, trained)
+        moved = {"original": "", "compact": "; stream.positions = compact moves them below, but for full memory"}
+        yield beyond(facts.last_position, trained) + moved[layout]
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"
