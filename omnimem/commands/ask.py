@@ -130,6 +130,8 @@ def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
         tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
+        if sys.stdin is None:
+            raise MediaError(PIPE, "missing", "standard input is closed; send a stream, or give a file as --video")
         pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
         frames, audio = read_live(pipe, fps=feeder.options.fps, rate=geometry.mel.rate, tracks=asked)
         tracks = "both" if frames and audio else "video" if frames else "audio"

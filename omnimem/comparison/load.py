@@ -71,6 +71,7 @@ class Sheet:
     defects: Sequence[Mapping[str, Any]]
     rules: str | None
     left_out: Mapping[str, str] = field(default_factory=dict)  # questions that the arm cannot answer: id to reason
+    beyond_trained: int = 0  # questions asked beyond the positions that the model was trained on
 
 
 @final
@@ -319,10 +320,12 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
     # 1. answers
     answers: dict[str, Answer] = {}
     left: dict[str, str] = {}
+    beyond = 0
     for place, record in _json_lines(path):
         answer = _read_answer(place, record)
         if answer.id in answers or answer.id in left:
             raise _Problem(f"{place} id: {answer.id!r} occurs twice; delete one of the two lines")
+        beyond += bool(record.get("beyond_trained"))
         if answer.failed is not None and is_left_out(record):
             left[answer.id] = answer.failed
         else:
@@ -342,6 +345,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         defects=facts.get("defects", []),
         rules=facts.get("rules"),
         left_out=left,
+        beyond_trained=beyond,
     )
 
 

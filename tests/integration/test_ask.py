@@ -17,7 +17,7 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
-from omnimem.media import LiveSource
+from omnimem.media import LiveSource, MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -189,6 +189,12 @@ def test_a_pipe_is_read_as_a_live_stream(exports, video, tmp_path, capsys, monke
         monkeypatch.setattr(sys, "stdin", pipe)
         assert untimed(said(capsys, *command, "-")) == untimed(expected)
         assert not pipe.closed
+
+
+def test_a_closed_standard_input_is_an_error(exports, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(MediaError, match="standard input is closed"):
+        ask.main(["--model", str(exports / "merged"), QUESTION, "--video", "-"])
 
 
 @pytest.mark.slow
