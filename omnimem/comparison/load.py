@@ -172,6 +172,7 @@ class Step(TypedDict):
     step: int
     loss: NotRequired[FiniteFloat | None]
     temperature: NotRequired[FiniteFloat | None]
+    validation: NotRequired[dict[str, FiniteFloat | None]]
 
 
 Some = Field(min_length=1)
@@ -375,11 +376,12 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
 
 
 def _kinds(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Categories of a question: its kind by name, the labels of other axes as `axis: label`."""
-    kind = record["kind"]
-    named = [str(one) for one in (kind if isinstance(kind, list) else [kind]) if one]
-    axes = {axis: labels for axis, labels in record.get("categories", {}).items() if axis != KIND}
-    return tuple(dict.fromkeys([*named, *(_under(axis, str(label)) for axis in axes for label in axes[axis])]))
+    """Categories of a question: its kinds by name, the labels of other axes as `axis: label`."""
+    kind, axes = record["kind"], record.get("categories", {})
+    named = [str(one) for one in [*(kind if isinstance(kind, list) else [kind]), *axes.get(KIND, ())] if one]
+    kinds = [_under(KIND, name) if ": " in name else name for name in named]  # a colon would be that of an axis
+    others = [_under(axis, str(label)) for axis in axes if axis != KIND for label in axes[axis]]
+    return tuple(dict.fromkeys([*kinds, *others]))
 
 
 def _under(axis: str, label: str) -> str:
@@ -432,12 +434,12 @@ def _read_run(folder: Path) -> Run:
         slots = Budget.read(budget) if budget.is_file() else None
     except BudgetError as error:
         raise _Problem(str(error)) from error
-    # A resumed run repeats the steps after its last checkpoint: the later line counts.
-    steps = {
-        of_shape(record, Step, place, "delete the line")["step"]: record
-        for place, record in (_json_lines(metrics) if metrics.is_file() else ())
-        if "step" in record
-    }
+    # A resumed run repeats the steps after its last checkpoint: the later line counts. A validation has its own line.
+    steps: dict[int, dict[str, Any]] = {}
+    for place, record in _json_lines(metrics) if metrics.is_file() else ():
+        if "step" in record:
+            step = of_shape(record, Step, place, "delete the line")["step"]
+            steps[step] = {**steps.get(step, {}), **record}
     return Run(name=folder.name, budget=slots, metrics=tuple(steps[step] for step in sorted(steps)))
 
 

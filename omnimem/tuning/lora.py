@@ -45,9 +45,10 @@ class AdapterError(UserError):
 class LoraOptions:
     """Low-rank adapters on the text model's projections (release: r 128, alpha 256, dropout 0.05 on q, k, v)."""
 
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
+    r: int = 128  # rank
+    alpha: float = 256  # the adapter is scaled by alpha / r
+    dropout: float = 0.05  # of the adapter's input in training
+    # projections of every decoder layer that get an adapter
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj")
 
     def __post_init__(self) -> None:
