@@ -30,6 +30,11 @@ def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
     return (*BASE, *(TUNED if tuned else ()), *(PROBES if run.evaluate.probes else ()))
 
 
+def by_cost(names: Sequence[str]) -> list[str]:
+    """The arms in the order of the memory that they need, so that one that does not fit costs none of the others."""
+    return sorted(names, key=BY_COST.index)
+
+
 def kind_of(name: str) -> str:
     """The arm of results: `tuned` of `tuned@checkpoint-80`."""
     return name.partition("@")[0]
@@ -71,13 +76,13 @@ def evaluate_arms(
 ) -> None:
     """Evaluate each arm on each benchmark; existing answers are kept, unless they were made with other settings.
 
-    The cheapest arms come first, so that one that does not fit into memory costs none of the others.
+    The cheapest arms come first (`by_cost`).
     Without `workers` this process starts helpers that read the config of the run folder.
     """
     # 1. prepare
     workers = workers or LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
     adapter = adapter or folder.adapter
-    names = [named(name, folder, adapter) for name in sorted(names, key=BY_COST.index)]
+    names = [named(name, folder, adapter) for name in by_cost(names)]
     arms = [_arm(run, policies, name) for name in names]
     fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter)
     tuned = [(arm, kind_of(arm.name) in TUNED) for arm in arms]

@@ -304,6 +304,17 @@ def test_a_difference_is_over_the_questions_that_both_arms_were_asked(tmp_path) 
     assert (recall["n"], recall["pairs"][0]["n"]) == (54, 52)
 
 
+def test_questions_beyond_the_trained_positions_are_counted_and_noted(tmp_path) -> None:
+    run = write_run(tmp_path / "demo")
+    for place in (0, 3):
+        change(run / "eval" / "tuned" / "recall.jsonl", place, beyond_trained=40_000)
+    summary = compare([run], tmp_path / "out", draws=100)
+    assert summary["benchmarks"]["recall"]["beyond_trained"] == {"tuned": 2}
+    (note,) = (note for note in summary["notes"] if "trained on" in note)
+    assert note.startswith("recall: ")
+    assert "2 questions beyond" in note
+
+
 def test_a_trace_that_contradicts_itself_is_refused(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned",))
     path = run / "eval" / "tuned" / "trace.json"
