@@ -40,7 +40,7 @@ def capped(problems: Sequence[str]) -> list[str]:
     """The first SHOWN problems, the number of the others, and the last one, which may be the verdict on all."""
     if len(problems) <= SHOWN + 1:
         return list(problems)
-    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN - 1:,} more problems", problems[-1]]
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN - 1:,} more", problems[-1]]
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -15,7 +15,6 @@ from omnimem.limits import read_within
 
 DEPTH = 64  # objects and lists within each other
 DIGITS = 300  # of a number; more do not fit into a float
-NAMED = 20  # lines that are not UTF-8
 
 
 @final
@@ -49,7 +48,7 @@ def read_text(path: Path, cure: str = "give a readable file") -> str:
         except UnicodeDecodeError as error:
             what = f"is not UTF-8 ({error.reason} at byte {error.start})"
             problems.append(f"{path}:{number}: {what}; save the file as UTF-8")
-    raise ManifestError(problems[:NAMED])
+    raise ManifestError(problems)
 
 
 def parse_json(text: str, origin: str, cure: str = "write one object per line") -> Any:
