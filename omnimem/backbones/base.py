@@ -31,6 +31,7 @@ class ModelOptions:
     path: str  # a local folder or a hub id
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
+    adapter: str | None = None  # folder of an exported adapter that training starts from
 
 
 @final

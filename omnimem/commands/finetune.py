@@ -37,6 +37,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import (
     OwnSettings,
+    refuse_adapter,
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
@@ -51,7 +52,7 @@ from omnimem.training.sampler import recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
+from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter, start_adapter
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     run = load(given.config, given.overrides, train=train_section())
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
+    refuse_adapter(run)
     warn(differences(run))
     if given.dry_run:
         preview(run)
@@ -216,7 +218,8 @@ def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, 
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]
-    model = add_adapter(backbone.model, run.tuning.lora)
+    lora, begun = run.tuning.lora, run.model.adapter
+    model = start_adapter(backbone.model, lora, Path(begun)) if begun else add_adapter(backbone.model, lora)
     with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
         return backbone, model, feeder_of(run, backbone)
 
@@ -328,10 +331,11 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
 
 
 def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:
-    base = Path(run.model.path)
+    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
         "data": sha256(Path(run.data.train)) if run.data.train else None,
+        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}

@@ -29,7 +29,7 @@ WORDS = {
     "finite_number": "a finite number",
 }
 LITERALS = ("literal_error", "enum")
-FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
+FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type", "string_type")
 
 
 Schema = TypeVar("Schema")

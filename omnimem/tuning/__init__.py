@@ -17,6 +17,7 @@ from omnimem.tuning.lora import (
     adapter_tensors,
     add_adapter,
     load_adapter,
+    start_adapter,
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
@@ -57,6 +58,7 @@ __all__ = [
     "load_adapter",
     "policy_in_training",
     "running_means",
+    "start_adapter",
     "step_metrics",
     "streamed_loss",
     "streamed_scores",
