@@ -161,6 +161,7 @@ class Chunk:
     tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
+    next_position: int | None = None  # of text right after the chunk; None: the one after the largest so far
 
     @property
     def count(self) -> int:

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -62,9 +63,10 @@ class Rates:
         """Positions of one interleaved block of video and its audio."""
         return int(self.positions_per_second * self.seconds_per_chunk)
 
-    def of_grid(self, number: int, seconds_per_grid: float) -> int:
-        """Position of frame grid `number` relative to the start of the stream (as in get_rope_index)."""
-        return int(number * seconds_per_grid * self.positions_per_second)
+    def of_grids(self, numbers: range, seconds_per_grid: float) -> Int[Tensor, " grids"]:
+        """Positions of frame grids relative to the start of the stream, in the float32 arithmetic of get_rope_index."""
+        spacing = torch.tensor(seconds_per_grid, dtype=torch.float32)
+        return (torch.arange(numbers.start, numbers.stop) * spacing * self.positions_per_second).long()
 
 
 @final
@@ -234,7 +236,7 @@ class Qwen25Omni(Backbone):
         places = [*range(count), count - 1] if tracks == "both" else list(range(count))
         yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
         # 2. the segments
-        layout = _Layout(rates=self.rates, base=count)
+        layout = _Layout(rates=self.rates, base=count, interleaved=tracks == "both")
         for group in grouped(segments, chunk_tokens=chunk_tokens, cuts=cuts):
             yield (layout if group[0].at is None else copy(layout)).chunk(group)  # a rest moves nothing on
 
@@ -279,9 +281,23 @@ class Qwen25Omni(Backbone):
 class _Layout:
     """Positions of the tokens of each segment; counts grids and audio tokens from the start of the stream."""
 
-    def __init__(self, *, rates: Rates, base: int) -> None:
-        self.rates, self.base = rates, base
+    def __init__(self, *, rates: Rates, base: int, interleaved: bool) -> None:
+        self.rates, self.base, self.interleaved = rates, base, interleaved
         self.grids, self.audio_tokens = 0, 0
+        self.visual_pieces, self.visual_last = 0, -1  # blocks of visual tokens, largest position of the last one
+
+    @property
+    def next_position(self) -> int | None:
+        """Position of text that follows here, from 0 at the start of the prompt; None: after the largest.
+
+        get_rope_index appends the n-th piece of video and then the n-th of audio, and continues text after the last
+        piece. So text shares positions with frames that reach beyond the audio of their block.
+        """
+        if not self.interleaved:
+            return None
+        audio_pieces = ceil(self.audio_tokens / self.rates.positions_per_chunk)
+        video_is_last = self.visual_pieces > audio_pieces
+        return self.base + 1 + (self.visual_last if video_is_last else self.audio_tokens - 1)
 
     def chunk(self, segments: Sequence[Encoded]) -> Chunk:
         """Join the segments into one chunk."""
@@ -294,6 +310,7 @@ class _Layout:
             modality=torch.cat([modality for _, _, modality in parts]).expand(batch, -1),
             seconds=last.start + last.seconds,
             at=last.at,
+            next_position=self.next_position,
         )
 
     def _place(self, segment: Encoded) -> tuple[Tensor, Int[Tensor, "axes tokens"], Tensor]:
@@ -334,7 +351,8 @@ class _Layout:
         time, rows, columns = segment.grid
         numbers = range(self.grids, self.grids + time)
         self.grids += time
-        times = torch.tensor([self.rates.of_grid(number, segment.seconds_per_grid) for number in numbers])
+        times = self.rates.of_grids(numbers, segment.seconds_per_grid)
+        self._count_pieces(times.tolist(), rows, columns)
         return torch.stack(
             [
                 times.repeat_interleave(rows * columns),
@@ -342,6 +360,16 @@ class _Layout:
                 torch.arange(columns).repeat(rows * time),
             ]
         )
+
+    def _count_pieces(self, times: Sequence[int], rows: int, columns: int) -> None:
+        """Count the blocks that get_rope_index cuts visual tokens into: a token begins at most one.
+
+        Where a grid takes longer than a block, its first tokens are pieces of their own.
+        """
+        for time in times:
+            begun = time // self.rates.positions_per_chunk + 1
+            self.visual_pieces += max(0, min(rows * columns, begun - self.visual_pieces))
+            self.visual_last = max(time, rows - 1, columns - 1)
 
 
 def audio_tokens(mel_frames: int) -> int:

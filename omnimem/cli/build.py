@@ -12,10 +12,12 @@ from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SplitBudget
 from omnimem.calibration import calibrate
 from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
-from omnimem.data import Failure, Failures, Sample, read_manifest
+from omnimem.data import DataSource, Failure, Failures, Sample
 from omnimem.media import MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RunFolder
+from omnimem.sources import read_source
+from omnimem.sources import training_samples as samples_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
@@ -107,19 +109,18 @@ def training_samples(run: RunConfig) -> list[Sample]:
     """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
         raise BudgetError("data.train names no manifest; calibration measures the first training streams")
-    samples = read_manifest(run.data.train, allow_absolute=run.data.allow_absolute_paths)
-    share = run.data.validation
+    samples, share = samples_of(run.data), run.data.validation
     return held_out(samples, share)[0] if isinstance(share, float) else samples
 
 
 def validation_samples(run: RunConfig) -> list[Sample]:
     """The streams of `data.validation`; none without it."""
-    given, train = run.data.validation, run.data.train
-    if given is None or train is None:
+    given = run.data.validation
+    if given is None or run.data.train is None:
         return []
-    manifest = given if isinstance(given, str) else train
-    samples = read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)
-    return samples if isinstance(given, str) else held_out(samples, given)[1]
+    if isinstance(given, str):
+        return read_source(DataSource(path=given), allow_absolute=run.data.allow_absolute_paths)
+    return held_out(samples_of(run.data), given)[1]
 
 
 def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder, samples: Sequence[Sample]) -> Budget:
@@ -170,7 +171,7 @@ def _streams(
 ) -> Iterator[Iterable[Chunk]]:
     """The chunks of each readable sample; unreadable ones are skipped and counted."""
     failures = Failures(samples=len(samples), max_failures=max_failures)
-    for sample in samples:
+    for sample in (sample for sample in samples if sample.has_stream):
         try:
             opened = feeder.open(sample)
         except MediaError as error:

@@ -17,6 +17,7 @@ from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import first_line, lacks_memory
+from omnimem.sources import named
 from omnimem.training.logging import peak_bytes
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
@@ -40,16 +41,18 @@ def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data")
         finding = _finding(sample, run, probe=place in opened)
         for failure in finding.failures[:1]:
             failures = failures.add(failure)
-        if place in opened and not finding.failures:
+        if place in opened and not finding.failures and sample.has_stream:
             found.append(finding)
     # 2. summarise
     if not found:
-        place = run.data.train if what == "data" or not isinstance(run.data.validation, str) else run.data.validation
+        given = run.data.validation
+        place = given if what == "validation" and isinstance(given, str) else named(run.data.sources)
         raise ConfigError([f"{place}: none of the {len(opened)} opened samples can be read; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
-    seconds = sum(each.seconds for each in found)
+    seconds, texts = sum(each.seconds for each in found), sum(not sample.has_stream for sample in samples)
     line = f"{what}: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
+    line += f"; {texts:,} rows are text alone" if texts else ""
     return line, max(found, key=lambda each: each.seconds).sample
 
 

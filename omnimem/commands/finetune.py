@@ -32,9 +32,11 @@ from omnimem.config import RunConfig, differences, dump, load, refuse_changes, r
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
-from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.sources import digest
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
+from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_adapter,
@@ -48,7 +50,7 @@ from omnimem.training.collectives import first_rank_first
 from omnimem.training.logging import Progress, callbacks_of
 from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
-from omnimem.training.sampler import recording, seed_of
+from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
@@ -106,10 +108,12 @@ def finetune(
     # 1. open the run folder
     settings = training_arguments(run.train, start.folder, validated=bool(validation))
     partitioned = stage_of(run.train) == 3
-    refuse_zero_rate(settings, step_count(settings, len(samples)))
+    taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
+    refuse_zero_rate(settings, step_count(settings, taken))
     first = settings.process_index == 0
     if first:
-        start.open(dump(run), _provenance(run, settings))
+        warn(changed_data(start, samples))
+        start.open(dump(run), _provenance(run, settings, samples))
         if start.news:
             print(start.news, flush=True)
     # 2. build the model with its adapter
@@ -126,7 +130,7 @@ def finetune(
         # 4. rehearse one step
         with first_rank_first(first=first):
             if longest is not None:
-                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
+                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, taken))
         # 5. train, and save the adapter
         trainer = build_trainer(run, start, samples, parts, settings, validation)
         train(trainer, start, first=first)
@@ -163,6 +167,19 @@ def check_answers(samples: Sequence[Sample]) -> None:
     if silent:
         what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
         raise ManifestError([f"{sample.origin} {what}" for sample in silent])
+
+
+def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
+    """A warning if a run is resumed with other data than it was started with: its order cannot be the same then."""
+    if start.checkpoint is None:
+        return []
+    try:
+        earlier = read_stored(start.folder.record, Record, "").get("sha256", {}).get("data")
+    except StoredFileError:  # missing or damaged: the run goes on without it
+        return []
+    if earlier in (None, digest(samples)):
+        return []
+    return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
 
 
 def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
@@ -251,6 +268,7 @@ def build_trainer(
         ),
         # 3. the data
         samples=samples,
+        weights=run.data.weights,
         validation=validation,
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
         # 4. what is written
@@ -330,11 +348,11 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
-def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:
+def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
     base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
-        "data": sha256(Path(run.data.train)) if run.data.train else None,
+        "data": digest(samples),
         **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
