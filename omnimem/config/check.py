@@ -59,7 +59,7 @@ def validated(
 def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection[Key]) -> bool:
     """Whether the errors only reject the form of a value (list or section) that has errors of its own inside."""
     inside = any(len(other) > len(key) and other[: len(key)] == key for other in all_keys)
-    return inside and all(details["type"] in FORMS for details in found)
+    return inside and all(details["type"] in (*FORMS, *LITERALS) for details in found)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
