@@ -96,6 +96,9 @@ def _explained(error: Exception | KeyboardInterrupt) -> tuple[list[str], int] | 
             return str(error).splitlines(), error.code
         case KeyboardInterrupt():
             return ["interrupted; start the same command again: what is complete is kept"], 128 + signal.SIGINT
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no reader
+            return [], 128 + signal.SIGPIPE
         case ModuleNotFoundError() if cure := missing_extra(error):
             return [cure], 2
         case OSError() if error.errno in PATH:

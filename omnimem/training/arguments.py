@@ -1,5 +1,7 @@
 """The section `train`: the fields of transformers.TrainingArguments, checked without building it, and our own."""
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
@@ -13,6 +15,8 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
+from omnimem.config.check import UNFIT
+from omnimem.config.reference import field_comments, first_sentence
 from omnimem.extras import installed
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
@@ -45,10 +49,6 @@ OURS = {  # fields that are set elsewhere
     "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "save_only_model": "no run could resume from such a checkpoint; omnimem export writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
-    "torch_compile": "every chunk of a stream has a different shape; remove it",
-    "use_liger_kernel": "it replaces the modules that streams attach to; remove it",
-    "fsdp": "use deepspeed: deepspeed/zero3.json partitions the weights too",
-    "fsdp_config": "use deepspeed: deepspeed/zero3.json partitions the weights too",
     "accelerator_config": "samples are distributed over ranks by this project; remove it",
     "ignore_data_skip": "a resumed run would repeat some samples and skip others; remove it",
     "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
@@ -65,7 +65,6 @@ FORMER = {  # names of transformers 4 that were removed
     "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
-REFUSED = {**OURS, **FORMER}
 VALIDATED = (  # settings that need data.validation
     "eval_strategy",
     "eval_steps",
@@ -78,7 +77,14 @@ VALIDATED = (  # settings that need data.validation
     "early_stopping_patience",
     "early_stopping_threshold",
 )
-EVERY_STEPS = 100  # default of save_steps, which eval_steps follows
+FITTING = {each.name for each in fields(TrainingArguments)}
+REFUSED = {**OURS, **FORMER, **{name: reason for name, reason in UNFIT.items() if name in FITTING}}
+UNFIT_LAUNCH = {  # environment variables by which `accelerate launch` asks for what does not fit
+    "ACCELERATE_USE_FSDP": UNFIT["fsdp"],
+    "ACCELERATE_USE_MEGATRON_LM": UNFIT["fsdp"],
+    "ACCELERATE_USE_PARALLELISM_CONFIG": UNFIT["fsdp"],
+    "ACCELERATE_DYNAMO_BACKEND": UNFIT["torch_compile"],
+}
 # What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
 # were taken (seed, order); the batch is checked by `refuse_other_batch`.
 MAY_CHANGE = frozenset(
@@ -96,6 +102,12 @@ MAY_CHANGE = frozenset(
     ).split()
 )
 
+DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "ddp_find_unused_parameters": False,  # every adapter has a gradient in every step
+}
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
 FROM_0: Check = (lambda number: number >= 0, "0 or more")
 FROM_1: Check = (lambda number: number >= 1, "1 or more")
@@ -172,7 +184,8 @@ def train_section() -> type:
     for name, reason in REFUSED.items():
         kind = Annotated[Any, BeforeValidator(_refuse(reason))]
         columns.append((name, kind, field(default=None, metadata={"refused": reason})))
-    return strict(make_dataclass("TrainSection", columns, kw_only=True))
+    about = {"__doc__": "Settings of transformers' Trainer, and our own"}
+    return strict(make_dataclass("TrainSection", columns, kw_only=True, namespace=about))
 
 
 def _exact(hint: Any) -> Any:
@@ -211,12 +224,11 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     """
     # 1. our defaults
     refuse_no_validation(section, validated=validated)
-    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": EVERY_STEPS}
-    defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
-    defaults |= {"run_name": folder.path.name, "project": "omnimem"}  # of the trackers
+    refuse_unfit_launch()
+    defaults = {**DEFAULTS, "run_name": folder.path.name, "project": "omnimem"}  # the last two: of the trackers
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     if validated:
-        every = given.get("save_steps", EVERY_STEPS)
+        every = given.get("save_steps", DEFAULTS["save_steps"])
         defaults |= {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": 1}
         defaults["metric_for_best_model"] = "loss"
         given.pop("load_best_model_at_end", None)  # `StreamTrainer.load_best` does it at every ZeRO stage
@@ -272,13 +284,36 @@ def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None
         raise ConfigError(problems)
 
 
+def refuse_unfit_launch() -> None:
+    """Raises ConfigError if the launcher asks for what does not go with streams: FSDP, Megatron, torch.compile."""
+    for name, reason in UNFIT_LAUNCH.items():
+        if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
+            raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
+
+
 def on_resume() -> dict[str, str]:
     """What a resumed run does with a change of each setting of `train`: `takes effect`, or `refused`.
 
-    Settings that no run may have are left out; `docs/train_settings.md` shows this table.
+    Settings that no run may have are left out; `docs/configuration.md` shows this table.
     """
     allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     return {name: "takes effect" if name in MAY_CHANGE else "refused" for name in sorted((*allowed, *own_names()))}
+
+
+def train_docs() -> dict[str, tuple[str, str]]:
+    """Default and meaning of each allowed setting of `train`, from transformers' docstring and our own comments."""
+    text = TrainingArguments.__doc__ or ""
+    said = dict(re.findall(r"^ {8}(\w+) ?\(.*\):\n((?:(?: {9,}.*)?\n)+)", text, re.MULTILINE))
+    usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
+    docs = {name: first_sentence(text) for name, text in said.items()} | field_comments(OwnSettings)
+    found = {}
+    for name, effect in on_resume().items():
+        value = {**usual, **DEFAULTS}[name]
+        plain = value.value if isinstance(value, Enum) else value
+        default = str(plain) if isinstance(plain, int | float | str) and not isinstance(plain, bool) else None
+        shown = default or (str(plain).lower() if isinstance(plain, bool) else "null")
+        found[name] = (shown, f"{docs.get(name, '')}; on resume: {effect}".lstrip("; "))
+    return found
 
 
 def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
@@ -365,6 +400,8 @@ def _try_engine(arguments: TrainingArguments) -> None:
     if not arguments.deepspeed:
         return
     settings = arguments.hf_deepspeed_config
+    if settings.get_value("compile.deepcompile"):
+        raise ValueError(f"{arguments.deepspeed}: compile.deepcompile: {UNFIT['torch_compile']}")
     if settings.mismatches:
         each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
         raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes the value of train)')

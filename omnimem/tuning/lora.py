@@ -47,10 +47,11 @@ class AdapterError(UserError):
 class LoraOptions:
     """Low-rank adapters on the text model's projections (release: r 128, alpha 256, dropout 0.05 on q, k, v)."""
 
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
-    # names, all, or a regular expression of the path from `layers.` on, such as layers\.[0-9]\.self_attn\..*
+    r: int = 128  # rank
+    alpha: float = 256  # the adapter is scaled by alpha / r
+    dropout: float = 0.05  # of the adapter's input in training
+    # projections of the decoder layers that get an adapter: names, all, or a regular expression of the path from
+    # `layers.` on
     targets: tuple[Target, ...] | str = ("q_proj", "k_proj", "v_proj")
     rslora: bool = False  # scale alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
     dora: bool = False  # a trained magnitude per output beside the low-rank direction (arXiv 2402.09353)
