@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
@@ -258,7 +259,14 @@ def trackers_of(given: str | Sequence[str]) -> list[str]:
     for name in others:
         if not installed(name):
             raise ValueError(f"report_to: {name} is not installed; pip install {name}, or remove it")
+        if name == "swanlab" and _numbers(found := version(name)) >= (0, 10):
+            what = f"report_to: swanlab {found} fails in the callback of transformers"
+            raise ValueError(f"{what}; pip install 'swanlab<0.8', or remove it")
     return others
+
+
+def _numbers(found: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", found)[:2])
 
 
 def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None:

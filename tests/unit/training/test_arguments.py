@@ -1,6 +1,7 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -147,6 +148,11 @@ def test_trackers_are_those_of_transformers_beside_our_own(tmp_path, monkeypatch
         training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
     with pytest.raises(ConfigError, match=r"train\.report_to"):
         loaded(tmp_path, "train.report_to=[wandbx]")
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: True)
+    for found, fits in (("0.7.20", True), ("0.10.3", False), ("1.2", False)):
+        monkeypatch.setattr(omnimem.training.arguments, "version", lambda name, found=found: found)
+        with nullcontext() if fits else pytest.raises(ConfigError, match=f"swanlab {found} fails in the callback"):
+            training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
 
 
 ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"
