@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -86,7 +86,7 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
         facts = read_sample(run, skeleton, missing, name)
-        _section("sample", describe_sample(skeleton, facts, every=name is not None))
+        _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:
             _section("budget", describe_budget(run, skeleton.shapes, facts))
             rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
@@ -273,7 +273,9 @@ def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterato
         )
 
 
-def describe_sample(skeleton: Skeleton, facts: SampleFacts, *, every: bool = False) -> Iterator[str]:
+def describe_sample(
+    skeleton: Skeleton, facts: SampleFacts, layout: Literal["original", "compact"], *, every: bool = False
+) -> Iterator[str]:
     """Frames and audio of the sample, its tokens by modality, and its questions with time and label mask.
 
     The first SHOWN questions, or with `every` all of them.
@@ -294,7 +296,8 @@ def describe_sample(skeleton: Skeleton, facts: SampleFacts, *, every: bool = Fal
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
     if facts.last_position >= trained:
-        yield beyond(facts.last_position, trained)
+        moved = {"original": "", "compact": "; stream.positions = compact moves them below, but for full memory"}
+        yield beyond(facts.last_position, trained) + moved[layout]
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"

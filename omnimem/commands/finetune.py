@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples, validation_samples
@@ -34,6 +35,7 @@ from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.shipped import shipped
 from omnimem.sources import digest, missing_sources
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
@@ -55,7 +57,16 @@ from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter, start_adapter
+from omnimem.tuning import (
+    Plan,
+    StreamedModel,
+    adapter_tensors,
+    add_adapter,
+    described,
+    load_adapter,
+    require_base,
+    start_adapter,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -133,7 +144,7 @@ def finetune(
         step = trainer.load_best() if run.train.get("load_best_model_at_end") else trainer.state.global_step
         if first:
             update_json(start.folder.record, adapter_step=step)
-        trainer.save_adapter(start.folder.adapter)
+        trainer.save_adapter(start.folder.adapter, step)
         # 6. verify what was saved, evaluate on all ranks, compare
         workers = evaluation_workers(run, start.folder)
         workers.prepare(lambda leading: describe_adapter(start.folder))
@@ -194,6 +205,10 @@ def describe_training(settings: TrainingArguments, start: Start, taken: int | No
     kept = f"the newest {settings.save_total_limit} are kept" if settings.save_total_limit else "all are kept"
     where = start.folder.checkpoint(at[0]) if at else start.folder.path
     begin = f"continue from {start.checkpoint}; " if start.checkpoint else ""
+    if settings.eval_strategy != IntervalStrategy.NO:
+        by_step = settings.eval_strategy == IntervalStrategy.STEPS and settings.eval_steps
+        often = f"every {settings.eval_steps:g} steps" if by_step else "after each epoch"
+        yield f"validation: {often}"
     yield f"checkpoints: {begin}after steps {listed or 'none'} ({kept}), the first one in {where}"
 
 
@@ -209,6 +224,8 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
             refuse_train_changes(run, start.folder.config)
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
+        with checkpoint_errors(shipped(run.model.path)):
+            require_base(start.checkpoint, shipped(run.model.path))
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
     return start
@@ -409,7 +426,8 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True)
-    evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
+    with workers.claim(folder.path):
+        evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare
     if workers.leads:
         compare([folder.path], folder.comparison)

@@ -18,7 +18,6 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter
 
 from omnimem.config import RunConfig
 from omnimem.config.check import alternatives, choices_of, nearest
@@ -125,9 +124,8 @@ def schema(train: type, docs: Docs) -> Iterator[Section]:
             yield from of_hint(each.hint, f"{key}.{each.name}".strip("."))
 
     def of_hint(hint: Any, key: str) -> Iterator[Section]:
-        kinds: list[type] = [kind for kind in alternatives(hint) if isinstance(kind, type) and is_dataclass(kind)]
-        if key == "train":
-            kinds = [train]
+        kinds = [kind for kind in alternatives(hint) if isinstance(kind, type) and is_dataclass(kind)]
+        kinds = [train] if key == "train" else kinds
         for kind in kinds:
             names = choices_of(kind)
             yield from inside(kind, f"{key}.{names[0]}" if names and len(kinds) > 1 else key)
@@ -235,12 +233,10 @@ def _default(field: Field[Any]) -> str:
     if field.default is MISSING and field.default_factory is MISSING:
         return ""
     value = field.default if field.default is not MISSING else field.default_factory()  # pyright: ignore[reportCallIssue]
-    plain: Any = TypeAdapter(type(value)).dump_python(value, mode="json") if is_dataclass(value) else value
-    plain = list(plain) if isinstance(plain, tuple) else plain
-    if is_dataclass(value) and "name" not in plain:
-        return "{}"
     if is_dataclass(value):
-        return f"{{name: {plain['name']}}}"
+        names = choices_of(type(value))
+        return f"{{name: {getattr(value, 'name', names[0])}}}" if names else "{}"
+    plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
 
 

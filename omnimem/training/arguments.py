@@ -66,6 +66,14 @@ FORMER = {  # names of transformers 4 that were removed
     "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
+FITTING = {each.name for each in fields(TrainingArguments)}
+REFUSED = {**OURS, **FORMER, **{name: reason for name, reason in UNFIT.items() if name in FITTING}}
+UNFIT_LAUNCH = {  # environment variables by which `accelerate launch` asks for what does not fit
+    "ACCELERATE_USE_FSDP": UNFIT["fsdp"],
+    "ACCELERATE_USE_MEGATRON_LM": UNFIT["fsdp"],
+    "ACCELERATE_USE_PARALLELISM_CONFIG": UNFIT["fsdp"],
+    "ACCELERATE_DYNAMO_BACKEND": UNFIT["torch_compile"],
+}
 VALIDATED = (  # settings that need data.validation
     "eval_strategy",
     "eval_steps",
@@ -78,14 +86,7 @@ VALIDATED = (  # settings that need data.validation
     "early_stopping_patience",
     "early_stopping_threshold",
 )
-FITTING = {each.name for each in fields(TrainingArguments)}
-REFUSED = {**OURS, **FORMER, **{name: reason for name, reason in UNFIT.items() if name in FITTING}}
-UNFIT_LAUNCH = {  # environment variables by which `accelerate launch` asks for what does not fit
-    "ACCELERATE_USE_FSDP": UNFIT["fsdp"],
-    "ACCELERATE_USE_MEGATRON_LM": UNFIT["fsdp"],
-    "ACCELERATE_USE_PARALLELISM_CONFIG": UNFIT["fsdp"],
-    "ACCELERATE_DYNAMO_BACKEND": UNFIT["torch_compile"],
-}
+EVERY_STEPS = 100  # default of save_steps, which eval_steps follows
 # What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
 # were taken (seed, order); the batch is checked by `refuse_other_batch`.
 MAY_CHANGE = frozenset(
@@ -106,7 +107,7 @@ MAY_CHANGE = frozenset(
 DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
     "logging_steps": 1,
     "save_strategy": "steps",
-    "save_steps": 100,
+    "save_steps": EVERY_STEPS,
     "ddp_find_unused_parameters": False,  # every adapter has a gradient in every step
 }
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
@@ -224,12 +225,12 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     Raises ConfigError when transformers refuses them, or when settings contradict `validated`.
     """
     # 1. our defaults
-    refuse_no_validation(section, validated=validated)
     refuse_unfit_launch()
+    refuse_no_validation(section, validated=validated)
     defaults = {**DEFAULTS, "run_name": folder.path.name, "project": "omnimem"}  # the last two: of the trackers
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     if validated:
-        every = given.get("save_steps", DEFAULTS["save_steps"])
+        every = given.get("save_steps", EVERY_STEPS)
         defaults |= {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": 1}
         defaults["metric_for_best_model"] = "loss"
         given.pop("load_best_model_at_end", None)  # `StreamTrainer.load_best` does it at every ZeRO stage
@@ -248,6 +249,13 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_unfit_launch() -> None:
+    """Raises ConfigError if the launcher asks for what does not go with streams: FSDP, Megatron, torch.compile."""
+    for name, reason in UNFIT_LAUNCH.items():
+        if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
+            raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
 
 
 def trackers_of(given: str | Sequence[str]) -> list[str]:
@@ -292,13 +300,6 @@ def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None
         raise ConfigError(problems)
 
 
-def refuse_unfit_launch() -> None:
-    """Raises ConfigError if the launcher asks for what does not go with streams: FSDP, Megatron, torch.compile."""
-    for name, reason in UNFIT_LAUNCH.items():
-        if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
-            raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
-
-
 def on_resume() -> dict[str, str]:
     """What a resumed run does with a change of each setting of `train`: `takes effect`, or `refused`.
 
@@ -318,8 +319,8 @@ def train_docs() -> dict[str, tuple[str, str]]:
     for name, effect in on_resume().items():
         value = {**usual, **DEFAULTS}[name]
         plain = value.value if isinstance(value, Enum) else value
-        default = str(plain) if isinstance(plain, int | float | str) and not isinstance(plain, bool) else None
-        shown = default or (str(plain).lower() if isinstance(plain, bool) else "null")
+        shown = str(plain).lower() if isinstance(plain, bool) else str(plain)
+        shown = shown if isinstance(plain, bool | int | float | str) else "null"
         found[name] = (shown, f"{docs.get(name, '')}; on resume: {effect}".lstrip("; "))
     return found
 

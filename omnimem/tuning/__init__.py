@@ -17,6 +17,7 @@ from omnimem.tuning.lora import (
     adapter_tensors,
     add_adapter,
     load_adapter,
+    require_base,
     start_adapter,
     trainable,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "gradient_of",
     "load_adapter",
     "policy_in_training",
+    "require_base",
     "running_means",
     "start_adapter",
     "step_metrics",

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from omnimem.backbones.files import weights_digest
+from omnimem.checksums import SEAL, SHOWN, damage, is_sealed, origin_of
 from omnimem.errors import UserError, first_line
 from omnimem.limits import exceeds
 from omnimem.textfile import StoredFileError, read_stored
@@ -199,13 +201,19 @@ def _projections(model: nn.Module) -> list[str]:
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter.
 
-    Raises AdapterError when they are missing, unreadable, empty, not finite, or all B matrices are zero.
+    Raises AdapterError when they are missing, unreadable, empty, not finite, all B matrices are zero, or a file of the
+    adapter differs from sealed.json.
     """
     # 1. read
     path = folder / WEIGHTS
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder}: {name} is missing; give the adapter/ folder of a finished run")
+    if is_sealed(folder) and (what := damage(folder, (SETTINGS, WEIGHTS))):
+        raise AdapterError(
+            f"{folder}: {what}; restore the file from where the adapter was saved, or export it again; without {SEAL} "
+            "the adapter is not checked"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -224,12 +232,13 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> StreamedModel:
     """Load a saved adapter into the model and verify it; `dropout` replaces its own.
 
-    Raises AdapterError when the adapter is damaged or its shapes are those of another base model.
+    Raises AdapterError when the adapter is damaged, or was made for other base weights.
     """
     # 1. load
     tensors = adapter_tensors(folder)
     config = _saved_config(folder, tensors)
     config.lora_dropout = config.lora_dropout if dropout is None else dropout
+    require_base(folder, model.name_or_path)
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
@@ -240,6 +249,20 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def require_base(folder: Path, base: str) -> None:
+    """Raises AdapterError if the adapter in a folder was tuned on other weights than those of `base`, a folder or id.
+
+    An adapter without a record of them passes, and any adapter on a model that was not read from files.
+    """
+    tuned = origin_of(folder).base
+    found = weights_digest(base) if tuned else None
+    if tuned is not None and found is not None and tuned != found:
+        raise AdapterError(
+            f"{folder}: made for another base than {base} (digest of the weights {tuned[:SHOWN]}, not "
+            f"{found[:SHOWN]}); give the base that it was tuned from with --model, or model.path=..."
+        )
 
 
 def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:

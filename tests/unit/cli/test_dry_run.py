@@ -104,6 +104,10 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint
     assert reading.chunks == tuple(chunk.count for chunk in chunks[1:])
     assert len(reading.chunks) > 2
     assert reading.last_position == stream.next_position - 1
+    far = replace(reading, last_position=10**9)
+    for positions in ("original", "compact"):
+        (line,) = (line for line in preview.describe_sample(skeleton, far, positions) if "trained on" in line)
+        assert ("compact" in line) == (positions == "compact")
 
 
 def test_an_unreadable_first_sample_is_listed_and_replaced_by_a_synthetic_one(tmp_path, checkpoint, capsys) -> None:
