@@ -78,10 +78,11 @@ class EvalFingerprint:
     def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
         """Everything that answers may depend on, as JSON returns it."""
         run, whole = self.run, arm.policy.budget is None
-        memory = asdict(run.memory)
+        memory, model = asdict(run.memory), asdict(run.model)
+        model.pop("adapter")  # where training started
         selection_from = memory.pop("selection_from")  # the same for all arms that have no adapter or evict nothing
         setting = {
-            "model": {**asdict(run.model), "sha256": self._base},
+            "model": {**model, "sha256": self._base},
             "adapter": self._adapter if tuned else None,
             "adapter_scale": self._scale if tuned else None,
             "stream": {**asdict(run.stream), "tracks": arm.tracks},

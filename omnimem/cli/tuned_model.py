@@ -83,7 +83,7 @@ class TunedModel:
         if isinstance(policy, PerturbationOptions):
             memory = replace(memory, policy=policy.written_out())  # presets may change later
         return Exported(
-            model=replace(run.model, path=HERE if kind == "merged" else base.path),
+            model=replace(run.model, path=HERE if kind == "merged" else base.path, adapter=None),
             stream=run.stream,
             memory=memory,
             budget=self.budget,

@@ -42,6 +42,7 @@ from omnimem.streaming.feeder import Feeder
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
+    refuse_adapter,
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
@@ -56,7 +57,16 @@ from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter, require_base
+from omnimem.tuning import (
+    Plan,
+    StreamedModel,
+    adapter_tensors,
+    add_adapter,
+    described,
+    load_adapter,
+    require_base,
+    start_adapter,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,6 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     run = load(given.config, given.overrides, train=train_section())
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
+    refuse_adapter(run)
     warn(differences(run))
     require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
     # 2. decide on the run folder and the checkpoint
@@ -309,7 +320,8 @@ def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, 
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]
-    model = add_adapter(backbone.model, run.tuning.lora)
+    lora, begun = run.tuning.lora, run.model.adapter
+    model = start_adapter(backbone.model, lora, Path(begun)) if begun else add_adapter(backbone.model, lora)
     with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
         return backbone, model, feeder_of(run, backbone)
 
@@ -423,8 +435,12 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
 
 
 def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
-    base = Path(run.model.path)
-    digests = {"base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None, "data": digest(samples)}
+    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
+    digests = {
+        "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
+        "data": digest(samples),
+        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
+    }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
 

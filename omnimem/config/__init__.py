@@ -270,6 +270,13 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
     missing: list[Problem] = []
     model = find(run.model.path, beside)  # None: a hub id
     run = replace(run, model=replace(run.model, path=str(model or run.model.path)))
+    if run.model.adapter is not None:
+        adapter = find(run.model.adapter, beside)
+        if adapter is None:
+            what = f"no folder {run.model.adapter}; give that of an adapter (omnimem export --format adapter)"
+            missing.append((("model", "adapter"), what))
+        else:
+            run = replace(run, model=replace(run.model, adapter=str(adapter)))
     budget = run.memory.budget
     if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
         table = find(budget.table, beside)

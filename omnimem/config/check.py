@@ -44,7 +44,7 @@ UNFIT = {  # settings of other trainers that do not go with a memory of streams,
 }
 LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")
-FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
+FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type", "string_type")
 
 
 Schema = TypeVar("Schema")
@@ -74,7 +74,7 @@ def validated(
 def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection[Key]) -> bool:
     """Whether the errors only reject the form of a value (list or section) that has errors of its own inside."""
     inside = any(len(other) > len(key) and other[: len(key)] == key for other in all_keys)
-    return inside and all(details["type"] in FORMS for details in found)
+    return inside and all(details["type"] in (*FORMS, *LITERALS) for details in found)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
@@ -17,10 +18,12 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.config.check import UNFIT
 from omnimem.config.reference import field_comments, first_sentence
+from omnimem.extras import installed
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
 
 METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")  # beside metrics.jsonl; TensorBoard is always written
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
 OURS = {  # fields that are set elsewhere
@@ -96,7 +99,7 @@ MAY_CHANGE = frozenset(
             "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
             "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
             "eval_strategy eval_steps eval_delay per_device_eval_batch_size load_best_model_at_end",
-            "early_stopping_patience early_stopping_threshold",
+            "early_stopping_patience early_stopping_threshold report_to",
         )
     ).split()
 )
@@ -177,6 +180,7 @@ def train_section() -> type:
     kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are unknown in advance
     kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # the best checkpoint is kept beside those
     kinds["metric_for_best_model"] = Literal[METRICS]
+    kinds["report_to"] = Literal[TRACKERS] | tuple[Literal[TRACKERS], ...]
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():
@@ -223,7 +227,7 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     # 1. our defaults
     refuse_unfit_launch()
     refuse_no_validation(section, validated=validated)
-    defaults = dict(DEFAULTS)
+    defaults = {**DEFAULTS, "run_name": folder.path.name, "project": "omnimem"}  # the last two: of the trackers
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     if validated:
         every = given.get("save_steps", EVERY_STEPS)
@@ -232,13 +236,12 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
         given.pop("load_best_model_at_end", None)  # `StreamTrainer.load_best` does it at every ZeRO stage
     # 2. build and check
     try:
-        if "report_to" in given:
-            raise ValueError("report_to: TensorBoard event files and metrics.jsonl are always written")
+        trackers = trackers_of(given.pop("report_to", ()))
         arguments = TrainingArguments(
             **{**defaults, **given},
             output_dir=str(folder.path),
             remove_unused_columns=False,
-            report_to="none",
+            report_to=trackers or "none",
             use_cpu=not torch.cuda.is_available(),
         )
         _try_recipe(arguments)
@@ -253,6 +256,25 @@ def refuse_unfit_launch() -> None:
     for name, reason in UNFIT_LAUNCH.items():
         if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
             raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
+
+
+def trackers_of(given: str | Sequence[str]) -> list[str]:
+    """The trackers that transformers reports to; TensorBoard is ours. Raises ValueError when a package is missing."""
+    names = [given] if isinstance(given, str) else list(given)
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"report_to: {unknown[0]} is unknown; known: {', '.join(TRACKERS)}")
+    others = [name for name in dict.fromkeys(names) if name != "tensorboard"]
+    for name in others:
+        if not installed(name):
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}, or remove it")
+        if name == "swanlab" and _numbers(found := version(name)) >= (0, 10):
+            what = f"report_to: swanlab {found} fails in the callback of transformers"
+            raise ValueError(f"{what}; pip install 'swanlab<0.8', or remove it")
+    return others
+
+
+def _numbers(found: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", found)[:2])
 
 
 def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None:
@@ -335,6 +357,17 @@ def refuse_mixed_precision(run: RunConfig) -> None:
         if wanted and run.model.dtype not in ((dtype,) if engine else (dtype, "float32")):
             what = f"{wanted[0]} is true and model.dtype is {run.model.dtype}, which one step cannot mix"
             raise ConfigError([f"train: {what}; set model.dtype={dtype}, or {wanted[0]} to false"])
+
+
+def refuse_adapter(run: RunConfig) -> None:
+    """Raises ConfigError if the engine cannot train the adapter of `tuning.lora`."""
+    engine, lora = engine_settings(run.train) or {}, run.tuning.lora
+    if lora.dora and engine.get("zero_optimization", {}).get("stage") == 3:
+        what = "tuning.lora.dora: needs the norm of every whole weight, which ZeRO-3 partitions"
+        raise ConfigError([f"{what}; set train.deepspeed=deepspeed/zero2.json, or dora to false"])
+    if lora.plus_ratio != 1 and "optimizer" in engine:
+        what = "tuning.lora.plus_ratio: the optimizer section of train.deepspeed has one learning rate"
+        raise ConfigError([f"{what}; remove that section, or plus_ratio"])
 
 
 def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:

@@ -18,6 +18,7 @@ from omnimem.tuning.lora import (
     add_adapter,
     load_adapter,
     require_base,
+    start_adapter,
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
@@ -59,6 +60,7 @@ __all__ = [
     "policy_in_training",
     "require_base",
     "running_means",
+    "start_adapter",
     "step_metrics",
     "streamed_loss",
     "streamed_scores",

@@ -30,7 +30,7 @@ from typing import Any, final
 from omnimem.run import RunFolder, read_json, sha256
 from support.paths import ROOT
 from support.ranks import free_port
-from support.tiny_run import given
+from support.tiny_run import TIMED, given
 
 STEPS = 8
 LIMIT = 300.0  # seconds that a run may take on a busy machine
@@ -401,7 +401,7 @@ class Result:
     @classmethod
     def of(cls, path: Path) -> "Result":
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+        kept = [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
         adapter, record = RunFolder(path=path).adapter, RunFolder(path=path).record
         if not adapter.is_dir():
             return cls(lines=kept)

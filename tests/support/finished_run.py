@@ -35,11 +35,16 @@ def config_of(base: Path) -> RunConfig:
 
 
 def write_adapter(
-    base: Path, folder: Path, *, seed: int = 0, change: Callable[[torch.Tensor], torch.Tensor] = lambda b: b
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 0,
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda b: b,
+    lora: LoraOptions = LORA,
 ) -> Path:
     """An adapter for `base` with B random, then changed."""
     torch.manual_seed(seed)
-    model = add_adapter(load_backbone(ModelOptions(path=str(base))).model, LORA)
+    model = add_adapter(load_backbone(ModelOptions(path=str(base))).model, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -52,7 +57,7 @@ def write_run(folder: Path, base: Path, run: RunConfig | None = None, *, steps: 
     """A run folder with an adapter, a checkpoint at half the steps, budget, config and record."""
     run = run or config_of(base)
     done = RunFolder(path=folder)
-    write_adapter(base, done.adapter, seed=1)
+    write_adapter(base, done.adapter, seed=1, lora=run.tuning.lora)
     seal(done.adapter, Origin(run=ID, step=steps, base=weights_digest(str(base))), ranks=1)
     write_checkpoint(done, base, steps // 2)
     write_text(done.config, dump(run))

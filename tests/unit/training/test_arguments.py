@@ -1,6 +1,7 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from support.paths import ROOT
 from transformers import TrainingArguments
 
+import omnimem.training.arguments
 from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
 from omnimem.training.arguments import (
@@ -71,7 +73,9 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
     [
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
         ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
-        ({"report_to": "wandb"}, r"report_to: TensorBoard event files and metrics\.jsonl are always written"),
+        ({"report_to": "wandb"}, "report_to: wandb is not installed; pip install wandb, or remove it"),
+        ({"report_to": ["tensorboard", "mlflow"]}, "report_to: mlflow is not installed"),
+        ({"report_to": ["none"]}, "report_to: none is unknown; known: tensorboard, wandb, swanlab, mlflow"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
         (
             {"deepspeed": {**STAGE_2, "compile": {"deepcompile": True}}},
@@ -132,6 +136,23 @@ def test_a_validation_follows_the_checkpoints_unless_it_is_set(tmp_path) -> None
     best = training_arguments({"metric_for_best_model": "full_accuracy"}, RunFolder(path=tmp_path), validated=True)
     assert best.greater_is_better is True
     assert training_arguments({}, RunFolder(path=tmp_path)).eval_strategy == "no"
+
+
+def test_trackers_are_those_of_transformers_beside_our_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: name != "swanlab")
+    found = training_arguments({"report_to": ["tensorboard", "wandb", "mlflow"]}, RunFolder(path=tmp_path / "mine"))
+    assert (found.report_to, found.run_name, found.project) == (["wandb", "mlflow"], "mine", "omnimem")
+    for given in ({}, {"report_to": "tensorboard"}):
+        assert training_arguments(given, RunFolder(path=tmp_path)).report_to == []
+    with pytest.raises(ConfigError, match="report_to: swanlab is not installed; pip install swanlab"):
+        training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.report_to"):
+        loaded(tmp_path, "train.report_to=[wandbx]")
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: True)
+    for found, fits in (("0.7.20", True), ("0.10.3", False), ("1.2", False)):
+        monkeypatch.setattr(omnimem.training.arguments, "version", lambda name, found=found: found)
+        with nullcontext() if fits else pytest.raises(ConfigError, match=f"swanlab {found} fails in the callback"):
+            training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
 
 
 ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"
