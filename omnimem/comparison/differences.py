@@ -40,6 +40,8 @@ def _weight_differences(arms: Sequence[Arm]) -> Iterator[str]:
         own = _weights(arm)
         for other in arms[:number]:
             known = _weights(other) if arm.folder.resolve().parent == other.folder.resolve().parent else {}
+            if arm.name.partition("@")[2] != other.name.partition("@")[2]:  # tuned@checkpoint-80: of its own adapter
+                known = {name: digest for name, digest in known.items() if name != "adapter"}
             for name in (name for name in own if known.get(name, own[name]) != own[name]):
                 yield (
                     f"{arm.label} and {other.label}: answered by another {name} (sha256 {own[name][:SHOWN]} and "
