@@ -35,6 +35,11 @@ class CheckpointError(UserError):
     """A folder that is not a checkpoint of this family, or lacks a file; the message says which and how to fix it."""
 
 
+@final
+class ShapesError(UserError):
+    """A model configuration that cannot be read; the message names the file and how to fix it."""
+
+
 class Index(TypedDict):
     """The file of each weight."""
 

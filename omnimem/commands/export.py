@@ -18,7 +18,6 @@ from torch import Tensor
 
 from omnimem.aside import written_aside
 from omnimem.backbones import load_backbone
-from omnimem.backbones.assembled import Assembled
 from omnimem.checksums import share
 from omnimem.cli.export_check import ExportCheck, difference
 from omnimem.cli.model_card import CARD, card
@@ -77,7 +76,7 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
     """Save weights, companion files and omnimem.json; returns the logits of the run's own weights."""
     # 1. logits of the run's own weights
     backbone = load_backbone(tuned.run.model)
-    if kind == "merged" and isinstance(backbone, Assembled):
+    if kind == "merged" and not backbone.mergeable:
         raise AdapterError(
             f"{tuned.run.model.path}: the parts of an assembled base stay in their packages, so it cannot be merged; "
             "give --format adapter"

@@ -221,7 +221,7 @@ class Feeder:
         return policy.with_oracle([self.outline(readable) for readable in batch])
 
     def outline(self, readable: Readable) -> StreamOutline:
-        """Modality and position of all tokens of a stream, and the tokens of its `meta.needles`.
+        """Modality and place of all tokens of a stream, and the tokens of its `meta.needles`.
 
         A needle is [second] for audio, or [second, y, x] for a frame, y and x from 0 (top, left) to 1.
         """
@@ -229,8 +229,8 @@ class Feeder:
         chunks = self.backbone.chunks(
             iter(segments), tracks=readable.tracks, chunk_tokens=self.options.chunk_tokens, system=sample.system
         )
-        kinds, positions = zip(*((chunk.modality[0], chunk.positions[0]) for chunk in chunks), strict=True)
-        outline = StreamOutline(modality=torch.cat(kinds).cpu(), positions=torch.cat(positions, dim=1).cpu())
+        kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in chunks), strict=True)
+        outline = StreamOutline(modality=torch.cat(kinds).cpu(), place=torch.cat(places, dim=1).cpu())
         needles = sample.meta.get("needles", ())
         return replace(outline, needles=tuple(_token_at(outline, segments, needle) for needle in needles))
 
@@ -304,7 +304,7 @@ def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Seque
         audio = (outline.modality == Modality.AUDIO).nonzero()[:, 0]
         return int(audio[min(len(audio) - 1, int(at * len(audio) / sum(segment.seconds for segment in segments)))])
     visual = (outline.modality == Modality.VISUAL).nonzero()[:, 0]
-    time, *space = outline.positions[:, visual]
+    time, *space = outline.place[:3, visual]
     found = time == time.unique()[int(at / segments[0].seconds_per_grid)]
     for axis, part in zip(space, place, strict=True):
         found &= axis == axis.min() + int(part * int(axis.max() - axis.min() + 1))
@@ -329,17 +329,20 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
     [memory ; rest], then evicts until the budget holds. None, and a moment that the stream does not reach, is due after
     the end. After the last moment nothing is read.
     """
-    waiting, seconds = list(moments), 0.0
+    waiting, seconds, fork = list(moments), 0.0, None
     for chunk in chunks:
         # 1. a rest, for the fork of its question
         if chunk.at is not None:
             if chunk.at in waiting:
-                waiting.remove(chunk.at)
-                fork = stream.fork()
+                fork = fork or stream.fork()
                 fork.feed(chunk)
+                if chunk.more:
+                    continue
+                waiting.remove(chunk.at)
                 yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
                 if not torch.is_grad_enabled():
                     fork.forget()
+                fork = None
             continue
         # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]

@@ -10,7 +10,8 @@ from support.processor_cases import CASES, QUESTION, Case, source, summary, writ
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import ModelOptions, Qwen25Omni, Turn
+from omnimem.backbones import ModelOptions, Turn
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.tokens import Modality
 
 RECORDED = load_file(ROOT / "tests" / "recorded" / "qwen2_5_omni.safetensors")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.thinkers import write_folder
 
-from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, load_backbone
+from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.data import Message, Sample
 from omnimem.media import LiveSource
 from omnimem.streaming import feeder as module
