@@ -49,6 +49,7 @@ class Encoded:
     at: float | None = None  # a rest, as `Segment.at`
     # what the first decoder layers add at the visual tokens (Qwen3-VL), one tensor per layer
     deepstack: tuple[Float[Tensor, "batch visual_tokens width"], ...] = ()
+    repeated: int = 0  # frames of the last grid that repeat the one before, where timestamps depend on it
 
     @property
     def layout(self) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,10 +36,6 @@ class Family(ABC):
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
         """The backbone without weights (meta device): it lays out streams and prompts, but encodes nothing."""
-
-    def adapter_key(self, key: str, to: Literal["ours", "release"]) -> str:
-        """The name of an adapter's weight in this project's module tree, or in that of the release."""
-        return key
 
 
 def weights_of(model: PreTrainedModel) -> int:

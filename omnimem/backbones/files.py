@@ -96,11 +96,16 @@ def require_size(path: str, weights: int) -> None:
         )
 
 
-def require_weights(path: str, found: Mapping[str, Any]) -> None:
+def require_weights(path: str, found: Mapping[str, Any], *, exact: bool = False) -> None:
     """Raises CheckpointError if weights were not in the files: transformers fills them with random numbers.
 
-    `found` is the loading info of `from_pretrained`.
+    `found` is the loading info of `from_pretrained`. If `exact`, weights that the model has no place for are refused.
     """
+    if exact and (extra := sorted(found["unexpected_keys"])):
+        raise CheckpointError(
+            f"{path}: {len(extra)} weights have no place in a model of its config.json (first: {extra[0][:80]}); copy "
+            "config.json and all weight files of one model again"
+        )
     lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
     if lacking:
         raise CheckpointError(

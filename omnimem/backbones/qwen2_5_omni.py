@@ -34,6 +34,7 @@ from omnimem.backbones.prompt_text import CUT, PromptText
 from omnimem.backbones.settings import chat_template, flattened, load_model, only, preprocessor_settings
 from omnimem.backbones.shapes import AudioShape, Shapes, TextShape, VisionShape
 from omnimem.backbones.template import SAMPLE, around_video
+from omnimem.backbones.vision import look
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.tokens import Modality
 
@@ -151,39 +152,18 @@ class Qwen25Omni(Backbone):
     def _encoded(self, block: Sequence[Segment], fps: float) -> list[Encoded]:
         """Segments in one pass; all but the last fill whole audio blocks."""
         with torch.no_grad():
-            visual, audio = self._encode_frames(block), self._encode_mel(block)
+            seen, audio = look(self._towers, self.geometry, block, self.device), self._encode_mel(block)
         return [
             Encoded(
-                visual=frame_tokens,
+                visual=shown.tokens,
                 audio=mel_tokens,
-                grid=grid,
+                grid=shown.grid,
                 start=segment.start,
                 seconds=segment.seconds,
                 seconds_per_grid=self.geometry.temporal_patch / fps,
                 at=segment.at,
             )
-            for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True)
-        ]
-
-    def _encode_frames(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
-        """Visual tokens [1, tokens, width] and their grid for each segment."""
-        # 1. cut the frames into patches
-        geometry, towers = self.geometry, self._towers
-        patched = [None if segment.frames is None else geometry.patches(segment.frames) for segment in block]
-        present = [item for item in patched if item is not None]
-        if not present:
-            return [(None, (0, 0, 0))] * len(block)
-        # 2. encode all segments in one pass
-        rows = torch.cat([row for row, _ in present]).to(device=self.device, dtype=towers.dtype)
-        grids = torch.tensor([grid for _, grid in present], device=self.device)
-        outputs = iter(towers.get_video_features(rows, grids).pooler_output)
-        # 3. split the tokens by segment
-        merge = geometry.merge
-        return [
-            (None, (0, 0, 0))
-            if item is None
-            else (next(outputs)[None], (item[1][0], item[1][1] // merge, item[1][2] // merge))
-            for item in patched
+            for segment, shown, mel_tokens in zip(block, seen, audio, strict=True)
         ]
 
     def _encode_mel(self, block: Sequence[Segment]) -> list[Tensor | None]:

@@ -83,10 +83,11 @@ def only(model: nn.Module, kind: type[Module]) -> Module:
     return found
 
 
-def load_model(options: ModelOptions, model_class: Any, config: Any) -> PreTrainedModel:
+def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: bool = False) -> PreTrainedModel:
     """The weights of a checkpoint in a class of transformers, from safetensors only; no code of it is run.
 
-    Raises CheckpointError when weights are missing: transformers fills them with random numbers.
+    Raises CheckpointError when weights are missing, which transformers would fill with random numbers, and, if `exact`,
+    when weights are left over, which it would ignore.
     """
     if not is_deepspeed_zero3_enabled():  # ZeRO-3 takes over every construction
         with torch.device("meta"):
@@ -98,5 +99,5 @@ def load_model(options: ModelOptions, model_class: Any, config: Any) -> PreTrain
         trust_remote_code=False,
         output_loading_info=True,
     )
-    require_weights(options.path, found)
+    require_weights(options.path, found, exact=exact)
     return model

@@ -53,7 +53,6 @@ class VisionShape:
     channels: int
     patch: int
     temporal_patch: int
-    levels: int = 0  # deepstack features beside the tokens
 
     @property
     def row(self) -> int:

@@ -185,7 +185,8 @@ class Feeder:
             for segment in segments:
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
                 mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
-                seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
+                heard_now = segment.audio_seconds if segment.padded else mel_frames * mel.hop / mel.rate
+                seconds = total.audio_seconds + min(segment.seconds, heard_now)
                 after = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
                 heard.append(after)
                 total = after if segment.at is None else total
