@@ -170,11 +170,11 @@ class Chunk:
     embeddings: Float[Tensor, "batch tokens width"]
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
-    seconds: float = 0.0  # stream time at the end of the chunk
+    seconds: float = 0.0  # stream time up to which the chunk depends on the stream
     tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
-    more: bool = False  # further chunks of the same rest follow
+    more: bool = False  # further chunks that need the stream up to the same time follow
     place: Int[Tensor, "batch places tokens"] | None = None
 
     def __post_init__(self) -> None:

@@ -288,7 +288,7 @@ class _Chunker:
 
     def add(self, parts: Sequence[Part], seconds: float, what: str) -> Iterator[Chunk]:
         """Add parts that need the stream up to `seconds`; yields the chunks that they complete."""
-        for part in parts:
+        for number, part in enumerate(parts):
             if part.count > self.chunk_tokens:
                 inside = "" if len(parts) == 1 else f"a part of {len(parts)} of "
                 raise LayoutError(
@@ -296,15 +296,15 @@ class _Chunker:
                     "raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
                 )
             if sum(held.count for held in self._held) + part.count > self.chunk_tokens:
-                yield from self.flush()
+                yield from self.flush(more=number > 0)
             self._held.append(part)
             self.seconds = seconds
 
-    def flush(self) -> Iterator[Chunk]:
-        """The held parts as a chunk, if there are any."""
+    def flush(self, *, more: bool = False) -> Iterator[Chunk]:
+        """The held parts as a chunk, if there are any; `more` up to the same time follow."""
         if self._held:
             held, self._held = self._held, []
-            yield _chunk(held, self.seconds)
+            yield replace(_chunk(held, self.seconds), more=more)
 
 
 def _rest(layout: Layout, segment: Encoded | None, at: float, chunk_tokens: int) -> Iterator[Chunk]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,7 @@ class Qwen3VL(Backbone):
         self._opening, self._closing = self.rendered(system)
 
     @classmethod
-    def load(cls, options: ModelOptions) -> Self:
+    def load(cls, options: ModelOptions) -> "Qwen3VL":
         """Load a checkpoint; tokenizer and processor may be in a folder of their own.
 
         Raises CheckpointError when a file or a weight is missing, or a weight is left over.

@@ -100,95 +100,56 @@ def window_seconds(audio: Any) -> float:
     return 2 * audio.max_source_positions * mel.hop / mel.rate
 
 
-def _filled(audio: Any) -> Any:
-    """audio_config with the release's values where it gives none."""
-    return AUDIO | audio if isinstance(audio, dict) else audio
+def _with_audio(name: str, config_base: Any, model_base: Any, whole_base: Any, *conversions: Any) -> Classes:
+    """Classes of the configuration and of the whole model: those of Qwen3-VL with an audio branch, `model.audio`.
 
+    Its weights have the names of the release in files. No two patterns overlap, so that saving writes them again.
+    """
 
-class VideoSalmonn2PlusConfig(Qwen3VLConfig):
-    """Qwen3-VL's configuration with that of the audio branch."""
+    def fill(self: Any, **kwargs: Any) -> None:
+        if isinstance(self.audio_config, dict):
+            self.audio_config = AUDIO | self.audio_config
+        config_base.__post_init__(self, **kwargs)
 
-    sub_configs_defaults = {**Qwen3VLConfig.sub_configs_defaults, "audio_config": WhisperConfig}  # noqa: RUF012
-    audio_config: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.audio_config = _filled(self.audio_config)
-        super().__post_init__(**kwargs)
-
-
-class VideoSalmonn2PlusMoeConfig(Qwen3VLMoeConfig):
-    """The same with experts."""
-
-    sub_configs_defaults = {**Qwen3VLMoeConfig.sub_configs_defaults, "audio_config": WhisperConfig}  # noqa: RUF012
-    audio_config: Any = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.audio_config = _filled(self.audio_config)
-        super().__post_init__(**kwargs)
-
-
-class VideoSalmonn2PlusModel(Qwen3VLModel):
-    """Vision encoder, text model and audio branch."""
-
-    config: Any
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def build(self: Any, config: Any) -> None:
+        model_base.__init__(self, config)
         self.audio = AudioBranch(config.audio_config, config.text_config.hidden_size)
         self.post_init()
 
-
-class VideoSalmonn2PlusMoeModel(Qwen3VLMoeModel):
-    """The same with experts."""
-
-    config: Any
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.audio = AudioBranch(config.audio_config, config.text_config.hidden_size)
+    def build_whole(self: Any, config: Any) -> None:
+        whole_base.__init__(self, config)
+        self.model = model_class(config)
         self.post_init()
 
-
-class VideoSalmonn2PlusForConditionalGeneration(Qwen3VLForConditionalGeneration):
-    """The model under the names of the release, which writes `model.audio.*` beside Qwen3-VL's."""
-
-    config_class = VideoSalmonn2PlusConfig
-    _keys_to_ignore_on_load_unexpected = [UNUSED]  # noqa: RUF012
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = VideoSalmonn2PlusModel(config)
-        self.post_init()
-
-
-class VideoSalmonn2PlusMoeForConditionalGeneration(Qwen3VLMoeForConditionalGeneration):
-    """The same with experts."""
-
-    config_class = VideoSalmonn2PlusMoeConfig
-    _keys_to_ignore_on_load_unexpected = [UNUSED]  # noqa: RUF012
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = VideoSalmonn2PlusMoeModel(config)
-        self.post_init()
-
-
-def _renamings() -> list[Any]:
-    """From the names of the release to ours; no two patterns overlap, so saving writes the release's names again."""
-    return [
+    # 1. the classes
+    parts = {**config_base.sub_configs_defaults, "audio_config": WhisperConfig}
+    fields = {"sub_configs_defaults": parts, "audio_config": None, "__annotations__": {"audio_config": Any}}
+    config_class = type(f"{name}Config", (config_base,), {**fields, "__post_init__": fill, "__module__": __name__})
+    known = {"config_class": config_class, "__module__": __name__}
+    model_class = type(f"{name}Model", (model_base,), {**known, "__init__": build})
+    extra = {"_keys_to_ignore_on_load_unexpected": [UNUSED]}
+    outer = f"{name}ForConditionalGeneration"
+    whole_class = type(outer, (whole_base,), {**known, **extra, "__init__": build_whole})
+    # 2. the names of their weights in files
+    renamings = [
         WeightRenaming(r"audio\.qformer\.bert\.embeddings\.LayerNorm", r"audio.qformer.layernorm"),
         WeightRenaming(r"audio\.qformer\.bert\.encoder\.", r"audio.qformer.encoder."),
         WeightRenaming(r"attention\.self\.", r"attention.attention."),
     ]
+    register_checkpoint_conversion_mapping(outer, [*renamings, *conversions], overwrite=True)
+    return config_class, whole_class
 
 
-def _register(name: str, *more: Any) -> None:
-    """Tell transformers the renamings of a class; a second import changes nothing."""
-    register_checkpoint_conversion_mapping(name, [*_renamings(), *more], overwrite=True)
-
-
-_register("VideoSalmonn2PlusForConditionalGeneration")
-_register("VideoSalmonn2PlusMoeForConditionalGeneration", *(get_checkpoint_conversion_mapping("qwen3_vl_moe") or ()))
+CLASSES: dict[str, Classes] = {
+    "qwen3_vl": _with_audio("VideoSalmonn2Plus", Qwen3VLConfig, Qwen3VLModel, Qwen3VLForConditionalGeneration),
+    "qwen3_vl_moe": _with_audio(
+        "VideoSalmonn2PlusMoe",
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeModel,
+        Qwen3VLMoeForConditionalGeneration,
+        *(get_checkpoint_conversion_mapping("qwen3_vl_moe") or ()),
+    ),
+}
 
 
 @final
@@ -196,10 +157,7 @@ class VideoSalmonn2Plus(Qwen3VL):
     """A loaded model of this family."""
 
     senses = ("both", "video", "audio")
-    classes: dict[str, Classes] = {  # noqa: RUF012
-        "qwen3_vl": (VideoSalmonn2PlusConfig, VideoSalmonn2PlusForConditionalGeneration),
-        "qwen3_vl_moe": (VideoSalmonn2PlusMoeConfig, VideoSalmonn2PlusMoeForConditionalGeneration),
-    }
+    classes = CLASSES
 
     @classmethod
     def geometry_of(cls, config: Any, table: Table) -> Geometry:
@@ -263,7 +221,7 @@ class VideoSalmonn2PlusFamily(Qwen3VLFamily):
     backbone = VideoSalmonn2Plus
 
     def claims(self, config: Table) -> bool:
-        return config.get("model_type") in VideoSalmonn2Plus.classes and "audio_config" in config
+        return config.get("model_type") in CLASSES and "audio_config" in config
 
     def audio_shape(self, config: Any) -> AudioShape:
         audio = config.audio_config

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from omnimem.backbones import Backbone, Encoded, Turn
+from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.load import family_of, read_shapes, read_tables
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
@@ -30,6 +30,7 @@ from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.shipped import shipped
+from omnimem.streaming.feeder import require_supported
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
@@ -185,11 +186,11 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
     Raises ConfigError if `stream` does not fit the checkpoint's grids, LayoutError if a step of tuning may not.
     """
     # 1. decode
-    backbone, shapes = skeleton.backbone, skeleton.shapes
+    backbone = skeleton.backbone
     try:
-        shapes.geometry.segment(run.stream.fps)
-    except ValueError as error:
-        raise ConfigError([f"stream.fps: {error}"]) from error
+        require_supported(backbone, run.stream)
+    except LayoutError as error:
+        raise ConfigError([str(error)]) from error
     segments: list[Segment] = list(source)
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
     # 2. cut into chunks
@@ -201,6 +202,7 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
         chunk_tokens=run.stream.chunk_tokens,
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
+        group=max(1, ceil(sum(each.grid[0] for each in encoded) / (run.stream.timestamps or 1 << 30))),
     )
     try:
         opening, *chunks = cut

@@ -329,9 +329,8 @@ def _window_pieces(
         return torch.cat([mel.window(part, window) for part in samples.split(window * mel.hop)], dim=1)
 
     def piece(samples: Tensor) -> _Piece:
-        begun = {
-            at: samples[: round(at * mel.rate) - number * length] for at in asks if segment_of(at, seconds) == number
-        }
+        here = [at for at in asks if segment_of(at, seconds) == number]
+        begun = {at: samples[: round(at * mel.rate) - number * length] for at in here}
         return _Piece(mel=windows(samples), rests={at: windows(part) for at, part in begun.items() if len(part)})
 
     for block in blocks:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policies.base import Policy, StreamOutline
-from omnimem.rows import tracks_of
+from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source, probe
+from omnimem.media.decode import TICK
+from omnimem.policies.base import Policy, PolicyError, StreamOutline
+from omnimem.rows import judge, tracks_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
@@ -101,13 +102,10 @@ class Feeder:
         """`cache` is a folder for the outputs of the frozen encoders, or the cache of a feeder over the same encoders.
 
         `trained` notes streams beyond the trained positions; it may be shared with another feeder of the same model.
-        Raises LayoutError when no frame grid ends with an audio block at this rate.
+        Raises LayoutError as `require_supported`.
         """
         self.backbone, self.options = backbone, options
-        try:
-            backbone.geometry.segment(options.fps)
-        except ValueError as error:
-            raise LayoutError(f"stream.{error}") from error
+        require_supported(backbone, options)
         self.trained = trained or TrainedRange(backbone.trained_positions)
         self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
 
@@ -207,6 +205,10 @@ class Feeder:
 
     def stream(self, attached: StreamedAttention, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
         """An empty stream; with `positions: compact` it stays within the trained positions of the model."""
+        if policy.traits.reindex and not self.backbone.compacts:
+            raise PolicyError(
+                f"policy {policy.name} moves kept tokens up in time, which {_IMMOBILE}; set reindex: false"
+            )
         compact = self.options.positions == "compact"
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
@@ -228,7 +230,11 @@ class Feeder:
         """
         segments, sample = [each for each in readable.segments if each.at is None], readable.sample
         chunks = self.backbone.chunks(
-            iter(segments), tracks=readable.tracks, chunk_tokens=self.options.chunk_tokens, system=sample.system
+            iter(segments),
+            tracks=readable.tracks,
+            chunk_tokens=self.options.chunk_tokens,
+            system=sample.system,
+            group=self._group_of(readable),
         )
         kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in chunks), strict=True)
         outline = StreamOutline(modality=torch.cat(kinds).cpu(), place=torch.cat(places, dim=1).cpu())
@@ -251,7 +257,26 @@ class Feeder:
             batch=len(batch),
             cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
+            group=self._group_of(first),
         )
+
+    def _group_of(self, readable: Readable) -> int:
+        """Frame grids that share a timestamp: counted, or from the length that the file declares."""
+        if self.options.timestamps is None or readable.tracks in (None, "audio"):
+            return 1
+        if isinstance(readable.segments, Sequence):
+            return self._group(sum(segment.grid[0] for segment in readable.segments if segment.at is None))
+        sample = readable.sample
+        return self._group(self._grids(judge(sample, self.options.tracks).video_seconds, sample.start, sample.end))
+
+    def _group(self, grids: int) -> int:
+        """ceil(grids / timestamps), 1 if there are fewer grids than timestamps (release)."""
+        return max(1, math.ceil(grids / (self.options.timestamps or grids or 1)))
+
+    def _grids(self, seconds: float, start: float, end: float | None) -> int:
+        """Frame grids of a file of this length."""
+        last = seconds if end is None else min(seconds, end)
+        return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
     def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
@@ -262,12 +287,18 @@ class Feeder:
         """
         if not isinstance(source, Source):
             source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
+        group = 1
+        if self.options.timestamps is not None:
+            if not isinstance(source, FileSource):
+                raise LayoutError("stream.timestamps: a live stream has no total; set it to null, one per frame grid")
+            group = self._group(self._grids(probe(source.path).video_seconds, source.start, source.end))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
             self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
+            group=group,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
@@ -296,6 +327,24 @@ class Feeder:
         """The questions of each stream packed into one row; shorter rows are padded."""
         asked = [[self.backbone.turn(turn, tracks=tracks) for turn in turns] for turns in rows]
         return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
+
+
+_IMMOBILE = "this model cannot (rows and columns of its positions move with the time)"
+
+
+def require_supported(backbone: Backbone, options: StreamOptions) -> None:
+    """Raises LayoutError when the model cannot read a stream as the options ask."""
+    try:
+        backbone.geometry.segment(options.fps)
+    except ValueError as error:
+        raise LayoutError(f"stream.{error}") from error
+    if options.source().tracks not in backbone.senses:
+        can = " or ".join(backbone.senses)
+        raise LayoutError(f"stream.tracks = {options.tracks}: the model has no audio encoder; set stream.tracks: {can}")
+    if options.positions == "compact" and not backbone.compacts:
+        raise LayoutError(f"stream.positions = compact moves kept tokens up in time, which {_IMMOBILE}; set original")
+    if options.timestamps is not None and not backbone.stamped:
+        raise LayoutError("stream.timestamps: the layout of this model has no timestamps; set it to null")
 
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
@@ -355,7 +404,7 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
         # 3. the chunk, and moments at its end, which need not wait for the next one
         stream.feed(chunk)
         seconds = chunk.seconds
-        due = [moment for moment in waiting if moment == seconds]
+        due = [moment for moment in waiting if moment == seconds and not chunk.more]
         if due:
             waiting = waiting[len(due) :]
             yield Due(stream=stream, moments=list(due), seconds=seconds)
