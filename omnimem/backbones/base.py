@@ -159,8 +159,13 @@ class Layout(ABC):
     def push(self, segment: Encoded) -> list[Part]:
         """The tokens that are complete with this segment, in order."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether tokens of what was pushed are held back."""
+        return False
+
     def finish(self) -> list[Part]:
-        """The tokens that are still held back, as if the stream ended now."""
+        """The tokens that are held back, as if the stream ended now."""
         return []
 
 
@@ -245,23 +250,22 @@ class Backbone(ABC):
         # 1. the opening
         layout = self.layout(tracks=tracks, batch=batch, system=system, group=group)
         yield replace(_chunk([layout.opening()], 0.0), tracks=tracks)
-        # 2. the segments, and before each what precedes the questions within it
-        chunker, rested = _Chunker(chunk_tokens), set[float]()
+        # 2. the segments, and before each what precedes the questions up to it
+        chunker, waiting = _Chunker(chunk_tokens), sorted(set(cuts))
         for segment in segments:
-            if segment.at is not None:
-                rested.add(segment.at)
-                yield from chunker.flush()
-                yield from _rest(copy(layout), segment, segment.at, chunk_tokens)
-                continue
-            if not segment.count:  # audio of less than one token
+            if segment.at is None and not segment.count:  # audio of less than one token
                 continue
             end = segment.start + segment.seconds
-            within = sorted(cut for cut in cuts if segment.start <= cut < end)
-            if within:
-                yield from chunker.flush()
-            for cut in (cut for cut in within if cut not in rested):
+            passed = [cut for cut in waiting if cut <= segment.start or (segment.at is None and cut < end)]
+            if segment.at is not None or any(segment.start <= cut for cut in passed):
+                yield from chunker.flush(more=layout.holds)
+            for cut in passed:
                 yield from _rest(copy(layout), None, cut, chunk_tokens)
-            yield from chunker.add(layout.push(segment), end, f"a segment of {segment.seconds:g} s")
+            waiting = [cut for cut in waiting if cut not in passed and cut != segment.at]
+            if segment.at is not None:
+                yield from _rest(copy(layout), segment, segment.at, chunk_tokens)
+            else:
+                yield from chunker.add(layout.push(segment), end, f"a segment of {segment.seconds:g} s")
         # 3. what the layout held back until the end
         yield from chunker.add(layout.finish(), chunker.seconds, "the end of the stream")
         yield from chunker.flush()

@@ -251,6 +251,10 @@ class StampedLayout(Layout):
                 parts.append(self._emitted())
         return parts
 
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
     def finish(self) -> list[Part]:
         return [self._emitted()] if self._held else []
 
