@@ -90,6 +90,20 @@ MUTATIONS = (
         "twin = Stream(self.attached, self.policy, batch=self.memory.batch)",
         STREAMING,
     ),
+    Mutation(
+        "text always after the audio",
+        "omnimem/backbones/qwen2_5_omni.py",
+        "self.visual_last if video_is_last else self.audio_tokens - 1",
+        "self.audio_tokens - 1",
+        ("tests/unit/backbones/test_processor.py",),
+    ),
+    Mutation(
+        "question not moved with its chunk",
+        STREAM,
+        "tuple(after - moved for moved in self._moved)",
+        "tuple(after for moved in self._moved)",
+        ("tests/unit/test_positions.py",),
+    ),
     Mutation("positions not shifted", STREAM, "if not any(self._moved):", "if True:", CYCLE),
     # evaluation
     Mutation("answered twice", ANSWERING, 'in lines if line["id"] not in done]', "in lines]", EVALUATION),

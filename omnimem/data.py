@@ -1,13 +1,15 @@
 """Samples and manifests: JSON lines, checked as a whole; every problem is reported with file and line.
 
 A line: {"id", "video": path | null, "audio": path | null (the video's own track), "start", "end" (seconds, optional),
-"messages": [{"role", "content", "at": seconds | null, "loss": true | false}], "meta": {...}}.
+"tracks": "video" | "audio" | null (both), "messages": [{"role", "content", "at": seconds | null, "loss": bool}],
+"meta": {...}}; without video and audio it is text alone. docs/data.md describes it with examples.
 Times are seconds of the file. A question is asked at time `at` on a fork of the stream, or after the end if it is null.
 Each user message is an independent question about the stream; the assistant message after it is its answer.
 """
 
 import math
 import os.path
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +23,46 @@ from omnimem.textfile import ManifestError, got, parse_object, path_problem, tex
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
-KEYS = ("id", "video", "audio", "start", "end", "messages", "meta")
+KEYS = ("id", "video", "audio", "tracks", "start", "end", "messages", "meta")
+CONVERT = "omnimem convert makes a manifest of such rows"
+OTHERS = ("conversations", "videos", "audios", "query", "prompt", "instruction")  # keys of other formats
+STILL = "still images are not streamed; make them a video, or remove them"
+FOREIGN: dict[str, str] = {
+    **dict.fromkeys(OTHERS, f"is of another format; {CONVERT}"),
+    **dict.fromkeys(("image", "images"), STILL),
+}
 MESSAGE_KEYS = ("role", "content", "at", "loss")
+MOST_PASSES = 1000  # over a source in an epoch
 LISTED = 20  # failures shown in an error message
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One of several sources of training rows (docs/data.md)."""
+
+    path: str  # a manifest, a .json or .jsonl file of rows, a folder or hub id of `datasets`
+    weight: float = 1.0  # passes over its rows per epoch: 2 is each row twice, 0.5 every other row, in turns
+    name: str | None = None  # precedes the ids of its samples: name/id; null: the name of the file, folder or data set
+    format: Literal["manifest", "rows"] | None = None  # null: .jsonl is a manifest, everything else rows
+    media: str | None = None  # folder of relative paths; null: that of the file
+    split: str = "train"  # of a data set
+    subset: str | None = None  # configuration of a data set
+    streaming: bool = False  # read a data set row by row, without a copy on disk
+    rows: int | None = None  # of a data set or file: the first ones only
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and 0 < self.weight <= MOST_PASSES):
+            raise ValueError(f"weight must be above 0 and at most {MOST_PASSES}, got {self.weight}")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows must be 1 or more, got {self.rows}")
+        if self.name is not None and (not self.name or "/" in self.name):
+            raise ValueError(f"name must be a word without /, got {self.name!r}")
+
+    @property
+    def label(self) -> str:
+        """The name, or that of the file, folder or data set."""
+        return self.name or Path(self.path).name.removesuffix(".jsonl").removesuffix(".json")
 
 
 @final
@@ -31,13 +70,29 @@ LISTED = 20  # failures shown in an error message
 class DataOptions:
     """Training data, and how much of it may be unreadable."""
 
-    train: str | None = None  # path of the manifest
+    train: str | tuple[DataSource | str, ...] | None = None  # a manifest, or a list of sources (docs/data.md)
     max_failures: float = 0.01  # fraction of samples that may fail before the run stops
     allow_absolute_paths: bool = False  # accept media outside the folder of the manifest
     cache: bool = False  # cache the outputs of the frozen encoders in .cache/encoded
 
     def __post_init__(self) -> None:
         _check_fraction("max_failures", self.max_failures)
+        if self.train == ():
+            raise ValueError("train: the list of sources is empty; name one")
+        labels = Counter(source.label for source in self.sources)
+        for label in [label for label, count in labels.items() if count > 1]:
+            raise ValueError(f"train: two sources are called {label!r}; give each a `name` of its own")
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The sources of `train`."""
+        given = () if self.train is None else (self.train,) if isinstance(self.train, str) else self.train
+        return tuple(DataSource(path=each) if isinstance(each, str) else each for each in given)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Passes per epoch by `Sample.source`."""
+        return {"": sources[0].weight} if len(sources := self.sources) == 1 else {s.label: s.weight for s in sources}
 
 
 @final
@@ -86,12 +141,19 @@ class Sample:
     audio: Path | None  # None: the video's own track
     start: float = 0.0
     end: float | None = None  # None: the end of the file
+    tracks: Literal["video", "audio"] | None = None  # the one track that is read; None: both
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     items: tuple[Item, ...] = ()  # one per question, in order; () in a manifest
     published: bool = False  # of a published benchmark: its times are scored as they are, and counted as defects
     cluster: str = ""  # id of the recording: answers about one recording are not independent; "": the sample's id
+    source: str = ""  # of several sources of a run, the name of its own
     origin: str = field(default="", compare=False)  # file:line
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether there is a file to read; False: the row is text alone."""
+        return self.video is not None or self.audio is not None
 
     @property
     def system(self) -> str | None:
@@ -144,11 +206,11 @@ class Sample:
         return Item(id=f"{self.id}#{number}", categories={"kind": (kind,)} if kind else {})
 
 
-def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sample]:
+def read_manifest(path: Path | str, *, allow_absolute: bool = False, text_only: bool = False) -> list[Sample]:
     """The samples of a manifest, in order; does not check that the media files exist.
 
-    Paths must be inside the manifest's folder unless `allow_absolute`; symbolic links are followed.
-    Raises ManifestError with all problems.
+    Paths must be inside the manifest's folder unless `allow_absolute`; symbolic links are followed. With `text_only`
+    some lines may have neither video nor audio. Raises ManifestError with all problems.
     """
     # 1. open the file
     path = Path(path)
@@ -159,15 +221,19 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
                 f"or with `omnimem convert YOUR_FILES --out {path}` (your data)"
             ]
         )
+    if _is_list(path):
+        out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(f"{path.stem}-manifest.jsonl")
+        cure = f"convert it: `omnimem convert {path} --out {out}`"
+        raise ManifestError([f"{path}: is a list of rows, and a manifest has one object per line; {cure}"])
     # 2. read the lines, collecting all problems
     samples: list[Sample] = []
     problems: list[str] = []
     first_use: dict[str, str] = {}
     for origin, line in text_lines(path):
         try:
-            sample = read_row(
-                parse_object(line, origin), folder=path.parent, origin=origin, allow_absolute=allow_absolute
-            )
+            row = parse_object(line, origin)
+            how: Any = {"allow_absolute": allow_absolute, "text_only": text_only}
+            sample = read_row(row, folder=path.parent, origin=origin, **how)
         except ManifestError as error:
             problems += error.problems
             continue
@@ -183,9 +249,17 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False) -> list[Sam
     return samples
 
 
-def read_row(data: dict[str, Any], *, folder: Path, origin: str, allow_absolute: bool = False) -> Sample:
+def _is_list(path: Path) -> bool:
+    """Whether a file begins as a JSON list of objects."""
+    with path.open("rb") as file:
+        return re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", file.read(1024)) is not None
+
+
+def read_row(
+    data: dict[str, Any], *, folder: Path, origin: str, allow_absolute: bool = False, text_only: bool = False
+) -> Sample:
     """The sample of one line, with media below `folder`; raises ManifestError with all problems of the line."""
-    row = _Row(folder=folder, origin=origin, allow_absolute=allow_absolute)
+    row = _Row(folder=folder, origin=origin, allow_absolute=allow_absolute, text_only=text_only)
     sample = row.sample(data)
     if sample is None:
         raise ManifestError(row.problems)
@@ -196,8 +270,9 @@ def read_row(data: dict[str, Any], *, folder: Path, origin: str, allow_absolute:
 class _Row:
     """Parses one line of a manifest and collects its problems."""
 
-    def __init__(self, *, folder: Path, origin: str, allow_absolute: bool) -> None:
+    def __init__(self, *, folder: Path, origin: str, allow_absolute: bool, text_only: bool) -> None:
         self.folder = folder
+        self.text_only = text_only
         self.origin = origin
         self.allow_absolute = allow_absolute
         self.problems: list[str] = []
@@ -215,11 +290,12 @@ class _Row:
             "audio": self.media(data, "audio"),
             "start": self.seconds(data, "start") or 0.0,
             "end": self.seconds(data, "end"),
+            "tracks": self.track(data),
             "meta": self.meta(data),
         }
         # 2. check them together
         if data.get("video") is None and data.get("audio") is None:
-            self.problem("video", "neither video nor audio is given; name at least one file")
+            self.check_text(data)
         if values["end"] is not None and values["end"] <= values["start"]:
             self.problem("end", f"{values['end']} is not after start = {values['start']}; swap or remove them")
         messages = self.messages(data, values["start"], values["end"])
@@ -229,7 +305,8 @@ class _Row:
     def check_keys(self, where: str, data: dict[str, Any], known: tuple[str, ...], otherwise: str) -> None:
         for key in data:
             if key not in known:
-                self.problem(where + key, unknown_key(key, known, otherwise))
+                foreign = FOREIGN.get(key) if not where else None
+                self.problem(where + key, foreign or unknown_key(key, known, otherwise))
 
     def id(self, data: dict[str, Any]) -> str:
         value = data.get("id")
@@ -252,6 +329,26 @@ class _Row:
             cure = f"use a path below {self.folder}, or set data.allow_absolute_paths: true"
             self.problem(key, f"{value} is outside the folder of the manifest; {cure}")
         return self.folder / value
+
+    def check_text(self, data: dict[str, Any]) -> None:
+        """A row without a file: text alone, which has no times and tracks."""
+        if not self.text_only:
+            self.problem("video", "neither video nor audio is given; name at least one file")
+        for key in [key for key in ("start", "end", "tracks") if data.get(key) is not None]:
+            self.problem(key, "is about a file, and neither video nor audio is given; remove it, or name a file")
+        messages = data.get("messages")
+        for index, message in enumerate(messages if isinstance(messages, list) else ()):
+            if isinstance(message, dict) and message.get("at") is not None:
+                self.problem(f"messages[{index}].at", "is a time of a file, and none is given; remove it, or name one")
+
+    def track(self, data: dict[str, Any]) -> Any:
+        """The one track that is read; null: both."""
+        value = data.get("tracks")
+        if value not in (None, "video", "audio"):
+            self.problem("tracks", f"expected video, audio or null (both), got {got(value)}")
+        elif value == "video" and data.get("video") is None and data.get("audio") is not None:
+            self.problem("tracks", "is video, and only audio is given; name a video, or remove it")
+        return value
 
     def seconds(self, data: dict[str, Any], key: str, where: str = "") -> float | None:
         value = data.get(key)
@@ -289,7 +386,9 @@ class _Row:
         role, content, loss = data.get("role"), data.get("content"), data.get("loss")
         if role not in ROLES:
             self.problem(where + "role", f"expected {', '.join(ROLES)}, got {got(role)}")
-        if not isinstance(content, str) or not content.strip():
+        if isinstance(content, list):
+            self.problem(where + "content", f"expected text, got content parts; {CONVERT}")
+        elif not isinstance(content, str) or not content.strip():
             self.problem(where + "content", f"expected text, got {got(content)}")
         elif what := exceeds("text_characters", len(content)):
             self.problem(where + "content", f"its length of {what}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+SHOWN = 20  # problems in one message
 NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and threading, in lower case
     "out of memory",
     "can't allocate memory",
@@ -17,11 +18,21 @@ class UserError(ValueError):
 
 
 class ProblemList(UserError):
-    """All problems of one input, one line per problem: `file:line key: what; how to repair`."""
+    """All problems of one input, one line per problem: `file:line key: what; how to repair`.
+
+    The message shows the first SHOWN of them and how many there are; `problems` holds them all.
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__("\n".join(capped(problems)))
         self.problems = tuple(problems)
+
+
+def capped(problems: Sequence[str]) -> list[str]:
+    """The first SHOWN problems, the number of the others, and the last one, which may be the verdict on all."""
+    if len(problems) <= SHOWN + 1:
+        return list(problems)
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN - 1:,} more problems", problems[-1]]
 
 
 def lacks_memory(error: BaseException) -> bool:

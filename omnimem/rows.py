@@ -53,6 +53,8 @@ class Judgement:
 def judge(sample: Sample, asked: TracksOption) -> Judgement:
     """Probe the files of a sample; if it has times, a length that no header declares is measured (`probe`)."""
     # 1. probe
+    if not sample.has_stream:
+        return Judgement()
     infos: dict[str, MediaInfo] = {}
     problems: list[RowProblem] = []
     timed = sample.start > 0 or sample.end is not None or any(question.at is not None for question in sample.questions)
@@ -67,7 +69,8 @@ def judge(sample: Sample, asked: TracksOption) -> Judgement:
         return Judgement(problems=tuple(problems))
     # 2. tracks and times
     visual, heard = infos.get("video"), infos.get("audio", infos.get("video"))
-    video, audio = visual is not None and visual.has_video, heard is not None and heard.has_audio
+    video = visual is not None and visual.has_video and sample.tracks != "audio"
+    audio = heard is not None and heard.has_audio and sample.tracks != "video"
     found = Judgement(
         video=video,
         audio=audio,
@@ -97,14 +100,16 @@ def _missing_tracks(sample: Sample, asked: TracksOption, video: bool, audio: boo
     """`both` reads what is present; but a file that is named and holds nothing to read is a mistake."""
     shown = sample.video or sample.audio or Path(sample.id)
     heard = sample.audio or sample.video or Path(sample.id)
-    alone = sample.video is None or sample.audio is None  # one file for both tracks
+    alone = sample.tracks is not None or sample.video is None or sample.audio is None  # one file for both tracks
     if not video and (asked in ("video", "require_both") or (asked == "both" and not (alone and audio))):
         what = "has no video track" if sample.video is not None else "is audio only, no video is given"
+        what = "is read without its video (tracks: audio of the row)" if sample.tracks == "audio" else what
         cure = "give another file, or use tracks: audio" + (" (or both)" if audio and alone else "")
         yield RowProblem(key="video", path=shown, reason="no_video", what=f"{what}; {cure}")
     if not audio and (asked in ("audio", "require_both") or (asked == "both" and not (alone and video))):
         cure = "give an audio file, or use tracks: video" + (" (or both)" if video and alone else "")
-        yield RowProblem(key="audio", path=heard, reason="no_audio", what=f"has no audio track; {cure}")
+        what = "is read without audio (tracks: video of the row)" if sample.tracks == "video" else "has no audio track"
+        yield RowProblem(key="audio", path=heard, reason="no_audio", what=f"{what}; {cure}")
 
 
 def late_times(sample: Sample, seconds: float) -> Iterator[RowProblem]:

@@ -174,6 +174,7 @@ class Chunk:
     tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
+    next_position: int | None = None  # of text right after the chunk; None: the one after the largest so far
     more: bool = False  # further chunks that need the stream up to the same time follow
     place: Int[Tensor, "batch places tokens"] | None = None
 

@@ -126,6 +126,7 @@ class Part:
     modality: Int8[Tensor, " tokens"]
     place: Int[Tensor, "places tokens"]
     deepstack: tuple[Float[Tensor, "batch visual_tokens width"], ...] = ()
+    next_position: int | None = None  # of text right after it, as in `Chunk`
 
     @property
     def count(self) -> int:
@@ -334,4 +335,5 @@ def _chunk(parts: Sequence[Part], seconds: float) -> Chunk:
         place=torch.cat([part.place for part in parts], dim=1).to(device).expand(batch, -1, -1),
         deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
         seconds=seconds,
+        next_position=parts[-1].next_position,
     )

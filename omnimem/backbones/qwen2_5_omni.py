@@ -7,6 +7,7 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any, final
 
@@ -59,9 +60,10 @@ class Rates:
         """Positions of one interleaved block of video and its audio."""
         return int(self.positions_per_second * self.seconds_per_chunk)
 
-    def of_grid(self, number: int, seconds_per_grid: float) -> int:
-        """Position of frame grid `number` relative to the start of the stream (as in get_rope_index)."""
-        return int(number * seconds_per_grid * self.positions_per_second)
+    def of_grids(self, numbers: range, seconds_per_grid: float) -> Int[Tensor, " grids"]:
+        """Positions of frame grids relative to the start of the stream, in the float32 arithmetic of get_rope_index."""
+        spacing = torch.tensor(seconds_per_grid, dtype=torch.float32)
+        return (torch.arange(numbers.start, numbers.stop) * spacing * self.positions_per_second).long()
 
 
 @final
@@ -189,7 +191,9 @@ class Qwen25Omni(Backbone):
         text = self._opening if system is None else self._rendered(system)[0]
         opening = self._text.ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
-        return _Layout(self.embed(opening).expand(batch, -1, -1), rates=self.rates, base=count)
+        return _Layout(
+            self.embed(opening).expand(batch, -1, -1), rates=self.rates, base=count, interleaved=tracks == "both"
+        )
 
     def _rendered(self, system: str | None) -> tuple[str, str]:
         """The template before and after the stream; its system text is a user's."""
@@ -223,10 +227,26 @@ class Qwen25Omni(Backbone):
 class _Layout(Layout):
     """Positions of the tokens of each segment; counts grids and audio tokens from the start of the stream."""
 
-    def __init__(self, opening: Float[Tensor, "batch tokens width"], *, rates: Rates, base: int) -> None:
+    def __init__(
+        self, opening: Float[Tensor, "batch tokens width"], *, rates: Rates, base: int, interleaved: bool
+    ) -> None:
         self._opening = opening
-        self.rates, self.base = rates, base
+        self.rates, self.base, self.interleaved = rates, base, interleaved
         self.grids, self.audio_tokens = 0, 0
+        self.visual_pieces, self.visual_last = 0, -1  # blocks of visual tokens, largest position of the last one
+
+    @property
+    def next_position(self) -> int | None:
+        """Position of text that follows here, from 0 at the start of the prompt; None: after the largest.
+
+        get_rope_index appends the n-th piece of video and then the n-th of audio, and continues text after the last
+        piece. So text shares positions with frames that reach beyond the audio of their block.
+        """
+        if not self.interleaved:
+            return None
+        audio_pieces = ceil(self.audio_tokens / self.rates.positions_per_chunk)
+        video_is_last = self.visual_pieces > audio_pieces
+        return self.base + 1 + (self.visual_last if video_is_last else self.audio_tokens - 1)
 
     def opening(self) -> Part:
         count = self._opening.shape[1]
@@ -247,17 +267,19 @@ class _Layout(Layout):
         # 1. visual tokens: TMRoPE positions relative to the start of the stream, and places
         embeddings, positions, places, kinds = [], [], [], []
         if segment.visual is not None:
-            place = raster(segment.grid, self.grids)
-            self.grids += segment.grid[0]
+            place, (count, rows, columns) = raster(segment.grid, self.grids), segment.grid
+            times = self.rates.of_grids(range(self.grids, self.grids + count), segment.seconds_per_grid)
+            self._count_pieces(times.tolist(), rows, columns)
+            self.grids += count
             embeddings.append(segment.visual)
-            positions.append(torch.stack([self._times(place[0], segment.seconds_per_grid), *place[1:]]))
+            positions.append(torch.stack([times.repeat_interleave(rows * columns), *place[1:]]))
             places.append(place)
             kinds += [int(Modality.VISUAL)] * place.shape[1]
         # 2. audio tokens: at the latest frame that has begun
         if segment.audio is not None:
             times = torch.arange(segment.audio.shape[1]) + self.audio_tokens
             self.audio_tokens += segment.audio.shape[1]
-            begun = self._times(torch.arange(self.grids), segment.seconds_per_grid)
+            begun = self.rates.of_grids(range(self.grids), segment.seconds_per_grid)
             frames = torch.searchsorted(begun, times, right=True) - 1
             embeddings.append(segment.audio)
             positions.append(times.expand(3, -1))
@@ -272,14 +294,19 @@ class _Layout(Layout):
             positions=(position + self.base)[:, order],
             modality=torch.tensor(kinds, dtype=torch.int8)[order],
             place=place[:, order],
+            next_position=self.next_position,
         )
         return [part]
 
-    def _times(self, grids: Int[Tensor, " tokens"], seconds_per_grid: float) -> Int[Tensor, " tokens"]:
-        """Position in time of each grid."""
-        return torch.tensor(
-            [self.rates.of_grid(number, seconds_per_grid) for number in grids.tolist()], dtype=torch.long
-        )
+    def _count_pieces(self, times: Sequence[int], rows: int, columns: int) -> None:
+        """Count the blocks that get_rope_index cuts visual tokens into: a token begins at most one.
+
+        Where a grid takes longer than a block, its first tokens are pieces of their own.
+        """
+        for time in times:
+            begun = time // self.rates.positions_per_chunk + 1
+            self.visual_pieces += max(0, min(rows * columns, begun - self.visual_pieces))
+            self.visual_last = max(time, rows - 1, columns - 1)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:

@@ -58,6 +58,20 @@ class TextModel:
         self._head: nn.Module = head
         self._opening, self._closing = (system or "", SAMPLE) if not template else _rendered(tokenizer, system)
         self._template = template
+        self._require_plain_head()
+
+    def _require_plain_head(self) -> None:
+        """Raise LayoutError if logits are more than head(hidden states): scaled or capped, as some models have them."""
+        ids = torch.tensor([[0, 1, 2]], device=self.device)
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits.float()
+            found = self._head(self.text_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        difference, scale = float((expected - found).abs().max()), max(1.0, float(expected.abs().max()))
+        if not difference <= 1e-2 * scale:
+            raise LayoutError(
+                f"{type(self.model).__name__} changes the logits of its head (by up to {difference:.3g}; a scale or a"
+                " cap in its config), which streams do not; it is not supported"
+            )
 
     @property
     def text_model(self) -> PreTrainedModel:

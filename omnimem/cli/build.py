@@ -12,10 +12,11 @@ from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SplitBudget
 from omnimem.calibration import calibrate
 from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
-from omnimem.data import Failure, Failures, Sample, read_manifest
+from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RunFolder
+from omnimem.sources import training_samples as samples_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
@@ -106,7 +107,7 @@ def training_samples(run: RunConfig) -> list[Sample]:
     """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
         raise BudgetError("data.train names no manifest; calibration measures the first training streams")
-    return read_manifest(run.data.train, allow_absolute=run.data.allow_absolute_paths)
+    return samples_of(run.data)
 
 
 def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder, samples: Sequence[Sample]) -> Budget:
@@ -157,7 +158,7 @@ def _streams(
 ) -> Iterator[Iterable[Chunk]]:
     """The chunks of each readable sample; unreadable ones are skipped and counted."""
     failures = Failures(samples=len(samples), max_failures=max_failures)
-    for sample in samples:
+    for sample in (sample for sample in samples if sample.has_stream):
         try:
             opened = feeder.open(sample)
         except MediaError as error:

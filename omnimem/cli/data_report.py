@@ -64,7 +64,7 @@ def _failure(sample: Sample, key: str, reason: str, what: str) -> Failure:
 
 def _doubts(sample: Sample, video_seconds: float, audio_seconds: float) -> Iterator[str]:
     """Notes: no failures, but unusual."""
-    if max(video_seconds, audio_seconds) <= 0:
+    if max(video_seconds, audio_seconds) <= 0 and sample.has_stream:
         yield f"{sample.origin}: the file does not declare its length"
     apart = abs(video_seconds - audio_seconds)
     if min(video_seconds, audio_seconds) > 0 and apart > max(SLACK, 0.02 * max(video_seconds, audio_seconds)):
@@ -144,6 +144,8 @@ class DataReport:
                     yield "video and audio file" if finding.sample.audio else "video with its own audio"
                 case True, False:
                     yield "video only"
+                case False, False:
+                    yield "text only"
                 case _:
                     yield "audio only"
 

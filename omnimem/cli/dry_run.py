@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
 from typing import Any, final
@@ -22,14 +23,16 @@ from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.load import family_of, read_shapes, read_tables
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
+from omnimem.cli.build import training_samples
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
-from omnimem.data import Message, Sample, read_manifest
+from omnimem.data import ManifestError, Message, Sample
 from omnimem.footprint import Load, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.shipped import shipped
+from omnimem.sources import is_file_name, named
 from omnimem.streaming.feeder import require_supported
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
@@ -69,14 +72,17 @@ class SampleFacts:
     learned: int  # answer tokens with a label
 
 
-def preview(run: RunConfig) -> None:
-    """Print the plan of a run; missing files are listed at the end and are not errors."""
+def preview(run: RunConfig, name: str | None = None) -> None:
+    """Print the plan of a run, with the sample of the id `name`, or the first one.
+
+    Missing files are listed at the end and are not errors.
+    """
     missing: list[str] = []
     _section("settings", dump(run).splitlines())
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
-        facts = read_sample(run, skeleton, missing)
+        facts = read_sample(run, skeleton, missing, name)
         _section("sample", describe_sample(skeleton, facts))
         _section("budget", describe_budget(run, skeleton.shapes, facts))
         rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
@@ -125,10 +131,10 @@ def _folder(path: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str]) -> SampleFacts:
-    """The first training sample, decoded; a synthetic one if it cannot be read."""
-    # 1. the first sample of the manifest
-    sample = _first_sample(run, missing)
+def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: str | None = None) -> SampleFacts:
+    """The training sample with this id, or the first one, decoded; a synthetic one if it cannot be read."""
+    # 1. a sample of the training data
+    sample = _chosen_sample(run, name, missing)
     if sample is not None:
         try:
             tracks = tracks_of(sample, run.stream.tracks)
@@ -151,14 +157,28 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str]) -> Sampl
     return _read(run, skeleton, SYNTHETIC, tracks, source)
 
 
-def _first_sample(run: RunConfig, missing: list[str]) -> Sample | None:
-    manifest = run.data.train
-    if manifest is None or not Path(manifest).is_file():
-        folder = Path(manifest or "data/recall/train.jsonl").parent
+def _chosen_sample(run: RunConfig, name: str | None, missing: list[str]) -> Sample | None:
+    """The sample of this id, or the first one with a stream; None if there are no training data yet.
+
+    Raises ManifestError if no sample has the id.
+    """
+    # 1. the data
+    gone = [source.path for source in run.data.sources if is_file_name(source.path) and not Path(source.path).exists()]
+    if gone or not run.data.sources:
+        folder = Path(next(iter(gone), "data/recall/train.jsonl")).parent
         cure = f"create it with `omnimem synthesize --out {folder}`, or from your files with `omnimem convert`"
-        missing.append(f"training data ({manifest or 'data.train is not set'}); {cure}")
+        missing.append(f"training data ({', '.join(gone) or 'data.train is not set'}); {cure}")
         return None
-    return read_manifest(manifest, allow_absolute=run.data.allow_absolute_paths)[0]
+    samples = training_samples(run)
+    # 2. the sample
+    if name is None:
+        return next(sample for sample in samples if sample.has_stream)
+    found = next((sample for sample in samples if sample.id == name), None)
+    if found is None:
+        near = get_close_matches(name, [sample.id for sample in samples], n=1)
+        cure = f"did you mean {near[0]}?" if near else f"the first one is {samples[0].id}"
+        raise ManifestError([f"--sample {name}: no sample of {named(run.data.sources)} has this id; {cure}"])
+    return found
 
 
 SYNTHETIC = Sample(

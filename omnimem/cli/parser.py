@@ -7,6 +7,7 @@ SIGTERM, 130: SIGINT): stopped on request, with a checkpoint. 1: anything else.
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ from omnimem.extras import missing_extra
 from omnimem.limits import raise_limits
 from omnimem.training.shutdown import Stopped
 
+SECTIONS = "data|stream|memory|model|evaluate"  # of a config, whose settings some commands have as options
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 FULL = ("No space left", "Disk quota exceeded", "File too large", "Input/output error")  # in those of safetensors
@@ -29,6 +31,9 @@ FULL = ("No space left", "Disk quota exceeded", "File too large", "Input/output 
 LOST = ("closed by peer", "reset by peer", "remote process exited")
 # Other ranks wait before they exit: the launcher stops rank 0 as soon as one rank is gone, before its message.
 GRACE = 30.0  # seconds
+
+
+_options: dict[str, argparse.Action] = {}  # of a command without a config, as parsed last
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +57,9 @@ class Parser(argparse.ArgumentParser):
         """Parse; `overrides` may be between options."""
         given = self.parse_intermixed_args(list(arguments))
         raise_limits(given.limit)
+        _options.clear()
+        if "overrides" not in given:
+            _options.update({name: action for action in self._actions for name in action.option_strings})
         return given
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -112,6 +120,25 @@ def warn(lines: Sequence[str]) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
+def for_command(line: str) -> str:
+    """A message with settings of a config replaced by the options of a command that reads none.
+
+    `set data.allow_absolute_paths: true` -> `give --allow-absolute-paths`; `stream.chunk_tokens` -> `--chunk-tokens`.
+    """
+
+    def option(name: str) -> str | None:
+        found = "--slots" if name == "slots_per_layer" else f"--{name.replace('_', '-')}"
+        return found if found in _options else None
+
+    def given(match: re.Match[str]) -> str:
+        name = option(match["name"])
+        value = "" if name and _options[name].nargs == 0 else f" {match['value']}"
+        return f"give {name}{value}" if name else match[0]
+
+    line = re.sub(r"\b(?:set|use) (?:\w+\.)?(?P<name>\w+)(?:: |=)(?P<value>\w+)", given, line)
+    return re.sub(rf"\b(?:{SECTIONS})\.(\w+)", lambda match: option(match[1]) or match[0], line)
+
+
 def done() -> None:
     """Tell `launch.sh` that the command has finished; the launcher's exit code 0 does not always mean that."""
     if (unfinished := os.environ.get("OMNIMEM_UNFINISHED")) and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -123,7 +150,7 @@ def leave(problems: Sequence[str], code: int = 2) -> NoReturn:
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     if rank() == 0 or grouped:
         for problem in problems:
-            print(problem, file=sys.stderr)
+            print(for_command(problem), file=sys.stderr)
     else:
         time.sleep(GRACE)
     sys.stderr.flush()

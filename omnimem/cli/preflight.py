@@ -19,6 +19,7 @@ from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import first_line, lacks_memory
+from omnimem.sources import named
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 PROBED = 512  # samples whose files are opened; of the others only existence is checked
@@ -41,15 +42,17 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
         finding = _finding(sample, run, probe=place in opened)
         for failure in finding.failures[:1]:
             failures = failures.add(failure)
-        if place in opened and not finding.failures:
+        if place in opened and not finding.failures and sample.has_stream:
             found.append(finding)
     # 2. summarise
     if not found:
-        raise ConfigError([f"{run.data.train}: none of the {len(opened)} opened samples can be read; repair the data"])
+        what = f"none of the {len(opened)} opened samples can be read"
+        raise ConfigError([f"{named(run.data.sources)}: {what}; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
-    seconds = sum(each.seconds for each in found)
+    seconds, texts = sum(each.seconds for each in found), sum(not sample.has_stream for sample in samples)
     line = f"data: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
+    line += f"; {texts:,} rows are text alone" if texts else ""
     return line, max(found, key=lambda each: each.seconds).sample
 
 

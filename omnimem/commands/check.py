@@ -21,8 +21,9 @@ from omnimem.cli.data_report import (
     require_annotations,
     shared_files,
 )
-from omnimem.cli.parser import Parser
+from omnimem.cli.parser import Parser, for_command
 from omnimem.data import ManifestError, Sample, read_manifest
+from omnimem.errors import capped
 
 Outcome = tuple[list[str], bool]  # all problems, and whether they are more than allowed
 
@@ -33,8 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     problems, refused = check_benchmark(given) if given.benchmark else check_manifests(given)
     if refused:
         raise ManifestError(problems)
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    for problem in capped(problems):
+        print(for_command(problem), file=sys.stderr)
 
 
 def check_benchmark(given: argparse.Namespace) -> Outcome:
@@ -54,7 +55,7 @@ def check_manifests(given: argparse.Namespace) -> Outcome:
     problems: list[str] = []
     for path in given.manifests:
         try:
-            manifests[str(path)] = read_manifest(path, allow_absolute=given.allow_absolute_paths)
+            manifests[str(path)] = read_manifest(path, allow_absolute=given.allow_absolute_paths, text_only=True)
         except ManifestError as error:
             problems += error.problems
     refused = bool(problems)

@@ -32,9 +32,11 @@ from omnimem.config import RunConfig, differences, dump, load, refuse_changes, r
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
-from omnimem.run import RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
+from omnimem.sources import digest
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
+from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_mixed_precision,
@@ -47,7 +49,7 @@ from omnimem.training.collectives import first_rank_first
 from omnimem.training.logging import Progress, callbacks_of
 from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
-from omnimem.training.sampler import seed_of
+from omnimem.training.sampler import Mixture, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
@@ -98,10 +100,12 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
     """
     # 1. open the run folder
     settings, partitioned = training_arguments(run.train, start.folder), stage_of(run.train) == 3
-    refuse_zero_rate(settings, step_count(settings, len(samples)))
+    taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
+    refuse_zero_rate(settings, step_count(settings, taken))
     first = settings.process_index == 0
     if first:
-        start.open(dump(run), _provenance(run, settings))
+        warn(changed_data(start, samples))
+        start.open(dump(run), _provenance(run, settings, samples))
         if start.news:
             print(start.news, flush=True)
     # 2. build the model with its adapter
@@ -118,7 +122,7 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
         # 4. rehearse one step
         with first_rank_first(first=first):
             if longest is not None:
-                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, len(samples)))
+                rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, taken))
         # 5. train, and save the adapter
         trainer = build_trainer(run, start, samples, parts, settings)
         train(trainer, start, first=first)
@@ -152,6 +156,19 @@ def check_answers(samples: Sequence[Sample]) -> None:
     if silent:
         what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
         raise ManifestError([f"{sample.origin} {what}" for sample in silent])
+
+
+def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
+    """A warning if a run is resumed with other data than it was started with: its order cannot be the same then."""
+    if start.checkpoint is None:
+        return []
+    try:
+        earlier = read_stored(start.folder.record, Record, "").get("sha256", {}).get("data")
+    except StoredFileError:  # missing or damaged: the run goes on without it
+        return []
+    if earlier in (None, digest(samples)):
+        return []
+    return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
 
 
 def report(line: str) -> None:
@@ -227,6 +244,7 @@ def build_trainer(
         ),
         # 3. the data
         samples=samples,
+        weights=run.data.weights,
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
         # 4. what is written
         folder=start.folder,
@@ -300,12 +318,9 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
-def _provenance(run: RunConfig, settings: TrainingArguments) -> dict[str, object]:
+def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
     base = Path(run.model.path)
-    digests = {
-        "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
-        "data": sha256(Path(run.data.train)) if run.data.train else None,
-    }
+    digests = {"base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None, "data": digest(samples)}
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
 

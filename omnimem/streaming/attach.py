@@ -8,7 +8,7 @@ attribute remains on a module, so a layer that is recomputed in backward gets th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast, final, runtime_checkable
 
@@ -20,6 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from omnimem.memory import Shape
+from omnimem.streaming.supported import (
+    DirectCallError,
+    UnsupportedModelError,
+    require_all,
+    require_plain,
+    require_rotation,
+    require_supported,
+)
 from omnimem.tokens import DeepStack
 
 NAME = "omnimem"
@@ -56,6 +64,7 @@ class _Layer:
     number: int = -1
     states: Tensor | None = None
     consumed: bool = False  # nobody else reads the memories: each is dropped when its layer has read it
+    called: set[int] = field(default_factory=set)  # layers that have reached the attention function in this pass
 
 
 def _attention(
@@ -71,9 +80,15 @@ def _attention(
     """transformers' attention function: [batch, heads, queries, dim] in, [batch, queries, heads, dim] out."""
     layer: _Layer | None = kwargs.get(KEYWORD)
     if layer is None or layer.states is None:
-        raise RuntimeError(
+        raise DirectCallError(
             "the text model is attached to a stream; call it through StreamedAttention.run, not directly"
         )
+    where = f"layer {layer.number} ({type(module).__name__})"
+    if layer.number in layer.called:
+        raise UnsupportedModelError(f"{where} calls attention twice in one pass; a memory needs one call per layer")
+    others = {name: given for name, given in kwargs.items() if name != KEYWORD}
+    require_plain(where, layer.states, key, value, attention_mask, others)
+    layer.called.add(layer.number)
     take = layer.memories.pop if layer.consumed else layer.memories.get
     memory = take(layer.number, ())
     output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
@@ -107,6 +122,7 @@ class StreamedAttention:
         self.text_model, self.recompute_layers = text_model, recompute_layers
         self.shape = shape_of(text_model)
         self.axes = axes_of(text_model)
+        self._rotates = False  # known to be so
 
     def run(
         self,
@@ -121,15 +137,24 @@ class StreamedAttention:
 
         With `consumed`, which requires a list, the memory of a layer is dropped as soon as the layer has read it.
         """
-        extra: dict[str, Any] = {KEYWORD: _Layer(step, dict(enumerate(memories)), consumed=consumed)}
+        given = _Layer(step, dict(enumerate(memories)), consumed=consumed)
+        extra: dict[str, Any] = {KEYWORD: given}
         if consumed and isinstance(memories, list):
             memories.clear()
         if deepstack is not None:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
-        with self._recomputing():
-            result = self.text_model(
-                inputs_embeds=embeddings, position_ids=self._ids(positions.transpose(0, 1)), use_cache=False, **extra
-            )
+        try:
+            with self._recomputing():
+                result = self.text_model(
+                    inputs_embeds=embeddings,
+                    position_ids=self._ids(positions.transpose(0, 1)),
+                    use_cache=False,
+                    **extra,
+                )
+        except DirectCallError as error:
+            kind = type(self.text_model).__name__
+            raise UnsupportedModelError(f"{kind}: its decoder layers do not pass keywords on to attention") from error
+        require_all(self.text_model, given.called)
         return result.last_hidden_state
 
     def layers(
@@ -167,6 +192,11 @@ class StreamedAttention:
         """
         model: Any = self.text_model
         decoder, step = model.layers[layer], _Projection()
+        if not hasattr(decoder, "input_layernorm"):
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} has no input_layernorm, so keys cannot be computed from its input; use"
+                " stream.positions: original and policies without probes and re-indexing"
+            )
         with torch.random.fork_rng(devices=[states.device] if states.is_cuda else []):
             decoder.self_attn(
                 hidden_states=decoder.input_layernorm(states),
@@ -194,10 +224,19 @@ class StreamedAttention:
         return self.text_model.get_input_embeddings()(ids)
 
     def rotary(self, positions: Int[Tensor, "axes batch tokens"]) -> tuple[Tensor, Tensor]:
-        """cos and sin of the model's own rotary embedding, axes merged, [batch, tokens, dim]."""
+        """cos and sin of a rotation by `positions`, axes merged, [batch, tokens, dim].
+
+        Those of the model's rotary embedding without its scaling of attention (YaRN), which keys have once already.
+        Raises UnsupportedModelError when keys of the model do not rotate so.
+        """
+        if not self._rotates:
+            self._rotates = True
+            require_rotation(self)
         like = torch.zeros(1, dtype=torch.float32, device=positions.device)
-        model: Any = self.text_model
-        return model.rotary_emb(like, self._ids(positions))
+        rotary = cast(Any, self.text_model).rotary_emb
+        cos, sin = rotary(like, self._ids(positions))
+        scaling = getattr(rotary, "attention_scaling", 1.0)
+        return (cos, sin) if scaling == 1.0 else (cos / scaling, sin / scaling)
 
     def _ids(self, positions: Int[Tensor, "axes batch tokens"]) -> Tensor:
         """Positions as the model takes them: all axes, or the time of a model of plain text."""
@@ -228,7 +267,7 @@ def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) 
     # 1. take the layer step out of the keywords; its closure holds the number of memory tensors, not the tensors
     keywords = dict(layer_forward.keywords)
     layer: _Layer = keywords.pop(KEYWORD)
-    step, inner, fixed = layer.step, layer_forward.func, layer_forward.args
+    step, called, inner, fixed = layer.step, layer.called, layer_forward.func, layer_forward.args
     memory = layer.memories.get(number, ())
     held = len(memory)
     # 2. separate the tensors among the other arguments from the rest
@@ -242,8 +281,10 @@ def _recompute(number: int, layer_forward: partial, states: Tensor, *rest: Any) 
         for place, tensor in zip(places, tensors[held:], strict=True):
             values[place] = tensor
         others, named = tree_unflatten(values, structure)
-        given = _Layer(step, {number: tensors[:held]}, number, states)
-        return inner(*fixed, states, *others, **named, **{KEYWORD: given})
+        given = _Layer(step, {number: tensors[:held]}, number, states)  # with a set of its own: it may run again
+        result = inner(*fixed, states, *others, **named, **{KEYWORD: given})
+        called.update(given.called)
+        return result
 
     return checkpoint(again, states, *memory, *(leaves[place] for place in places), use_reentrant=False)
 
@@ -268,7 +309,7 @@ def shape_of(text_model: PreTrainedModel) -> Shape:
     dim = config.head_dim if "head_dim" in config.to_dict() else None
     return Shape(
         layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         dim=dim or config.hidden_size // config.num_attention_heads,
         width=config.hidden_size,
         feature=config.hidden_size,
@@ -282,7 +323,9 @@ def attach(text_model: PreTrainedModel, *, recompute_layers: bool = False) -> It
     """The text model with our attention inside the block; its implementation and hooks are restored after it.
 
     With `recompute_layers`, activations of one layer at a time live in backward, at the cost of one more forward.
+    Raises UnsupportedModelError for a model with layers that a memory cannot serve ([supported.py](supported.py)).
     """
+    require_supported(text_model)
     # 1. register the attention function and hook every decoder layer
     before = text_model.config._attn_implementation or "sdpa"
     AttentionInterface.register(NAME, _attention)

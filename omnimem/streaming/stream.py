@@ -112,7 +112,8 @@ class Stream:
         width = shape.feature if matrix is None else matrix.shape[1]
         self.memory = self._empty = Memory.empty(replace(shape, feature=width), batch)
         self.fed = 0  # tokens fed so far
-        self._next = (0,) * batch  # of each stream, the position that follows the latest chunk
+        self._end = (0,) * batch  # of each stream, the position after the largest
+        self._next = (0,) * batch  # of each stream, the position of text after the latest chunk
         self._moved = (0,) * batch  # by how much positions of new tokens are below those of the backbone
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
@@ -130,13 +131,13 @@ class Stream:
 
     @property
     def next_position(self) -> int:
-        """The position that follows the latest chunk; the largest of the batch."""
+        """The position of a question after the latest chunk; the largest of the batch."""
         return max(self._next)
 
     @property
     def beyond(self) -> int:
         """The last position if it is beyond those that the model was trained on (`positions: original`); else 0."""
-        reached = self.next_position - 1
+        reached = max(self._end) - 1
         return reached if self._trained is not None and reached >= self._trained.trained else 0
 
     @property
@@ -212,8 +213,8 @@ class Stream:
         # 2. compact where the policy does so after every chunk, or where positions run out
         if (self.policy.traits.reindex and not opens) or (limit is not None and last - min(self._moved) >= limit):
             compaction = self._compaction()
-            shifts = zip(self._moved, self._next, compaction.end, strict=True)
-            self._moved, self._next = tuple(moved + old - new for moved, old, new in shifts), compaction.end
+            shifts = zip(self._moved, self._end, compaction.end, strict=True)
+            self._moved, self._end = tuple(moved + old - new for moved, old, new in shifts), compaction.end
             reached = last - min(self._moved)
             if limit is not None and reached >= limit:
                 raise PositionsError(
@@ -237,9 +238,11 @@ class Stream:
         pool = entries + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
         self.fed += chunk.count
         ends = chunk.positions.amax(dim=(1, 2)).tolist()
-        self._next = tuple(max(old, last + 1) for old, last in zip(self._next, ends, strict=True))
+        self._end = tuple(max(old, last + 1) for old, last in zip(self._end, ends, strict=True))
+        after = chunk.next_position
+        self._next = self._end if after is None else tuple(after - moved for moved in self._moved)
         if self._trained is not None:
-            self._trained.note(self.next_position - 1)
+            self._trained.note(max(self._end) - 1)
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         selector = None if self.selector is None else self.selector.memory
         selecting = 0 if selector is None else selector.bytes

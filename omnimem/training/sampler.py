@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 from torch.utils.data import Dataset, Sampler
@@ -48,6 +49,45 @@ class Batching:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The samples of an epoch from several sources (ours): round(w n) from a source of n samples and weight w.
+
+    Each source is read in passes over one order of its samples, drawn from (seed, id); epoch e takes places e k to
+    (e + 1) k of the endless sequence of passes, k samples per epoch. So a weight of 1 is every sample once, 2 each
+    twice, and with 0.5 two epochs take each once. What is taken is a function of (seed, epoch, sample id).
+    """
+
+    samples: Sequence[Sample]
+    weights: Mapping[str, float] = field(default_factory=dict)  # by Sample.source; 1 if it is not named
+
+    @property
+    def size(self) -> int:
+        """Samples per epoch."""
+        return sum(self._taken(source, count) for source, count in self._counts().items())
+
+    def of_epoch(self, seed: int, epoch: int) -> list[tuple[int, int]]:
+        """Index of each sample taken, in manifest order, and how often it was taken before in this epoch."""
+        taken: Counter[int] = Counter()
+        for source, count in self._counts().items():
+            number = self._taken(source, count)
+            if number == count:  # every sample once
+                indices = [index for index, sample in enumerate(self.samples) if sample.source == source]
+                taken.update(indices)
+                continue
+            order = [index for index, sample in enumerate(self.samples) if sample.source == source]
+            order.sort(key=lambda index: seed_of(seed, "pass", self.samples[index].id))
+            taken.update(order[place % count] for place in range(epoch * number, (epoch + 1) * number))
+        return [(index, before) for index in sorted(taken) for before in range(taken[index])]
+
+    def _counts(self) -> Counter[str]:
+        return Counter(sample.source for sample in self.samples)
+
+    def _taken(self, source: str, count: int) -> int:
+        return max(1, round(self.weights.get(source, 1.0) * count))
+
+
+@final
 class SampleDataset(Dataset[Sample | None]):
     """The samples of a manifest; a padding index gives None."""
 
@@ -75,17 +115,19 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], batching: Batching, seed: int, epoch: Callable[[], int], *, shuffled: bool
+        self, mixture: Mixture, batching: Batching, seed: int, epoch: Callable[[], int], *, shuffled: bool
     ) -> None:
-        self.ids, self.batching, self.seed = [sample.id for sample in samples], batching, seed
+        self.mixture, self.batching, self.seed = mixture, batching, seed
         self.epoch, self.shuffled = epoch, shuffled
 
     def __len__(self) -> int:
         return self.batching.steps * self.batching.size
 
     def __iter__(self) -> Iterator[int]:
-        epoch, indices = self.epoch(), list(range(len(self.ids)))
-        if self.shuffled:
-            indices.sort(key=lambda index: seed_of(self.seed, epoch, self.ids[index]))
-        padding = [len(self.ids)] * max(0, len(self) - len(indices))
+        epoch, samples = self.epoch(), self.mixture.samples
+        taken = self.mixture.of_epoch(self.seed, epoch)
+        if self.shuffled:  # of a sample that is taken again, the number of its copy is a part of the key
+            taken.sort(key=lambda each: seed_of(self.seed, epoch, samples[each[0]].id, *each[1:] * (each[1] > 0)))
+        indices = [index for index, _ in taken]
+        padding = [len(samples)] * max(0, len(self) - len(indices))
         return iter((indices + padding)[: len(self)])

@@ -30,7 +30,7 @@ from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
 from omnimem.training.pickles import weights_only
 from omnimem.training.portable import Layout, State, restore_portable
-from omnimem.training.sampler import Batching, EpochSampler, SampleDataset, collate, seed_of
+from omnimem.training.sampler import Batching, EpochSampler, Mixture, SampleDataset, collate, seed_of
 from omnimem.training.shutdown import ShutdownSignal, Stopped
 from omnimem.training.watchdog import Watchdog
 from omnimem.training.zero3 import LayerGathering, whole
@@ -70,8 +70,9 @@ class StreamTrainer(Trainer):
         folder: RunFolder,
         failures: Failures,
         callbacks: list[TrainerCallback],
+        weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`layers` are the decoder layers, which ZeRO-3 partitions."""
+        """`layers` are the decoder layers, which ZeRO-3 partitions; `weights` are those of `Mixture`."""
         dataset = SampleDataset(samples)
         super().__init__(model=model, args=args, data_collator=collate, train_dataset=dataset, callbacks=callbacks)
         # 1. what is trained, and how it is streamed
@@ -80,7 +81,10 @@ class StreamTrainer(Trainer):
         self.backprop = gradient_of(plan.options, attached.shape.layers)
         # 2. the owned objects
         layout = Layout.of(self)
-        self.batching = Batching(samples=len(samples), size=layout.global_batch, drop_last=args.dataloader_drop_last)
+        self.mixture = Mixture(samples=samples, weights=weights or {})
+        self.batching = Batching(
+            samples=self.mixture.size, size=layout.global_batch, drop_last=args.dataloader_drop_last
+        )
         self.failed, self.one_track = FailedSamples(failures), OneTrackSamples()
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
         known = (self.failed, self.one_track, feeder.trained)
@@ -131,7 +135,9 @@ class StreamTrainer(Trainer):
         encoded = []
         for sample in samples:
             try:
-                encoded.append(self.feeder.open(sample))
+                encoded.append(self.feeder.open(sample) if sample.has_stream else self.feeder.unseen(sample))
+                if not sample.has_stream:
+                    continue
                 self.plan.options.check_segments(encoded[-1].segments)
                 if self.feeder.options.tracks == "both":
                     self.one_track.record(sample.id, encoded[-1].tracks)
@@ -229,7 +235,7 @@ class StreamTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
-        return EpochSampler(self.samples, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
+        return EpochSampler(self.mixture, self.batching, seed, lambda: int(self.state.epoch or 0), shuffled=shuffled)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the metrics of the streams; collective."""

@@ -71,7 +71,7 @@ class SelectionOverlap:
         return there / (len(held) * heads * len(needles))
 
     def _open(self) -> EncodedSample | None:
-        for sample in self.samples:
+        for sample in (sample for sample in self.samples if sample.has_stream):
             try:
                 return self.feeder.open(sample)
             except MediaError:  # counted when the run trains on it

@@ -36,11 +36,13 @@ SIZES = {
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
-def text_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random text model of one of the families, in evaluation mode."""
+def text_model(family: str, seed: int = 0, rope_parameters: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A random text model of one of the families, in evaluation mode; other RoPE for Qwen2.5-Omni alone."""
     torch.manual_seed(seed)
     if family == "qwen2_5_omni":
-        model = Qwen2_5OmniThinkerTextModel._from_config(Qwen2_5OmniTextConfig(**SIZES, rope_parameters=dict(ROPE)))
+        model = Qwen2_5OmniThinkerTextModel._from_config(
+            Qwen2_5OmniTextConfig(**SIZES, rope_parameters=dict(rope_parameters or ROPE))
+        )
     elif family == "qwen2_5_vl":
         model = Qwen2_5_VLTextModel._from_config(Qwen2_5_VLTextConfig(**SIZES, rope_parameters=dict(ROPE)))
     elif family == "llama":  # plain text: positions have one axis

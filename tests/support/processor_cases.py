@@ -45,6 +45,13 @@ CASES = (
     Case(name="no_audio_half_a_frame", frames=40, samples=0, fps=0.5),
     Case(name="audio_alone", frames=0, samples=69_921, fps=1.0),
     Case(name="short_audio", frames=8, samples=330, fps=1.0),
+    Case(name="audio_longer_by_1_s", frames=16, samples=5 * RATE, fps=2.0),
+    Case(name="audio_longer_by_3_s_odd", frames=10, samples=5 * RATE + RATE // 2 + 7, fps=1.0),
+    Case(name="audio_shorter_by_1_s", frames=24, samples=5 * RATE, fps=2.0),
+    Case(name="audio_shorter_by_2_s", frames=24, samples=4 * RATE, fps=1.0),
+    Case(name="audio_shorter_by_3_s_odd", frames=30, samples=4 * RATE + RATE // 2 - 3, fps=2.0),
+    Case(name="half_a_frame_audio_shorter", frames=48, samples=5 * RATE + 79, fps=0.5),
+    Case(name="half_a_frame_audio_longer", frames=16, samples=7 * RATE, fps=0.5),
 )
 
 

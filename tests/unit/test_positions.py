@@ -106,10 +106,11 @@ def test_moving_all_tokens_alike_changes_no_answer() -> None:
     with attach(model) as attached:
         near = Stream(attached, PerturbationOptions().build(None))
         moving = Stream(attached, PerturbationOptions().build(None), last_position=int(far.max()))
-        for a, b in zip(cut(whole, lengths), cut(shifted, lengths), strict=True):
-            near.feed(a)
-            moving.feed(b)
+        for a, b in zip(cut(whole, lengths), cut(shifted, lengths), strict=True):  # text begins before the last token
+            near.feed(replace(a, next_position=int(a.positions.max()) - 1))
+            moving.feed(replace(b, next_position=int(b.positions.max()) - 1))
         assert moving.moved == 7
+        assert moving.next_position == near.next_position == int(whole.positions.max()) - 1
         later = torch.tensor([kind != Modality.TEXT for kind in near.memory.layers[0].modality[0]])
         ours, theirs = moving.memory.layers[0].keys, near.memory.layers[0].keys
         assert_equal_logits(ours[:, :, later], theirs[:, :, later])  # layer 0 keys depend on nothing but the place

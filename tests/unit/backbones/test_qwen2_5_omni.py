@@ -1,6 +1,6 @@
 """Qwen2.5-Omni: checkpoints load in the hub's layout, positions are transformers' own, files stream as in one shot."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from omnimem.policies import PerturbationOptions
 from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import Modality
+from omnimem.tokens import Chunk, Modality
 
 
 def load(folder: Path) -> Qwen25Omni:
@@ -28,22 +28,30 @@ def load(folder: Path) -> Qwen25Omni:
 
 
 def media(
-    backbone: Qwen25Omni, seconds: float, *, fps: float = 1.0, size: int = 56, tracks: str = "both"
+    backbone: Qwen25Omni,
+    seconds: float,
+    *,
+    fps: float = 1.0,
+    size: int = 56,
+    tracks: str = "both",
+    audio: float | None = None,
 ) -> list[Segment]:
-    """Random frames and mel of a stream that ends at any second or fraction of one."""
+    """Random frames and mel of a stream that ends at any second or fraction of one; its audio may end elsewhere."""
     generator = torch.Generator().manual_seed(3)
     geometry = backbone.geometry
     length, frames_each, mel_each = geometry.segment(fps)
     frames = torch.randint(0, 256, (int(seconds * fps), 3, size, size), generator=generator, dtype=torch.uint8)
-    mel = torch.randn(geometry.mel.mels, int(seconds * geometry.mel.rate / geometry.mel.hop), generator=generator)
+    audio = seconds if audio is None else audio
+    mel = torch.randn(geometry.mel.mels, int(audio * geometry.mel.rate / geometry.mel.hop), generator=generator)
     segments, number = [], 0
-    while number * length < seconds:
+    whole = {"video": seconds, "audio": audio, "both": max(seconds, audio)}[tracks]
+    while number * length < whole:
         part = frames[number * frames_each : (number + 1) * frames_each]
         sound = mel[:, number * mel_each : (number + 1) * mel_each]
         shown = part if len(part) and tracks != "audio" else None
         heard = sound if sound.shape[1] and tracks != "video" else None
         start = number * length
-        segments.append(Segment(start=start, seconds=min(length, seconds - start), frames=shown, mel=heard))
+        segments.append(Segment(start=start, seconds=min(length, whole - start), frames=shown, mel=heard))
         number += 1
     return segments
 
@@ -61,6 +69,12 @@ def stream_ids(backbone: Qwen25Omni, chunks: Iterable[Tensor], tracks: str) -> T
         else:
             ids += [placeholder[int(kind)] for kind in modality[0]]
     return torch.tensor([ids])
+
+
+@pytest.fixture(scope="module")
+def thinkers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qwen25Omni]:
+    folder = tmp_path_factory.mktemp("thinkers")
+    return {rates: load(write_folder(folder / rates, rates=rates)) for rates in ("real", "tiny")}
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["3B-like", "7B-like"])
@@ -103,31 +117,56 @@ def test_control_tokens_of_a_user_are_text_and_half_a_character_is_refused(tmp_p
             backbone.turn(turn, tracks="both")
 
 
-@pytest.mark.parametrize("rates", ["real", "tiny"])
-@pytest.mark.parametrize("tracks", ["both", "video", "audio"])
-@pytest.mark.parametrize(("seconds", "fps"), [(8.0, 1.0), (7.0, 1.0), (6.0, 2.0), (9.3, 1.0)])
-def test_positions_are_those_of_get_rope_index(tmp_path, rates, tracks, seconds, fps) -> None:
-    backbone = load(write_folder(tmp_path / "m", rates=rates))
-    segments = media(backbone, seconds, fps=fps, tracks=tracks)
-    encoded = list(backbone.encode(segments, fps=fps))
-    chunks = list(backbone.chunks(encoded, tracks=tracks, chunk_tokens=150))
-    ids, offsets, _ = backbone.turn(Turn(text="what colour was the star ?"), tracks=tracks)
-    positions = torch.cat([chunk.positions for chunk in chunks], dim=2)
-    after = torch.tensor(offsets) + int(positions.max()) + 1
-    ours = torch.cat([positions, after.expand(1, 3, -1)], dim=2)
-    whole = torch.cat([stream_ids(backbone, [c.modality for c in chunks], tracks), torch.tensor([ids])], dim=1)
-    grids = sum(segment.grid[0] for segment in encoded)
-    visual = next((segment.grid for segment in encoded if segment.visual is not None), None)
-    frames = sum(s.mel.shape[1] for s in segments if s.mel is not None)
+def rope_index(backbone: Qwen25Omni, chunks: Sequence[Chunk], segments: Sequence[Segment], fps: float) -> Tensor:
+    """Positions of get_rope_index for the opening, these segments as a whole file, and a question after them."""
+    (tracks,) = {chunk.tracks for chunk in chunks[:1]}
+    ids, _, _ = backbone.turn(Turn(text="what colour was the star ?"), tracks=tracks)
+    whole = torch.cat([stream_ids(backbone, [c.modality for c in chunks], str(tracks)), torch.tensor([ids])], dim=1)
+    grids = [backbone.geometry.patches(s.frames)[1] for s in segments if s.frames is not None]
+    mel = sum(s.mel.shape[1] for s in segments if s.mel is not None)
     expected, _ = backbone.model.get_rope_index(
         whole,
-        video_grid_thw=None if visual is None else torch.tensor([[grids, visual[1] * 2, visual[2] * 2]]),
+        video_grid_thw=torch.tensor([[sum(grid[0] for grid in grids), *grids[0][1:]]]) if grids else None,
         attention_mask=torch.ones_like(whole),
         use_audio_in_video=tracks == "both",
-        audio_seqlens=torch.tensor([frames]) if frames else None,
+        audio_seqlens=torch.tensor([mel]) if mel else None,
         second_per_grids=torch.tensor([2.0 / fps]),
     )
-    assert torch.equal(ours[0], expected[:, 0].long())
+    return expected[:, 0].long()
+
+
+# seconds of video and of audio, frames per second
+SHAPES = [(8, 8, 1), (7, 7, 1), (6, 6, 2), (9.3, 9.3, 1)]  # equally long
+SHAPES += [(6, 5, 2), (6, 4, 1), (7, 4.5, 2), (6, 2.3, 1), (5, 1.2, 1), (7, 1.9, 4), (8, 0.9, 7.5)]  # video longer
+SHAPES += [(6, 7, 2), (4, 6.3, 1), (3, 6, 2), (1, 9.9, 1), (4, 8.1, 7.5), (8, 9, 12.5)]  # audio longer
+SPARSE = [(8, 8, 0.5), (12, 5, 0.5), (4, 9, 0.5), (16, 16, 0.25)]
+ALONE = [(8, 8, 1), (9.3, 9.3, 1), (8, 8, 0.5), (7, 4.5, 7.5)]
+
+
+@pytest.mark.parametrize(("rates", "size"), [("real", 56), ("tiny", 56), ("tiny", 140)])  # 140: more rows than a block
+@pytest.mark.parametrize(
+    ("tracks", "shape"),
+    [("both", shape) for shape in SHAPES + SPARSE]
+    + [(alone, shape) for alone in ("video", "audio") for shape in ALONE],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_positions_are_those_of_get_rope_index_after_every_segment(thinkers, rates, size, tracks, shape) -> None:
+    (video, audio, fps), backbone = map(float, shape), thinkers[rates]
+    segments = media(backbone, video, fps=fps, tracks=tracks, size=size, audio=audio)
+    encoded = list(backbone.encode(segments, fps=fps))
+    opening, *rest = backbone.chunks(encoded, tracks=tracks, chunk_tokens=10_000, cuts=[s.start for s in segments])
+    for seen in range(1, len(rest) + 1):
+        chunks, last = [opening, *rest[:seen]], rest[seen - 1]
+        known = [segment for segment in segments if segment.start < last.seconds]
+        expected = rope_index(backbone, chunks, known, fps)
+        ours = torch.cat([chunk.positions[0] for chunk in chunks], dim=1)
+        count, after = ours.shape[1], int(ours.max()) + 1 if last.next_position is None else last.next_position
+        assert torch.equal(expected[:, count : count + 1], torch.tensor([[after]] * 3))
+        if shape in SPARSE:  # the same positions in the order of time
+            ours, expected = (sorted(each[:, :count].T.tolist()) for each in (ours, expected))
+            assert ours == expected
+        else:
+            assert torch.equal(ours, expected[:, :count])
 
 
 def test_sparse_frames_stay_in_the_order_of_time(tmp_path) -> None:
@@ -152,10 +191,13 @@ def test_segments_encoded_alone_equal_the_whole(tmp_path, seconds) -> None:
                 assert_equal_logits(x, y)
 
 
-@pytest.mark.parametrize("chunk_tokens", [60, 120, 10_000])
-def test_streamed_questions_equal_transformers_in_one_shot(tmp_path, chunk_tokens) -> None:
-    backbone = load(write_folder(tmp_path / "m"))
-    segments = media(backbone, 8.0)
+@pytest.mark.parametrize(
+    ("chunk_tokens", "seconds", "audio"),
+    [(60, 8.0, 8.0), (120, 8.0, 8.0), (10_000, 8.0, 8.0), (120, 8.0, 6.4), (60, 8.0, 3.0), (60, 6.0, 8.7)],
+)
+def test_streamed_questions_equal_transformers_in_one_shot(thinkers, chunk_tokens, seconds, audio) -> None:
+    backbone = thinkers["real"]
+    segments = media(backbone, seconds, audio=audio)
     encoded = list(backbone.encode(segments, fps=1.0))
     chunks = list(backbone.chunks(encoded, tracks="both", chunk_tokens=chunk_tokens))
     texts = ["what colour was the star ?", "what word did the robin say to the moon ?"]

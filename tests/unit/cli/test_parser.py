@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from omnimem.cli import parser as command
-from omnimem.cli.parser import Parser, run_command
+from omnimem.cli.parser import Parser, for_command, run_command
 from omnimem.config import ConfigError
 from omnimem.training.shutdown import Stopped
 
@@ -149,3 +149,31 @@ def test_other_errors_keep_their_traceback(capsys) -> None:
     for error in (RuntimeError("x"), OSError(5000, "odd"), SafetensorError("header")):
         with pytest.raises(type(error)):
             run(error)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "a: 3 tokens; raise stream.chunk_tokens, or lower stream.fps",
+            "a: 3 tokens; raise --chunk-tokens, or lower --fps",
+        ),
+        ("lower stream.chunk_tokens or memory.slots_per_layer", "lower --chunk-tokens or --slots"),
+        ("set data.allow_absolute_paths: true", "give --allow-absolute-paths"),
+        ("has no audio track; use tracks: video", "has no audio track; give --tracks video"),
+        ("lower evaluate.decoders", "lower evaluate.decoders"),
+        ("set model.dtype=float32", "set model.dtype=float32"),
+    ],
+)
+def test_a_hint_names_an_option_of_a_command_without_config_and_a_setting_of_others(line, expected) -> None:
+    parser = Parser("x")
+    for name in ("--chunk-tokens", "--fps", "--slots", "--tracks"):
+        parser.add_argument(name)
+    parser.add_argument("--allow-absolute-paths", action="store_true")
+    parser.parse([])
+    assert for_command(line) == expected
+    configured = Parser("x")
+    configured.add_config()
+    configured.add_argument("--tracks")
+    configured.parse(["--config", "x"])
+    assert for_command(line) == line

@@ -1,6 +1,7 @@
 """Users' files become a manifest, with every problem named by file and row; checking a manifest."""
 
 import json
+import re
 import wave
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
         (turned(loss=True, weight=0), "1 messages[1]: loss and weight are both given"),
         (turned(value="other"), "1 messages[1]: content and value are both given"),
         (swift(messages=["what ?"]), "1 messages[0]: expected an object, got what ?"),
-        (swift("what ?", videos=[]), "1 video: neither video nor audio is given"),
+        (swift("what ?", videos=[], end=3), "1 end: is about a file, and neither video nor audio is given"),
         (swift(end=90), "1 end: "),
         (swift(audios=["clips/talk.mp4"], videos=["clips/sound.wav"]), "1 video: "),
     ],
@@ -265,3 +266,37 @@ def test_checking_tells_when_two_manifests_share_files(media, capsys) -> None:
     other.write_text(out.read_text())
     assert exit_code(check.main, [str(out), str(other)]) == 0
     assert "have 1 files in common" in capsys.readouterr().out
+
+
+def test_a_file_of_another_format_is_sent_to_convert(media, capsys) -> None:
+    listed = written(media, [swift()], "rows.json")
+    assert exit_code(check.main, [str(listed)]) == 2
+    assert f"convert it: `omnimem convert {listed} --out {media / 'rows.jsonl'}`" in capsys.readouterr().err
+    foreign = written(media, [swift(), {"query": "what ?"}], "foreign.jsonl")
+    assert exit_code(check.main, [str(foreign)]) == 2
+    assert capsys.readouterr().err.count("omnimem convert makes a manifest of such rows") == 2
+
+
+@pytest.mark.parametrize("command", [check.main, convert.main])
+def test_a_long_list_of_problems_is_capped_and_counted(media, capsys, command) -> None:
+    rows = [{"messages": [{"role": "robot", "content": "x"}]}] * 25
+    more = ["--out", str(media / "new.jsonl")] if command is convert.main else []
+    assert exit_code(command, [str(written(media, rows)), *more]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 22
+    assert re.fullmatch(r"\.\.\. and \d+ more problems", lines[20])
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ({"video": "/srv/a.mp4"}, "give --allow-absolute-paths"),
+        ({"video": "clips/sound.wav", "audio": "clips/talk.mp4"}, "give --tracks audio"),
+    ],
+)
+def test_a_hint_of_check_names_an_option_of_check(media, capsys, line, option) -> None:
+    row = {"id": "a", "messages": [{"role": "user", "content": "what ?"}], **line}
+    assert exit_code(check.main, [str(written(media, [row]))]) == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert "data." not in error
