@@ -197,20 +197,21 @@ def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, po
 
 
 def _encoders(shapes: Shapes, load: Load) -> list[Row]:
-    """Peak inside each tower, which encodes `TOGETHER` segments without a graph."""
+    """Peak inside each tower, which encodes up to `TOGETHER` segments without a graph."""
     # 1. vision
-    vision, audio, size = shapes.vision, shapes.audio, load.dtype.itemsize
+    vision, audio, size, block = shapes.vision, shapes.audio, load.dtype.itemsize, shapes.geometry.segment_seconds
+    together = TOGETHER if shapes.pass_seconds is None else max(1, min(TOGETHER, int(shapes.pass_seconds / block)))
     height, width = load.frame
     grids = ceil(load.frames_per_segment / vision.temporal_patch)
-    patches = TOGETHER * grids * (height // vision.patch) * (width // vision.patch)
+    patches = together * grids * (height // vision.patch) * (width // vision.patch)
     visual = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
-    rows = [_estimate("vision tower, peak", visual, f"{patches:,} patches of {TOGETHER} segments")]
+    rows = [_estimate("vision tower, peak", visual, f"{patches:,} patches of {together} segments")]
     # 2. audio
     if audio is not None:
         mel = shapes.geometry.mel
-        frames = TOGETHER * int(shapes.geometry.segment_seconds * mel.rate / mel.hop)
+        frames = together * int(block * mel.rate / mel.hop)
         heard = frames * (audio.mels * (4 + size) + audio.width * 2 * size) + frames // 2 * audio.inner * 2 * size
-        rows.append(_estimate("audio tower, peak", heard, f"{frames:,} mel frames of {TOGETHER} segments"))
+        rows.append(_estimate("audio tower, peak", heard, f"{frames:,} mel frames of {together} segments"))
     return rows
 
 

@@ -40,6 +40,11 @@ from omnimem.tokens import Modality
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 VIDEO = f"{START}<|video_pad|>{END}"
+TEMPLATE = (  # ours, for a dry run without the model's tokenizer
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'video' %}" + VIDEO + "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PREPROCESSED = ("image_mean", "image_std")
 HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}  # of every published checkpoint
 SEGMENT_SECONDS = 2.0  # of a stream without audio
@@ -400,6 +405,7 @@ class Qwen3VLFamily(Family):
             geometry=self.backbone.geometry_of(parsed, HALVES | flattened(preprocessor)),
             parameters=weights_of(on_meta(model_class, parsed)),
             trained_positions=text["max_position_embeddings"],
+            pass_seconds=TOGETHER,
         )
 
     def audio_shape(self, config: Any) -> AudioShape | None:
@@ -409,6 +415,9 @@ class Qwen3VLFamily(Family):
     def skeleton(
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
+        if START not in tokenizer.get_vocab():  # of another model: text is counted approximately, markers exactly
+            tokenizer.add_special_tokens({"additional_special_tokens": [START, END, "<|video_pad|>"]})
+            tokenizer.chat_template = TEMPLATE
         parsed, model_class = self._parsed(config)
         geometry = self.backbone.geometry_of(parsed, HALVES | flattened(preprocessor))
         return self.backbone(on_meta(model_class, parsed), tokenizer, geometry, system=system)

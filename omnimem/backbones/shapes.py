@@ -81,6 +81,7 @@ class Shapes:
     geometry: Geometry
     parameters: int  # number of weights that are loaded
     trained_positions: int
+    pass_seconds: float | None = None  # of media in one pass of the encoders, if that is less than 32 segments
 
     def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of one token in the memory of one layer: (keys and values, side state)."""

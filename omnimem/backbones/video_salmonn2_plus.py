@@ -107,8 +107,8 @@ def _with_audio(name: str, config_base: Any, model_base: Any, whole_base: Any, *
     """
 
     def fill(self: Any, **kwargs: Any) -> None:
-        if isinstance(self.audio_config, dict):
-            self.audio_config = AUDIO | self.audio_config
+        if self.audio_config is None or isinstance(self.audio_config, dict):
+            self.audio_config = WhisperConfig(**AUDIO | (self.audio_config or {}))
         config_base.__post_init__(self, **kwargs)
 
     def build(self: Any, config: Any) -> None:
@@ -122,8 +122,9 @@ def _with_audio(name: str, config_base: Any, model_base: Any, whole_base: Any, *
         self.post_init()
 
     # 1. the classes
-    parts = {**config_base.sub_configs_defaults, "audio_config": WhisperConfig}
-    fields = {"sub_configs_defaults": parts, "audio_config": None, "__annotations__": {"audio_config": Any}}
+    table = "sub_configs_defaults" if hasattr(config_base, "sub_configs_defaults") else "sub_configs"  # before 5.23
+    parts = {**getattr(config_base, table), "audio_config": WhisperConfig}
+    fields = {table: parts, "audio_config": None, "__annotations__": {"audio_config": Any}}
     config_class = type(f"{name}Config", (config_base,), {**fields, "__post_init__": fill, "__module__": __name__})
     known = {"config_class": config_class, "__module__": __name__}
     model_class = type(f"{name}Model", (model_base,), {**known, "__init__": build})

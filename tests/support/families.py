@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from omnimem.backbones.base import Backbone
+from omnimem.backbones.qwen3_vl import TEMPLATE
 from omnimem.backbones.video_salmonn2_plus import CLASSES as SALMONN
 from omnimem.media import LiveSource, SourceOptions
 from omnimem.tiny.checkpoint import build_tokenizer
@@ -22,13 +23,6 @@ from support import thinkers
 
 NAMES = ("qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe")
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|audio_pad|>")
-TEMPLATE = (  # of Qwen3-VL
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% for part in message.content %}"
-    "{% if part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CLASSES: dict[str, tuple[Any, Any]] = {
     "video_salmonn2_plus": SALMONN["qwen3_vl"],
     "video_salmonn2_plus_moe": SALMONN["qwen3_vl_moe"],
