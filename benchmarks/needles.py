@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, final
+from typing import Any, final
 
 from omnimem.backbones.text import TextSegment
 from omnimem.errors import UserError
@@ -68,6 +68,33 @@ comet cloud storm
 """.split()  # noqa: SIM905
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What facts are made of: wordings (statement, question), first and last names, values."""
+
+    wordings: tuple[tuple[str, str], ...]
+    first: Sequence[str] = tuple(FIRST)
+    last: Sequence[str] = tuple(LAST)
+    values: Sequence[str] = tuple(VALUES)
+
+    def half(self, number: int, wordings: slice = slice(None)) -> "Vocabulary":
+        """Every other name and value, from `number` (0 or 1) on, and some of the wordings."""
+        words = (self.first[number::2], self.last[number::2], self.values[number::2])
+        return Vocabulary(wordings=self.wordings[wordings], first=words[0], last=words[1], values=words[2])
+
+
+DEVELOPMENT, TEST = (Vocabulary(wordings=WORDINGS[split]) for split in ("development", "test"))
+VOCABULARIES: dict[str, Vocabulary] = {
+    "development": DEVELOPMENT,
+    "test": TEST,
+    # benchmarks/tune_real_lm.py: nothing of the first is in the other two
+    "tuning": DEVELOPMENT.half(0, slice(6)),
+    "tuning_development": DEVELOPMENT.half(1, slice(6, None)),
+    "tuning_test": TEST.half(1),
+}
+
+
 class EpisodeError(UserError):
     """A text that is too short for a stream."""
 
@@ -118,23 +145,24 @@ class Fact:
     wording: int
 
 
-def values_of(tokenizer: Any) -> list[int]:
+def values_of(tokenizer: Any, words: Sequence[str] = VALUES) -> list[int]:
     """Ids of the values that are one token with the space before them."""
-    found = (tokenizer.encode(f" {word}", add_special_tokens=False) for word in VALUES)
+    found = (tokenizer.encode(f" {word}", add_special_tokens=False) for word in words)
     return [ids[0] for ids in found if len(ids) == 1]
 
 
-def facts(tokenizer: Any, split: Literal["development", "test"], count: int, draw: random.Random) -> list[Fact]:
-    """Facts with keys and values of their own, all wordings in turn, beginning with any."""
+def facts(tokenizer: Any, split: str, count: int, draw: random.Random) -> list[Fact]:
+    """Facts with keys and values of their own, all wordings in turn, beginning with any; `split`: of VOCABULARIES."""
     # 1. keys, values, candidates
-    start = draw.randrange(len(WORDINGS[split]))
-    values = draw.sample(values_of(tokenizer), CANDIDATES)
-    first, last = draw.sample(FIRST, count), draw.sample(LAST, count)
+    known = VOCABULARIES[split]
+    start = draw.randrange(len(known.wordings))
+    values = draw.sample(values_of(tokenizer, known.values), CANDIDATES)
+    first, last = draw.sample(known.first, count), draw.sample(known.last, count)
     # 2. statement and question as tokens
     made = []
     for number in range(count):
-        wording = (start + number) % len(WORDINGS[split])
-        statement, cue = WORDINGS[split][wording]
+        wording = (start + number) % len(known.wordings)
+        statement, cue = known.wordings[wording]
         key, value = f"{first[number]} {last[number]}", values[number]
         before, after = statement.replace("{k}", key).split("{v}")
         head = tokenizer.encode(f" {before}", add_special_tokens=False)
@@ -189,11 +217,11 @@ def question_of(fact: Fact, first: int) -> Question:
     )
 
 
-def needles(tokenizer: Any, prose: str, split: Any, tokens: int, seed: str) -> Episode:
+def needles(tokenizer: Any, prose: str, split: str, tokens: int, seed: str, count: int = FACTS) -> Episode:
     """Facts in one text, one modality, and the prose that follows."""
     draw = random.Random(seed)
     ids = tokenizer.encode(prose[: LETTERS * (tokens + HELD)], add_special_tokens=False)
-    given = facts(tokenizer, split, FACTS, draw)
+    given = facts(tokenizer, split, count, draw)
     stream, stated, used = planted(ids, tokens, given, sentence_ends(tokenizer), draw)
     return Episode(
         ids=tuple(stream),
@@ -203,7 +231,7 @@ def needles(tokenizer: Any, prose: str, split: Any, tokens: int, seed: str) -> E
     )
 
 
-def interleaved(tokenizer: Any, pair: tuple[str, str], split: Any, tokens: int, seed: str) -> Episode:
+def interleaved(tokenizer: Any, pair: tuple[str, str], split: str, tokens: int, seed: str) -> Episode:
     """Two texts in turn, one called audio and one visual, half of the facts in each."""
     draw = random.Random(seed)
     given, half = facts(tokenizer, split, FACTS, draw), tokens // 2

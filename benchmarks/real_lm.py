@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.needles import GIVEN, HELD, LETTERS, Episode, interleaved, needles, verbatim
 from benchmarks.real_lm_table import write_tables
 from benchmarks.real_texts import Text, texts, write_list
-from benchmarks.studies import POLICIES
+from benchmarks.studies import POLICIES, STUDIES
 from omnimem.backbones.base import Turn
 from omnimem.backbones.text import TextModel
 from omnimem.budget import AudioVisualBudget, Budget, SharedBudget, Signals, SplitBudget
@@ -72,6 +72,7 @@ ARMS: dict[str, str] = {
     "hermes_reindexed": "hermes_reindexed",
     "streammem": "streammem_unfiltered",
 }
+CANDIDATES = {name: trial for name, trial in STUDIES["candidates"].items() if name not in POLICIES}  # by --policy only
 LEFT_OUT = {
     "infinipot_v, recent_frames, input_uniform, streammem with its frame filter": "they compare or choose whole frames"
 }
@@ -119,13 +120,17 @@ CELLS = (
 class Bed:
     """The model, attached, and what is run on it."""
 
-    def __init__(self, attached: StreamedAttention, model: Any, tokenizer: Any) -> None:
+    def __init__(
+        self, attached: StreamedAttention, model: Any, tokenizer: Any, *, chunk_tokens: int | None = None
+    ) -> None:
+        """`chunk_tokens`: CHUNK unless given."""
         self.attached, self.tokenizer = attached, tokenizer
         self.head: Tensor = model.lm_head.weight.float()  # bfloat16 logits would tie candidates
         start = tokenizer.convert_ids_to_tokens(START)
         self.feeders = {
             protected: TextFeeder(
-                TextModel(model, tokenizer, system=start if protected else None, template=False), chunk_tokens=CHUNK
+                TextModel(model, tokenizer, system=start if protected else None, template=False),
+                chunk_tokens=chunk_tokens or CHUNK,
             )
             for protected in (True, False)
         }
@@ -143,32 +148,42 @@ class Bed:
     @torch.no_grad()
     def run(self, episode: Episode, policy: Policy, *, protected: bool = True, empty: bool = False) -> dict[str, Any]:
         """Stream, ask, and measure what was kept; `empty`: nothing is streamed but the first token."""
-        # 1. stream
         started = time.process_time()
+        stream = self.read(episode, policy, protected=protected, empty=empty)
+        found = self.answers(episode, stream)
+        return found | {"cpu": round(time.process_time() - started, 2)} | kept(stream, episode, protected)
+
+    @torch.no_grad()
+    def read(self, episode: Episode, policy: Policy, *, protected: bool = True, empty: bool = False) -> Stream:
+        """The stream after its last chunk."""
         feeder, sample = self.feeders[protected], episode.sample(() if protected else (START,))
         stream = feeder.stream(self.attached, feeder.with_oracle(policy, [sample]))
         for number, chunk in enumerate(feeder.chunks([sample])):
             if not empty or number == 0:
                 stream.feed(chunk)
-        # 2. ask: questions, the prose that follows, and passages given again, packed
+        return stream
+
+    @torch.no_grad()
+    def answers(self, episode: Episode, stream: Stream) -> dict[str, Any]:
+        """Scores of all that is asked of a stream."""
+        # 1. ask: questions, the prose that follows, and passages given again, packed
         asked = [*(question.ids for question in episode.questions), episode.held, *episode.snippets]
-        hidden = stream.ask(feeder.prompt([[Turn(ids=ids) for ids in asked]])).hidden[0].float()
-        rows = torch.split(hidden, [len(ids) for ids in asked])
+        prompt = self.feeders[True].prompt([[Turn(ids=ids) for ids in asked]])
+        rows = torch.split(stream.ask(prompt).hidden[0].float(), [len(ids) for ids in asked])
         count = len(episode.questions)
-        # 3. scores
+        # 2. scores
         found: dict[str, Any] = {
             "questions": [
                 self._answer(row[-1], question) for row, question in zip(rows, episode.questions, strict=False)
             ],
             "held": self._loss(rows[count], episode.held, 0),
-            "cpu": round(time.process_time() - started, 2),
             "entries": stream.memory.entries,
         }
         if episode.snippets:
             again = zip(rows[count + 1 :], episode.snippets, strict=True)
             losses = [self._loss(row, ids, GIVEN - 1) for row, ids in again]
             found["verbatim"] = sum(losses) / len(losses)
-        return found | _kept(stream, episode, protected)
+        return found
 
     def _loss(self, rows: Float[Tensor, "tokens width"], ids: Sequence[int], first: int) -> float:
         """Mean loss of the tokens after `first`, in nats."""
@@ -189,7 +204,7 @@ class Bed:
         }
 
 
-def _kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
+def kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
     """Fractions of (layer, head) in which value and fact tokens are held, and in which the first token is."""
     held = torch.zeros(1 + len(episode.ids))
     for layer in stream.memory.layers:
@@ -211,7 +226,8 @@ def policy_of(arm: str, cell: Cell, layers: int, signals: Signals | None) -> Pol
     if split:
         budget: Budget = SPLITS[split].build(layers, cell.slots, signals)
         return POLICIES[SPLIT_ARMS[name]].policy.build(budget)
-    return POLICIES[ARMS[name]].policy.build(SharedBudget().build(layers, cell.slots))
+    trial = CANDIDATES.get(name) or POLICIES[ARMS[name]]
+    return trial.policy.build(SharedBudget().build(layers, cell.slots))
 
 
 def arms_of(cell: Cell, wanted: Sequence[str] | None) -> list[str]:
@@ -219,10 +235,11 @@ def arms_of(cell: Cell, wanted: Sequence[str] | None) -> list[str]:
     if cell.setting == "interleaved":
         names = ["full", *SPLIT_ARMS, *(f"{name}/{split}" for split in SPLITS for name in SPLIT_ARMS)]
     else:
-        names = ["full", "empty", *ARMS]
+        names = ["full", "empty", *ARMS, *(name for name in CANDIDATES if name in (wanted or ()))]
     if wanted:
         names = [name for name in names if name.partition("/")[0] in {"full", *wanted}]
-    return [name for name in names if not (cell.setting == "sinks" and name == "empty")]
+    without = {"sinks": "empty", "verbatim": "oracle"}  # an oracle has nothing to know where nothing is planted
+    return [name for name in names if name != without.get(cell.setting)]
 
 
 @final
@@ -382,7 +399,9 @@ def _parser() -> Parser:
     parser.add_argument("--setting", action="append", choices=("needles", "interleaved", "verbatim", "sinks"))
     parser.add_argument("--tokens", type=int, action="append", help="length of the stream; may be repeated (all)")
     parser.add_argument("--slots", type=int, action="append", help="slots per layer; may be repeated (all)")
-    parser.add_argument("--policy", action="append", choices=list(ARMS), help="may be repeated (all)")
+    parser.add_argument(
+        "--policy", action="append", choices=[*ARMS, *CANDIDATES], help="may be repeated (all of the table)"
+    )
     parser.add_argument("--most", type=int, help="texts of each cell (all)")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="N/M", help="every M-th text from N on")
     parser.add_argument("--reference", default="paper", choices=list(ARMS), help="compared with (%(default)s)")

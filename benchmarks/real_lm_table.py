@@ -26,11 +26,12 @@ MEASURES: dict[str, Callable[[Row], list[float]]] = {
     "value_held": lambda row: [float(row["value_held"])] if "value_held" in row else [],
     "fact_held": lambda row: [float(row["fact_held"])] if "fact_held" in row else [],
     "first_held": lambda row: [float(row["first_held"])] if "first_held" in row else [],
+    "overlap": lambda row: [float(row["overlap"])] if "overlap" in row else [],
     "entries": lambda row: [float(row["entries"])] if "entries" in row else [],
     "cpu": lambda row: [float(row["cpu"])],
 }
 PAIRED = ("rank1", "exact", "logp", "held", "verbatim")
-PERCENT = ("rank1", "exact", "value_held", "fact_held", "first_held")
+PERCENT = ("rank1", "exact", "value_held", "fact_held", "first_held", "overlap")
 UNPROTECTED = "loss of next prose, minus that with a protected first token"
 TITLES = {
     "rank1": "rank-1 %",
@@ -41,6 +42,7 @@ TITLES = {
     "value_held": "value held %",
     "fact_held": "fact held %",
     "first_held": "first token held %",
+    "overlap": "overlap %",
     "entries": "entries",
     "cpu": "CPU-s",
 }

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+from benchmarks.candidates import MeanRankOptions
 from omnimem.budget import AudioVisualBudget, Budget, BudgetOptions, SharedBudget, Signals, SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.baselines.h2o import H2OOptions
@@ -32,7 +33,7 @@ SHARED, SPLIT = "as_published", "shared_split"
 class Trial:
     """One arm; its default budget is our audio-visual split."""
 
-    policy: PolicyOptions
+    policy: PolicyOptions | MeanRankOptions
     budget: BudgetOptions | None = None
     pooled: bool = False  # layers as in the budget, audio and visual tokens in one pool
     chunk_tokens: int | None = None
@@ -147,6 +148,14 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "paper_similarity_only": _psi(name="paper", sharpness=0.0),
         "paper_with_coverage": _psi(name="paper", coverage=0.5),
     },
+    "candidates": {  # for the choice by the worst bed; all in one pool of equal layers
+        "paper_pool": _pool(_psi(name="paper")),
+        "omnimem_pool": _pool(_psi()),
+        "distinct_pool": _pool(_ours()),
+        **{f"omnimem_lambda_{value:g}": _pool(_psi(sharpness=value)) for value in (0.1, 0.3)},
+        "mean_rank": _pool(Trial(policy=MeanRankOptions(weight=0.25))),
+        **{f"omnimem_split_r{r:g}": replace(_psi(), budget=SplitBudget(visual_audio_ratio=r)) for r in (1.0, 2.0)},
+    },
     "ratio": {  # table 3, at equal entries
         "no_split": replace(_ours(), pooled=True),
         **{f"r_{r:g}": replace(_ours(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
@@ -176,5 +185,7 @@ STUDIES: dict[str, dict[str, Trial]] = {
         },
     },
 }
-Study = Literal["policies", "ablations", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"]
+Study = Literal[
+    "policies", "ablations", "candidates", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"
+]
 QUICK: tuple[str, ...] = ("distinct", "distinct_pool", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")

@@ -71,12 +71,16 @@ class DataOptions:
     """Training data, and how much of it may be unreadable."""
 
     train: str | tuple[DataSource | str, ...] | None = None  # a manifest, or a list of sources (docs/data.md)
+    # read every train.eval_steps and not trained on: a manifest, or a share of the recordings (0.1)
+    validation: str | float | None = None
     max_failures: float = 0.01  # fraction of samples that may fail before the run stops
     allow_absolute_paths: bool = False  # accept media outside the folder of the manifest
     cache: bool = False  # cache the outputs of the frozen encoders in .cache/encoded
 
     def __post_init__(self) -> None:
         _check_fraction("max_failures", self.max_failures)
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(f"validation = {self.validation:g} is no share between 0 and 1; give one, or a manifest")
         if self.train == ():
             raise ValueError("train: the list of sources is empty; name one")
         labels = Counter(source.label for source in self.sources)

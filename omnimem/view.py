@@ -57,6 +57,7 @@ class LayerView:
     gradient: ScoreGradient = "redundancy"  # which part of the score has gradient, if gradients are enabled
     rotary: Rotary | None = None  # of the model; None without a model
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
+    measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
 
     @property
@@ -72,6 +73,8 @@ class LayerView:
     @cached_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
         """Attention received from the chunk's queries (sum over queries, mean over heads)."""
+        if self.measured is not None:
+            return self.measured
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             return blocked.mass(
                 self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads

@@ -21,6 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 MEMORY = -2  # segment of keys that every query may see
 BLOCK = 1024  # queries per block: bounds the mask to BLOCK x keys
+ROWS = 128  # queries times heads of a block whose probabilities are formed on a CPU: they should fit into its cache
 
 HeadMean = Literal["probabilities", "logits"]
 
@@ -71,18 +72,25 @@ def attend(
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale, enable_gqa=True)[
             ..., :dim
         ]
-    # 3. otherwise, masked blocks of queries
+    # 3. otherwise, masked blocks of queries; on a CPU small ones, each with the keys that it sees
     if not single and queries.device.type != "cpu":
         # With a mask, the GPU kernels for grouped queries fall back to the full queries x keys matrix.
         group = queries.shape[1] // keys.shape[1]
         keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     blocks = []
-    for first in range(0, count, BLOCK):
-        last = min(first + BLOCK, count)
-        mask = None if single else visible(first, last, count, total, segments, queries.device)[:, None]
+    step = min(BLOCK, ROWS) if queries.device.type == "cpu" and segments is None else BLOCK
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        seen = total - count + last if segments is None else total
+        mask = None if single else visible(first, last, count, total, segments, queries.device)[:, None, :, :seen]
         blocks.append(
             F.scaled_dot_product_attention(
-                queries[:, :, first:last], keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+                queries[:, :, first:last],
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
             )
         )
     output = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
@@ -106,6 +114,45 @@ def _with_gate(
     wide_queries = F.pad(torch.cat([queries, one], dim=-1), (0, padding))
     wide_keys = F.pad(torch.cat([keys, column], dim=-1), (0, padding))
     return wide_queries, wide_keys, F.pad(values, (0, padding + 1))
+
+
+def attend_measured(
+    queries: Float[Tensor, "batch heads queries dim"],
+    keys: Float[Tensor, "batch kv_heads keys dim"],
+    values: Float[Tensor, "batch kv_heads keys dim"],
+    *,
+    scale: float,
+    gate: Float[Tensor, "batch keys"] | None = None,
+) -> tuple[Float[Tensor, "batch heads queries dim"], Float[Tensor, "batch keys"]] | None:
+    """`attend` and `mass` of the same inputs in one pass; None where two passes are better.
+
+    One pass needs probabilities in memory: on a CPU, in float32 or more, without gradients. The mass equals that of
+    `mass` to the bit, the output that of `attend` up to rounding.
+    """
+    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
+        return None
+    parts = _Parts.of(queries, keys, gate, scale, "probabilities")
+    output = torch.empty_like(queries)
+    with torch.autocast(queries.device.type, enabled=False):
+        received = torch.zeros_like(keys[:, 0, :, 0])
+        for first, last in parts.blocks:
+            weights = parts.weights(first, last)
+            received[:, : weights.shape[-1]] += _received(weights)
+            mixed = _product(parts.rows(weights), values[:, :, : weights.shape[-1]])
+            output[:, :, first:last] = mixed.view(*output.shape[:2], last - first, -1)
+    return output, received
+
+
+def _received(weights: Float[Tensor, "batch heads queries keys"]) -> Float[Tensor, "batch keys"]:
+    """Sum over queries, mean over heads."""
+    return weights.flatten(1, 2).sum(dim=1) / weights.shape[1]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of [batch, heads, ...]; `@` would copy a slice whose batch and heads it cannot join to one axis."""
+    if left.shape[0] == 1:
+        return torch.bmm(left[0], right[0])[None]
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
 def mass(
@@ -148,7 +195,8 @@ class _Mass(torch.autograd.Function):
         received = torch.zeros_like(parts.keys[:, 0, :, 0])
         with torch.autocast(queries.device.type, enabled=False):
             for first, last in parts.blocks:
-                received += parts.weights(first, last).mean(dim=1).sum(dim=1)
+                weights = parts.weights(first, last)
+                received[:, : weights.shape[-1]] += _received(weights)
         return received
 
     @staticmethod
@@ -185,49 +233,61 @@ class _Parts:
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first, last) query of each block; a block holds all heads at once, or one for `logits`."""
+        """(first, last) query of each block: of ROWS rows of all heads of a group, or BLOCK where no cache matters."""
         _, heads, count, _ = self.queries.shape
-        step = max(1, BLOCK // (1 if self.heads == "logits" else heads))
+        if self.queries.device.type == "cpu":
+            step = max(1, min(BLOCK, ROWS * (1 if self.heads == "logits" else self.keys.shape[1]) // heads))
+        else:
+            step = max(1, BLOCK // (1 if self.heads == "logits" else heads))
         return ((first, min(first + step, count)) for first in range(0, count, step))
+
+    def seen(self, last: int) -> int:
+        """Number of keys that any query before `last` sees."""
+        return self.keys.shape[2] - self.queries.shape[2] + last
+
+    def rows(self, of_heads: Tensor) -> Tensor:
+        """[batch, heads, queries, n] as [batch, kv_heads, group x queries, n]."""
+        return of_heads.reshape(*self.keys.shape[:2], -1, of_heads.shape[-1])
 
     def scaled(self, first: int, last: int) -> Tensor:
         """Queries of a block multiplied by the scale, [batch, kv_heads, group x queries, dim]."""
-        batch, kv_heads, _, dim = self.keys.shape
-        return (self.queries[:, :, first:last].to(self.keys.dtype) * self.scale).reshape(batch, kv_heads, -1, dim)
+        return self.rows(self.queries[:, :, first:last].to(self.keys.dtype) * self.scale)
 
     def weights(self, first: int, last: int) -> Tensor:
-        """A of a block, [batch, heads, queries, keys]; [batch, 1, queries, keys] where logits are averaged."""
-        batch, heads, count, _ = self.queries.shape
-        total = self.keys.shape[2]
+        """A of a block, [batch, heads, queries, keys seen]; [batch, 1, ...] where logits are averaged."""
+        batch, heads, _, _ = self.queries.shape
+        count, seen = last - first, self.seen(last)
         if self.heads == "logits":
             logits = self._mean_logits(first, last)
         else:
-            logits = (self.scaled(first, last) @ self.keys.mT).view(batch, heads, last - first, total)
+            logits = _product(self.scaled(first, last), self.keys[:, :, :seen].mT).view(batch, heads, count, seen)
         if self.gate is not None:
-            logits += self.gate
-        hidden = ~visible(first, last, count, total, None, logits.device)[:, None]
-        return logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+            logits += self.gate[..., :seen]
+        later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu(1)  # all before them is seen
+        logits[..., seen - count :].masked_fill_(later, float("-inf"))
+        return logits.softmax(dim=-1)
 
     def _mean_logits(self, first: int, last: int) -> Tensor:
         """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads concatenated."""
         batch, kv_heads, _, dim = self.keys.shape
         grouped = self.scaled(first, last).view(batch, kv_heads, -1, last - first, dim).sum(dim=2)
         joined = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
-        return (joined @ self.keys.transpose(1, 2).flatten(2).mT)[:, None]
+        return (joined @ self.keys[:, :, : self.seen(last)].transpose(1, 2).flatten(2).mT)[:, None]
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and gate, given that of the mass."""
         batch, heads, _, dim = self.queries.shape
-        kv_heads = self.keys.shape[1]
         of_queries, of_keys, of_gate = [], torch.zeros_like(self.keys), torch.zeros_like(grad)
         for first, last in self.blocks:
             # 1. gradient of the logits
-            weights = self.weights(first, last)
-            mean = (weights @ grad[:, None, :, None]) / heads
-            of_logits = (weights * (grad / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
-            of_logits = of_logits.expand(-1, heads, -1, -1).reshape(batch, kv_heads, -1, grad.shape[1])
+            weights, seen = self.weights(first, last), self.seen(last)
+            part = grad[:, :seen]
+            mean = (weights @ part[:, None, :, None]) / heads
+            of_logits = (weights * (part / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
+            of_logits = self.rows(of_logits.expand(-1, heads, -1, -1))
             # 2. gradients of the inputs
-            of_queries.append((of_logits @ self.keys * self.scale).view(batch, heads, last - first, dim))
-            of_keys += of_logits.mT @ self.scaled(first, last)
-            of_gate += of_logits.sum(dim=(1, 2))
+            of_rows = _product(of_logits, self.keys[:, :, :seen]) * self.scale
+            of_queries.append(of_rows.view(batch, heads, last - first, dim))
+            of_keys[:, :, :seen] += _product(of_logits.mT, self.scaled(first, last))
+            of_gate[:, :seen] += of_logits.sum(dim=(1, 2))
         return torch.cat(of_queries, dim=2), of_keys, of_gate

@@ -1,10 +1,11 @@
 """The budget options of a config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, final
 
-from omnimem.budget.allocation import BudgetError, Rounding, Shares
+from omnimem.budget.allocation import BudgetError, Rounding, Shares, require
+from omnimem.budget.apportion import apportion
 from omnimem.budget.signals import Form, Signals, positive
 from omnimem.budget.table import Budget
 
@@ -107,16 +108,21 @@ class AudioVisualBudget:
     def _scale(self, read: Budget, layers: int, slots_per_layer: int) -> Budget:
         """Budget of a table without signals: scaled to slots_per_layer exactly, or unchanged when truncated."""
         _same_layers(read.layers, layers, self.table)
-        if read.shares is None:
-            raise BudgetError(f"{self.table}: holds no [audio, visual] shares; set budget: {{name: shared}} instead")
+        if read.unlimited or (read.split and read.shares is None):
+            raise BudgetError(f"{self.table}: holds no shares of a memory; set budget: {{name: shared}} instead")
         if self.rounding == "exact":
-            return Budget(slots=read.shares.slots(slots_per_layer), lend=self.lend, shares=read.shares)
+            if read.shares is not None:
+                return Budget(slots=read.shares.slots(slots_per_layer), lend=self.lend, shares=read.shares)
+            require(slots_per_layer, modalities=1)
+            total = slots_per_layer * layers
+            pools = apportion([float(sum(pair)) for pair in read.slots], total, [1] * layers, [total] * layers)
+            return replace(read, slots=tuple((0, pool) for pool in pools))
         if abs(read.total / layers / slots_per_layer - 1) > WITHIN:
             raise BudgetError(
                 f"{self.table}: holds {read.total / layers:.0f} slots per layer, slots_per_layer is {slots_per_layer}; "
                 "set budget.rounding: exact to scale the table, or change slots_per_layer"
             )
-        return Budget(slots=read.slots, lend=self.lend, shares=read.shares)
+        return replace(read, lend=self.lend, signals=None, provenance={})
 
 
 BudgetOptions = SharedBudget | SplitBudget | AudioVisualBudget

@@ -1,4 +1,4 @@
-"""Budget: the slots of each layer and modality, read and written as our JSON or the release's list of pairs."""
+"""Budget: the slots of each layer and modality, read and written as our JSON or the release's list."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -114,20 +114,23 @@ class Budget:
         return self.slots[layer]
 
     def write(self, path: Path, *, released: bool = False) -> None:
-        """Write our JSON (with signals, shares and provenance), or the release's list of [audio, visual].
+        """Write our JSON (with signals, shares and provenance), or the release's list.
 
-        Raises BudgetError for a shared or full budget in the released format.
+        The release lists [audio, visual] of each layer, or one number where a layer has one pool. Raises BudgetError
+        for a full budget in the released format.
         """
-        if released and (not self.split or self.unlimited):
-            raise BudgetError(
-                "the released format holds [audio, visual] slots only; write a shared or full budget in ours"
-            )
-        table = [list(slots) for slots in self.slots] if released else self.json()
+        if released and self.unlimited:
+            raise BudgetError("the released format holds numbers of slots only; write a full budget in ours")
+        rows = [list(slots) if self.split else sum(slots) for slots in self.slots]
+        table = rows if released else self.json()
         write_text(path, json.dumps(table, indent=None if released else 1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Budget":
-        """Read our JSON or the release's list (split, without lending); raises BudgetError when that fails."""
+        """Read our JSON or the release's list (pairs: split, without lending; whole numbers: one pool per layer).
+
+        Raises BudgetError when that fails.
+        """
         try:
             table = read_stored(path, dict[str, Any] | list[Any], "make it with `omnimem calibrate --config X.yaml`")
         except StoredFileError as error:
@@ -143,7 +146,7 @@ class Budget:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
             raise BudgetError(
                 f"{place}: not a budget ({reason}); "
-                "expected a list of [audio, visual] or a file written by omnimem calibrate"
+                "expected a list of [audio, visual] or of whole numbers, or a file written by omnimem calibrate"
             ) from error
 
     def json(self) -> dict[str, Any]:
@@ -181,6 +184,8 @@ class Budget:
 
     @classmethod
     def _released(cls, table: Sequence[Any]) -> "Budget":
+        if table and all(type(row) is int for row in table):
+            return cls(slots=tuple((0, row) for row in table), split=False)
         budget = cls(slots=_slots(table), split=True, lend=False)
         fractions = tuple((audio / budget.total, visual / budget.total) for audio, visual in budget.slots)
         return replace(budget, shares=Shares(fractions=fractions))

@@ -13,7 +13,7 @@ from omnimem.cli.workers import LocalWorkers, Workers
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
-from omnimem.run import RunFolder, write_json
+from omnimem.run import RunFolder, sha256, write_json
 from omnimem.tuning import StreamedModel
 
 BASE = ("full_memory", "training_free")
@@ -27,6 +27,24 @@ BY_COST = ("blind", "training_free", "tuned", "audio_only", "vision_only", "full
 def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
     """The arms that a run without --arm evaluates."""
     return (*BASE, *(TUNED if tuned else ()), *(PROBES if run.evaluate.probes else ()))
+
+
+def kind_of(name: str) -> str:
+    """The arm of results: `tuned` of `tuned@checkpoint-80`."""
+    return name.partition("@")[0]
+
+
+def named(arm: str, folder: RunFolder, adapter: Path) -> str:
+    """The results of an arm by name: an adapter other than that of the run has results of its own.
+
+    `tuned@checkpoint-80` of a checkpoint of the run; with the first digits of its digest for any other folder.
+    """
+    if arm not in TUNED or adapter.resolve() == folder.adapter.resolve():
+        return arm
+    if any(adapter.resolve() == path.resolve() for path in folder.checkpoints()):
+        return f"{arm}@{adapter.name}"
+    digest = sha256(adapter, suffixes=(".safetensors",)) if adapter.is_dir() else ""
+    return f"{arm}@{adapter.resolve().parent.name}-{adapter.resolve().name}-{digest[:8]}"
 
 
 def check_benchmarks(run: RunConfig) -> None:
@@ -57,14 +75,17 @@ def evaluate_arms(
     """
     # 1. prepare
     workers = workers or LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
-    arms = [_arm(run, policies, name) for name in sorted(names, key=BY_COST.index)]
-    fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter or folder.adapter)
-    workers.prepare(lambda leading: fingerprint.prepare([(arm, arm.name in TUNED) for arm in arms], leading=leading))
+    adapter = adapter or folder.adapter
+    names = [named(name, folder, adapter) for name in sorted(names, key=BY_COST.index)]
+    arms = [_arm(run, policies, name) for name in names]
+    fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter)
+    tuned = [(arm, kind_of(arm.name) in TUNED) for arm in arms]
+    workers.prepare(lambda leading: fingerprint.prepare(tuned, leading=leading))
     # 2. answer this process's shard
     with workers.work() as shard:
         items = 0
         for arm in arms:
-            with adapter_as(adapted, arm.name in TUNED):
+            with adapter_as(adapted, kind_of(arm.name) in TUNED):
                 for place, benchmark in enumerate(run.evaluate.benchmarks):
                     items += evaluation.answer(
                         arm,
@@ -92,7 +113,7 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     if missing:
         raise EvaluationError(f"{target}: {missing} questions have no answer; start the same command again")
     table = {benchmark.label: evaluation.conclude(benchmark, target) for benchmark in run.evaluate.benchmarks}
-    provenance = fingerprint.provenance(tuned=arm.name in TUNED)
+    provenance = fingerprint.provenance(tuned=kind_of(arm.name) in TUNED)
     write_json(target / "summary.json", {"arm": arm.name, "provenance": provenance, "benchmarks": table})
     shown = ", ".join(f"{benchmark} {entry['strict']:.1%} of {entry['n']}" for benchmark, entry in table.items())
     print(f"{arm.name}: {shown}", flush=True)
@@ -115,8 +136,9 @@ def _status(run: RunConfig, evaluation: Evaluation, folder: RunFolder, names: Se
 
 def _arm(run: RunConfig, policies: Policies, name: str) -> Arm:
     """Tracks and policy of an arm. Probes keep everything: they measure what a track contains."""
-    tracks = {"blind": None, "vision_only": "video", "audio_only": "audio"}.get(name, run.stream.tracks)
-    whole = name in PROBES or "full_memory" in name
+    kind = kind_of(name)
+    tracks = {"blind": None, "vision_only": "video", "audio_only": "audio"}.get(kind, run.stream.tracks)
+    whole = kind in PROBES or "full_memory" in kind
     return Arm(name=name, policy=policies(None if whole else run.memory.slots_per_layer), tracks=tracks)
 
 

@@ -12,14 +12,16 @@ from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SplitBudget
 from omnimem.calibration import calibrate
 from omnimem.config import RunConfig, exported
 from omnimem.config.exported import Policies
-from omnimem.data import Failure, Failures, Sample
+from omnimem.data import DataSource, Failure, Failures, Sample
 from omnimem.media import MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.run import RunFolder
+from omnimem.sources import read_source
 from omnimem.sources import training_samples as samples_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
+from omnimem.training.sampler import held_out
 from omnimem.tuning import StreamedModel
 
 CACHE = Path(".cache/encoded")
@@ -107,7 +109,18 @@ def training_samples(run: RunConfig) -> list[Sample]:
     """The training streams; a budget is measured on the first of them."""
     if run.data.train is None:
         raise BudgetError("data.train names no manifest; calibration measures the first training streams")
-    return samples_of(run.data)
+    samples, share = samples_of(run.data), run.data.validation
+    return held_out(samples, share)[0] if isinstance(share, float) else samples
+
+
+def validation_samples(run: RunConfig) -> list[Sample]:
+    """The streams of `data.validation`; none without it."""
+    given = run.data.validation
+    if given is None or run.data.train is None:
+        return []
+    if isinstance(given, str):
+        return read_source(DataSource(path=given), allow_absolute=run.data.allow_absolute_paths)
+    return held_out(samples_of(run.data), given)[1]
 
 
 def measured_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder, samples: Sequence[Sample]) -> Budget:

@@ -83,22 +83,28 @@ def card(exported: Exported, name: str, run: RunFolder) -> str:
 
     Results are those of the run's comparison, if these weights were compared.
     """
-    results = results_of(run, exported)
-    front = yaml.safe_dump(_front(exported, name, results), sort_keys=False, allow_unicode=True, width=100)
-    parts = (_intro(exported, name), _memory(exported), _use(exported), _results(results), _origin(exported))
+    tuned, results = results_of(run, exported)
+    front = yaml.safe_dump(_front(exported, name, results, tuned), sort_keys=False, allow_unicode=True, width=100)
+    parts = (_intro(exported, name), _memory(exported), _use(exported), _results(results, tuned), _origin(exported))
     return f"---\n{front}---\n\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-def results_of(run: RunFolder, exported: Exported) -> dict[str, Any]:
-    """The run's compare/summary.json; empty if missing, or if its tuned arm is another adapter."""
-    summary, tuned = run.comparison / "summary.json", run.evaluation(TUNED) / "summary.json"
-    if not summary.is_file() or not tuned.is_file():
-        return {}
-    evaluated = read_json(tuned, TunedSummary, AGAIN).get("provenance", {}).get("sha256", {}).get("adapter")
-    return read_json(summary, Compared, AGAIN) if evaluated == exported.origin.adapter_sha256 else {}
+def results_of(run: RunFolder, exported: Exported) -> tuple[str, dict[str, Any]]:
+    """(arm of these weights, the run's compare/summary.json); the latter empty if no such arm was compared."""
+    summary = run.comparison / "summary.json"
+    for path in sorted(run.evaluation(TUNED).parent.glob(f"{TUNED}*/summary.json")) if summary.is_file() else ():
+        arm = path.parent.name
+        if arm.partition("@")[0] != TUNED:
+            continue
+        evaluated = read_json(path, TunedSummary, AGAIN).get("provenance", {}).get("sha256", {}).get("adapter")
+        compared = read_json(summary, Compared, AGAIN)
+        known = any(arm in group["arms"] for group in compared["benchmarks"].values())
+        if evaluated == exported.origin.adapter_sha256 and known:
+            return arm, compared
+    return TUNED, {}
 
 
-def _front(exported: Exported, name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+def _front(exported: Exported, name: str, results: Mapping[str, Any], tuned: str) -> dict[str, Any]:
     origin, merged = exported.origin, exported.origin.kind == "merged"
     hub = not Path(origin.base).is_absolute()  # a local path is of no use elsewhere
     return {
@@ -106,15 +112,15 @@ def _front(exported: Exported, name: str, results: Mapping[str, Any]) -> dict[st
         "library_name": "transformers" if merged else "peft",
         "pipeline_tag": TASK,
         "tags": ["omnimem", "audio-visual", "streaming", "kv-cache-compression", *([] if merged else ["lora"])],
-        **({"model-index": [{"name": name, "results": list(_index(results))}]} if results else {}),
+        **({"model-index": [{"name": name, "results": list(_index(results, tuned))}]} if results else {}),
     }
 
 
-def _index(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Strict accuracies of the tuned arm."""
+def _index(results: Mapping[str, Any], tuned: str) -> Iterator[dict[str, Any]]:
+    """Strict accuracies of the arm of these weights."""
     for label, group in results["benchmarks"].items():
-        if TUNED in group["arms"]:
-            value = round(100 * group["arms"][TUNED]["strict"], 2)
+        if tuned in group["arms"]:
+            value = round(100 * group["arms"][tuned]["strict"], 2)
             yield {
                 "task": {"type": TASK},
                 "dataset": {"name": label, "type": label},
@@ -186,7 +192,7 @@ def _use(exported: Exported) -> Iterator[str]:
     )
 
 
-def _results(results: Mapping[str, Any]) -> Iterator[str]:
+def _results(results: Mapping[str, Any], tuned: str) -> Iterator[str]:
     yield "## Results\n"
     if not results:
         yield "These weights were not evaluated in the run that made them."
@@ -203,17 +209,17 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
             held = " | ".join([count(entry["peak_entries"]), count(entry["answer_entries"]), size(entry["bytes"])])
             yield f"| {shown(arm)} | {spread} | {held} |"
     yield ""
-    yield from _gains(results)
+    yield from _gains(results, tuned)
 
 
-def _gains(results: Mapping[str, Any]) -> Iterator[str]:
+def _gains(results: Mapping[str, Any], tuned: str) -> Iterator[str]:
     """Gains by tuning, in sentences."""
     groups = dict(results["benchmarks"])
     if len(groups) > 1:
         groups["all benchmarks pooled"] = results["pooled"]
     for label, group in groups.items():
         for pair in group["pairs"]:
-            if (pair["a"], pair["b"]) == (TUNED, UNTUNED):
+            if (pair["a"], pair["b"]) == (tuned, UNTUNED):
                 found = f"{points(pair['diff'])} points [{points(pair['low'])}, {points(pair['high'])}]"
                 yield f"- tuned against untouched on {label}: {found}: {pair['verdict']}"
     if results["different"]:

@@ -28,8 +28,8 @@ BESIDES = 200_000  # other bytes of a checkpoint
 STATES = 12  # bytes of gradient and optimizer for each trained weight
 
 
-def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
-    """A line about the data set, and its longest readable sample.
+def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data") -> tuple[str, Sample]:
+    """A line about the data set, `data` or `validation`, and its longest readable sample.
 
     Raises TooManyFailures if so many samples are unreadable that training would stop.
     """
@@ -46,12 +46,13 @@ def check_data(run: RunConfig, samples: Sequence[Sample]) -> tuple[str, Sample]:
             found.append(finding)
     # 2. summarise
     if not found:
-        what = f"none of the {len(opened)} opened samples can be read"
-        raise ConfigError([f"{named(run.data.sources)}: {what}; repair the data"])
+        given = run.data.validation
+        place = given if what == "validation" and isinstance(given, str) else named(run.data.sources)
+        raise ConfigError([f"{place}: none of the {len(opened)} opened samples can be read; repair the data"])
     looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
     seconds, texts = sum(each.seconds for each in found), sum(not sample.has_stream for sample in samples)
-    line = f"data: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
+    line = f"{what}: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
     line += f"; {texts:,} rows are text alone" if texts else ""
     return line, max(found, key=lambda each: each.seconds).sample
 
@@ -89,6 +90,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     # 2. disk space
     size = weights * PER_WEIGHT + BESIDES
     kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
+    kept += run.data.validation is not None  # the best one
     free = shutil.disk_usage(folder).free
     needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
     if kept * size > free:

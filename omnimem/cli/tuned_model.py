@@ -16,6 +16,15 @@ from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256
 from omnimem.tuning import AdapterError
 
 Kind = Literal["adapter", "merged"]
+CheckpointStep = int | Literal["best"]  # best: of the validation
+
+
+class BestCheckpoint(TypedDict):
+    """The checkpoint with the best validation."""
+
+    step: int
+    metric: str
+    value: float
 
 
 class FinishedRecord(TypedDict):
@@ -23,7 +32,9 @@ class FinishedRecord(TypedDict):
 
     sha256: dict[str, str | None]
     steps: NotRequired[int]
+    adapter_step: NotRequired[int]  # of the weights in adapter/, where they are not the last ones
     config_sha256: NotRequired[str]
+    best_checkpoint: NotRequired[BestCheckpoint]
 
 
 @final
@@ -39,7 +50,7 @@ class TunedModel:
 
     @classmethod
     def of(
-        cls, path: Path, *, checkpoint: int | None = None, base: str | None = None, dtype: str | None = None
+        cls, path: Path, *, checkpoint: CheckpointStep | None = None, base: str | None = None, dtype: str | None = None
     ) -> "TunedModel":
         """The adapter of a run folder or of a checkpoint; `base` and `dtype` replace those of the run.
 
@@ -87,8 +98,15 @@ class TunedModel:
         )
 
 
-def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: int | None) -> tuple[Path, int]:
+def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: CheckpointStep | None) -> tuple[Path, int]:
     """The adapter to export, and its number of steps."""
+    if checkpoint == "best":
+        best = record.get("best_checkpoint")
+        if best is None:
+            raise RunError(
+                f"{folder.record}: the run has no best checkpoint; set data.validation, or give --checkpoint N"
+            )
+        checkpoint = best["step"]
     steps = {int(path.name.rpartition("-")[2]): path for path in folder.checkpoints()}
     known = f"checkpoints: {', '.join(map(str, steps)) or 'none'}"
     if checkpoint is not None:
@@ -101,7 +119,7 @@ def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: int | Non
         raise RunError(
             f"{folder.path} has no adapter yet; let it finish (--resume auto), or give --checkpoint N ({known})"
         )
-    return folder.adapter, int(record.get("steps", 0))
+    return folder.adapter, int(record.get("adapter_step", record.get("steps", 0)))
 
 
 @final

@@ -1,6 +1,6 @@
 """Export a tuned model, as an adapter or merged into its base, with the settings and files that streaming needs.
 
-omnimem export --run runs/X --format adapter|merged --out DIR [--checkpoint N]
+omnimem export --run runs/X --format adapter|merged --out DIR [--checkpoint N|best]
 
 The export is loaded again and must give the same logits on a short synthetic stream as the run's own weights; only then
 is it renamed to DIR.
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -151,12 +152,21 @@ def require_vacant(out: Path) -> None:
         raise RunError(f"{out} exists already and is not empty; give another --out, or remove it first")
 
 
+def _step(text: str) -> int | Literal["best"]:
+    return "best" if text == "best" else int(text)
+
+
 def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="runs/X", help="the folder of a run")
     parser.add_argument("--format", choices=("adapter", "merged"), required=True, help="what to write")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="export a checkpoint (the final adapter)")
+    parser.add_argument(
+        "--checkpoint",
+        type=_step,
+        metavar="N|best",
+        help="export a checkpoint, `best` of validation (the final adapter)",
+    )
     parser.add_argument("--model", metavar="DIR|ID", help="folder of the base, if it was moved (that of the run)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights (the run's)")
     return parser

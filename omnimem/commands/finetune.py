@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
-from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples
+from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples, validation_samples
 from omnimem.cli.dry_run import preview
 from omnimem.cli.environment import prepare_process, world_size
 from omnimem.cli.parser import Parser, rank, warn
@@ -49,7 +49,7 @@ from omnimem.training.collectives import first_rank_first
 from omnimem.training.logging import Progress, callbacks_of
 from omnimem.training.pickles import refuse_code
 from omnimem.training.portable import refuse_other_batch
-from omnimem.training.sampler import Mixture, seed_of
+from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
@@ -80,26 +80,32 @@ def main(arguments: Sequence[str]) -> None:
         refuse_other_batch(start.checkpoint, run.train, world_size())
     check_budget(run, start)
     # 3. read and check the data
-    samples = training_samples(run)
-    check_answers(samples)
+    samples, validation = training_samples(run), validation_samples(run)
+    check_answers([*samples, *validation])
+    warn(trained_on(samples, validation))
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
     if rank() == 0 and not given.skip_preflight:
         line, longest = check_data(run, samples)
         report(line)
+        if validation:
+            report(check_data(run, validation, what="validation")[0])
     # 4. train
     prepare_process()
-    finetune(run, start, samples, longest)
+    finetune(run, start, samples, longest, validation)
 
 
-def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None) -> None:
+def finetune(
+    run: RunConfig, start: Start, samples: Sequence[Sample], longest: Sample | None, validation: Sequence[Sample] = ()
+) -> None:
     """Train, save and verify the adapter, evaluate, compare; every rank runs this.
 
     `longest` is the sample of the rehearsal, on the first rank; None: no preflight.
     """
     # 1. open the run folder
-    settings, partitioned = training_arguments(run.train, start.folder), stage_of(run.train) == 3
+    settings = training_arguments(run.train, start.folder, validated=bool(validation))
+    partitioned = stage_of(run.train) == 3
     taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
     refuse_zero_rate(settings, step_count(settings, taken))
     first = settings.process_index == 0
@@ -124,8 +130,11 @@ def finetune(run: RunConfig, start: Start, samples: Sequence[Sample], longest: S
             if longest is not None:
                 rehearse_run(run, start.folder, parts, longest, settings, checkpoint_count(settings, taken))
         # 5. train, and save the adapter
-        trainer = build_trainer(run, start, samples, parts, settings)
+        trainer = build_trainer(run, start, samples, parts, settings, validation)
         train(trainer, start, first=first)
+        step = trainer.load_best() if run.train.get("load_best_model_at_end") else trainer.state.global_step
+        if first:
+            update_json(start.folder.record, adapter_step=step)
         trainer.save_adapter(start.folder.adapter)
         # 6. verify what was saved, evaluate on all ranks, compare
         workers = evaluation_workers(run, start.folder)
@@ -169,6 +178,13 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     if earlier in (None, digest(samples)):
         return []
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
+
+
+def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
+    """A warning when recordings of the validation are trained on too."""
+    seen = {recording(sample) for sample in samples}
+    both = sorted({recording(sample) for sample in validation} & seen)
+    return [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
 
 
 def report(line: str) -> None:
@@ -223,7 +239,12 @@ def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, 
 
 
 def build_trainer(
-    run: RunConfig, start: Start, samples: Sequence[Sample], parts: Parts, settings: TrainingArguments
+    run: RunConfig,
+    start: Start,
+    samples: Sequence[Sample],
+    parts: Parts,
+    settings: TrainingArguments,
+    validation: Sequence[Sample] = (),
 ) -> StreamTrainer:
     """The trainer of a run."""
     return StreamTrainer(
@@ -245,6 +266,7 @@ def build_trainer(
         # 3. the data
         samples=samples,
         weights=run.data.weights,
+        validation=validation,
         failures=Failures(samples=len(samples), max_failures=run.data.max_failures),
         # 4. what is written
         folder=start.folder,
@@ -284,6 +306,11 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
                 counts["positions_reached"] = trainer.feeder.trained.reached
             if trainer.one_track.found:
                 counts["one_track_samples"] = trainer.one_track.found
+            if trainer.state.best_global_step:
+                best = {"step": trainer.state.best_global_step, "value": trainer.state.best_metric}
+                counts["best_checkpoint"] = {**best, "metric": trainer.args.metric_for_best_model}
+            if trainer.validation.failed.found:
+                counts["failed_validation_samples"] = [asdict(one) for one in trainer.validation.failed.found]
             update_json(start.folder.record, failed_samples=failed, left_out_steps=left_out, **counts)
 
 

@@ -171,6 +171,7 @@ class Step(TypedDict):
     step: int
     loss: NotRequired[FiniteFloat | None]
     temperature: NotRequired[FiniteFloat | None]
+    validation: NotRequired[dict[str, FiniteFloat | None]]
 
 
 Some = Field(min_length=1)
@@ -428,12 +429,12 @@ def _read_run(folder: Path) -> Run:
         slots = Budget.read(budget) if budget.is_file() else None
     except BudgetError as error:
         raise _Problem(str(error)) from error
-    # A resumed run repeats the steps after its last checkpoint: the later line counts.
-    steps = {
-        of_shape(record, Step, place, "delete the line")["step"]: record
-        for place, record in (_json_lines(metrics) if metrics.is_file() else ())
-        if "step" in record
-    }
+    # A resumed run repeats the steps after its last checkpoint: the later line counts. A validation has its own line.
+    steps: dict[int, dict[str, Any]] = {}
+    for place, record in _json_lines(metrics) if metrics.is_file() else ():
+        if "step" in record:
+            step = of_shape(record, Step, place, "delete the line")["step"]
+            steps[step] = {**steps.get(step, {}), **record}
     return Run(name=folder.name, budget=slots, metrics=tuple(steps[step] for step in sorted(steps)))
 
 

@@ -125,7 +125,7 @@ def training(run: Run) -> View:
     steps, values = _series([record for record in run.metrics if _budget_of(record) != FULL], "temperature")
     title = f"Selection temperature of {run.name} by step"
     line = ("plain", steps, values)
-    # 3. drift of selection
+    # 3. validation and drift of selection
     overlaps = _overlaps(run)
     label = f"Tokens that {run.name} and the untuned model both keep, by step"
     return {
@@ -133,12 +133,34 @@ def training(run: Run) -> View:
         "steps": len(run.metrics),
         "legend": [{"style": styles[name], "budget": name} for name in names] if len(names) > 1 else [],
         "loss": loss,
+        "validation": _validation(run),
         "temperature": figures.curves([line], height=80, x_title="step", label=title) if steps else None,
         "overlap": figures.curves([("plain", *overlaps)], height=80, x_title="step", label=label)
         if len(overlaps[0]) > 1
         else None,
         "overlap_last": percent(overlaps[1][-1]) if overlaps[0] else None,
     }
+
+
+VALIDATED = (("loss", "loss"), ("accuracy", "share of right answers"))
+
+
+def _validation(run: Run) -> list[View]:
+    """Curves of loss and accuracy on the validation streams, at the budget and with full memory."""
+    found = [{"step": record["step"], **record["validation"]} for record in run.metrics if record.get("validation")]
+    views = []
+    for key, words in VALIDATED:
+        lines, legend = [], []
+        for style, of, name in ((STYLES[0], "", "at the budget"), (STYLES[1], "full_", FULL)):
+            steps, values = _series(found, f"{of}{key}")
+            if steps:
+                lines.append((style, steps, values))
+                legend.append({"style": style, "budget": name})
+        if lines:
+            title = f"Validation of {run.name}: {words} by step"
+            figure = figures.curves(lines, height=110, x_title="step", label=title)
+            views.append({"figure": figure, "what": words, "legend": legend})
+    return views
 
 
 def _overlaps(run: Run) -> tuple[list[float], list[float]]:

@@ -133,7 +133,8 @@ def _kind_of(answer: Answer) -> tuple[str, ...]:
 
 
 def _place(arm: Arm, names: Sequence[str]) -> int:
-    return names.index(arm.name if arm.name in names else "*")
+    kind = arm.name.partition("@")[0]  # tuned@checkpoint-80
+    return names.index(kind if kind in names else "*")
 
 
 def _group(arms: Sequence[Arm], names: Sequence[str], *, draws: int, seed: int) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class Traits:
     merges: bool = False  # some kept tokens are averages of others
     reindex: bool = False  # the kept tokens move up to contiguous times after every chunk
     probes: tuple[ProbePrompt, ...] = ()  # asked after every chunk; the view has their queries and keys in this order
+    needs_mass: bool = (
+        False  # the attention that a chunk gives to the pool, mean over heads, is measured in every layer
+    )
     needs_novelty: bool = False  # the feature on which redundancy is measured must be carried
     compared: Compared | None = None  # vectors of a token that are compared with those of tokens of higher score
     needs_oracle: bool = False  # it must know the content of a stream before it is read: no streaming method
@@ -158,7 +161,12 @@ class ScoredPolicy(Policy):
     def traits(self) -> Traits:
         """Those that follow from the scorer."""
         compared = self.scorer.compared if isinstance(self.scorer, Covered) else None
-        return Traits(per_head=self.per_head, needs_novelty=self.scorer.needs_novelty, compared=compared)
+        return Traits(
+            per_head=self.per_head,
+            needs_mass=self.scorer.needs_importance and self.measures.heads == "probabilities",
+            needs_novelty=self.scorer.needs_novelty,
+            compared=compared,
+        )
 
     def supports(self, mode: Mode) -> bool:
         """Every mode, but for those that carry one choice for all heads, and scores that measure no attention."""

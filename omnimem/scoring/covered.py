@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +14,7 @@ from omnimem.tokens import EVICTABLE
 from omnimem.view import FLOOR, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
+ROWS = 256  # the same on a CPU, where less is compared in vain
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
 ALONE = -1.0  # c of the best token, which has no better one
 
@@ -103,12 +104,13 @@ def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor
     Computed in blocks of rows, so that no members x members matrix exists. Autocast has no effect, so that training
     and evaluation select the same tokens.
     """
-    places = torch.arange(ranked.shape[1], device=ranked.device)
-    found = []
-    for first in range(0, len(places), BLOCK):
-        rows = places[first : first + BLOCK]
+    count, found = ranked.shape[1], []
+    step = min(BLOCK, ROWS) if ranked.device.type == "cpu" else BLOCK
+    for first in range(0, count, step):
+        last = min(first + step, count)
         with torch.autocast(ranked.device.type, enabled=False):
-            alike = ranked[:, rows] @ ranked[:, : rows[-1] + 1].mT
-        later: Bool[Tensor, "rows columns"] = places[: rows[-1] + 1] >= rows[:, None]
-        found.append(alike.masked_fill(later, float("-inf")).argmax(dim=-1))
+            alike = ranked[:, first:last] @ ranked[:, :last].mT
+        later = torch.ones(last - first, last - first, dtype=torch.bool, device=ranked.device).triu()
+        alike[..., first:].masked_fill_(later, float("-inf"))
+        found.append(alike.argmax(dim=-1))
     return torch.cat(found, dim=1)

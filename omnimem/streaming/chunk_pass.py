@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.attention.blocked import attend
+from omnimem.attention.blocked import attend, attend_measured
 from omnimem.memory import Memory
 from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
@@ -268,14 +268,21 @@ class ChunkAttention:
         pool = self._pool(layer, Tokens.of(memory), states[:, :count], fresh)
         if config.per_head:
             queries, keys, values = query_rows(queries, heads), head_rows(keys), head_rows(values)
-        # 2. the chunk attends to the pool
-        gate = pool.gate if config.gated else None
-        output = attend(queries[:, :, :count], pool.keys, pool.values, scale=scale, gate=gate)
+        # 2. the chunk attends to the pool; where its policy measures that, both in one pass if that is faster
+        gate, measured, asking = pool.gate if config.gated else None, None, queries[:, :, :count]
+        both = None
+        if policy.traits.needs_mass and policy.budget is not None:
+            both = attend_measured(asking, pool.keys, pool.values, scale=scale, gate=gate)
+        if both is None:
+            output = attend(asking, pool.keys, pool.values, scale=scale, gate=gate)
+        else:
+            output, measured = both
         # 3. the probes attend to the pool and to themselves
         view = LayerView(
             pool=pool,
             new=count,
-            queries=queries[:, :, :count],
+            queries=asking,
+            measured=measured,
             scale=scale,
             measures=policy.measures,
             gradient="none" if softness is None else softness.gradient,

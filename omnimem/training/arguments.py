@@ -16,6 +16,7 @@ from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
 
+METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
 OURS = {  # fields that are set elsewhere
@@ -23,12 +24,14 @@ OURS = {  # fields that are set elsewhere
     "resume_from_checkpoint": "given on the command line: --resume auto, or --resume runs/X/checkpoint-N",
     "local_rank": "given by the launcher; remove it",
     "do_train": "finetune.py always trains; remove it",
-    "do_eval": "set evaluate.after_training instead",
+    "do_eval": "set data.validation for validation during training, evaluate.after_training for one at its end",
     "do_predict": "set evaluate.after_training instead",
-    "eval_strategy": "evaluation follows training; set evaluate.after_training instead",
-    "eval_steps": "evaluation follows training; set evaluate.after_training instead",
-    "per_device_eval_batch_size": "set evaluate.batch_size instead",
-    "load_best_model_at_end": "needs an evaluation during training; compare checkpoints with omnimem evaluate instead",
+    "batch_eval_metrics": "validation computes loss and accuracy, and keeps no logits; remove it",
+    "eval_accumulation_steps": "validation computes loss and accuracy, and keeps no logits; remove it",
+    "eval_do_concat_batches": "validation computes loss and accuracy, and keeps no logits; remove it",
+    "eval_use_gather_object": "validation computes loss and accuracy, and keeps no logits; remove it",
+    "include_for_metrics": "validation computes loss and accuracy, and keeps no logits; remove it",
+    "prediction_loss_only": "validation computes loss and accuracy, and keeps no logits; remove it",
     "remove_unused_columns": "samples are streams, not columns; remove it",
     "gradient_checkpointing": "set tuning.recompute instead: none, chunk or layer",
     "gradient_checkpointing_kwargs": "set tuning.recompute instead: none, chunk or layer",
@@ -55,12 +58,25 @@ FORMER = {  # names of transformers 4 that were removed
     "warmup_ratio": "removed in transformers 5; set warmup_steps, where a number below 1 is a fraction of all steps",
     "overwrite_output_dir": "removed in transformers 5; use --overwrite",
     "logging_dir": "removed in transformers 5; event files are in runs/<name>/tb",
-    "evaluation_strategy": "removed in transformers 5; set evaluate.after_training instead",
+    "evaluation_strategy": "removed in transformers 5; set eval_strategy",
     "group_by_length": "removed in transformers 5; set train_sampling_strategy",
     "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
 REFUSED = {**OURS, **FORMER}
+VALIDATED = (  # settings that need data.validation
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
+EVERY_STEPS = 100  # default of save_steps, which eval_steps follows
 # What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
 # were taken (seed, order); the batch is checked by `refuse_other_batch`.
 MAY_CHANGE = frozenset(
@@ -72,6 +88,8 @@ MAY_CHANGE = frozenset(
             "torch_empty_cache_steps skip_memory_metrics debug dataloader_num_workers dataloader_pin_memory",
             "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
             "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
+            "eval_strategy eval_steps eval_delay per_device_eval_batch_size load_best_model_at_end",
+            "early_stopping_patience early_stopping_threshold",
         )
     ).split()
 )
@@ -99,6 +117,11 @@ RANGES: dict[str, Check] = {
     "max_grad_norm": (FROM_0[0], "0 (no clipping) or more"),
     "save_steps": EVERY,
     "logging_steps": EVERY,
+    "eval_steps": EVERY,
+    "eval_delay": FROM_0,
+    "per_device_eval_batch_size": FROM_1,
+    "early_stopping_patience": FROM_1,
+    "early_stopping_threshold": FROM_0,
     "save_total_limit": FROM_1,
     "torch_empty_cache_steps": FROM_1,
     "seed": SEED,
@@ -119,6 +142,8 @@ class OwnSettings:
 
     max_bad_steps: int = 3  # consecutive steps with a non-finite loss or gradient that end the run
     step_timeout_seconds: float = 1800.0  # limit of a micro-step, and of writing a checkpoint; 0: no limit
+    early_stopping_patience: int | None = None  # validations without a new best that end the run; None: no limit
+    early_stopping_threshold: float = 0.0  # smallest improvement that counts for it
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "OwnSettings":
@@ -137,7 +162,8 @@ def train_section() -> type:
     allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     kinds = {name: _exact(hints[name]) for name in (*allowed, *own_names())}
     kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are unknown in advance
-    kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # `best` would need an evaluation during training
+    kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # the best checkpoint is kept beside those
+    kinds["metric_for_best_model"] = Literal[METRICS]
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():
@@ -175,15 +201,21 @@ def _refuse(reason: str) -> Callable[[Any], Any]:
     return refuse
 
 
-def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> TrainingArguments:
-    """The TrainingArguments of a run; a host without a GPU trains on the CPU.
+def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validated: bool = False) -> TrainingArguments:
+    """The TrainingArguments of a run, with `validated` of one with data.validation; without a GPU it is on the CPU.
 
-    Raises ConfigError when transformers refuses them.
+    Raises ConfigError when transformers refuses them, or when settings contradict `validated`.
     """
     # 1. our defaults
-    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 100}
+    refuse_no_validation(section, validated=validated)
+    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": EVERY_STEPS}
     defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
+    if validated:
+        every = given.get("save_steps", EVERY_STEPS)
+        defaults |= {"eval_strategy": "steps", "eval_steps": every, "per_device_eval_batch_size": 1}
+        defaults["metric_for_best_model"] = "loss"
+        given.pop("load_best_model_at_end", None)  # `StreamTrainer.load_best` does it at every ZeRO stage
     # 2. build and check
     try:
         if "report_to" in given:
@@ -200,6 +232,29 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder) -> Trainin
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None:
+    """Raises ConfigError for settings of a validation that does not take place, and for one that would be useless."""
+    given = {name: value for name, value in section.items() if value is not None}
+    if not validated:
+        problems = [
+            f"train.{name}: needs data.validation, a manifest or a share of the recordings such as 0.1"
+            for name in VALIDATED
+            if name in given
+        ]
+    elif given.get("eval_strategy") == "no":
+        problems = ["train.eval_strategy: no never reads data.validation; remove one of the two"]
+    elif given.get("save_strategy") == "no" and given.get("load_best_model_at_end"):
+        problems = [
+            "train.load_best_model_at_end: needs checkpoints, and train.save_strategy is no; change one of them"
+        ]
+    elif "early_stopping_threshold" in given and "early_stopping_patience" not in given:
+        problems = ["train.early_stopping_threshold: needs train.early_stopping_patience, the number of validations"]
+    else:
+        return
+    if problems:
+        raise ConfigError(problems)
 
 
 def on_resume() -> dict[str, str]:

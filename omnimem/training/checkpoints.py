@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from omnimem.checksums import put, seal
 from omnimem.errors import first_line
-from omnimem.run import RunFolder
+from omnimem.run import RunFolder, step_of
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
 from omnimem.training.shutdown import Stopped
 
@@ -28,8 +28,19 @@ class CheckpointWriter:
         self.parent = str(folder.path)  # where the Trainer creates checkpoint-N
         self.saved: int | None = None  # the last step that was saved
 
-    def save(self, step: int, write: Callable[[], None], state: Callable[[], State], schedule: Any) -> None:
-        """Write a checkpoint unless the step has one: the files of the Trainer, then the portable state; collective."""
+    def save(
+        self,
+        step: int,
+        write: Callable[[], None],
+        state: Callable[[], State],
+        schedule: Any,
+        *,
+        best: int | None = None,
+    ) -> None:
+        """Write a checkpoint unless the step has one: the files of the Trainer, then the portable state; collective.
+
+        `best` is the step of the best checkpoint, which is kept.
+        """
         if step == self.saved:  # requested at the end of the step and again at the end of the epoch
             return
         with written_by_all(self.folder, self.folder.checkpoint(step), self.ranks) as partial:
@@ -38,7 +49,7 @@ class CheckpointWriter:
             write_portable(partial, state(), self.layout, step, schedule)
         self.parent, self.saved = str(self.folder.path), step
         if self.ranks.is_main_process:
-            rotate(self.folder, self.keep)
+            rotate(self.folder, self.keep, best)
 
     def sources(self, checkpoint: str | Path | None) -> tuple[str | None, Path | None]:
         """The checkpoint to resume from, as (for the Trainer's own files, for the portable state); one is None."""
@@ -72,10 +83,11 @@ def written_by_all(folder: RunFolder, place: Path, ranks: Accelerator) -> Iterat
         shutil.rmtree(folder.partial, ignore_errors=True)
 
 
-def rotate(folder: RunFolder, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None keeps all."""
+def rotate(folder: RunFolder, keep: int | None, best: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` and that of step `best`; None keeps all."""
     for path in folder.checkpoints()[: -keep if keep else 0]:
-        shutil.rmtree(path, ignore_errors=True)
+        if step_of(path) != best:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

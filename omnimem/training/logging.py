@@ -35,6 +35,7 @@ class StepMetrics(TrainerCallback):
     trained: TrainedRange
     outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
     samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
+    began: int = 0  # the step that the run began at
     logged: int = 0  # the last logged step, or the one that the run began at
     names: Mapping[str, Any] = field(default_factory=dict)  # sample ids of the next line
 
@@ -44,7 +45,7 @@ class StepMetrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count from the step of the checkpoint."""
-        self.logged = state.global_step
+        self.began = self.logged = state.global_step
 
     def complete(self, logs: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
         """The logs of the Trainer with the metrics of the streams; collective."""
@@ -115,8 +116,13 @@ class StepMetrics(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append the line; GROUP/NAME is nested as {GROUP: {NAME: ...}}."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        """Append the line; GROUP/NAME is nested as {GROUP: {NAME: ...}}, eval_NAME as {validation: {NAME: ...}}."""
+        if not state.is_world_process_zero or not logs:
+            return
+        validation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if validation:
+            append_line(self.path, {"step": state.global_step, "validation": validation})
+        if "loss" not in logs:
             return
         line: dict[str, Any] = {"step": state.global_step}
         for name, value in logs.items():
@@ -150,6 +156,13 @@ class Progress(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None
             )
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+    ) -> None:
+        """A line for each validation."""
+        if self.bar is not None:
+            self.bar.write(f"step {state.global_step}: {described(metrics)}")
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -174,6 +187,12 @@ class Progress(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}: {words}", flush=True)
 
 
+def described(metrics: Mapping[str, float]) -> str:
+    """The metrics of a validation in words."""
+    at, full = (f"{metrics[f'eval_{of}loss']:.4g}, {metrics[f'eval_{of}accuracy']:.1%}" for of in ("", "full_"))
+    return f"validation loss and accuracy {at}; with full memory {full}"
+
+
 class Finished(Exception):
     """The run has no steps left."""
 
@@ -188,6 +207,7 @@ class EndOfRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called on every rank."""
         state.compute_steps(args, state.max_steps)
+        state.best_model_checkpoint = None  # of the checkpoint's file; the Trainer would remove all others at its end
         if state.global_step >= state.max_steps:
             raise Finished
 

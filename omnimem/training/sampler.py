@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os.path
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,36 @@ from typing import final
 
 from torch.utils.data import Dataset, Sampler
 
-from omnimem.data import Sample
+from omnimem.data import ManifestError, Sample
 
 
 def seed_of(*parts: int | str) -> int:
     """A seed computed from its parts alone, such as (seed, step, sample ids): no generator state is involved."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % (1 << 63)
+
+
+def held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
+    """(training, validation): `share` of the recordings, rounded and at least one, with all their samples.
+
+    A recording is a file, so that no stream is on both sides. Which ones are held out depends on the names of the files
+    alone. Raises ManifestError when there is only one recording.
+    """
+    recordings = {recording(sample): None for sample in samples}
+    if len(recordings) < 2:
+        cure = "give data.validation a manifest, or more recordings to data.train"
+        raise ManifestError([f"data.validation: {share:g} of {len(recordings)} recording leaves nothing; {cure}"])
+    ordered = sorted(recordings, key=lambda name: (seed_of("validation", os.path.basename(name)), name))
+    held = set(ordered[: min(len(ordered) - 1, max(1, round(share * len(ordered))))])
+    return (
+        [sample for sample in samples if recording(sample) not in held],
+        [sample for sample in samples if recording(sample) in held],
+    )
+
+
+def recording(sample: Sample) -> str:
+    """The file that a sample is cut from; its id where it has none."""
+    path = sample.video or sample.audio
+    return sample.cluster or (sample.id if path is None else os.path.normpath(path))
 
 
 @final

@@ -1,24 +1,29 @@
 """The trainer: a Hugging Face Trainer whose step streams its samples through the memory."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
+from omnimem.checksums import damage
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
-from omnimem.run import RunFolder
+from omnimem.run import RunError, RunFolder
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
@@ -32,6 +37,7 @@ from omnimem.training.pickles import weights_only
 from omnimem.training.portable import Layout, State, restore_portable
 from omnimem.training.sampler import Batching, EpochSampler, Mixture, SampleDataset, collate, seed_of
 from omnimem.training.shutdown import ShutdownSignal, Stopped
+from omnimem.training.validation import PREFIX, EarlyStopping, Validation, ValidationError
 from omnimem.training.watchdog import Watchdog
 from omnimem.training.zero3 import LayerGathering, whole
 from omnimem.tuning import (
@@ -39,6 +45,7 @@ from omnimem.tuning import (
     SelectionOverlap,
     Step,
     StreamedModel,
+    adapter_tensors,
     gradient_of,
     policy_in_training,
     streamed_loss,
@@ -62,6 +69,7 @@ class StreamTrainer(Trainer):
         args: TrainingArguments,
         own: OwnSettings,
         samples: Sequence[Sample],
+        validation: Sequence[Sample] = (),
         layers: Sequence[nn.Module],
         attached: StreamedAttention,
         feeder: Feeder,
@@ -74,7 +82,10 @@ class StreamTrainer(Trainer):
     ) -> None:
         """`layers` are the decoder layers, which ZeRO-3 partitions; `weights` are those of `Mixture`."""
         dataset = SampleDataset(samples)
-        super().__init__(model=model, args=args, data_collator=collate, train_dataset=dataset, callbacks=callbacks)
+        held: Any = {"eval_dataset": SampleDataset(validation)} if validation else {}
+        super().__init__(
+            model=model, args=args, data_collator=collate, train_dataset=dataset, callbacks=callbacks, **held
+        )
         # 1. what is trained, and how it is streamed
         self.adapted, self.samples, self.layers = model, samples, layers
         self.attached, self.feeder, self.policies, self.plan = attached, feeder, policies, plan
@@ -94,8 +105,20 @@ class StreamTrainer(Trainer):
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
+        limit = replace(failures, samples=max(1, len(validation)))
+        self.validation = Validation(
+            attached=attached,
+            feeder=feeder,
+            policies=policies,
+            slots=plan.slots_per_layer,
+            samples=validation,
+            size=args.per_device_eval_batch_size,
+            failed=FailedSamples(limit),
+        )
         for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):
             self.add_callback(callback)
+        if own.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(own.early_stopping_patience, own.early_stopping_threshold))
         # 3. settings of the Trainer
         self.model_accepts_loss_kwargs = False  # it then counts no tokens to divide the loss by
         for callback in (PrinterCallback, ProgressCallback):
@@ -248,12 +271,55 @@ class StreamTrainer(Trainer):
         lines = (int(line["step"]) for line in reversed(self.state.log_history) if "loss" in line)
         if not self.overlap.due(self.state.global_step, self.state.max_steps, next(lines, 0)):
             return {}
-        self.adapted.eval()  # every step begins in training mode
+        with self._reading():
+            return self.overlap()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside, the model reads streams without learning; every step begins in training mode again."""
+        self.adapted.eval()
         with self.gathering.micro_step() if self.gathering else nullcontext():
-            found = self.overlap()
+            yield
             if self.gathering:
                 self.gathering.settle()
-        return found
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loss and accuracy of the validation streams, logged with the prefix `eval_`; collective.
+
+        Raises ValidationError when the metric of the best checkpoint has no value.
+        """
+        if 0 < self.state.global_step == self.metrics.began:  # `eval_on_start` of a resumed run
+            return {}
+        step = self.state.global_step
+        found = self.validation(self.args, partial(self.watchdog.begin, step), self._reading())
+        self.watchdog.on_step_end(self.args, self.state, self.control)
+        if math.isnan(found[str(self.args.metric_for_best_model)]):
+            raise ValidationError(
+                f"data.validation: no stream has {self.args.metric_for_best_model}; choose another one"
+            )
+        metrics = {f"{PREFIX}{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if best and self.state.best_global_step == self.state.global_step:  # 0 with save_strategy: no
+            self.control.should_save = True
+        return best
+
+    def load_best(self) -> int:
+        """Set the weights of the best checkpoint, and return its step; collective. Raises RunError if it is damaged."""
+        step = int(self.state.best_global_step or self.state.global_step)
+        place = self.checkpoints.folder.checkpoint(step)
+        if what := damage(place):
+            raise RunError(f"{place}: the best checkpoint is damaged: {what}; remove train.load_best_model_at_end")
+        tensors = adapter_tensors(place)
+        with whole(trainable(self.adapted), changed=True) if self.gathering else nullcontext():
+            set_peft_model_state_dict(self.adapted, tensors)
+        return step
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the formula of the Trainer does not apply to streams."""
@@ -263,8 +329,18 @@ class StreamTrainer(Trainer):
         return self.checkpoints.parent
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        files, state = partial(super()._save_checkpoint, model, trial), partial(State.of, self, self.adapted)
-        self.checkpoints.save(self.state.global_step, files, state, self.lr_scheduler)
+        stock, state = partial(super()._save_checkpoint, model, trial), partial(State.of, self, self.adapted)
+        step, best = self.state.global_step, self.state.best_global_step
+
+        def files() -> None:
+            stock()
+            if best and self.args.should_save:  # the Trainer notes the partial folder
+                place = Path(self.checkpoints.parent) / f"checkpoint-{step}" / TRAINER_STATE_NAME
+                noted = replace(self.state, best_model_checkpoint=str(self.checkpoints.folder.checkpoint(best)))
+                noted.save_to_json(str(place))
+            self.state.best_model_checkpoint = None  # else the Trainer removes other checkpoints at its end
+
+        self.checkpoints.save(step, files, state, self.lr_scheduler, best=best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; under ZeRO-3 peft would write empty tensors, and the Trainer gather the base model."""

@@ -23,7 +23,7 @@ from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOp
 from omnimem.tuning.metrics import Pass, running_means, step_metrics
 from omnimem.tuning.overlap import SelectionOverlap
 from omnimem.tuning.plan import Plan, Step, TuningOptions
-from omnimem.tuning.session import Outcome, streamed_loss
+from omnimem.tuning.session import Outcome, Score, streamed_loss, streamed_scores
 
 __all__ = [
     "AbstractLoss",
@@ -42,6 +42,7 @@ __all__ = [
     "Plan",
     "ReleasedGradient",
     "Rows",
+    "Score",
     "SelectionOverlap",
     "StatesGradient",
     "Step",
@@ -58,5 +59,6 @@ __all__ = [
     "running_means",
     "step_metrics",
     "streamed_loss",
+    "streamed_scores",
     "trainable",
 ]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
@@ -21,7 +22,7 @@ from omnimem.streaming.prompt_pass import IGNORED, Prompt, PromptState
 from omnimem.streaming.stream import Stream, Usage
 from omnimem.tokens import Chunk, Modality
 from omnimem.tuning.lora import StreamedModel
-from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows
+from omnimem.tuning.losses import AbstractLoss, AnswerLoss, Rows, answer_losses
 
 
 @runtime_checkable
@@ -169,6 +170,45 @@ def streamed_loss(
         kept={kind.name.lower(): sum(layer[kind] for layer in counts) for kind in Modality},
         seconds_per_chunk=(time.perf_counter() - started) / max(1, asked.usage.chunks),
     )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one stream answers without learning."""
+
+    loss: float  # mean of -log q over the answer tokens
+    questions: int
+    correct: int  # questions whose every answer token, and its end, is the most likely one: what greedy decoding gives
+
+
+@torch.no_grad()
+def streamed_scores(
+    attached: StreamedAttention, feeder: StreamFeeder, batch: Sequence[TrainingStream], policy: Policy
+) -> list[Score]:
+    """The answers to each stream of a batch, read as in evaluation: hard selection, chunks of `stream.chunk_tokens`.
+
+    Raises ValueError when a stream has no answer.
+    """
+    # 1. stream the chunks, ask the questions
+    data = _TrainingBatch(feeder=feeder, batch=batch, chunk_tokens=None)
+    stream = feeder.stream(attached, feeder.with_oracle(policy, batch), batch=len(batch))
+    losses: list[list[float]] = [[] for _ in batch]
+    wrong: list[dict[tuple[int, int], bool]] = [{} for _ in batch]  # by (pass, question)
+    for number, (asked, prompt, labels) in enumerate(data.prompts(stream)):
+        rows = labels != IGNORED
+        logits = feeder.backbone.head(asked.ask(prompt).hidden[rows])
+        found = answer_losses(logits, labels[rows]).tolist()
+        missed = (logits.argmax(dim=-1) != labels[rows]).tolist()
+        places = zip(rows.nonzero()[:, 0].tolist(), prompt.segments[rows].tolist(), strict=True)
+        for (owner, question), loss, miss in zip(places, found, missed, strict=True):
+            losses[owner].append(loss)
+            wrong[owner][number, question] = wrong[owner].get((number, question), False) or miss
+    # 2. a score per stream
+    return [
+        Score(loss=fmean(each), questions=len(verdicts), correct=len(verdicts) - sum(verdicts.values()))
+        for each, verdicts in zip(losses, wrong, strict=True)
+    ]
 
 
 @torch.no_grad()

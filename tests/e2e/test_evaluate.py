@@ -15,11 +15,13 @@ from support.finished_run import config_of, write_adapter, write_run
 from support.ranks import command, start
 from support.thinkers import write_folder
 
+from omnimem.cli.arms import named
 from omnimem.cli.workers import LocalWorkers
 from omnimem.evaluation import EvaluationError, results
 from omnimem.evaluation.results import MEASURED
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
+from omnimem.run import RunFolder
 
 SCRIPT = "train/evaluate.py"
 ARMS = ("--arm", "training_free", "--arm", "tuned", "--arm", "blind")
@@ -151,6 +153,23 @@ def test_results_of_other_settings_are_moved_away(place, here) -> None:
     assert (here / "runs/x/eval_earlier/tuned.1/summary.json").is_file()
     (output,) = command(SCRIPT, [*arguments, "evaluate.max_new_tokens=2"], here).outputs
     assert output.count("made with another max_new_tokens; moved to") == 2
+
+
+def test_a_checkpoint_is_evaluated_beside_the_final_adapter(place, here) -> None:
+    arguments = [*CONFIG, "--arm", "tuned", benchmark(place)]
+    command(SCRIPT, arguments, here)
+    before = found(here)["tuned"]
+    (output,) = command(SCRIPT, [*arguments, "--adapter", "runs/x/checkpoint-4"], here).outputs
+    assert "moved" not in output
+    after = found(here)
+    assert after.pop("tuned") == before
+    ((name, checkpoint),) = after.items()
+    assert name == "tuned@checkpoint-4"
+    assert checkpoint[0] != before[0]
+    assert named("tuned", RunFolder(path=here / "runs" / "x"), here / "runs" / "x" / "adapter") == "tuned"
+    write_adapter(place / "model", here / "other" / "adapter", seed=7)
+    assert named("tuned", RunFolder(path=here / "runs" / "x"), here / "other" / "adapter").startswith("tuned@other-ada")
+    assert named("training_free", RunFolder(path=here / "runs" / "x"), here / "other" / "adapter") == "training_free"
 
 
 def test_another_benchmark_may_be_added_to_results(place, here) -> None:

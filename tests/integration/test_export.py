@@ -31,7 +31,7 @@ from omnimem.policies import PerturbationOptions, perturbation
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
-from omnimem.run import RunError, RunFolder, read_json, sha256
+from omnimem.run import RunError, RunFolder, read_json, sha256, update_json
 from omnimem.selection import SelectionOptions
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
@@ -246,6 +246,27 @@ def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base, tm
     assert f": {pair['verdict']}\n" in text
     exported_to(tmp_path / "checkpoint", run, "adapter", "--checkpoint", "4")
     assert "These weights were not evaluated" in (tmp_path / "checkpoint" / "README.md").read_text()
+
+
+def test_the_cards_of_a_checkpoint_and_of_the_final_adapter_keep_their_own_results(base, tmp_path) -> None:
+    run = write_run(tmp_path / "run", base)
+    for arm in ("training_free", "tuned", "tuned@checkpoint-4"):
+        write_arm(run.path, arm)
+        weights = run.checkpoint(4) if "@" in arm else run.adapter
+        path = run.evaluation(arm) / "summary.json"
+        evaluated = json.loads(path.read_text())
+        evaluated["provenance"]["sha256"] = {"adapter": sha256(weights, suffixes=(".safetensors",))}
+        path.write_text(json.dumps(evaluated))
+    compare([run.path], run.comparison, draws=200)
+    recall = read_json(run.comparison / "summary.json")["benchmarks"]["recall"]
+    for arm, given in (("tuned", ()), ("tuned@checkpoint-4", ("--checkpoint", "best"))):
+        update_json(run.record, best_checkpoint={"step": 4, "metric": "loss", "value": 1.0})
+        exported_to(tmp_path / arm, run, "adapter", *given)
+        text = (tmp_path / arm / "README.md").read_text()
+        (found,) = ModelCard(text).data.eval_results
+        assert found.metric_value == pytest.approx(100 * recall["arms"][arm]["strict"], abs=0.01)
+        pair = next(p for p in recall["pairs"] if (p["a"], p["b"]) == (arm, "training_free"))
+        assert f"- tuned against untouched on recall: {100 * pair['diff']:+.1f} points" in text.replace("\u2212", "-")
 
 
 @pytest.mark.parametrize("there", ["file", "folder"])

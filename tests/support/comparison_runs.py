@@ -36,7 +36,7 @@ def write_arm(run: Path, arm: str, *, videos: int = 6, per_kind: int = 3, benchm
             hardness = 0.75 * draw.random() + 0.25 * draw.random()
             answer, missing = draw.integers(KINDS[kind]), draw.random()
             noise = np.random.default_rng([video, place, len(arm)]).random()
-            skill = SKILL[arm][place % len(KINDS)] * (1 + 0.1 * math.sin(video))
+            skill = SKILL[arm.partition("@")[0]][place % len(KINDS)] * (1 + 0.1 * math.sin(video))
             correct = bool((noise if skill < 0.2 else 0.7 * hardness + 0.3 * noise) < skill)
             parsed = missing < 0.98 or correct
             lines.append(

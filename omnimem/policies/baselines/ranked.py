@@ -49,7 +49,7 @@ class RankedPolicy(Policy):
     @property
     def traits(self) -> Traits:
         """As chosen."""
-        return Traits(per_head=self.per_head, reindex=self.reindex)
+        return Traits(per_head=self.per_head, reindex=self.reindex, needs_mass=self.ranking.needs_importance)
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""

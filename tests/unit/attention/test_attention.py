@@ -12,7 +12,7 @@ from torch import Tensor
 
 from omnimem.attention import blocked
 from omnimem.attention import reference as slow
-from omnimem.attention.blocked import MEMORY, Segments, attend, mass
+from omnimem.attention.blocked import MEMORY, Segments, attend, attend_measured, mass
 
 GROUPS = [(4, 4), (4, 2), (4, 1)]
 SIZES = [(1, 1), (1, 9), (5, 5), (7, 20), (16, 23)]  # queries, keys
@@ -78,6 +78,24 @@ def test_mass_equals_plain_loops(block, heads, query_heads, kv_heads, gated) -> 
         ]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), GROUPS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rows", [3, 128])
+def test_one_pass_gives_the_output_and_the_mass_of_two(monkeypatch, rows, query_heads, kv_heads, gated) -> None:
+    monkeypatch.setattr(blocked, "ROWS", rows)
+    for count, total in (*SIZES, (70, 150)):
+        queries, keys, values, drawn_gate = drawn(query_heads, kv_heads, count, total)
+        gate = drawn_gate if gated else None
+        with torch.no_grad():
+            both = attend_measured(queries, keys, values, scale=SCALE, gate=gate)
+            assert both is not None
+            torch.testing.assert_close(
+                both[0], attend(queries, keys, values, scale=SCALE, gate=gate), rtol=0, atol=2e-6
+            )
+            assert torch.equal(both[1], mass(queries, keys, scale=SCALE, gate=gate))
+        assert attend_measured(queries, keys, values, scale=SCALE, gate=gate) is None  # gradients: two passes
 
 
 def test_the_package_s_own_reference_equals_the_plain_loops() -> None:

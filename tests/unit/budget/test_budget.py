@@ -271,9 +271,27 @@ def test_signals_of_a_file_are_allocated_again_by_this_configs_ratio(tmp_path) -
     assert again.slots == AudioVisualBudget(visual_audio_ratio=2.0).build(36, 64, signals_of()).slots
 
 
-def test_a_shared_budget_does_not_fit_the_released_format(tmp_path) -> None:
-    with pytest.raises(BudgetError, match="write a shared or full budget in ours"):
-        SharedBudget().build(3, 7).write(tmp_path / "budget.json", released=True)
+def test_released_tables_of_whole_numbers_are_one_pool_per_layer(tmp_path) -> None:
+    path = tmp_path / "released.json"
+    path.write_text("[8000, 4000, 12576]")
+    budget = Budget.read(path)
+    assert [sum(slots) for slots in budget.slots] == [8000, 4000, 12576]
+    assert not budget.split
+    budget.write(tmp_path / "again.json", released=True)
+    assert json.loads((tmp_path / "again.json").read_text()) == [8000, 4000, 12576]
+    kept = AudioVisualBudget(table=str(path), rounding="truncated").build(3, 8192)
+    assert (kept.slots, kept.split) == (budget.slots, False)
+    scaled = AudioVisualBudget(table=str(path)).build(3, 4096)
+    assert [sum(slots) for slots in scaled.slots] == [4000, 2000, 6288]
+    assert not scaled.split
+
+
+def test_a_full_budget_does_not_fit_the_released_format(tmp_path) -> None:
+    with pytest.raises(BudgetError, match="write a full budget in ours"):
+        Budget.full(3).write(tmp_path / "budget.json", released=True)
+    Budget.full(3).write(tmp_path / "budget.json")
+    with pytest.raises(BudgetError, match="holds no shares of a memory"):
+        AudioVisualBudget(table=str(tmp_path / "budget.json")).build(3, 7)
 
 
 @pytest.mark.parametrize(

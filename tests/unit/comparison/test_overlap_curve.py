@@ -1,4 +1,4 @@
-"""The report shows how far selection drifted in training, where that was measured."""
+"""Curves of the report: drift of selection and validation, where they were measured."""
 
 from typing import Any
 
@@ -24,3 +24,12 @@ def test_the_mean_is_drawn_over_the_measured_steps_and_the_last_one_is_named(sha
     assert (view["overlap"] is not None) == drawn
     if drawn:
         assert "Tokens that x and the untuned model both keep, by step" in view["overlap"]
+
+
+def test_a_validation_is_drawn_at_the_budget_and_with_full_memory() -> None:
+    found = [{"loss": 2.0 / step, "full_loss": 1.0 / step, "accuracy": 0.5, "full_accuracy": None} for step in (1, 2)]
+    metrics = tuple({**line(step, None), "validation": each} for step, each in enumerate(found, start=1))
+    loss, accuracy = training(Run(name="x", budget=None, metrics=metrics))["validation"]
+    assert "Validation of x: loss by step" in loss["figure"]
+    assert [(str(one["figure"]).count("<polyline"), len(one["legend"])) for one in (loss, accuracy)] == [(4, 2), (2, 1)]
+    assert training(Run(name="x", budget=None, metrics=(line(1, None),)))["validation"] == []

@@ -13,6 +13,7 @@ from omnimem.run import RunFolder
 from omnimem.training.arguments import (
     MAY_CHANGE,
     REFUSED,
+    VALIDATED,
     OwnSettings,
     on_resume,
     own_names,
@@ -95,6 +96,36 @@ def test_what_cannot_work_with_streams_is_refused_when_it_is_read(setting, tmp_p
 def test_settings_that_would_make_checkpoints_useless_are_refused_with_a_reason(name, tmp_path) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{name}: .*checkpoint"):
         loaded(tmp_path, f"train.{name}=true")
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_a_setting_of_a_validation_that_does_not_take_place_is_refused(name, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=f"train.{name}: needs data.validation") as error:
+        training_arguments({name: 1}, RunFolder(path=tmp_path))
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"eval_strategy": "no"}, "eval_strategy: no never reads data.validation"),
+        ({"save_strategy": "no", "load_best_model_at_end": True}, "needs checkpoints, and train.save_strategy is no"),
+        ({"early_stopping_threshold": 0.1}, "needs train.early_stopping_patience"),
+    ],
+)
+def test_settings_that_make_a_validation_useless_are_refused(settings, what, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=what):
+        training_arguments(settings, RunFolder(path=tmp_path), validated=True)
+
+
+def test_a_validation_follows_the_checkpoints_unless_it_is_set(tmp_path) -> None:
+    for given, every in (({}, 100), ({"save_steps": 7}, 7), ({"save_steps": 7, "eval_steps": 3}, 3)):
+        found = training_arguments(given, RunFolder(path=tmp_path), validated=True)
+        assert (found.eval_strategy, found.eval_steps, found.metric_for_best_model) == ("steps", every, "loss")
+        assert found.greater_is_better is False
+    best = training_arguments({"metric_for_best_model": "full_accuracy"}, RunFolder(path=tmp_path), validated=True)
+    assert best.greater_is_better is True
+    assert training_arguments({}, RunFolder(path=tmp_path)).eval_strategy == "no"
 
 
 ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"

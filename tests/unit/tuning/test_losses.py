@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, final
 
 import pytest
@@ -33,6 +34,7 @@ from omnimem.tuning import (
     running_means,
     step_metrics,
     streamed_loss,
+    streamed_scores,
     trainable,
 )
 from omnimem.tuning.losses import kl_divergences
@@ -135,6 +137,49 @@ def labels_of(episode: Episode) -> list[list[list[int]]]:
         ]
         for stream in range(len(episode.modality))
     ]
+
+
+@pytest.mark.parametrize("slots", [6, None])
+def test_scores_of_a_validation_are_the_losses_of_evaluation(tuned, slots) -> None:
+    """Without dropout, gates or gradient: each stream as it is read alone, and none of its questions right."""
+    with attach(tuned.backbone.text_model) as attached:
+        scores = streamed_scores(attached, tuned.feeder(), batch_of(), policy_at(slots))
+        for score, one in zip(scores, batch_of(), strict=True):
+            outcome = streamed(attached, tuned, [one], slots)
+            assert score.loss == pytest.approx(float(outcome.loss.detach()), rel=1e-5)
+    assert [(score.questions, score.correct) for score in scores] == [(4, 0), (4, 0)]
+
+
+class Knowing:
+    """A feeder whose head predicts every label, but for one row of the first pass."""
+
+    def __init__(self, feeder: Feeder, wrong: int) -> None:
+        self.feeder, self.wrong = feeder, wrong
+        self.backbone = SimpleNamespace(head=self.head)
+        self.labels: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.feeder, name)
+
+    def prompt(self, *given: Any) -> Any:
+        prompt = self.feeder.prompt(*given)
+        assert prompt.labels is not None
+        self.labels.append(prompt.labels[prompt.labels != IGNORED])
+        return prompt
+
+    def head(self, hidden: Tensor) -> Tensor:
+        labels = self.labels[-1].clone()
+        if len(self.labels) == 1:
+            labels[self.wrong] += 1
+        return nn.functional.one_hot(labels, int(labels.max()) + 1).double()
+
+
+def test_a_question_is_right_when_every_token_of_its_answer_is_the_most_likely_one(tuned) -> None:
+    for wrong in range(2):
+        with attach(tuned.backbone.text_model) as attached:
+            feeder: Any = Knowing(tuned.feeder(), wrong)
+            scores = streamed_scores(attached, feeder, batch_of(), policy_at(6))
+        assert [(score.questions, score.correct) for score in scores] == [(4, 3), (4, 4)]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 8.0])

@@ -1,0 +1,178 @@
+"""Seconds and bytes per chunk of policies side by side: one text model of random weights, one run, chunks in turn.
+
+python benchmarks/stream_cost.py [--policy NAME]... [--chunk N]... [--slots N] [--chunks N] [--layers N] [--width N]
+                                 [--feature N] [--device cpu|cuda] [--dtype float32|bfloat16] [--out FILE]
+
+The first policy is the floor: `random` evicts without measuring anything. Every chunk is read by all policies in turn,
+so that the ratios hold when the machine's speed drifts; seconds are CPU seconds of this thread on a CPU, wall seconds
+on a GPU, medians over the chunks after the memory is full. The slope is that of the seconds over the chunk number in
+% of the median per 100 chunks, with a 95 % interval by Theil and Sen's pairs: 0 for a memory of fixed size. Width 512
+has 8 heads and 2 key-value heads of 64; other widths alike.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import Qwen2_5OmniTextConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
+
+from benchmarks.tables import markdown
+from omnimem.budget import Budget
+from omnimem.cli.parser import Parser, run_command
+from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
+from omnimem.policies.base import Policy
+from omnimem.policies.baselines.h2o import H2OOptions
+from omnimem.policies.baselines.k_center import KCenterOptions
+from omnimem.policies.baselines.keydiff import KeyDiffOptions
+from omnimem.streaming.attach import attach
+from omnimem.streaming.stream import Stream
+from omnimem.tokens import Chunk
+
+POLICIES: dict[str, Any] = {
+    "random": ControlOptions(name="random"),
+    "paper": PerturbationOptions(name="paper"),
+    "released": PerturbationOptions(name="released"),
+    "omnimem": PerturbationOptions(),
+    "distinct": DistinctOptions(),
+    "h2o": H2OOptions(),
+    "keydiff": KeyDiffOptions(),
+    "k_center": KCenterOptions(),
+}
+DEFAULT = ("random", "paper", "released", "omnimem", "omnimem/128", "distinct", "full")
+HEADS, KV_HEADS = 8, 2
+WARM = 2  # chunks after the memory is full that are not counted
+
+
+def built(name: str, layers: int, slots: int) -> Policy:
+    """A policy by name; NAME/N measures redundancy on N projected features; `full` keeps everything."""
+    if name == "full":
+        return PerturbationOptions().build(None)
+    base, _, feature = name.partition("/")
+    options = POLICIES[base] if not feature else PerturbationOptions(name=base, feature=int(feature))  # type: ignore[arg-type]
+    return options.build(Budget.shared(layers, slots))
+
+
+def model_of(layers: int, width: int, device: str, dtype: str) -> Qwen2_5OmniThinkerTextModel:
+    """A random text model in the sizes of the run."""
+    torch.manual_seed(0)
+    config = Qwen2_5OmniTextConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=1 << 22,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": _sections(width // HEADS)},
+    )
+    model: Any = Qwen2_5OmniThinkerTextModel._from_config(config, dtype=getattr(torch, dtype))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _sections(dim: int) -> list[int]:
+    """Rotary pairs of time, rows and columns."""
+    side = dim * 3 // 16
+    return [dim // 2 - 2 * side, side, side]
+
+
+def chunk_of(length: int, first: int, width: int, device: str, dtype: torch.dtype) -> Chunk:
+    """A random chunk: three visual tokens, then one of audio."""
+    kinds = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-length // 4))[:length]
+    return Chunk(
+        embeddings=torch.randn(1, length, width, device=device, dtype=dtype),
+        positions=(torch.arange(length, device=device) + first).expand(1, 3, length),
+        modality=kinds.to(device)[None],
+    )
+
+
+def measure(names: Sequence[str], length: int, chunks: int, slots: int, model: Any) -> dict[str, dict[str, float]]:
+    """Per policy: seconds per chunk, ratio to the first, bytes held, slope."""
+    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    device, dtype = str(model.device), model.dtype
+    full = -(-slots // length) + WARM
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    with attach(model) as attached, torch.no_grad():
+        streams = {name: Stream(attached, built(name, layers, slots)) for name in names}
+        for number in range(full + chunks):
+            chunk = chunk_of(length, number * length, width, device, dtype)
+            for name, stream in streams.items():
+                began = _clock(device)
+                stream.feed(chunk)
+                spent[name].append(_clock(device) - began)
+        held = {name: stream.memory.bytes for name, stream in streams.items()}
+    floor = median(spent[names[0]][full:])
+    found = {}
+    for name in names:
+        seconds = spent[name][full:]
+        low, middle, high = slope(seconds)
+        found[name] = {
+            "seconds": median(seconds),
+            "ratio": median(seconds) / floor,
+            "bytes": held[name],
+            "slope": middle,
+            "slope_low": low,
+            "slope_high": high,
+        }
+    return found
+
+
+def _clock(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.thread_time()
+
+
+def slope(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Theil and Sen's slope in % of the median per 100 chunks: (low, estimate, high), 95 % by Kendall's variance."""
+    count = len(seconds)
+    pairs = sorted((seconds[j] - seconds[i]) / (j - i) for i in range(count) for j in range(i + 1, count))
+    if not pairs:
+        return 0.0, 0.0, 0.0
+    spread = 1.96 * (count * (count - 1) * (2 * count + 5) / 18) ** 0.5
+    low = pairs[max(0, int((len(pairs) - spread) / 2))]
+    high = pairs[min(len(pairs) - 1, int((len(pairs) + spread) / 2) + 1)]
+    scale = 1e4 / median(seconds)
+    return low * scale, median(pairs) * scale, high * scale
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every chunk length and print one table."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--policy", action="append", help="may be repeated; NAME/N: N features (%(default)s)")
+    parser.add_argument("--chunk", type=int, action="append", help="tokens per chunk; may be repeated (1024, 256)")
+    parser.add_argument("--slots", type=int, default=1024, help="slots per layer, one pool (%(default)s)")
+    parser.add_argument("--chunks", type=int, default=20, help="chunks counted (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--width", type=int, default=512, help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    args = parser.parse_args(argv)
+    names, lengths = args.policy or list(DEFAULT), args.chunk or [1024, 256]
+    for name in names:
+        if name != "full" and name.partition("/")[0] not in POLICIES:
+            parser.error(f"--policy {name}: unknown; known: {', '.join([*POLICIES, 'full'])}")
+    model = model_of(args.layers, args.width, args.device, args.dtype)
+    result = {length: measure(names, length, args.chunks, args.slots, model) for length in lengths}
+    rows = [
+        [str(length), name, f"{found['seconds'] * 1e3:.1f}", f"{found['ratio']:.2f}", f"{found['bytes'] / 2**20:.1f}",
+         f"{found['slope']:+.1f} [{found['slope_low']:+.1f}, {found['slope_high']:+.1f}]"]
+        for length, arms in result.items()
+        for name, found in arms.items()
+    ]  # fmt: skip
+    print(markdown(("chunk", "policy", "ms per chunk", "ratio", "MiB held", "slope, % per 100 chunks"), rows))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
