@@ -164,6 +164,7 @@ class Qwen25Omni(Backbone):
                 seconds=segment.seconds,
                 seconds_per_grid=self.geometry.temporal_patch / fps,
                 at=segment.at,
+                deepstack=shown.deepstack,
             )
             for segment, shown, mel_tokens in zip(block, seen, audio, strict=True)
         ]
