@@ -27,6 +27,7 @@ OBJECTS = (  # files that hold one JSON object
 )
 TEXTS = ("chat_template.jinja", "merges.txt")
 INDEX = "model.safetensors.index.json"
+SIBLINGS = ("talker.", "code2wav.", "token2wav.")  # models beside a thinker, which are not loaded
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
 
 
@@ -101,7 +102,8 @@ def require_weights(path: str, found: Mapping[str, Any], *, exact: bool = False)
 
     `found` is the loading info of `from_pretrained`. If `exact`, weights that the model has no place for are refused.
     """
-    if exact and (extra := sorted(found["unexpected_keys"])):
+    extra = sorted(key for key in found["unexpected_keys"] if not key.startswith(SIBLINGS))
+    if exact and extra:
         raise CheckpointError(
             f"{path}: {len(extra)} weights have no place in a model of its config.json (first: {extra[0][:80]}); copy "
             "config.json and all weight files of one model again"

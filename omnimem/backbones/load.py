@@ -13,6 +13,7 @@ from omnimem.backbones.base import Backbone, ModelOptions
 from omnimem.backbones.family import Family
 from omnimem.backbones.files import AGAIN, CheckpointError, ShapesError, require_whole
 from omnimem.backbones.qwen2_5_omni import Qwen25OmniFamily
+from omnimem.backbones.qwen3_omni import Qwen3OmniFamily
 from omnimem.backbones.qwen3_vl import Qwen3VLFamily
 from omnimem.backbones.settings import read_json
 from omnimem.backbones.shapes import Shapes
@@ -21,7 +22,13 @@ from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
 
 # the first that claims a config.json loads it
-FAMILIES: tuple[Family, ...] = (VideoSalmonn2PlusFamily(), Qwen3VLFamily(), Qwen25OmniFamily(), AssembledFamily())
+FAMILIES: tuple[Family, ...] = (
+    VideoSalmonn2PlusFamily(),
+    Qwen3VLFamily(),
+    Qwen3OmniFamily(),
+    Qwen25OmniFamily(),
+    AssembledFamily(),
+)
 
 
 def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:

@@ -62,7 +62,10 @@ class Qwen3VL(Backbone):
     senses = ("video",)
     compacts = False  # rows and columns move with the time, so kept tokens cannot move up in time alone
     stamped = True
-    classes = STOCK
+    classes: dict[str, Classes] = STOCK
+    preprocessed: tuple[str, ...] = PREPROCESSED  # settings that are read from the preprocessor's files
+    defaults: dict[str, Any] = HALVES
+    markers: tuple[str, ...] = (START, END, "<|video_pad|>")
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class Qwen3VL(Backbone):
                 tokenizer.chat_template = template
             config_class, model_class = cls.classes[(read_json(options.path, "config.json") or {})["model_type"]]
             config = config_class.from_pretrained(options.path)
-            geometry = cls.geometry_of(config, preprocessor_settings(beside, PREPROCESSED))
+            geometry = cls.geometry_of(config, preprocessor_settings(beside, cls.preprocessed))
             model = load_model(options, model_class, config, exact=True)
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
@@ -192,12 +195,16 @@ class Qwen3VL(Backbone):
         """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""
         return self.text.ids(self._closing.partition(SAMPLE)[2] if text is None else text)
 
+    def end_of(self, tracks: Tracks | None) -> str:
+        """The tokens between the stream and the question."""
+        return "" if tracks in (None, "audio") else END
+
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
-        """(ids, offsets, labels) of the last vision_end of a stream with frames, the question and the answer.
+        """(ids, offsets, labels) of the end markers of the stream, the question and the answer.
 
         A label is at the token that predicts it; it is -100 elsewhere.
         """
-        end = [] if tracks in (None, "audio") else self.text.ids(END)
+        end = self.text.ids(self.end_of(tracks))
         asked = self.text.ids(self._closing.replace(SAMPLE, self.text.plain(turn.text)) if turn.ids is None else "")
         answer = [] if turn.answer is None else [*self.text.ids(self.text.plain(turn.answer)), self.stop[0]]
         given = self.text.ids(self.text.plain(turn.given))
@@ -390,6 +397,7 @@ class Qwen3VLFamily(Family):
         return self.backbone.load(options)
 
     def shapes(self, config: Table, preprocessor: Table) -> Shapes:
+        config = config.get("thinker_config", config)
         text, vision = config["text_config"], config["vision_config"]
         parsed, model_class = self._parsed(config)
         return Shapes(
@@ -402,7 +410,7 @@ class Qwen3VLFamily(Family):
                 temporal_patch=vision["temporal_patch_size"],
             ),
             audio=self.audio_shape(parsed),
-            geometry=self.backbone.geometry_of(parsed, HALVES | flattened(preprocessor)),
+            geometry=self.backbone.geometry_of(parsed, self.backbone.defaults | flattened(preprocessor)),
             parameters=weights_of(on_meta(model_class, parsed)),
             trained_positions=text["max_position_embeddings"],
             pass_seconds=TOGETHER,
@@ -416,13 +424,14 @@ class Qwen3VLFamily(Family):
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
         if START not in tokenizer.get_vocab():  # of another model: text is counted approximately, markers exactly
-            tokenizer.add_special_tokens({"additional_special_tokens": [START, END, "<|video_pad|>"]})
+            tokenizer.add_special_tokens({"additional_special_tokens": list(self.backbone.markers)})
             tokenizer.chat_template = TEMPLATE
         parsed, model_class = self._parsed(config)
-        geometry = self.backbone.geometry_of(parsed, HALVES | flattened(preprocessor))
+        geometry = self.backbone.geometry_of(parsed, self.backbone.defaults | flattened(preprocessor))
         return self.backbone(on_meta(model_class, parsed), tokenizer, geometry, system=system)
 
     def _parsed(self, config: Table) -> tuple[Any, Any]:
         """The configuration in its class, and the class of the model."""
+        config = config.get("thinker_config", config)
         config_class, model_class = self.backbone.classes[config["model_type"]]
         return config_class.from_dict(dict(config)), model_class

@@ -13,6 +13,8 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
+from transformers import Qwen3OmniMoeThinkerConfig as Qwen3OmniConfig
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Qwen3OmniModel
 
 from omnimem.backbones.base import Backbone
 from omnimem.backbones.qwen3_vl import TEMPLATE
@@ -21,11 +23,13 @@ from omnimem.media import LiveSource, SourceOptions
 from omnimem.tiny.checkpoint import build_tokenizer
 from support import thinkers
 
-NAMES = ("qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe")
-MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|audio_pad|>")
+NAMES = ("qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni")
+WORDS = ("vision_start", "vision_end", "image_pad", "video_pad", "audio_pad", "audio_start", "audio_end")
+MARKS = tuple(f"<|{word}|>" for word in WORDS)
 CLASSES: dict[str, tuple[Any, Any]] = {
     "video_salmonn2_plus": SALMONN["qwen3_vl"],
     "video_salmonn2_plus_moe": SALMONN["qwen3_vl_moe"],
+    "qwen3_omni": (Qwen3OmniConfig, Qwen3OmniModel),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
 }
@@ -42,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def table_of(name: str, words: PreTrainedTokenizerFast, *, tied: bool = False) -> dict[str, Any]:
     """config.json of a tiny model with the keys that the releases write."""
-    moe = name.endswith("moe")
+    moe = name.endswith("moe") or name == "qwen3_omni"
     ids = {mark: words.convert_tokens_to_ids(mark) for mark in MARKS}
     text: dict[str, Any] = {
         **{"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
@@ -64,6 +68,13 @@ def table_of(name: str, words: PreTrainedTokenizerFast, *, tied: bool = False) -
         **{"vision_start_token_id": ids[MARKS[0]], "vision_end_token_id": ids[MARKS[1]]},
         **{"image_token_id": ids[MARKS[2]], "video_token_id": ids[MARKS[3]]},
     }
+    if name == "qwen3_omni":
+        table |= {"model_type": "qwen3_omni_moe_thinker", "position_id_per_seconds": 13}
+        table |= {"audio_token_id": ids[MARKS[4]], "audio_start_token_id": ids[MARKS[5]]}
+        table["audio_config"] = {
+            **{"num_mel_bins": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48},
+            **{"d_model": 32, "output_dim": 64, "n_window": 50, "n_window_infer": 800, "downsample_hidden_size": 8},
+        }
     if name.startswith("video"):
         table["audio_token_id"] = ids[MARKS[4]]
         table["audio_config"] = {
@@ -103,7 +114,9 @@ def write(folder: Path, name: str, *, tied: bool = False, seed: int = 0, process
     beside = processor or folder
     beside.mkdir(exist_ok=True)
     words.save_pretrained(beside)
-    halves = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    halves: dict[str, Any] = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    if name == "qwen3_omni":
+        halves |= {"feature_size": 32, "hop_length": 160, "n_fft": 400, "sampling_rate": 16000}
     (beside / "preprocessor_config.json").write_text(json.dumps(halves))
     return folder
 

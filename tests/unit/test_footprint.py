@@ -21,7 +21,7 @@ from omnimem.tiny.checkpoint import build_tokenizer
 from omnimem.tokens import Chunk
 from omnimem.tuning import LoraOptions, add_adapter
 
-MODELS = sorted((CONFIGS / "models").glob("*.json"))
+MODELS = sorted((CONFIGS / "models").glob("Qwen2.5-Omni-*.json"))
 LORA = LoraOptions(r=8, alpha=16.0)
 LOAD = Load(
     dtype=torch.bfloat16,
