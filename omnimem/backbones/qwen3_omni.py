@@ -1,7 +1,7 @@
 """Qwen3-Omni thinker (30B-A3B): frames and audio merged token by token in order of time, with deepstack features.
 
-Prompt: {opening}<|vision_start|><|audio_start|>[a frame grid, then audio up to the next one]*<|audio_end|><|vision_end|>
-{question}; a stream with one track has only the markers of that track. Markers have positions of their own.
+Prompt: {opening}<|vision_start|><|audio_start|>[a frame grid, then audio up to the next one]*<|audio_end|>
+<|vision_end|>{question}; a stream with one track has only its own markers. Every marker has a position of its own.
 
 Positions: a grid at `position_id_per_seconds` times its time, rows and columns from the start of the stream; the k-th
 audio token at k, so one second has as many positions as audio tokens (13). Rates of frames with other than whole

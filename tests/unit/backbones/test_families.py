@@ -114,6 +114,22 @@ def test_released_names_load_and_are_saved_again(tmp_path, name, tied) -> None:
         assert f"{inside}attention.output.LayerNorm.bias" in released
 
 
+def test_a_thinker_loads_from_the_folder_of_the_whole_model(folder, loaded, tmp_path) -> None:
+    plain, whole = folder("qwen3_omni"), tmp_path / "whole"
+    whole.mkdir()
+    for file in plain.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+    weights = {f"thinker.{key}": value for key, value in load_file(plain / "model.safetensors").items()}
+    extra = {f"{part}.proj.weight": torch.ones(2, 2) for part in ("talker", "code2wav")}
+    save_file(weights | extra, whole / "model.safetensors", metadata={"format": "pt"})
+    table = json.loads((plain / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps({"model_type": "qwen3_omni_moe", "thinker_config": table}))
+    ours, expected = load_backbone(ModelOptions(path=str(whole)), "cpu").model.state_dict(), loaded("qwen3_omni").model
+    assert all(torch.equal(ours[key], value) for key, value in expected.state_dict().items())
+    assert read_shapes(whole).parameters == read_shapes(plain).parameters
+    assert any(".experts.3.up_proj.weight" in key for key in weights)
+
+
 @pytest.mark.parametrize("name", STAMPED)
 @pytest.mark.parametrize("change", ["missing", "extra"])
 def test_missing_and_extra_weights_are_named(tmp_path, name, change) -> None:
