@@ -96,6 +96,8 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
         for name in ADAPTER_FILES:
             shutil.copyfile(tuned.adapter / name, folder / name)
     _copy_companions(base.folder, folder)
+    if kind == "merged" and tuned.run.model.processor is not None:  # of the release, in a folder of its own
+        _copy_companions(BaseModel.of(tuned.run.model.processor).folder, folder)
     exported.write(folder)
     return exported, {**logits, "evicting": check.logits(check.slots)}
 
