@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import EVICTABLE
+from omnimem.tokens import EVICTABLE, Modality
 
 MOST = 192  # rows (chunks) and bins (segments); above it, every second row is dropped and pairs of bins are joined
 
@@ -37,22 +37,24 @@ class Trace:
         while len(self._reader.arrived) > MOST * self._joined:
             self._joined *= 2
             self._rows = [(end, {kind: _joined(table) for kind, table in row.items()}) for end, row in self._rows]
-        edges = self._edges(stream.usage.tokens_in[0])
+        edges = self._edges()
         found: dict[int, Int[Tensor, "layers bins"]] = {}
         for kind in EVICTABLE:
             layers = []
             for layer in stream.memory.layers:
-                mine = layer.order[0][layer.modality[0] == kind].cpu()
+                order, kinds = layer.order[0].cpu(), layer.modality[0].cpu()
+                mine, text = order[kinds == kind], order[kinds == Modality.TEXT].unique()
+                mine = mine - torch.searchsorted(text, mine)  # text, which is never evicted, is in no segment
                 bins = torch.bucketize(mine, edges, right=True) - 1
                 held = torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
                 layers.append((held / layer.heads).round())  # an entry of a single head counts as 1 / heads
             found[kind] = torch.stack(layers).to(torch.int32)
         return found
 
-    def _edges(self, opening: int) -> Int[Tensor, " edges"]:
-        """Arrival number of the first token of each bin; earlier tokens are the opening."""
+    def _edges(self) -> Int[Tensor, " edges"]:
+        """Number of the first audio or visual token of each bin."""
         counts = torch.tensor([sum(each) for each in self._reader.arrived])
-        starts = torch.cat([torch.tensor([0]), counts.cumsum(0)]) + opening
+        starts = torch.cat([torch.tensor([0]), counts.cumsum(0)])
         return torch.cat([starts[: -1 : self._joined], starts[-1:]])
 
     def json(self, stream: Stream, seconds: float) -> dict[str, Any]:

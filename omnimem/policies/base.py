@@ -59,7 +59,7 @@ class StreamOutline:
     """The content of a stream, known before it is read: for baselines and bounds that are no streaming methods."""
 
     modality: Int8[Tensor, " tokens"]  # of all tokens, in order of arrival
-    positions: Int[Tensor, "axes tokens"]
+    place: Int[Tensor, "places tokens"]  # frame, row, column and group, as in `Chunk`
     needles: tuple[int, ...] = ()  # arrival numbers of the tokens that hold the answers, most important first
 
 
