@@ -39,7 +39,7 @@ class ControlOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class TextOnly(Policy):
-    """Keeps the text of a stream and nothing else: what timestamps alone tell, and what tuning stores in them (ours)."""
+    """Keeps the text of a stream alone: what timestamps tell, and what tuning stores in them (ours)."""
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The text of the pool."""
