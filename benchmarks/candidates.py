@@ -22,7 +22,10 @@ class MeanRank(AbstractScorer):
     inner: AbstractScorer
     weight: float = 0.5
 
-    needs_importance = True
+    @property
+    def needs_importance(self) -> bool:
+        """Attention is measured."""
+        return True
 
     @property
     def needs_novelty(self) -> bool:

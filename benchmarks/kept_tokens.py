@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.common import load_config
 from benchmarks.needles import needles
-from benchmarks.real_lm import ARMS, Bed
+from benchmarks.real_lm import ARMS, Bed, bed_of
 from benchmarks.real_texts import texts
 from benchmarks.softening import tokens_of, world_of
 from benchmarks.studies import POLICIES
@@ -290,9 +290,10 @@ def main(arguments: Sequence[str]) -> None:
     slots = given.slots or SLOTS[given.bed]
     if given.bed == "text":
         model, tokenizer = smollm2.load("bfloat16")
-        with attach(model.model) as attached:
-            bed = Bed(attached, model, tokenizer)
-            found = measure(attached, text_items(bed, given.texts, given.split or "development", given.streams), slots)
+        with bed_of(model, tokenizer) as bed:
+            found = measure(
+                bed.attached, text_items(bed, given.texts, given.split or "development", given.streams), slots
+            )
     else:
         run = load_config("tiny.yaml" if given.bed == "recall" else "assembled.yaml", ["data.cache=false"])
         split = given.split or "calibration"

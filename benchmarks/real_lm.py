@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -121,19 +122,10 @@ class Bed:
     """The model, attached, and what is run on it."""
 
     def __init__(
-        self, attached: StreamedAttention, model: Any, tokenizer: Any, *, chunk_tokens: int | None = None
+        self, attached: StreamedAttention, model: Any, tokenizer: Any, feeders: Mapping[bool, TextFeeder]
     ) -> None:
-        """`chunk_tokens`: CHUNK unless given."""
-        self.attached, self.tokenizer = attached, tokenizer
+        self.attached, self.tokenizer, self.feeders = attached, tokenizer, feeders
         self.head: Tensor = model.lm_head.weight.float()  # bfloat16 logits would tie candidates
-        start = tokenizer.convert_ids_to_tokens(START)
-        self.feeders = {
-            protected: TextFeeder(
-                TextModel(model, tokenizer, system=start if protected else None, template=False),
-                chunk_tokens=chunk_tokens or CHUNK,
-            )
-            for protected in (True, False)
-        }
 
     @cache  # noqa: B019 - one bed per process
     def episode(self, cell: Cell, text: Text, other: Text) -> Episode:
@@ -202,6 +194,21 @@ class Bed:
             "wording": question.wording,
             "at": question.fact[0],
         }
+
+
+@contextmanager
+def bed_of(model: Any, tokenizer: Any, *, chunk_tokens: int | None = None) -> Iterator[Bed]:
+    """The bed, its model attached inside the block; `chunk_tokens`: CHUNK unless given."""
+    start = tokenizer.convert_ids_to_tokens(START)
+    feeders = {  # before attaching: a text model is tried out when it is wrapped
+        protected: TextFeeder(
+            TextModel(model, tokenizer, system=start if protected else None, template=False),
+            chunk_tokens=chunk_tokens or CHUNK,
+        )
+        for protected in (True, False)
+    }
+    with attach(model.model) as attached:
+        yield Bed(attached, model, tokenizer, feeders)
 
 
 def kept(stream: Stream, episode: Episode, protected: bool) -> dict[str, Any]:
@@ -344,9 +351,9 @@ def check(folders: Sequence[Path]) -> None:
     with torch.no_grad():
         expected = theirs(ids).logits
         print(f"logits minus those of transformers: {_apart(model(ids).logits, expected):.1e} (bound 1e-4)")
-        with attach(model.model) as attached:
-            feeder = Bed(attached, model, tokenizer).feeders[True]
-            stream = feeder.stream(attached, PerturbationOptions().build(None))
+        with bed_of(model, tokenizer) as bed:
+            feeder = bed.feeders[True]
+            stream = feeder.stream(bed.attached, PerturbationOptions().build(None))
             for chunk in feeder.chunks([Episode(ids=tuple(ids[0, :150].tolist()), modality=(2,) * 150).sample()]):
                 stream.feed(chunk)
             asked = feeder.prompt([[Turn(ids=tuple(ids[0, 150:].tolist()))]])
@@ -378,8 +385,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     model, tokenizer = smollm2.load("bfloat16")
     chosen = texts(given.split, given.texts, partly=given.partly)
-    with attach(model.model) as attached:
-        bed = Bed(attached, model, tokenizer)
+    with bed_of(model, tokenizer) as bed:
         evaluate(bed, given, chosen, Results(folder, "results-{}of{}".format(*given.shard)))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.needles import AGAIN, GIVEN, HELD, LETTERS, needles
-from benchmarks.real_lm import Bed, kept, read_rows
+from benchmarks.real_lm import Bed, bed_of, kept, read_rows
 from benchmarks.real_lm_table import markdown, tables
 from benchmarks.real_texts import Text, texts
 from omnimem.backbones.base import Turn
@@ -33,7 +33,6 @@ from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
 from omnimem.pretrained import smollm2
 from omnimem.run import write_json
-from omnimem.streaming.attach import attach
 from omnimem.streaming.text_feeder import TextQuestion, TextSample
 from omnimem.tuning import LoraOptions, Plan, TuningOptions, add_adapter, load_adapter, streamed_loss, trainable
 from omnimem.tuning.gradient.build import gradient_of
@@ -104,15 +103,19 @@ def train(given: Any) -> None:
     # 2. steps
     plan = Plan(options=options, slots_per_layer=SLOTS[0], chunk_tokens=CHUNK, seed=given.seed)
     members = texts("development", given.texts)[:TRAINED]
-    with attach(model.model) as attached, (folder / "log.jsonl").open("a") as log:
-        layers = attached.shape.layers
-        feeder = Bed(attached, model, tokenizer, chunk_tokens=CHUNK).feeders[True]
+    with bed_of(model, tokenizer, chunk_tokens=CHUNK) as bed, (folder / "log.jsonl").open("a") as log:
+        layers, feeder = bed.attached.shape.layers, bed.feeders[True]
         for step in range(first, min(given.until or given.steps, given.steps)):
             sample, slots = stream_of(tokenizer, members, given.seed, step), plan(step, given.steps).slots
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, given.steps, given.rate)
             outcome = streamed_loss(
-                attached, feeder, [sample], policy_of(layers, slots), softness=None, carry=gradient_of(options, layers)
+                bed.attached,
+                feeder,
+                [sample],
+                policy_of(layers, slots),
+                softness=None,
+                carry=gradient_of(options, layers),
             )
             outcome.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -144,8 +147,7 @@ def evaluate(given: Any) -> None:
             load_adapter(model, folder / "adapter")
             steps = torch.load(folder / "state.pt", weights_only=True)["step"]
         label = name if name == "free" else f"{name}@{steps}"
-        with attach(model.model) as attached, path.open("a") as file:
-            bed = Bed(attached, model, tokenizer, chunk_tokens=CHUNK)
+        with bed_of(model, tokenizer, chunk_tokens=CHUNK) as bed, path.open("a") as file:
             for number, text in enumerate(chosen[: given.most]):
                 for slots in given.slots or SLOTS:
                     if (label, text.digest[:16], slots) in done:

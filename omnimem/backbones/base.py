@@ -30,6 +30,7 @@ class ModelOptions:
     """The checkpoint and its precision."""
 
     path: str  # a local folder or a hub id
+    # of the weights; under DeepSpeed that of train.bf16 or fp16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
     processor: str | None = None  # folder or hub id with tokenizer and processors, if they are not at `path`

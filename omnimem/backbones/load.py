@@ -18,6 +18,7 @@ from omnimem.backbones.qwen3_vl import Qwen3VLFamily
 from omnimem.backbones.settings import read_json
 from omnimem.backbones.shapes import Shapes
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
+from omnimem.checksums import SEAL, damage, is_sealed
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -35,9 +36,14 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
     """Load the checkpoint at `options.path`, frozen, on `device` (None: the GPU if there is one).
 
     The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id; config.json
-    decides the family. Raises CheckpointError when a file is missing, or no family knows the configuration.
+    decides the family. Raises CheckpointError when a file is missing or differs from sealed.json of an export, or no
+    family knows the configuration.
     """
     options = replace(options, path=shipped(options.path))
+    if is_sealed(Path(options.path)) and (what := damage(Path(options.path))):
+        raise CheckpointError(
+            f"{options.path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
+        )
     backbone = family_at(options.path).load(options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)

@@ -1,13 +1,14 @@
 """Reading a checkpoint in the hub's layout: weights, preprocessor settings, chat template."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import ModelOptions
@@ -83,15 +84,27 @@ def only(model: nn.Module, kind: type[Module]) -> Module:
     return found
 
 
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Inside, models are constructed as without DeepSpeed: ZeRO-3 would partition each part of them (transformers)."""
+    active = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage] - it has no reader
+    settings = active and active()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            deepspeed.set_hf_deepspeed_config(settings)
+
+
 def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: bool = False) -> PreTrainedModel:
     """The weights of a checkpoint in a class of transformers, from safetensors only; no code of it is run.
 
     Raises CheckpointError when weights are missing, which transformers would fill with random numbers, and, if `exact`,
     when weights are left over, which it would ignore.
     """
-    if not is_deepspeed_zero3_enabled():  # ZeRO-3 takes over every construction
-        with torch.device("meta"):
-            require_size(options.path, sum(weight.numel() for weight in model_class(config).parameters()))
+    with _without_zero3(), torch.device("meta"):
+        require_size(options.path, sum(weight.numel() for weight in model_class(config).parameters()))
     model, found = model_class.from_pretrained(
         options.path,
         dtype=getattr(torch, options.dtype),

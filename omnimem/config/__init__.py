@@ -47,8 +47,10 @@ __all__ = [
 class MemoryOptions:
     """The policy and the size of the memory; `slots_per_layer` is the main setting."""
 
+    # what layers keep, chosen by name
     policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
+    # how slots are divided over layers and modalities
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
     selection_from: SelectionFrom = "tuned"  # base: the model without its adapter judges what is kept (docs/tuning.md)
 

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from omnimem.checksums import damage
+from omnimem.backbones.files import weights_digest
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
@@ -103,7 +103,8 @@ class StreamTrainer(Trainer):
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
-        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
+        base = weights_digest(model.name_or_path) if args.process_index == 0 else None
+        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
         limit = replace(failures, samples=max(1, len(validation)))
         self.validation = Validation(
@@ -314,7 +315,7 @@ class StreamTrainer(Trainer):
         """Set the weights of the best checkpoint, and return its step; collective. Raises RunError if it is damaged."""
         step = int(self.state.best_global_step or self.state.global_step)
         place = self.checkpoints.folder.checkpoint(step)
-        if what := damage(place):
+        if what := self.checkpoints.folder.defect(place):
             raise RunError(f"{place}: the best checkpoint is damaged: {what}; remove train.load_best_model_at_end")
         tensors = adapter_tensors(place)
         with whole(trainable(self.adapted), changed=True) if self.gathering else nullcontext():
@@ -351,7 +352,8 @@ class StreamTrainer(Trainer):
             if self.args.should_save:
                 self._save(output_dir)
 
-    def save_adapter(self, place: Path) -> None:
-        """Write the adapter into a folder of its own; collective."""
-        with written_by_all(self.checkpoints.folder, place, self.accelerator) as partial_folder:
+    def save_adapter(self, place: Path, step: int) -> None:
+        """Write the adapter, whose weights are those after `step` steps, into a folder of its own; collective."""
+        origin = replace(self.checkpoints.origin, step=step)
+        with written_by_all(self.checkpoints.folder, place, self.accelerator, origin) as partial_folder:
             self.save_model(str(partial_folder))

@@ -17,6 +17,7 @@ from omnimem.tuning.lora import (
     adapter_tensors,
     add_adapter,
     load_adapter,
+    require_base,
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
@@ -56,6 +57,7 @@ __all__ = [
     "gradient_of",
     "load_adapter",
     "policy_in_training",
+    "require_base",
     "running_means",
     "step_metrics",
     "streamed_loss",

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from omnimem.backbones.files import weights_digest
+from omnimem.checksums import SEAL, SHOWN, damage, is_sealed, origin_of
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
 from omnimem.textfile import StoredFileError, read_stored
@@ -45,9 +47,10 @@ class AdapterError(UserError):
 class LoraOptions:
     """Low-rank adapters on the text model's projections (release: r 128, alpha 256, dropout 0.05 on q, k, v)."""
 
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
+    r: int = 128  # rank
+    alpha: float = 256  # the adapter is scaled by alpha / r
+    dropout: float = 0.05  # of the adapter's input in training
+    # projections of every decoder layer that get an adapter
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj")
 
     def __post_init__(self) -> None:
@@ -136,13 +139,19 @@ def _projections(model: nn.Module) -> list[str]:
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter.
 
-    Raises AdapterError when they are missing, unreadable, empty, not finite, or all B matrices are zero.
+    Raises AdapterError when they are missing, unreadable, empty, not finite, all B matrices are zero, or a file of the
+    adapter differs from sealed.json.
     """
     # 1. read
     path = folder / WEIGHTS
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder}: {name} is missing; give the adapter/ folder of a finished run")
+    if is_sealed(folder) and (what := damage(folder, (SETTINGS, WEIGHTS))):
+        raise AdapterError(
+            f"{folder}: {what}; restore the file from where the adapter was saved, or export it again; without {SEAL} "
+            "the adapter is not checked"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -161,11 +170,12 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 def load_adapter(model: Any, folder: Path) -> StreamedModel:
     """Load a saved adapter into the model and verify it.
 
-    Raises AdapterError when the adapter is damaged or its shapes are those of another base model.
+    Raises AdapterError when the adapter is damaged, or was made for other base weights.
     """
     # 1. load
     tensors = adapter_tensors(folder)
     config = _saved_config(folder, tensors)
+    require_base(folder, model.name_or_path)
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
@@ -177,6 +187,20 @@ def load_adapter(model: Any, folder: Path) -> StreamedModel:
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def require_base(folder: Path, base: str) -> None:
+    """Raises AdapterError if the adapter in a folder was tuned on other weights than those of `base`, a folder or id.
+
+    An adapter without a record of them passes, and any adapter on a model that was not read from files.
+    """
+    tuned = origin_of(folder).base
+    found = weights_digest(base) if tuned else None
+    if tuned is not None and found is not None and tuned != found:
+        raise AdapterError(
+            f"{folder}: made for another base than {base} (digest of the weights {tuned[:SHOWN]}, not "
+            f"{found[:SHOWN]}); give the base that it was tuned from with --model, or model.path=..."
+        )
 
 
 def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:

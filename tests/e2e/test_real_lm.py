@@ -20,9 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import needles, real_lm, real_lm_table, real_texts, tune_real_lm
 from benchmarks.candidates import MeanRank
-from benchmarks.real_lm import Bed, Cell
+from benchmarks.real_lm import Bed, Cell, bed_of
 from benchmarks.real_texts import Text
-from omnimem.streaming.attach import attach
 
 WORDS = """
 the of a in stream memory keeps every slot while layers read what follows and then forget again
@@ -62,9 +61,8 @@ def bed(monkeypatch) -> Iterator[Bed]:
     monkeypatch.setattr(real_lm, "CHUNK", 64)
     monkeypatch.setattr(needles, "HELD", 32)
     monkeypatch.setattr(real_lm, "HELD", 32)
-    model = _model()
-    with attach(model.model) as attached:
-        yield Bed(attached, model, TOKENIZER)
+    with bed_of(_model(), TOKENIZER) as made:
+        yield made
 
 
 @pytest.mark.parametrize("setting", ["needles", "interleaved"])

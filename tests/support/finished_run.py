@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.backbones.files import weights_digest
 from omnimem.budget import SplitBudget
-from omnimem.checksums import seal
+from omnimem.checksums import Origin, seal
 from omnimem.config import MemoryOptions, RunConfig, dump
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions
@@ -15,6 +16,7 @@ from omnimem.run import RunFolder, provenance, sha256, write_json, write_text
 from omnimem.streaming.options import StreamOptions
 from omnimem.tuning import LoraOptions, TuningOptions, add_adapter
 
+ID = "0123456789ab"
 LORA = LoraOptions(r=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
 
 
@@ -51,17 +53,18 @@ def write_run(folder: Path, base: Path, run: RunConfig | None = None, *, steps: 
     run = run or config_of(base)
     done = RunFolder(path=folder)
     write_adapter(base, done.adapter, seed=1)
+    seal(done.adapter, Origin(run=ID, step=steps, base=weights_digest(str(base))), ranks=1)
     write_checkpoint(done, base, steps // 2)
     write_text(done.config, dump(run))
     layers = load_backbone(ModelOptions(path=str(base))).text_model.config.num_hidden_layers
     run.memory.budget.build(layers, run.memory.slots_per_layer).write(done.budget)
     record = provenance(command=["finetune.py"], seed=42, sha256={"base": sha256(base, suffixes=(".safetensors",))})
-    write_json(done.record, {**record, "steps": steps, "config_sha256": sha256(done.config)})
+    write_json(done.record, {"id": ID, **record, "steps": steps, "config_sha256": sha256(done.config)})
     return done
 
 
 def write_checkpoint(folder: RunFolder, base: Path, step: int) -> Path:
     path = write_adapter(base, folder.path / f"checkpoint-{step}", seed=step)
     write_json(path / "trainer_state.json", {"global_step": step})
-    seal(path)
+    seal(path, Origin(run=ID, step=step, base=weights_digest(str(base))), ranks=1)
     return path

@@ -45,7 +45,7 @@ fps: 2
         "my.yaml:7 memory.budget.slots: unknown key; known: name",
         "my.yaml:9 stream.max_pixel: unknown key; did you mean 'max_pixels'?",
         "my.yaml:10 stream.fps: expected a number, got 'fast'",
-        "my.yaml:11 fps: unknown key; did you mean stream.fps?",
+        "my.yaml:11 fps: unknown key; known: name, model, stream, memory, calibration, tuning, data, train, evaluate",
         "command line memory.slots: unknown key; did you mean 'slots_per_layer'?",
     ]
 
