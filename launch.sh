@@ -10,6 +10,8 @@ usage() {
 usage: ./launch.sh demo [--base assembled]      render the recall data, fine-tune, evaluate, compare (CPU, minutes)
                                                 --base assembled: a base of pretrained parts (docs/assembled.md)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick runs the unit tests alone
+       ./launch.sh test-lowest                  the lowest versions that pyproject.toml allows (constraints-lowest.txt) in
+                                                .venv-lowest: two trainings and a part of the unit tests
        ./launch.sh finetune CONFIG [a.b=c ...]  deepspeed train/finetune.py --config CONFIG a.b=c ...
                                                 with deepspeed's own options, such as --num_gpus 2 or --hostfile FILE
                                                 Ctrl-C or SIGTERM: finishes its step, writes a checkpoint; twice: at once
@@ -170,6 +172,70 @@ tests() {
     echo "all checks passed"
 }
 
+# --- the lowest versions
+
+installs_with() { # $1: venv; prints the command that installs into it: uv, which takes seconds where pip takes minutes
+    local python="$1/bin/python" index
+    if ! "$python" -m pip install -q --retries 1 --timeout 20 uv >&2; then
+        echo "launch.sh: no package index can be reached to install the lowest versions; set PIP_INDEX_URL to one" >&2
+        return 2
+    fi
+    index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+    echo "$1/bin/uv pip install -q --python $python ${index:+--default-index $index} \
+        $(cpu_index) --index-strategy unsafe-best-match"
+}
+
+setup_lowest() { # create .venv-lowest, unless it is unchanged
+    local install wanted
+    wanted=$(cat pyproject.toml constraints-lowest.txt | cksum)
+    if [ "$(cat .venv-lowest/installed 2>/dev/null)" != "$wanted" ]; then
+        rm -rf .venv-lowest
+        "$(PYTHON=${PYTHON:-python3.11} find_python)" -m venv .venv-lowest # the lowest Python too, if it is there
+        install=$(installs_with .venv-lowest)
+        echo "launch.sh: installing the lowest versions into .venv-lowest (minutes, once)" >&2
+        [ -n "${SSL_CERT_FILE:-}" ] || [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE=$PIP_CERT # as pip is told
+        # shellcheck disable=SC2086
+        run $install -c constraints-lowest.txt -e '.[all,test]'
+        echo "$wanted" >.venv-lowest/installed
+    fi
+    export VIRTUAL_ENV="$PWD/.venv-lowest" PATH="$PWD/.venv-lowest/bin:$PATH" HF_HUB_OFFLINE=1
+}
+
+trainings() { # in an empty folder: a training of two steps without and one with DeepSpeed
+    local here=$PWD settings=(evaluate.after_training=false train.max_steps=2 train.per_device_train_batch_size=1
+        calibration.streams=2 calibration.skip_chunks=0)
+    cd "$1" &&
+        run python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 &&
+        run python "$here/train/finetune.py" --config tiny.yaml --dry-run &&
+        run python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${settings[@]}" &&
+        run python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \
+            model.dtype=bfloat16 train.bf16=true "${settings[@]}"
+}
+
+tests_lowest() {
+    local folder here=$PWD
+    [ $# -eq 0 ] || usage
+    setup_lowest
+    folder=$(mktemp -d)
+    trainings "$folder" >"$folder/output" 2>&1 || {
+        cat "$folder/output"
+        failed+=("two trainings")
+    }
+    cd "$here"
+    rm -rf "$folder"
+    # old versions warn about newer ones that they use: no error here
+    check python -m pytest -p no:cacheprovider -W default -m "not slow" -n 2 --dist loadfile "${lowest[@]}"
+    if [ ${#failed[@]} -gt 0 ]; then
+        printf 'FAILED: %s\n' "${failed[@]}"
+        exit 1
+    fi
+    echo "the lowest versions pass"
+}
+
+# tests of what other packages do for this one: models, adapters, media, arrays, settings, tables
+lowest=(tests/unit/backbones tests/unit/streaming tests/unit/tuning tests/unit/training tests/unit/config
+    tests/unit/media/test_table.py tests/unit/comparison tests/unit/test_rows.py tests/unit/test_versions.py)
+
 # deepspeed's own options, with a value and without
 valued=" -H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators --node_rank --master_addr \
     --master_port --launcher --launcher_args --ssh_port --bind_core_list "
@@ -218,6 +284,7 @@ shift
 case "$command" in
     demo) demo "$@" ;;
     test) tests "$@" ;;
+    test-lowest) tests_lowest "$@" ;;
     finetune) finetune "$@" ;;
     *) usage ;;
 esac

@@ -1,10 +1,11 @@
-"""Kills, signals and damaged checkpoints at random times: every run must end with the weights of an unbroken one.
+"""Faults at random times: every run, evaluation, export and calibration must end with the results of an unbroken one.
 
 python benchmarks/faults.py [--trials 30] [--seed 0] [--engines N] [--out runs/faults]
 
 Each trial trains a small random model for a few steps on short videos, meets one fault, and resumes with
-`--resume auto` until it has finished; tests/support/faults.py defines when it passes. The kills are real. Prints tables
-and writes faults.json into --out.
+`--resume auto` until it has finished; or it starts another command on a finished run, kills it and starts it again.
+tests/support/faults.py and command_faults.py define when a trial passes. The kills are real. Prints tables and writes
+faults.json into --out.
 """
 
 import random
@@ -16,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support.faults import ENGINES, FAULTS, preload, trial, unbroken
+from support.command_faults import KILLED, kill_trial
+from support.faults import ENGINES, FAULTS, Fault, preload, trial, unbroken
 from support.tiny_run import write_videos
 
 from benchmarks.tables import markdown
@@ -41,15 +43,21 @@ def main(arguments: Sequence[str]) -> None:
     preload()
     engines = ENGINES[: given.engines]
     whole = {engine: unbroken(home, engine) for engine in engines}
+    finished = {command: command.unbroken(home) for command in KILLED}
     # 2. trials
-    draw, trials = random.Random(given.seed), []
+    draw, trials, every = random.Random(given.seed), [], (*FAULTS, *KILLED)
     for number in range(given.trials):
-        fault, engine = FAULTS[number % len(FAULTS)], engines[number // len(FAULTS) % len(engines)]
-        found = trial(home, number, fault, engine, whole[engine], draw)
+        fault, engine = every[number % len(every)], engines[number // len(every) % len(engines)]
+        if isinstance(fault, Fault):
+            found = trial(home, number, fault, engine, whole[engine], draw)
+        else:
+            found = kill_trial(home, number, fault, finished[fault], draw)
         trials.append(found)
         verdict = f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "same"
         codes = " ".join(map(str, found["codes"]))
-        print(f"{number:3} | {fault.name:38} | {engine.name:9} | {codes:9} | {verdict} | {found['what']}", flush=True)
+        print(
+            f"{number:3} | {fault.name:38} | {found['engine']:9} | {codes:9} | {verdict} | {found['what']}", flush=True
+        )
     # 3. results
     print(f"\n{summary(trials, 'fault')}\n\n{summary(trials, 'engine')}\n")
     passed = sum(not each["failed"] for each in trials)

@@ -1,8 +1,9 @@
-"""Hostile variants of every file that a command reads: counts tracebacks, hangs, and memory above twice the clean run.
+"""Hostile variants of every file that a command reads.
 
 python benchmarks/fuzz.py [--cases 3000] [--seed 1] [--surface NAME]... [--out runs/fuzz]
 
-Exit code 1 if anything of that happened; fuzz.json in --out lists it. tests/support/fuzzing.py has the surfaces.
+Counts tracebacks, hangs, memory above twice the clean run, and media that are read at another length than they have;
+exit code 1 if there are any, and fuzz.json in --out lists them. tests/support/fuzzing.py has the surfaces.
 """
 
 import sys
@@ -40,15 +41,15 @@ def main(arguments: Sequence[str]) -> None:
             verdicts.run(surface.name, clean(surface, Path(folder), made), "clean")
             cases = max(1, given_options.cases * surface.share // shares)
             run_cases(surface, cases, given_options.seed, Path(folder), made, verdicts)
-            print(
-                f"{surface.name}: {verdicts.cases[surface.name]}, refused {verdicts.refused[surface.name]}", flush=True
-            )
+            found = f"{verdicts.cases[surface.name]}, refused {verdicts.refused[surface.name]}"
+            print(f"{surface.name}: {found}; failures so far {len(verdicts.failures)}", flush=True)
     # 3. counts
     counts = {
         "cases": sum(verdicts.cases.values()),
         "tracebacks": len(verdicts.tracebacks),
         f"hangs over {HANG:g} s": len(verdicts.hangs),
         "memory above twice the clean run": len(verdicts.memory),
+        "wrong durations": len(verdicts.durations),
     }
     print(", ".join(f"{name} {number}" for name, number in counts.items()), f"in {time.monotonic() - began:.0f} s")
     record = {**provenance(command=sys.argv, seed=given_options.seed, sha256={}), **counts, "found": verdicts.failures}

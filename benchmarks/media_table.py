@@ -1,19 +1,23 @@
 """Seconds and frames that omnimem reads of made files, beside ffmpeg's own; writes the table of docs/media.md.
 
-    python benchmarks/media_table.py [--out docs/media.md] [--keep DIR]
+    python -m benchmarks.media_table [--out docs/media.md] [--record]
 
-Needs the command line of ffmpeg (5.1 or later with libx264, libx265, libvpx, libopus, libvorbis, libmp3lame), which
-makes the files and decodes each one; omnimem reads them with PyAV. A row differs when seconds are more than SECONDS
-apart, frames at FPS more than one, or when only one side refuses the file. Exit code 1 if a difference has no reason.
+The files and what ffmpeg reads of them are recorded in tests/recorded (media.tar.xz, media.json), so that neither this
+nor tests/unit/media/test_table.py needs ffmpeg. `--record` makes them again with the command line of ffmpeg (5.1 or
+later with libx264, libx265, libvpx, libopus, libvorbis, libtheora, libmp3lame). A row differs when seconds are more
+than SECONDS apart, frames at FPS more than one, or when only one side refuses the file. Exit code 1 if a difference has
+no reason.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
@@ -24,6 +28,8 @@ from omnimem.media import MediaError, probe, read_audio_blocks, read_frames
 
 FPS, RATE = 4.0, 16000
 SECONDS = 0.1  # the padding that audio codecs add, by which the origin may move
+RECORDED = Path(__file__).resolve().parent.parent / "tests" / "recorded"
+MADE, READ = RECORDED / "media.tar.xz", RECORDED / "media.json"  # the files, and what ffmpeg reads of them
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 Change = Callable[[bytes], bytes]
@@ -80,8 +86,8 @@ FILES = (
     File(name="avi_mpeg4_mp3.avi", arguments="V5 A5 -c:v mpeg4 -c:a libmp3lame"),
     File(name="avi_mjpeg_pcm.avi", arguments="V5 A5 -c:v mjpeg -pix_fmt yuvj420p -c:a pcm_s16le"),
     File(name="mpegts_h264_aac.ts", arguments=BOTH),
-    File(name="mpegts_mpeg2_mp2.ts", arguments="V5 A5 -c:v mpeg2video -c:a mp2"),
-    File(name="mpeg_ps.mpg", arguments="V5 A5 -c:v mpeg2video -c:a mp2 -f vob"),
+    File(name="mpegts_mpeg2_mp2.ts", arguments="V5 A5 -c:v mpeg2video -q:v 12 -c:a mp2"),
+    File(name="mpeg_ps.mpg", arguments="V5 A5 -c:v mpeg2video -q:v 12 -c:a mp2 -f vob"),
     File(name="flv_h264_aac.flv", arguments=BOTH),
     File(name="asf_wmv2_wmav2.wmv", arguments="V5 A5 -c:v wmv2 -c:a wmav2"),
     File(name="ogg_theora_vorbis.ogv", arguments="V5 A5 -c:v libtheora -c:a libvorbis"),
@@ -95,8 +101,8 @@ FILES = (
     File(name="variable_rate.mp4", arguments=f"V5 A5 -vf select=not(mod(floor(n/10)\\,3)) -vsync vfr {X264} -c:a aac"),
     File(name="variable_rate.mkv", arguments=f"V5 A5 -vf select=not(mod(floor(n/10)\\,3)) -vsync vfr {X264} -c:a aac"),
     File(name="b_frames_open_gop.mp4", arguments=f"V5 A5 {X264} -preset medium -bf 3 -g 12 -flags -cgop -c:a aac"),
-    File(name="odd_size.mkv", arguments="V5 A5 -vf scale=161:91 -c:v ffv1 -c:a flac"),
-    File(name="interlaced.ts", arguments="V5 A5 -c:v mpeg2video -flags +ilme+ildct -top 1 -c:a mp2"),
+    File(name="odd_size.mkv", arguments="V5 A5 -vf scale=65:49 -c:v ffv1 -c:a flac"),
+    File(name="interlaced.ts", arguments="V5 A5 -c:v mpeg2video -q:v 12 -flags +ilme+ildct -top 1 -c:a mp2"),
     File(name="rotated_90.mp4", arguments=f"{BOTH} -metadata:s:v rotate=90"),
     # clocks
     File(name="video_late_1_5.mkv", arguments=f"-itsoffset 1.5 V5 A5 {X264} -c:a flac"),
@@ -113,7 +119,7 @@ FILES = (
         arguments=f"{BOTH} -output_ts_offset -2 -avoid_negative_ts disabled",
         reason="its timestamps jump by 25 days",
     ),
-    File(name="clock_below_0.mpg", arguments="V5 A5 -c:v mpeg2video -c:a mp2 -f vob -output_ts_offset -2"),
+    File(name="clock_below_0.mpg", arguments="V5 A5 -c:v mpeg2video -q:v 12 -c:a mp2 -f vob -output_ts_offset -2"),
     File(name="clock_wraps.ts", arguments=f"{BOTH} -output_ts_offset 95441.7 -muxdelay 0"),
     File(name="edit_list_starts_at_2.mp4", arguments=f"-ss 2 -copy MP4 {X264}"),
     # tracks
@@ -130,7 +136,7 @@ FILES = (
     ),
     File(
         name="second_video_is_larger.mkv",
-        arguments=f"V3 V5 A5 -map 0 -map 1 -map 2 -disposition:v 0 -s:v:1 640x360 {X264} -c:a flac",
+        arguments=f"V3 V5 A5 -map 0 -map 1 -map 2 -disposition:v 0 -s:v:1 128x96 {X264} -c:a flac",
     ),
     File(name="still_and_audio.mp4", arguments=f"V0.04 A5 {X264} -c:a aac"),
     File(name="still_and_audio.mkv", arguments=f"V0.04 A5 {X264} -c:a flac"),
@@ -157,7 +163,7 @@ FILES = (
     File(name="cut_half.wav", arguments="A5", change=cut(0.5), reason="truncated"),
     File(name="cut_half.mp3", arguments="A5", change=cut(0.5), reason="truncated"),
     File(name="cut_half.flac", arguments="A5", change=cut(0.5), reason="truncated"),
-    File(name="cut_half.ts", arguments=BOTH, change=cut(0.5)),
+    File(name="cut_half.ts", arguments=BOTH, change=cut(0.5), reason="truncated"),
 )
 
 
@@ -170,7 +176,7 @@ def make(file: File, folder: Path) -> Path:
     for word in file.arguments.split():
         if found := re.fullmatch(r"([VA])([\d.]+)", word):
             kind, seconds = found.groups()
-            source = "testsrc2=size=160x96:rate=25" if kind == "V" else "sine=frequency=440:sample_rate=44100"
+            source = "testsrc2=size=64x48:rate=25" if kind == "V" else "sine=frequency=440:sample_rate=44100"
             words += ["-f", "lavfi", "-t", seconds, "-i", source]
         elif word == "MP4":
             words += ["-i", str(folder / FILES[0].name)]
@@ -242,7 +248,33 @@ def by_omnimem(path: Path) -> Found:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------ recorded, and a table
+
+
+def record() -> None:
+    """Make the files, and write them and what ffmpeg reads of them to tests/recorded."""
+    version = _run(["ffmpeg", "-version"]).stdout.decode().split()[2]
+    with tempfile.TemporaryDirectory() as place:
+        paths = [make(file, Path(place)) for file in FILES]
+        with tarfile.open(MADE, "w:xz", preset=9) as archive:
+            for path in paths:
+                entry = tarfile.TarInfo(path.name)
+                entry.size = path.stat().st_size
+                with path.open("rb") as content:
+                    archive.addfile(entry, content)
+        rows = {path.name: asdict(by_ffmpeg(path)) for path in paths}
+    READ.write_text(json.dumps({"ffmpeg": version, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def unpack(folder: Path) -> None:
+    """Write the recorded files into a folder."""
+    with tarfile.open(MADE) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def recorded() -> Mapping[str, Found]:
+    """What ffmpeg reads of the recorded files, by name."""
+    return {name: Found(**row) for name, row in json.loads(READ.read_text(encoding="utf-8"))["rows"].items()}
 
 
 def differences(theirs: Found, ours: Found) -> Iterator[str]:
@@ -257,34 +289,29 @@ def differences(theirs: Found, ours: Found) -> Iterator[str]:
 
 
 def table(folder: Path) -> tuple[str, int]:
-    """The table, and the number of differences without a reason."""
+    """The table of the files in a folder, and the number of differences without a reason."""
     rows, unexplained = [], 0
     for file in FILES:
-        try:
-            path = make(file, folder)
-        except subprocess.CalledProcessError as error:
-            print(f"{file.name}: not made: {error.stderr.decode(errors='replace').strip()}", file=sys.stderr)
-            continue
-        theirs, ours = by_ffmpeg(path), by_omnimem(path)
+        theirs, ours = recorded()[file.name], by_omnimem(folder / file.name)
         found = ", ".join(differences(theirs, ours))
         unexplained += bool(found) and not file.reason
         verdict = (f"{found} ({file.reason})" if file.reason else f"DIFFERS: {found}") if found else "equal"
         rows.append([file.name, *theirs.cells(), *ours.cells(), verdict])
-        print(f"{file.name}: {verdict}", file=sys.stderr, flush=True)
     titles = ["file", "ffmpeg: video s", f"frames at {FPS:g}/s", "audio s", "omnimem: video s", "frames", "audio s", ""]
     return markdown(titles, rows), unexplained
 
 
 def main() -> None:
-    """Make the files, read them twice, write the table."""
+    """Read the recorded files, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a page whose table is replaced (default: print it)")
-    parser.add_argument("--keep", type=Path, help="folder for the files (default: a temporary one)")
+    parser.add_argument("--record", action="store_true", help="make the files again, and read them with ffmpeg")
     given = parser.parse_args()
+    if given.record:
+        record()
     with tempfile.TemporaryDirectory() as place:
-        folder = given.keep or Path(place)
-        folder.mkdir(parents=True, exist_ok=True)
-        text, unexplained = table(folder)
+        unpack(Path(place))
+        text, unexplained = table(Path(place))
     if given.out is None:
         print(text)
     else:

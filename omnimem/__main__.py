@@ -14,6 +14,8 @@ COMMANDS = {
     "ask": "stream a file or a pipe and answer questions about it",
     "score": "judge predictions of lmms-eval or VLMEvalKit by our rules",
     "show-memory": "write a page that shows what each layer holds",
+    "list": "list policies, models, benchmarks or configs",
+    "explain": "print fields, types, defaults and meaning of any key of a config",
     "check": "check the files of a manifest or benchmark",
     "convert": "convert other formats into a manifest",
     "synthesize": "render the audio-visual recall task",

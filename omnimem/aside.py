@@ -5,11 +5,13 @@ import glob
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+LOCKED_AFTER = 60.0  # seconds in which a new partial file is locked, with room to spare
 _NUMBER = count()  # of this process
 
 
@@ -43,18 +45,26 @@ def remove_leftovers(place: Path) -> None:
     mine = re.compile(rf"\.{re.escape(place.name)}\.(\d+)(?:\.\d+)?")
     for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
         found = mine.fullmatch(path.name)
-        if found and not _alive(int(found[1])) and _unlocked(path):
+        if found and _unlocked(path) and (not _alive(int(found[1])) or _older(path)):
             _remove(path)
 
 
 def _alive(process: int) -> bool:
+    """Whether a process runs; one that has ended, but was not waited for (a zombie), does not."""
     try:
         os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
+    except (OSError, IndexError):  # of another user, or no /proc
         return True
-    return True
+
+
+def _older(path: Path) -> bool:
+    """Whether a partial file is older than the moment between creation and lock: its number is another process's."""
+    with suppress(OSError):
+        return time.time() - path.stat().st_ctime > LOCKED_AFTER
+    return False
 
 
 def _unlocked(path: Path) -> bool:

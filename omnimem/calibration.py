@@ -28,7 +28,7 @@ class CalibrationError(UserError):
 class CalibrationOptions:
     """Number of measured streams, and of chunks skipped in each while the memory fills."""
 
-    streams: int = 8
+    streams: int = 8  # the first training streams, whose attention is measured
     skip_chunks: int = 5  # at the start of every stream, as in the release
 
     def __post_init__(self) -> None:

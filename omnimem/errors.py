@@ -16,6 +16,9 @@ NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and
 class UserError(ValueError):
     """The user's input is wrong: the message is printed without a traceback, and the exit code is 2."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, keep="\n\t"))
+
 
 class ProblemList(UserError):
     """All problems of one input, one line per problem: `file:line key: what; how to repair`.
@@ -24,15 +27,20 @@ class ProblemList(UserError):
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(capped(problems)))
-        self.problems = tuple(problems)
+        self.problems = tuple(map(printable, problems))
+        super().__init__("\n".join(capped(self.problems)))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with escapes for what a terminal obeys or cannot show: a name cannot break a line or hide a part."""
+    return "".join(each if each.isprintable() or each in keep else ascii(each)[1:-1] for each in text)
 
 
 def capped(problems: Sequence[str]) -> list[str]:
     """The first SHOWN problems, the number of the others, and the last one, which may be the verdict on all."""
     if len(problems) <= SHOWN + 1:
         return list(problems)
-    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN - 1:,} more problems", problems[-1]]
+    return [*problems[:SHOWN], f"... and {len(problems) - SHOWN - 1:,} more", problems[-1]]
 
 
 def lacks_memory(error: BaseException) -> bool:

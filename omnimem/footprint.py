@@ -294,7 +294,8 @@ def _estimate(what: str, size: int, how: str) -> Row:
 def _states(shapes: Shapes, load: Load) -> list[Row]:
     """Weights, and the adapter with its gradients and AdamW states, sharded over the ranks by ZeRO."""
     text, half = shapes.text, load.half and load.stage is not None
-    adapter = text.layers * sum(load.lora.r * sum(text.projection(name)) for name in load.lora.targets)
+    sizes = [text.projection(name) for _, name in load.lora.matched(text.layers)]
+    adapter = sum(load.lora.r * sum(size) + (size[1] if load.lora.dora else 0) for size in sizes)
 
     def row(what: str, count: int, size: int, stage: int) -> Row:
         """A row that is sharded from this ZeRO stage on."""
@@ -408,7 +409,7 @@ def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, po
     """
     size = dtype.itemsize
     mask = pool if size == 4 else 0
-    inputs = {name: text.projection(name)[0] for name in lora.targets}
+    inputs = {name: text.projection(name)[0] for _, name in lora.matched(text.layers)}
     adapted = 5 * sum(inputs.values()) if lora.dropout else 4 * sum({text.width, *inputs.values()})
     adapted += 4 * lora.r * len(inputs)
     return 16 * text.width + adapted + 4 * text.heads + size * (2 * text.heads * text.dim + mask + 3 * text.inner)

@@ -3,8 +3,11 @@
 The option is stored in an environment variable, so that processes which a command starts have the same limits.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 
 from omnimem.errors import UserError
 
@@ -14,6 +17,7 @@ LIMITS = {
     "text_characters": 65_536,  # of a question, an answer or a system prompt
     "template_characters": 200_000,  # of a rendered chat template
     "template_seconds": 20,  # to render it
+    "file_bytes": 2_000_000_000,  # of a text or JSON file, which is read at once
     "config_bytes": 1_000_000,  # of a YAML file, and of overrides
     "config_values": 20_000,  # in a config, after its aliases are expanded
     "table_bytes": 200_000_000,  # of an xlsx or parquet table when it is unpacked
@@ -50,3 +54,23 @@ def exceeds(name: str, value: int) -> str | None:
     """Why a value is refused, with the option that allows it; None within the limit."""
     most = limit(name)
     return None if value <= most else f"{value:,} is more than {name} = {most:,}; lower it, or give --limit {name}=N"
+
+
+def read_within(path: Path, *, pipe: bool = False) -> bytes:
+    """The bytes of a file of at most `file_bytes`; `pipe`: or of a pipe, such as `<(command)` in a shell.
+
+    Raises OSError as `open`, for a larger file, and for a device or a pipe, which may have no end.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (pipe and stat.S_ISFIFO(mode))):
+        raise OSError(errno.EINVAL, "it is a device, a socket or a pipe", str(path))
+    most = limit("file_bytes")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = [file.read()] if size <= most and stat.S_ISREG(mode) else []
+        while not stat.S_ISREG(mode) and size <= most and (block := file.read(1 << 20)):
+            content.append(block)
+            size += len(block)
+    if what := exceeds("file_bytes", size):
+        raise OSError(errno.EFBIG, what, str(path))
+    return b"".join(content)

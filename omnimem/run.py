@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ from typing import Any, final
 from typing_extensions import TypedDict
 
 from omnimem.aside import written_aside
-from omnimem.checksums import damage
+from omnimem.checksums import Origin, damage, origin_of
 from omnimem.errors import UserError
+from omnimem.limits import read_within
 from omnimem.textfile import StoredFileError, parse_stored, read_stored
 
 PACKAGES = (
@@ -56,6 +58,7 @@ class RunError(UserError):
 class Record(TypedDict, total=False):
     """The keys of run.json that are read again."""
 
+    id: str
     sha256: dict[str, str | None]
     steps: int
     earlier: list[dict[str, Any]]
@@ -103,9 +106,42 @@ class RunFolder:
         return self.path / f"checkpoint-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """All checkpoint folders by name, oldest first; `omnimem.checksums.damage` verifies them."""
+        """All checkpoint folders by name, oldest first; `defect` verifies them."""
         named = [path for path in self.path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(named, key=step_of)
+
+    def defect(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint: it is damaged, or was written by another run or after other steps."""
+        return damage(checkpoint) or self.foreign(checkpoint, step_of(checkpoint))
+
+    def foreign(self, sealed: Path, step: int | None = None) -> str | None:
+        """Why a sealed folder is not of this run (after `step` steps, if given); None also where that is not known."""
+        found, own = origin_of(sealed), self.id
+        if None not in (found.run, own) and found.run != own:
+            return f"it is of another run (id {found.run}, not {own})"
+        if None not in (found.step, step) and found.step != step:
+            return f"it was written after step {found.step}"
+        return None
+
+    @property
+    def id(self) -> str | None:
+        """The id of the run in run.json; None where it cannot be read."""
+        return self._noted("id")
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        """Digest in run.json of the adapter that the run ended with; None where it cannot be read."""
+        return self._noted("adapter", "sha256")
+
+    def _noted(self, *keys: str) -> str | None:
+        """A text in run.json, which may be missing or damaged."""
+        try:
+            found = json.loads(read_within(self.record))
+            for key in keys:
+                found = found[key]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        return found if isinstance(found, str) else None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -154,7 +190,9 @@ class Start:
         earlier = self._earlier() if self.resumed and self.folder.record.exists() else None
         history = [*earlier.pop("earlier", []), earlier] if earlier else []
         digest = hashlib.sha256(config.encode()).hexdigest()
-        record = {**provenance, "config_sha256": digest, "earlier": history}
+        former = origin_of(self.checkpoint) if self.checkpoint else Origin()
+        own = (earlier or {}).get("id") or former.run or uuid.uuid4().hex[:12]
+        record = {"id": own, **provenance, "config_sha256": digest, "earlier": history}
         write_json(self.folder.record, record)  # first: marks the folder as a run
         write_text(self.folder.config, config)
         keep_steps(self.folder.metrics, self.step)
@@ -281,7 +319,7 @@ def keep_steps(path: Path, last: int) -> None:
     if not path.exists() or path.is_char_device():  # a device has no end
         return
     with _named(path):
-        lines, dropped, kept = path.read_bytes().split(b"\n"), 0, []
+        lines, dropped, kept = read_within(path).split(b"\n"), 0, []
     # 2. keep those of the steps so far
     for number, line in enumerate(lines, start=1):
         try:
@@ -354,7 +392,7 @@ def _newest(folder: RunFolder) -> Start:
         raise RunError(f"{folder.path} holds no run to resume (no run.json); set name=... or use --overwrite")
     passed: dict[Path, str] = {}
     for path in reversed(checkpoints):
-        what = damage(path)
+        what = folder.defect(path)
         if what is None:
             return Start(folder=folder, checkpoint=path, aside=tuple(passed), news=_passed_over(passed, str(path)))
         passed[path] = what
@@ -376,7 +414,7 @@ def _chosen(folder: RunFolder, checkpoint: Path) -> Start:
     chosen = next((path for path in known if path.resolve() == checkpoint.resolve()), None)
     if chosen is None:
         raise RunError(f"{checkpoint} is not a checkpoint of {folder.path}; known: {names}")
-    what = damage(chosen)
+    what = folder.defect(chosen)
     if what is not None:
         raise RunError(f"{checkpoint} is damaged: {what}; use --resume auto, which takes the newest intact one")
     # 2. set later checkpoints aside

@@ -100,6 +100,12 @@ def rows_of(source: DataSource) -> Rows:
     raise ManifestError([f"{source.path}: no such file; {NO_FILE}"])
 
 
+def missing_sources(options: DataOptions) -> list[str]:
+    """The files of `data.train` that do not exist; `data.train` itself if it is not set."""
+    gone = [each.path for each in options.sources if is_file_name(each.path) and not Path(each.path).exists()]
+    return gone if options.sources else ["data.train is not set"]
+
+
 def is_file_name(path: str) -> bool:
     """Whether a source must be a file or folder here; other names may be hub ids."""
     return Path(path).suffix in (".json", ".jsonl", ".parquet") or not HUB_ID.fullmatch(path)

@@ -11,10 +11,10 @@ from typing import Any, final
 from pydantic import TypeAdapter, ValidationError
 
 from omnimem.errors import ProblemList, UserError
+from omnimem.limits import read_within
 
 DEPTH = 64  # objects and lists within each other
 DIGITS = 300  # of a number; more do not fit into a float
-NAMED = 20  # lines that are not UTF-8
 
 
 @final
@@ -31,7 +31,7 @@ def read_text(path: Path, cure: str = "give a readable file") -> str:
     """The text of a file, without a byte order mark; raises ManifestError with every line that is not UTF-8."""
     # 1. read and decode
     try:
-        data = path.read_bytes()
+        data = read_within(path, pipe=True)
     except (OSError, ValueError) as error:
         raise ManifestError([f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {cure}"]) from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in data[:4]:
@@ -48,7 +48,7 @@ def read_text(path: Path, cure: str = "give a readable file") -> str:
         except UnicodeDecodeError as error:
             what = f"is not UTF-8 ({error.reason} at byte {error.start})"
             problems.append(f"{path}:{number}: {what}; save the file as UTF-8")
-    raise ManifestError(problems[:NAMED])
+    raise ManifestError(problems)
 
 
 def parse_json(text: str, origin: str, cure: str = "write one object per line") -> Any:
@@ -101,7 +101,7 @@ def read_stored(path: Path, shape: Any, cure: str) -> Any:
     shape.
     """
     try:
-        data = path.read_bytes()
+        data = read_within(path)
     except OSError as error:
         raise StoredFileError(f"{path}: cannot be read ({error.strerror}); {cure}") from error
     return parse_stored(data, shape, str(path), cure)

@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.prompt_text import CUT, PromptText
+from omnimem.limits import read_within
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.pretrained import efficientnet, smollm2, whisper
 from omnimem.tokens import Chunk, Modality
@@ -374,7 +375,7 @@ def _description(folder: Path) -> tuple[Parts, dict[str, Tensor], float, float]:
     """Packages of the parts, learned weights, norm of a token and scale of the adapter, from the folder."""
     path = folder / "config.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_within(path).decode())
         parts = {name: str(table["parts"][name]) for name in ("text", "vision", "audio")}
         return parts, load_file(folder / WEIGHTS), float(table["norm"]), float(table["adapter_scale"])
     except KeyError as error:

@@ -29,8 +29,10 @@ class ModelOptions:
     """The checkpoint and its precision."""
 
     path: str  # a local folder or a hub id
+    # of the weights; under DeepSpeed that of train.bf16 or fp16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
+    adapter: str | None = None  # folder of an exported adapter that training starts from
 
 
 @final

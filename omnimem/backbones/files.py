@@ -1,15 +1,19 @@
 """The files of a checkpoint folder: an interrupted or damaged download is named before anything is loaded."""
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
 from omnimem.errors import UserError, first_line, lacks_memory
-from omnimem.limits import exceeds
+from omnimem.limits import exceeds, read_within
 from omnimem.textfile import StoredFileError, read_stored
 
 AGAIN = "copy the file again from the model's page"
@@ -27,6 +31,7 @@ OBJECTS = (  # files that hold one JSON object
 )
 TEXTS = ("chat_template.jinja", "merges.txt")
 INDEX = "model.safetensors.index.json"
+SAMPLES, SAMPLE = 64, 4096  # places in a large tensor, and bytes of each, that its digest is made of
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
 
 
@@ -81,6 +86,50 @@ def require_whole(folder: Path) -> None:
         raise CheckpointError(str(error)) from error
 
 
+def folder_of(path: str) -> Path:
+    """The folder of a checkpoint's files: a local one, or that of a hub id in the cache."""
+    return Path(path) if Path(path).is_dir() else Path(str(cached_file(path, "config.json"))).parent
+
+
+def weights_digest(path: str) -> str | None:
+    """SHA-256 of the names, types and shapes of a checkpoint's weights, and of samples of each (ours).
+
+    It does not depend on how the weights are spread over files. Tensors of up to 256 KiB are read whole, of larger
+    ones 64 places of 4 KiB. None for a model that was not read from files. Raises CheckpointError if a file cannot be
+    read.
+    """
+    if not path:
+        return None
+    folder = folder_of(path)
+    shards = set(read_stored(folder / INDEX, Index, AGAIN)["weight_map"].values()) if (folder / INDEX).exists() else ()
+    files = [folder / name for name in shards] or list(folder.glob("*.safetensors"))
+    found: list[str] = []
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                found += _tensor_digests(opened)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({first_line(error)}); {AGAIN}") from error
+    return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
+
+
+def _tensor_digests(file: BinaryIO) -> Iterator[str]:
+    """Name, type, shape and digest of each tensor of an open safetensors file."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"a header of {size:,} bytes")
+    for name, entry in json.loads(file.read(size)).items():
+        if name == "__metadata__":
+            continue
+        first, last = (8 + size + int(place) for place in entry["data_offsets"])
+        content, whole = hashlib.sha256(), last - first <= SAMPLES * SAMPLE
+        count = 1 if whole else SAMPLES
+        for number in range(count):
+            file.seek(first + number * (last - first - SAMPLE) // max(1, count - 1) if number else first)
+            content.update(file.read(last - first if whole else SAMPLE))
+        yield f"{name} {entry['dtype']} {entry['shape']} {content.hexdigest()}"
+
+
 def require_size(path: str, weights: int) -> None:
     """Raises CheckpointError if config.json describes more weights than a local folder has bytes of them."""
     size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
@@ -115,7 +164,7 @@ def _check_layers(path: Path, table: dict[str, Any]) -> None:
 
 def _require_text(path: Path) -> None:
     try:
-        text = path.read_bytes().decode()
+        text = read_within(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {AGAIN}") from error
     if not text.strip() or "\0" in text:

@@ -5,6 +5,7 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,7 +24,7 @@ from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniThinkerTextModel,
@@ -436,12 +437,23 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
 
 
 def _weight_count(path: str) -> int:
-    """The number of weights that config.json describes; 0 under ZeRO-3, which takes over every construction."""
-    if is_deepspeed_zero3_enabled():
-        return 0
-    with torch.device("meta"):
+    """The number of weights that config.json describes."""
+    with _without_zero3(), torch.device("meta"):
         config = Qwen2_5OmniThinkerConfig.from_pretrained(path)
         return sum(weight.numel() for weight in Qwen2_5OmniThinkerForConditionalGeneration(config).parameters())
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Inside, models are constructed as without DeepSpeed: ZeRO-3 would partition each part of them (transformers)."""
+    active = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage] - it has no reader
+    settings = active and active()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            deepspeed.set_hf_deepspeed_config(settings)
 
 
 def _preprocessor(path: str) -> dict[str, Any]:

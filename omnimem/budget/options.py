@@ -31,9 +31,9 @@ class SplitBudget:
     """A fixed audio share, equal in all layers; by default 1 / (1 + r), the result of AVBA when C_v = C_a."""
 
     name: Literal["split"] = "split"
-    audio_share: float | None = None
+    audio_share: float | None = None  # of the slots; null: 1 / (1 + visual_audio_ratio)
     visual_audio_ratio: float = 5.0  # r
-    lend: bool = True
+    lend: bool = True  # free slots of a modality go to the other one
     needs_signals: ClassVar[bool] = False  # whether `build` needs a calibration
 
     def __post_init__(self) -> None:

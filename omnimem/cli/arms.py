@@ -10,6 +10,7 @@ from tqdm import tqdm
 from omnimem.cli.build import Policies
 from omnimem.cli.eval_fingerprint import EvalFingerprint
 from omnimem.cli.workers import LocalWorkers, Workers
+from omnimem.comparison.formatting import unread
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
@@ -27,6 +28,11 @@ BY_COST = ("blind", "training_free", "tuned", "audio_only", "vision_only", "full
 def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
     """The arms that a run without --arm evaluates."""
     return (*BASE, *(TUNED if tuned else ()), *(PROBES if run.evaluate.probes else ()))
+
+
+def by_cost(names: Sequence[str]) -> list[str]:
+    """The arms in the order of the memory that they need, so that one that does not fit costs none of the others."""
+    return sorted(names, key=BY_COST.index)
 
 
 def kind_of(name: str) -> str:
@@ -70,13 +76,13 @@ def evaluate_arms(
 ) -> None:
     """Evaluate each arm on each benchmark; existing answers are kept, unless they were made with other settings.
 
-    The cheapest arms come first, so that one that does not fit into memory costs none of the others.
+    The cheapest arms come first (`by_cost`).
     Without `workers` this process starts helpers that read the config of the run folder.
     """
     # 1. prepare
     workers = workers or LocalWorkers(run.evaluate.processes, ["--config", str(folder.config), "train={}"])
     adapter = adapter or folder.adapter
-    names = [named(name, folder, adapter) for name in sorted(names, key=BY_COST.index)]
+    names = [named(name, folder, adapter) for name in by_cost(names)]
     arms = [_arm(run, policies, name) for name in names]
     fingerprint = EvalFingerprint(run=run, folder=folder, adapter=adapter)
     tuned = [(arm, kind_of(arm.name) in TUNED) for arm in arms]
@@ -118,6 +124,8 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     shown = ", ".join(f"{benchmark} {entry['strict']:.1%} of {entry['n']}" for benchmark, entry in table.items())
     print(f"{arm.name}: {shown}", flush=True)
     for benchmark, entry in table.items():
+        if what := unread(entry):
+            print(f"{arm.name}: {benchmark}: {what}", flush=True)
         for reason, left in entry["left_out"].items():
             what = f"{left['questions']} questions of {left['streams']} streams left out: {reason}"
             print(f"{arm.name}: {benchmark}: {what} ({left['message']})", flush=True)

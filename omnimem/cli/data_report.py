@@ -15,6 +15,7 @@ from omnimem.config import strict
 from omnimem.config.check import validated
 from omnimem.config.source import COMMAND_LINE, Source, override
 from omnimem.data import Failure, ManifestError, Sample
+from omnimem.errors import capped
 from omnimem.media import MediaError, TracksOption, read_audio, read_frames
 from omnimem.rows import SLACK, judge
 from omnimem.tasks import BenchmarkOptions, Defect, Gap
@@ -128,7 +129,11 @@ class DataReport:
         }
         notes = [*self.remarks, *(note for finding in self.good for note in finding.notes)]
         return "\n".join(
-            [self.name, *(f"  {key:<11}{value}" for key, value in rows.items()), *(f"  note: {note}" for note in notes)]
+            [
+                self.name,
+                *(f"  {key:<11}{value}" for key, value in rows.items()),
+                *capped([f"  note: {n}" for n in notes]),
+            ]
         )
 
     def _questions(self) -> Iterator[tuple[str, int]]:

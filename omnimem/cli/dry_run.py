@@ -1,4 +1,4 @@
-"""--dry-run: settings, one sample as model input, the budget and the memory table; no weights, no network.
+"""--dry-run: settings, training, one sample as model input, budget and memory table; no weights, no network.
 
 Shapes come from the model's folder or cache, else from configs/models. Text is tokenized by the model's tokenizer, else
 by that of the tiny checkpoint, and then marked `approximate`.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from math import ceil
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -34,7 +34,7 @@ from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.shipped import shipped
-from omnimem.sources import is_file_name, named
+from omnimem.sources import missing_sources, named
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
@@ -65,8 +65,8 @@ class SampleFacts:
     """A sample and its size as model input."""
 
     sample: Sample
-    tracks: Tracks
-    source: Source  # read to its end
+    tracks: Tracks | None
+    source: Source | None  # read to its end; None: the sample is text alone
     frame: tuple[int, int]  # height and width after resizing
     tokens: dict[Modality, int]  # of the stream
     chunks: tuple[int, ...]  # tokens of each chunk with audio or video
@@ -74,21 +74,23 @@ class SampleFacts:
     learned: int  # answer tokens with a label
 
 
-def preview(run: RunConfig, name: str | None = None) -> None:
-    """Print the plan of a run, with the sample of the id `name`, or the first one.
+def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) -> None:
+    """Print the plan of a run, with the sample of the id `name`, or the first one; `steps` is about its training.
 
     Missing files are listed at the end and are not errors.
     """
     missing: list[str] = []
     _section("settings", dump(run).splitlines())
+    _section("training", steps)
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
         facts = read_sample(run, skeleton, missing, name)
-        _section("sample", describe_sample(skeleton, facts))
-        _section("budget", describe_budget(run, skeleton.shapes, facts))
-        rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
-        _section("memory of a device", render(rows).splitlines())
+        _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
+        if facts.source is not None:
+            _section("budget", describe_budget(run, skeleton.shapes, facts))
+            rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
+            _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
         for gap in benchmark.gaps():
             missing.append(f"benchmark {benchmark.label} ({gap.what}); {gap.how}")
@@ -138,6 +140,8 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: st
     """The training sample with this id, or the first one, decoded; a synthetic one if it cannot be read."""
     # 1. a sample of the training data
     sample = _chosen_sample(run, name, missing)
+    if sample is not None and not sample.has_stream:
+        return _read(run, skeleton, sample, None, None)
     if sample is not None:
         try:
             tracks = tracks_of(sample, run.stream.tracks)
@@ -152,7 +156,8 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: st
             )
             return _read(run, skeleton, sample, tracks, source)
         except MediaError as error:
-            missing.append(f"the first sample's media ({error}); `omnimem check` lists all unreadable files")
+            which = f"media of sample {name}" if name else "the first sample's media"
+            missing.append(f"{which} ({error}); `omnimem check` lists all unreadable files")
     # 2. a synthetic sample
     tracks = run.stream.source().tracks
     frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
@@ -166,11 +171,10 @@ def _chosen_sample(run: RunConfig, name: str | None, missing: list[str]) -> Samp
     Raises ManifestError if no sample has the id.
     """
     # 1. the data
-    gone = [source.path for source in run.data.sources if is_file_name(source.path) and not Path(source.path).exists()]
-    if gone or not run.data.sources:
-        folder = Path(next(iter(gone), "data/recall/train.jsonl")).parent
+    if gone := missing_sources(run.data):
+        folder = Path(gone[0] if run.data.sources else "data/recall/train.jsonl").parent
         cure = f"create it with `omnimem synthesize --out {folder}`, or from your files with `omnimem convert`"
-        missing.append(f"training data ({', '.join(gone) or 'data.train is not set'}); {cure}")
+        missing.append(f"training data ({', '.join(gone)}); {cure}")
         return None
     samples = training_samples(run)
     # 2. the sample
@@ -203,7 +207,9 @@ def _synthetic(rate: int) -> tuple[Iterator[tuple[float, Tensor]], Iterator[Tens
     return ((float(second), frame) for second in range(SECONDS)), (audio for _ in range(SECONDS))
 
 
-def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, source: Source) -> SampleFacts:
+def _read(
+    run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks | None, source: Source | None
+) -> SampleFacts:
     """Decode the sample and cut it into chunks as a run does; encoder outputs are only counted.
 
     Raises ConfigError if `stream` does not fit the checkpoint's grids, LayoutError if a step of tuning may not.
@@ -214,11 +220,12 @@ def _read(run: RunConfig, skeleton: Skeleton, sample: Sample, tracks: Tracks, so
         shapes.geometry.segment(run.stream.fps)
     except ValueError as error:
         raise ConfigError([f"stream.fps: {error}"]) from error
-    segments: list[Segment] = list(source)
+    segments: list[Segment] = list(source or ())
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
     # 2. cut into chunks
     encoded = list(_counted(segments, shapes, run.stream.fps))
-    run.tuning.check_segments(encoded)
+    if source is not None:
+        run.tuning.check_segments(encoded)
     cut = backbone.chunks(
         encoded,
         tracks=tracks,
@@ -266,33 +273,45 @@ def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterato
         )
 
 
-def describe_sample(skeleton: Skeleton, facts: SampleFacts) -> Iterator[str]:
-    """Frames and audio of the sample, its tokens by modality, and its questions with the label mask."""
+def describe_sample(
+    skeleton: Skeleton, facts: SampleFacts, layout: Literal["original", "compact"], *, every: bool = False
+) -> Iterator[str]:
+    """Frames and audio of the sample, its tokens by modality, and its questions with time and label mask.
+
+    The first SHOWN questions, or with `every` all of them.
+    """
     source, sample, tokenizer = facts.source, facts.sample, skeleton.backbone.tokenizer
-    height, width = facts.frame
-    yield (
-        f"{sample.id} {sample.origin}".rstrip() + f": {source.seconds:.1f} s, {source.frames_seen} frames resized to "
-        f"{width} x {height}, {source.audio_seconds_heard:.1f} s of audio"
-    )
+    (height, width), title = facts.frame, f"{sample.id} {sample.origin}".rstrip()
+    if source is None:
+        yield f"{title}: text alone"
+    else:
+        span = f", {sample.start:g} s to {'its end' if sample.end is None else f'{sample.end:g} s'} of the file"
+        yield (
+            f"{title}: {source.seconds:.1f} s, {source.frames_seen} frames resized to {width} x {height}, "
+            f"{source.audio_seconds_heard:.1f} s of audio{span if sample.start or sample.end else ''}"
+        )
     counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in facts.tokens.items())
     yield f"tokens of the stream: {counts}; longest of {len(facts.chunks)} chunks: {max(facts.chunks, default=0):,}"
     if skeleton.approximate:
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
     if facts.last_position >= trained:
-        yield beyond(facts.last_position, trained)
+        moved = {"original": "", "compact": "; stream.positions = compact moves them below, but for full memory"}
+        yield beyond(facts.last_position, trained) + moved[layout]
     first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"
-    for question in sample.questions[:SHOWN]:
+    shown = len(sample.questions) if every else SHOWN
+    for question in sample.questions[:shown]:
         turn = Turn(text=question.text, answer=question.answer if question.loss else None)
         ids, _, labels = skeleton.backbone.turn(turn, tracks=facts.tracks)
         learned = [label for label in labels if label != IGNORED]
         asked = tokenizer.decode(ids[: len(ids) - len(learned)])
         answer = f"[[{tokenizer.decode(learned)}]]" if learned else "(no labels)"
-        yield f"  {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of {len(ids)} tokens"
-    if len(sample.questions) > SHOWN:
-        yield f"  and {len(sample.questions) - SHOWN} questions more"
+        when = "after the end" if question.at is None else f"at {question.at:g} s"
+        yield f"  {when}: {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of {len(ids)} tokens"
+    if len(sample.questions) > shown:
+        yield f"  and {len(sample.questions) - shown} questions more (--sample {sample.id} shows them)"
 
 
 def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Iterator[str]:

@@ -14,6 +14,7 @@ from omnimem.config import RunConfig
 from omnimem.evaluation import Arm, EvaluationError
 from omnimem.run import RunFolder, provenance, sha256, write_text
 from omnimem.textfile import StoredFileError, read_stored
+from omnimem.tuning.lora import SETTINGS
 
 FILE = "setting.json"
 ASIDE = "eval_earlier"
@@ -77,11 +78,13 @@ class EvalFingerprint:
     def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
         """Everything that answers may depend on, as JSON returns it."""
         run, whole = self.run, arm.policy.budget is None
-        memory = asdict(run.memory)
+        memory, model = asdict(run.memory), asdict(run.model)
+        model.pop("adapter")  # where training started
         selection_from = memory.pop("selection_from")  # the same for all arms that have no adapter or evict nothing
         setting = {
-            "model": {**asdict(run.model), "sha256": self._base},
+            "model": {**model, "sha256": self._base},
             "adapter": self._adapter if tuned else None,
+            "adapter_scale": self._scale if tuned else None,
             "stream": {**asdict(run.stream), "tracks": arm.tracks},
             "memory": None if whole else {**memory, "sha256": sha256(self.folder.budget)},
             "policy": None if whole else repr(replace(arm.policy, budget=None)),  # with the values of its preset
@@ -99,6 +102,13 @@ class EvalFingerprint:
     @cached_property
     def _adapter(self) -> str | None:
         return sha256(self.adapter, suffixes=(".safetensors",)) if self.adapter.is_dir() else None
+
+    @cached_property
+    def _scale(self) -> dict[str, Any]:
+        """The settings in adapter_config.json that scale the weights."""
+        path = self.adapter / SETTINGS
+        table = read_stored(path, dict[str, Any], "copy it again, or export it again") if path.is_file() else {}
+        return {name: table.get(name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
 
     @cached_property
     def _benchmarks(self) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,10 @@ from omnimem.training.shutdown import Stopped
 
 SECTIONS = "data|stream|memory|model|evaluate"  # of a config, whose settings some commands have as options
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+PATH = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.ENOTEMPTY),  # another process has written there meanwhile
+}
 FULL = ("No space left", "Disk quota exceeded", "File too large", "Input/output error")  # in those of safetensors
 # Messages of gloo and NCCL for a lost rank; rank 0 reports the cause.
 LOST = ("closed by peer", "reset by peer", "remote process exited")
@@ -96,10 +99,13 @@ def _explained(error: Exception | KeyboardInterrupt) -> tuple[list[str], int] | 
             return str(error).splitlines(), error.code
         case KeyboardInterrupt():
             return ["interrupted; start the same command again: what is complete is kept"], 128 + signal.SIGINT
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no reader
+            return [], 128 + signal.SIGPIPE
         case ModuleNotFoundError() if cure := missing_extra(error):
             return [cure], 2
         case OSError() if error.errno in PATH:
-            return [f"{error.filename}: {error.strerror}; give another path"], 2
+            return [f"{error.filename2 or error.filename}: {error.strerror}; give another path"], 2
     # 2. the machine
     again = "free space or repair the disk, then start the command again (a run: with --resume auto)"
     if isinstance(error, OSError) and error.errno in DISK:

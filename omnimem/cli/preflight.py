@@ -4,9 +4,7 @@ Files of the data set, targets of the adapter, disk space for checkpoints, and o
 at the largest budget. Weights, gradients and random generators are unchanged afterwards.
 """
 
-import resource
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +18,7 @@ from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import first_line, lacks_memory
 from omnimem.sources import named
+from omnimem.training.logging import peak_bytes
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
 PROBED = 512  # samples whose files are opened; of the others only existence is checked
@@ -79,7 +78,10 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     """
     # 1. targets of the adapter
     names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
-    matched = {target: sum(f".{target}.lora_A." in name for name in names) for target in run.tuning.lora.targets}
+    lora = run.tuning.lora
+    found = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in names})
+    listed = found if isinstance(lora.targets, str) else lora.targets
+    matched = {target: sum(f".{target}.lora_A." in name for name in names) for target in listed}
     absent = [target for target, count in matched.items() if count == 0]
     if absent:
         there = ", ".join(target for target, count in matched.items() if count)
@@ -157,5 +159,4 @@ def _peak(device: torch.device) -> float:
     """Peak bytes so far: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_bytes()

@@ -4,16 +4,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NotRequired, final
 
-from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
+from omnimem.backbones.files import folder_of
 from omnimem.budget import Budget
-from omnimem.checksums import damage
+from omnimem.checksums import SEAL, SHOWN, is_sealed, origin_of, seal_again
+from omnimem.cli.parser import warn
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, NO_BASE, Exported, Origin
 from omnimem.policies import PerturbationOptions
-from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256
-from omnimem.tuning import AdapterError
+from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256, step_of
+from omnimem.tuning import AdapterError, StreamedModel, load_adapter
+from omnimem.tuning.lora import SETTINGS
 
 Kind = Literal["adapter", "merged"]
 CheckpointStep = int | Literal["best"]  # best: of the validation
@@ -81,7 +83,7 @@ class TunedModel:
         if isinstance(policy, PerturbationOptions):
             memory = replace(memory, policy=policy.written_out())  # presets may change later
         return Exported(
-            model=replace(run.model, path=HERE if kind == "merged" else base.path),
+            model=replace(run.model, path=HERE if kind == "merged" else base.path, adapter=None),
             stream=run.stream,
             memory=memory,
             budget=self.budget,
@@ -112,14 +114,55 @@ def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: Checkpoin
     if checkpoint is not None:
         if checkpoint not in steps:
             raise RunError(f"{folder.path} has no checkpoint {checkpoint}; {known}")
-        if what := damage(steps[checkpoint]):
+        if what := folder.defect(steps[checkpoint]):
             raise RunError(f"{steps[checkpoint]} is damaged: {what}; give another one ({known})")
         return steps[checkpoint], checkpoint
     if not folder.adapter.is_dir():
         raise RunError(
             f"{folder.path} has no adapter yet; let it finish (--resume auto), or give --checkpoint N ({known})"
         )
-    return folder.adapter, int(record.get("adapter_step", record.get("steps", 0)))
+    return folder.adapter, origin_of(folder.adapter).step or int(record.get("adapter_step", record.get("steps", 0)))
+
+
+def load_tuned(model: Any, adapter: Path) -> StreamedModel:
+    """`load_adapter`, for an adapter that is the one its place says: that of its run, or of the step of its checkpoint.
+
+    Prints a warning if it has no seal to check it by. Raises AdapterError.
+    """
+    if what := _misplaced(adapter.resolve()):
+        raise AdapterError(
+            f"{adapter}: {what}; give the folder that it came from, or write it again (omnimem finetune --resume auto)"
+        )
+    adapted = load_adapter(model, adapter)
+    if not is_sealed(adapter):
+        warn([f"{adapter}: has no {SEAL}: settings, weights and base cannot be checked against what was saved"])
+    return adapted
+
+
+def _misplaced(adapter: Path) -> str | None:
+    """Why an adapter is not the one that its run folder says; None also outside of one."""
+    folder = RunFolder(path=adapter.parent)
+    steps = {path: step_of(path) for path in folder.checkpoints()}
+    if adapter not in (folder.adapter, *steps):
+        return None
+    if what := folder.foreign(adapter, steps.get(adapter)) or _rescaled(adapter, folder):
+        return what
+    expected = folder.adapter_sha256 if adapter == folder.adapter else None
+    if expected is None:
+        return None
+    found = sha256(adapter, suffixes=(".safetensors",))
+    return None if found == expected else f"sha256 {found[:SHOWN]}, but {folder.record} describes {expected[:SHOWN]}"
+
+
+def _rescaled(adapter: Path, folder: RunFolder) -> str | None:
+    """How an adapter without a seal differs from the config of its run; None also where a file cannot be read."""
+    path = adapter / SETTINGS
+    if is_sealed(adapter) or not path.is_file() or not folder.config.is_file():
+        return None
+    found, lora = read_json(path, dict[str, Any], RESTORE), load(folder.config, ["train={}"]).tuning.lora
+    usual = {"r": lora.r, "lora_alpha": lora.alpha, "use_rslora": False}
+    differing = (f"{name} is {found[name]!r:.60}" for name in usual if found.get(name, usual[name]) != usual[name])
+    return next((f"{SETTINGS} {what}, but the run was tuned with {usual}" for what in differing), None)
 
 
 @final
@@ -134,8 +177,7 @@ class BaseModel:
     @classmethod
     def of(cls, path: str) -> "BaseModel":
         """A local folder, or a hub id whose files are in the cache."""
-        local = Path(path).is_dir()
-        folder = Path(path).resolve() if local else Path(str(cached_file(path, "config.json"))).parent
+        local, folder = Path(path).is_dir(), folder_of(path).resolve()
         return cls(path=str(folder) if local else path, folder=folder, revision=None if local else folder.name)
 
     def digest(self, expected: str | None, adapter: Path) -> str:
@@ -153,3 +195,4 @@ def write_adapter_description(run: Path) -> None:
     """Write omnimem.json into a run's own adapter, so that `omnimem ask` uses the memory of the run."""
     tuned = TunedModel.of(run)
     tuned.exported("adapter", BaseModel.of(tuned.run.model.path)).write(tuned.adapter)
+    seal_again(tuned.adapter)

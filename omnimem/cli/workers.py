@@ -1,18 +1,22 @@
 """The processes of one evaluation: ranks of the launcher, or shards (started by `evaluate.processes` or by the user).
 
 Each answers its shard of the questions and appends to its own files. The leading process prepares the folders before,
-and folds and summarises the results after all have finished (`omnimem.evaluation.results`).
+and folds and summarises the results after all have finished (`omnimem.evaluation.results`). Another evaluation that is
+started meanwhile is refused: it would move, fold or truncate their files.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -23,6 +27,9 @@ from omnimem.evaluation import EvaluationError, Shard
 LONGEST = timedelta(days=30)  # time-out of the wait for the slowest rank
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
 SHOWN = 15  # lines of a failed helper
+LOCK = ".eval.lock"  # in the run folder
+PATIENCE = 10.0  # seconds for helpers whose evaluation was killed to end
+HELPER = "OMNIMEM_HELPER"  # set in the processes that an evaluation starts: they write under its lock
 
 Prepare = Callable[[bool], None]  # True: results of other settings may be moved away
 
@@ -31,6 +38,10 @@ class Workers(ABC):
     """How the processes of an evaluation cooperate."""
 
     leads: bool  # whether this process summarises the results
+
+    @abstractmethod
+    def claim(self, run: Path) -> AbstractContextManager[None]:
+        """Lock the results of a run folder against other evaluations; raises EvaluationError if one is going on."""
 
     @abstractmethod
     def prepare(self, action: Prepare) -> None:
@@ -49,6 +60,12 @@ class LocalWorkers(Workers):
 
     def __init__(self, processes: int, arguments: Sequence[str]) -> None:
         self._processes, self._arguments = processes, arguments
+        self._lock: int | None = None
+
+    @contextmanager
+    def claim(self, run: Path) -> Iterator[None]:
+        with _locked(run, fcntl.LOCK_EX) as self._lock:
+            yield
 
     def prepare(self, action: Prepare) -> None:
         action(True)
@@ -61,24 +78,51 @@ class LocalWorkers(Workers):
             threads = max(1, cores // self._processes)
             torch.set_num_threads(min(threads, torch.get_num_threads()))
         with ExitStack() as stack:
-            joins = [stack.enter_context(_helper(shard, self._arguments)) for shard in others]
+            joins = [stack.enter_context(_helper(shard, self._arguments, self._lock)) for shard in others]
             yield own
             for join in joins:
                 join()
 
 
 @contextmanager
-def _helper(shard: Shard, arguments: Sequence[str]) -> Iterator[Callable[[], None]]:
+def _locked(run: Path, kind: int) -> Iterator[int]:
+    """A lock on the results of a run, until the end of the block and of every process that has its descriptor."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock, until = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise EvaluationError(
+                        f"{run}: another evaluation is writing its results; wait until it has ended, or give the run "
+                        "another name with name=..."
+                    ) from error
+                time.sleep(0.1)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _helper(shard: Shard, arguments: Sequence[str], lock: int | None) -> Iterator[Callable[[], None]]:
     """Another process of `omnimem evaluate`, killed at the end of the block; yields a function that waits for it.
+
+    It holds `lock` too, so that no evaluation begins before it has ended, whatever becomes of this process.
 
     The function raises EvaluationError with the last lines of the process if it failed.
     """
     environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-    environment |= {"LOCAL_RANK": str(shard.index), "OMNIMEM_LAUNCHER": str(os.getpid())}
+    environment |= {"LOCAL_RANK": str(shard.index), "OMNIMEM_LAUNCHER": str(os.getpid()), HELPER: "1"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-m", "omnimem", "evaluate", *arguments, "--shard", str(shard)]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        given = () if lock is None else (lock,)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, pass_fds=given
+        )
 
         def join() -> None:
             if code := process.wait():
@@ -106,6 +150,11 @@ class RankWorkers(Workers):
         self._rank, self._count = distributed.get_rank(), distributed.get_world_size()
         self.leads = self._rank == 0
 
+    @contextmanager
+    def claim(self, run: Path) -> Iterator[None]:
+        with _locked(run, fcntl.LOCK_EX) if self.leads else nullcontext():
+            yield
+
     def prepare(self, action: Prepare) -> None:
         if self.leads:
             action(True)
@@ -125,6 +174,11 @@ class ShardWorker(Workers):
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
+
+    @contextmanager
+    def claim(self, run: Path) -> Iterator[None]:
+        with nullcontext() if HELPER in os.environ else _locked(run, fcntl.LOCK_SH):
+            yield
 
     def prepare(self, action: Prepare) -> None:
         action(False)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SharedBudget
+from omnimem.checksums import is_sealed
 from omnimem.cli.parser import Parser
-from omnimem.cli.tuned_model import BaseModel
+from omnimem.cli.tuned_model import BaseModel, load_tuned
 from omnimem.config import ConfigError
 from omnimem.config.exported import FILE, Exported, policies_of
 from omnimem.data import Message, Sample
@@ -33,7 +34,7 @@ from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Modality
-from omnimem.tuning import AdapterError, load_adapter
+from omnimem.tuning import AdapterError
 
 POLICIES: dict[str, PolicyOptions] = {
     "distinct": DistinctOptions(),
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     exported = recorded(given.model, given.adapter)
     backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
-        load_adapter(backbone.model, given.adapter)
-        if exported is not None:
+        load_tuned(backbone.model, given.adapter)
+        if exported is not None and not is_sealed(given.adapter):
             BaseModel.of(given.model).digest(exported.origin.base_sha256, given.adapter)
     # 2. stream the file and answer
     feeder = Feeder(backbone, stream_of(given, exported))
@@ -129,6 +130,8 @@ def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
         tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
+        if sys.stdin is None:
+            raise MediaError(PIPE, "missing", "standard input is closed; send a stream, or give a file as --video")
         pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
         frames, audio = read_live(pipe, fps=feeder.options.fps, rate=geometry.mel.rate, tracks=asked)
         tracks = "both" if frames and audio else "video" if frames else "audio"

@@ -11,7 +11,7 @@ from typing import Any
 
 from omnimem.cli.parser import Parser
 from omnimem.comparison import DRAWS, compare
-from omnimem.comparison.formatting import many, percent, points, shown
+from omnimem.comparison.formatting import many, percent, points, shown, unread
 from omnimem.comparison.load import axis_of
 from omnimem.limits import exceeds
 
@@ -64,6 +64,8 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
             low, high = entry["strict_interval"]
             found = f"{percent(entry['strict']):>5} % [{percent(low)}, {percent(high)}]"
             yield f"  {shown(label):24} {found}  {_parts(entry['kinds'], kinds)}".rstrip()
+            if what := unread(entry):
+                yield f"  {shown(label):24} {what}"
         for pair in group["pairs"]:
             yield (
                 f"  {shown(pair['a'])} - {shown(pair['b'])}: {points(pair['diff'])} points "

@@ -18,6 +18,7 @@ from omnimem.backbones import load_backbone
 from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import budget_of, feeder_of, policies_of
 from omnimem.cli.parser import Parser, warn
+from omnimem.cli.tuned_model import load_tuned
 from omnimem.cli.workers import device, workers_of
 from omnimem.config import RunConfig, differences, load, untuned
 from omnimem.evaluation import Evaluation, EvaluationError
@@ -25,7 +26,6 @@ from omnimem.run import RunFolder
 from omnimem.streaming.attach import attach
 from omnimem.training.arguments import train_section
 from omnimem.training.shutdown import follow_launcher
-from omnimem.tuning import load_adapter
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     workers = workers_of(given, run.evaluate.processes, arguments)
     backbone = load_backbone(run.model, device())
-    adapted = load_adapter(backbone.model, adapter) if set(names) & set(TUNED) else None
+    adapted = load_tuned(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
     # 3. budget and arms
     with attach(backbone.text_model) as attached:
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         )
         policies = policies_of(run, budget_of(run, attached, feeder, folder))
         evaluation = Evaluation(attached=attached, feeder=feeder, options=run.evaluate)
-        evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
+        with workers.claim(folder.path):
+            evaluate_arms(run, evaluation, policies, folder, names, adapted, workers=workers, adapter=adapter)
 
 
 def _measure(run: RunConfig, folder: RunFolder, measure: Callable[[], object], leading: bool) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor
 from omnimem.aside import written_aside
 from omnimem.backbones import load_backbone
 from omnimem.backbones.assembled import Assembled
-from omnimem.checksums import share
+from omnimem.backbones.files import weights_digest
+from omnimem.checksums import Origin, origin_of, seal
 from omnimem.cli.export_check import ExportCheck, difference
 from omnimem.cli.model_card import CARD, card
 from omnimem.cli.parser import Parser
-from omnimem.cli.tuned_model import BaseModel, Kind, TunedModel
+from omnimem.cli.tuned_model import BaseModel, Kind, TunedModel, load_tuned
 from omnimem.config.exported import Exported
 from omnimem.run import RunError, RunFolder, write_text
 from omnimem.tuning import AdapterError, load_adapter
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str]) -> None:
     with written_aside(given.out, folder=True) as folder:
         exported = write(tuned, given.format, folder)
         write_text(folder / CARD, card(exported, given.out.resolve().name, RunFolder(path=given.run)))
-        share(folder)
+        origin = origin_of(tuned.adapter)
+        base = weights_digest(tuned.run.model.path)
+        seal(folder, Origin(run=origin.run, step=tuned.step, base=base), kind=given.format)
     print("verified: " + ", ".join(f"{name} {value:.3g}" for name, value in exported.verified.items()))
     print(f"{given.format}: {given.out}")
 
@@ -87,7 +90,7 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
     exported = tuned.exported(kind, base)
     check = ExportCheck(backbone, exported)
     logits = {"untuned": check.logits(None)}
-    adapted = load_adapter(backbone.model, tuned.adapter)
+    adapted = load_tuned(backbone.model, tuned.adapter)
     logits["full"] = check.logits(None)
     # 2. save
     if kind == "merged":

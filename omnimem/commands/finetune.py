@@ -1,9 +1,10 @@
 """Fine-tune a model under its memory budget, then evaluate it beside the base model.
 
-deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run] [--resume auto|PATH] [--overwrite]
-    [--skip-preflight]
+deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run [--sample ID]]
+    [--resume auto|PATH] [--overwrite] [--skip-preflight]
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
+from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
 from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples, validation_samples
@@ -33,12 +35,14 @@ from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
-from omnimem.sources import digest
+from omnimem.shipped import shipped
+from omnimem.sources import digest, missing_sources
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
+    refuse_adapter,
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
@@ -53,32 +57,37 @@ from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
 from omnimem.training.zero3 import stage_of, whole
-from omnimem.tuning import Plan, StreamedModel, adapter_tensors, add_adapter, described, load_adapter
+from omnimem.tuning import (
+    Plan,
+    StreamedModel,
+    adapter_tensors,
+    add_adapter,
+    described,
+    load_adapter,
+    require_base,
+    start_adapter,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Check everything, then train; with --dry-run, show what would be done instead."""
     follow_launcher()
     # 1. read the config
-    given = _parser().parse(arguments)
+    parser = _parser()
+    given = parser.parse(arguments)
+    if given.sample is not None and not given.dry_run:
+        parser.error("--sample goes with --dry-run")
     run = load(given.config, given.overrides, train=train_section())
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
+    refuse_adapter(run)
     warn(differences(run))
-    if given.dry_run:
-        preview(run)
-        return
     require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
     # 2. decide on the run folder and the checkpoint
-    start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
-    if start.resumed and start.folder.config.is_file():
-        refuse_changes(run, start.folder.config)
-        if start.checkpoint is not None:
-            refuse_train_changes(run, start.folder.config)
-    if start.checkpoint is not None:
-        refuse_code(start.checkpoint)
-        refuse_other_batch(start.checkpoint, run.train, world_size())
-    check_budget(run, start)
+    start = checked_start(run, given)
+    if given.dry_run:
+        dry_run(run, start, given.sample)
+        return
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
@@ -135,7 +144,7 @@ def finetune(
         step = trainer.load_best() if run.train.get("load_best_model_at_end") else trainer.state.global_step
         if first:
             update_json(start.folder.record, adapter_step=step)
-        trainer.save_adapter(start.folder.adapter)
+        trainer.save_adapter(start.folder.adapter, step)
         # 6. verify what was saved, evaluate on all ranks, compare
         workers = evaluation_workers(run, start.folder)
         workers.prepare(lambda leading: describe_adapter(start.folder))
@@ -146,7 +155,80 @@ def finetune(
             evaluate_and_compare(run, start.folder, parts, workers)
 
 
+def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
+    """Everything that a run does before it loads its model, then the plan; nothing is written.
+
+    `name` is the id of the sample to show; None: the first one.
+    """
+    # 1. the settings of the trainer, on every rank that a launcher starts
+    prepare_process()
+    settings = training_arguments(run.train, start.folder, validated=run.data.validation is not None)
+    # 2. the data, if they are there
+    taken = None
+    if not missing_sources(run.data):
+        samples, validation = training_samples(run), validation_samples(run)
+        check_answers([*samples, *validation])
+        warn(trained_on(samples, validation))
+        taken = Mixture(samples=samples, weights=run.data.weights).size
+        refuse_zero_rate(settings, step_count(settings, taken))
+    # 3. the plan
+    if rank() == 0:
+        preview(run, name, describe_training(settings, start, taken))
+
+
+def describe_training(settings: TrainingArguments, start: Start, taken: int | None) -> Iterator[str]:
+    """Optimizer, schedule, trackers, steps and checkpoints; `taken` is the number of samples per epoch, if known."""
+    # 1. optimizer and trackers
+    engine = settings.hf_deepspeed_config if settings.deepspeed else None
+    if engine is not None and "optimizer" in engine.config:
+        yield f"optimizer: {engine.config['optimizer'].get('type')} of {settings.deepspeed}"
+    else:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(settings)
+        yield f"optimizer: {kind.__module__}.{kind.__name__}, {options}, weight decay {settings.weight_decay:g}"
+    others = [name for name in settings.report_to or () if name not in ("none", "tensorboard")]
+    yield f"trackers: {', '.join(['tensorboard', *others])} ({start.folder.tensorboard}), {start.folder.metrics}"
+    # 2. steps
+    steps = step_count(settings, taken) if taken else max(0, settings.max_steps)
+    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+    if not steps:
+        yield "steps: unknown until the training data are there"
+        return
+    rate, warmup = f"learning rate {settings.learning_rate:g}", settings.get_warmup_steps(steps)
+    schedule = f"{SchedulerType(settings.lr_scheduler_type).value} after {warmup} steps of warm-up"
+    of = f", {taken:,} samples per epoch" if taken else ""
+    yield f"steps: {start.step} of {steps:,} done, {size} samples each{of}; {rate}, {schedule}"
+    # 3. checkpoints
+    every = checkpoint_interval(settings, steps, taken or 0)
+    at = [*range(int(every), steps + 1, int(every))] if every < inf else []
+    at = [step for step in (at if at[-1:] == [steps] else [*at, steps]) if step > start.step]
+    listed = ", ".join(map(str, at if len(at) <= 6 else [*at[:3], "...", *at[-2:]]))
+    kept = f"the newest {settings.save_total_limit} are kept" if settings.save_total_limit else "all are kept"
+    where = start.folder.checkpoint(at[0]) if at else start.folder.path
+    begin = f"continue from {start.checkpoint}; " if start.checkpoint else ""
+    if settings.eval_strategy != IntervalStrategy.NO:
+        by_step = settings.eval_strategy == IntervalStrategy.STEPS and settings.eval_steps
+        often = f"every {settings.eval_steps:g} steps" if by_step else "after each epoch"
+        yield f"validation: {often}"
+    yield f"checkpoints: {begin}after steps {listed or 'none'} ({kept}), the first one in {where}"
+
+
 # --------------------------------------------------------------------------------------------------------------- checks
+
+
+def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
+    """How the run starts; raises an error for settings that a resumed run may not change."""
+    start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
+    if start.resumed and start.folder.config.is_file():
+        refuse_changes(run, start.folder.config)
+        if start.checkpoint is not None:
+            refuse_train_changes(run, start.folder.config)
+    if start.checkpoint is not None:
+        refuse_code(start.checkpoint)
+        with checkpoint_errors(shipped(run.model.path)):
+            require_base(start.checkpoint, shipped(run.model.path))
+        refuse_other_batch(start.checkpoint, run.train, world_size())
+    check_budget(run, start)
+    return start
 
 
 def check_budget(run: RunConfig, start: Start) -> None:
@@ -207,10 +289,15 @@ def rehearse_run(
 
 def checkpoint_count(settings: TrainingArguments, samples: int) -> int:
     """Number of checkpoints that a run writes, including those it removes later."""
-    steps, epoch = step_count(settings, samples), _steps_of_epoch(settings, samples)
+    steps = step_count(settings, samples)
+    return ceil(steps / checkpoint_interval(settings, steps, samples))
+
+
+def checkpoint_interval(settings: TrainingArguments, steps: int, samples: int) -> float:
+    """Steps between two checkpoints; infinite: only the last step has one."""
     interval = settings.save_steps * steps if settings.save_steps < 1 else settings.save_steps
-    every = {"no": inf, "epoch": epoch, "steps": max(1, interval)}[SaveStrategy(settings.save_strategy).value]
-    return ceil(steps / every)
+    strategy = SaveStrategy(settings.save_strategy).value
+    return {"no": inf, "epoch": max(1, _steps_of_epoch(settings, samples)), "steps": max(1, ceil(interval))}[strategy]
 
 
 def step_count(settings: TrainingArguments, samples: int) -> int:
@@ -233,7 +320,8 @@ def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, 
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]
-    model = add_adapter(backbone.model, run.tuning.lora)
+    lora, begun = run.tuning.lora, run.model.adapter
+    model = start_adapter(backbone.model, lora, Path(begun)) if begun else add_adapter(backbone.model, lora)
     with whole(encoders) if stage_of(run.train) == 3 else nullcontext():
         return backbone, model, feeder_of(run, backbone)
 
@@ -338,7 +426,8 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True)
-    evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
+    with workers.claim(folder.path):
+        evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare
     if workers.leads:
         compare([folder.path], folder.comparison)
@@ -346,8 +435,12 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
 
 
 def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
-    base = Path(run.model.path)
-    digests = {"base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None, "data": digest(samples)}
+    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
+    digests = {
+        "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
+        "data": digest(samples),
+        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
+    }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
 
@@ -356,8 +449,9 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_config()
     parser.add_argument(
-        "--dry-run", action="store_true", help="show settings, a sample, budget and memory; no training"
+        "--dry-run", action="store_true", help="check as a run does, and show what it would do; no training"
     )
+    parser.add_argument("--sample", metavar="ID", help="with --dry-run: show this sample, with all its questions")
     parser.add_argument("--resume", metavar="auto|PATH", help="resume from the newest checkpoint, or from this one")
     parser.add_argument("--skip-preflight", action="store_true", help="train without checking data and disk first")
     parser.add_argument("--overwrite", action="store_true", help="start a new run; the old folder is moved to <name>.1")

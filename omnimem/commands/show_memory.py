@@ -20,6 +20,7 @@ from omnimem.budget import Budget
 from omnimem.cli.arms import adapter_as
 from omnimem.cli.build import budget_settings, new_budget, policies_of
 from omnimem.cli.parser import Parser
+from omnimem.cli.tuned_model import load_tuned
 from omnimem.comparison.formatting import size
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import ManifestError, Sample, read_manifest
@@ -28,7 +29,6 @@ from omnimem.run import RunFolder, write_text
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.training.arguments import train_section
-from omnimem.tuning import load_adapter
 
 SIDES = ("left", "right")
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     reading = read(feeders[0], sample)
     with attach(backbone.text_model) as attached:
         budgets = budgets_of(runs, attached, feeders[0])
-    adapted = None if given.adapter is None else load_adapter(backbone.model, given.adapter)
+    adapted = None if given.adapter is None else load_tuned(backbone.model, given.adapter)
     # 2. stream under each policy
     sides: list[Side] = []
     for name, run, feeder, budget in zip(SIDES, runs, feeders, budgets, strict=True):

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from omnimem.checksums import SHOWN
 from omnimem.comparison.formatting import many
 from omnimem.comparison.load import Answer, Arm, Sheet
+from omnimem.run import RunFolder, sha256
 
 SAME_ENTRIES = 0.001  # relative: entries are means over questions, stored with few digits
 SAME_SECONDS = 0.01  # of audio, per question
@@ -17,6 +19,7 @@ def differences(arms: Sequence[Arm]) -> list[str]:
     first, *others = paired
     lines = [line for arm in others for line in _setting_differences(first, arm)]
     lines += [line for arm in others for line in _input_differences(first, arm)]
+    lines += _weight_differences(paired)
     budgeted = [arm for arm in paired if arm.role == "budgeted"]
     return lines + [line for arm in budgeted[1:] for line in _budget_differences(budgeted[0], arm)]
 
@@ -29,6 +32,36 @@ def _setting_differences(first: Arm, arm: Arm) -> Iterator[str]:
                 f"{arm.label} and {first.label}: {what} with {json.dumps(a)} and {json.dumps(b)}; "
                 "evaluate both with the same settings"
             )
+
+
+def _weight_differences(arms: Sequence[Arm]) -> Iterator[str]:
+    """Arms of one run that are of other weights, and adapters that have changed since the evaluation."""
+    for number, arm in enumerate(arms):
+        own = _weights(arm)
+        for other in arms[:number]:
+            known = _weights(other) if arm.folder.resolve().parent == other.folder.resolve().parent else {}
+            if arm.name.partition("@")[2] != other.name.partition("@")[2]:  # tuned@checkpoint-80: of its own adapter
+                known = {name: digest for name, digest in known.items() if name != "adapter"}
+            for name in (name for name in own if known.get(name, own[name]) != own[name]):
+                yield (
+                    f"{arm.label} and {other.label}: answered by another {name} (sha256 {own[name][:SHOWN]} and "
+                    f"{known[name][:SHOWN]}); evaluate both again"
+                )
+        run = RunFolder(path=arm.folder.resolve().parent.parent)
+        if "adapter" in own and run.adapter_sha256 == own["adapter"] and run.adapter.is_dir():
+            found = sha256(run.adapter, suffixes=(".safetensors",))
+            if found != own["adapter"]:
+                yield (
+                    f"{arm.label}: answered by adapter {own['adapter'][:SHOWN]}, {run.adapter} is now {found[:SHOWN]}; "
+                    "restore the adapter, or evaluate again"
+                )
+
+
+def _weights(arm: Arm) -> dict[str, str]:
+    """Digests of the base and of the adapter that answered, where they are known."""
+    digests = arm.provenance.get("sha256")
+    known = digests if isinstance(digests, dict) else {}
+    return {name: known[name] for name in ("base", "adapter") if isinstance(known.get(name), str)}
 
 
 def _input_differences(first: Arm, arm: Arm) -> Iterator[str]:

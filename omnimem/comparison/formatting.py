@@ -1,5 +1,8 @@
 """Numbers and names as text: reports, model cards and pages of the inspector share these."""
 
+from collections.abc import Mapping
+from typing import Any
+
 UNKNOWN = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
@@ -55,3 +58,13 @@ def span(values: list[int] | tuple[int, ...]) -> str:
     """The range of the values: `8 to 12`, or one number if all are equal."""
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def unread(entry: Mapping[str, Any]) -> str:
+    """A warning about predictions of an arm in which no answer was found; "" if there are none."""
+    share = entry["no_answer"]
+    if not share:
+        return ""
+    return (
+        "no answer could be read" if share == 1 else f"no answer could be read in {percent(share)} % of its predictions"
+    )

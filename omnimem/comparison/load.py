@@ -14,6 +14,7 @@ from omnimem.budget import Budget, BudgetError
 from omnimem.comparison.formatting import shown
 from omnimem.errors import ProblemList
 from omnimem.evaluation.left_out import is_left_out
+from omnimem.limits import read_within
 from omnimem.tasks.accuracy import DURATION, categories_of
 from omnimem.textfile import StoredFileError, of_shape, parse_stored, read_stored
 
@@ -70,6 +71,7 @@ class Sheet:
     defects: Sequence[Mapping[str, Any]]
     rules: str | None
     left_out: Mapping[str, str] = field(default_factory=dict)  # questions that the arm cannot answer: id to reason
+    beyond_trained: int = 0  # questions asked beyond the positions that the model was trained on
 
 
 @final
@@ -318,10 +320,12 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
     # 1. answers
     answers: dict[str, Answer] = {}
     left: dict[str, str] = {}
+    beyond = 0
     for place, record in _json_lines(path):
         answer = _read_answer(place, record)
         if answer.id in answers or answer.id in left:
             raise _Problem(f"{place} id: {answer.id!r} occurs twice; delete one of the two lines")
+        beyond += bool(record.get("beyond_trained"))
         if answer.failed is not None and is_left_out(record):
             left[answer.id] = answer.failed
         else:
@@ -341,6 +345,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         defects=facts.get("defects", []),
         rules=facts.get("rules"),
         left_out=left,
+        beyond_trained=beyond,
     )
 
 
@@ -372,11 +377,12 @@ def _read_answer(place: str, record: Mapping[str, Any]) -> Answer:
 
 
 def _kinds(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Categories of a question: its kind by name, the labels of other axes as `axis: label`."""
-    kind = record["kind"]
-    named = [str(one) for one in (kind if isinstance(kind, list) else [kind]) if one]
-    axes = {axis: labels for axis, labels in record.get("categories", {}).items() if axis != KIND}
-    return tuple(dict.fromkeys([*named, *(_under(axis, str(label)) for axis in axes for label in axes[axis])]))
+    """Categories of a question: its kinds by name, the labels of other axes as `axis: label`."""
+    kind, axes = record["kind"], record.get("categories", {})
+    named = [str(one) for one in [*(kind if isinstance(kind, list) else [kind]), *axes.get(KIND, ())] if one]
+    kinds = [_under(KIND, name) if ": " in name else name for name in named]  # a colon would be that of an axis
+    others = [_under(axis, str(label)) for axis in axes if axis != KIND for label in axes[axis]]
+    return tuple(dict.fromkeys([*kinds, *others]))
 
 
 def _under(axis: str, label: str) -> str:
@@ -441,10 +447,17 @@ def _read_run(folder: Path) -> Run:
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not path.is_file():
         raise _Problem(f"{path}: missing although summary.json names it; run the evaluation again")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(_bytes_of(path).split(b"\n"), start=1):
         if line.strip():
             place = f"{path}:{number}"
             yield place, parse_stored(line, dict[str, Any], place, "delete the line, or evaluate again")
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_within(path)
+    except OSError as error:
+        raise _Problem(f"{path}: cannot be read ({error.strerror}); run the evaluation again") from error
 
 
 def _number(value: object) -> float | None:

@@ -25,6 +25,7 @@ from omnimem.comparison.template import page_template
 TEMPLATE = Path(__file__).with_name("report.html")
 LONGEST_TEXT = 1200  # characters shown of one question or prediction
 LONGEST_VALUE = 160  # characters shown of one line of provenance
+DRAWN = ("loss", "temperature", "overlap", "overlap_last")  # of a run's training; without any it has no section
 SHA256 = 64  # hexadecimal digits
 
 
@@ -43,14 +44,14 @@ def render(summary: Mapping[str, Any], arms: Sequence[Arm], runs: Sequence[Run])
         accuracy=[accuracy(name, group, arms) for name, group in named],
         accuracy_axis=accuracy_axis(),
         differences=differences(named, list(benchmarks)),
-        kinds=[kinds(name, group, paired) for name, group in benchmarks.items()],
-        probes=[probes(name, group, arms) for name, group in benchmarks.items() if group["probes"]],
+        kinds=[view for name, group in benchmarks.items() if (view := kinds(name, group, paired))["axes"]],
+        probes=[view for name, group in benchmarks.items() if (view := probes(name, group, arms))["kinds"]],
         durations=[view for name, group in benchmarks.items() if (view := durations(name, group, paired))],
         costs=[view for name, group in benchmarks.items() if (view := costs(name, group))],
         data=[view for name, group in benchmarks.items() if (view := data_problems(name, group, arms))],
         budgets=budgets(runs),
         traces=traces(arms),
-        training=[training(run) for run in runs if run.metrics],
+        training=[view for run in runs if run.metrics and any((view := training(run))[key] for key in DRAWN)],
         questions=_questions(paired),
         provenance=_provenance(arms),
     )

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from omnimem.comparison import figures
 from omnimem.comparison.figures import Mark, Scale
-from omnimem.comparison.formatting import percent, points, shown
+from omnimem.comparison.formatting import percent, points, shown, unread
 from omnimem.comparison.load import Arm, axis_of
 from omnimem.tasks.accuracy import DURATION, ordered
 
@@ -21,14 +21,17 @@ Group = Mapping[str, Any]  # the summary of one benchmark, or of all pooled
 def sentences(name: str, group: Group) -> list[View]:
     """The first arm compared with all others, in sentences."""
     pairs = group["pairs"]
-    return [_sentence(name, pair) for pair in pairs if pair["a"] == pairs[0]["a"]]
+    return [_sentence(name, pair, group["arms"]) for pair in pairs if pair["a"] == pairs[0]["a"]]
 
 
-def _sentence(name: str, pair: Mapping[str, Any]) -> View:
+def _sentence(name: str, pair: Mapping[str, Any], arms: Mapping[str, Any]) -> View:
     a, b = shown(pair["a"]), shown(pair["b"])
     between = f"{points(pair['low'])} to {points(pair['high'])}"
     if pair["low"] is None:
         text = f"{a} against {b} on {name}: {points(pair['diff'])} points; a single video gives no interval"
+    elif pair["verdict"] == "not resolved" and pair["minimum_detectable"] is None:
+        text = f"{a} against {b} on {name}: {points(pair['diff'])} points in every video; "
+        text += "without variance between videos nothing is known of smaller differences"
     elif pair["verdict"] == "not resolved":
         least = percent(pair["minimum_detectable"])
         text = (
@@ -38,7 +41,8 @@ def _sentence(name: str, pair: Mapping[str, Any]) -> View:
     else:
         more = "more" if pair["verdict"] == "gain" else "less"
         text = f"{a} scores {percent(abs(pair['diff']))} points {more} than {b} on {name} (95 % interval {between})"
-    return {"verdict": pair["verdict"], "text": text}
+    silent = [f"{shown(label)}: {what}" for label in (pair["a"], pair["b"]) if (what := unread(arms[label]))]
+    return {"verdict": pair["verdict"], "text": "; ".join([text, *silent])}
 
 
 def accuracy(name: str, group: Group, arms: Sequence[Arm]) -> View:
@@ -88,7 +92,9 @@ def differences(named: Sequence[tuple[str, Group]], benchmarks: Sequence[str]) -
     return {
         "axis": _points_axis(scale),
         "pairs": [{"a": a, "b": b, "rows": rows} for (a, b), rows in pairs.items()],
-        "kinds": [{"a": a, "b": b, **_difference_by_kind(parts)} for (a, b), parts in kinds.items()],
+        "kinds": [
+            {"a": a, "b": b, **view} for (a, b), parts in kinds.items() if (view := _difference_by_kind(parts))["parts"]
+        ],
     }
 
 
@@ -146,11 +152,14 @@ def kinds(name: str, group: Group, arms: Sequence[Arm]) -> View:
 
 
 def probes(name: str, group: Group, arms: Sequence[Arm]) -> View:
-    """Probes beside full memory, which has the whole input, by the kinds of the first axis."""
+    """Probes beside full memory, which has the whole input, by the kinds of the first axis, or all questions."""
     entries = group["arms"] | group["probes"]
     few = [arm for arm in arms if arm.role == "probe"] + [arm for arm in arms if arm.name == "full_memory"][:1]
     keys = [one for view in by_axis(group["kinds"])[:1] for one in view["kinds"]]
-    return {"name": name, "kinds": [_kind(one, group["kinds"], entries, few) for one in keys]}
+    found = [_kind(one, group["kinds"], entries, few) for one in keys]
+    if not keys:
+        found = [{"name": "all questions", "chance": group["chance"], "rows": _rows(entries, group["chance"], few)}]
+    return {"name": name, "kinds": found if group["probes"] else []}
 
 
 def _kind(one: View, facts: Mapping[str, Any], entries: Mapping[str, Any], arms: Sequence[Arm]) -> View:

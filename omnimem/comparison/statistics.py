@@ -142,8 +142,11 @@ def holm(p: Float64[np.ndarray, " tests"]) -> Float64[np.ndarray, " tests"]:
 
 
 def minimum_detectable(error: float, clusters: int) -> float:
-    """The true difference that is called a gain in 80 % of the cases at this standard error."""
-    if clusters < 2:
+    """The true difference that is called a gain in 80 % of the cases at this standard error.
+
+    NaN with fewer than two clusters, or without variance between them: no error is known then.
+    """
+    if clusters < 2 or error == 0:
         return math.nan
     return float(error * (stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1) + stats.t.ppf(POWER, clusters - 1)))
 

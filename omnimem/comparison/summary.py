@@ -55,6 +55,8 @@ def summarise(arms: Sequence[Arm], *, draws: int, seed: int, warnings: Sequence[
             for arm in arms
             if name in arm.sheets and arm.sheets[name].left_out
         }
+        beyond = {arm.label: arm.sheets[name].beyond_trained for arm in arms if name in arm.sheets}
+        group["beyond_trained"] = {label: count for label, count in beyond.items() if count}
     # 3. all benchmarks pooled
     pooled = _group(arms, tuple(names), draws=draws, seed=seed)
     _adjust([pooled])
@@ -264,13 +266,20 @@ def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 
 
 def _notes(arms: Sequence[Arm]) -> list[str]:
-    """Notes on questions that an arm leaves out, and on unequal bytes at equal entries, which are allowed."""
+    """Notes on questions left out, or asked beyond the trained positions, and on unequal bytes at equal entries."""
     notes = [
         f"{name}: {arm.title} leaves out {many(count, 'question')} ({reason.replace('_', ' ')}), which are in none of "
         "its accuracies; differences are over the questions that both arms answered"
         for arm in arms
         for name, sheet in sorted(arm.sheets.items())
         for reason, count in Counter(sheet.left_out.values()).items()
+    ]
+    notes += [
+        f"{name}: {arm.title} answers {many(sheet.beyond_trained, 'question')} beyond the positions that the model was "
+        "trained on; see stream.positions"
+        for arm in arms
+        for name, sheet in sorted(arm.sheets.items())
+        if sheet.beyond_trained
     ]
     budgeted = [arm for arm in arms if arm.role == "budgeted"]
     for name in sorted({name for arm in budgeted for name in arm.sheets}):

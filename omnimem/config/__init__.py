@@ -47,8 +47,10 @@ __all__ = [
 class MemoryOptions:
     """The policy and the size of the memory; `slots_per_layer` is the main setting."""
 
+    # what layers keep, chosen by name
     policy: Annotated[PolicyOptions, Field(discriminator="name")] = field(default_factory=PerturbationOptions)
     slots_per_layer: int = 8192  # audio and visual tokens together, on average over the layers
+    # how slots are divided over layers and modalities
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
     selection_from: SelectionFrom = "tuned"  # base: the model without its adapter judges what is kept (docs/tuning.md)
 
@@ -268,6 +270,13 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
     missing: list[Problem] = []
     model = find(run.model.path, beside)  # None: a hub id
     run = replace(run, model=replace(run.model, path=str(model or run.model.path)))
+    if run.model.adapter is not None:
+        adapter = find(run.model.adapter, beside)
+        if adapter is None:
+            what = f"no folder {run.model.adapter}; give that of an adapter (omnimem export --format adapter)"
+            missing.append((("model", "adapter"), what))
+        else:
+            run = replace(run, model=replace(run.model, adapter=str(adapter)))
     budget = run.memory.budget
     if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
         table = find(budget.table, beside)

@@ -28,8 +28,23 @@ WORDS = {
     "tuple_type": "a list",
     "finite_number": "a finite number",
 }
+_PACKED = "every stream is read alone, chunk by chunk, so rows are not packed; set train.per_device_train_batch_size"
+_COMPILED = "every chunk of a stream has a different shape; remove it"
+_LIGER = "it replaces the modules that streams attach to; remove it"
+_SHARDED = "use deepspeed: deepspeed/zero3.json partitions the weights too"
+_LENGTH = "streams have any length; set stream.chunk_tokens and memory.slots_per_layer"
+_IMAGES = "still images are not streamed; make them a video, or remove them"
+UNFIT = {  # settings of other trainers that do not go with a memory of streams, in whatever section they are given
+    **dict.fromkeys(("packing", "eval_packing", "neat_packing", "packing_strategy", "padding_free"), _PACKED),
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo"), _COMPILED),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config", "use_liger", "enable_liger_kernel"), _LIGER),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"), _SHARDED),
+    **dict.fromkeys(("max_length", "max_seq_length", "cutoff_len", "model_max_length"), _LENGTH),
+    **dict.fromkeys(("images", "image_folder", "image_dir"), _IMAGES),
+}
+LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")
-FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type")
+FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type", "string_type")
 
 
 Schema = TypeVar("Schema")
@@ -59,13 +74,14 @@ def validated(
 def _chose_another(key: Key, found: Sequence[ErrorDetails], all_keys: Collection[Key]) -> bool:
     """Whether the errors only reject the form of a value (list or section) that has errors of its own inside."""
     inside = any(len(other) > len(key) and other[: len(key)] == key for other in all_keys)
-    return inside and all(details["type"] in FORMS for details in found)
+    return inside and all(details["type"] in (*FORMS, *LITERALS) for details in found)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """`did you mean 'x'?`, or all known words if no one is similar."""
     near = _near(name, known)
-    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    listed = f"known: {', '.join(known)}" if len(known) <= LISTED else "omnimem explain lists what there is"
+    return f"did you mean {near!r}?" if near else listed
 
 
 def _near(name: str, known: Sequence[str]) -> str | None:
@@ -143,7 +159,7 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
         case "missing" | "union_tag_not_found":
             return f"missing; add it, or give {dotted(key)}=... on the command line"
         case "unexpected_keyword_argument":
-            return f"unknown key; {_known(key, known)}"
+            return UNFIT.get(str(key[-1])) or f"unknown key; {_known(key, known)}"
         case "union_tag_invalid":
             tags = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
             return f"{context['tag']!r} is unknown; {nearest(context['tag'], tags)}"
@@ -159,13 +175,8 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
 
 
 def _known(key: Key, known: Sections) -> str:
-    """The nearest valid name in the same section, else the same name in another one."""
-    name, here = str(key[-1]), known.get(key[:-1], ())
-    if not _near(name, here):
-        elsewhere = [dotted((*section, name)) for section, keys in known.items() if name in keys]
-        if elsewhere:
-            return f"did you mean {elsewhere[0]}?"
-    return nearest(name, here)
+    """The nearest valid name in the same section, or all names there."""
+    return nearest(str(key[-1]), known.get(key[:-1], ()))
 
 
 def _expected(details: ErrorDetails) -> str:

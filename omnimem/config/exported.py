@@ -10,6 +10,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, Budget
+from omnimem.checksums import SEAL, damage, is_sealed
 from omnimem.config import MemoryOptions
 from omnimem.config.check import strict, validated
 from omnimem.config.source import ConfigError, dotted
@@ -66,8 +67,11 @@ class Exported:
 
     @classmethod
     def read(cls, folder: Path | str) -> "Exported":
-        """The omnimem.json of a folder; raises ConfigError if it is missing or wrong."""
+        """The omnimem.json of a folder; raises ConfigError if it is missing, wrong or not as it was sealed."""
         path = Path(folder) / FILE
+        if is_sealed(Path(folder)) and (what := damage(Path(folder), (FILE,), listed=False)):
+            cure = f"restore it or export again; without {SEAL} the folder is not checked"
+            raise ConfigError([f"{folder}: {what}; {cure}"])
         try:
             table = read_stored(path, dict[str, Any], "make it again with `omnimem export`")
         except StoredFileError as error:

@@ -11,7 +11,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from omnimem.errors import ProblemList
-from omnimem.limits import exceeds
+from omnimem.limits import exceeds, read_within
 
 Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); a number is an index into a list
 Problem = tuple[Key, str]  # a key, and its message with the cure
@@ -52,7 +52,7 @@ class Source:
 def read(path: Path) -> Source:
     """Settings of a YAML file; raises ConfigError if it cannot be read, is not a mapping, or has a key twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_within(path, pipe=True).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read ({error}); give a YAML file in UTF-8"]) from error
     if what := exceeds("config_bytes", len(text)):

@@ -20,10 +20,10 @@ class EvaluationError(UserError):
 class EvaluateOptions:
     """Options of an evaluation."""
 
-    after_training: bool = True
-    benchmarks: tuple[BenchmarkOptions, ...] = ()
+    after_training: bool = True  # evaluate and compare at the end of a training run
+    benchmarks: tuple[BenchmarkOptions, ...] = ()  # chosen by name
     batch_size: int = 1  # streams of one layout per pass; above 1 the encoded stream is held as a whole
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # of an answer
     limit: int | None = None  # streams per benchmark; None: all
     probes: bool = True  # also the blind, vision-only and audio-only arms
     max_failures: float = 0.01  # fraction of streams that may be unreadable

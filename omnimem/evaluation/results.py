@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from omnimem.data import Sample
 from omnimem.evaluation.sharding import Shard
+from omnimem.limits import read_within
 from omnimem.run import append_line, write_text
 from omnimem.textfile import of_shape, parse_stored
 
@@ -134,7 +135,7 @@ def _answers(line: Mapping[str, Any] | None) -> bool:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """Complete lines; the last one may be incomplete. Raises StoredFileError for a damaged line."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
+    whole = read_within(path).rpartition(b"\n")[0]
     for number, data in enumerate(whole.split(b"\n"), start=1) if whole else ():
         place = f"{path}:{number}"
         line = parse_stored(data, dict[str, Any], place, AGAIN)
@@ -144,6 +145,6 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 def _drop_torn_line(path: Path) -> None:
     """Remove the incomplete last line of a killed process."""
     if path.is_file():
-        whole = path.read_bytes().rpartition(b"\n")
+        whole = read_within(path).rpartition(b"\n")
         if whole[2]:
             os.truncate(path, len(whole[0]) + len(whole[1]))

@@ -18,10 +18,11 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
 from av.error import FFmpegError, InvalidDataError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, printable
 from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
 
 Track = TypeVar("Track", VideoStream, AudioStream)
@@ -61,7 +62,7 @@ class MediaError(UserError):
     """A media file that cannot be used: `path`, `reason`, and a message of one line with the problem and the fix."""
 
     def __init__(self, path: Path | str, reason: Reason, message: str) -> None:
-        super().__init__(f"{path}: {message}")
+        super().__init__(printable(f"{path}: {message}"))
         self.path = Path(path)
         self.reason: Reason = reason
 
@@ -128,8 +129,7 @@ def _probed(path: Path | str, measure: bool) -> MediaInfo:
 def open_container(path: Path | str) -> Iterator[InputContainer]:
     """Open a container for reading; every error until it is closed is a MediaError as of `probe` (`blaming`)."""
     with blaming(path, "cannot be read", f"it is truncated, or not {READABLE}: {COPY_AGAIN}"):
-        if not Path(path).is_file():
-            raise MediaError(path, "missing", "is not a file; check the path")
+        _require_file(Path(path))
         if Path(path).stat().st_size == 0:
             raise MediaError(path, "empty", "has zero bytes; copy or download it again")
         if missing := _missing_bytes(Path(path)):
@@ -285,6 +285,23 @@ def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -
 def _duration_tag(stream: VideoStream | AudioStream) -> re.Match[str] | None:
     """The duration of a track of Matroska; ffmpeg may give the duration of the file as that of the track."""
     return re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+
+
+def _require_file(path: Path) -> None:
+    """Raises MediaError `missing`, or `unreadable` for a pipe, which cannot be read twice."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise MediaError(path, "missing", "is a folder; give a file in it")
+    if path.exists():
+        what = "is a pipe or a device; copy it to a file, or send it to `omnimem ask --video -` on standard input"
+        raise MediaError(path, "unreadable", what)
+    raise MediaError(path, "missing", "is not a file; check the path")
+
+
+def is_empty(packet: Packet) -> bool:
+    """Whether a packet holds nothing, as Theora marks a frame that repeats the one before; decoders refuse it."""
+    return packet.size == 0 and packet.pts is not None  # without a time: the signal to decoders that no packet follows
 
 
 def check_whole(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import av
 import numpy as np
@@ -23,6 +23,7 @@ from omnimem.media.container import (
     audio_stream,
     check_whole,
     decodable,
+    is_empty,
     open_container,
     origin,
     refuse_large,
@@ -148,6 +149,18 @@ def _span(start: float, end: float | None) -> str:
     return f"from {start:g} s to {'the end' if end is None else f'{end:g} s'}"
 
 
+def _frames(container: InputContainer, stream: VideoStream | AudioStream) -> Iterator[Any]:
+    """All frames of a track. An empty packet shows the video frame before it again (Theora)."""
+    frame: Any = None
+    for packet in container.demux(stream):
+        if not is_empty(packet):
+            for frame in packet.decode():
+                yield frame
+        elif isinstance(frame, VideoFrame):
+            frame.pts, frame.time_base = packet.pts, packet.time_base
+            yield frame
+
+
 def _decoded(container: InputContainer, decode: Callable[[], Iterator[Frame]], start: float) -> Iterator[Frame]:
     """Decoded frames, from shortly before `start` on."""
     zero, frames = origin(container), decode()
@@ -168,7 +181,7 @@ def _timed_frames(
     """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
-    still, reached, frames = False, 0.0, _decoded(container, lambda: container.decode(stream), start)
+    still, reached, frames = False, 0.0, _decoded(container, lambda: _frames(container, stream), start)
     plausible = Plausible(path)
     plausible.refuse_track(container, stream, end)
     for number, (time, duration, frame) in enumerate(timed_frames(frames, container, stream, start), start=1):
@@ -211,7 +224,7 @@ def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
-    reached, frames = 0.0, _decoded(container, lambda: container.decode(stream), start)
+    reached, frames = 0.0, _decoded(container, lambda: _frames(container, stream), start)
     plausible = Plausible(path)
     plausible.refuse_track(container, stream, end)
     for time, frame in timed_audio(frames, container, start):

@@ -13,7 +13,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from omnimem.media.container import MediaError, audio_stream, blaming, decodable, open_input, video_stream
+from omnimem.media.container import MediaError, audio_stream, blaming, decodable, is_empty, open_input, video_stream
 from omnimem.media.decode import contiguous, sample_by_time, timed_audio, timed_frames, upright
 from omnimem.media.source import TracksOption
 
@@ -65,7 +65,7 @@ class _Packets:
     def _pull(self) -> bool:
         """Read and decode one packet; False at the end."""
         packet = next(self._packets, None)
-        if packet is not None:
+        if packet is not None and not is_empty(packet):
             self._waiting[packet.stream_index].extend(packet.decode())
         return packet is not None
 

@@ -40,16 +40,17 @@ class PerturbationOptions:
     """
 
     name: Literal["omnimem", "paper", "released"] = "omnimem"
-    sharpness: float | None = None
-    novelty_power: float | None = None
-    heads: HeadMean | None = None
-    carry: Literal["sum", "halve"] | None = None
+    sharpness: float | None = None  # lambda, the power of the attention mass
+    novelty_power: float | None = None  # gamma, the power of 1 - s
+    heads: HeadMean | None = None  # attention of heads: mean of softmaxes, or softmax of mean logits
+    carry: Literal["sum", "halve"] | None = None  # masses of earlier chunks
+    # of which redundancy is the mean cosine: in the pool, or at arrival
     neighbours: Literal["pool", "arrival"] | None = None
-    of: Literal["sequence", "modality"] | None = None
-    ends: Literal["present", "one"] | None = None
-    feature: int | None = None
-    coverage: float | None = None
-    centred: bool | None = None
+    of: Literal["sequence", "modality"] | None = None  # whether neighbours are of any modality or the same
+    ends: Literal["present", "one"] | None = None  # a missing neighbour: left out, or counted with cosine 1
+    feature: int | None = None  # width of a projection of the layer input that redundancy reads; null: all
+    coverage: float | None = None  # beta, the power of 1 - c
+    centred: bool | None = None  # c between vectors without the mean of their modality
 
     def __post_init__(self) -> None:
         for name, least in (("sharpness", 0), ("novelty_power", 0), ("coverage", 0), ("feature", 1)):

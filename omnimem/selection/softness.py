@@ -38,9 +38,9 @@ class Softness:
 class TemperatureOptions:
     """T of softened selection over the steps of a run, in standard deviations of the scores."""
 
-    start: float = 1.0
-    end: float = 0.05
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    start: float = 1.0  # T at the first step
+    end: float = 0.05  # T at the last step
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # of T between them
 
     def __post_init__(self) -> None:
         if not (0 < self.start < math.inf and 0 < self.end < math.inf):
@@ -64,7 +64,7 @@ class TemperatureOptions:
 class SelectionOptions:
     """Softening of selection in training; evaluation is hard (docs/paper.md, "Softened selection")."""
 
-    softening: Softening = "straight_through"
+    softening: Softening = "straight_through"  # gates that let the scores learn, or hard selection
     temperature: TemperatureOptions = field(default_factory=TemperatureOptions)
     gradient: Literal["redundancy", "both"] = "redundancy"  # part of the score that learns; both: attention mass too
 

@@ -1,6 +1,7 @@
 """From a sample to a stream: decode and encode (or read the encoder outputs from a cache), cut, pack the questions."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -109,6 +110,7 @@ class Feeder:
         except ValueError as error:
             raise LayoutError(f"stream.{error}") from error
         self.trained = trained or TrainedRange(backbone.trained_positions)
+        self.decoding_seconds = 0.0  # spent so far in waiting for decoded segments
         self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
 
     # ------------------------------------------------------------------------------------ decoding and encoding
@@ -182,7 +184,7 @@ class Feeder:
 
         def counted() -> Iterator[Segment]:
             nonlocal total
-            for segment in segments:
+            for segment in self._timed(segments):
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
                 mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
                 seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
@@ -197,6 +199,16 @@ class Feeder:
         if not tokens:
             what = "holds no frame, and too little audio for one token; choose a longer clip"
             raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
+
+    def _timed(self, segments: Iterable[Segment]) -> Iterator[Segment]:
+        rest = iter(segments)
+        while True:
+            started = time.perf_counter()
+            segment = next(rest, None)
+            self.decoding_seconds += time.perf_counter() - started
+            if segment is None:
+                return
+            yield segment
 
     def unseen(self, sample: Sample) -> EncodedSample:
         """The sample without its stream, for an arm that sees the question alone."""

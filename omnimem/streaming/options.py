@@ -14,9 +14,9 @@ MOST_TOKENS = 1 << 30  # of one forward pass
 class StreamOptions:
     """How a stream is cut and read."""
 
-    fps: float = 1.0
+    fps: float = 1.0  # frames per second of the stream
     max_pixels: int = 176_400  # per frame: 420 x 420, as in the release
-    min_pixels: int = 3_136
+    min_pixels: int = 3_136  # per frame; smaller frames are enlarged
     chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
     positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
     tracks: TracksOption = "both"  # both: those that a file has; require_both: a file without one is refused

@@ -47,9 +47,10 @@ class OwnOptions(AnnotatedBenchmark):
     root: str = "data/own"  # paths of media are relative to it
     questions: str = "questions.jsonl"  # in the folder
     title: str = "own"  # of the result files
+    # after the options of a question
     instruction: str = "Answer with the option's letter from the given choices directly."
     rules: Literal["lmms_eval", "letter"] = "lmms_eval"
-    allow_absolute_paths: bool = False
+    allow_absolute_paths: bool = False  # accept media outside of root
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.title):

@@ -18,7 +18,7 @@ class RecallOptions:
 
     name: Literal["recall"] = "recall"
     root: str = "data/recall"
-    split: str = "test"
+    split: str = "test"  # the manifest <split>.jsonl in root
 
     @property
     def label(self) -> str:

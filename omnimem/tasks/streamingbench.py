@@ -79,7 +79,7 @@ class StreamingBenchOptions(AnnotatedBenchmark):
     }
     name: Literal["streamingbench"] = "streamingbench"
     root: str = "data/StreamingBench"
-    parts: tuple[Part, ...] = PARTS
+    parts: tuple[Part, ...] = PARTS  # sets of questions
     context: Literal["all", "60s"] = "all"  # of a question, before its time stamp
     rules: Literal["official", "lmms_eval"] = "official"
 

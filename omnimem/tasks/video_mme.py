@@ -61,7 +61,7 @@ class VideoMMEOptions(AnnotatedBenchmark):
     }
     name: Literal["video_mme"] = "video_mme"
     root: str = "data/Video-MME"
-    durations: tuple[Duration, ...] = get_args(Duration)
+    durations: tuple[Duration, ...] = get_args(Duration)  # kinds of videos that are asked about
     subtitles: bool = False  # in the prompt, before the task
     subtitle_fps: float | None = None  # subtitles at the frames that are read; None: stream.fps (1 without a run)
     rules: Rules = "official"

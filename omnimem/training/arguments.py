@@ -1,9 +1,12 @@
 """The section `train`: the fields of transformers.TrainingArguments, checked without building it, and our own."""
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
@@ -13,10 +16,14 @@ from pydantic import AfterValidator, BeforeValidator, ValidationError
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
+from omnimem.config.check import UNFIT
+from omnimem.config.reference import field_comments, first_sentence
+from omnimem.extras import installed
 from omnimem.run import RunFolder
 from omnimem.training.zero3 import engine_settings
 
 METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")  # beside metrics.jsonl; TensorBoard is always written
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
 OURS = {  # fields that are set elsewhere
@@ -43,10 +50,6 @@ OURS = {  # fields that are set elsewhere
     "fp16_full_eval": "evaluation has the precision of model.dtype; remove it",
     "save_only_model": "no run could resume from such a checkpoint; omnimem export writes its adapter alone",
     "save_on_each_node": "a checkpoint is one folder on a file system that all nodes share; remove it",
-    "torch_compile": "every chunk of a stream has a different shape; remove it",
-    "use_liger_kernel": "it replaces the modules that streams attach to; remove it",
-    "fsdp": "use deepspeed: deepspeed/zero3.json partitions the weights too",
-    "fsdp_config": "use deepspeed: deepspeed/zero3.json partitions the weights too",
     "accelerator_config": "samples are distributed over ranks by this project; remove it",
     "ignore_data_skip": "a resumed run would repeat some samples and skip others; remove it",
     "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
@@ -63,7 +66,14 @@ FORMER = {  # names of transformers 4 that were removed
     "no_cuda": "removed in transformers 5; set CUDA_VISIBLE_DEVICES to an empty string",
     "save_safetensors": "removed in transformers 5; weights are always safetensors",
 }
-REFUSED = {**OURS, **FORMER}
+FITTING = {each.name for each in fields(TrainingArguments)}
+REFUSED = {**OURS, **FORMER, **{name: reason for name, reason in UNFIT.items() if name in FITTING}}
+UNFIT_LAUNCH = {  # environment variables by which `accelerate launch` asks for what does not fit
+    "ACCELERATE_USE_FSDP": UNFIT["fsdp"],
+    "ACCELERATE_USE_MEGATRON_LM": UNFIT["fsdp"],
+    "ACCELERATE_USE_PARALLELISM_CONFIG": UNFIT["fsdp"],
+    "ACCELERATE_DYNAMO_BACKEND": UNFIT["torch_compile"],
+}
 VALIDATED = (  # settings that need data.validation
     "eval_strategy",
     "eval_steps",
@@ -89,11 +99,17 @@ MAY_CHANGE = frozenset(
             "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
             "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
             "eval_strategy eval_steps eval_delay per_device_eval_batch_size load_best_model_at_end",
-            "early_stopping_patience early_stopping_threshold",
+            "early_stopping_patience early_stopping_threshold report_to",
         )
     ).split()
 )
 
+DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": EVERY_STEPS,
+    "ddp_find_unused_parameters": False,  # every adapter has a gradient in every step
+}
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
 FROM_0: Check = (lambda number: number >= 0, "0 or more")
 FROM_1: Check = (lambda number: number >= 1, "1 or more")
@@ -164,12 +180,14 @@ def train_section() -> type:
     kinds["train_sampling_strategy"] = Literal["random", "sequential"] | None  # lengths are unknown in advance
     kinds["save_strategy"] = Literal["no", "steps", "epoch"]  # the best checkpoint is kept beside those
     kinds["metric_for_best_model"] = Literal[METRICS]
+    kinds["report_to"] = Literal[TRACKERS] | tuple[Literal[TRACKERS], ...]
     kinds |= {name: Annotated[kinds[name], AfterValidator(_within(check))] for name, check in RANGES.items()}
     columns: list[Any] = [(name, kind, field(default=None)) for name, kind in kinds.items()]
     for name, reason in REFUSED.items():
         kind = Annotated[Any, BeforeValidator(_refuse(reason))]
         columns.append((name, kind, field(default=None, metadata={"refused": reason})))
-    return strict(make_dataclass("TrainSection", columns, kw_only=True))
+    about = {"__doc__": "Settings of transformers' Trainer, and our own"}
+    return strict(make_dataclass("TrainSection", columns, kw_only=True, namespace=about))
 
 
 def _exact(hint: Any) -> Any:
@@ -207,9 +225,9 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     Raises ConfigError when transformers refuses them, or when settings contradict `validated`.
     """
     # 1. our defaults
+    refuse_unfit_launch()
     refuse_no_validation(section, validated=validated)
-    defaults: dict[str, Any] = {"logging_steps": 1, "save_strategy": "steps", "save_steps": EVERY_STEPS}
-    defaults["ddp_find_unused_parameters"] = False  # every adapter has a gradient in every step
+    defaults = {**DEFAULTS, "run_name": folder.path.name, "project": "omnimem"}  # the last two: of the trackers
     given = {name: value for name, value in section.items() if value is not None and name not in own_names()}
     if validated:
         every = given.get("save_steps", EVERY_STEPS)
@@ -218,13 +236,12 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
         given.pop("load_best_model_at_end", None)  # `StreamTrainer.load_best` does it at every ZeRO stage
     # 2. build and check
     try:
-        if "report_to" in given:
-            raise ValueError("report_to: TensorBoard event files and metrics.jsonl are always written")
+        trackers = trackers_of(given.pop("report_to", ()))
         arguments = TrainingArguments(
             **{**defaults, **given},
             output_dir=str(folder.path),
             remove_unused_columns=False,
-            report_to="none",
+            report_to=trackers or "none",
             use_cpu=not torch.cuda.is_available(),
         )
         _try_recipe(arguments)
@@ -232,6 +249,32 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
     return arguments
+
+
+def refuse_unfit_launch() -> None:
+    """Raises ConfigError if the launcher asks for what does not go with streams: FSDP, Megatron, torch.compile."""
+    for name, reason in UNFIT_LAUNCH.items():
+        if os.environ.get(name, "no").lower() not in ("", "no", "0", "false"):
+            raise ConfigError([f"environment {name} = {os.environ[name]}: {reason}"])
+
+
+def trackers_of(given: str | Sequence[str]) -> list[str]:
+    """The trackers that transformers reports to; TensorBoard is ours. Raises ValueError when a package is missing."""
+    names = [given] if isinstance(given, str) else list(given)
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"report_to: {unknown[0]} is unknown; known: {', '.join(TRACKERS)}")
+    others = [name for name in dict.fromkeys(names) if name != "tensorboard"]
+    for name in others:
+        if not installed(name):
+            raise ValueError(f"report_to: {name} is not installed; pip install {name}, or remove it")
+        if name == "swanlab" and _numbers(found := version(name)) >= (0, 10):
+            what = f"report_to: swanlab {found} fails in the callback of transformers"
+            raise ValueError(f"{what}; pip install 'swanlab<0.8', or remove it")
+    return others
+
+
+def _numbers(found: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", found)[:2])
 
 
 def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None:
@@ -260,10 +303,26 @@ def refuse_no_validation(section: Mapping[str, Any], *, validated: bool) -> None
 def on_resume() -> dict[str, str]:
     """What a resumed run does with a change of each setting of `train`: `takes effect`, or `refused`.
 
-    Settings that no run may have are left out; `docs/train_settings.md` shows this table.
+    Settings that no run may have are left out; `docs/configuration.md` shows this table.
     """
     allowed = [each.name for each in fields(TrainingArguments) if each.init and each.name not in REFUSED]
     return {name: "takes effect" if name in MAY_CHANGE else "refused" for name in sorted((*allowed, *own_names()))}
+
+
+def train_docs() -> dict[str, tuple[str, str]]:
+    """Default and meaning of each allowed setting of `train`, from transformers' docstring and our own comments."""
+    text = TrainingArguments.__doc__ or ""
+    said = dict(re.findall(r"^ {8}(\w+) ?\(.*\):\n((?:(?: {9,}.*)?\n)+)", text, re.MULTILINE))
+    usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
+    docs = {name: first_sentence(text) for name, text in said.items()} | field_comments(OwnSettings)
+    found = {}
+    for name, effect in on_resume().items():
+        value = {**usual, **DEFAULTS}[name]
+        plain = value.value if isinstance(value, Enum) else value
+        shown = str(plain).lower() if isinstance(plain, bool) else str(plain)
+        shown = shown if isinstance(plain, bool | int | float | str) else "null"
+        found[name] = (shown, f"{docs.get(name, '')}; on resume: {effect}".lstrip("; "))
+    return found
 
 
 def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
@@ -298,6 +357,17 @@ def refuse_mixed_precision(run: RunConfig) -> None:
         if wanted and run.model.dtype not in ((dtype,) if engine else (dtype, "float32")):
             what = f"{wanted[0]} is true and model.dtype is {run.model.dtype}, which one step cannot mix"
             raise ConfigError([f"train: {what}; set model.dtype={dtype}, or {wanted[0]} to false"])
+
+
+def refuse_adapter(run: RunConfig) -> None:
+    """Raises ConfigError if the engine cannot train the adapter of `tuning.lora`."""
+    engine, lora = engine_settings(run.train) or {}, run.tuning.lora
+    if lora.dora and engine.get("zero_optimization", {}).get("stage") == 3:
+        what = "tuning.lora.dora: needs the norm of every whole weight, which ZeRO-3 partitions"
+        raise ConfigError([f"{what}; set train.deepspeed=deepspeed/zero2.json, or dora to false"])
+    if lora.plus_ratio != 1 and "optimizer" in engine:
+        what = "tuning.lora.plus_ratio: the optimizer section of train.deepspeed has one learning rate"
+        raise ConfigError([f"{what}; remove that section, or plus_ratio"])
 
 
 def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
@@ -339,6 +409,8 @@ def _try_engine(arguments: TrainingArguments) -> None:
     if not arguments.deepspeed:
         return
     settings = arguments.hf_deepspeed_config
+    if settings.get_value("compile.deepcompile"):
+        raise ValueError(f"{arguments.deepspeed}: compile.deepcompile: {UNFIT['torch_compile']}")
     if settings.mismatches:
         each = ", ".join(mismatch.removeprefix("- ") for mismatch in settings.mismatches)
         raise ValueError(f'{arguments.deepspeed}: {each} ("auto" there takes the value of train)')

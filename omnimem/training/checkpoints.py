@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from omnimem.checksums import put, seal
+from omnimem.checksums import Origin, put, seal
 from omnimem.errors import first_line
 from omnimem.run import RunFolder, step_of
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
@@ -23,8 +24,12 @@ CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 class CheckpointWriter:
     """Writes the checkpoints of a run, each once, and removes old ones."""
 
-    def __init__(self, folder: RunFolder, ranks: Accelerator, layout: Layout, keep: int | None) -> None:
+    def __init__(
+        self, folder: RunFolder, ranks: Accelerator, layout: Layout, keep: int | None, base: str | None
+    ) -> None:
+        """`base` is the digest of the weights that are tuned; the first rank needs it."""
         self.folder, self.ranks, self.layout, self.keep = folder, ranks, layout, keep
+        self.origin = Origin(run=folder.id, base=base)
         self.parent = str(folder.path)  # where the Trainer creates checkpoint-N
         self.saved: int | None = None  # the last step that was saved
 
@@ -43,7 +48,8 @@ class CheckpointWriter:
         """
         if step == self.saved:  # requested at the end of the step and again at the end of the epoch
             return
-        with written_by_all(self.folder, self.folder.checkpoint(step), self.ranks) as partial:
+        origin = replace(self.origin, step=step)
+        with written_by_all(self.folder, self.folder.checkpoint(step), self.ranks, origin) as partial:
             self.parent = str(partial.parent)
             write()
             write_portable(partial, state(), self.layout, step, schedule)
@@ -59,7 +65,7 @@ class CheckpointWriter:
 
 
 @contextmanager
-def written_by_all(folder: RunFolder, place: Path, ranks: Accelerator) -> Iterator[Path]:
+def written_by_all(folder: RunFolder, place: Path, ranks: Accelerator, origin: Origin) -> Iterator[Path]:
     """A partial folder for all ranks, which the first rank seals and renames to `place` at the end; collective.
 
     All ranks must share the file system of the run folder. Raises Stopped, with exit code 1, when writing fails; a
@@ -78,7 +84,7 @@ def written_by_all(folder: RunFolder, place: Path, ranks: Accelerator) -> Iterat
     # 3. seal and rename
     if ranks.is_main_process:
         with _explained(folder, place):
-            seal(partial, ranks=ranks.num_processes)
+            seal(partial, origin, ranks=ranks.num_processes)
             put(partial, place)
         shutil.rmtree(folder.partial, ignore_errors=True)
 

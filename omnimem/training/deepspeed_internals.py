@@ -60,6 +60,19 @@ def full_shape(weight: Any) -> Sequence[int]:
     return _get(weight, "ds_shape")
 
 
+def keep_gradient_norm(engine: Any) -> None:
+    """ZeRO-0 in float32: the engine then knows the norm of its gradients before clipping, as at the other stages."""
+    step, known, norm = engine.step, engine.get_global_grad_norm, 0.0
+
+    def measured(*args: Any, **settings: Any) -> Any:
+        nonlocal norm
+        norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+        return step(*args, **settings)
+
+    engine.step = measured
+    engine.get_global_grad_norm = lambda: norm if (found := known()) is None else found
+
+
 def remove_gathering_hooks(engine: Any) -> None:
     """ZeRO-3: remove the module hooks that gather and partition weights."""
     _get(_get(_get(engine, "optimizer"), "parameter_offload"), "destroy")()

@@ -1,18 +1,24 @@
 """Logging of a training run: metrics.jsonl, TensorBoard, one progress bar; and the end of a run without steps left."""
 
 import math
+import os
+import resource
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from omnimem.run import Start, append_line
+from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Modality
 from omnimem.training.collectives import gather_lists, highest
@@ -33,11 +39,15 @@ class StepMetrics(TrainerCallback):
     failed: FailedSamples
     one_track: OneTrackSamples
     trained: TrainedRange
+    feeder: Feeder
     outcomes: list[tuple[int, Outcome]] = field(default_factory=list)  # with their step, until the next log
     samples: list[str] = field(default_factory=list)  # ids on this rank, until the next log
     began: int = 0  # the step that the run began at
     logged: int = 0  # the last logged step, or the one that the run began at
     names: Mapping[str, Any] = field(default_factory=dict)  # sample ids of the next line
+    started: tuple[float, float] | None = None  # of the step that is under way: the clock, and the feeder's decoding
+    busy: float = 0.0  # seconds in steps, until the next log
+    decoded: float = 0.0  # those of them spent in decoding
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Record the streams of a batch."""
@@ -46,6 +56,18 @@ class StepMetrics(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count from the step of the checkpoint."""
         self.began = self.logged = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock: validation, logging and saving between two steps are not counted."""
+        self.started = time.perf_counter(), self.feeder.decoding_seconds
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        if self.started is not None:
+            clock, decoding = self.started
+            self.busy += time.perf_counter() - clock
+            self.decoded += self.feeder.decoding_seconds - decoding
+            self.started = None
 
     def complete(self, logs: Mapping[str, float], trainer: Trainer) -> dict[str, float]:
         """The logs of the Trainer with the metrics of the streams; collective."""
@@ -59,6 +81,7 @@ class StepMetrics(TrainerCallback):
         # 2. memory, tokens and time of the streams of this rank
         if self.outcomes:
             complete |= self._usage(state.global_step - 1, state.max_steps)
+        complete |= self._speed(trainer.args)
         # 3. loss and gradient norm without skipped steps
         skipped = self.nonfinite.since(self.logged)
         if skipped:
@@ -70,7 +93,25 @@ class StepMetrics(TrainerCallback):
         samples, left_out = gather_lists(self.samples, ranks), [name for each in skipped for name in each.samples]
         self.names = {"samples": samples, "left_out": left_out}
         self.outcomes, self.samples, self.logged = [], [], state.global_step
+        self.busy = self.decoded = 0.0
         return complete
+
+    def _speed(self, args: TrainingArguments) -> dict[str, float]:
+        """Tokens and samples per second of all ranks, the share of their time in decoding, and peak bytes of a rank."""
+        tokens = sum(sum(outcome.usage.tokens_in) * outcome.streams for _, outcome in self.outcomes)
+        streams = sum(outcome.streams for _, outcome in self.outcomes)
+        mine = (float(tokens), float(streams), self.busy, self.decoded)
+        every = list(zip(*gather_lists([mine], args.world_size), strict=True))
+        seconds = max(*every[2], 1e-9)  # ranks wait for the slowest one
+        speed = {
+            "speed/tokens_per_second": sum(every[0]) / seconds,
+            "speed/samples_per_second": sum(every[1]) / seconds,
+            "speed/decoding": sum(every[3]) / max(sum(every[2]), 1e-9),
+            "memory/host_bytes": float(highest(peak_bytes(), args.device)),
+        }
+        if args.device.type == "cuda":
+            speed["memory/device_bytes"] = float(highest(torch.cuda.max_memory_allocated(args.device), args.device))
+        return speed
 
     def _passes(self) -> list[Pass]:
         """Losses since the last log, without skipped steps."""
@@ -134,9 +175,26 @@ class StepMetrics(TrainerCallback):
         append_line(self.path, {**line, **self.names})
 
 
+def peak_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def has_bar() -> bool:
+    """Whether stderr is a terminal with a width; some, such as those of a container, have none."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
 @final
 class Progress(TrainerCallback):
-    """A progress bar with loss, budget and temperature; without a terminal, about ten lines over the whole run."""
+    """A progress bar with loss, its running mean at this budget, budget, temperature, learning rate, and time left.
+
+    Without a terminal, or in one without width, about ten lines over the whole run.
+    """
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -153,8 +211,9 @@ class Progress(TrainerCallback):
         """Start the bar at the step of the checkpoint."""
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=None
+                total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", disable=not has_bar()
             )
+            self._began, self._first = time.monotonic(), state.global_step
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
@@ -176,14 +235,21 @@ class Progress(TrainerCallback):
             return
         slots, temperature = logs.get("slots"), logs.get("temperature", 0)
         shown = {"loss": f"{logs['loss']:.4g}"}
+        means = [value for name, value in logs.items() if name.startswith("loss_at/")]
+        if means:
+            shown["mean"] = f"{means[-1]:.4g}"
         if slots is not None:  # missing when every sample of the step failed
             shown["slots"] = "full" if slots < 0 else f"{slots:g}"
         if temperature > 0:
             shown["temperature"] = f"{temperature:.3g}"
+        if "learning_rate" in logs:
+            shown["rate"] = f"{logs['learning_rate']:.3g}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
         if self.bar.disable and (state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == 1):
             words = ", ".join(f"{name} {value}" for name, value in shown.items())
+            each = (time.monotonic() - self._began) / max(1, state.global_step - self._first)
+            words += f", {tqdm.format_interval(each * (state.max_steps - state.global_step))} left"
             print(f"step {state.global_step} of {state.max_steps}: {words}", flush=True)
 
 

@@ -17,6 +17,7 @@ from zipfile import BadZipFile
 
 import torch
 
+from omnimem.limits import read_within
 from omnimem.run import RunError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -60,7 +61,10 @@ def _foreign(path: Path) -> str | None:
 def _check_latest(checkpoint: Path) -> None:
     """DeepSpeed reads the folder that `latest` names; it must be one of the checkpoint."""
     for latest in checkpoint.glob("latest*"):
-        name = latest.read_bytes().decode("utf-8", "replace").strip()
+        try:
+            name = read_within(latest).decode("utf-8", "replace").strip()
+        except OSError:
+            name = ""
         if not re.fullmatch(r"global_step\d+", name) or not (checkpoint / name).is_dir():
             raise RunError(
                 f"{latest}: names {name[:60]!r}, not a folder global_stepN of the checkpoint; restore the file, or "

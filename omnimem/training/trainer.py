@@ -10,6 +10,7 @@ from typing import Any, cast, final
 
 import torch
 from accelerate.utils.memory import clear_device_cache
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from omnimem.checksums import damage
+from omnimem.backbones.files import weights_digest
 from omnimem.config.exported import Policies
 from omnimem.data import Failure, Failures, Sample
 from omnimem.media import MediaError
@@ -28,7 +29,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
-from omnimem.training.deepspeed_internals import same_buffer_types
+from omnimem.training.deepspeed_internals import keep_gradient_norm, same_buffer_types
 from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
@@ -98,12 +99,13 @@ class StreamTrainer(Trainer):
         )
         self.failed, self.one_track = FailedSamples(failures), OneTrackSamples()
         self.nonfinite, self.shutdown = NonFiniteGuard(own.max_bad_steps), ShutdownSignal()
-        known = (self.failed, self.one_track, feeder.trained)
+        known = (self.failed, self.one_track, feeder.trained, feeder)
         self.metrics = StepMetrics(folder.metrics, plan, attached.shape.layers, self.nonfinite, *known)
         own_policy, every = policies(plan.slots_per_layer), plan.options.overlap_every
         self.overlap = SelectionOverlap(attached, feeder, own_policy, samples, every)
         self.watchdog = Watchdog(own.step_timeout_seconds, args.process_index)
-        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit)
+        base = weights_digest(model.name_or_path) if args.process_index == 0 else None
+        self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
         limit = replace(failures, samples=max(1, len(validation)))
         self.validation = Validation(
@@ -249,11 +251,22 @@ class StreamTrainer(Trainer):
             engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
+        if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 0:
+            keep_gradient_norm(engine)
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
             self.gathering = LayerGathering(engine, self.layers)
         return engine, loader
 
     # ------------------------------------------------------------------------------- what the Trainer calls, delegated
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the Trainer's; with `tuning.lora.plus_ratio` B has a learning rate of its own (LoRA+)."""
+        ratio, adapted = self.plan.options.lora.plus_ratio, cast(Any, self.adapted)
+        if self.optimizer is None and ratio != 1:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+            decay: Any = {"loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(adapted, kind, loraplus_lr_ratio=ratio, **settings, **decay)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -314,7 +327,7 @@ class StreamTrainer(Trainer):
         """Set the weights of the best checkpoint, and return its step; collective. Raises RunError if it is damaged."""
         step = int(self.state.best_global_step or self.state.global_step)
         place = self.checkpoints.folder.checkpoint(step)
-        if what := damage(place):
+        if what := self.checkpoints.folder.defect(place):
             raise RunError(f"{place}: the best checkpoint is damaged: {what}; remove train.load_best_model_at_end")
         tensors = adapter_tensors(place)
         with whole(trainable(self.adapted), changed=True) if self.gathering else nullcontext():
@@ -351,7 +364,8 @@ class StreamTrainer(Trainer):
             if self.args.should_save:
                 self._save(output_dir)
 
-    def save_adapter(self, place: Path) -> None:
-        """Write the adapter into a folder of its own; collective."""
-        with written_by_all(self.checkpoints.folder, place, self.accelerator) as partial_folder:
+    def save_adapter(self, place: Path, step: int) -> None:
+        """Write the adapter, whose weights are those after `step` steps, into a folder of its own; collective."""
+        origin = replace(self.checkpoints.origin, step=step)
+        with written_by_all(self.checkpoints.folder, place, self.accelerator, origin) as partial_folder:
             self.save_model(str(partial_folder))

@@ -83,7 +83,7 @@ class Validation:
         encoded = []
         for sample in samples:
             try:
-                encoded.append(self.feeder.open(sample))
+                encoded.append(self.feeder.open(sample) if sample.has_stream else self.feeder.unseen(sample))
             except MediaError as error:
                 self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
         return encoded

@@ -17,6 +17,8 @@ from omnimem.tuning.lora import (
     adapter_tensors,
     add_adapter,
     load_adapter,
+    require_base,
+    start_adapter,
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
@@ -56,7 +58,9 @@ __all__ = [
     "gradient_of",
     "load_adapter",
     "policy_in_training",
+    "require_base",
     "running_means",
+    "start_adapter",
     "step_metrics",
     "streamed_loss",
     "streamed_scores",

@@ -13,8 +13,8 @@ Drawn = TypeVar("Drawn")
 class ChunkRange:
     """Maximum chunk size of a step in tokens, log-uniform over the whole numbers from low to high."""
 
-    low: int
-    high: int
+    low: int  # fewest tokens
+    high: int  # most tokens
 
     def __post_init__(self) -> None:
         _check_ends(self.low, self.high)
@@ -35,8 +35,8 @@ class BudgetRange:
     The loss of information depends on the ratio of budget and stream, so 12 to 24 slots are drawn as often as 24 to 48.
     """
 
-    low: int
-    high: int
+    low: int  # fewest slots per layer
+    high: int  # most slots per layer
     full: float = 0.0  # fraction of steps at full memory; with 0 the accuracy at full memory decreases
 
     def __post_init__(self) -> None:

@@ -5,23 +5,27 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from omnimem.errors import UserError
+from omnimem.backbones.files import weights_digest
+from omnimem.checksums import SEAL, SHOWN, damage, is_sealed, origin_of
+from omnimem.errors import UserError, first_line
 from omnimem.limits import exceeds
 from omnimem.textfile import StoredFileError, read_stored
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Decoder layers: of a text model alone, of its language model, or nested deeper by version; encoders match nowhere.
-LAYERS = r"(?:(?:.*\.)?model\.)?(?:language_model\.)?layers\.\d+\."
+ABOVE = r"(?:(?:.*\.)?model\.)?(?:language_model\.)?"
+LAYER = r"layers\.\d+\."
+LAYERS = ABOVE + LAYER
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # settings of a saved adapter
 UNREAD = (  # checked apart, or notes without an effect
     "target_modules",
@@ -45,10 +49,15 @@ class AdapterError(UserError):
 class LoraOptions:
     """Low-rank adapters on the text model's projections (release: r 128, alpha 256, dropout 0.05 on q, k, v)."""
 
-    r: int = 128
-    alpha: float = 256
-    dropout: float = 0.05
-    targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj")
+    r: int = 128  # rank
+    alpha: float = 256  # the adapter is scaled by alpha / r
+    dropout: float = 0.05  # of the adapter's input in training
+    # projections of the decoder layers that get an adapter: names, all, or a regular expression of the path from
+    # `layers.` on
+    targets: tuple[Target, ...] | str = ("q_proj", "k_proj", "v_proj")
+    rslora: bool = False  # scale alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
+    dora: bool = False  # a trained magnitude per output beside the low-rank direction (arXiv 2402.09353)
+    plus_ratio: float = 1.0  # learning rate of B over that of A (LoRA+, arXiv 2402.12354)
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -61,14 +70,41 @@ class LoraOptions:
             raise ValueError(f"lora.dropout = {self.dropout:g} must be in [0, 1)")
         if not self.targets:
             raise ValueError("lora.targets is empty; name at least one projection, such as q_proj")
+        if not 0 < self.plus_ratio < float("inf"):
+            raise ValueError(f"lora.plus_ratio = {self.plus_ratio:g} must be a number above 0; 1: one learning rate")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"lora.targets: {self.targets!r} is no regular expression ({error})") from error
+
+    @property
+    def named(self) -> tuple[Target, ...] | None:
+        """The projections by name; None of a regular expression."""
+        if isinstance(self.targets, str):
+            return get_args(Target) if self.targets == "all" else None
+        return self.targets
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression of module paths; it excludes projections of the same names in the encoders."""
+        return f"{ABOVE}(?={LAYER})(?:{self.targets})" if self.named is None else _pattern(self.named)
+
+    def matched(self, layers: int) -> list[tuple[int, Target]]:
+        """(layer, projection) of the adapted modules of a text model with so many layers."""
+        every = [(layer, name) for layer in range(layers) for name in get_args(Target)]
+        inside = {name: "self_attn" if name in ATTENTION else "mlp" for name in get_args(Target)}
+        pattern = re.compile(self.pattern)
+        return [(at, name) for at, name in every if pattern.fullmatch(f"layers.{at}.{inside[name]}.{name}")]
 
     def config(self) -> LoraConfig:
-        """The peft configuration; its pattern excludes projections of the same names in the encoders."""
+        """The peft configuration."""
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
-            target_modules=_pattern(self.targets),
+            target_modules=self.pattern,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -115,10 +151,44 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
         adapted = _adapted(model, options.config())
     except ValueError as error:
         known = ", ".join(_projections(model)) or "none"
-        raise AdapterError(f"lora.targets: {', '.join(options.targets)} match no module; known: {known}") from error
+        given = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)
+        what = "match no module" if "not found" in str(error) else f"cannot be adapted ({first_line(error)})"
+        raise AdapterError(f"lora.targets: {given} {what}; known: {known}") from error
+    return _in_float32(adapted)
+
+
+def start_adapter(model: Any, options: LoraOptions, folder: Path) -> StreamedModel:
+    """The adapters of a folder (`model.adapter`), to be trained further with the dropout of `options`.
+
+    Raises AdapterError as `load_adapter`, and when the folder was made with other settings than `options`.
+    """
+    # 1. the settings agree
+    config = _saved_config(folder, adapter_tensors(folder))
+    pairs = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
+    for name, found in pairs.items():
+        if getattr(options, name) != found:
+            what = f"tuning.lora.{name} = {getattr(options, name)}, but the adapter in {folder} has {found}"
+            raise AdapterError(f"{what}; set tuning.lora.{name}={found}, or remove model.adapter")
+    # 2. load, train
+    adapted = load_adapter(model, folder, dropout=options.dropout)
+    names = [name for name, _ in model.named_modules()]
+    pattern = re.compile(options.pattern)
+    layers = [name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")]
+    odd = [name for name in layers if not pattern.fullmatch(name)]
+    missed = [name for name in names if pattern.fullmatch(name) and name not in layers]
+    if odd or missed:
+        what = f"tuning.lora.targets and the adapter in {folder} differ at {(odd or missed)[0]}"
+        raise AdapterError(f"{what}; set tuning.lora.targets to the modules of the adapter, or remove model.adapter")
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return _in_float32(adapted)
+
+
+def _in_float32(adapted: StreamedModel) -> StreamedModel:
+    """The optimizer needs float32, whatever the base model's dtype."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the optimizer needs float32, whatever the base model's dtype
+            parameter.data = parameter.data.float()
     return adapted
 
 
@@ -131,13 +201,19 @@ def _projections(model: nn.Module) -> list[str]:
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter.
 
-    Raises AdapterError when they are missing, unreadable, empty, not finite, or all B matrices are zero.
+    Raises AdapterError when they are missing, unreadable, empty, not finite, all B matrices are zero, or a file of the
+    adapter differs from sealed.json.
     """
     # 1. read
     path = folder / WEIGHTS
     for name in (SETTINGS, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder}: {name} is missing; give the adapter/ folder of a finished run")
+    if is_sealed(folder) and (what := damage(folder, (SETTINGS, WEIGHTS))):
+        raise AdapterError(
+            f"{folder}: {what}; restore the file from where the adapter was saved, or export it again; without {SEAL} "
+            "the adapter is not checked"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -153,32 +229,47 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(model: Any, folder: Path) -> StreamedModel:
-    """Load a saved adapter into the model and verify it.
+def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> StreamedModel:
+    """Load a saved adapter into the model and verify it; `dropout` replaces its own.
 
-    Raises AdapterError when the adapter is damaged or its shapes are those of another base model.
+    Raises AdapterError when the adapter is damaged, or was made for other base weights.
     """
     # 1. load
     tensors = adapter_tensors(folder)
     config = _saved_config(folder, tensors)
+    config.lora_dropout = config.lora_dropout if dropout is None else dropout
+    require_base(folder, model.name_or_path)
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError) as error:
         raise _foreign(folder, model, str(error).splitlines()[0]) from error
     # 2. verify that no tensor is missing or left over
-    names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
-    missing = [name for name in names if name.replace(".default", "") not in tensors]
+    missing = [name for name in get_peft_model_state_dict(adapted) if name not in tensors]
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def require_base(folder: Path, base: str) -> None:
+    """Raises AdapterError if the adapter in a folder was tuned on other weights than those of `base`, a folder or id.
+
+    An adapter without a record of them passes, and any adapter on a model that was not read from files.
+    """
+    tuned = origin_of(folder).base
+    found = weights_digest(base) if tuned else None
+    if tuned is not None and found is not None and tuned != found:
+        raise AdapterError(
+            f"{folder}: made for another base than {base} (digest of the weights {tuned[:SHOWN]}, not "
+            f"{found[:SHOWN]}); give the base that it was tuned from with --model, or model.path=..."
+        )
 
 
 def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
     """The settings of a saved adapter, checked against its weights.
 
     Settings of peft that would import a module, or change the base model, are refused; a regular expression of modules
-    is replaced by the projections in the weights. Raises AdapterError.
+    is replaced by the modules of the weights. Raises AdapterError.
     """
     # 1. read
     path = folder / SETTINGS
@@ -192,10 +283,9 @@ def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
     problem = _settings_problem(table, tensors)
     if problem is not None:
         raise AdapterError(f"{path}: {problem}; restore the file that the adapter was saved with")
-    # 3. the modules
-    targets = table.get("target_modules")
-    if not isinstance(targets, list):
-        targets = _pattern(sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors}))
+    # 3. the modules: those of the weights, and no others of the same name
+    paths = sorted({name.partition(".lora_")[0].removeprefix("base_model.model.") for name in tensors})
+    targets = "|".join(re.escape(path) for path in paths)
     read = {name: table[name] for name in READ if name in table}
     return LoraConfig(**read, target_modules=targets, bias="none", task_type="CAUSAL_LM", inference_mode=True)
 

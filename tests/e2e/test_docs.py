@@ -6,8 +6,11 @@ import json
 import re
 import runpy
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any
 
+import av
+import numpy as np
 import pytest
 from pydantic import Field, TypeAdapter
 from support.paths import ROOT
@@ -66,14 +69,51 @@ def test_the_figure_shows_every_method_at_its_accuracy_without_overlapping_label
     assert min(b - a for a, b in pairwise(sorted(labels.values()))) > figures["LABEL_GAP"] - 1e-9
 
 
+def printed_by_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the example prints about `video.mp4` in a folder."""
+    monkeypatch.chdir(folder)
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    return printed.getvalue().splitlines()
+
+
 def test_the_code_of_the_readme_answers_a_question_from_a_memory_of_fixed_size(tmp_path, monkeypatch) -> None:
     world = draw_world(25, 16)
     assert any(question.text == "what colour was the star ?" for question in world.questions)
     write_mp4(world, tmp_path / "video.mp4")
-    monkeypatch.chdir(tmp_path)
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    answers, memory = printed.getvalue().splitlines()
+    answers, memory = printed_by_readme(tmp_path, monkeypatch)
     assert answers in [f"['{colour}']" for colour in COLOURS]
     assert re.fullmatch(rf"{LAYERS * SLOTS} entries, \d+ bytes", memory)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rate", "seconds"), [(1280, 720, 25, 3), (240, 432, 30, 1), (64, 32, 1, 5)]
+)
+def test_the_code_of_the_readme_runs_on_any_video(width, height, rate, seconds, tmp_path, monkeypatch) -> None:
+    """Large, upright, tiny and silent ones, shorter than a chunk."""
+    with av.open(str(tmp_path / "video.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(rate * seconds):
+            image = np.full((height, width, 3), number % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    answers, memory = printed_by_readme(tmp_path, monkeypatch)
+    assert answers.startswith("['")
+    assert int(memory.split()[0]) <= LAYERS * SLOTS
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch) -> None:
+    """Its code cells, in one namespace, on the bundled checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    book = json.loads((ROOT / "examples/first_run.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for number, cell in enumerate(book["cells"]):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [], "saved without outputs"
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    full, limited = (names["held"][name] for name in ("full memory", "18 slots per layer"))
+    assert full == sorted(full)
+    assert max(limited) == names["layers"] * 18 < full[-1]
+    assert all(len(found) == len(names["texts"]) for found in names["answers"].values())

@@ -142,6 +142,7 @@ def test_results_of_other_settings_are_moved_away(place, here) -> None:
     arguments = [*CONFIG, "--arm", "tuned", "--arm", "training_free", benchmark(place)]
     command(SCRIPT, arguments, here)
     before = found(here)
+    (here / "runs" / "x" / "adapter" / "sealed.json").unlink()
     write_adapter(place / "model", here / "runs" / "x" / "adapter", seed=5)
     (refused,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here, fails=True).outputs
     assert "eval/tuned: made with another adapter; start the command without --shard once" in refused

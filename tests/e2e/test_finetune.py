@@ -80,11 +80,12 @@ def test_ranks_accumulation_and_batches_mean_the_same(folder) -> None:
     assert float((two.losses - small.losses).abs().max()) > 1e-4  # dropout is active, and the same on any rank
 
 
-def test_the_evaluation_after_training_uses_all_ranks(folder) -> None:
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_the_evaluation_after_training_uses_all_ranks(folder, stage) -> None:
     """Each rank answers its share of every arm; the first one summarises, with full memory last."""
     benchmark = f"evaluate.benchmarks=[{{name: recall, root: {folder}, split: train}}]"
-    steps = ("train.max_steps=1", "evaluate.after_training=true", benchmark, ZERO2)
-    run = tune(folder, "evaluated", *steps, ranks=2)
+    steps = ("train.max_steps=1", "evaluate.after_training=true", benchmark)
+    run = tune(folder, f"evaluated-{stage}", *steps, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
     first, second = run.ended.outputs
     assert "shard 1/2 is done" in second
     assert "report: " in first

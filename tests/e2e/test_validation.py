@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -86,3 +87,13 @@ def test_ranks_share_the_validation_and_zero3_sets_the_best_weights(folder) -> N
         assert one == pytest.approx(other, rel=1e-4)
     assert shared.record["adapter_step"] == 2
     assert torch.allclose(shared.adapter, alone.adapter, atol=1e-5)
+    # every logged step says how large, fast and heavy it was, at both stages
+    steps = [[line for line in run.logged if "loss" in line] for run in (alone, shared)]
+    for one, other in zip(*steps, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        for line in (one, other):
+            assert 0 < line["speed"]["decoding"] < 1
+            assert line["speed"]["tokens_per_second"] > line["speed"]["samples_per_second"] > 0
+            assert line["memory"]["host_bytes"] > 1e6
+            assert {"learning_rate", "loss_at"} <= set(line)
+    assert re.search(r"step 6 of 10: loss [\d.]+, mean [\d.]+, .*rate [\d.e-]+, \d\d:\d\d left", alone.ended.outputs[0])

@@ -17,7 +17,7 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
-from omnimem.media import LiveSource
+from omnimem.media import LiveSource, MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -191,6 +191,12 @@ def test_a_pipe_is_read_as_a_live_stream(exports, video, tmp_path, capsys, monke
         assert not pipe.closed
 
 
+def test_a_closed_standard_input_is_an_error(exports, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(MediaError, match="standard input is closed"):
+        ask.main(["--model", str(exports / "merged"), QUESTION, "--video", "-"])
+
+
 @pytest.mark.slow
 def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, video) -> None:
     command = [sys.executable, "train/ask.py", "--model", str(exports / "merged"), "--video", "-", QUESTION]
@@ -203,7 +209,7 @@ def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, vid
 
 def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
-    with pytest.raises(AdapterError, match=r"made for another base than .*alike \(sha256"):
+    with pytest.raises(AdapterError, match=r"made for another base than .*alike \(digest"):
         ask.main(["--model", str(alike), "--adapter", str(exports / "adapter"), "--video", str(video), QUESTION])
 
 

@@ -1,14 +1,16 @@
 """Every file of a run, an export and a model, damaged in every way: a line with its name and the cure, exit code 2."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from support.comparison_runs import write_arm, write_trace
-from support.damage import DAMAGE, damaged, ends
+from support.damage import DAMAGE, damaged, ends, permissions_hold
 from support.finished_run import config_of, write_run
 from support.thinkers import write_folder
 
@@ -82,6 +84,13 @@ def run(whole, tmp_path) -> RunFolder:
     return RunFolder(path=tmp_path / "runs" / "x")
 
 
+@pytest.fixture(autouse=True)
+def no_privilege() -> Iterator[None]:
+    """As root, files without permission cannot be read either."""
+    with permissions_hold() if os.geteuid() == 0 else nullcontext():
+        yield
+
+
 def check(command: Callable[[], object], path: Path, capsys, *, refused: bool = True) -> None:
     code, lines = ends(command, capsys)
     assert code == (2 if refused else 0), lines
@@ -106,9 +115,9 @@ def test_a_run_with_a_damaged_file_can_be_continued(name, how, run, base, capsys
     if name == "config.yaml":
         check(resume, run.config, capsys)
         shutil.rmtree(run.config) if run.config.is_dir() else run.config.unlink()  # as the message says
-    if (name, how) == ("metrics.jsonl", "folder"):
+    if name == "metrics.jsonl" and how in ("folder", "no permission"):
         check(resume, run.metrics, capsys)
-        shutil.rmtree(run.metrics)
+        shutil.rmtree(run.metrics) if run.metrics.is_dir() else run.metrics.unlink()
     code, lines = ends(resume, capsys)
     assert code == 0
     assert json.loads(run.record.read_text())["seed"] == 1

@@ -329,6 +329,7 @@ def test_an_adapter_of_another_base_is_refused(base, done, tmp_path) -> None:
 )
 def test_a_broken_adapter_is_named(base, tmp_path, change, what) -> None:
     run = write_run(tmp_path / "run", base)
+    (run.adapter / "sealed.json").unlink()
     weights = run.adapter / "adapter_model.safetensors"
     if callable(change):
         write_adapter(base, run.adapter, change=change)

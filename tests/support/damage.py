@@ -1,8 +1,10 @@
 """Ways in which a file can be damaged, and how a command must end then."""
 
+import ctypes
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,11 +45,29 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+CAPABILITIES_VERSION, READS_EVERYTHING = 0x20080522, 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+
+
+@contextmanager
+def permissions_hold() -> Iterator[None]:
+    """Root may read no more than a user could: this thread lacks two capabilities of root until the end."""
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(CAPABILITIES_VERSION, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, held) == 0
+    lowered = (ctypes.c_uint32 * 6)(held[0] & ~READS_EVERYTHING, *held[1:])
+    assert libc.capset(header, lowered) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held) == 0
+
+
 def damaged(path: Path, how: str) -> None:
-    """Damage a file; skips what root cannot meet."""
-    if how == "no permission" and os.geteuid() == 0:
-        pytest.skip("root may read every file")
+    """Damage a file; "no permission" needs `permissions_hold` where root runs the tests."""
     DAMAGE[how](path)
+    if how == "no permission":
+        with pytest.raises(PermissionError):
+            path.read_bytes()
 
 
 def ends(command: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:

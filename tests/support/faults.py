@@ -1,11 +1,12 @@
-"""Trials of faults: kills, signals and damaged checkpoints at random times, each followed by `--resume auto`.
+"""Trials of faults of a training run at random times, each followed by `--resume auto`.
 
 A trial passes when exit code 0 was returned only once the adapter was written and described in run.json, the adapter
 equals the unbroken run's bit for bit, metrics.jsonl holds every step once with the same numbers and samples, and no
-process is left behind. Processes are forked from one that has the imports done, below a launcher that behaves as
-DeepSpeed's launch.py does.
+process is left behind; faults that no process dies of leave no traceback in the log. Processes are forked from one that
+has the imports done, below a launcher that behaves as DeepSpeed's launch.py does.
 """
 
+import ctypes
 import importlib
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import random
 import runpy
 import shutil
 import signal
+import struct
 import sys
 import time
 from collections import Counter
@@ -28,7 +30,7 @@ from typing import Any, final
 from omnimem.run import RunFolder, read_json, sha256
 from support.paths import ROOT
 from support.ranks import free_port
-from support.tiny_run import given
+from support.tiny_run import TIMED, given
 
 STEPS = 8
 LIMIT = 300.0  # seconds that a run may take on a busy machine
@@ -37,6 +39,7 @@ RESUMES = 3
 FILES = 10  # of a checkpoint, about
 LAST_MOMENTS = ("metrics.jsonl", f".partial/checkpoint-{STEPS}", f"checkpoint-{STEPS}", ".partial/adapter", "adapter")
 FORK = multiprocessing.get_context("fork")
+COMMANDS = ("finetune", "evaluate", "export", "calibrate")
 SETTINGS = (f"train.max_steps={STEPS}", "train.save_steps=2", "train.save_total_limit=2")
 
 
@@ -70,6 +73,7 @@ class Launched:
     process: ForkProcess
     ranks: tuple[int, ...]
     path: Path
+    engine: Engine = ENGINES[0]
 
     @property
     def launcher(self) -> int:
@@ -99,22 +103,29 @@ class Launched:
 class Fault:
     name: str
     strikes: Callable[[Launched, random.Random], str]  # a description
+    repair: Callable[[Launched], object] = lambda run: None  # before the run goes on
+    tidy: bool = False  # whether every process ends by itself, without a traceback
 
 
 def preload() -> None:
     """Import what every run imports; forked processes have it then."""
     os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-    importlib.import_module("deepspeed")
-    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="preloaded")
+    for module in ("deepspeed", *(f"omnimem.commands.{name}" for name in COMMANDS)):
+        importlib.import_module(module)
 
 
 def launch(home: Path, name: str, engine: Engine, *arguments: str) -> Launched:
     """`finetune.py --config NAME.yaml ARGUMENTS` on so many ranks."""
-    command = ["finetune.py", *given(home, name, *SETTINGS, *engine.settings, *arguments)]
+    return started(home, name, "finetune", given(home, name, *SETTINGS, *engine.settings, *arguments), engine)
+
+
+def started(home: Path, name: str, script: str, arguments: Sequence[str], engine: Engine = ENGINES[0]) -> Launched:
+    """A command of train/ on the ranks of an engine."""
+    command = [f"{script}.py", *arguments]
     receive, send = FORK.Pipe(duplex=False)
     launcher = FORK.Process(target=_launcher, args=(home, name, command, engine.ranks, send))
     launcher.start()
-    return Launched(process=launcher, ranks=tuple(receive.recv()), path=home / "runs" / name)
+    return Launched(process=launcher, ranks=tuple(receive.recv()), path=home / "runs" / name, engine=engine)
 
 
 def _launcher(home: Path, name: str, command: list[str], count: int, send: Connection) -> None:
@@ -157,10 +168,37 @@ def failure(ranks: Sequence[ForkProcess]) -> int:
 
 def _rank(command: list[str], rank: int, count: int, port: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.time = Clock(Path("clock"), time.time)
+    obey_modes()
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_SIZE": str(count)}
     os.environ.update({**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CROSS_RANK": "0"})
     sys.argv = command
-    runpy.run_path(str(ROOT / "train" / "finetune.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "train" / command[0]), run_name="__main__")
+
+
+@final
+class Clock:
+    """`time.time`, shifted by the seconds in a file while there is one."""
+
+    def __init__(self, shift: Path, real: Callable[[], float]) -> None:
+        self.shift, self.real = shift.resolve(), real
+
+    def __call__(self) -> float:
+        try:
+            return self.real() + float(self.shift.read_text() or 0)
+        except (FileNotFoundError, ValueError):
+            return self.real()
+
+
+def obey_modes() -> None:
+    """Root too may only do what the modes of files allow in this process (Linux: no CAP_DAC_OVERRIDE)."""
+    if sys.platform != "linux" or os.geteuid():
+        return
+    library, header = ctypes.CDLL(None), struct.pack("Ii", 0x20080522, 0)
+    kept = ctypes.create_string_buffer(24)
+    library.capget(header, kept)
+    effective, *rest = struct.unpack("6I", kept.raw)
+    library.capset(header, struct.pack("6I", effective & ~(1 << 1), *rest))
 
 
 def lives(number: int) -> bool:
@@ -229,6 +267,68 @@ def kill_while_writing(run: Launched, draw: random.Random) -> str:
     return f"{partial.name}, " + (f"{written} files written" if partial.exists() else "already in place")
 
 
+def jump(run: Launched, draw: random.Random) -> str:
+    """The clock jumps forward and back by up to a year, and the checkpoints have times in any order."""
+    shift, told = run.path.parents[1] / "clock", []
+    for _ in range(3):
+        at, seconds = in_a_step(run, draw, last=STEPS // 2), draw.choice((-1, 1)) * 10 ** draw.uniform(0, 7.5)
+        shift.write_text(str(seconds))
+        told.append(f"{seconds:+.0f} s {at}")
+        for path in run.path.glob("checkpoint-*"):
+            with suppress(FileNotFoundError):
+                os.utime(path, (time.time() + draw.uniform(-1e7, 1e7),) * 2)
+    return ", ".join(told)
+
+
+def freeze(run: Launched, draw: random.Random) -> str:
+    """SIGSTOP to a rank, the launcher or all, for up to two seconds."""
+    everybody = (run.launcher, *run.ranks)
+    chosen = draw.choice((*((one,) for one in everybody), everybody))
+    at, seconds = in_a_step(run, draw), draw.uniform(0.2, 2.0)
+    for number in chosen:
+        strike(number, signal.SIGSTOP)
+    time.sleep(seconds)
+    for number in chosen:
+        strike(number, signal.SIGCONT)
+    return f"{len(chosen)} of {len(everybody)} processes for {seconds:.1f} s {at}"
+
+
+def lock_folder(run: Launched, draw: random.Random) -> str:
+    """The run folder becomes read-only; the run must end by a line, and continue once it may write."""
+    at = in_a_step(run, draw)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.path.chmod(0o555)
+    return at
+
+
+def unlock_folder(run: Launched) -> None:
+    run.path.chmod(0o755)
+
+
+def start_again(run: Launched, draw: random.Random) -> str:
+    """A second start of the same command, from the beginning or with --resume auto."""
+    at, more = in_a_step(run, draw), draw.choice(((), ("--resume", "auto")))
+    second = launch(run.path.parents[1], run.path.name, run.engine, *more)
+    return f"{' '.join(more) or 'fresh'} {at}: {second.ended()}"
+
+
+def damage_folder(run: Launched, draw: random.Random) -> str:
+    """Kill all processes, then damage a file of the run folder that `--resume auto` can do without."""
+    at = in_a_step(run, draw, first=3)
+    kill_all(run)
+    newest = max(run.path.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    names = ("run.json", "metrics.jsonl", ".lock", f"{newest.name}/sealed.json", f"{newest.name}/portable.json")
+    file = run.path / draw.choice((*names, f"{newest.name}/trainer_state.json"))
+    how = draw.choice(("empty", "zeros", "cut", "list", "gone")) if file.name != "metrics.jsonl" else "tail"
+    content = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        kinds = {"empty": b"", "zeros": bytes(len(content)), "cut": content[: len(content) // 2], "list": b"[1]"}
+        file.write_bytes({**kinds, "tail": content + draw.choice((b'{"step": 9', bytes(50), b"[]\n", b"\xff"))}[how])
+    return f"{how} {file.relative_to(run.path)} {at}"
+
+
 FAULTS = (
     Fault(name="kill -9 of a rank", strikes=kill_rank),
     Fault(name="kill -9 of the launcher", strikes=kill_launcher),
@@ -236,11 +336,20 @@ FAULTS = (
     Fault(name="SIGTERM at the end", strikes=terminate_at_the_end),
     Fault(name="damaged checkpoint", strikes=damage_checkpoint),
     Fault(name="kill -9 while a checkpoint is written", strikes=kill_while_writing),
+    Fault(name="clock jumps", strikes=jump, repair=lambda run: clear_clock(run.path.parents[1]), tidy=True),
+    Fault(name="SIGSTOP", strikes=freeze, tidy=True),
+    Fault(name="read-only folder", strikes=lock_folder, repair=unlock_folder, tidy=True),
+    Fault(name="two starts", strikes=start_again, tidy=True),
+    Fault(name="damaged folder", strikes=damage_folder),
 )
 
 
-def in_a_step(run: Launched, draw: random.Random, *, first: int = 0) -> str:
-    step = draw.randrange(first, STEPS)
+def clear_clock(home: Path) -> None:
+    (home / "clock").unlink(missing_ok=True)
+
+
+def in_a_step(run: Launched, draw: random.Random, *, first: int = 0, last: int = STEPS) -> str:
+    step = draw.randrange(first, last)
     waiting(run, lambda: run.steps >= step)
     delay = draw.uniform(0.0, 0.3)
     time.sleep(delay)
@@ -292,7 +401,7 @@ class Result:
     @classmethod
     def of(cls, path: Path) -> "Result":
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        kept = [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+        kept = [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
         adapter, record = RunFolder(path=path).adapter, RunFolder(path=path).record
         if not adapter.is_dir():
             return cls(lines=kept)
@@ -322,6 +431,7 @@ def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, 
     run = launch(home, name, engine)
     what = fault.strikes(run, draw)
     codes, orphans = [run.ended()], run.orphans()
+    fault.repair(run)
     while codes[-1] != 0 and len(codes) <= RESUMES:
         run = launch(home, name, engine, "--resume", "auto")
         codes.append(run.ended())
@@ -334,6 +444,7 @@ def trial(home: Path, number: int, fault: Fault, engine: Engine, whole: Result, 
         "same samples": found.samples == whole.samples,
         "same numbers": found.lines == whole.lines,
         "no orphans": not orphans,
+        "tidy": not fault.tidy or "Traceback" not in log.read_text(),
     }
     return {
         "number": number,

@@ -23,20 +23,21 @@ from openpyxl import Workbook
 
 from omnimem.backbones import Encoded, ModelOptions, Turn, load_backbone
 from omnimem.budget import Budget
+from omnimem.checksums import SEAL, origin_of, seal
 from omnimem.cli.parser import run_command
+from omnimem.cli.tuned_model import TunedModel, load_tuned
 from omnimem.commands import check, compare, convert, score
 from omnimem.config import dump, load
 from omnimem.config.exported import Exported, Origin
 from omnimem.media.decode import read_audio_blocks, read_frames
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
-from omnimem.run import plan
+from omnimem.run import RunFolder, plan
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 from omnimem.training.arguments import train_section
-from omnimem.tuning import load_adapter
 from support.comparison_runs import write_arm, write_trace
 from support.finished_run import config_of, write_run
-from support.mutation import as_json, damaged_bytes, mutated, variant, variant_lines
+from support.mutation import as_json, damaged_bytes, damaged_weights, mutated, variant, variant_lines
 from support.task_layouts import LMMS_LVBENCH, lvbench
 from support.thinkers import write_folder
 
@@ -52,6 +53,11 @@ class Hang(BaseException):
 
 
 @final
+class WrongDuration(Exception):
+    """A file was accepted, and read at another length than it has."""
+
+
+@final
 @dataclass
 class Verdicts:
     """What happened in the cases so far."""
@@ -61,12 +67,13 @@ class Verdicts:
     tracebacks: list[str] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     memory: list[str] = field(default_factory=list)
+    durations: list[str] = field(default_factory=list)
     clean: dict[str, int] = field(default_factory=dict)  # peak bytes of the clean run, by surface
 
     @property
     def failures(self) -> list[str]:
         """Everything that must not happen."""
-        return [*self.tracebacks, *self.hangs, *self.memory]
+        return [*self.tracebacks, *self.hangs, *self.memory, *self.durations]
 
     def run(self, surface: str, case: Case, what: str) -> None:
         """Run a case; the first of a surface is the clean one."""
@@ -77,6 +84,8 @@ class Verdicts:
         self.refused[surface] += code in (1, 2)
         if isinstance(error, Hang):
             self.hangs.append(f"{surface}: {what}")
+        elif isinstance(error, WrongDuration):
+            self.durations.append(f"{surface}: {error}: {what}")
         elif error is not None or code not in (0, 1, 2) or (code == 2 and not any(lines)):
             last = traceback.format_exception(error)[-1].strip()[:300] if error else f"exit code {code}: {lines[:3]}"
             where = (
@@ -349,22 +358,59 @@ def _compared(draw: Draw | None, at: Path, made: Material) -> Case:
 
 
 def _spoil(draw: Draw, path: Path) -> None:
-    if path.suffix == ".jsonl":
+    if path.suffix == ".safetensors":
+        path.write_bytes(damaged_weights(draw, path.read_bytes()))
+    elif path.suffix == ".yaml":
+        path.write_bytes(yaml.safe_dump(mutated(draw, yaml.safe_load(path.read_text())), allow_unicode=False).encode())
+    elif path.suffix == ".jsonl":
         path.write_bytes(variant_lines(draw, [json.loads(line) for line in path.read_text().splitlines()]))
     else:
         path.write_bytes(variant(draw, json.loads(path.read_text())))
 
 
 def _adapter(draw: Draw | None, at: Path, made: Material) -> Case:
-    folder = at / "adapter"
-    shutil.copytree(made.run.adapter, folder)
-    if draw is not None and draw(st.integers(0, 2)):
-        _spoil(draw, folder / "adapter_config.json")
-    elif draw is not None:
-        path = folder / "adapter_model.safetensors"
-        path.write_bytes(damaged_bytes(draw, path.read_bytes()))
+    """Settings, weights and seal of an adapter in its run, and run.json; sealed, sealed again or not sealed."""
+    run = RunFolder(path=made.linked(at / "runs" / "x"))
+    if draw is not None:
+        name = draw(st.sampled_from(("adapter_config.json",) * 3 + ("adapter_model.safetensors", SEAL, "../run.json")))
+        _spoil(draw, run.adapter / name)
+        match draw(st.sampled_from(("as it is", "again", "none"))):
+            case "again" if name != SEAL:
+                seal(run.adapter, origin_of(run.adapter))
+            case "none":
+                (run.adapter / SEAL).unlink(missing_ok=True)
     model = load_backbone(ModelOptions(path=str(made.model))).model
-    return lambda: load_adapter(model, folder)
+    return lambda: load_tuned(model, run.adapter)
+
+
+EXPORTED = ("run.json", "config.yaml", "budget.json", "adapter/sealed.json", "checkpoint-4/sealed.json")
+
+
+def _to_export(draw: Draw | None, at: Path, made: Material) -> Case:
+    """What an export reads of a run before the weights."""
+    folder, checkpoint = made.linked(at / "runs" / "x"), None
+    if draw is not None:
+        _spoil(draw, folder / draw(st.sampled_from(EXPORTED)))
+        checkpoint = draw(st.sampled_from((None, 4)))
+    return lambda: TunedModel.of(folder, checkpoint=checkpoint)
+
+
+def _merged(draw: Draw | None, at: Path, made: Material) -> Case:
+    """A merged folder: weights, omnimem.json and seal; sealed, sealed again or not sealed."""
+    folder = at / "merged"
+    shutil.copytree(made.model, folder)
+    table = {**made.exported, "model": {**made.exported["model"], "path": "."}}
+    put(folder / "omnimem.json", as_json({**table, "origin": {**table["origin"], "kind": "merged"}}))
+    seal(folder)
+    if draw is not None:
+        name = draw(st.sampled_from(("omnimem.json", "model.safetensors", SEAL, "config.json")))
+        _spoil(draw, folder / name)
+        match draw(st.sampled_from(("as it is", "again", "none"))):
+            case "again" if name != SEAL:
+                seal(folder)
+            case "none":
+                (folder / SEAL).unlink(missing_ok=True)
+    return lambda: load_backbone(Exported.read(folder).model)
 
 
 MODEL = ("config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
@@ -377,7 +423,10 @@ def _model(draw: Draw | None, at: Path, made: Material) -> Case:
         _spoil(draw, folder / draw(st.sampled_from([name for name in MODEL if (folder / name).exists()])))
     elif draw is not None:
         path = folder / draw(st.sampled_from(("model.safetensors", "chat_template.jinja")))
-        path.write_bytes(damaged_bytes(draw, path.read_bytes()))
+        if path.suffix == ".safetensors":
+            _spoil(draw, path)
+        else:
+            path.write_bytes(damaged_bytes(draw, path.read_bytes()))
     return lambda: load_backbone(ModelOptions(path=str(folder)))
 
 
@@ -402,12 +451,31 @@ def _media(draw: Draw | None, at: Path, made: Material) -> Case:
     path = put(at / f"a.{kind}", source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
 
     def read() -> None:
-        for _ in read_frames(path, fps=1.0):
-            pass
-        for _ in read_audio_blocks(path):
-            pass
+        frames = sum(1 for _ in read_frames(path, fps=FRAMES)) / FRAMES
+        samples = sum(len(block) for block in read_audio_blocks(path)) / 16_000
+        for kind, seconds in (("video", frames), ("audio", samples)):
+            check_length(kind, seconds, decoded_seconds(path, kind))
 
     return read
+
+
+def check_length(kind: str, seconds: float, expected: float) -> None:
+    """Raises WrongDuration for seconds that were neither made nor are in the file that was damaged."""
+    if abs(seconds - LENGTH) > TOLERANCE and abs(seconds - expected) > TOLERANCE:
+        raise WrongDuration(f"{seconds:.2f} s of {kind}, made {LENGTH:g} s, decoded alone {expected:.2f} s")
+
+
+LENGTH, FRAMES, TOLERANCE = 8.0, 4.0, 0.5  # seconds of the video that is made, frames per second read, seconds
+
+
+def decoded_seconds(path: Path, kind: str) -> float:
+    """From the beginning of the file to the end of the last frame of a track, by PyAV alone."""
+    with av.open(str(path)) as container:
+        reached = start = float(container.start_time or 0) / av.time_base
+        for frame in container.decode(next(each for each in container.streams if each.type == kind)):
+            lasts = frame.samples / frame.sample_rate if kind == "audio" else float(frame.duration * frame.time_base)
+            reached = max(reached, (reached if frame.time is None else frame.time) + lasts)
+    return reached - start
 
 
 MEDIA = ("mp4", "mkv", "flv", "mov")
@@ -435,7 +503,9 @@ SURFACES = (
     Surface("run folders", _resumed),
     Surface("results", _compared, share=2),
     Surface("adapters", _adapter, share=1),
+    Surface("runs to export", _to_export, share=2),
     Surface("model folders", _model, share=1),
+    Surface("merged folders", _merged, share=1),
     Surface("cache entries", _cache, share=2),
     Surface("media", _media, share=2),
 )

@@ -112,6 +112,15 @@ def damaged_bytes(draw: Draw, data: bytes) -> bytes:
     return draw(st.sampled_from(RAW)).encode()
 
 
+def damaged_weights(draw: Draw, data: bytes) -> bytes:
+    """A safetensors file with other values in its header, of the right length, or with other bytes."""
+    if not draw(st.integers(0, 2)):
+        return damaged_bytes(draw, data)
+    size = int.from_bytes(data[:8], "little")
+    header = as_json(mutated(draw, json.loads(data[8 : 8 + size])))
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def variant(draw: Draw, value: Any) -> bytes:
     """A hostile JSON file: other values in most cases, else other bytes."""
     if draw(st.integers(0, 3)):

@@ -17,6 +17,7 @@ from support.ranks import Ended, command
 from support.thinkers import write_folder
 
 SCRIPT = "train/finetune.py"
+TIMED = ("seconds_per_chunk", "speed", "memory")  # differ between two runs
 ANSWERS = ("red", "blue and green", "a long dark yellow")
 CONFIG = """\
 name: {name}
@@ -71,10 +72,14 @@ class Run:
     ended: Ended
 
     @property
+    def logged(self) -> list[dict[str, Any]]:
+        """metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl without times."""
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name != "seconds_per_chunk"} for line in lines]
+        return [{name: value for name, value in line.items() if name not in TIMED} for line in self.logged]
 
     @property
     def losses(self) -> Tensor:

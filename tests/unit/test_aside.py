@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from omnimem import aside
 from omnimem.aside import remove_leftovers, written_aside
 
 
@@ -40,6 +41,25 @@ def test_leftovers_of_dead_processes_are_removed_and_no_others(folder, tmp_path)
         (partial / "a" if folder else partial).write_text("new")
     assert all(path.exists() for path in kept)
     assert (place / "a" if folder else place).read_text() == "new"
+
+
+def test_leftovers_of_a_process_that_nobody_waited_for_are_removed(tmp_path) -> None:
+    """In a container without an init process, a killed process stays as a zombie."""
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    stray = left(tmp_path / "out", f".out.{process.pid}.0", folder=True)
+    remove_leftovers(tmp_path / "out")
+    assert not stray.exists()
+    process.wait()
+
+
+def test_old_leftovers_are_removed_although_their_number_is_in_use_again(tmp_path, monkeypatch) -> None:
+    stray = left(tmp_path / "out", f".out.{os.getppid()}.0", folder=True)
+    remove_leftovers(tmp_path / "out")
+    assert stray.exists()
+    monkeypatch.setattr(aside, "LOCKED_AFTER", -1.0)
+    remove_leftovers(tmp_path / "out")
+    assert not stray.exists()
 
 
 @pytest.mark.parametrize("folder", [False, True])

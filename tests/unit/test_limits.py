@@ -1,6 +1,9 @@
 """Small input that would fill memory or run for hours is refused within a second, and the limit is named and raised."""
 
+import contextlib
 import json
+import os
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -11,18 +14,23 @@ import pytest
 from openpyxl import Workbook
 from pyarrow import parquet
 from support.thinkers import write_folder
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.budget import Budget
+from omnimem.checksums import damage, origin_of
 from omnimem.cli.parser import Parser
+from omnimem.comparison import load
+from omnimem.config.exported import Exported
 from omnimem.config.source import override, read
 from omnimem.data import read_manifest
 from omnimem.errors import UserError
 from omnimem.evaluation import EvaluateOptions
-from omnimem.limits import LIMITS, RAISED, exceeds, limit
+from omnimem.limits import LIMITS, RAISED, exceeds, limit, read_within
 from omnimem.tasks.annotations import read_parquet
 from omnimem.tasks.predictions import read_predictions
+from omnimem.training.pickles import refuse_code
 from omnimem.tuning import LoraOptions
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
@@ -134,13 +142,18 @@ def test_a_model_with_countless_layers_is_refused(tmp_path) -> None:
         load_backbone(ModelOptions(path=str(folder)))
 
 
-def test_a_model_that_is_larger_than_its_files_is_refused_before_it_takes_memory(tmp_path) -> None:
+@pytest.mark.parametrize("stage", [None, 3])
+def test_a_model_that_is_larger_than_its_files_is_refused_before_it_takes_memory(stage, tmp_path, request) -> None:
+    """Also under ZeRO-3, which stays set: its construction of a model takes the memory itself."""
     folder = write_folder(tmp_path / "model", rates="tiny")
     table = json.loads((folder / "config.json").read_text())
     table["text_config"]["intermediate_size"] *= 10**6
     (folder / "config.json").write_text(json.dumps(table))
+    settings = stage and HfDeepSpeedConfig({"zero_optimization": {"stage": stage}, "train_batch_size": 1})
+    request.addfinalizer(unset_hf_deepspeed_config)
     with pytest.raises(UserError, match=r"config.json describes .* weights"):
         load_backbone(ModelOptions(path=str(folder)))
+    assert is_deepspeed_zero3_enabled() is bool(settings)
 
 
 def test_the_option_raises_a_limit(tmp_path, capsys) -> None:
@@ -154,3 +167,62 @@ def test_the_option_raises_a_limit(tmp_path, capsys) -> None:
         with pytest.raises(UserError, match="--limit"):
             parser.parse(["--limit", wrong])
     assert all(name in (Path(__file__).parents[2] / "docs" / "limits.md").read_text() for name in LIMITS)
+
+
+ENDLESS: dict[str, Callable[[Path], object]] = {
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": os.mkfifo,
+    "sparse": lambda path: path.touch() or os.truncate(path, 40 << 30),
+}
+READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "config": ("c.yaml", read),
+    "manifest": ("m.jsonl", read_manifest),
+    "budget": ("budget.json", Budget.read),
+    "export": ("omnimem.json", lambda path: Exported.read(path.parent)),
+    "checkpoint": ("config.json", lambda path: load_backbone(ModelOptions(path=str(path.parent)))),
+    "tokenizer": ("tokenizer.json", lambda path: load_backbone(ModelOptions(path=str(path.parent)))),
+    "template": ("chat_template.jinja", lambda path: load_backbone(ModelOptions(path=str(path.parent)))),
+    "answers": ("recall.jsonl", lambda path: list(load._json_lines(path))),
+    "latest": ("latest", lambda path: refuse_code(path.parent)),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("reader", READERS)
+def test_files_without_an_end_are_refused_and_not_read(reader, kind, tmp_path) -> None:
+    name, action = READERS[reader]
+    if kind == "pipe" and reader in ("config", "manifest"):
+        pytest.skip("the user may name a pipe")
+    ENDLESS[kind](tmp_path / name)
+    with pytest.raises((UserError, ValueError), match=name):
+        action(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("place", ["sealed.json", "file"])
+def test_a_seal_that_names_a_file_without_an_end_is_damaged(place, kind, tmp_path) -> None:
+    (tmp_path / "sealed.json").write_text(json.dumps({"files": {"file": {"bytes": 0, "sha256": "x"}}}))
+    (tmp_path / place).unlink(missing_ok=True)
+    ENDLESS[kind](tmp_path / place)
+    assert damage(tmp_path)
+    assert origin_of(tmp_path).run is None
+
+
+def test_a_pipe_that_the_user_names_is_read_up_to_the_limit(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(RAISED, "file_bytes=2000000")
+    for size, fits in ((2_000_000, True), (2_000_001, False)):
+        path = tmp_path / str(size)
+        os.mkfifo(path)
+        writer = threading.Thread(target=_written, args=(path, size), daemon=True)
+        writer.start()
+        if fits:
+            assert len(read_within(path, pipe=True)) == size
+        else:
+            with pytest.raises(OSError, match="file_bytes"):
+                read_within(path, pipe=True)
+        writer.join()
+
+
+def _written(path: Path, size: int) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        path.write_bytes(bytes(size))

@@ -194,3 +194,28 @@ def test_a_question_after_the_end_of_the_sample_is_no_question_about_the_file(fo
     assert [said in str(problem.error) for problem in judge(sample, "both").problems] == (
         [] if said is None else [True]
     )
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked", "expected"),
+    [
+        ({"tracks": "video"}, "both", "video"),
+        ({"tracks": "audio"}, "both", "audio"),
+        ({"tracks": "audio", "audio": "sound.wav"}, "both", "audio"),
+        ({"tracks": "video"}, "video", "video"),
+        ({}, "both", "both"),
+        ({"tracks": "video"}, "audio", "is read without audio (tracks: video of the row)"),
+        ({"tracks": "audio"}, "video", "is read without its video (tracks: audio of the row)"),
+        ({"tracks": "video"}, "require_both", "is read without audio"),
+    ],
+)
+def test_a_row_may_name_the_one_track_that_is_read(folder, backbone, keys, asked, expected) -> None:
+    (sample,) = read_manifest(manifest(folder, "both.mp4", **keys))
+    judged = judge(sample, asked)
+    if judged.problems:
+        assert expected in judged.problems[0].what
+        return
+    assert judged.tracks == expected
+    opened = Feeder(backbone, StreamOptions(tracks=asked)).open(sample)
+    seen = {"video": opened.heard.frames > 0, "audio": opened.heard.audio_seconds > 0}
+    assert seen == {"video": expected != "audio", "audio": expected != "video"}

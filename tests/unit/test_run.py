@@ -106,7 +106,12 @@ def test_overwrite_moves_the_old_run_to_the_next_free_number(tmp_path) -> None:
     ("name", "content", "what"),
     [
         ("global_step/weights.pt", bytes(range(60)), "global_step/weights.pt has 60 of 100 bytes"),
-        ("global_step/weights.pt", bytes([1, *range(1, 100)]), "global_step/weights.pt has changed (sha256)"),
+        (
+            "global_step/weights.pt",
+            bytes([1, *range(1, 100)]),
+            "global_step/weights.pt has changed (sha256 f1516a1725b1, sealed as bce0aff19cf5)",
+        ),
+        ("sealed.json", b'{"files": {}}', "sealed.json lists no files"),
         ("trainer_state.json", None, "trainer_state.json is missing"),
         ("sealed.json", None, "sealed.json is missing"),
         ("sealed.json", b'{"files": ["weights.pt"', "sealed.json cannot be read"),

@@ -12,7 +12,12 @@ from omnimem.scoring import AbstractScorer, Random, Recency, Uniform
 @final
 @dataclass(frozen=True, kw_only=True)
 class ControlOptions:
-    """Selection independent of the content: the latest tokens, random tokens, or tokens spread evenly.
+    """Selection independent of the content.
+
+    recency   keeps the latest tokens
+    random    keeps random tokens
+    uniform   keeps tokens that are spread evenly
+
 
     as_published  one pool of audio and visual tokens per layer
     shared_split  the audio-visual split of the budget

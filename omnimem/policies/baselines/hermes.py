@@ -248,9 +248,9 @@ class HermesOptions:
     recency: tuple[float, float] | None = None  # its weight there
     smoothing: tuple[float, float, float] | None = None  # lambda of shallow, middle and deep layers
     recursive: bool | None = None  # with the smoothed scores of the layer above
-    summary: bool | None = None
-    proxy_forward: Literal["true", "raw_embed"] | None = None
-    reindex: bool | None = None
+    summary: bool | None = None  # a summary token of what is evicted
+    proxy_forward: Literal["true", "raw_embed"] | None = None  # probe texts pass the layers, or are embeddings alone
+    reindex: bool | None = None  # contiguous positions after every chunk
 
     def __post_init__(self) -> None:
         for name in ("shallow", "deep"):

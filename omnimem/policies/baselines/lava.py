@@ -179,8 +179,8 @@ class LavaOptions:
     window: int | None = None  # number of queries, whose tokens are always kept
     kernel: int | None = None  # neighbours that are pooled; odd
     head_floor: float | None = None  # alpha; 1: all heads of a layer have the same slots
-    floor_of: Literal["layer", "mean"] | None = None
-    entropy: Literal["count", "log"] | None = None
+    floor_of: Literal["layer", "mean"] | None = None  # the slots that head_floor is a share of: the layer's or the mean
+    entropy: Literal["count", "log"] | None = None  # normalised by the number of scores, or by its logarithm
 
     def __post_init__(self) -> None:
         refuse(self.window, self.kernel)

@@ -64,9 +64,9 @@ class PyramidKVOptions:
 
     name: Literal["pyramidkv"] = "pyramidkv"
     preset: Preset = "as_published"
-    window: int | None = None
-    kernel: int | None = None
-    pooling: Pooling | None = None
+    window: int | None = None  # number of queries, whose tokens are always kept
+    kernel: int | None = None  # neighbours that are pooled; odd
+    pooling: Pooling | None = None  # of the scores of neighbours
     beta: float | None = None  # base over the slots of the last layer
     per_head: bool | None = None  # every key-value head keeps tokens of its own
 

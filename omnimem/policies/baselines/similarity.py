@@ -23,7 +23,7 @@ class SimilarityOptions:
 
     name: Literal["similarity"] = "similarity"
     preset: PresetWithRelease = "as_published"
-    neighbours: Literal["pool", "arrival"] = "pool"
+    neighbours: Literal["pool", "arrival"] = "pool"  # in the pool, or at arrival
 
     def build(self, budget: Budget | None) -> ScoredPolicy:
         """The policy at a budget; None: full memory."""

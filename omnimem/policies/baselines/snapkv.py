@@ -81,7 +81,7 @@ class SnapKVOptions:
     preset: PresetWithRelease = "as_published"
     window: int | None = None  # number of queries, whose tokens are always kept
     kernel: int | None = None  # neighbours that are pooled; odd
-    pooling: Pooling | None = None
+    pooling: Pooling | None = None  # of the scores of neighbours
     per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:

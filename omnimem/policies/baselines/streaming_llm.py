@@ -43,7 +43,7 @@ class StreamingLLMOptions:
 
     name: Literal["streaming_llm"] = "streaming_llm"
     preset: Preset = "as_published"
-    sinks: int | None = None
+    sinks: int | None = None  # number of first tokens that are always kept
     reindex: bool | None = None  # positions are indices in the cache; false: the original ones
 
     def __post_init__(self) -> None:

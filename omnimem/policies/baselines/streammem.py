@@ -206,9 +206,9 @@ class StreamMemOptions:
 
     name: Literal["streammem"] = "streammem"
     preset: Preset = "as_published"
-    frame_filter: bool | None = None
+    frame_filter: bool | None = None  # average frames that are alike
     threshold: float | None = None  # cosine of frames above which they are averaged
-    prototypes: bool | None = None
+    prototypes: bool | None = None  # one averaged token per frame
     per_head: bool | None = None  # every key-value head keeps tokens of its own
 
     def __post_init__(self) -> None:

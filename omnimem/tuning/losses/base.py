@@ -24,7 +24,7 @@ class AbstractLoss:
     """A loss and its settings; with weight 0 it is logged but not trained on."""
 
     name: ClassVar[str]  # in config and metrics
-    weight: float = 1.0
+    weight: float = 1.0  # in the sum of the losses
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:

@@ -16,8 +16,8 @@ class LossOptions:
     A loss with weight 0 is computed and logged but not trained on.
     """
 
-    answer: float = 1.0
-    full_memory_kl: FullMemoryKL | None = None
+    answer: float = 1.0  # weight of the cross-entropy of the answers
+    full_memory_kl: FullMemoryKL | None = None  # distillation from the model with full memory
 
     def __post_init__(self) -> None:
         if not any(loss.weight > 0 for loss in self.losses):

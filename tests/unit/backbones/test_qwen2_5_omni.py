@@ -12,7 +12,7 @@ from support.thinkers import write_folder
 from torch import Tensor
 
 from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, collate
-from omnimem.backbones.qwen2_5_omni import CheckpointError, audio_tokens
+from omnimem.backbones.qwen2_5_omni import CheckpointError, Qwen2_5OmniAudioEncoder, audio_tokens
 from omnimem.errors import UserError
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions
@@ -259,7 +259,8 @@ def test_streams_of_another_layout_do_not_share_a_batch(tmp_path) -> None:
 
 
 def test_audio_token_count_is_the_towers_own(tmp_path) -> None:
-    tower = load(write_folder(tmp_path / "m")).model.model.audio_tower
+    model = load(write_folder(tmp_path / "m")).model
+    (tower,) = (module for module in model.modules() if isinstance(module, Qwen2_5OmniAudioEncoder))
     for frames in [*range(1, 30), 199, 200, 201, 203, 999]:
         _, expected = tower._get_feat_extract_output_lengths(torch.tensor(frames))
         assert audio_tokens(frames) == max(0, int(expected))

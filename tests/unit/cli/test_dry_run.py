@@ -14,16 +14,20 @@ from omnimem.backbones import load_backbone
 from omnimem.backbones.assembled import FAMILY
 from omnimem.cli import dry_run as preview
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
+from omnimem.commands.finetune import describe_training, dry_run
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import policies_of
+from omnimem.data import ManifestError
+from omnimem.errors import UserError
 from omnimem.footprint import footprint
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import WorldOptions, draw_world
+from omnimem.run import RunFolder, Start
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from omnimem.training.arguments import train_section
+from omnimem.training.arguments import train_section, training_arguments
 from omnimem.tuning import LoraOptions, add_adapter
 
 QUESTIONS = [
@@ -32,6 +36,8 @@ QUESTIONS = [
     {"role": "user", "content": "What was said?"},
     {"role": "assistant", "content": "river", "loss": False},
 ]
+
+ASKED = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +104,10 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint
     assert reading.chunks == tuple(chunk.count for chunk in chunks[1:])
     assert len(reading.chunks) > 2
     assert reading.last_position == stream.next_position - 1
+    far = replace(reading, last_position=10**9)
+    for positions in ("original", "compact"):
+        (line,) = (line for line in preview.describe_sample(skeleton, far, positions) if "trained on" in line)
+        assert ("compact" in line) == (positions == "compact")
 
 
 def test_an_unreadable_first_sample_is_listed_and_replaced_by_a_synthetic_one(tmp_path, checkpoint, capsys) -> None:
@@ -159,3 +169,73 @@ def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, 
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": FAMILY}))
     assert "a dry run knows those of Qwen2.5-Omni only" in shown(capsys, f"model.path={tmp_path / 'base'}")
+
+
+def planned(folder: Path, *overrides: str, taken: int | None = 40, start: Start | None = None) -> str:
+    """The lines about the training of a run."""
+    run = load("tiny.yaml", ["train.deepspeed=null", *overrides], train=train_section())
+    start = start or Start(folder=RunFolder(path=folder / "runs" / "x"))
+    return "\n".join(describe_training(training_arguments(run.train, start.folder), start, taken))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "taken", "expected"),
+    [
+        ((), 40, "after steps 80, 160 (the newest 2 are kept), the first one in "),
+        ((), None, "steps: 0 of 160 done, 16 samples each; learning rate 0.002, cosine after 10 steps of warm-up"),
+        (("train.max_steps=-1", "train.num_train_epochs=2"), 40, "steps: 0 of 6 done, 16 samples each, 40 samples per"),
+        (("train.max_steps=-1",), None, "steps: unknown until the training data are there"),
+        (("train.save_strategy=epoch", "train.max_steps=7"), 40, "after steps 3, 6, 7 ("),
+        (("train.save_strategy=no",), 40, "after steps 160 ("),
+        (("train.save_steps=0.25", "train.save_total_limit=null"), 40, "after steps 40, 80, 120, 160 (all are kept)"),
+        (("train.save_steps=10",), 40, "after steps 10, 20, 30, ..., 150, 160 ("),
+        (("train.optim=sgd",), 40, "optimizer: torch.optim.sgd.SGD, {'lr': 0.002}"),
+        (("train.optim=adafactor",), 40, "Adafactor"),
+        (("train.warmup_steps=0.1",), 40, "cosine after 16 steps of warm-up"),
+    ],
+)
+def test_the_plan_of_the_training_is_that_of_the_trainer(overrides, taken, expected, tmp_path) -> None:
+    assert expected in planned(tmp_path, *overrides, taken=taken)
+
+
+def test_the_plan_of_a_resumed_run_begins_at_its_checkpoint(tmp_path) -> None:
+    folder = RunFolder(path=tmp_path / "x")
+    said = planned(tmp_path, start=Start(folder=folder, checkpoint=folder.checkpoint(80), resumed=True))
+    assert "steps: 80 of 160 done" in said
+    assert f"checkpoints: continue from {folder.checkpoint(80)}; after steps 160 (" in said
+
+
+def test_any_sample_is_shown_with_the_time_of_every_question(tmp_path, checkpoint, capsys) -> None:
+    run = recorded(tmp_path / "data", checkpoint)
+    cut = {"id": "b", "video": "a.mp4", "start": 2, "end": 9, "messages": QUESTIONS * 2}
+    more = [cut, {"id": "t", "messages": ASKED}]
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in more))
+    preview.preview(run, "b")
+    said = capsys.readouterr().out
+    assert "\nb data/train.jsonl:2".replace("data", f"{tmp_path}/data") in said
+    assert ", 2 s to 9 s of the file" in said
+    asked = said.split("labels in [[ ]]:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split(":")[0] for line in asked] == ["  at 5 s", "  after the end"] * 2
+    preview.preview(run, "t")
+    said = capsys.readouterr().out
+    assert f"t {tmp_path}/data/train.jsonl:3: text alone" in said
+    assert "--- memory of a device" not in said
+    with pytest.raises(ManifestError, match=r"--sample c: no sample of .* has this id"):
+        preview.preview(run, "c")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("train.report_to=wandb", "report_to"),
+        ("train.optim=adamw_bnb_8bit", "bitsandbytes"),
+        ("train.warmup_steps=160", "learning rate would be 0"),
+        ("train.lr_scheduler_kwargs={wrong: 1}", "train: "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse_in_its_setup(setting, expected, tmp_path, checkpoint) -> None:
+    run = recorded(tmp_path / "data", checkpoint, "train.max_steps=1", "train.deepspeed=null", setting)
+    with pytest.raises(UserError, match=expected):
+        dry_run(run, Start(folder=RunFolder(path=tmp_path / "x")), None)
+    assert not (tmp_path / "x").exists()

@@ -3,18 +3,23 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
-from support.comparison_runs import KINDS, SKILL, change, write_arm, write_run, write_trace
+from support.comparison_runs import KINDS, SKILL, change, write_arm, write_lines, write_run, write_trace
 from support.html import Page
 from support.paths import ROOT
 
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
+from omnimem.comparison.formatting import unread
+from omnimem.comparison.load import _kinds
+from omnimem.comparison.report_accuracy import by_axis
 from omnimem.comparison.summary import write_csv
 
 AXES = {*KINDS, "place: early", "place: late", "duration: up to 2 min", "duration: 2 to 10 min"}
@@ -299,6 +304,17 @@ def test_a_difference_is_over_the_questions_that_both_arms_were_asked(tmp_path) 
     assert (recall["n"], recall["pairs"][0]["n"]) == (54, 52)
 
 
+def test_questions_beyond_the_trained_positions_are_counted_and_noted(tmp_path) -> None:
+    run = write_run(tmp_path / "demo")
+    for place in (0, 3):
+        change(run / "eval" / "tuned" / "recall.jsonl", place, beyond_trained=40_000)
+    summary = compare([run], tmp_path / "out", draws=100)
+    assert summary["benchmarks"]["recall"]["beyond_trained"] == {"tuned": 2}
+    (note,) = (note for note in summary["notes"] if "trained on" in note)
+    assert note.startswith("recall: ")
+    assert "2 questions beyond" in note
+
+
 def test_a_trace_that_contradicts_itself_is_refused(tmp_path) -> None:
     run = write_run(tmp_path / "run", ("tuned",))
     path = run / "eval" / "tuned" / "trace.json"
@@ -418,3 +434,74 @@ def test_cells_that_a_spreadsheet_would_compute_are_text(tmp_path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["a"] for row in rows] == [f"'{text}" for text in texts]
     assert {(row["b"], row["c"]) for row in rows} == {("-1.5", "plain - text")}
+
+
+def rewrite(run: Path, arm: str, **fields: Any) -> None:
+    """Overwrite fields of every answer of an arm."""
+    path = run / "eval" / arm / "recall.jsonl"
+    write_lines(path, [json.loads(line) | fields for line in path.read_text().splitlines()])
+
+
+def test_arms_that_answer_alike_have_no_variance_to_judge_by(tmp_path) -> None:
+    run = write_run(tmp_path / "run", ("tuned", "training_free"))
+    for arm in ("tuned", "training_free"):
+        rewrite(run, arm, correct=True, parsed=True)
+    summary = compare([run], tmp_path, draws=200)
+    (pair,) = summary["benchmarks"]["recall"]["pairs"]
+    assert (pair["diff"], pair["minimum_detectable"], pair["verdict"]) == (0.0, None, "not resolved")
+    page = (tmp_path / "report.html").read_text()
+    assert "without variance between videos nothing is known of smaller differences" in page
+    assert "points would show" not in page
+
+
+@pytest.mark.parametrize(("parsed", "said"), [(False, "no answer could be read"), (True, "")])
+def test_answers_that_cannot_be_read_are_named_in_the_verdict_and_in_the_terminal(
+    parsed, said, tmp_path, monkeypatch, capsys
+) -> None:
+    folder = write_run(tmp_path / "run", ("tuned", "training_free"))
+    rewrite(folder, "tuned", correct=parsed, parsed=parsed, counted=parsed, prediction="word")
+    rewrite(folder, "training_free", parsed=True, counted=True)
+    assert run([str(folder), "--out", str(tmp_path / "out")], monkeypatch) == 0
+    page, printed = (tmp_path / "out" / "report.html").read_text(), capsys.readouterr().out
+    words = re.findall(r'<span class="verdict.*?</li>', page, re.DOTALL)
+    assert any("tuned: no answer could be read" in line for line in words) is bool(said)
+    assert any(line.split() == ["tuned", *said.split()] for line in printed.splitlines()) is bool(said)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.0, ""), (0.25, "no answer could be read in 25.0 % of its predictions"), (1.0, "no answer could be read")],
+)
+def test_the_share_of_answers_that_cannot_be_read_is_named(share, said) -> None:
+    assert unread({"no_answer": share}) == said
+
+
+@pytest.mark.parametrize(
+    ("categories", "kind", "expected"),
+    [
+        ({"kind": ["colour"]}, "", {"kind": ["colour"]}),
+        ({"kind": ["colour"]}, "colour", {"kind": ["colour"]}),
+        ({"kind": ["time: early"], "place": ["left"]}, "", {"kind": ["time: early"], "place": ["left"]}),
+        ({}, ["a", "b"], {"kind": ["a", "b"]}),
+    ],
+)
+def test_an_axis_called_kind_is_kept_like_any_other(categories, kind, expected) -> None:
+    found = _kinds({"kind": kind, "categories": categories})
+    assert {view["axis"]: [one["label"] for one in view["kinds"]] for view in by_axis(found)} == expected
+
+
+def test_sections_without_content_have_no_heading(tmp_path) -> None:
+    folder = write_run(tmp_path / "run", ("tuned", "training_free", "blind", "full_memory"))
+    for arm in ("tuned", "training_free", "blind", "full_memory"):
+        rewrite(folder, arm, kind="", categories={}, stream_seconds=64.0)
+    write_lines(folder / "metrics.jsonl", [{"step": 1, "slots": 96.0}])
+    compare([folder], tmp_path, draws=200)
+    page = (tmp_path / "report.html").read_text()
+    ids = Page(page).ids
+    assert not {"kinds", "durations", "training"} & set(ids)
+    assert "By kind of question" not in page
+    assert "probes" in ids
+    assert "all questions" in page
+    headings = re.findall(r"<h([234])[ >](.*?)(?=<h([234])[ >]|</main>)", page, re.DOTALL)
+    for level, content, following in headings:  # a heading has content, or smaller headings
+        assert (following and following > level) or re.search(r"<(ol|table|figure|ul|form)", content), content[:80]

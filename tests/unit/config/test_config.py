@@ -45,7 +45,7 @@ fps: 2
         "my.yaml:7 memory.budget.slots: unknown key; known: name",
         "my.yaml:9 stream.max_pixel: unknown key; did you mean 'max_pixels'?",
         "my.yaml:10 stream.fps: expected a number, got 'fast'",
-        "my.yaml:11 fps: unknown key; did you mean stream.fps?",
+        "my.yaml:11 fps: unknown key; known: name, model, stream, memory, calibration, tuning, data, train, evaluate",
         "command line memory.slots: unknown key; did you mean 'slots_per_layer'?",
     ]
 
@@ -92,12 +92,12 @@ def test_override_values_are_yaml_scalars_lists_and_maps(tmp_path) -> None:
     run = loaded(
         tmp_path,
         "train.learning_rate=1e-5",
-        "train.report_to=[tensorboard, none]",
+        "train.report_to=[tensorboard, wandb]",
         "train.run_name=on",
         "train.data_seed=null",
         "memory.budget={name: audio_visual, layer_temperature: .inf, clip: [0.5, 2]}",
     )
-    expected = {"learning_rate": 1e-5, "report_to": ["tensorboard", "none"], "run_name": "on", "data_seed": None}
+    expected = {"learning_rate": 1e-5, "report_to": ["tensorboard", "wandb"], "run_name": "on", "data_seed": None}
     assert run.train == expected
     assert isinstance(run.train["learning_rate"], float)
     assert run.memory.budget.name == "audio_visual"

@@ -426,10 +426,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
     sound = write(folder / "sound.wav", samples=noise(2), codec="pcm_s16le")
     index_last = write(folder / "index_last.mp4", times=ticks(4, 4), samples=noise(4))
     (folder / "zero.mp4").touch()
+    os.mkfifo(folder / "pipe.mp4")
     (folder / "letter.mp4").write_text("Dear reader, this is no film.\n" * 50)
     return {
         "missing": (folder / "nowhere.mp4", "missing", "check the path"),
-        "a folder": (folder, "missing", "check the path"),
+        "a folder": (folder, "missing", "is a folder"),
+        "a pipe": (folder / "pipe.mp4", "unreadable", "standard input"),
+        "a device": (Path("/dev/null"), "unreadable", "standard input"),
         "zero bytes": (folder / "zero.mp4", "empty", "zero bytes"),
         "text": (folder / "letter.mp4", "unreadable", "cannot be read"),
         "mp4 cut before its index": (cut(index_last, 0.7), "truncated", "lacks its last"),

@@ -1,6 +1,7 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from support.paths import ROOT
 from transformers import TrainingArguments
 
+import omnimem.training.arguments
 from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
 from omnimem.training.arguments import (
@@ -19,7 +21,9 @@ from omnimem.training.arguments import (
     own_names,
     refuse_mixed_precision,
     refuse_train_changes,
+    refuse_unfit_launch,
     refuse_zero_rate,
+    train_docs,
     train_section,
     training_arguments,
 )
@@ -69,8 +73,14 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
     [
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
         ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
-        ({"report_to": "wandb"}, r"report_to: TensorBoard event files and metrics\.jsonl are always written"),
+        ({"report_to": "wandb"}, "report_to: wandb is not installed; pip install wandb, or remove it"),
+        ({"report_to": ["tensorboard", "mlflow"]}, "report_to: mlflow is not installed"),
+        ({"report_to": ["none"]}, "report_to: none is unknown; known: tensorboard, wandb, swanlab, mlflow"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
+        (
+            {"deepspeed": {**STAGE_2, "compile": {"deepcompile": True}}},
+            r"compile\.deepcompile: every chunk of a stream",
+        ),
         ({"deepspeed": {**STAGE_2, "train_batch_size": 64}}, "ds train_batch_size=64 vs hf train_batch_size .*=8"),
     ],
 )
@@ -126,6 +136,23 @@ def test_a_validation_follows_the_checkpoints_unless_it_is_set(tmp_path) -> None
     best = training_arguments({"metric_for_best_model": "full_accuracy"}, RunFolder(path=tmp_path), validated=True)
     assert best.greater_is_better is True
     assert training_arguments({}, RunFolder(path=tmp_path)).eval_strategy == "no"
+
+
+def test_trackers_are_those_of_transformers_beside_our_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: name != "swanlab")
+    found = training_arguments({"report_to": ["tensorboard", "wandb", "mlflow"]}, RunFolder(path=tmp_path / "mine"))
+    assert (found.report_to, found.run_name, found.project) == (["wandb", "mlflow"], "mine", "omnimem")
+    for given in ({}, {"report_to": "tensorboard"}):
+        assert training_arguments(given, RunFolder(path=tmp_path)).report_to == []
+    with pytest.raises(ConfigError, match="report_to: swanlab is not installed; pip install swanlab"):
+        training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
+    with pytest.raises(ConfigError, match=r"train\.report_to"):
+        loaded(tmp_path, "train.report_to=[wandbx]")
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: True)
+    for found, fits in (("0.7.20", True), ("0.10.3", False), ("1.2", False)):
+        monkeypatch.setattr(omnimem.training.arguments, "version", lambda name, found=found: found)
+        with nullcontext() if fits else pytest.raises(ConfigError, match=f"swanlab {found} fails in the callback"):
+            training_arguments({"report_to": "swanlab"}, RunFolder(path=tmp_path))
 
 
 ENGINE = "train.deepspeed={zero_optimization: {stage: 0}}"
@@ -217,7 +244,64 @@ def test_each_setting_takes_effect_on_resume_or_is_refused_by_its_name(name, tmp
     assert f" train.{name}: " in line
 
 
+def test_every_setting_has_a_default_and_a_meaning() -> None:
+    docs = train_docs()
+    assert docs.keys() == on_resume().keys()
+    assert docs["learning_rate"] == ("5e-05", "The initial learning rate for the optimizer; on resume: refused")
+    assert docs["save_steps"][0] == "100"
+    assert docs["max_bad_steps"][0] == "3"
+    bare = [name for name, (_, doc) in docs.items() if doc.startswith("on resume")]
+    assert len(bare) < 5, bare  # transformers describes almost all of its own
+
+
 def test_the_page_of_the_settings_is_the_table() -> None:
-    text = (ROOT / "docs/train_settings.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8").partition("## `train`")[2].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", text, re.MULTILINE))
     assert rows == {**on_resume(), **{name: f"in no run: {reason}" for name, reason in REFUSED.items()}}
+
+
+UNFIT_SETTINGS = {
+    "train.packing=true": "rows are not packed",
+    "data.packing=true": "rows are not packed",
+    "packing=true": "rows are not packed",
+    "train.padding_free=true": "rows are not packed",
+    "train.torch_compile=true": "every chunk of a stream has a different shape",
+    "train.torch_compile_backend=inductor": "every chunk of a stream has a different shape",
+    "train.torch_compile_mode=default": "every chunk of a stream has a different shape",
+    "model.torch_compile=true": "every chunk of a stream has a different shape",
+    "train.use_liger_kernel=true": "it replaces the modules that streams attach to",
+    "train.liger_kernel_config={rope: true}": "it replaces the modules that streams attach to",
+    "train.enable_liger_kernel=true": "it replaces the modules that streams attach to",
+    "train.fsdp=full_shard": "use deepspeed",
+    "train.fsdp_config={version: 2}": "use deepspeed",
+    "train.max_seq_length=4096": "streams have any length",
+    "data.images=frames": "still images are not streamed",
+}
+
+
+@pytest.mark.parametrize("setting", UNFIT_SETTINGS)
+def test_what_does_not_go_with_streams_is_refused_with_the_reason_in_one_line(setting, tmp_path) -> None:
+    with pytest.raises(ConfigError) as error:
+        loaded(tmp_path, setting)
+    (line,) = error.value.problems
+    assert line.startswith(f"command line {setting.split('=')[0]}: ")
+    assert UNFIT_SETTINGS[setting] in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", True),
+        ("ACCELERATE_USE_FSDP", "false", False),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", True),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", False),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", True),
+    ],
+)
+def test_a_launcher_that_asks_for_it_is_refused_too(name, value, refused, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(name, value)
+    if not refused:
+        refuse_unfit_launch()
+        return
+    with pytest.raises(ConfigError, match=f"environment {name} = {value}: "):
+        training_arguments({}, RunFolder(path=tmp_path))

@@ -1,0 +1,30 @@
+"""Messages are one line per problem, whatever the names in them hold."""
+
+from pathlib import Path
+
+import pytest
+
+from omnimem.errors import ProblemList, UserError, printable
+from omnimem.media import MediaError
+
+
+@pytest.mark.parametrize("name", ["a\nb.mp4", "a\rb", "a\x1b[2Jb", "a\u2028b", "a\u202eb", "a\x00b", "a\ud800b"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda name: MediaError(Path(name), "missing", f"{name} is not a file; check the path"),
+        lambda name: ProblemList([f"{name}: wrong; repair it"]),
+        lambda name: UserError(f"{name.replace(chr(10), ' ')}: wrong; repair it"),
+    ],
+)
+def test_a_name_cannot_break_the_line_or_steer_the_terminal(error, name) -> None:
+    text = str(error(name))
+    assert len(text.splitlines()) == 1
+    assert text.isprintable()
+    assert text.encode()
+
+
+def test_what_can_be_shown_stays() -> None:
+    assert printable("ä 漢 \\x1b 'x'") == "ä 漢 \\x1b 'x'"
+    assert str(ProblemList(["a", "b"])) == "a\nb"
+    assert str(UserError("a\nb")) == "a\nb"
