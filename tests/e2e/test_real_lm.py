@@ -77,7 +77,7 @@ def test_each_fact_is_where_its_question_says(bed, setting) -> None:
         stated = TOKENIZER.decode(episode.ids[slice(*question.fact)])
         name = next(first for first in needles.FIRST if first in key)
         assert name in stated
-        assert name not in TOKENIZER.decode((*episode.ids[: question.fact[0]], *episode.ids[question.fact[1] :])) or (
+        assert name not in TOKENIZER.decode([*episode.ids[: question.fact[0]], *episode.ids[question.fact[1] :]]) or (
             setting == "interleaved"
         )
     kinds = [episode.modality[first : first + needles.BLOCK] for first in range(0, 384, needles.BLOCK)]
