@@ -17,12 +17,18 @@ from typing import Any, final
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers import PreTrainedModel, Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import (
+    Qwen3OmniMoeAudioEncoder,
+    Qwen3OmniMoeThinkerTextModel,
+    Qwen3OmniMoeVisionEncoder,
+)
 
 from omnimem.backbones.base import Encoded, Layout, LayoutError, Part, Tracks, raster
 from omnimem.backbones.family import Table
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen3_vl import HALVES, VIDEO, Qwen3VL, Qwen3VLFamily
+from omnimem.backbones.settings import only
 from omnimem.backbones.shapes import AudioShape
 from omnimem.backbones.template import around_video
 from omnimem.media import Geometry, LogMel, Segment
@@ -81,10 +87,14 @@ class Qwen3Omni(Qwen3VL):
     def _config(self) -> Any:
         return self.model.config
 
+    @property
+    def text_model(self) -> PreTrainedModel:
+        return only(self.model, Qwen3OmniMoeThinkerTextModel)
+
     def encoder_weights(self) -> Iterator[Tensor]:
         """Weights of the vision encoder, then of the audio encoder."""
-        yield from super().encoder_weights()
-        yield from self._parts.model.audio_tower.state_dict().values()
+        for tower in (Qwen3OmniMoeVisionEncoder, Qwen3OmniMoeAudioEncoder):
+            yield from only(self.model, tower).state_dict().values()
 
     def audio_tokens(self, mel_frames: int) -> int:
         block = 2 * self._config.audio_config.n_window

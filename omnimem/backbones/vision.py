@@ -32,8 +32,9 @@ def look(model: Any, geometry: Geometry, block: Sequence[Segment], device: torch
     rows = torch.cat([row for row, _ in present]).to(device=device, dtype=model.dtype)
     grids = torch.tensor([grid for _, grid in present], device=device)
     output = model.get_video_features(rows, grids)
-    levels = zip(*(getattr(output, "deepstack_features", None) or ()), strict=True)
-    # 3. split the tokens by segment
+    # 3. split the tokens by segment; transformers 5.17 leaves deepstack features in one piece
+    sizes, found = [len(each) for each in output.pooler_output], getattr(output, "deepstack_features", None) or ()
+    levels = zip(*(each.split(sizes) if isinstance(each, Tensor) else each for each in found), strict=True)
     tokens, merge = iter(output.pooler_output), geometry.merge
     return [
         Look()
