@@ -322,8 +322,11 @@ class _ReadProgress:
         for number, chunk in enumerate(chunks):
             yield chunk
             self.seconds = chunk.seconds
-            if self.trace is not None and number:
-                self.trace.note(self._stream, chunk.seconds)
+            if self.trace is not None:
+                if chunk.at is None:  # a rest is no part of the stream
+                    self.trace.arrive(chunk)
+                if number:
+                    self.trace.note(self._stream, chunk.seconds)
 
 
 def _in_passes(asked: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
