@@ -414,6 +414,7 @@ class AssembledFamily(Family):
     """Bases assembled from the parts of packages."""
 
     name = "an assembled base (omnimem assemble)"
+    sizes = "SmolLM2-135M with Whisper tiny.en and EfficientNet-lite0 (extra real; models/assembled)"
     described = False
 
     def claims(self, config: Table) -> bool:

@@ -17,6 +17,7 @@ class Family(ABC):
     """One file of `omnimem.backbones`, and one entry of `FAMILIES` in load.py."""
 
     name: str  # in messages
+    sizes: str  # the published models, for `omnimem list models`
     described: bool = True  # a dry run can plan with it: `shapes` and `skeleton` work
 
     @abstractmethod

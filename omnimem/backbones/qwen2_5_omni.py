@@ -348,6 +348,7 @@ class Qwen25OmniFamily(Family):
     """Qwen2.5-Omni 3B and 7B: the thinker, with or without the talker beside it."""
 
     name = "Qwen2.5-Omni"
+    sizes = "3B and 7B (budget8k.yaml), and the bundled models/tiny"
 
     def claims(self, config: Table) -> bool:
         return config.get("model_type") in ("qwen2_5_omni", "qwen2_5_omni_thinker")

@@ -215,6 +215,7 @@ class Qwen3OmniFamily(Qwen3VLFamily):
     """Qwen3-Omni-30B-A3B: the thinker, with or without the talker beside it."""
 
     name = "Qwen3-Omni"
+    sizes = "the thinker of 30B-A3B (qwen3_omni_30b.yaml)"
     backbone = Qwen3Omni
 
     def claims(self, config: Table) -> bool:

@@ -388,6 +388,7 @@ class Qwen3VLFamily(Family):
     """Qwen3-VL 2B to 32B, and its variants with experts."""
 
     name = "Qwen3-VL"
+    sizes = "2B to 32B and with experts, frames alone (qwen3_vl_8b.yaml)"
     backbone: type[Qwen3VL] = Qwen3VL
 
     def claims(self, config: Table) -> bool:

@@ -5,17 +5,13 @@ omnimem list policies|models|benchmarks|configs
 
 from collections.abc import Iterator, Sequence
 
+from omnimem.backbones.load import FAMILIES
 from omnimem.cli.parser import Parser
 from omnimem.config import CONFIGS
 from omnimem.config.check import alternatives, choices_of
 from omnimem.config.reference import about
 from omnimem.policies import PolicyOptions
 from omnimem.tasks import BenchmarkOptions
-
-FAMILIES = {  # that `load_backbone` reads
-    "Qwen2.5-Omni": "3B and 7B: a folder, or the hub id Qwen/Qwen2.5-Omni-7B",
-    "assembled": "SmolLM2-135M with Whisper tiny.en and EfficientNet-lite0: a folder of `omnimem assemble`",
-}
 
 
 def policies() -> Iterator[tuple[str, str]]:
@@ -32,7 +28,7 @@ def benchmarks() -> Iterator[tuple[str, str]]:
 
 def models() -> Iterator[tuple[str, str]]:
     """Model families, and the checkpoints that the package ships."""
-    yield from FAMILIES.items()
+    yield from ((family.name, f"{family.sizes}: model.path is a folder or a hub id") for family in FAMILIES)
     for folder in sorted(path.parent for path in CONFIGS.glob("models/*/*.safetensors")):
         yield f"models/{folder.name}", "shipped with the package: model.path, or --model"
 
