@@ -3,236 +3,18 @@
 Rows for parameters, optimizer and memory are exact; rows for activations and encoders are estimates and marked `~`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, prod
-from pathlib import Path
-from typing import Any, final
+from math import ceil
+from typing import final
 
 import torch
 
-from omnimem.errors import UserError
-from omnimem.media import Geometry, LogMel
-from omnimem.memory import Memory, Shape
-from omnimem.textfile import StoredFileError, read_stored
-from omnimem.tokens import TOKEN_AXES
+from omnimem.backbones.shapes import Shapes, TextShape
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 
 COVERAGE = 20  # bytes saved by autograd per feature element when coverage is differentiable (measured: 20.8)
 TOGETHER = 32  # segments per encoder pass
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_stored(path, dict[str, Any], "copy it from the model's page")
-
-
-class ShapesError(UserError):
-    """A model configuration that cannot be read; the message names the file and how to fix it."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class TextShape:
-    """The decoder: grouped-query attention with biases on q, k and v, gated MLP, RMS norms (Qwen2)."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    dim: int  # of one head
-    inner: int  # width of the MLP
-    vocabulary: int
-    tied: bool
-
-    def projection(self, name: str) -> tuple[int, int]:
-        """(inputs, outputs) of a projection that LoRA may adapt."""
-        queries, keys = self.heads * self.dim, self.kv_heads * self.dim
-        return {
-            "q_proj": (self.width, queries),
-            "k_proj": (self.width, keys),
-            "v_proj": (self.width, keys),
-            "o_proj": (queries, self.width),
-            "gate_proj": (self.width, self.inner),
-            "up_proj": (self.width, self.inner),
-            "down_proj": (self.inner, self.width),
-        }[name]
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of decoder, embeddings and head."""
-        queries, keys = self.heads * self.dim, self.kv_heads * self.dim
-        attention = (self.width + 1) * (queries + 2 * keys) + queries * self.width
-        layer = attention + 3 * self.width * self.inner + 2 * self.width
-        return self.layers * layer + self.width + (1 if self.tied else 2) * self.vocabulary * self.width
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class VisionShape:
-    """The vision tower of Qwen2.5: patch embedding, blocks with biases, a merger of merge x merge patches."""
-
-    depth: int
-    width: int
-    inner: int
-    channels: int
-    patch: int
-    merge: int
-    temporal_patch: int
-    output: int
-
-    @property
-    def row(self) -> int:
-        """Values per patch."""
-        return self.channels * self.temporal_patch * self.patch**2
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the tower with its merger."""
-        block = 4 * self.width * (self.width + 1) + 2 * self.inner * (self.width + 1)
-        block += self.width * (self.inner + 1) + 2 * self.width
-        joined = self.width * self.merge**2
-        merger = self.width + joined * (joined + 1) + self.output * (joined + 1)
-        return self.row * self.width + self.depth * block + merger
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class AudioShape:
-    """The audio tower of Qwen2.5-Omni: two convolutions, Whisper layers, a projection."""
-
-    layers: int
-    width: int
-    inner: int
-    mels: int
-    output: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the tower (position embeddings are computed)."""
-        convolutions = self.width * (3 * self.mels + 1) + self.width * (3 * self.width + 1)
-        attention = 4 * self.width**2 + 3 * self.width  # no bias on the keys
-        mlp = self.inner * (self.width + 1) + self.width * (self.inner + 1)
-        layer = attention + mlp + 4 * self.width
-        return convolutions + self.layers * layer + 2 * self.width + self.output * (self.width + 1) + 2 * self.output
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """Sizes and time resolution of a checkpoint, read from its configuration files."""
-
-    text: TextShape
-    vision: VisionShape
-    audio: AudioShape
-    geometry: Geometry
-    positions_per_second: float
-    trained_positions: int
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights of the thinker, which is all that is loaded."""
-        return self.text.parameters + self.vision.parameters + self.audio.parameters
-
-    @classmethod
-    def read(cls, path: Path) -> "Shapes":
-        """Read a checkpoint folder, or one file that holds both configurations (configs/models).
-
-        Raises ShapesError when a file is missing or describes another model family.
-        """
-        try:
-            if path.is_dir():
-                names = ("preprocessor_config.json", "processor_config.json")
-                beside = next((path / name for name in names if (path / name).is_file()), path / names[0])
-                config, preprocessor = (_read(each) for each in (path / "config.json", beside))
-                return cls.of(config, preprocessor)
-            table = _read(path)
-            return cls.of(table, table["preprocessor_config"])
-        except StoredFileError as error:
-            raise ShapesError(str(error)) from error
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
-            raise ShapesError(
-                f"{path}: is not the configuration of a Qwen2.5-Omni thinker ({reason}); give one of that family"
-            ) from error
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> "Shapes":
-        """The shapes of a parsed config.json (with or without talker) and preprocessor_config.json."""
-        # 1. the sections of the configuration
-        thinker = config.get("thinker_config", config)
-        text, vision, audio = thinker["text_config"], thinker["vision_config"], thinker["audio_config"]
-        # 2. the shape of each tower
-        return cls(
-            text=TextShape(
-                layers=text["num_hidden_layers"],
-                width=text["hidden_size"],
-                heads=text["num_attention_heads"],
-                kv_heads=text["num_key_value_heads"],
-                dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-                inner=text["intermediate_size"],
-                vocabulary=text["vocab_size"],
-                tied=thinker.get("tie_word_embeddings", False),
-            ),
-            vision=VisionShape(
-                depth=vision["depth"],
-                width=vision["hidden_size"],
-                inner=vision["intermediate_size"],
-                channels=vision["in_channels"],
-                patch=vision["patch_size"],
-                merge=vision["spatial_merge_size"],
-                temporal_patch=vision["temporal_patch_size"],
-                output=vision["out_hidden_size"],
-            ),
-            audio=AudioShape(
-                layers=audio["encoder_layers"],
-                width=audio["d_model"],
-                inner=audio["encoder_ffn_dim"],
-                mels=audio["num_mel_bins"],
-                output=audio["output_dim"],
-            ),
-            geometry=_geometry(thinker, preprocessor),
-            positions_per_second=float(thinker["position_id_per_seconds"]),
-            trained_positions=text["max_position_embeddings"],
-        )
-
-    def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of one token in the memory of one layer: (keys and values, side state)."""
-        # 1. an empty memory
-        shape = Shape(
-            layers=1,
-            kv_heads=self.text.kv_heads,
-            dim=self.text.dim,
-            width=self.text.width,
-            feature=feature,
-            dtype=dtype,
-            device=torch.device("meta"),
-        )
-        tokens = Memory.empty(shape, batch=1).layers[0]
-        # 2. bytes per token: all axes but that of the tokens
-        sizes = {
-            name: prod(size for number, size in enumerate(tensor.shape) if number != axis) * tensor.element_size()
-            for (name, axis), tensor in zip(TOKEN_AXES.items(), tokens.tensors(), strict=True)
-        }
-        key_value = sizes.pop("keys") + sizes.pop("values")
-        return key_value, sum(sizes.values())
-
-
-def _geometry(thinker: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Geometry:
-    vision = thinker["vision_config"]
-    media = {"sampling_rate": 16000, **preprocessor, **preprocessor.get("video_processor", {})}
-    media |= preprocessor.get("feature_extractor", {})
-    return Geometry(
-        patch=vision["patch_size"],
-        merge=vision["spatial_merge_size"],
-        temporal_patch=vision["temporal_patch_size"],
-        mean=tuple(media["image_mean"]),
-        std=tuple(media["image_std"]),
-        mel=LogMel(
-            mels=media["feature_size"], hop=media["hop_length"], n_fft=media["n_fft"], rate=media["sampling_rate"]
-        ),
-        segment_seconds=float(thinker["seconds_per_chunk"]),
-    )
 
 
 @final
@@ -416,20 +198,22 @@ def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, po
 
 
 def _encoders(shapes: Shapes, load: Load) -> list[Row]:
-    """Peak inside each tower, which encodes `TOGETHER` segments without a graph."""
+    """Peak inside each tower, which encodes up to `TOGETHER` segments without a graph."""
     # 1. vision
-    vision, audio, size = shapes.vision, shapes.audio, load.dtype.itemsize
+    vision, audio, size, block = shapes.vision, shapes.audio, load.dtype.itemsize, shapes.geometry.segment_seconds
+    together = TOGETHER if shapes.pass_seconds is None else max(1, min(TOGETHER, int(shapes.pass_seconds / block)))
     height, width = load.frame
     grids = ceil(load.frames_per_segment / vision.temporal_patch)
-    patches = TOGETHER * grids * (height // vision.patch) * (width // vision.patch)
+    patches = together * grids * (height // vision.patch) * (width // vision.patch)
     visual = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
+    rows = [_estimate("vision tower, peak", visual, f"{patches:,} patches of {together} segments")]
     # 2. audio
-    frames = TOGETHER * int(shapes.geometry.segment_seconds * shapes.geometry.mel.rate / shapes.geometry.mel.hop)
-    heard = frames * audio.mels * (4 + size) + frames * audio.width * (2 * size) + frames // 2 * audio.inner * 2 * size
-    return [
-        _estimate("vision tower, peak", visual, f"{patches:,} patches of {TOGETHER} segments"),
-        _estimate("audio tower, peak", heard, f"{frames:,} mel frames of {TOGETHER} segments"),
-    ]
+    if audio is not None:
+        mel = shapes.geometry.mel
+        frames = together * int(block * mel.rate / mel.hop)
+        heard = frames * (audio.mels * (4 + size) + audio.width * 2 * size) + frames // 2 * audio.inner * 2 * size
+        rows.append(_estimate("audio tower, peak", heard, f"{frames:,} mel frames of {together} segments"))
+    return rows
 
 
 def render(rows: tuple[Row, ...]) -> str:

@@ -43,6 +43,7 @@ class Memory:
             keys=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             values=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             positions=torch.zeros(batch, 3, 0, **whole),
+            place=torch.zeros(batch, 4, 0, dtype=torch.int32, device=shape.device),
             modality=torch.zeros(batch, 0, dtype=torch.int8, device=shape.device),
             order=torch.zeros(batch, 0, **whole),
             importance=torch.zeros(batch, 0, **exact),

@@ -9,6 +9,7 @@ dim      width of one head;  width  width of the residual stream;  feature  widt
 states   width of the layer inputs that are carried: all of them or 0
 owners   1 where every key-value head keeps tokens of its own, else 0
 axes     the three axes of a position: time, height, width
+places   the four parts of a place: frame, row, column, group; -1 where a token has none
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Any, Literal, final
 import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
+from torch.nn import functional as F
 
 Tracks = Literal["both", "video", "audio"]  # of one stream
 
@@ -53,6 +55,8 @@ class Tokens:
     keys: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
     values: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
     positions: Int[Tensor, "batch axes tokens"] = field(metadata=token_axis(2))
+    # frame, row, column and group in the media, int32; unlike positions, the same in every model and never moved
+    place: Int[Tensor, "batch places tokens"] = field(metadata=token_axis(2))
     modality: Int8[Tensor, "batch tokens"] = field(metadata=token_axis(1))
     # arrival number in the stream, from 0
     order: Int[Tensor, "batch tokens"] = field(metadata=token_axis(1))
@@ -140,6 +144,11 @@ def _expand(index: Tensor, like: Tensor, axis: int) -> Tensor:
     return index.view(shape).expand(target)
 
 
+def place_of(positions: Int[Tensor, "*batch axes tokens"]) -> Int[Tensor, "*batch places tokens"]:
+    """The axes of the position as frame, row and column, without group: of streams whose layout gives no places."""
+    return F.pad(positions, (0, 0, 0, 1), value=-1).to(torch.int32)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class DeepStack:
@@ -152,16 +161,32 @@ class DeepStack:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A segment of the stream as the text model reads it: embedding, 3-axis position and modality of each token."""
+    """A segment of the stream as the text model reads it: embedding, 3-axis position and modality of each token.
+
+    `place` is the frame grid (for audio the latest one that has begun), row, column and group of each token; -1 where
+    there is none. Without it, the axes of the position count as frame, row and column.
+    """
 
     embeddings: Float[Tensor, "batch tokens width"]
     positions: Int[Tensor, "batch axes tokens"]
     modality: Int8[Tensor, "batch tokens"]
-    seconds: float = 0.0  # stream time at the end of the chunk
+    seconds: float = 0.0  # stream time up to which the chunk depends on the stream
     tracks: Tracks | None = None  # of the stream that this chunk opens
     deepstack: DeepStack | None = None
     at: float | None = None  # a rest: what precedes a question at this time, for its fork; None: part of the stream
     next_position: int | None = None  # of text right after the chunk; None: the one after the largest so far
+    more: bool = False  # further chunks that need the stream up to the same time follow
+    place: Int[Tensor, "batch places tokens"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.place is None:
+            object.__setattr__(self, "place", place_of(self.positions))
+
+    @property
+    def places(self) -> Int[Tensor, "batch places tokens"]:
+        """`place`, which is never None after construction."""
+        assert self.place is not None
+        return self.place
 
     @property
     def count(self) -> int:
@@ -180,5 +205,6 @@ class Chunk:
             embeddings=self.embeddings.gather(1, _expand(index, self.embeddings, 1)),
             positions=self.positions.gather(2, _expand(index, self.positions, 2)),
             modality=self.modality.gather(1, index),
+            place=self.places.gather(2, _expand(index, self.places, 2)),
             deepstack=deepstack,
         )

@@ -3,16 +3,5 @@
 from omnimem.backbones.base import Backbone, Encoded, LayoutError, ModelOptions, Turn, collate
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.load import load_backbone
-from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 
-__all__ = [
-    "Backbone",
-    "CheckpointError",
-    "Encoded",
-    "LayoutError",
-    "ModelOptions",
-    "Qwen25Omni",
-    "Turn",
-    "collate",
-    "load_backbone",
-]
+__all__ = ["Backbone", "CheckpointError", "Encoded", "LayoutError", "ModelOptions", "Turn", "collate", "load_backbone"]

@@ -10,7 +10,7 @@ a line break and the question; an answer starts with a space, as words inside a 
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
+from omnimem.backbones.base import Backbone, Encoded, Layout, ModelOptions, Part, Tracks, Turn, labelled, raster
+from omnimem.backbones.family import Family, Table
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.prompt_text import CUT, PromptText
+from omnimem.backbones.shapes import Shapes
 from omnimem.limits import read_within
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.pretrained import efficientnet, smollm2, whisper
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Modality
 
 FAMILY = "omnimem_assembled"  # model_type in config.json
 WEIGHTS = "assembled.safetensors"
@@ -188,6 +190,8 @@ class Prompts:
 class Assembled(Backbone):
     """A loaded base of this family; `model` holds all parts."""
 
+    mergeable = False  # the parts stay in their packages
+
     def __init__(
         self,
         model: AssembledModel,
@@ -243,6 +247,10 @@ class Assembled(Backbone):
     def trained_positions(self) -> int:
         return self.text_model.config.max_position_embeddings
 
+    def audio_tokens(self, mel_frames: int) -> int:
+        mel = self.geometry.mel
+        return round(mel_frames * mel.hop / mel.rate)
+
     @torch.no_grad()
     def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
         """Encode segments one by one, so that a segment never depends on its neighbours; `per_pass` has no effect."""
@@ -267,41 +275,8 @@ class Assembled(Backbone):
                 at=segment.at,
             )
 
-    def chunks(
-        self,
-        segments: Iterable[Encoded],
-        *,
-        tracks: Tracks | None,
-        chunk_tokens: int,
-        batch: int = 1,
-        cuts: Sequence[float] = (),
-        system: str | None = None,
-    ) -> Iterator[Chunk]:
-        """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
-
-        Raises LayoutError when a single segment is larger than `chunk_tokens`.
-        """
-        # 1. the opening
-        ids = torch.tensor([self.prompts.opening(system)], device=self.device)
-        with torch.no_grad():
-            opening = self.text_model.get_input_embeddings()(ids).expand(batch, -1, -1)
-        text = torch.zeros(ids.shape[1], dtype=torch.int8, device=self.device)
-        yield replace(_chunk(opening, text, 0, 0.0), tracks=tracks)
-        # 2. the segments
-        place = ids.shape[1]
-        for group in grouped(segments, chunk_tokens=chunk_tokens, cuts=cuts):
-            parts = [
-                (part, kind)
-                for segment in group
-                for part, kind in ((segment.visual, Modality.VISUAL), (segment.audio, Modality.AUDIO))
-                if part is not None
-            ]
-            embeddings = torch.cat([part for part, _ in parts], dim=1)
-            kinds = [int(kind) for part, kind in parts for _ in range(part.shape[1])]
-            modality = torch.tensor(kinds, dtype=torch.int8, device=embeddings.device)
-            chunk = _chunk(embeddings, modality, place, group[-1].start + group[-1].seconds)
-            yield replace(chunk, at=group[-1].at)
-            place += len(kinds) if group[-1].at is None else 0  # a rest moves nothing on
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
+        return _Layout(self.embed(self.prompts.opening(system)).expand(batch, -1, -1))
 
     def framed(self, question: str, *, system: str | None = None) -> str:
         """The opening, then the user's turn with the question."""
@@ -321,10 +296,42 @@ class Assembled(Backbone):
         return ids, list(range(len(ids))), labels
 
 
-def _chunk(embeddings: Float[Tensor, "batch tokens width"], modality: Tensor, first: int, seconds: float) -> Chunk:
-    batch, count = embeddings.shape[:2]
-    positions = torch.arange(first, first + count, device=embeddings.device).expand(batch, 3, -1)
-    return Chunk(embeddings=embeddings, positions=positions, modality=modality.expand(batch, -1), seconds=seconds)
+@final
+class _Layout(Layout):
+    """Counts tokens and frames from the start of the stream."""
+
+    def __init__(self, opening: Float[Tensor, "batch tokens width"]) -> None:
+        self._opening = opening
+        self._tokens, self._frames = opening.shape[1], 0
+
+    def opening(self) -> Part:
+        count = self._tokens
+        return Part(
+            embeddings=self._opening,
+            positions=torch.arange(count).expand(3, -1),
+            modality=torch.zeros(count, dtype=torch.int8),
+            place=torch.full((4, count), -1, dtype=torch.int32),
+        )
+
+    def push(self, segment: Encoded) -> list[Part]:
+        # 1. frames, then audio
+        tracks = ((segment.visual, Modality.VISUAL), (segment.audio, Modality.AUDIO))
+        parts = [(part, kind) for part, kind in tracks if part is not None]
+        kinds = [int(kind) for part, kind in parts for _ in range(part.shape[1])]
+        # 2. the place of each: frame, row and column; seconds of audio belong to the frames of their time
+        place = torch.full((4, len(kinds)), -1, dtype=torch.int32)
+        visual = 0 if segment.visual is None else segment.visual.shape[1]
+        if visual:
+            place[:3, :visual] = raster(segment.grid, self._frames)
+        if len(kinds) > visual:
+            times = (torch.arange(len(kinds) - visual) / segment.seconds_per_grid).int()
+            place[0, visual:] = self._frames + times.clamp_max(max(0, segment.grid[0] - 1))
+        # 3. consecutive positions
+        positions = torch.arange(self._tokens, self._tokens + len(kinds)).expand(3, -1)
+        self._tokens, self._frames = self._tokens + len(kinds), self._frames + segment.grid[0]
+        embeddings = torch.cat([part for part, _ in parts], dim=1)
+        modality = torch.tensor(kinds, dtype=torch.int8)
+        return [Part(embeddings=embeddings, positions=positions, modality=modality, place=place)]
 
 
 def merge_adapter(text: LlamaForCausalLM, factors: dict[str, Tensor], scale: float, origin: Path) -> None:
@@ -400,3 +407,25 @@ def _part(kind: str, package: str) -> Callable[..., Any]:
         known = ", ".join(LOADERS[kind])
         raise CheckpointError(f"config.json parts.{kind}: {package} is not known; give one of {known}")
     return LOADERS[kind][package]
+
+
+@final
+class AssembledFamily(Family):
+    """Bases assembled from the parts of packages."""
+
+    name = "an assembled base (omnimem assemble)"
+    described = False
+
+    def claims(self, config: Table) -> bool:
+        return config.get("model_type") == FAMILY
+
+    def load(self, options: ModelOptions) -> Backbone:
+        return Assembled.load(options)
+
+    def shapes(self, config: Table, preprocessor: Table) -> Shapes:
+        raise ValueError("its sizes are those of its packages")
+
+    def skeleton(
+        self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
+    ) -> Backbone:
+        raise ValueError("its parts are in packages")

@@ -1,20 +1,21 @@
-"""The interface of a model family: encoding media, cutting them into chunks, and tokenizing questions."""
+"""A loaded model: encoding media, laying them out as tokens, cutting them into chunks, and tokenizing questions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.errors import UserError
 from omnimem.media import Geometry, Segment
-from omnimem.tokens import Chunk, Tracks
+from omnimem.tokens import Chunk, DeepStack, Modality, Tracks
 
 IGNORED = -100  # label of a token that predicts nothing to learn
 
@@ -33,12 +34,13 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
     adapter: str | None = None  # folder of an exported adapter that training starts from
+    processor: str | None = None  # folder or hub id with tokenizer and processors, if they are not at `path`
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One segment after the frozen encoders: the unit of the encoder cache, and the input of a chunk."""
+    """One segment after the frozen encoders: the unit of the encoder cache, and the input of a layout."""
 
     visual: Float[Tensor, "batch visual_tokens width"] | None
     audio: Float[Tensor, "batch audio_tokens width"] | None
@@ -47,6 +49,9 @@ class Encoded:
     seconds: float
     seconds_per_grid: float
     at: float | None = None  # a rest, as `Segment.at`
+    # what the first decoder layers add at the visual tokens (Qwen3-VL), one tensor per layer
+    deepstack: tuple[Float[Tensor, "batch visual_tokens width"], ...] = ()
+    repeated: int = 0  # frames of the last grid that repeat the one before, where timestamps depend on it
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -79,40 +84,15 @@ def collate(streams: Sequence[Iterable[Encoded]]) -> Iterator[Encoded]:
         yield _joined(row)
 
 
-def grouped(segments: Iterable[Encoded], *, chunk_tokens: int, cuts: Sequence[float]) -> Iterator[list[Encoded]]:
-    """Segments joined up to `chunk_tokens` tokens, never across a cut (seconds); a rest (`Encoded.at`) stays alone.
-
-    Raises LayoutError when a single segment is larger than `chunk_tokens`.
-    """
-    pending: list[Encoded] = []
-    for segment in segments:
-        if segment.count > chunk_tokens:
-            raise LayoutError(
-                f"a segment of {segment.seconds:g} s has {segment.count} tokens, more than stream.chunk_tokens = "
-                f"{chunk_tokens}; raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
-            )
-        if not segment.count:  # audio of less than one token
-            continue
-        if segment.at is not None:
-            if pending:
-                yield pending
-                pending = []
-            yield [segment]
-            continue
-        full = sum(held.count for held in pending) + segment.count > chunk_tokens
-        cut_here = any(segment.start <= cut < segment.start + segment.seconds for cut in cuts)
-        if pending and (full or cut_here):
-            yield pending
-            pending = []
-        pending.append(segment)
-    if pending:
-        yield pending
-
-
 def _joined(row: Sequence[Encoded]) -> Encoded:
     visual = [segment.visual for segment in row if segment.visual is not None]
     audio = [segment.audio for segment in row if segment.audio is not None]
-    return replace(row[0], visual=torch.cat(visual) if visual else None, audio=torch.cat(audio) if audio else None)
+    return replace(
+        row[0],
+        visual=torch.cat(visual) if visual else None,
+        audio=torch.cat(audio) if audio else None,
+        deepstack=tuple(torch.cat(levels) for levels in zip(*(segment.deepstack for segment in row), strict=True)),
+    )
 
 
 @final
@@ -138,6 +118,60 @@ def labelled(asked: Sequence[int], answer: Sequence[int]) -> tuple[list[int], li
     return ids, [IGNORED] * (len(asked) - 1) + [*answer, IGNORED]
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive tokens that are never in different chunks."""
+
+    embeddings: Float[Tensor, "batch tokens width"]
+    positions: Int[Tensor, "axes tokens"]
+    modality: Int8[Tensor, " tokens"]
+    place: Int[Tensor, "places tokens"]
+    deepstack: tuple[Float[Tensor, "batch visual_tokens width"], ...] = ()
+    next_position: int | None = None  # of text right after it, as in `Chunk`
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.embeddings.shape[1]
+
+
+def raster(grid: tuple[int, int, int], first: int = 0) -> Int[Tensor, "3 tokens"]:
+    """Frame (from `first`), row and column of the tokens of a grid, row by row."""
+    time, rows, columns = grid
+    return torch.stack(
+        [
+            torch.arange(first, first + time).repeat_interleave(rows * columns),
+            torch.arange(rows).repeat_interleave(columns).repeat(time),
+            torch.arange(columns).repeat(rows * time),
+        ]
+    )
+
+
+class Layout(ABC):
+    """Order, positions and places of the tokens of a stream, segment by segment.
+
+    A copy (`copy.copy`) goes on alone, so that the rest before a question leaves nothing in the stream.
+    """
+
+    @abstractmethod
+    def opening(self) -> Part:
+        """The text before the stream."""
+
+    @abstractmethod
+    def push(self, segment: Encoded) -> list[Part]:
+        """The tokens that are complete with this segment, in order."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether tokens of what was pushed are held back."""
+        return False
+
+    def finish(self) -> list[Part]:
+        """The tokens that are held back, as if the stream ended now."""
+        return []
+
+
 class Backbone(ABC):
     """A checkpoint of one family: tokenizer, encoders, text model and head."""
 
@@ -145,6 +179,10 @@ class Backbone(ABC):
     tokenizer: PreTrainedTokenizerBase
     geometry: Geometry
     folder: Path | None  # the checkpoint's local folder; None where it has none
+    senses: tuple[Tracks, ...] = ("both", "video", "audio")  # the tracks that the model can read
+    compacts: bool = True  # kept tokens may move up in time alone (`positions: compact`)
+    mergeable: bool = True  # an adapter can be merged into the weights and saved
+    stamped: bool = False  # frames have timestamps in the text, which may stand before groups of frames
 
     @property
     @abstractmethod
@@ -176,10 +214,24 @@ class Backbone(ABC):
         """Number of positions that the model was trained on."""
 
     @abstractmethod
+    def audio_tokens(self, mel_frames: int) -> int:
+        """Number of audio tokens of the first `mel_frames` of a stream, whole segments before the last."""
+
+    @abstractmethod
     def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
         """Encode segments with the frozen encoders, `per_pass` of them in one pass."""
 
+    def embed(self, ids: Sequence[int]) -> Float[Tensor, "1 tokens width"]:
+        """Embeddings of text; of width 0 where the model has no weights (meta device)."""
+        if self.device.type == "meta":
+            return torch.zeros(1, len(ids), 0)
+        with torch.no_grad():
+            return self.text_model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=self.device))
+
     @abstractmethod
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
+        """The layout of a new stream; `group` is the number of frame grids that share a timestamp."""
+
     def chunks(
         self,
         segments: Iterable[Encoded],
@@ -189,12 +241,37 @@ class Backbone(ABC):
         batch: int = 1,
         cuts: Sequence[float] = (),
         system: str | None = None,
+        group: int = 1,
     ) -> Iterator[Chunk]:
         """The opening of the prompt, then the stream in chunks of at most `chunk_tokens` tokens.
 
         A chunk also ends with the last segment that is complete at a cut (seconds), so that a question asked at that
-        time sees nothing later. A rest (`Encoded.at`) becomes a chunk of its own, which is not part of the stream.
+        time sees nothing later. A rest (`Encoded.at`), and what the layout holds back at a cut, become chunks of their
+        own, which are not part of the stream. Raises LayoutError when tokens that belong together are more than
+        `chunk_tokens`.
         """
+        # 1. the opening
+        layout = self.layout(tracks=tracks, batch=batch, system=system, group=group)
+        yield replace(_chunk([layout.opening()], 0.0), tracks=tracks)
+        # 2. the segments, and before each what precedes the questions up to it
+        chunker, waiting = _Chunker(chunk_tokens), sorted(set(cuts))
+        for segment in segments:
+            if segment.at is None and not segment.count:  # audio of less than one token
+                continue
+            end = segment.start + segment.seconds
+            passed = [cut for cut in waiting if cut <= segment.start or (segment.at is None and cut < end)]
+            if segment.at is not None or any(segment.start <= cut for cut in passed):
+                yield from chunker.flush(more=layout.holds)
+            for cut in passed:
+                yield from _rest(copy(layout), None, cut, chunk_tokens)
+            waiting = [cut for cut in waiting if cut not in passed and cut != segment.at]
+            if segment.at is not None:
+                yield from _rest(copy(layout), segment, segment.at, chunk_tokens)
+            else:
+                yield from chunker.add(layout.push(segment), end, f"a segment of {segment.seconds:g} s")
+        # 3. what the layout held back until the end
+        yield from chunker.add(layout.finish(), chunker.seconds, "the end of the stream")
+        yield from chunker.flush()
 
     @abstractmethod
     def framed(self, question: str, *, system: str | None = None) -> str:
@@ -207,3 +284,58 @@ class Backbone(ABC):
     @abstractmethod
     def turn(self, turn: Turn, *, tracks: Tracks | None) -> tuple[list[int], list[int], list[int]]:
         """(ids, offsets, labels) of the end markers of `tracks` (None: nothing was streamed) and the question."""
+
+
+class _Chunker:
+    """Joins parts to chunks of at most `chunk_tokens` tokens."""
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens, self.seconds = chunk_tokens, 0.0
+        self._held: list[Part] = []
+
+    def add(self, parts: Sequence[Part], seconds: float, what: str) -> Iterator[Chunk]:
+        """Add parts that need the stream up to `seconds`; yields the chunks that they complete."""
+        for number, part in enumerate(parts):
+            if part.count > self.chunk_tokens:
+                inside = "" if len(parts) == 1 else f"a part of {len(parts)} of "
+                raise LayoutError(
+                    f"{inside}{what} has {part.count} tokens, more than stream.chunk_tokens = {self.chunk_tokens}; "
+                    "raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
+                )
+            if sum(held.count for held in self._held) + part.count > self.chunk_tokens:
+                yield from self.flush(more=number > 0)
+            self._held.append(part)
+            self.seconds = seconds
+
+    def flush(self, *, more: bool = False) -> Iterator[Chunk]:
+        """The held parts as a chunk, if there are any; `more` up to the same time follow."""
+        if self._held:
+            held, self._held = self._held, []
+            yield replace(_chunk(held, self.seconds), more=more)
+
+
+def _rest(layout: Layout, segment: Encoded | None, at: float, chunk_tokens: int) -> Iterator[Chunk]:
+    """The chunks between the stream and the end of a file that is cut at a question."""
+    chunker = _Chunker(chunk_tokens)
+    pushed = [] if segment is None or not segment.count else layout.push(segment)
+    seconds = at if segment is None else segment.start + segment.seconds
+    parts = [*pushed, *layout.finish()]
+    chunks = [*chunker.add(parts, seconds, f"the rest before {at:g} s"), *chunker.flush()]
+    yield from (replace(chunk, at=at, more=chunk is not chunks[-1]) for chunk in chunks)
+
+
+def _chunk(parts: Sequence[Part], seconds: float) -> Chunk:
+    """Parts of one stream, or of several with one layout, as a chunk."""
+    batch, device = parts[0].embeddings.shape[0], parts[0].embeddings.device
+    modality = torch.cat([part.modality for part in parts]).to(device).expand(batch, -1)
+    levels = zip(*(part.deepstack for part in parts if part.deepstack), strict=True)
+    features = tuple(torch.cat(level, dim=1).flatten(0, 1) for level in levels)
+    return Chunk(
+        embeddings=torch.cat([part.embeddings for part in parts], dim=1),
+        positions=torch.cat([part.positions for part in parts], dim=1).to(device).expand(batch, -1, -1),
+        modality=modality,
+        place=torch.cat([part.place for part in parts], dim=1).to(device).expand(batch, -1, -1),
+        deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
+        seconds=seconds,
+        next_position=parts[-1].next_position,
+    )

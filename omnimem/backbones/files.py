@@ -31,6 +31,7 @@ OBJECTS = (  # files that hold one JSON object
 )
 TEXTS = ("chat_template.jinja", "merges.txt")
 INDEX = "model.safetensors.index.json"
+SIBLINGS = ("talker.", "code2wav.", "token2wav.")  # models beside a thinker, which are not loaded
 SAMPLES, SAMPLE = 64, 4096  # places in a large tensor, and bytes of each, that its digest is made of
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
 
@@ -38,6 +39,11 @@ LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # count
 @final
 class CheckpointError(UserError):
     """A folder that is not a checkpoint of this family, or lacks a file; the message says which and how to fix it."""
+
+
+@final
+class ShapesError(UserError):
+    """A model configuration that cannot be read; the message names the file and how to fix it."""
 
 
 class Index(TypedDict):
@@ -140,11 +146,17 @@ def require_size(path: str, weights: int) -> None:
         )
 
 
-def require_weights(path: str, found: Mapping[str, Any]) -> None:
+def require_weights(path: str, found: Mapping[str, Any], *, exact: bool = False) -> None:
     """Raises CheckpointError if weights were not in the files: transformers fills them with random numbers.
 
-    `found` is the loading info of `from_pretrained`.
+    `found` is the loading info of `from_pretrained`. If `exact`, weights that the model has no place for are refused.
     """
+    extra = sorted(key for key in found["unexpected_keys"] if not key.startswith(SIBLINGS))
+    if exact and extra:
+        raise CheckpointError(
+            f"{path}: {len(extra)} weights have no place in a model of its config.json (first: {extra[0][:80]}); copy "
+            "config.json and all weight files of one model again"
+        )
     lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
     if lacking:
         raise CheckpointError(

@@ -1,44 +1,110 @@
-"""Chooses the family of a checkpoint."""
+"""The model families, and the choice of the family of a checkpoint."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from omnimem.backbones.assembled import FAMILY, Assembled
+from omnimem.backbones.assembled import AssembledFamily
 from omnimem.backbones.base import Backbone, ModelOptions
-from omnimem.backbones.files import CheckpointError
-from omnimem.backbones.qwen2_5_omni import Qwen25Omni
+from omnimem.backbones.family import Family
+from omnimem.backbones.files import AGAIN, CheckpointError, ShapesError, require_whole
+from omnimem.backbones.qwen2_5_omni import Qwen25OmniFamily
+from omnimem.backbones.qwen3_omni import Qwen3OmniFamily
+from omnimem.backbones.qwen3_vl import Qwen3VLFamily
+from omnimem.backbones.settings import read_json
+from omnimem.backbones.shapes import Shapes
+from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
 from omnimem.checksums import SEAL, damage, is_sealed
-from omnimem.limits import read_within
 from omnimem.shipped import shipped
+from omnimem.textfile import StoredFileError, read_stored
+
+# the first that claims a config.json loads it
+FAMILIES: tuple[Family, ...] = (
+    VideoSalmonn2PlusFamily(),
+    Qwen3VLFamily(),
+    Qwen3OmniFamily(),
+    Qwen25OmniFamily(),
+    AssembledFamily(),
+)
 
 
 def load_backbone(options: ModelOptions, device: torch.device | str | None = None) -> Backbone:
     """Load the checkpoint at `options.path`, frozen, on `device` (None: the GPU if there is one).
 
-    The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id. The family
-    is Qwen2.5-Omni, unless config.json names the assembled one. Raises CheckpointError when a file is missing, or
-    differs from sealed.json of an export.
+    The path is a local folder, a folder that is distributed with the package (`models/tiny`) or a hub id; config.json
+    decides the family. Raises CheckpointError when a file is missing or differs from sealed.json of an export, or no
+    family knows the configuration.
     """
     options = replace(options, path=shipped(options.path))
     if is_sealed(Path(options.path)) and (what := damage(Path(options.path))):
         raise CheckpointError(
             f"{options.path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
         )
-    family = Assembled if model_type(Path(options.path)) == FAMILY else Qwen25Omni
-    backbone = family.load(options)
+    backbone = family_at(options.path).load(options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone
 
 
-def model_type(folder: Path) -> str | None:
-    """The model_type in the config.json of a local folder; None where there is none."""
+def family_at(path: str) -> Family:
+    """The family of a local folder or hub id. Raises CheckpointError without a readable config.json of a family."""
     try:
-        table = json.loads(read_within(folder / "config.json").decode())
-    except (OSError, ValueError, RecursionError):  # a hub id, or a folder that its family refuses with a reason
-        return None
-    return table.get("model_type") if isinstance(table, dict) else None
+        config = read_json(path, "config.json")
+    except CheckpointError:
+        if Path(path).is_dir():
+            require_whole(Path(path))  # which names a damaged file
+        raise
+    except OSError:
+        config = None
+    if config is None:
+        raise CheckpointError(
+            f"model.path: {path} cannot be loaded (it has no config.json, or cannot be reached); give a local folder "
+            "with config.json, weights and tokenizer, or a hub id that can be reached"
+        )
+    return family_of(config, path)
+
+
+def family_of(config: Mapping[str, Any], origin: str | Path) -> Family:
+    """The family that claims a parsed config.json; raises CheckpointError if none does."""
+    found = next((family for family in FAMILIES if family.claims(config)), None)
+    if found is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise CheckpointError(
+            f"{origin}: model_type = {config.get('model_type')!r} in config.json is no known family; give a model of "
+            f"{known}"
+        )
+    return found
+
+
+def read_shapes(path: Path) -> Shapes:
+    """Sizes from a checkpoint folder, or from one file that holds both configurations (configs/models).
+
+    Raises ShapesError when a file is missing or damaged, or no family knows the configuration.
+    """
+    config, preprocessor = read_tables(path)
+    family = family_of(config, path)
+    try:
+        return family.shapes(config, preprocessor)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise ShapesError(
+            f"{path}: is not the configuration of a {family.name} model ({reason}); copy it again from the model's page"
+        ) from error
+
+
+def read_tables(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and the preprocessor's settings, from a folder or from one file that holds both."""
+    try:
+        if not path.is_dir():
+            table = read_stored(path, dict[str, Any], AGAIN)
+            return table, table.get("preprocessor_config") or {}
+        names = ("preprocessor_config.json", "processor_config.json")
+        beside = next((path / name for name in names if (path / name).is_file()), None)
+        preprocessor = {} if beside is None else read_stored(beside, dict[str, Any], AGAIN)
+        return read_stored(path / "config.json", dict[str, Any], AGAIN), preprocessor
+    except StoredFileError as error:
+        raise ShapesError(str(error)) from error

@@ -5,18 +5,16 @@ Prompt: {opening}<|vision_bos|><|audio_bos|>[video, audio]*<|audio_eos|><|vision
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -24,31 +22,29 @@ from transformers import (
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
-from transformers.integrations import deepspeed
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniThinkerTextModel,
     Qwen2_5OmniVisionEncoder,
 )
-from transformers.utils import cached_file
 
-from omnimem.backbones.base import Backbone, Encoded, ModelOptions, Tracks, Turn, grouped, labelled
-from omnimem.backbones.files import AGAIN, CheckpointError, checkpoint_errors, require_size, require_weights
+from omnimem.backbones.base import Backbone, Encoded, Layout, ModelOptions, Part, Tracks, Turn, labelled, raster
+from omnimem.backbones.family import Family, Table, on_meta, weights_of
+from omnimem.backbones.files import CheckpointError, checkpoint_errors
 from omnimem.backbones.prompt_text import CUT, PromptText
-from omnimem.backbones.template import TemplateFailure, render_bounded
+from omnimem.backbones.settings import chat_template, flattened, load_model, only, preprocessor_settings
+from omnimem.backbones.shapes import AudioShape, Shapes, TextShape, VisionShape
+from omnimem.backbones.template import SAMPLE, around_video
+from omnimem.backbones.vision import look
 from omnimem.media import Geometry, LogMel, Segment
-from omnimem.textfile import StoredFileError, read_stored
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Modality
 
 VIDEO = "<|vision_bos|><|VIDEO|><|vision_eos|>"
-SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 # the tokens before and after the tracks of a stream
 BEGIN = {"both": ("<|vision_bos|>", "<|audio_bos|>"), "video": ("<|vision_bos|>",), "audio": ("<|audio_bos|>",)}
 END = {"both": ("<|audio_eos|>", "<|vision_eos|>"), "video": ("<|vision_eos|>",), "audio": ("<|audio_eos|>",)}
-# files with settings of the feature extractor and video processor; a later one counts
-PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-PREPROCESSED = ("feature_size", "hop_length", "n_fft", "image_mean", "image_std")  # what is read from them
-Part = TypeVar("Part", bound=nn.Module)
+# settings that are read from the preprocessor files
+PREPROCESSED = ("feature_size", "hop_length", "n_fft", "image_mean", "image_std")
 
 
 @final
@@ -101,26 +97,19 @@ class Qwen25Omni(Backbone):
         """
         folder = Path(options.path)
         with checkpoint_errors(options.path):
-            tokenizer = AutoTokenizer.from_pretrained(options.path, trust_remote_code=False)
-            if (template := _chat_template(options.path)) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(options.processor or options.path, trust_remote_code=False)
+            if (template := chat_template(options.processor or options.path)) is not None:
                 tokenizer.chat_template = template
-            _render_template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
-            require_size(options.path, _weight_count(options.path))
-            load: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained
-            model, found = load(
-                options.path,
-                dtype=getattr(torch, options.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            require_weights(options.path, found)
-            geometry = _geometry(options.path, model)
+            _template(tokenizer, options.system)  # in a child, which starts faster while no weights are loaded
+            config = Qwen2_5OmniThinkerConfig.from_pretrained(options.path)
+            model: Any = load_model(options, Qwen2_5OmniThinkerForConditionalGeneration, config)
+            table = preprocessor_settings(options.processor or options.path, PREPROCESSED)
+            geometry = _geometry(model.config, table, options.path)
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
 
     @property
     def text_model(self) -> PreTrainedModel:
-        return _part(self.model, Qwen2_5OmniThinkerTextModel)
+        return only(self.model, Qwen2_5OmniThinkerTextModel)
 
     @property
     def _towers(self) -> Any:
@@ -134,7 +123,7 @@ class Qwen25Omni(Backbone):
     def encoder_weights(self) -> Iterator[Tensor]:
         """Weights of the vision tower, then of the audio tower."""
         for tower in (Qwen2_5OmniVisionEncoder, Qwen2_5OmniAudioEncoder):
-            yield from _part(self.model, tower).state_dict().values()
+            yield from only(self.model, tower).state_dict().values()
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -143,6 +132,9 @@ class Qwen25Omni(Backbone):
     @property
     def trained_positions(self) -> int:
         return self.text_model.config.max_position_embeddings
+
+    def audio_tokens(self, mel_frames: int) -> int:
+        return audio_tokens(mel_frames)
 
     def _id(self, token: str) -> int:
         return self.tokenizer.encode(token, add_special_tokens=False)[0]
@@ -162,39 +154,19 @@ class Qwen25Omni(Backbone):
     def _encoded(self, block: Sequence[Segment], fps: float) -> list[Encoded]:
         """Segments in one pass; all but the last fill whole audio blocks."""
         with torch.no_grad():
-            visual, audio = self._encode_frames(block), self._encode_mel(block)
+            seen, audio = look(self._towers, self.geometry, block, self.device), self._encode_mel(block)
         return [
             Encoded(
-                visual=frame_tokens,
+                visual=shown.tokens,
                 audio=mel_tokens,
-                grid=grid,
+                grid=shown.grid,
                 start=segment.start,
                 seconds=segment.seconds,
                 seconds_per_grid=self.geometry.temporal_patch / fps,
                 at=segment.at,
+                deepstack=shown.deepstack,
             )
-            for segment, (frame_tokens, grid), mel_tokens in zip(block, visual, audio, strict=True)
-        ]
-
-    def _encode_frames(self, block: Sequence[Segment]) -> list[tuple[Tensor | None, tuple[int, int, int]]]:
-        """Visual tokens [1, tokens, width] and their grid for each segment."""
-        # 1. cut the frames into patches
-        geometry, towers = self.geometry, self._towers
-        patched = [None if segment.frames is None else geometry.patches(segment.frames) for segment in block]
-        present = [item for item in patched if item is not None]
-        if not present:
-            return [(None, (0, 0, 0))] * len(block)
-        # 2. encode all segments in one pass
-        rows = torch.cat([row for row, _ in present]).to(device=self.device, dtype=towers.dtype)
-        grids = torch.tensor([grid for _, grid in present], device=self.device)
-        outputs = iter(towers.get_video_features(rows, grids).pooler_output)
-        # 3. split the tokens by segment
-        merge = geometry.merge
-        return [
-            (None, (0, 0, 0))
-            if item is None
-            else (next(outputs)[None], (item[1][0], item[1][1] // merge, item[1][2] // merge))
-            for item in patched
+            for segment, shown, mel_tokens in zip(block, seen, audio, strict=True)
         ]
 
     def _encode_mel(self, block: Sequence[Segment]) -> list[Tensor | None]:
@@ -216,43 +188,17 @@ class Qwen25Omni(Backbone):
             first = last
         return found
 
-    def chunks(
-        self,
-        segments: Iterable[Encoded],
-        *,
-        tracks: Tracks | None,
-        chunk_tokens: int,
-        batch: int = 1,
-        cuts: Sequence[float] = (),
-        system: str | None = None,
-    ) -> Iterator[Chunk]:
-        """The opening as a chunk of text, then segments joined up to `chunk_tokens` tokens, never across a cut.
-
-        Raises LayoutError when a single segment is larger than `chunk_tokens`.
-        """
-        # 1. the opening
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
         text = self._opening if system is None else self._rendered(system)[0]
         opening = self._text.ids(text) + [self._id(token) for token in (BEGIN[tracks] if tracks else ())]
         count = len(opening) - (1 if tracks == "both" else 0)  # both begin markers have the same position
-        places = [*range(count), count - 1] if tracks == "both" else list(range(count))
-        yield replace(self._text_chunk(opening, places, batch), tracks=tracks)
-        # 2. the segments
-        layout = _Layout(rates=self.rates, base=count, interleaved=tracks == "both")
-        for group in grouped(segments, chunk_tokens=chunk_tokens, cuts=cuts):
-            yield (layout if group[0].at is None else copy(layout)).chunk(group)  # a rest moves nothing on
-
-    def _text_chunk(self, ids: list[int], places: list[int], batch: int) -> Chunk:
-        device = self.device
-        tokens = torch.tensor(ids, device=device)
-        positions = torch.tensor(places, device=device).expand(batch, 3, -1)
-        with torch.no_grad():
-            embeddings = self.text_model.get_input_embeddings()(tokens).expand(batch, -1, -1)
-        modality = torch.zeros(batch, len(ids), dtype=torch.int8, device=device)
-        return Chunk(embeddings=embeddings, positions=positions, modality=modality)
+        return _Layout(
+            self.embed(opening).expand(batch, -1, -1), rates=self.rates, base=count, interleaved=tracks == "both"
+        )
 
     def _rendered(self, system: str | None) -> tuple[str, str]:
         """The template before and after the stream; its system text is a user's."""
-        return _render_template(self.tokenizer, None if system is None else self._text.plain(system))
+        return _template(self.tokenizer, None if system is None else self._text.plain(system))
 
     def framed(self, question: str, *, system: str | None = None) -> str:
         """The opening, then the user's turn with the question."""
@@ -279,10 +225,13 @@ class Qwen25Omni(Backbone):
 
 
 @final
-class _Layout:
+class _Layout(Layout):
     """Positions of the tokens of each segment; counts grids and audio tokens from the start of the stream."""
 
-    def __init__(self, *, rates: Rates, base: int, interleaved: bool) -> None:
+    def __init__(
+        self, opening: Float[Tensor, "batch tokens width"], *, rates: Rates, base: int, interleaved: bool
+    ) -> None:
+        self._opening = opening
         self.rates, self.base, self.interleaved = rates, base, interleaved
         self.grids, self.audio_tokens = 0, 0
         self.visual_pieces, self.visual_last = 0, -1  # blocks of visual tokens, largest position of the last one
@@ -300,67 +249,55 @@ class _Layout:
         video_is_last = self.visual_pieces > audio_pieces
         return self.base + 1 + (self.visual_last if video_is_last else self.audio_tokens - 1)
 
-    def chunk(self, segments: Sequence[Encoded]) -> Chunk:
-        """Join the segments into one chunk."""
-        parts = [self._place(segment) for segment in segments]
-        last = segments[-1]
-        batch = parts[0][0].shape[0]
-        return Chunk(
-            embeddings=torch.cat([embeddings for embeddings, _, _ in parts], dim=1),
-            positions=torch.cat([positions for _, positions, _ in parts], dim=1).expand(batch, -1, -1),
-            modality=torch.cat([modality for _, _, modality in parts]).expand(batch, -1),
-            seconds=last.start + last.seconds,
-            at=last.at,
-            next_position=self.next_position,
+    def opening(self) -> Part:
+        count = self._opening.shape[1]
+        return Part(
+            embeddings=self._opening,
+            positions=torch.arange(count).clamp_max(self.base - 1).expand(3, -1),
+            modality=torch.zeros(count, dtype=torch.int8),
+            place=torch.full((4, count), -1, dtype=torch.int32),
         )
 
-    def _place(self, segment: Encoded) -> tuple[Tensor, Int[Tensor, "axes tokens"], Tensor]:
-        """Embeddings, positions and modality of a segment, in order of time, interleaved as in the processor.
+    def push(self, segment: Encoded) -> list[Part]:
+        """A segment in order of time, interleaved as in the processor.
 
         With less than one frame grid per block (fps < temporal_patch / seconds_per_chunk) the processor pairs the
         n-th grid with the n-th block of audio, before the grid's time. A stream cannot do that, so it keeps the order
         of time (ours).
         """
-        # 1. visual tokens
-        embeddings, positions, kinds, blocks = [], [], [], []
+        # 1. visual tokens: TMRoPE positions relative to the start of the stream, and places
+        embeddings, positions, places, kinds = [], [], [], []
         if segment.visual is not None:
-            places = self._visual(segment)
+            place, (count, rows, columns) = raster(segment.grid, self.grids), segment.grid
+            times = self.rates.of_grids(range(self.grids, self.grids + count), segment.seconds_per_grid)
+            self._count_pieces(times.tolist(), rows, columns)
+            self.grids += count
             embeddings.append(segment.visual)
-            positions.append(places + self.base)
-            kinds += [int(Modality.VISUAL)] * places.shape[1]
-            blocks.append(places[0] // self.rates.positions_per_chunk)
-        # 2. audio tokens
+            positions.append(torch.stack([times.repeat_interleave(rows * columns), *place[1:]]))
+            places.append(place)
+            kinds += [int(Modality.VISUAL)] * place.shape[1]
+        # 2. audio tokens: at the latest frame that has begun
         if segment.audio is not None:
             times = torch.arange(segment.audio.shape[1]) + self.audio_tokens
             self.audio_tokens += segment.audio.shape[1]
+            begun = self.rates.of_grids(range(self.grids), segment.seconds_per_grid)
+            frames = torch.searchsorted(begun, times, right=True) - 1
             embeddings.append(segment.audio)
-            positions.append(times.expand(3, -1) + self.base)
+            positions.append(times.expand(3, -1))
+            places.append(torch.stack([frames, *torch.full((2, len(times)), -1)]))
             kinds += [int(Modality.AUDIO)] * len(times)
-            blocks.append(times // self.rates.positions_per_chunk)
         # 3. interleave by block
-        device = embeddings[0].device
-        order = torch.cat(blocks).argsort(stable=True).to(device)
-        modality = torch.tensor(kinds, dtype=torch.int8, device=device)
-        return (
-            torch.cat(embeddings, dim=1)[:, order],
-            torch.cat(positions, dim=1).to(device)[:, order],
-            modality[order],
+        position = torch.cat(positions, dim=1)
+        order = (position[0] // self.rates.positions_per_chunk).argsort(stable=True)
+        place = F.pad(torch.cat(places, dim=1), (0, 0, 0, 1), value=-1).to(torch.int32)
+        part = Part(
+            embeddings=torch.cat(embeddings, dim=1)[:, order.to(embeddings[0].device)],
+            positions=(position + self.base)[:, order],
+            modality=torch.tensor(kinds, dtype=torch.int8)[order],
+            place=place[:, order],
+            next_position=self.next_position,
         )
-
-    def _visual(self, segment: Encoded) -> Int[Tensor, "axes tokens"]:
-        """Time, row and column of each visual token, relative to the start of the stream."""
-        time, rows, columns = segment.grid
-        numbers = range(self.grids, self.grids + time)
-        self.grids += time
-        times = self.rates.of_grids(numbers, segment.seconds_per_grid)
-        self._count_pieces(times.tolist(), rows, columns)
-        return torch.stack(
-            [
-                times.repeat_interleave(rows * columns),
-                torch.arange(rows).repeat_interleave(columns).repeat(time),
-                torch.arange(columns).repeat(rows * time),
-            ]
-        )
+        return [part]
 
     def _count_pieces(self, times: Sequence[int], rows: int, columns: int) -> None:
         """Count the blocks that get_rope_index cuts visual tokens into: a token begins at most one.
@@ -373,55 +310,25 @@ class _Layout:
             self.visual_last = max(time, rows - 1, columns - 1)
 
 
+def _template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
+    """The chat template before and after the stream."""
+    return around_video(tokenizer, system, video=VIDEO, family="Qwen2.5-Omni")
+
+
 def audio_tokens(mel_frames: int) -> int:
     """Number of audio tokens for a number of mel frames: halved twice, rounded as in transformers."""
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1) if mel_frames > 0 else 0
 
 
-def _render_template(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[str, str]:
-    """The chat template's text before the video, and after it with `SAMPLE` in place of the question.
-
-    Raises CheckpointError when there is no template, or it does not render a video.
-    """
-    return _render(tokenizer, repr(tokenizer.chat_template), system)
-
-
-@lru_cache(maxsize=64)
-def _render(tokenizer: PreTrainedTokenizerBase, template: str, system: str | None) -> tuple[str, str]:
-    """`_render_template`, once for each template and system prompt."""
-    content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    if tokenizer.chat_template is None:
-        raise CheckpointError(
-            "the checkpoint has no chat template; copy chat_template.json or chat_template.jinja from the model's hub "
-            "page into its folder"
-        )
-    try:
-        text = render_bounded(
-            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        )
-    except TemplateFailure as error:
-        raise CheckpointError(
-            f"the chat template cannot be rendered ({' '.join(str(error).split())}); use Qwen2.5-Omni's own template"
-        ) from error
-    opening, found, closing = text.partition(VIDEO)
-    if not found or SAMPLE not in closing:
-        raise CheckpointError(f"the chat template does not render a video as {VIDEO}; use Qwen2.5-Omni's own template")
-    return opening, closing
-
-
-def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> Geometry:
-    """Patch and mel settings from the preprocessor file, checked against the encoders' configuration."""
-    table = _preprocessor(path)
-    config: Any = model.config
-    vision, audio = config.vision_config, config.audio_config
+def _geometry(config: Qwen2_5OmniThinkerConfig, table: Table, path: str) -> Geometry:
+    """Patch and mel settings of the preprocessor file, checked against the encoders' configuration."""
+    thinker: Any = config
+    vision, audio = thinker.vision_config, thinker.audio_config
     mel = LogMel(mels=table["feature_size"], hop=table["hop_length"], n_fft=table["n_fft"], rate=table["sampling_rate"])
-    frames = config.seconds_per_chunk * mel.rate / mel.hop
+    frames = thinker.seconds_per_chunk * mel.rate / mel.hop
     if mel.mels != audio.num_mel_bins or frames % (2 * audio.n_window):
         raise CheckpointError(
-            f"{path}: {mel.mels} mel bins and {frames:g} mel frames per {config.seconds_per_chunk:g} s do not fit the "
+            f"{path}: {mel.mels} mel bins and {frames:g} mel frames per {thinker.seconds_per_chunk:g} s do not fit the "
             f"audio tower ({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); fix "
             "preprocessor_config.json"
         )
@@ -432,84 +339,58 @@ def _geometry(path: str, model: Qwen2_5OmniThinkerForConditionalGeneration) -> G
         mean=tuple(table["image_mean"]),
         std=tuple(table["image_std"]),
         mel=mel,
-        segment_seconds=float(config.seconds_per_chunk),
+        segment_seconds=float(thinker.seconds_per_chunk),
     )
 
 
-def _weight_count(path: str) -> int:
-    """The number of weights that config.json describes."""
-    with _without_zero3(), torch.device("meta"):
-        config = Qwen2_5OmniThinkerConfig.from_pretrained(path)
-        return sum(weight.numel() for weight in Qwen2_5OmniThinkerForConditionalGeneration(config).parameters())
+@final
+class Qwen25OmniFamily(Family):
+    """Qwen2.5-Omni 3B and 7B: the thinker, with or without the talker beside it."""
 
+    name = "Qwen2.5-Omni"
 
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """Inside, models are constructed as without DeepSpeed: ZeRO-3 would partition each part of them (transformers)."""
-    active = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage] - it has no reader
-    settings = active and active()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if settings is not None:
-            deepspeed.set_hf_deepspeed_config(settings)
+    def claims(self, config: Table) -> bool:
+        return config.get("model_type") in ("qwen2_5_omni", "qwen2_5_omni_thinker")
 
+    def load(self, options: ModelOptions) -> Backbone:
+        return Qwen25Omni.load(options)
 
-def _preprocessor(path: str) -> dict[str, Any]:
-    """Settings of the feature extractor and video processor, from the files that transformers 4 and 5 write.
-
-    On the hub preprocessor_config.json holds all of them. save_pretrained of transformers 4 writes those of the video
-    processor to video_preprocessor_config.json, transformers 5 writes all to processor_config.json.
-    """
-    table: dict[str, Any] = {"sampling_rate": 16000}
-    for name in PREPROCESSORS:
-        found = _read_json(path, name) or {}
-        parts = [found.get(part) or {} for part in ("image_processor", "video_processor", "feature_extractor")]
-        table |= {key: value for part in (found, *parts) for key, value in part.items()}
-    missing = [name for name in PREPROCESSED if name not in table]
-    if missing:
-        raise CheckpointError(
-            f"{path}: no {' or '.join(PREPROCESSORS)} has {', '.join(missing)}; copy preprocessor_config.json from the "
-            "model's hub page"
+    def shapes(self, config: Table, preprocessor: Table) -> Shapes:
+        thinker = self._thinker(config)
+        text, vision, audio = thinker["text_config"], thinker["vision_config"], thinker["audio_config"]
+        return Shapes(
+            text=TextShape(
+                layers=text["num_hidden_layers"],
+                width=text["hidden_size"],
+                heads=text["num_attention_heads"],
+                kv_heads=text["num_key_value_heads"],
+                dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+                inner=text["intermediate_size"],
+                vocabulary=text["vocab_size"],
+            ),
+            vision=VisionShape(
+                width=vision["hidden_size"],
+                inner=vision["intermediate_size"],
+                channels=vision["in_channels"],
+                patch=vision["patch_size"],
+                temporal_patch=vision["temporal_patch_size"],
+            ),
+            audio=AudioShape(width=audio["d_model"], inner=audio["encoder_ffn_dim"], mels=audio["num_mel_bins"]),
+            geometry=_geometry(self._config(config), flattened(preprocessor), "config.json"),
+            parameters=weights_of(on_meta(Qwen2_5OmniThinkerForConditionalGeneration, self._config(config))),
+            trained_positions=text["max_position_embeddings"],
         )
-    return table
 
+    def skeleton(
+        self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
+    ) -> Backbone:
+        thinker = self._config(config)
+        model = on_meta(Qwen2_5OmniThinkerForConditionalGeneration, thinker)
+        geometry = _geometry(thinker, flattened(preprocessor), "config.json")
+        return Qwen25Omni(model, tokenizer, geometry, system=system)
 
-def _chat_template(path: str) -> str | None:
-    """The template of the processor, which replaces the tokenizer's as in Qwen2_5OmniProcessor; None: no file."""
-    if (found := _file(path, "chat_template.jinja")) is not None:
-        return found.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        template = (_read_json(path, name) or {}).get("chat_template")
-        if isinstance(template, str):
-            return template
-        if template is not None:
-            raise CheckpointError(
-                f"{path}: chat_template in {name} is not one text; copy {name} again from the model's hub page"
-            )
-    return None
+    def _thinker(self, config: Table) -> Table:
+        return config.get("thinker_config", config)
 
-
-def _read_json(path: str, name: str) -> dict[str, Any] | None:
-    """The object in a file of the checkpoint; None without the file. Raises CheckpointError when it is damaged."""
-    if (found := _file(path, name)) is None:
-        return None
-    try:
-        return read_stored(found, dict[str, Any], AGAIN)
-    except StoredFileError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _file(path: str, name: str) -> Path | None:
-    """A file of a local folder or of a hub id."""
-    found = cached_file(
-        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-    return None if found is None else Path(found)
-
-
-def _part(model: nn.Module, kind: type[Part]) -> Part:
-    """The only submodule of a class, at any depth: transformers 5.21 nests the parts one level deeper."""
-    (found,) = (module for module in model.modules() if isinstance(module, kind))
-    return found
+    def _config(self, config: Table) -> Qwen2_5OmniThinkerConfig:
+        return Qwen2_5OmniThinkerConfig.from_dict(dict(self._thinker(config)))

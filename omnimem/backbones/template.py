@@ -7,15 +7,58 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from omnimem.backbones.files import CheckpointError
 from omnimem.limits import exceeds, limit
 
+SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 MEMORY = 1 << 30  # bytes that rendering may take in addition
 
 
 class TemplateFailure(ValueError):
     """A template that cannot be rendered, or not within the limits."""
+
+
+def around_video(tokenizer: PreTrainedTokenizerBase, system: str | None, *, video: str, family: str) -> tuple[str, str]:
+    """The chat template's text before the video, and after it with `SAMPLE` in place of the question.
+
+    `video` is what the template of the family puts in its place. Raises CheckpointError when there is no template, or
+    it does not render a video.
+    """
+    return _around(tokenizer, repr(tokenizer.chat_template), system, video, family)
+
+
+@lru_cache(maxsize=64)
+def _around(
+    tokenizer: PreTrainedTokenizerBase, template: str, system: str | None, video: str, family: str
+) -> tuple[str, str]:
+    """`around_video`, once for each template and system prompt."""
+    content = [{"type": "video", "video": "stream"}, {"type": "text", "text": SAMPLE}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    if tokenizer.chat_template is None:
+        raise CheckpointError(
+            "the checkpoint has no chat template; copy chat_template.json or chat_template.jinja from the model's hub "
+            "page into its folder"
+        )
+    try:
+        text = render_bounded(
+            lambda: str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        )
+    except TemplateFailure as error:
+        raise CheckpointError(
+            f"the chat template cannot be rendered ({' '.join(str(error).split())}); use {family}'s own template"
+        ) from error
+    opening, found, closing = text.partition(video)
+    if not found or SAMPLE not in closing:
+        raise CheckpointError(f"the chat template does not render a video as {video}; use {family}'s own template")
+    return opening, closing
 
 
 def render_bounded(render: Callable[[], str]) -> str:

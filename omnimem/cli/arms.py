@@ -14,20 +14,25 @@ from omnimem.comparison.formatting import unread
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
+from omnimem.policies.baselines.controls import TextOnly
 from omnimem.run import RunFolder, sha256, write_json
 from omnimem.tuning import StreamedModel
 
 BASE = ("full_memory", "training_free")
-TUNED = ("tuned", "tuned_full_memory")
+TUNED = ("tuned", "tuned_full_memory", "tuned_text_only")
 PROBES = ("blind", "vision_only", "audio_only")
-ARMS = (*BASE, *TUNED, *PROBES)
-# by the memory that an arm needs: no stream, a budget, one track, everything
-BY_COST = ("blind", "training_free", "tuned", "audio_only", "vision_only", "full_memory", "tuned_full_memory")
+TEXT_ONLY = ("text_only", "tuned_text_only")  # of models whose streams contain text (timestamps): it alone is kept
+ARMS = (*BASE, *TUNED, *PROBES, "text_only")
+# by the memory that an arm needs: no stream, text, a budget, one track, everything
+BY_COST = ("blind", *TEXT_ONLY, "training_free", "tuned", "audio_only", "vision_only", "full_memory")
+BY_COST += ("tuned_full_memory",)
 
 
-def applicable(run: RunConfig, *, tuned: bool) -> tuple[str, ...]:
-    """The arms that a run without --arm evaluates."""
-    return (*BASE, *(TUNED if tuned else ()), *(PROBES if run.evaluate.probes else ()))
+def applicable(run: RunConfig, *, tuned: bool, stamped: bool = False) -> tuple[str, ...]:
+    """The arms that a run without --arm evaluates; `stamped` are models whose streams contain text."""
+    probes = (*PROBES, *(TEXT_ONLY if stamped else ())) if run.evaluate.probes else ()
+    names = (*BASE, *TUNED[:2], *probes)
+    return names if tuned else tuple(name for name in names if name not in TUNED)
 
 
 def by_cost(names: Sequence[str]) -> list[str]:
@@ -147,6 +152,9 @@ def _arm(run: RunConfig, policies: Policies, name: str) -> Arm:
     kind = kind_of(name)
     tracks = {"blind": None, "vision_only": "video", "audio_only": "audio"}.get(kind, run.stream.tracks)
     whole = kind in PROBES or "full_memory" in kind
+    if kind in TEXT_ONLY:
+        budget = policies(run.memory.slots_per_layer).budget
+        return Arm(name=name, policy=TextOnly(name="text_only", budget=budget), tracks=tracks)
     return Arm(name=name, policy=policies(None if whole else run.memory.slots_per_layer), tracks=tracks)
 
 

@@ -17,24 +17,23 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers import AutoTokenizer
 
-from omnimem.backbones import Encoded, Qwen25Omni, Turn
-from omnimem.backbones.assembled import FAMILY
-from omnimem.backbones.files import AGAIN
-from omnimem.backbones.load import model_type
-from omnimem.backbones.qwen2_5_omni import audio_tokens
+from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
+from omnimem.backbones.load import family_of, read_shapes, read_tables
+from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.cli.build import training_samples
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
-from omnimem.footprint import Load, Shapes, footprint, render
+from omnimem.footprint import Load, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.shipped import shipped
 from omnimem.sources import missing_sources, named
+from omnimem.streaming.feeder import require_supported
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
@@ -46,7 +45,6 @@ from omnimem.tuning.gradient.options import HALF_WAY
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
 SHOWN = 3  # questions
-CONFIG_FILES = ("config.json", "preprocessor_config.json")
 
 
 @final
@@ -54,7 +52,7 @@ CONFIG_FILES = ("config.json", "preprocessor_config.json")
 class Skeleton:
     """The backbone without weights (meta device)."""
 
-    backbone: Qwen25Omni
+    backbone: Backbone
     shapes: Shapes
     approximate: bool  # the tokenizer is that of another model
 
@@ -100,27 +98,26 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
 def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     """The backbone from its configuration files only; None if its shapes are unknown."""
     # 1. configuration files
-    path = run.model.path
-    if model_type(Path(shipped(path))) == FAMILY:
-        missing.append(f"shapes of {path}: a dry run knows those of Qwen2.5-Omni only; sample and memory are left out")
-        return None
+    path = shipped(run.model.path)
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
         missing.append(f"weights of {path}; get them with `hf download {path}`, or set model.path to a local folder")
     described = folder or CONFIGS / "models" / f"{Path(path).name}.json"
     if not described.exists():
-        files = " and ".join(CONFIG_FILES)
-        missing.append(f"shapes of {path}; get its {files} as above; sample and memory need them")
+        missing.append(f"shapes of {path}; get its config.json as above; sample and memory need it")
+        return None
+    config, preprocessor = read_tables(described)
+    family = family_of(config, described)
+    if not family.described:
+        what = f"a dry run does not know those of {family.name}; sample and memory are left out"
+        missing.append(f"shapes of {path}: {what}")
         return None
     # 2. model on the meta device, tokenizer
-    shapes = Shapes.read(described)
-    table = read_stored(described / "config.json" if folder else described, dict[str, Any], AGAIN)
-    config = Qwen2_5OmniThinkerConfig.from_dict(table.get("thinker_config", table))
-    with torch.device("meta"):
-        model: Any = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config)
-    own = folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = AutoTokenizer.from_pretrained(str(folder if own else TINY), local_files_only=True)
-    backbone = Qwen25Omni(model, tokenizer, shapes.geometry, system=run.model.system)
+    shapes = read_shapes(described)
+    texts = Path(run.model.processor) if run.model.processor else folder
+    own = texts is not None and any((texts / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = AutoTokenizer.from_pretrained(str(texts if own else TINY), local_files_only=True)
+    backbone = family.skeleton(config, preprocessor, tokenizer, run.model.system)
     return Skeleton(backbone=backbone, shapes=shapes, approximate=not own)
 
 
@@ -129,11 +126,11 @@ def _folder(path: str) -> Path | None:
     folder = Path(path)
     if not folder.is_dir():
         try:
-            found = try_to_load_from_cache(path, CONFIG_FILES[0])
+            found = try_to_load_from_cache(path, "config.json")
         except HFValidationError:  # a path, not a hub id
             return None
         folder = Path(found).parent if isinstance(found, str) else folder
-    return folder if all((folder / name).is_file() for name in CONFIG_FILES) else None
+    return folder if (folder / "config.json").is_file() else None
 
 
 def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: str | None = None) -> SampleFacts:
@@ -215,15 +212,15 @@ def _read(
     Raises ConfigError if `stream` does not fit the checkpoint's grids, LayoutError if a step of tuning may not.
     """
     # 1. decode
-    backbone, shapes = skeleton.backbone, skeleton.shapes
+    backbone = skeleton.backbone
     try:
-        shapes.geometry.segment(run.stream.fps)
-    except ValueError as error:
-        raise ConfigError([f"stream.fps: {error}"]) from error
+        require_supported(backbone, run.stream)
+    except LayoutError as error:
+        raise ConfigError([str(error)]) from error
     segments: list[Segment] = list(source or ())
     frame = next((segment.frames.shape[2:] for segment in segments if segment.frames is not None), (0, 0))
     # 2. cut into chunks
-    encoded = list(_counted(segments, shapes, run.stream.fps))
+    encoded = list(_counted(segments, backbone, run.stream.fps))
     if source is not None:
         run.tuning.check_segments(encoded)
     cut = backbone.chunks(
@@ -232,6 +229,7 @@ def _read(
         chunk_tokens=run.stream.chunk_tokens,
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
+        group=max(1, ceil(sum(each.grid[0] for each in encoded) / (run.stream.timestamps or 1 << 30))),
     )
     try:
         opening, *chunks = cut
@@ -253,16 +251,16 @@ def _read(
     )
 
 
-def _counted(segments: Iterable[Segment], shapes: Shapes, fps: float) -> Iterator[Encoded]:
+def _counted(segments: Iterable[Segment], backbone: Backbone, fps: float) -> Iterator[Encoded]:
     """Segments with the token counts of the encoders, and tokens of width 0."""
-    cell, temporal, heard = shapes.geometry.cell, shapes.geometry.temporal_patch, 0
+    cell, temporal, heard = backbone.geometry.cell, backbone.geometry.temporal_patch, 0
     for segment in segments:
-        grid, before = (0, 0, 0), audio_tokens(heard)
+        grid, before = (0, 0, 0), backbone.audio_tokens(heard)
         if segment.frames is not None:
             frames, _, height, width = segment.frames.shape
             grid = (ceil(frames / temporal), height // cell, width // cell)
         heard += 0 if segment.mel is None else segment.mel.shape[1]
-        audio = audio_tokens(heard) - before
+        audio = backbone.audio_tokens(heard) - before
         yield Encoded(
             visual=None if segment.frames is None else torch.zeros(1, grid[0] * grid[1] * grid[2], 0),
             audio=torch.zeros(1, audio, 0) if audio else None,

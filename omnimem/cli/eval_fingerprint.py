@@ -78,14 +78,14 @@ class EvalFingerprint:
     def _of(self, arm: Arm, *, tuned: bool) -> dict[str, Any]:
         """Everything that answers may depend on, as JSON returns it."""
         run, whole = self.run, arm.policy.budget is None
-        memory, model = asdict(run.memory), asdict(run.model)
+        memory, model = asdict(run.memory), _given(run.model, "processor")
         model.pop("adapter")  # where training started
         selection_from = memory.pop("selection_from")  # the same for all arms that have no adapter or evict nothing
         setting = {
             "model": {**model, "sha256": self._base},
             "adapter": self._adapter if tuned else None,
             "adapter_scale": self._scale if tuned else None,
-            "stream": {**asdict(run.stream), "tracks": arm.tracks},
+            "stream": {**_given(run.stream, "timestamps"), "tracks": arm.tracks},
             "memory": None if whole else {**memory, "sha256": sha256(self.folder.budget)},
             "policy": None if whole else repr(replace(arm.policy, budget=None)),  # with the values of its preset
             "selection_from": "base" if tuned and not whole and selection_from == "base" else None,  # None: tuned
@@ -119,6 +119,11 @@ class EvalFingerprint:
             }
             for benchmark in self.run.evaluate.benchmarks
         }
+
+
+def _given(options: Any, *later: str) -> dict[str, Any]:
+    """The settings; those that a `later` version added only where they are set, so that older results stay valid."""
+    return {name: value for name, value in asdict(options).items() if value is not None or name not in later}
 
 
 def _differences(target: Path, setting: Mapping[str, Any]) -> Iterator[str]:

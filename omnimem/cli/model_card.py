@@ -202,11 +202,12 @@ def _results(results: Mapping[str, Any], tuned: str) -> Iterator[str]:
         yield ""
         asked = f"{many(group['n'], 'question')} about {many(group['clusters'], 'video')}"
         yield f"**{label}**: {asked}, chance {percent(group['chance'])} %\n"
-        yield "| | accuracy | peak entries per layer | at answer | memory |\n|---|---|---|---|---|"
+        yield "| | accuracy | peak entries per layer | at answer | text | memory |\n|---|---|---|---|---|---|"
         for arm, entry in group["arms"].items():
             low, high = entry["strict_interval"]
             spread = f"{percent(entry['strict'])} [{percent(low)}, {percent(high)}]"
-            held = " | ".join([count(entry["peak_entries"]), count(entry["answer_entries"]), size(entry["bytes"])])
+            numbers = [count(entry.get(name)) for name in ("peak_entries", "answer_entries", "text_entries")]
+            held = " | ".join([*numbers, size(entry["bytes"])])
             yield f"| {shown(arm)} | {spread} | {held} |"
     yield ""
     yield from _gains(results, tuned)

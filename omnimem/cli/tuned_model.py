@@ -82,8 +82,10 @@ class TunedModel:
             raise AdapterError(f"memory.selection_from = {NO_BASE}; export with --format adapter")
         if isinstance(policy, PerturbationOptions):
             memory = replace(memory, policy=policy.written_out())  # presets may change later
+        merged = kind == "merged"
+        model = replace(run.model, path=HERE, processor=None) if merged else replace(run.model, path=base.path)
         return Exported(
-            model=replace(run.model, path=HERE if kind == "merged" else base.path, adapter=None),
+            model=replace(model, adapter=None),
             stream=run.stream,
             memory=memory,
             budget=self.budget,

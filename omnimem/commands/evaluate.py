@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     workers = workers_of(given, run.evaluate.processes, arguments)
     backbone = load_backbone(run.model, device())
+    if not given.arm:
+        names = applicable(run, tuned=bool(set(names) & set(TUNED)), stamped=backbone.stamped)
     adapted = load_tuned(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
     # 3. budget and arms

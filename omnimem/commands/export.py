@@ -19,7 +19,6 @@ from torch import Tensor
 
 from omnimem.aside import written_aside
 from omnimem.backbones import load_backbone
-from omnimem.backbones.assembled import Assembled
 from omnimem.backbones.files import weights_digest
 from omnimem.checksums import Origin, origin_of, seal
 from omnimem.cli.export_check import ExportCheck, difference
@@ -81,7 +80,7 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
     """Save weights, companion files and omnimem.json; returns the logits of the run's own weights."""
     # 1. logits of the run's own weights
     backbone = load_backbone(tuned.run.model)
-    if kind == "merged" and isinstance(backbone, Assembled):
+    if kind == "merged" and not backbone.mergeable:
         raise AdapterError(
             f"{tuned.run.model.path}: the parts of an assembled base stay in their packages, so it cannot be merged; "
             "give --format adapter"
@@ -100,6 +99,8 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
         for name in ADAPTER_FILES:
             shutil.copyfile(tuned.adapter / name, folder / name)
     _copy_companions(base.folder, folder)
+    if kind == "merged" and tuned.run.model.processor is not None:  # of the release, in a folder of its own
+        _copy_companions(BaseModel.of(tuned.run.model.processor).folder, folder)
     exported.write(folder)
     return exported, {**logits, "evicting": check.logits(check.slots)}
 

@@ -90,7 +90,7 @@ def _entry(benchmark: Benchmark, lines: Sequence[dict[str, Any]]) -> dict[str, A
         "rules": benchmark.rules,
         **accuracy(lines),
         "categories": breakdown(lines),
-        **dict.fromkeys(("peak_entries", "answer_entries", "bytes")),
+        **dict.fromkeys(("peak_entries", "answer_entries", "text_entries", "bytes")),
         "input": {"frames": None, "audio_seconds": None},
         "missing": sum(line["prediction"] is None for line in lines),
         "failures": sum("failure" in line for line in lines),

@@ -20,7 +20,7 @@ from omnimem.textfile import StoredFileError, of_shape, parse_stored, read_store
 
 Role = Literal["budgeted", "reference", "probe"]
 
-PROBES = ("blind", "vision_only", "audio_only")
+PROBES = ("blind", "vision_only", "audio_only", "text_only", "tuned_text_only")
 REFERENCE = "full_memory"
 AGAIN = "evaluate the arm again, or leave it out"
 KIND = "kind"  # the axis whose labels have no prefix
@@ -64,6 +64,7 @@ class Sheet:
     answers: Mapping[str, Answer]
     peak_entries: float | None
     answer_entries: float | None
+    text_entries: float | None  # text kept per layer, beyond the budget
     bytes: float | None
     frames: float | None
     audio_seconds: float | None
@@ -338,6 +339,7 @@ def _read_sheet(path: Path, facts: Mapping[str, Any]) -> Sheet:
         answers=answers,
         peak_entries=_number(facts.get("peak_entries")),
         answer_entries=_number(facts.get("answer_entries")),
+        text_entries=_number(facts.get("text_entries")),
         bytes=_number(facts.get("bytes")),
         frames=_number(given.get("frames")),
         audio_seconds=_number(given.get("audio_seconds")),

@@ -252,6 +252,7 @@ def _cost(sheet: Sheet) -> dict[str, Any]:
     return {
         "peak_entries": sheet.peak_entries,
         "answer_entries": sheet.answer_entries,
+        "text_entries": sheet.text_entries,
         "bytes": sheet.bytes,
         "frames": sheet.frames,
         "audio_seconds": sheet.audio_seconds,

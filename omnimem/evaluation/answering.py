@@ -27,7 +27,7 @@ from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Due, Feeder, feed_until_due
 from omnimem.streaming.stream import PositionsError, Stream
 from omnimem.tasks import Benchmark
-from omnimem.tokens import EVICTABLE, Chunk, Tracks
+from omnimem.tokens import EVICTABLE, Chunk, Modality, Tracks
 
 TOGETHER = 64  # questions of a stream per pass
 LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
@@ -295,6 +295,7 @@ class Evaluation:
             "kept": {kind.name.lower(): sum(layer[kind] for layer in counts) / layers for kind in EVICTABLE},
             "peak_entries": stream.usage.peak_entries / layers,
             "entries": stream.memory.entries / layers,
+            "text_entries": sum(layer[Modality.TEXT] for layer in counts) / layers,
             "bytes": stream.usage.bytes,
             **_selector(stream, layers),
             **({"beyond_trained": stream.beyond} if stream.beyond else {}),
@@ -321,8 +322,11 @@ class _ReadProgress:
         for number, chunk in enumerate(chunks):
             yield chunk
             self.seconds = chunk.seconds
-            if self.trace is not None and number:
-                self.trace.note(self._stream, chunk.seconds)
+            if self.trace is not None:
+                if chunk.at is None:  # a rest is no part of the stream
+                    self.trace.arrive(chunk)
+                if number:
+                    self.trace.note(self._stream, chunk.seconds)
 
 
 def _in_passes(asked: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:

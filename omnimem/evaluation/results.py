@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NotRequired, final
 
 from pydantic import FiniteFloat
 from typing_extensions import TypedDict
@@ -72,6 +72,7 @@ class AnsweredLine(ResultLine):
     kept: Tokens
     peak_entries: FiniteFloat
     entries: FiniteFloat
+    text_entries: NotRequired[FiniteFloat]  # text kept per layer, beyond the budget; not in results of earlier versions
     bytes: int
     frames: int
     audio_seconds: FiniteFloat

@@ -30,6 +30,7 @@ def summarise(lines: Sequence[Line], *, defects: Sequence[Defect] = ()) -> dict[
         "categories": breakdown(lines),
         "peak_entries": _mean(answered, "peak_entries"),
         "answer_entries": _mean(answered, "entries"),
+        "text_entries": _mean([line for line in answered if "text_entries" in line], "text_entries"),
         "bytes": _mean(answered, "bytes"),
         "input": {
             "frames": sum(int(line["frames"]) for line in streams),

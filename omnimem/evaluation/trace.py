@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import EVICTABLE
+from omnimem.tokens import EVICTABLE, Chunk, Modality
 
 MOST = 192  # rows (chunks) and bins (segments); above it, every second row is dropped and pairs of bins are joined
 
@@ -22,6 +22,13 @@ class Trace:
         self._chunks, self._every = 0, 1  # chunks so far; chunks per row
         self._joined = 1  # segments per bin
         self._rows: list[tuple[float, dict[int, Int[Tensor, "layers bins"]]]] = []
+        self._fed, self._text = 0, torch.zeros(0, dtype=torch.long)  # tokens so far; arrival numbers of text
+
+    def arrive(self, chunk: Chunk) -> None:
+        """Number the text of a chunk of the stream, whether it is kept or not."""
+        text = (chunk.modality[0] == Modality.TEXT).nonzero()[:, 0].cpu()
+        self._text = torch.cat([self._text, text + self._fed])
+        self._fed += chunk.count
 
     def note(self, stream: Stream, seconds: float) -> None:
         """Count the kept tokens of every segment after a chunk that ended at `seconds`."""
@@ -37,22 +44,24 @@ class Trace:
         while len(self._reader.arrived) > MOST * self._joined:
             self._joined *= 2
             self._rows = [(end, {kind: _joined(table) for kind, table in row.items()}) for end, row in self._rows]
-        edges = self._edges(stream.usage.tokens_in[0])
+        edges = self._edges()
         found: dict[int, Int[Tensor, "layers bins"]] = {}
         for kind in EVICTABLE:
             layers = []
             for layer in stream.memory.layers:
-                mine = layer.order[0][layer.modality[0] == kind].cpu()
+                order, kinds = layer.order[0].cpu(), layer.modality[0].cpu()
+                mine = order[kinds == kind]
+                mine = mine - torch.searchsorted(self._text, mine)  # text is in no segment
                 bins = torch.bucketize(mine, edges, right=True) - 1
                 held = torch.bincount(bins, minlength=len(edges) - 1)[: len(edges) - 1]
                 layers.append((held / layer.heads).round())  # an entry of a single head counts as 1 / heads
             found[kind] = torch.stack(layers).to(torch.int32)
         return found
 
-    def _edges(self, opening: int) -> Int[Tensor, " edges"]:
-        """Arrival number of the first token of each bin; earlier tokens are the opening."""
+    def _edges(self) -> Int[Tensor, " edges"]:
+        """Number of the first audio or visual token of each bin."""
         counts = torch.tensor([sum(each) for each in self._reader.arrived])
-        starts = torch.cat([torch.tensor([0]), counts.cumsum(0)]) + opening
+        starts = torch.cat([torch.tensor([0]), counts.cumsum(0)])
         return torch.cat([starts[: -1 : self._joined], starts[-1:]])
 
     def json(self, stream: Stream, seconds: float) -> dict[str, Any]:

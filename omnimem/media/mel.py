@@ -8,6 +8,7 @@ from typing import final
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 TOP_HERTZ = 8000.0  # upper end of Whisper's filters at any sampling rate
 DYNAMIC_RANGE = 8.0  # log10 units below the maximum; lower values are clamped
@@ -59,6 +60,19 @@ class LogMel:
         """
         running = RunningMel(self)
         return normalise(torch.cat(list(running.logs([samples])), dim=1), running.maximum)
+
+    def window(self, samples: Float[Tensor, " samples"], frames: int) -> Float[Tensor, "{self.mels} mel_frames"]:
+        """A clip padded with silence to a window of `frames`, normalised by the window's own maximum.
+
+        Equal to WhisperFeatureExtractor on one window: both ends are reflected, the frame after the last is left out.
+        Raises ValueError when the clip is longer.
+        """
+        length, half = frames * self.hop, self.n_fft // 2
+        if len(samples) > length:
+            raise ValueError(f"{len(samples)} samples are more than a window of {length}")
+        whole = F.pad(samples, (0, length - len(samples)))
+        log = self.log_power(F.pad(whole[None, None], (half, half), mode="reflect")[0, 0], frames)
+        return normalise(log, log.max())
 
     def loudest(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
         """Maximum log10 power of a clip given in blocks; holds one block at a time."""

@@ -36,6 +36,9 @@ class Geometry:
     std: tuple[float, float, float]
     mel: LogMel
     segment_seconds: float  # block of the audio encoder, and of the interleaving in the prompt
+    # the block is a window that is padded with silence and normalised by itself (Whisper); not in the repr, which
+    # identifies cached encoder outputs beside the encoders' weights
+    windowed: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if (Fraction(self.segment_seconds).limit_denominator(1000) * self.mel.rate / self.mel.hop).denominator != 1:
@@ -102,6 +105,8 @@ class Segment:
     frames: UInt8[Tensor, "frames 3 height width"] | None  # resized to whole cells
     mel: Float[Tensor, "mels mel_frames"] | None
     at: float | None = None  # a rest: the begun segment up to this time, for a question; None: part of the stream
+    padded: bool = False  # the mel ends with silence up to the end of its window
+    audio_seconds: float = 0.0  # of the audio in it, without padding
 
 
 class Source(ABC):
@@ -147,7 +152,14 @@ class Source(ABC):
             self.seconds = index * length + max(len(taken) / self.options.fps, audio_seconds)
             self.frames_seen += len(taken)
             self.audio_seconds_heard += audio_seconds
-            yield Segment(start=index * length, seconds=self.seconds - index * length, frames=frames, mel=mel)
+            yield Segment(
+                start=index * length,
+                seconds=self.seconds - index * length,
+                frames=frames,
+                mel=mel,
+                padded=self.geometry.windowed,
+                audio_seconds=audio_seconds,
+            )
 
     def _rests(self, index: int, frames: Tensor | None, piece: "_Piece") -> Iterator[Segment]:
         """The rests of the times within a segment, whose frames and mel are given."""
@@ -170,6 +182,8 @@ class Source(ABC):
                 frames=frames[:count] if frames is not None and count else None,
                 mel=mel,
                 at=at,
+                padded=self.geometry.windowed,
+                audio_seconds=audio_seconds,
             )
 
     def _audio_seconds(self, first: int, mel_frames: int, at: float | None = None) -> float:
@@ -237,8 +251,10 @@ class FileSource(Source):
 
     def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
         mel, blocks = self.geometry.mel, self._counted(self._audio_blocks())
+        if self.geometry.windowed:
+            return _window_pieces(self.geometry, blocks, mel_frames, self.asks)
         if self.causal:
-            return _running_pieces(mel, blocks, mel_frames, self.asks)
+            return _running_pieces(self.geometry, blocks, mel_frames, self.asks)
         pieces = mel.pieces(blocks, mel.loudest(self._audio_blocks()), mel_frames)
         return (_Piece(mel=piece) for piece in pieces)
 
@@ -287,7 +303,8 @@ class LiveSource(Source):
             before = time
 
     def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
-        return _running_pieces(self.geometry.mel, self._counted(self._audio), mel_frames, self.asks)
+        pieces = _window_pieces if self.geometry.windowed else _running_pieces
+        return pieces(self.geometry, self._counted(self._audio), mel_frames, self.asks)
 
 
 @final
@@ -299,10 +316,37 @@ class _Piece:
     rests: Mapping[float, Float[Tensor, "mels _"]] = field(default_factory=dict)
 
 
+def _window_pieces(
+    geometry: Geometry, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int, asks: Sequence[float] = ()
+) -> Iterator[_Piece]:
+    """Pieces of `mel_frames`, whole windows, each padded and normalised by itself; none needs later audio."""
+    mel = geometry.mel
+    window = int(geometry.segment_seconds * mel.rate / mel.hop)
+    length, seconds = mel_frames * mel.hop, mel_frames * mel.hop / mel.rate
+    held, number = torch.empty(0), 0
+
+    def windows(samples: Tensor) -> Tensor:
+        return torch.cat([mel.window(part, window) for part in samples.split(window * mel.hop)], dim=1)
+
+    def piece(samples: Tensor) -> _Piece:
+        here = [at for at in asks if segment_of(at, seconds) == number]
+        begun = {at: samples[: round(at * mel.rate) - number * length] for at in here}
+        return _Piece(mel=windows(samples), rests={at: windows(part) for at, part in begun.items() if len(part)})
+
+    for block in blocks:
+        held = torch.cat([held, block])
+        while len(held) >= length:
+            yield piece(held[:length])
+            held, number = held[length:], number + 1
+    if len(held):
+        yield piece(held)
+
+
 def _running_pieces(
-    mel: LogMel, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int, asks: Sequence[float] = ()
+    geometry: Geometry, blocks: Iterable[Float[Tensor, " _"]], mel_frames: int, asks: Sequence[float] = ()
 ) -> Iterator[_Piece]:
     """Pieces of `mel_frames`, each as soon as its samples are there, normalised by the maximum up to its end."""
+    mel = geometry.mel
     running, waiting, fed = RunningMel(mel), deque(asks), 0
     length = mel_frames * mel.hop / mel.rate
     rests: dict[float, Tensor] = {}

@@ -13,13 +13,14 @@ from omnimem.budget import Budget
 from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer, Compared, Covered
 from omnimem.selection import LayerSlots, Softness, select
-from omnimem.tokens import Chunk, Tokens
+from omnimem.tokens import Chunk, Modality, Tokens
 from omnimem.view import LayerView, Measures
 
 # The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, gradient through the attention
 # that tokens receive (`selection.gradient: both`), and keeping what the model without its adapter keeps.
 Mode = Literal["full", "states", "released", "paper", "calibration", "learned_importance", "base_selection"]
 SelectionFrom = Literal["tuned", "base"]
+Markers = Literal["keep", "with_group"]
 
 
 class PolicyError(UserError):
@@ -59,7 +60,7 @@ class StreamOutline:
     """The content of a stream, known before it is read: for baselines and bounds that are no streaming methods."""
 
     modality: Int8[Tensor, " tokens"]  # of all tokens, in order of arrival
-    positions: Int[Tensor, "axes tokens"]
+    place: Int[Tensor, "places tokens"]  # frame, row, column and group, as in `Chunk`
     needles: tuple[int, ...] = ()  # arrival numbers of the tokens that hold the answers, most important first
 
 
@@ -86,6 +87,9 @@ class Policy(ABC):
     # the model whose scores choose: the one that answers, or that one without its adapter. A stream reads it; not in
     # the repr, which identifies results: without adapter, or with full memory, both are the same
     selection_from: SelectionFrom = field(default="tuned", repr=False)
+    # text of the stream (timestamps, markers of groups of frames): all of it stays, or that of a group only while the
+    # layer keeps one of its audio or visual tokens
+    markers: Markers = "keep"
 
     def supports(self, mode: Mode) -> bool:
         """Whether the policy works in this mode; by default in those that need no score per token and layer.
@@ -136,11 +140,35 @@ class JointPolicy(Policy):
         return view.pool
 
 
-def keep_highest(pool: Tokens, scores: Tensor, slots: LayerSlots, softness: Softness | None = None) -> Tokens:
-    """All text and the tokens of the highest scores, with their gates (`select`)."""
+def keep_highest(
+    pool: Tokens, scores: Tensor, slots: LayerSlots, softness: Softness | None = None, markers: Markers = "keep"
+) -> Tokens:
+    """All text and the tokens of the highest scores, with their gates (`select`); markers as chosen."""
     selected = select(scores, pool.modality, slots, softness, pool.gate)
     kept = pool.gather(selected.index)
-    return kept if selected.gate is None else replace(kept, gate=selected.gate)
+    kept = kept if selected.gate is None else replace(kept, gate=selected.gate)
+    return kept if markers == "keep" else with_groups(kept)
+
+
+def with_groups(kept: Tokens) -> Tokens:
+    """The tokens without the text of groups of which no audio or visual token is kept (ours).
+
+    The latest group keeps its text, and text that belongs to no group (the prompt before the stream) stays. So the text
+    of a stream is bounded by the slots, however long it is. Raises PolicyError in a batch, whose streams would keep
+    unequal numbers of tokens.
+    """
+    group = kept.place[:, 3]
+    marker = (kept.modality == Modality.TEXT) & (group >= 0)
+    if not bool(marker.any()):
+        return kept
+    if len(marker) > 1:
+        raise PolicyError(
+            f"markers: with_group keeps unequal numbers of text tokens in the {len(marker)} rows of a batch; set the "
+            "batch size to 1, per_head: false, or markers: keep"
+        )
+    media = group[kept.modality > 0]
+    stays = ~marker | torch.isin(group, media) | (group == group.max())
+    return kept.gather(stays[0].nonzero().T)
 
 
 def slots_of_layer(budget: Budget, layer: int) -> LayerSlots:
@@ -177,7 +205,9 @@ class ScoredPolicy(Policy):
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
         slots = self.layer_slots(layer)
-        return view.pool if slots is None else keep_highest(self._observed(view), self.scorer(view), slots, softness)
+        if slots is None:
+            return view.pool
+        return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers)
 
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with importance and novelty as measured on this chunk."""

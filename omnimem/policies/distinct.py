@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.budget import Budget
-from omnimem.policies.base import ScoredPolicy
+from omnimem.policies.base import Markers, ScoredPolicy
 from omnimem.scoring import Compared, Covered, KeyDifference
 
 
@@ -22,6 +22,7 @@ class DistinctOptions:
     coverage: float = 0.5  # the power of 1 - c; 0: no discount
     compared: Compared = "values"  # vectors of the cosine c: the values of all heads, or the layer's input
     centred: bool = True  # subtract the mean of the modality in the pool
+    markers: Markers = "with_group"  # timestamps and other text of a stream: all stays, or that of kept groups
     per_head: bool = False  # every key-value head keeps tokens of its own; not with gradient: states or paper
 
     def __post_init__(self) -> None:
@@ -33,5 +34,9 @@ class DistinctOptions:
         plain = KeyDifference()
         covered = Covered(inner=plain, power=self.coverage, centred=self.centred, compared=self.compared)
         return ScoredPolicy(
-            name=self.name, scorer=covered if self.coverage else plain, budget=budget, per_head=self.per_head
+            name=self.name,
+            scorer=covered if self.coverage else plain,
+            budget=budget,
+            per_head=self.per_head,
+            markers=self.markers,
         )

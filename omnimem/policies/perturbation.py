@@ -5,7 +5,7 @@ from typing import Any, Literal, final
 
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
-from omnimem.policies.base import ScoredPolicy
+from omnimem.policies.base import Markers, ScoredPolicy
 from omnimem.scoring import Covered, Perturbation
 from omnimem.view import Measures
 
@@ -20,9 +20,10 @@ PAPER: dict[str, Any] = {
     "feature": None,
     "coverage": 0.0,
     "centred": True,
+    "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
-OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival", "coverage": 0.5}
+OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival", "coverage": 0.5, "markers": "with_group"}
 PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released": RELEASED}
 
 
@@ -36,7 +37,8 @@ class PerturbationOptions:
               for a missing neighbour, no lending (docs/paper.md, "Differences between paper and release")
     omnimem   ours: the printed score with redundancy measured once, at arrival, so that copies of one event do not
               become neighbours in the pool and are evicted together; discounted by the similarity to a better token
-              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy is kept, not three
+              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy is kept, not three;
+              a group's timestamp stays while one of its tokens does (`markers: with_group`)
     """
 
     name: Literal["omnimem", "paper", "released"] = "omnimem"
@@ -51,6 +53,7 @@ class PerturbationOptions:
     feature: int | None = None  # width of a projection of the layer input that redundancy reads; null: all
     coverage: float | None = None  # beta, the power of 1 - c
     centred: bool | None = None  # c between vectors without the mean of their modality
+    markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
     def __post_init__(self) -> None:
         for name, least in (("sharpness", 0), ("novelty_power", 0), ("coverage", 0), ("feature", 1)):
@@ -78,6 +81,7 @@ class PerturbationOptions:
             scorer=_covered(scorer, chosen) if chosen["coverage"] else scorer,
             budget=budget,
             measures=Measures(**measured),
+            markers=chosen["markers"],
         )
 
 

@@ -124,6 +124,7 @@ class ChunkStep:
     attached: StreamedAttention
     config: ReadConfig
     positions: Int[Tensor, "batch axes tokens"]
+    place: Int[Tensor, "batch places tokens"]
     modality: Int8[Tensor, "batch tokens"]
     deepstack: DeepStack | None
     order: Int[Tensor, "batch tokens"]  # arrival numbers
@@ -232,6 +233,7 @@ class ChunkStep:
             keys=keys,
             values=values,
             positions=self.positions,
+            place=self.place,
             modality=self.modality,
             order=self.order,
             importance=zeros,

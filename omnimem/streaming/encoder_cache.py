@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import final
 
@@ -111,6 +112,8 @@ class EncoderCache:
                     seconds=seconds,
                     seconds_per_grid=spacing,
                     at=at[0] if at else None,
+                    repeated=at[1] if len(at) > 1 else 0,
+                    deepstack=tuple(file.get_tensor(name).to(device) for name in _levels(number, names)),
                 )
                 yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
 
@@ -121,11 +124,13 @@ class EncoderCache:
         tensors, table = {}, []
         for number, segment in enumerate(segments):
             encoded, heard = segment.encoded, segment.heard
-            for name, track in (("visual", encoded.visual), ("audio", encoded.audio)):
+            levels = ((f"deepstack.{level}", part) for level, part in enumerate(encoded.deepstack))
+            for name, track in (("visual", encoded.visual), ("audio", encoded.audio), *levels):
                 if track is not None:
                     tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
             times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
-            rest = [] if encoded.at is None else [encoded.at]
+            rest = [] if encoded.at is None and not encoded.repeated else [encoded.at, encoded.repeated]
+            rest = rest if encoded.repeated else rest[:1]
             table.append([encoded.grid, *times, heard.frames, heard.audio_seconds, *rest])
         known = {"segments": json.dumps(table)}
         known["sha256"] = _digest(known, sorted(tensors), tensors.__getitem__)
@@ -140,6 +145,11 @@ class EncoderCache:
         except (SafetensorError, OSError) as error:  # a full disk
             number = (isinstance(error, OSError) and error.errno) or errno.EIO
             raise OSError(number, str(error), str(path)) from error
+
+
+def _levels(number: int, names: Container[str]) -> Iterator[str]:
+    """Names of the deepstack tensors of a segment, in order."""
+    return takewhile(names.__contains__, (f"{number}.deepstack.{level}" for level in count()))
 
 
 def _digest(known: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
-from omnimem.policies.base import Policy, StreamOutline
-from omnimem.rows import tracks_of
+from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source, probe
+from omnimem.media.decode import TICK
+from omnimem.policies.base import Policy, PolicyError, StreamOutline
+from omnimem.rows import judge, tracks_of
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
 from omnimem.streaming.options import StreamOptions
@@ -102,13 +103,10 @@ class Feeder:
         """`cache` is a folder for the outputs of the frozen encoders, or the cache of a feeder over the same encoders.
 
         `trained` notes streams beyond the trained positions; it may be shared with another feeder of the same model.
-        Raises LayoutError when no frame grid ends with an audio block at this rate.
+        Raises LayoutError as `require_supported`.
         """
         self.backbone, self.options = backbone, options
-        try:
-            backbone.geometry.segment(options.fps)
-        except ValueError as error:
-            raise LayoutError(f"stream.{error}") from error
+        require_supported(backbone, options)
         self.trained = trained or TrainedRange(backbone.trained_positions)
         self.decoding_seconds = 0.0  # spent so far in waiting for decoded segments
         self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
@@ -187,7 +185,8 @@ class Feeder:
             for segment in self._timed(segments):
                 frames = 0 if segment.frames is None else segment.frames.shape[0]
                 mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
-                seconds = total.audio_seconds + min(segment.seconds, mel_frames * mel.hop / mel.rate)
+                heard_now = segment.audio_seconds if segment.padded else mel_frames * mel.hop / mel.rate
+                seconds = total.audio_seconds + min(segment.seconds, heard_now)
                 after = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
                 heard.append(after)
                 total = after if segment.at is None else total
@@ -218,6 +217,10 @@ class Feeder:
 
     def stream(self, attached: StreamedAttention, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
         """An empty stream; with `positions: compact` it stays within the trained positions of the model."""
+        if policy.traits.reindex and not self.backbone.compacts:
+            raise PolicyError(
+                f"policy {policy.name} moves kept tokens up in time, which {_IMMOBILE}; set reindex: false"
+            )
         compact = self.options.positions == "compact"
         last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
         device = self.backbone.device
@@ -233,16 +236,20 @@ class Feeder:
         return policy.with_oracle([self.outline(readable) for readable in batch])
 
     def outline(self, readable: Readable) -> StreamOutline:
-        """Modality and position of all tokens of a stream, and the tokens of its `meta.needles`.
+        """Modality and place of all tokens of a stream, and the tokens of its `meta.needles`.
 
         A needle is [second] for audio, or [second, y, x] for a frame, y and x from 0 (top, left) to 1.
         """
         segments, sample = [each for each in readable.segments if each.at is None], readable.sample
         chunks = self.backbone.chunks(
-            iter(segments), tracks=readable.tracks, chunk_tokens=self.options.chunk_tokens, system=sample.system
+            iter(segments),
+            tracks=readable.tracks,
+            chunk_tokens=self.options.chunk_tokens,
+            system=sample.system,
+            group=self._group_of(readable),
         )
-        kinds, positions = zip(*((chunk.modality[0], chunk.positions[0]) for chunk in chunks), strict=True)
-        outline = StreamOutline(modality=torch.cat(kinds).cpu(), positions=torch.cat(positions, dim=1).cpu())
+        kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in chunks), strict=True)
+        outline = StreamOutline(modality=torch.cat(kinds).cpu(), place=torch.cat(places, dim=1).cpu())
         needles = sample.meta.get("needles", ())
         return replace(outline, needles=tuple(_token_at(outline, segments, needle) for needle in needles))
 
@@ -262,7 +269,26 @@ class Feeder:
             batch=len(batch),
             cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
+            group=self._group_of(first),
         )
+
+    def _group_of(self, readable: Readable) -> int:
+        """Frame grids that share a timestamp: counted, or from the length that the file declares."""
+        if self.options.timestamps is None or readable.tracks in (None, "audio"):
+            return 1
+        if isinstance(readable.segments, Sequence):
+            return self._group(sum(segment.grid[0] for segment in readable.segments if segment.at is None))
+        sample = readable.sample
+        return self._group(self._grids(judge(sample, self.options.tracks).video_seconds, sample.start, sample.end))
+
+    def _group(self, grids: int) -> int:
+        """ceil(grids / timestamps), 1 if there are fewer grids than timestamps (release)."""
+        return max(1, math.ceil(grids / (self.options.timestamps or grids or 1)))
+
+    def _grids(self, seconds: float, start: float, end: float | None) -> int:
+        """Frame grids of a file of this length."""
+        last = seconds if end is None else min(seconds, end)
+        return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
     def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
@@ -273,12 +299,18 @@ class Feeder:
         """
         if not isinstance(source, Source):
             source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
+        group = 1
+        if self.options.timestamps is not None:
+            if not isinstance(source, FileSource):
+                raise LayoutError("stream.timestamps: a live stream has no total; set it to null, one per frame grid")
+            group = self._group(self._grids(probe(source.path).video_seconds, source.start, source.end))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
             self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
+            group=group,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
@@ -309,6 +341,24 @@ class Feeder:
         return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
 
 
+_IMMOBILE = "this model cannot (rows and columns of its positions move with the time)"
+
+
+def require_supported(backbone: Backbone, options: StreamOptions) -> None:
+    """Raises LayoutError when the model cannot read a stream as the options ask."""
+    try:
+        backbone.geometry.segment(options.fps)
+    except ValueError as error:
+        raise LayoutError(f"stream.{error}") from error
+    if options.source().tracks not in backbone.senses:
+        can = " or ".join(backbone.senses)
+        raise LayoutError(f"stream.tracks = {options.tracks}: the model has no audio encoder; set stream.tracks: {can}")
+    if options.positions == "compact" and not backbone.compacts:
+        raise LayoutError(f"stream.positions = compact moves kept tokens up in time, which {_IMMOBILE}; set original")
+    if options.timestamps is not None and not backbone.stamped:
+        raise LayoutError("stream.timestamps: the layout of this model has no timestamps; set it to null")
+
+
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
     """Arrival number of the token that holds a needle."""
     at, *place = needle
@@ -316,7 +366,7 @@ def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Seque
         audio = (outline.modality == Modality.AUDIO).nonzero()[:, 0]
         return int(audio[min(len(audio) - 1, int(at * len(audio) / sum(segment.seconds for segment in segments)))])
     visual = (outline.modality == Modality.VISUAL).nonzero()[:, 0]
-    time, *space = outline.positions[:, visual]
+    time, *space = outline.place[:3, visual]
     found = time == time.unique()[int(at / segments[0].seconds_per_grid)]
     for axis, part in zip(space, place, strict=True):
         found &= axis == axis.min() + int(part * int(axis.max() - axis.min() + 1))
@@ -341,17 +391,20 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
     [memory ; rest], then evicts until the budget holds. None, and a moment that the stream does not reach, is due after
     the end. After the last moment nothing is read.
     """
-    waiting, seconds = list(moments), 0.0
+    waiting, seconds, fork = list(moments), 0.0, None
     for chunk in chunks:
         # 1. a rest, for the fork of its question
         if chunk.at is not None:
             if chunk.at in waiting:
-                waiting.remove(chunk.at)
-                fork = stream.fork()
+                fork = fork or stream.fork()
                 fork.feed(chunk)
+                if chunk.more:
+                    continue
+                waiting.remove(chunk.at)
                 yield Due(stream=fork, moments=[chunk.at], seconds=chunk.seconds)
                 if not torch.is_grad_enabled():
                     fork.forget()
+                fork = None
             continue
         # 2. moments before the chunk ends
         due = [moment for moment in waiting if moment is not None and chunk.seconds > moment]
@@ -363,7 +416,7 @@ def feed_until_due(stream: Stream, chunks: Iterable[Chunk], moments: Sequence[fl
         # 3. the chunk, and moments at its end, which need not wait for the next one
         stream.feed(chunk)
         seconds = chunk.seconds
-        due = [moment for moment in waiting if moment == seconds]
+        due = [moment for moment in waiting if moment == seconds and not chunk.more]
         if due:
             waiting = waiting[len(due) :]
             yield Due(stream=stream, moments=list(due), seconds=seconds)

@@ -20,8 +20,13 @@ class StreamOptions:
     chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
     positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
     tracks: TracksOption = "both"  # both: those that a file has; require_both: a file without one is refused
+    # at most this many timestamps in a stream, of models that write them (`total_timestamps` of the release, 256 in the
+    # paper): each then stands before ceil(grids / timestamps) frame grids; None: before every grid
+    timestamps: int | None = None
 
     def __post_init__(self) -> None:
+        if self.timestamps is not None and self.timestamps < 1:
+            raise ValueError(f"timestamps = {self.timestamps} must be at least 1, or null for one per frame grid")
         if not 0 < self.chunk_tokens <= MOST_TOKENS:
             limits = f"1..{MOST_TOKENS:,}; 16384 is the release's setting"
             raise ValueError(f"chunk_tokens = {self.chunk_tokens} must be in {limits}")

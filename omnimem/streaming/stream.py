@@ -174,6 +174,7 @@ class Stream:
                 attached=self.attached,
                 config=config,
                 positions=passed.chunk.positions,
+                place=passed.chunk.places,
                 modality=passed.chunk.modality,
                 deepstack=passed.chunk.deepstack,
                 order=passed.order,

@@ -90,13 +90,11 @@ class TextFeeder:
         return policy.with_oracle([self.outline(sample) for sample in batch])
 
     def outline(self, sample: TextSample) -> StreamOutline:
-        """Modality and position of all tokens, the opening's included, and the sample's needles."""
-        kinds, positions = zip(
-            *((chunk.modality[0], chunk.positions[0]) for chunk in self.chunks([sample])), strict=True
-        )
+        """Modality and place of all tokens, the opening's included, and the sample's needles."""
+        kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in self.chunks([sample])), strict=True)
         modality = torch.cat(kinds).cpu()
         before = len(modality) - sample.tokens
-        outline = StreamOutline(modality=modality, positions=torch.cat(positions, dim=1).cpu())
+        outline = StreamOutline(modality=modality, place=torch.cat(places, dim=1).cpu())
         return replace(outline, needles=tuple(before + place for place in sample.needles))
 
     def prompt(self, rows: Sequence[Sequence[Turn]], tracks: Tracks | None = None) -> Prompt:

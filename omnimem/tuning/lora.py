@@ -147,8 +147,13 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     Raises AdapterError when no module matches the targets.
     """
     model.requires_grad_(False)
+    config = options.config()
+    if hasattr(model.config.get_text_config(), "num_experts"):
+        # peft reduces a pattern to bare names for some of these models, which encoders have too
+        named = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
+        config.target_modules = named or config.target_modules
     try:
-        adapted = _adapted(model, options.config())
+        adapted = _adapted(model, config)
     except ValueError as error:
         known = ", ".join(_projections(model)) or "none"
         given = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)

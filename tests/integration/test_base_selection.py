@@ -46,9 +46,7 @@ def policy_from(name: str, selection_from: Any = "base", batch: int = 1) -> Poli
     policy = (
         TRIED[name]
         .build(SPLIT)
-        .with_oracle(
-            [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=(40, 12, 70))] * batch
-        )
+        .with_oracle([StreamOutline(modality=whole.modality[0], place=whole.places[0], needles=(40, 12, 70))] * batch)
     )
     return replace(policy, selection_from=selection_from)
 

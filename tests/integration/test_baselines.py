@@ -28,7 +28,7 @@ def policy_of(name: str, whole: Chunk | None = None) -> Policy:
     policy = OPTIONS[name].build(SPLIT)
     needles = [(40 + row, 12, 70) for row in range(whole.modality.shape[0])]
     return policy.with_oracle(
-        [StreamOutline(modality=whole.modality[0], positions=whole.positions[0], needles=n) for n in needles]
+        [StreamOutline(modality=whole.modality[0], place=whole.places[0], needles=n) for n in needles]
     )
 
 

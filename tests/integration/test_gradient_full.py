@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import attend
-from omnimem.backbones import ModelOptions, Qwen25Omni
+from omnimem.backbones import ModelOptions
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.memory import Memory
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach

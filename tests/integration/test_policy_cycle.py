@@ -325,7 +325,7 @@ def text_stream(text: int, visual: int) -> Chunk:
 
 def test_input_uniform_reads_frames_spread_over_the_whole_stream_and_nothing_else() -> None:
     whole = whole_stream()
-    outline = StreamOutline(modality=whole.modality[0], positions=whole.positions[0])
+    outline = StreamOutline(modality=whole.modality[0], place=whole.places[0])
     policy = InputUniformOptions().build(Budget(slots=((0, 26),) * LAYERS, split=False)).with_oracle([outline])
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         stream = opened(attached, policy)
@@ -346,9 +346,7 @@ def test_policies_that_must_be_told_say_so() -> None:
             opened(attached, InputUniformOptions().build(POOL)).feed(cut(whole_stream())[1])
         whole = whole_stream()
         with pytest.raises(PolicyError, match="no `needles` in its meta"):
-            OracleOptions().build(POOL).with_oracle(
-                [StreamOutline(modality=whole.modality[0], positions=whole.positions[0])]
-            )
+            OracleOptions().build(POOL).with_oracle([StreamOutline(modality=whole.modality[0], place=whole.places[0])])
 
 
 def test_recent_frames_are_whole_and_the_latest() -> None:

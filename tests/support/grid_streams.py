@@ -7,7 +7,7 @@ from torch import Tensor
 
 from omnimem.memory import Memory, Shape
 from omnimem.policies.base import Policy
-from omnimem.tokens import Modality, Tokens
+from omnimem.tokens import Modality, Tokens, place_of
 from omnimem.view import LayerView, Measures
 from support.reference_policies import Row
 
@@ -52,6 +52,7 @@ def chunks_of(
     whole = Memory.empty(shape_of(kv_heads), batch).layers[0]
     drawn = {"keys": keys, "values": values, "positions": positions, "modality": kinds, "order": order}
     rest = {name: zeros if tensor.ndim == 2 else zeros[..., None][..., :0] for name, tensor in vars(whole).items()}
+    rest["place"] = place_of(positions)
     rest["owner"] = kinds[:, None][:, :0]
     tokens = Tokens(**{**rest, **drawn})
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()

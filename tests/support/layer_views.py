@@ -51,6 +51,7 @@ def tokens_of(arrival: Arrival, fed: int = 0) -> Tokens:
         keys=arrival.keys,
         values=arrival.keys * 0.5,
         positions=order[:, None].expand(batch, 3, count),
+        place=order[:, None].expand(batch, 4, count).int(),
         modality=arrival.modality,
         order=order,
         importance=zeros,

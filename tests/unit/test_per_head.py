@@ -63,7 +63,8 @@ def test_a_stream_is_charged_for_what_its_heads_hold_and_for_one_owner_per_pair(
     alone = [packed(Tokens.of([part[:3] for part in ragged(seed).tensors()]), HEADS) for seed in (0, 1)]
     for tokens in alone:
         assert not bool((tokens.modality == ABSENT).any())
-        pair = 2 * 6 * 4 + 3 * 8 + 1 + 8 + 3 * 4 + 1  # key, value, position, modality, order, three numbers, owner
+        # key, value, position, place, modality, order, three numbers, owner
+        pair = 2 * 6 * 4 + 3 * 8 + 4 * 4 + 1 + 8 + 3 * 4 + 1
         assert Memory(layers=(tokens,)).bytes == tokens.bytes == tokens.count * pair
         assert Memory(layers=(tokens,)).entries == pytest.approx(int((tokens.modality > 0).sum()) / HEADS)
 

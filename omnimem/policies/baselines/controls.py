@@ -4,9 +4,13 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from omnimem.budget import Budget
-from omnimem.policies.base import ScoredPolicy
+from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.policies.baselines.presets import Preset, allotted
 from omnimem.scoring import AbstractScorer, Random, Recency, Uniform
+from omnimem.selection import Softness
+from omnimem.selection.layer_slots import text_of
+from omnimem.tokens import Tokens
+from omnimem.view import LayerView
 
 
 @final
@@ -35,3 +39,13 @@ class ControlOptions:
             "uniform": Uniform(),
         }
         return ScoredPolicy(name=self.name, scorer=scorers[self.name], budget=allotted(budget, self.preset))
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TextOnly(Policy):
+    """Keeps the text of a stream alone: what timestamps tell, and what tuning stores in them (ours)."""
+
+    def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
+        """The text of the pool."""
+        return view.pool.gather(text_of(view.modality))

@@ -110,7 +110,7 @@ def _likeness(
 def slot_cells(view: LayerView) -> Cells:
     """As released: the kept visual tokens, in order, count as frames of p tokens, whatever was evicted in between.
 
-    p is the number of cells that the positions span. Counted from the end, so that new frames have their own cells
+    p is the number of cells of a frame. Counted from the end, so that new frames have their own cells
     where the number of tokens is not a multiple of p (the release keeps whole multiples).
     """
     visual = view.modality == Modality.VISUAL
@@ -124,9 +124,9 @@ def slot_cells(view: LayerView) -> Cells:
 
 
 def true_cells(view: LayerView) -> Cells:
-    """By the tokens' own positions: a frame is a time, a cell a row and a column."""
+    """By the tokens' own frame, row and column."""
     visual = view.modality == Modality.VISUAL
-    time, height, width = view.pool.positions.unbind(dim=1)
+    time, height, width = view.pool.place[:, :3].long().unbind(dim=1)
     rows, columns, top, left = _extent(view)
     cell = ((height - top) * columns + width - left).clamp(0, rows * columns - 1)
     latest_first = _ranks(torch.where(visual, -time, 1))
@@ -142,11 +142,11 @@ def _ranks(values: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
 
 
 def _extent(view: LayerView) -> tuple[int, int, int, int]:
-    """Rows, columns, first row and first column of the visual positions; one cell without visual tokens."""
+    """Rows, columns, first row and first column of the visual tokens; one cell without visual tokens."""
     visual = view.modality == Modality.VISUAL
     if not bool(visual.any()):
         return 1, 1, 0, 0
-    axes = [view.pool.positions[:, axis][visual] for axis in (1, 2)]
+    axes = [view.pool.place[:, axis][visual] for axis in (1, 2)]
     (top, bottom), (left, right) = ((int(places.min()), int(places.max())) for places in axes)
     return bottom - top + 1, right - left + 1, top, left
 

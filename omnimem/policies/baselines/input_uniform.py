@@ -71,9 +71,9 @@ def chosen_of(outline: StreamOutline, budget: Budget) -> Int[Tensor, " tokens"]:
 def frames_of(outline: StreamOutline) -> Int[Tensor, " tokens"]:
     """The frame of each token, from 0; for audio the latest frame at or before it."""
     visual = outline.modality == Modality.VISUAL
-    times = outline.positions[0][visual].unique()
-    place = torch.searchsorted(times, outline.positions[0].contiguous(), right=True) - 1
-    return place.clamp_min(0) if len(times) else outline.positions[0] - outline.positions[0].min()
+    times, frame = outline.place[0][visual].unique(), outline.place[0].contiguous()
+    number = torch.searchsorted(times, frame, right=True) - 1
+    return number.clamp_min(0) if len(times) else frame - frame.min()
 
 
 def _sampled(number: Tensor, frames: Tensor, slots: int) -> Int[Tensor, " tokens"]:

@@ -25,6 +25,7 @@ class Merge:
 def merged(view: LayerView, merge: Merge, kind: Modality) -> Tokens:
     """The new tokens: V = sum of w V, K = sum of w K, with K rotated from its own position to the new one.
 
+    A new token has the place of the token whose arrival number it inherits.
     Averaging keys after RoPE at their own positions would mix phases. Differentiable in keys and values, not in the
     weights. Raises ValueError when the view has no rotary embedding.
     """
@@ -49,6 +50,7 @@ def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modalit
         keys=keys.to(pool.keys.dtype),
         values=values.to(pool.values.dtype),
         positions=merge.positions,
+        place=pool.place.gather(2, _of_numbers(pool, merge.order)[:, None].expand(-1, pool.place.shape[1], -1)),
         modality=torch.full_like(merge.order, int(kind), dtype=torch.int8),
         order=merge.order,
         importance=zeros,
@@ -58,6 +60,11 @@ def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modalit
         states=pool.states[:, :1].expand(-1, count, -1)[:, :, :0],
         owner=pool.owner[:, :, :1].expand(-1, -1, count)[:, :0],
     )
+
+
+def _of_numbers(pool: Tokens, order: Int[Tensor, "batch merged"]) -> Int[Tensor, "batch merged"]:
+    """Index in the pool of the tokens with these arrival numbers."""
+    return (pool.order[:, None] == order[..., None]).to(torch.int8).argmax(dim=2)
 
 
 def with_merged(kept: Tokens, new: Tokens) -> Tokens:

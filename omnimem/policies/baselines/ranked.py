@@ -58,7 +58,8 @@ class RankedPolicy(Policy):
         budget = self.budget if self.reshape is None else self.reshape(self.budget, arrived(view))
         slots = slots_of_layer(budget, layer)
         pool = replace(view.pool, importance=view.importance) if self.ranking.needs_importance else view.pool
-        return keep_highest(pool, self.ranking(view, slots, layer / budget.layers), slots, softness)
+        scores = self.ranking(view, slots, layer / budget.layers)
+        return keep_highest(pool, scores, slots, softness, self.markers)
 
 
 def arrived(view: LayerView) -> int:

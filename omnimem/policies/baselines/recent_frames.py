@@ -39,7 +39,7 @@ class RecentFramesPolicy(Policy):
         visual = member & (view.modality[0] == Modality.VISUAL)
         if not bool(visual.any()):
             return slots
-        times = view.pool.positions[0, 0]
+        times = view.pool.place[0, 0]
         starts = times[visual].unique().flip(0)[: self.frames]
         counts = [int((member & (times >= start)).sum()) for start in starts]
         return max((count for count in counts if count <= slots), default=slots)

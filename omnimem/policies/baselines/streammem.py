@@ -91,10 +91,10 @@ def _new_frames(view: LayerView) -> Bool[Tensor, "batch frames tokens"]:
     """The visual tokens of each frame of the chunk, the latest frame first; rows with fewer frames have empty ones."""
     fresh = view.modality == Modality.VISUAL
     fresh = fresh & (torch.arange(view.pool.count, device=fresh.device) >= view.pool.count - view.new)
-    times = [row[mine].unique().flip(0) for row, mine in zip(view.pool.positions[:, 0], fresh, strict=True)]
+    times = [row[mine].unique().flip(0) for row, mine in zip(view.pool.place[:, 0], fresh, strict=True)]
     most = max(len(row) for row in times)
     table = torch.stack([F.pad(row, (0, most - len(row)), value=-1) for row in times])
-    return fresh[:, None] & (view.pool.positions[:, None, 0] == table[:, :, None])
+    return fresh[:, None] & (view.pool.place[:, None, 0] == table[:, :, None])
 
 
 def _with_prototypes(
@@ -131,7 +131,7 @@ def filtered(chunk: Chunk, order: Int[Tensor, "batch tokens"], threshold: float)
     Streams of a batch with unequal numbers of remaining frames are padded at the end.
     """
     visual = chunk.modality[0] == Modality.VISUAL
-    times = chunk.positions[0, 0, visual]
+    times = chunk.places[0, 0, visual]
     frames, size = len(times.unique_consecutive()), int((times == times[0]).sum())
     if frames < 2 or frames * size != len(times):
         return Prefiltered(chunk=chunk, order=order)

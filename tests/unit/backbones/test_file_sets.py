@@ -9,8 +9,8 @@ import torch
 from support.planted import Command
 from support.thinkers import write_folder
 
-from omnimem.backbones import ModelOptions, Qwen25Omni
-from omnimem.backbones.qwen2_5_omni import PREPROCESSED, CheckpointError
+from omnimem.backbones import ModelOptions
+from omnimem.backbones.qwen2_5_omni import PREPROCESSED, CheckpointError, Qwen25Omni
 from omnimem.errors import UserError
 
 Change = Callable[[Path], object]

@@ -10,7 +10,8 @@ from support.processor_cases import CASES, NATIVE, QUESTION, Case, source, summa
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import ModelOptions, Qwen25Omni, Turn
+from omnimem.backbones import ModelOptions, Turn
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.policies import PerturbationOptions
 from omnimem.streaming.attach import attach
 from omnimem.streaming.stream import Stream

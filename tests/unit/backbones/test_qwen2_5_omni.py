@@ -11,8 +11,9 @@ from support.models import assert_equal_logits
 from support.thinkers import write_folder
 from torch import Tensor
 
-from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, collate
-from omnimem.backbones.qwen2_5_omni import CheckpointError, Qwen2_5OmniAudioEncoder, audio_tokens
+from omnimem.backbones import ModelOptions, Turn, collate
+from omnimem.backbones.files import CheckpointError
+from omnimem.backbones.qwen2_5_omni import Qwen2_5OmniAudioEncoder, Qwen25Omni, audio_tokens
 from omnimem.errors import UserError
 from omnimem.media import Segment, patchify
 from omnimem.policies import PerturbationOptions

@@ -168,7 +168,7 @@ def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, cap
 def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, capsys) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": FAMILY}))
-    assert "a dry run knows those of Qwen2.5-Omni only" in shown(capsys, f"model.path={tmp_path / 'base'}")
+    assert "a dry run does not know those of an assembled base" in shown(capsys, f"model.path={tmp_path / 'base'}")
 
 
 def planned(folder: Path, *overrides: str, taken: int | None = 40, start: Start | None = None) -> str:

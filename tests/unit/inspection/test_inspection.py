@@ -149,18 +149,17 @@ def test_prefiltered_tokens_are_unread_and_others_have_a_last_chunk(bench) -> No
     assert ((plain.last == NEVER) | (plain.last >= plain.arrival)).all()
 
 
-def test_every_token_of_the_stream_is_shown_once_where_its_position_says(bench) -> None:
+def test_every_token_of_the_stream_is_shown_once_where_its_place_says(bench) -> None:
     outline, reading = bench.feeder.outline(bench.reading.opened), bench.reading
     shown = np.concatenate([*(grid.tokens for grid in reading.grids), reading.sounds.tokens])
     assert sorted(shown.tolist()) == torch.nonzero(outline.modality > 0)[:, 0].tolist()
-    base = int(outline.positions[0, outline.modality > 0].min())
     for grid in reading.grids:
         rows, columns = np.divmod(np.arange(grid.rows * grid.columns), grid.columns)
-        places = outline.positions[:, grid.tokens] - base
-        assert (places[0] == int(grid.start)).all()  # one position a second
+        places = outline.place[:, grid.tokens]
+        assert (places[0] == int(grid.start) // 2).all()  # a grid holds two seconds
         assert places[1].tolist() == rows.tolist()
         assert places[2].tolist() == columns.tolist()
-    assert (outline.positions[0, reading.sounds.tokens] - base).tolist() == reading.sounds.starts.tolist()
+    assert outline.place[0, reading.sounds.tokens].tolist() == (reading.sounds.starts // 2).tolist()
     assert reading.sounds.ends[:-1].tolist() == reading.sounds.starts[1:].tolist()
     assert (reading.grids[0].start, reading.grids[-1].end) == (0.0, SECONDS)
     assert float(reading.sounds.ends[-1]) == pytest.approx(SECONDS)

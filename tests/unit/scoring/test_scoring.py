@@ -32,6 +32,7 @@ def bare(layout: tuple[int, ...], first: int, count: int, batch: int = 1) -> Tok
         keys=zeros[:, None, :, None],
         values=zeros[:, None, :, None],
         positions=order[:, None].expand(batch, 3, count),
+        place=order[:, None].expand(batch, 4, count).int(),
         modality=torch.tensor(layout, dtype=torch.int8)[order % len(layout)],
         order=order,
         importance=zeros,

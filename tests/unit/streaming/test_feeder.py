@@ -10,7 +10,8 @@ import pytest
 import torch
 from support.thinkers import write_folder
 
-from omnimem.backbones import ModelOptions, Qwen25Omni, Turn, load_backbone
+from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.data import Message, Sample
 from omnimem.media import LiveSource
 from omnimem.streaming import feeder as module
@@ -114,7 +115,7 @@ def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, 
     opened = feeder.open(sample(4.0, None, 2.0, video=None, audio=sounds[0], system="Listen."))
     assert calls["encode"] == {"fps": OPTIONS.fps}
     list(feeder.chunks([opened, opened]))
-    expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "batch": 2, "system": "Listen."}
+    expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "batch": 2, "system": "Listen.", "group": 1}
     cuts = calls["chunks"].pop("cuts")
     assert {4.0, 2.0} <= set(cuts)
     assert calls["chunks"] == expected
@@ -126,7 +127,8 @@ def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, 
 
 def test_an_outline_is_cut_as_the_stream_is(sounds, feeder, calls) -> None:
     feeder.outline(feeder.open(sample(None, video=None, audio=sounds[0], system="Listen.")))
-    assert calls["chunks"] == {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "system": "Listen."}
+    expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "system": "Listen.", "group": 1}
+    assert calls["chunks"] == expected
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -14,7 +14,8 @@ from support.gradients import assert_same_gradient, episode_from, gradient, open
 from support.thinkers import write_folder
 from torch import Tensor, nn
 
-from omnimem.backbones import LayoutError, ModelOptions, Qwen25Omni
+from omnimem.backbones import LayoutError, ModelOptions
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import QUESTION_ROOM, EncodedSample, Feeder
 from omnimem.streaming.options import StreamOptions

@@ -9,7 +9,8 @@ from support.gradients import opened, policy_at
 from support.thinkers import write_folder
 from torch import nn
 
-from omnimem.backbones import ModelOptions, Qwen25Omni
+from omnimem.backbones import ModelOptions
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.data import Sample
 from omnimem.media import MediaError
 from omnimem.memory import in_common

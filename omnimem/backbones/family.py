@@ -1,0 +1,49 @@
+"""A model family: what is known of a checkpoint from its configuration files, without weights."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from omnimem.backbones.base import Backbone, ModelOptions
+from omnimem.backbones.shapes import Shapes
+
+Table: TypeAlias = Mapping[str, Any]  # a parsed configuration file
+
+
+class Family(ABC):
+    """One file of `omnimem.backbones`, and one entry of `FAMILIES` in load.py."""
+
+    name: str  # in messages
+    described: bool = True  # a dry run can plan with it: `shapes` and `skeleton` work
+
+    @abstractmethod
+    def claims(self, config: Table) -> bool:
+        """Whether a config.json is of this family; the first family of `FAMILIES` that claims it loads it."""
+
+    @abstractmethod
+    def load(self, options: ModelOptions) -> Backbone:
+        """Load a checkpoint; raises CheckpointError when a file is missing or damaged."""
+
+    @abstractmethod
+    def shapes(self, config: Table, preprocessor: Table) -> Shapes:
+        """Sizes of a checkpoint; raises KeyError, TypeError or ValueError for configurations of another family."""
+
+    @abstractmethod
+    def skeleton(
+        self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
+    ) -> Backbone:
+        """The backbone without weights (meta device): it lays out streams and prompts, but encodes nothing."""
+
+
+def weights_of(model: PreTrainedModel) -> int:
+    """Number of weights of a model; tied ones count once."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def on_meta(model_class: Any, config: Any) -> Any:
+    """A model without weights, for its sizes."""
+    with torch.device("meta"):
+        return model_class._from_config(config)

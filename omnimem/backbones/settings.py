@@ -1,0 +1,116 @@
+"""Reading a checkpoint in the hub's layout: weights, preprocessor settings, chat template."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.utils import cached_file
+
+from omnimem.backbones.base import ModelOptions
+from omnimem.backbones.files import AGAIN, CheckpointError, require_size, require_weights
+from omnimem.textfile import StoredFileError, read_stored
+
+# files with settings of the feature extractor and video processor; a later one counts
+PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def preprocessor_settings(path: str, wanted: Iterable[str]) -> dict[str, Any]:
+    """Settings of the feature extractor and video processor, from the files that transformers 4 and 5 write.
+
+    On the hub preprocessor_config.json holds all of them. save_pretrained of transformers 4 writes those of the video
+    processor to video_preprocessor_config.json, transformers 5 writes all to processor_config.json.
+    """
+    table: dict[str, Any] = flattened(*(read_json(path, name) or {} for name in PREPROCESSORS))
+    missing = [name for name in wanted if name not in table]
+    if missing:
+        raise CheckpointError(
+            f"{path}: no {' or '.join(PREPROCESSORS)} has {', '.join(missing)}; copy preprocessor_config.json from the "
+            "model's hub page"
+        )
+    return table
+
+
+def flattened(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of all parts of preprocessor files in one table; a later one counts."""
+    table: dict[str, Any] = {"sampling_rate": 16000}
+    for found in tables:
+        parts = [found.get(part) or {} for part in ("image_processor", "video_processor", "feature_extractor")]
+        table |= {key: value for part in (found, *parts) for key, value in part.items()}
+    return table
+
+
+def chat_template(path: str) -> str | None:
+    """The template of the processor, which replaces the tokenizer's as in Qwen2_5OmniProcessor; None: no file."""
+    if (found := _file(path, "chat_template.jinja")) is not None:
+        return found.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = (read_json(path, name) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise CheckpointError(
+                f"{path}: chat_template in {name} is not one text; copy {name} again from the model's hub page"
+            )
+    return None
+
+
+def read_json(path: str, name: str) -> dict[str, Any] | None:
+    """The object in a file of the checkpoint; None without the file. Raises CheckpointError when it is damaged."""
+    if (found := _file(path, name)) is None:
+        return None
+    try:
+        return read_stored(found, dict[str, Any], AGAIN)
+    except StoredFileError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _file(path: str, name: str) -> Path | None:
+    """A file of a local folder or of a hub id."""
+    found = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found)
+
+
+def only(model: nn.Module, kind: type[Module]) -> Module:
+    """The only submodule of a class, at any depth: transformers 5.21 nests the parts one level deeper."""
+    (found,) = (module for module in model.modules() if isinstance(module, kind))
+    return found
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Inside, models are constructed as without DeepSpeed: ZeRO-3 would partition each part of them (transformers)."""
+    active = deepspeed._hf_deepspeed_config_weak_ref  # pyright: ignore[reportPrivateUsage] - it has no reader
+    settings = active and active()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            deepspeed.set_hf_deepspeed_config(settings)
+
+
+def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: bool = False) -> PreTrainedModel:
+    """The weights of a checkpoint in a class of transformers, from safetensors only; no code of it is run.
+
+    Raises CheckpointError when weights are missing, which transformers would fill with random numbers, and, if `exact`,
+    when weights are left over, which it would ignore.
+    """
+    with _without_zero3(), torch.device("meta"):
+        require_size(options.path, sum(weight.numel() for weight in model_class(config).parameters()))
+    model, found = model_class.from_pretrained(
+        options.path,
+        dtype=getattr(torch, options.dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_weights(options.path, found, exact=exact)
+    return model
