@@ -1,6 +1,6 @@
 """Builds the parts of a run from its configuration: feeder, budgets, policies."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from omnimem.backbones import Backbone
 from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SplitBudget
 from omnimem.calibration import calibrate
-from omnimem.config import RunConfig, exported
+from omnimem.config import ConfigError, RunConfig, exported
 from omnimem.config.exported import Policies
 from omnimem.data import DataSource, Failure, Failures, Sample
 from omnimem.media import MediaError
@@ -25,6 +25,7 @@ from omnimem.training.sampler import held_out
 from omnimem.tuning import StreamedModel
 
 CACHE = Path(".cache/encoded")
+EVALUATED = "evaluate.batch_size"
 
 
 @final
@@ -42,6 +43,31 @@ class Parts:
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
     """Turns samples into chunks; encoder outputs are cached on disk with `data.cache`."""
     return Feeder(backbone, run.stream, CACHE if run.data.cache else None)
+
+
+def refuse_batches(run: RunConfig, backbone: Backbone, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError if streams with text are read in batches (`sizes` by setting) under `markers: with_group`.
+
+    Rows of a batch, and heads that choose for themselves, would keep unequal numbers of text tokens.
+    """
+    policy = run.memory.policy.build(None)
+    if policy.markers == "keep" or not backbone.stamped or run.stream.tracks == "audio":
+        return
+    why = "memory.policy.markers: with_group keeps unequal numbers of text tokens of this model's streams"
+    found = [f"{name} = {size}: {why} in a batch; set it to 1, or markers: keep" for name, size in sizes.items()]
+    found = [line for line, size in zip(found, sizes.values(), strict=True) if size > 1]
+    if policy.traits.per_head:
+        found.append(f"memory.policy.per_head: {why} in each head; set it to false, or markers: keep")
+    if found:
+        raise ConfigError(found)
+
+
+def batch_sizes(run: RunConfig) -> dict[str, int]:
+    """Streams per pass by setting, in all parts of a training run."""
+    sizes = {"train.per_device_train_batch_size": int(run.train.get("per_device_train_batch_size", 8))}
+    if run.data.validation is not None:
+        sizes["train.per_device_eval_batch_size"] = int(run.train.get("per_device_eval_batch_size", 1))
+    return sizes | ({EVALUATED: run.evaluate.batch_size} if run.evaluate.after_training else {})
 
 
 def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folder: RunFolder) -> Budget:

@@ -23,7 +23,7 @@ from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.load import family_of, read_shapes, read_tables
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
-from omnimem.cli.build import training_samples
+from omnimem.cli.build import batch_sizes, refuse_batches, training_samples
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
@@ -83,6 +83,7 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
+        refuse_batches(run, skeleton.backbone, batch_sizes(run))
         facts = read_sample(run, skeleton, missing, name)
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:

@@ -16,7 +16,7 @@ import torch
 
 from omnimem.backbones import load_backbone
 from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, evaluate_arms
-from omnimem.cli.build import budget_of, feeder_of, policies_of
+from omnimem.cli.build import EVALUATED, budget_of, feeder_of, policies_of, refuse_batches
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import load_tuned
 from omnimem.cli.workers import device, workers_of
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> None:
     backbone = load_backbone(run.model, device())
     if not given.arm:
         names = applicable(run, tuned=bool(set(names) & set(TUNED)), stamped=backbone.stamped)
+    if {"training_free", "tuned"} & set(names):
+        refuse_batches(run, backbone, {EVALUATED: run.evaluate.batch_size})
     adapted = load_tuned(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
     # 3. budget and arms

@@ -22,7 +22,17 @@ from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
-from omnimem.cli.build import Parts, Policies, budget_of, feeder_of, policies_of, training_samples, validation_samples
+from omnimem.cli.build import (
+    Parts,
+    Policies,
+    batch_sizes,
+    budget_of,
+    feeder_of,
+    policies_of,
+    refuse_batches,
+    training_samples,
+    validation_samples,
+)
 from omnimem.cli.dry_run import preview
 from omnimem.cli.environment import prepare_process, world_size
 from omnimem.cli.parser import Parser, rank, warn
@@ -317,6 +327,7 @@ def _steps_of_epoch(settings: TrainingArguments, samples: int) -> int:
 def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, StreamedModel, Feeder]:
     """The base model, the same model with its adapter, and the feeder, which needs whole encoders."""
     backbone = load_backbone(run.model, settings.device)
+    refuse_batches(run, backbone, batch_sizes(run))
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]

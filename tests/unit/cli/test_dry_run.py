@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from support import thinkers
 from omnimem.backbones import load_backbone
 from omnimem.backbones.assembled import FAMILY
 from omnimem.cli import dry_run as preview
+from omnimem.cli.build import batch_sizes, refuse_batches
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.commands.finetune import describe_training, dry_run
 from omnimem.config import RunConfig, load
@@ -239,3 +241,25 @@ def test_a_dry_run_refuses_what_the_run_would_refuse_in_its_setup(setting, expec
     with pytest.raises(UserError, match=expected):
         dry_run(run, Start(folder=RunFolder(path=tmp_path / "x")), None)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "refused"),
+    [
+        ("train.per_device_train_batch_size=2", "train.per_device_train_batch_size = 2"),
+        ("evaluate.batch_size=4", "evaluate.batch_size = 4"),
+        ("memory.policy={name:distinct,per_head:true}", "memory.policy.per_head"),
+        ("data.validation=0.1 train.per_device_eval_batch_size=2", "train.per_device_eval_batch_size = 2"),
+        ("evaluate.batch_size=4 evaluate.after_training=false", None),
+        ("evaluate.batch_size=4 memory.policy.markers=keep", None),
+        ("evaluate.batch_size=4 stream.tracks=audio", None),
+        ("evaluate.batch_size=4 model={path:Qwen/Qwen2.5-Omni-7B} stream.timestamps=null", None),
+    ],
+)
+def test_batches_of_streams_with_text_are_refused_by_the_setting_that_asks_for_them(setting, refused) -> None:
+    overrides = [each.replace(":", ": ") for each in setting.split(" ")]
+    run = load("video_salmonn2_plus_8b.yaml", overrides, train=train_section())
+    skeleton = skeleton_of(run, [])
+    assert skeleton is not None
+    with nullcontext() if refused is None else pytest.raises(UserError, match=rf"^{refused}.*markers: keep"):
+        refuse_batches(run, skeleton.backbone, batch_sizes(run))
