@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from omnimem.backbones import Backbone
 from omnimem.cli.build import Policies
 from omnimem.cli.eval_fingerprint import EvalFingerprint
 from omnimem.cli.workers import LocalWorkers, Workers
@@ -16,23 +17,40 @@ from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
 from omnimem.policies.baselines.controls import TextOnly
 from omnimem.run import RunFolder, sha256, write_json
+from omnimem.tokens import Tracks
 from omnimem.tuning import StreamedModel
 
 BASE = ("full_memory", "training_free")
 TUNED = ("tuned", "tuned_full_memory", "tuned_text_only")
 PROBES = ("blind", "vision_only", "audio_only")
 TEXT_ONLY = ("text_only", "tuned_text_only")  # of models whose streams contain text (timestamps): it alone is kept
+TRACKS: dict[str, Tracks | None] = {"blind": None, "vision_only": "video", "audio_only": "audio"}
 ARMS = (*BASE, *TUNED, *PROBES, "text_only")
 # by the memory that an arm needs: no stream, text, a budget, one track, everything
 BY_COST = ("blind", *TEXT_ONLY, "training_free", "tuned", "audio_only", "vision_only", "full_memory")
 BY_COST += ("tuned_full_memory",)
 
 
-def applicable(run: RunConfig, *, tuned: bool, stamped: bool = False) -> tuple[str, ...]:
-    """The arms that a run without --arm evaluates; `stamped` are models whose streams contain text."""
-    probes = (*PROBES, *(TEXT_ONLY if stamped else ())) if run.evaluate.probes else ()
-    names = (*BASE, *TUNED[:2], *probes)
-    return names if tuned else tuple(name for name in names if name not in TUNED)
+def applicable(run: RunConfig, *, tuned: bool, backbone: Backbone | None = None) -> tuple[str, ...]:
+    """The arms that a run without --arm evaluates; a loaded model tells which probes have a meaning.
+
+    Left out are tracks that the model cannot read, and text alone where its streams contain none.
+    """
+    probes = (*PROBES, *(TEXT_ONLY if backbone and backbone.stamped else ())) if run.evaluate.probes else ()
+    names = [*BASE, *TUNED[:2], *(name for name in probes if backbone is None or readable(name, backbone))]
+    return tuple(name for name in names if tuned or name not in TUNED)
+
+
+def readable(name: str, backbone: Backbone) -> bool:
+    """Whether the model reads the track that this arm is about; true of arms with the tracks of the run."""
+    return TRACKS.get(name) is None or TRACKS[name] in backbone.senses
+
+
+def check_readable(names: Sequence[str], backbone: Backbone) -> None:
+    """Raises ConfigError for arms of a track that the model cannot read."""
+    lost = [name for name in names if not readable(name, backbone)]
+    if lost:
+        raise ConfigError([f"--arm {name}: the model has no {TRACKS[name]} encoder; leave it out" for name in lost])
 
 
 def by_cost(names: Sequence[str]) -> list[str]:
@@ -150,7 +168,7 @@ def _status(run: RunConfig, evaluation: Evaluation, folder: RunFolder, names: Se
 def _arm(run: RunConfig, policies: Policies, name: str) -> Arm:
     """Tracks and policy of an arm. Probes keep everything: they measure what a track contains."""
     kind = kind_of(name)
-    tracks = {"blind": None, "vision_only": "video", "audio_only": "audio"}.get(kind, run.stream.tracks)
+    tracks = TRACKS.get(kind, run.stream.tracks)
     whole = kind in PROBES or "full_memory" in kind
     if kind in TEXT_ONLY:
         budget = policies(run.memory.slots_per_layer).budget

@@ -436,7 +436,7 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         return
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
-    names = applicable(run, tuned=True, stamped=parts.feeder.backbone.stamped)
+    names = applicable(run, tuned=True, backbone=parts.feeder.backbone)
     with workers.claim(folder.path):
         evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare

@@ -4,7 +4,13 @@ from itertools import permutations
 
 import pytest
 
-from omnimem.cli.arms import ARMS, BY_COST, by_cost
+from omnimem.backbones import Backbone, ModelOptions
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
+from omnimem.backbones.qwen3_omni import Qwen3Omni
+from omnimem.backbones.qwen3_vl import Qwen3VL
+from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2Plus
+from omnimem.cli.arms import ARMS, BY_COST, applicable, by_cost, check_readable
+from omnimem.config import ConfigError, RunConfig
 
 WITHOUT_BUDGET = ("full_memory", "tuned_full_memory", "vision_only", "audio_only")
 
@@ -20,3 +26,22 @@ def test_arms_that_keep_everything_come_last(names) -> None:
 
 def test_every_arm_has_a_place() -> None:
     assert sorted(BY_COST) == sorted(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("family", "probes"),
+    [
+        (Qwen25Omni, {"blind", "vision_only", "audio_only"}),
+        (Qwen3Omni, {"blind", "vision_only", "audio_only"}),
+        (Qwen3VL, {"blind", "vision_only", "text_only", "tuned_text_only"}),
+        (VideoSalmonn2Plus, {"blind", "vision_only", "audio_only", "text_only", "tuned_text_only"}),
+    ],
+)
+def test_probes_are_those_that_the_model_can_read(family: type[Backbone], probes: set[str]) -> None:
+    model = object.__new__(family)
+    names = applicable(RunConfig(name="a", model=ModelOptions(path="b")), tuned=True, backbone=model)
+    assert set(names) == {"full_memory", "training_free", "tuned", "tuned_full_memory"} | probes
+    check_readable(names, model)
+    if "audio_only" not in probes:
+        with pytest.raises(ConfigError, match="--arm audio_only: the model has no audio encoder"):
+            check_readable(ARMS, model)
