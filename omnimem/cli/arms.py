@@ -15,16 +15,16 @@ from omnimem.comparison.formatting import unread
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
+from omnimem.media import TracksOption
 from omnimem.policies.baselines.controls import TextOnly
 from omnimem.run import RunFolder, sha256, write_json
-from omnimem.tokens import Tracks
 from omnimem.tuning import StreamedModel
 
 BASE = ("full_memory", "training_free")
 TUNED = ("tuned", "tuned_full_memory", "tuned_text_only")
 PROBES = ("blind", "vision_only", "audio_only")
 TEXT_ONLY = ("text_only", "tuned_text_only")  # of models whose streams contain text (timestamps): it alone is kept
-TRACKS: dict[str, Tracks | None] = {"blind": None, "vision_only": "video", "audio_only": "audio"}
+TRACKS: dict[str, TracksOption | None] = {"blind": None, "vision_only": "video", "audio_only": "audio"}
 ARMS = (*BASE, *TUNED, *PROBES, "text_only")
 # by the memory that an arm needs: no stream, text, a budget, one track, everything
 BY_COST = ("blind", *TEXT_ONLY, "training_free", "tuned", "audio_only", "vision_only", "full_memory")
