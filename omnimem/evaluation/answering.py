@@ -173,14 +173,13 @@ class Evaluation:
                 reader = StreamReader(job.sample, job.tracks, parts)
                 if self.options.batch_size > 1:
                     waiting.setdefault(reader.gather(), []).append(reader)
+                    continue
             except UNANSWERED as error:
                 failure = _reason(error, arm)
             else:
-                failure = None
-            if failure is not None:
-                yield job.sample, failure
-            elif self.options.batch_size == 1:
                 yield [reader]
+                continue
+            yield job.sample, failure
         yield from waiting.values()
 
     def _lines(self, arm: Arm, benchmark: Benchmark, batch: _Batch, trace: Path | None) -> list[dict[str, Any]]:

@@ -201,10 +201,12 @@ def serve() -> None:
             message = str(error).removeprefix(f"{error.path}: ")
             outbox.put(("failed", (str(error.path), error.reason, message)))
         except (MemoryError, OSError, RuntimeError) as error:
-            if not lacks_memory(error) and not isinstance(error, OSError):
+            if lacks_memory(error):
+                outbox.put(("machine", (None, first_line(error))))
+            elif isinstance(error, OSError):
+                outbox.put(("machine", (error.errno, error.strerror)))
+            else:
                 raise
-            number = None if lacks_memory(error) else error.errno
-            outbox.put(("machine", (number, first_line(error))))
 
 
 def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> None:
