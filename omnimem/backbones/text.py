@@ -61,7 +61,10 @@ class TextModel:
         self._require_plain_head()
 
     def _require_plain_head(self) -> None:
-        """Raise LayoutError if logits are more than head(hidden states): scaled or capped, as some models have them."""
+        """Raise LayoutError if the model is attached, or its logits are not head(hidden states): scaled or capped."""
+        settings: Any = self.text_model.config
+        if settings._attn_implementation == "omnimem":
+            raise LayoutError("this model is attached to a stream; make the TextModel before `with attach(...)`")
         ids = torch.tensor([[0, 1, 2]], device=self.device)
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from support.models import ROPE, assert_equal_logits, text_model
-from support.text_models import tokenizer
+from support.text_models import causal_model, tokenizer
 from torch import Tensor
 
 from omnimem.attention.blocked import attend
@@ -160,4 +160,10 @@ def test_a_head_with_scaled_logits_is_refused(config, settings) -> None:
     made = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | settings))
     torch.nn.init.normal_(made.get_output_embeddings().weight)
     with pytest.raises(LayoutError, match="changes the logits of its head"):
+        TextModel(made, tokenizer())
+
+
+def test_a_text_model_is_made_before_it_is_attached() -> None:
+    made = causal_model()
+    with attach(made.base_model), pytest.raises(LayoutError, match="before `with attach"):
         TextModel(made, tokenizer())
