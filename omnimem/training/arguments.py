@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, final, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
@@ -402,8 +402,8 @@ def _try_recipe(arguments: TrainingArguments) -> None:
     options: Any = arguments.lr_scheduler_kwargs
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
     names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
-    loading = {name: getattr(arguments, f"dataloader_{name}", None) for name in names}
-    DataLoader(range(1), **{name: value for name, value in loading.items() if value is not None})
+    loading: dict[str, Any] = {name: getattr(arguments, f"dataloader_{name}", None) for name in names}
+    DataLoader(cast(Any, range(1)), **{name: value for name, value in loading.items() if value is not None})
 
 
 def _try_engine(arguments: TrainingArguments) -> None:
