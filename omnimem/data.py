@@ -477,6 +477,7 @@ class Failures:
 
     samples: int  # in the data set
     max_failures: float  # as a fraction of `samples`
+    setting: str = "data.max_failures"  # that it comes from, for the message
     found: tuple[Failure, ...] = ()
 
     def __post_init__(self) -> None:
@@ -500,5 +501,5 @@ class Failures:
     def _verdict(self) -> str:
         lines = [f"{failure.id}: {failure.reason}; {failure.message}" for failure in self.found[-LISTED:]]
         share = f"{len(self.found)} of {self.samples} samples failed, more than max_failures = {self.max_failures:g}"
-        cure = "fix or remove them (omnimem check lists all), or raise data.max_failures"
+        cure = f"fix or remove them (omnimem check lists all), or raise {self.setting}"
         return "\n".join([*lines, f"{share}; {cure}"])

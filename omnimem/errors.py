@@ -10,6 +10,8 @@ NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and
     "failed to allocate",
     "bad_alloc",
     "can't start new thread",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "not enough memory",
 )
 
 

@@ -276,12 +276,12 @@ def _with_lengths(finding: Finding, samples: Sequence[Sample]) -> Finding:
     if not least <= seconds <= most:
         notes.append(f"{sample.id} lasts {seconds:.1f} s; expected {least:.0f} to {most:.0f} s")
     late = [
-        question.item.id
+        (question.item.id, "it sees all of it" if each.start < seconds else f"from {each.start:g} s on it sees nothing")
         for each in samples
         for question in each.questions
         if (question.at or each.end or 0.0) > seconds + SLACK
     ]
-    notes += [f"{name} is asked after the end of its video ({seconds:.1f} s): it sees all of it" for name in late]
+    notes += [f"{name} is asked after the end of its video ({seconds:.1f} s): {what}" for name, what in late]
     return replace(finding, notes=tuple(notes))
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a command with the arguments of this process; exit with its code."""
+    threading.excepthook = _in_thread
     try:
         main(sys.argv[1:])
     except (Exception, KeyboardInterrupt) as error:
@@ -87,6 +89,16 @@ def run_command(main: Callable[[Sequence[str]], None]) -> NoReturn:
         leave(*ending)
     done()
     sys.exit(0)
+
+
+def _in_thread(given: threading.ExceptHookArgs) -> None:
+    """Print the lines of an error in another thread, such as TensorBoard's on a full disk, instead of a traceback."""
+    error = given.exc_value
+    ending = _explained(error) if isinstance(error, Exception) and not isinstance(error, BrokenPipeError) else None
+    if ending is None:
+        threading.__excepthook__(given)
+    for line in ending[0] if ending else ():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _explained(error: Exception | KeyboardInterrupt) -> tuple[list[str], int] | None:

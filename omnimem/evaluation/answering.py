@@ -32,7 +32,9 @@ from omnimem.tokens import EVICTABLE, Chunk, Modality, Tracks
 TOGETHER = 64  # questions of a stream per pass
 LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
 WHOLE = Shard()
+UNANSWERED = (MediaError, PositionsError, RuntimeError, MemoryError, OSError)  # see `_reason`
 
+_Batch = list[StreamReader] | tuple[Sample, tuple[str, str]]  # or a stream that cannot be read: reason and message
 Progress = Callable[[Iterable[Sample], int], Iterable[Sample]]
 
 
@@ -44,7 +46,7 @@ class _Job:
     block: int
     sample: Sample
     tracks: Tracks | None = None  # None: nothing is read
-    failure: MediaError | None = None
+    failure: Exception | None = None
 
 
 @final
@@ -97,7 +99,7 @@ class Evaluation:
         mine = (sample for number, block in waiting if shard.takes(first + number) for sample in block)
         numbers = {sample.id: number for number, block in waiting for sample in block}
         total = -(-sum(len(block) for _, block in waiting) // shard.count)
-        failures = Failures(samples=len(samples), max_failures=self.options.max_failures)
+        failures = self._none_failed(len(samples))
         feeder = self._feeder(arm)
         # 3. read and answer
         with Decoders(self.options.decoders) as decoders:
@@ -117,8 +119,7 @@ class Evaluation:
         """
         samples = benchmark.samples()
         lines = Results(folder, benchmark.label, samples, WHOLE).fold()
-        failures = Failures(samples=len({line["stream"] for line in lines}), max_failures=self.options.max_failures)
-        failures.add(*_failures(lines))
+        self._none_failed(len({line["stream"] for line in lines})).add(*_failures(lines))
         summary = summarise(lines, defects=benchmark.defects())
         self.feeder.trained.note(summary["beyond_trained"]["reached"])  # of the streams that other processes read
         return {"rules": benchmark.rules, **summary}
@@ -126,6 +127,9 @@ class Evaluation:
     def missing(self, benchmark: Benchmark, folder: Path) -> int:
         """Number of questions that no process has tried to answer."""
         return len(Results(folder, benchmark.label, self._samples(benchmark), WHOLE).untried())
+
+    def _none_failed(self, samples: int) -> Failures:
+        return Failures(samples=samples, max_failures=self.options.max_failures, setting="evaluate.max_failures")
 
     def _samples(self, benchmark: Benchmark) -> list[Sample]:
         return benchmark.samples()[: self.options.limit]
@@ -142,7 +146,7 @@ class Evaluation:
         try:
             tracks = self._tracks(arm, sample)
             source = None if tracks is None or feeder.stored(sample) else feeder.source(sample)
-        except MediaError as error:
+        except UNANSWERED as error:
             return _Job(block=block, sample=sample, failure=error), None
         return _Job(block=block, sample=sample, tracks=tracks), source
 
@@ -158,8 +162,8 @@ class Evaluation:
 
     def _batches(
         self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
-    ) -> Iterator[list[StreamReader] | tuple[Sample, MediaError]]:
-        """The batches of a block, and its unreadable streams with the reason."""
+    ) -> Iterator[_Batch]:
+        """The batches of a block, and the streams that cannot be read, each with reason and message."""
         waiting: dict[tuple[object, ...], list[StreamReader]] = {}
         for job, segments in block:
             try:
@@ -169,38 +173,35 @@ class Evaluation:
                 reader = StreamReader(job.sample, job.tracks, parts)
                 if self.options.batch_size > 1:
                     waiting.setdefault(reader.gather(), []).append(reader)
-            except MediaError as error:
-                yield job.sample, error
-                continue
-            if self.options.batch_size == 1:
+                    continue
+            except UNANSWERED as error:
+                failure = _reason(error, arm)
+            else:
                 yield [reader]
+                continue
+            yield job.sample, failure
         yield from waiting.values()
 
-    def _lines(
-        self, arm: Arm, benchmark: Benchmark, batch: list[StreamReader] | tuple[Sample, MediaError], trace: Path | None
-    ) -> list[dict[str, Any]]:
+    def _lines(self, arm: Arm, benchmark: Benchmark, batch: _Batch, trace: Path | None) -> list[dict[str, Any]]:
         """One line per question; if a stream becomes unreadable, all questions of its batch fail.
 
         Where the arm cannot go on with the batch (`left_out`), the questions that it has not answered are left out.
         """
-        if isinstance(batch, tuple):
-            return self._failed(batch[0], batch[1].reason, str(batch[1]))
         lines: list[dict[str, Any]] = []
+        samples = [batch[0]] if isinstance(batch, tuple) else [reader.sample for reader in batch]
         try:
-            lines.extend(self._answers(arm, benchmark, batch, trace))
-            return lines
-        except MediaError as error:
-            return [line for reader in batch for line in self._failed(reader.sample, error.reason, str(error))]
-        except (PositionsError, RuntimeError, MemoryError, OSError) as error:
-            reason = left_out.reason_of(error, arm.policy)
-            if reason is None:
-                raise
+            if isinstance(batch, list):
+                lines.extend(self._answers(arm, benchmark, batch, trace))
+                return lines
+            reason = batch[1]
+        except UNANSWERED as error:
+            reason = _reason(error, arm)
+        if reason[0] not in left_out.LEFT_OUT:
+            return [line for sample in samples for line in self._failed(sample, *reason)]
         left_out.release()
         done = {line["id"] for line in lines}
-        rest = [line for reader in batch for line in self._failed(reader.sample, *reason) if line["id"] not in done]
-        print(
-            f"{arm.name}: {len(rest)} questions of {batch[0].sample.id} are left out: {': '.join(reason)}", flush=True
-        )
+        rest = [line for sample in samples for line in self._failed(sample, *reason) if line["id"] not in done]
+        print(f"{arm.name}: {len(rest)} questions of {samples[0].id} are left out: {', '.join(reason)}", flush=True)
         return lines + rest
 
     def _failed(self, sample: Sample, reason: str, message: str) -> list[dict[str, Any]]:
@@ -300,6 +301,16 @@ class Evaluation:
             **_selector(stream, layers),
             **({"beyond_trained": stream.beyond} if stream.beyond else {}),
         }
+
+
+def _reason(error: Exception, arm: Arm) -> tuple[str, str]:
+    """(reason, message) of an error that costs the questions of a stream; any other error is raised again."""
+    if isinstance(error, MediaError):
+        return error.reason, str(error)
+    reason = left_out.reason_of(error, arm.policy)
+    if reason is None:
+        raise error
+    return reason
 
 
 def _selector(stream: Stream, layers: int) -> dict[str, Any]:

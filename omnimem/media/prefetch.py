@@ -1,7 +1,8 @@
 """Prefetching: separate processes decode files, a bounded number of segments ahead.
 
-A MediaError of a file is raised again in the reading process. When a decoding process ends in the middle of a file
-(killed, out of memory, a crash of a codec), DecoderLost is raised at once and names the file.
+Errors of a file and of the machine are raised again in the reading process. A decoding process that ends in the middle
+of a file costs this file alone: DecoderLost if the system killed it, as it does when memory is exhausted, else
+MediaError (a codec crashed). Another process decodes the files after it.
 """
 
 import os
@@ -21,6 +22,7 @@ from typing import Any, TypeVar, final
 
 import torch
 
+from omnimem.errors import first_line, lacks_memory
 from omnimem.media.container import MediaError
 from omnimem.media.source import FileSource, Segment
 
@@ -31,8 +33,8 @@ Job = TypeVar("Job")
 
 
 @final
-class DecoderLost(RuntimeError):
-    """A decoding process ended before the end of its file."""
+class DecoderLost(MemoryError):
+    """A decoding process was killed before the end of its file."""
 
 
 @final
@@ -55,8 +57,7 @@ class Decoders:
         """Yield each job with the segments of its file, in order; a source of None gives None.
 
         Decoding of the next files starts while one is consumed, so `workers` jobs are taken in advance. Unread segments
-        are dropped when the next job is requested. Iterating segments raises MediaError as FileSource does, and
-        DecoderLost.
+        are dropped when the next job is requested. Iterating segments raises what FileSource does, and DecoderLost.
         """
         if not self._workers:
             yield from jobs
@@ -75,7 +76,8 @@ class Decoders:
             job, segments = waiting.popleft()
             yield job, segments
             if segments is not None:
-                deque(segments.messages(), maxlen=0)
+                with suppress(DecoderLost, MediaError):  # of a process that ended after what was read
+                    deque(segments.messages(), maxlen=0)
 
     def _decoder(self, number: int) -> "_Decoder":
         """The process that decodes file `number`; started on first use."""
@@ -88,13 +90,17 @@ class Decoders:
 
 @final
 class _Decoder:
-    """A decoding process and the connection to it."""
+    """A decoding process, the connection to it, and the files that it has not finished."""
 
     def __init__(self, ahead: int) -> None:
+        self._ahead, self._queued = ahead, deque[FileSource]()
+        self._start()
+
+    def _start(self) -> None:
         self.connection, theirs = Pipe()
         serve = "from omnimem.media.prefetch import serve; serve()"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", serve, str(theirs.fileno()), str(ahead)],
+            [sys.executable, "-c", serve, str(theirs.fileno()), str(self._ahead)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -104,25 +110,31 @@ class _Decoder:
 
     def begin(self, source: FileSource) -> "_DecodedFile":
         """Queue a file."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # reading the file raises DecoderLost
-            self.connection.send_bytes(pickle.dumps(source))
+        self._queued.append(source)
+        self._send(source)
         return _DecodedFile(self, source)
 
-    def receive(self, source: FileSource) -> tuple[str, Any]:
-        """The next message about a file; raises DecoderLost when the process has ended."""
-        try:
-            return pickle.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
-            raise self.lost(source) from error
+    def _send(self, source: FileSource) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # reading the file reports the lost process
+            self.connection.send_bytes(pickle.dumps(source))
 
-    def lost(self, source: FileSource) -> DecoderLost:
-        """The error for a process that has ended, with its exit code or signal."""
-        code = self.process.wait(PATIENCE)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return DecoderLost(
-            f"{source.path}: the process that decoded it {how}; if memory was short, lower evaluate.decoders, "
-            "otherwise the file may have crashed the decoder: convert it, or remove it from the benchmark"
-        )
+    def receive(self) -> tuple[str, Any]:
+        """The next message about the first queued file; when the process has ended, another one takes the next files.
+
+        Raises DecoderLost and MediaError of a lost process.
+        """
+        try:
+            kind, content = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError) as error:
+            source, code = self._queued.popleft(), self.process.wait(PATIENCE)
+            self.connection.close()
+            self._start()
+            for later in self._queued:
+                self._send(later)
+            raise _lost(source, code) from error
+        if kind != "segment":
+            self._queued.popleft()
+        return kind, content
 
     def close(self) -> None:
         """Stop the process."""
@@ -145,13 +157,27 @@ class _DecodedFile:
             elif kind == "failed":
                 path, reason, message = content
                 raise MediaError(path, reason, message)
+            elif kind == "machine":
+                number, message = content
+                raise MemoryError(message) if number is None else OSError(number, message, str(self._source.path))
 
     def messages(self) -> Iterator[tuple[str, Any]]:
         """The remaining messages about this file."""
         while not self._over:
-            kind, content = self._decoder.receive(self._source)
+            self._over = True  # unless another segment comes
+            kind, content = self._decoder.receive()
             self._over = kind != "segment"
             yield kind, content
+
+
+def _lost(source: FileSource, code: int) -> DecoderLost | MediaError:
+    """The error for a process that has ended in the middle of a file, by its exit code or signal."""
+    if code == -signal.SIGKILL:
+        cure = "if memory was short, lower evaluate.decoders or stream.max_pixels"
+        return DecoderLost(f"{source.path}: the process that decoded it was killed by SIGKILL; {cure}")
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    cure = "the file may have crashed the decoder: convert it, or remove it"
+    return MediaError(source.path, "unreadable", f"the process that decoded it {how}; {cure}")
 
 
 def serve() -> None:
@@ -174,6 +200,13 @@ def serve() -> None:
         except MediaError as error:
             message = str(error).removeprefix(f"{error.path}: ")
             outbox.put(("failed", (str(error.path), error.reason, message)))
+        except (MemoryError, OSError, RuntimeError) as error:
+            if lacks_memory(error):
+                outbox.put(("machine", (None, first_line(error))))
+            elif isinstance(error, OSError):
+                outbox.put(("machine", (error.errno, error.strerror)))
+            else:
+                raise
 
 
 def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> None:

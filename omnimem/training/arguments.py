@@ -9,10 +9,11 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, final, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
+from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
@@ -395,11 +396,14 @@ def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:
-    """Build a small optimizer and schedule: transformers checks their options only then."""
+    """Build a small optimizer, schedule and loader: transformers and torch check their options only then."""
     Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     options: Any = arguments.lr_scheduler_kwargs
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
+    names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+    loading: dict[str, Any] = {name: getattr(arguments, f"dataloader_{name}", None) for name in names}
+    DataLoader(cast(Any, range(1)), **{name: value for name, value in loading.items() if value is not None})
 
 
 def _try_engine(arguments: TrainingArguments) -> None:

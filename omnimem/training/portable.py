@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 from typing_extensions import TypedDict
 
@@ -247,6 +247,25 @@ def restore_portable(folder: Path, state: State, schedule: LRScheduler) -> None:
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # before any optimizer step
         for _ in range(facts["schedule"]["steps"]):  # its state_dict depends on the number of parameter groups
             schedule.step()
+
+
+def follow_schedule(schedule: object) -> None:
+    """Set the learning rate of the next step by the schedule, whose length may have changed since the checkpoint.
+
+    The checkpoint's optimizer holds the rate of the former length. Other schedules than functions of the step have no
+    length, and keep their state.
+    """
+    if isinstance(schedule, LambdaLR):
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        schedule._last_lr = rates
 
 
 def layout_of(folder: Path) -> Layout | None:

@@ -35,7 +35,7 @@ from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
 from omnimem.training.pickles import weights_only
-from omnimem.training.portable import Layout, State, restore_portable
+from omnimem.training.portable import Layout, State, follow_schedule, restore_portable
 from omnimem.training.sampler import Batching, EpochSampler, Mixture, SampleDataset, collate, seed_of
 from omnimem.training.shutdown import ShutdownSignal, Stopped
 from omnimem.training.validation import PREFIX, EarlyStopping, Validation, ValidationError
@@ -251,6 +251,8 @@ class StreamTrainer(Trainer):
             engine, loader = super()._prepare_for_training(max_steps, train_dataloader, native)
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
+        elif native is not None:
+            follow_schedule(self.lr_scheduler)
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 0:
             keep_gradient_norm(engine)
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:

@@ -16,7 +16,7 @@ from omnimem.budget import SplitBudget
 from omnimem.comparison import compare
 from omnimem.data import Item, Message, Sample
 from omnimem.errors import lacks_memory
-from omnimem.evaluation import Arm, EvaluateOptions, Evaluation
+from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, answering
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
@@ -32,7 +32,8 @@ MEMORY = {
     "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
     "host": MemoryError(),
-    "cublas": RuntimeError("CUDA error: out of memory"),
+    "cuda": RuntimeError("CUDA error: out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "system": OSError(12, "Cannot allocate memory"),
 }
 
@@ -114,6 +115,25 @@ def test_an_arm_out_of_memory_loses_the_questions_it_cannot_answer(
     left = summary["left_out"]["out_of_memory"]
     assert (left["questions"], left["streams"]) == (1, 1)
     assert left["message"] in str(MEMORY[kind]) or left["message"] == "MemoryError"
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, "encode"), (2, "encode"), (1, "probe"), (2, "probe")])
+def test_memory_that_ends_before_the_stream_costs_that_stream(
+    backbone, attached, videos, tmp_path, monkeypatch, size, stage
+) -> None:
+    judge, asked = evaluation(backbone, attached), Given([sample(video) for video in videos])
+    judge = replace(judge, options=replace(judge.options, batch_size=size))
+    kept = {"encode": Feeder.read, "probe": answering.tracks_of}[stage]
+
+    def short(*given: Any) -> Any:
+        if "video1" in str(given):
+            raise MEMORY["gpu"]
+        return kept(*given)
+
+    monkeypatch.setattr(*((Feeder, "read") if stage == "encode" else (answering, "tracks_of")), short)
+    summary = judge.run(Arm(name="tuned", policy=policy_of(attached, 12)), asked, tmp_path)
+    assert (summary["n"], summary["failed"]) == (4, {})
+    assert summary["left_out"]["out_of_memory"]["streams"] == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("wrong"), OSError(2, "no such file")])

@@ -93,13 +93,37 @@ def ahead_of(decoders: Decoders, files: list[Path]) -> Iterator[tuple[int, list[
         yield number, list(segments or ())
 
 
-def test_a_process_that_is_killed_is_an_error_that_names_the_file(files) -> None:
+@pytest.mark.parametrize(
+    ("number", "error", "what"),
+    [
+        (signal.SIGKILL, DecoderLost, "killed by SIGKILL; if memory"),
+        (signal.SIGSEGV, MediaError, "killed by SIGSEGV; the file"),
+    ],
+)
+def test_a_process_that_ends_costs_the_file_that_it_decoded(files, number, error, what) -> None:
+    lost, read = {}, {}
     with Decoders(1, ahead=1) as decoders:
-        reading = ahead_of(decoders, files)
-        assert next(reading)[0] == 0
-        os.kill(decoders.decoders[0].process.pid, signal.SIGKILL)  # it waits with the first segments of the second file
-        with pytest.raises(DecoderLost, match=r"1\.mp4: the process that decoded it was killed by SIGKILL"):
-            list(reading)
+        for job, segments in decoders.read(jobs_of(files)):
+            try:
+                read[job] = list(segments or ())
+            except (DecoderLost, MediaError) as raised:
+                lost[job] = raised
+            if job == 0:
+                os.kill(decoders.decoders[0].process.pid, number)  # it waits with the first segments of the second file
+    assert list(lost) == [1]
+    assert isinstance(lost[1], error)
+    assert f"1.mp4: the process that decoded it was {what}" in str(lost[1])
+    assert all(same(segments, list(source(files[job]))) for job, segments in read.items())
+
+
+def test_a_process_that_ends_after_what_was_read_is_no_error(files) -> None:
+    read = []
+    with Decoders(1, ahead=1) as decoders:
+        for _, segments in decoders.read(jobs_of(files)):
+            read.append(next(iter(segments or ())))
+            os.kill(decoders.decoders[0].process.pid, signal.SIGKILL)
+            decoders.decoders[0].process.wait()
+    assert same(read, [next(iter(source(path))) for path in files])
 
 
 def test_a_process_ends_when_its_reader_is_gone(files) -> None:

@@ -6,7 +6,9 @@ import pytest
 from support import task_layouts as layouts
 from support.commands import exit_code
 
+from omnimem.cli import data_report
 from omnimem.commands import check
+from omnimem.data import Item, Message, Sample
 
 Said = tuple[int, str, list[str]]
 
@@ -57,3 +59,13 @@ def test_a_video_much_shorter_than_it_should_be_is_a_failure(tmp_path, capsys) -
     ]
     short = checked(capsys, "video_mme", tmp_path, "--subset", "--set", "durations=[short]")
     assert short[0] == 0
+
+
+@pytest.mark.parametrize(("start", "what"), [(0.0, "it sees all of it"), (30.0, "from 30 s on it sees nothing")])
+def test_a_question_after_the_end_is_noted_with_what_it_sees(start, what, tmp_path) -> None:
+    messages = (Message(role="user", content="what ?"), Message(role="assistant", content="A"))
+    sample = Sample(
+        id="x", video=tmp_path / "x.mp4", audio=None, messages=messages, start=start, end=90.0, items=(Item(id="x#0"),)
+    )
+    [note] = data_report._with_lengths(data_report.Finding(sample=sample, seconds=6.0), [sample]).notes
+    assert note == f"x#0 is asked after the end of its video (6.0 s): {what}"

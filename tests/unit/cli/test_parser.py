@@ -1,5 +1,7 @@
 """Commands: overrides anywhere, no abbreviations, and exit codes that mean something."""
 
+import errno
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -177,3 +179,26 @@ def test_a_hint_names_an_option_of_a_command_without_config_and_a_setting_of_oth
     configured.add_argument("--tracks")
     configured.parse(["--config", "x"])
     assert for_command(line) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "events"), "events: No space left on device; free space"),
+        (RuntimeError("shapes differ"), "Traceback"),
+    ],
+)
+def test_an_error_of_another_thread_is_a_line_unless_it_is_a_fault(error, said, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with pytest.raises(SystemExit):
+        run_command(lambda _: None)
+
+    def fail() -> None:
+        raise error
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    found = capsys.readouterr().err
+    assert said in found
+    assert ("Traceback" in found) is (said == "Traceback")

@@ -152,7 +152,7 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
     earlier = tmp_path / "config.yaml"
     earlier.write_text(dump(run))
     refuse_changes(run, earlier)
-    refuse_changes(loaded(tmp_path, "train.max_steps=9", "evaluate.limit=3"), earlier)
+    refuse_changes(loaded(tmp_path, "train.max_steps=9", "evaluate.limit=3", "data.max_failures=0.5"), earlier)
     with pytest.raises(ConfigError) as error:
         refuse_changes(loaded(tmp_path, "tuning.lora.r=8", "memory.policy={name: uniform}"), earlier)
     assert [line.replace(str(earlier), "config.yaml") for line in error.value.problems] == [
