@@ -65,6 +65,9 @@ class ReadConfig:
     recorder: Recorder | None
     projection: Tensor | None
     probe_ids: tuple[Int[Tensor, " _"], ...] = ()  # token ids of the policy's probe prompts
+    # attention and its mass in one pass, whose output differs in the last bits: never in training, where a chunk is
+    # read with and without gradients
+    together: bool = False
 
     @property
     def per_head(self) -> bool:
@@ -271,7 +274,7 @@ class ChunkAttention:
         # 2. the chunk attends to the pool; where its policy measures that, both in one pass if that is faster
         gate, measured, asking = pool.gate if config.gated else None, None, queries[:, :, :count]
         both = None
-        if policy.traits.needs_mass and policy.budget is not None:
+        if config.together and policy.traits.needs_mass and policy.budget is not None:
             both = attend_measured(asking, pool.keys, pool.values, scale=scale, gate=gate)
         if both is None:
             output = attend(asking, pool.keys, pool.values, scale=scale, gate=gate)

@@ -107,6 +107,7 @@ class Stream:
             recorder=recorder,
             projection=self._feature_projection(policy),
             probe_ids=tuple(probes),
+            together=carry is None and softness is None,
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]

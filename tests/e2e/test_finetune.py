@@ -90,7 +90,7 @@ def test_the_evaluation_after_training_uses_all_ranks(folder, stage) -> None:
     assert "shard 1/2 is done" in second
     assert "report: " in first
     assert "report: " not in second
-    arms = [line.partition(":")[0] for line in first.splitlines() if ": recall" in line]
+    arms = list(dict.fromkeys(line.partition(":")[0] for line in first.splitlines() if ": recall" in line))
     assert arms == ["blind", "training_free", "tuned", "audio_only", "vision_only", "full_memory", "tuned_full_memory"]
     summaries = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("*/summary.json"))]
     assert len({entry["n"] for summary in summaries for entry in summary["benchmarks"].values()}) == 1

@@ -147,7 +147,9 @@ def test_every_layer_keeps_what_the_untuned_model_keeps_and_answers_as_with_thos
             for number, chunk in enumerate(chunks):
                 reference.chunk[0] = number
                 given.feed(chunk)
-            assert torch.equal(stream.ask(prompt_of()).hidden, given.ask(prompt_of()).hidden)
+            torch.testing.assert_close(
+                stream.ask(prompt_of()).hidden, given.ask(prompt_of()).hidden, rtol=0, atol=1e-5
+            )  # of one pass or two
         changed.append(recorded(model, policy_from(name, "tuned"), chunks) != expected)
     assert name.startswith(CONTENT_BLIND) or any(changed)  # the tuned model by itself would keep others
 

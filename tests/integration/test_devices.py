@@ -80,8 +80,8 @@ def test_a_stream_stays_on_its_device(policy, last_position, gpu) -> None:
     with torch.no_grad(), attach(model) as attached:
         stream = Stream(attached, policy_of(policy), last_position=last_position)
         for chunk in cut(whole_stream(), LENGTHS):
-            places = {"positions": chunk.positions.to(GPU), "modality": chunk.modality.to(GPU)}
-            stream.feed(replace(chunk, embeddings=chunk.embeddings.to(GPU), **places))
+            names = ("embeddings", "positions", "modality", "place")
+            stream.feed(replace(chunk, **{name: getattr(chunk, name).to(GPU) for name in names}))
         prompt = prompt_of([[[5, 6, 7], [8, 9]]])
         tensors = {"ids": prompt.ids.to(GPU), "segments": prompt.segments.to(GPU), "offsets": prompt.offsets.to(GPU)}
         answers = stream.answer(replace(prompt, **tensors), lambda h: h @ output.T, stop=[3], max_new_tokens=3)

@@ -34,7 +34,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(max(1, path.stat().st_size))),
     "cut": _cut,
     "flipped": _flip,
-    "list": lambda path: path.write_text("[1, 2]"),
+    "list": lambda path: path.write_text('["a", "b"]'),
     "number": lambda path: path.write_text("3\n"),
     "null": lambda path: path.write_text("null\n"),
     "object": lambda path: path.write_text('{"a": 1}\n'),

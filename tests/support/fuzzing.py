@@ -379,8 +379,7 @@ def _adapter(draw: Draw | None, at: Path, made: Material) -> Case:
                 seal(run.adapter, origin_of(run.adapter))
             case "none":
                 (run.adapter / SEAL).unlink(missing_ok=True)
-    model = load_backbone(ModelOptions(path=str(made.model))).model
-    return lambda: load_tuned(model, run.adapter)
+    return lambda: load_tuned(load_backbone(ModelOptions(path=str(made.model))).model, run.adapter)
 
 
 EXPORTED = ("run.json", "config.yaml", "budget.json", "adapter/sealed.json", "checkpoint-4/sealed.json")

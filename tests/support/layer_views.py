@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omnimem.policies.base import Policy
 from omnimem.selection import Softness
-from omnimem.tokens import Tokens
+from omnimem.tokens import Tokens, place_of
 from omnimem.view import LayerView, Measures, ScoreGradient
 
 SCALE = 0.35
@@ -51,7 +51,7 @@ def tokens_of(arrival: Arrival, fed: int = 0) -> Tokens:
         keys=arrival.keys,
         values=arrival.keys * 0.5,
         positions=order[:, None].expand(batch, 3, count),
-        place=order[:, None].expand(batch, 4, count).int(),
+        place=place_of(order[:, None].expand(batch, 3, count)),
         modality=arrival.modality,
         order=order,
         importance=zeros,
