@@ -23,10 +23,12 @@ from omnimem.checksums import is_sealed
 from omnimem.cli.parser import Parser
 from omnimem.cli.tuned_model import BaseModel, load_tuned
 from omnimem.config import ConfigError
+from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, policies_of
+from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
-from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
+from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.rows import SLACK, tracks_of
 from omnimem.streaming.attach import attach
@@ -36,15 +38,8 @@ from omnimem.streaming.stream import Stream
 from omnimem.tokens import EVICTABLE, Modality
 from omnimem.tuning import AdapterError
 
-POLICIES: dict[str, PolicyOptions] = {
-    "distinct": DistinctOptions(),
-    "omnimem": PerturbationOptions(name="omnimem"),
-    "paper": PerturbationOptions(name="paper"),
-    "released": PerturbationOptions(name="released"),
-    "random": ControlOptions(name="random"),
-    "recency": ControlOptions(name="recency"),
-    "uniform": ControlOptions(name="uniform"),
-}
+UNKNOWN = "oracle"  # it must know what is asked
+POLICIES = tuple(name for kind in alternatives(PolicyOptions) for name in choices_of(kind) if name != UNKNOWN)
 PIPE, FULL = "-", 0
 
 
@@ -111,7 +106,7 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     slots: int = own if given.slots is None else given.slots
     options = exported.memory.policy if exported else PerturbationOptions()
     if given.policy not in (None, options.name):
-        options = POLICIES[given.policy]
+        options = policy_options(given.policy)
     chosen = given.selection_from or (exported.memory.selection_from if exported else "tuned")
     if exported is not None and slots != FULL:
         memory = replace(exported.memory, policy=options, selection_from=chosen)
@@ -230,7 +225,9 @@ def _parser() -> Parser:
     parser.add_argument("--at", type=_time, action="append", default=[], metavar="SECONDS", help="repeatable (end)")
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     parser.add_argument("--slots", type=_slots, metavar="N|full", help="audio and visual tokens kept in each layer")
-    parser.add_argument("--policy", choices=tuple(POLICIES), help="selects the tokens to keep")
+    parser.add_argument(
+        "--policy", choices=POLICIES, metavar="NAME", help="selects the tokens to keep: `omnimem list policies`"
+    )
     choice = "the model that chooses them: as it answers, or without its adapter"
     parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
     parser.add_argument("--tracks", choices=get_args(TracksOption), help="tracks of the stream to read")

@@ -19,6 +19,17 @@ class _Chosen:
     policy: Annotated[PolicyOptions, Field(discriminator="name")]
 
 
+def policy_options(name: str, **settings: Any) -> PolicyOptions:
+    """The options of the policy called `name`, with these settings and the defaults of all others.
+
+    Raises ConfigError when there is no such policy, or a setting is unknown or wrong.
+    """
+    chosen, problems = validated(_Chosen, {"policy": {"name": name, **settings}})
+    if chosen is None:
+        raise ConfigError([f"{dotted(key)}: {what}" for key, what in problems])
+    return chosen.policy
+
+
 def policy(
     name: str, budget: Budget | None = None, *, selection_from: SelectionFrom = "tuned", **settings: Any
 ) -> Policy:
@@ -28,7 +39,4 @@ def policy(
 
     Raises ConfigError when there is no such policy, or a setting is unknown or wrong.
     """
-    chosen, problems = validated(_Chosen, {"policy": {"name": name, **settings}})
-    if chosen is None:
-        raise ConfigError([f"{dotted(key)}: {what}" for key, what in problems])
-    return replace(chosen.policy.build(budget), selection_from=selection_from)
+    return replace(policy_options(name, **settings).build(budget), selection_from=selection_from)
