@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels as plain Python; chosen when Triton is imported
@@ -20,3 +21,18 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def family(request: pytest.FixtureRequest) -> str:
     """Each of the four families in turn."""
     return request.param
+
+
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def without_ranks() -> Iterator[None]:
+    """A command that runs in the test process makes it a rank; processes of later tests must not inherit that."""
+    before = {name: os.environ.get(name) for name in RANKS}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
