@@ -216,7 +216,7 @@ def _explained(source: DataSource) -> Iterator[None]:
             raise
         what = "is a data set, and datasets is not installed; pip install 'omnimem[train]'"
         raise ManifestError([f"{source.path}: {what}"]) from error
-    except Exception as error:
+    except Exception as error:  # datasets and its readers raise many kinds for a damaged or absent data set
         what = f"cannot be read as a data set ({type(error).__name__}: {first_line(error)[:200]})"
         cure = "check its name, split and subset; of a data set of the hub the folder of `hf download` will do too"
         raise ManifestError([f"{source.path}[{source.split}]: {what}; {cure}"]) from error
