@@ -79,8 +79,7 @@ class Stream:
         probe prompts.
 
         If the policy has `selection_from: base` and the model an adapter, a second stream, `selector`, reads every
-        chunk first, with the adapter off, and this one keeps in every layer the tokens that the selector keeps; it
-        measures no scores of its own.
+        chunk first, with the adapter off, and this one keeps in every layer the same tokens, without scores of its own.
 
         Raises ValueError when the number of probes differs or `softness` softens a selection that is not made here,
         PolicyError when the policy does not support `selection_from: base`.
