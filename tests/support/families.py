@@ -20,7 +20,7 @@ from omnimem.backbones.base import Backbone
 from omnimem.backbones.qwen3_vl import TEMPLATE
 from omnimem.backbones.video_salmonn2_plus import CLASSES as SALMONN
 from omnimem.media import LiveSource, SourceOptions
-from omnimem.tiny.checkpoint import build_tokenizer
+from omnimem.tiny.omni import build_tokenizer
 from support import thinkers
 
 NAMES = ("qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni")

@@ -13,7 +13,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from omnimem.tiny.checkpoint import IMAGE_PROCESSOR, build_tokenizer
+from omnimem.tiny.omni import IMAGE_PROCESSOR, build_tokenizer
 
 RATES: dict[str, dict[str, int]] = {
     "real": {"mels": 128, "hop": 160, "n_fft": 400, "window": 100, "positions": 25},

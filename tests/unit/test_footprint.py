@@ -17,7 +17,7 @@ from omnimem.footprint import Load, Row, footprint, layer_activations
 from omnimem.policies import PerturbationOptions
 from omnimem.streaming.attach import attach
 from omnimem.streaming.stream import Stream
-from omnimem.tiny.checkpoint import build_tokenizer
+from omnimem.tiny.omni import build_tokenizer
 from omnimem.tokens import Chunk
 from omnimem.tuning import LoraOptions, add_adapter
 

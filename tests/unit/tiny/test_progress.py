@@ -13,8 +13,8 @@ STAGES = tuple(Stage(name=name, seconds=4, batch=2, steps=2, cells=4) for name i
 
 
 def started(folder: Path, seed: int = 0) -> tuple[Trainee, Progress]:
-    trainee = create(seed, folder)
-    return trainee, Progress(folder, nn.ModuleList([trainee.model, trainee.namers]), seed)
+    trainee = create("tiny", seed, folder)
+    return trainee, Progress(folder, nn.ModuleList([trainee.base.model, trainee.namers]), seed)
 
 
 def test_a_stopped_pretraining_equals_an_unbroken_one(tmp_path) -> None:
@@ -26,8 +26,8 @@ def test_a_stopped_pretraining_equals_an_unbroken_one(tmp_path) -> None:
     second, progress = started(tmp_path / "y")
     assert progress.done == ["a", "b"]
     train_recall(second, STAGES, progress)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    for name, tensor in whole.base.model.state_dict().items():
+        assert torch.equal(tensor, second.base.model.state_dict()[name]), name
     progress.remove()
     assert started(tmp_path / "y")[1].done == []
 

@@ -1,25 +1,31 @@
-"""The tiny Qwen2.5-Omni thinker: configuration, tokenizer, chat template, and saving to a folder."""
+"""The tiny Qwen2.5-Omni thinker: configuration, tokenizer, chat template, layout and towers."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
 
-from omnimem.checksums import share
-from omnimem.recall.worlds import COLOURS, KINDS, SHAPES, TEMPLATES, VOICES, WORDS
+from omnimem.media import Geometry, LogMel
+from omnimem.recall.worlds import CELLS, TOKEN_SECONDS
+from omnimem.tiny.base import (
+    SYSTEM,
+    Layout,
+    TinyBase,
+    layout_of,
+    rescale_convolutions,
+    scale_weights,
+    token_id,
+    tokenizer_of,
+)
 
-SYSTEM = "You are a helpful assistant."
 SPECIAL: dict[str, str] = {
     "endoftext": "<|endoftext|>",
     "im_start": "<|im_start|>",
@@ -44,43 +50,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MEL_MEAN = 0.98  # of babble, after the scaling of the feature extractor
-EMBEDDING_SCALE = 0.7  # per dimension; a symbol is the sum of two embeddings, so about 1
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word of the task, with and without leading space, and bytes for all other text.
-
-    With `ignore_merges` a word in the vocabulary is one token; all other text is split into bytes.
-    """
-    # 1. vocabulary
-    prose = " ".join(TEMPLATES.values()).replace("{key}", "") + " system user assistant yes no and or in at of video"
-    words = [*SHAPES, *COLOURS, *VOICES, *WORDS, *prose.split(), *SYSTEM.removesuffix(".").split(), "."]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spellings = [spelling for word in words for spelling in (word, "Ġ" + word)]
-    vocabulary = list(dict.fromkeys([*alphabet, *spellings]))
-    model = BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], ignore_merges=True)
-    # 2. tokenizer
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL.values()])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=SPECIAL["im_end"],
-        pad_token=SPECIAL["endoftext"],
-        extra_special_tokens={name: token for name, token in SPECIAL.items() if name.endswith("_token")},
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=32768,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """The id of one token of the vocabulary."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+    """The tokenizer with the special tokens and the template of Qwen2.5-Omni."""
+    return tokenizer_of(SPECIAL, CHAT_TEMPLATE)
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerConfig:
@@ -150,55 +124,6 @@ IMAGE_PROCESSOR: dict[str, object] = {
 }
 
 
-def build_model(config: Qwen2_5OmniThinkerConfig, *, seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
-    """A model with weights of variance 1 / fan-in; the default 0.02 is too small for such a narrow model."""
-    torch.manual_seed(seed)
-    model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    branches = 2 * config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv3d):
-            fan_in = module.weight[0].numel()
-            damp = branches if name.endswith(("o_proj", "down_proj")) and "language_model" in name else 1
-            nn.init.normal_(module.weight, std=1 / math.sqrt(fan_in * damp))
-    nn.init.normal_(embeddings(model), std=EMBEDDING_SCALE)
-    _rescale_convolutions(model)
-    return model.float()
-
-
-def embeddings(model: Qwen2_5OmniThinkerForConditionalGeneration) -> nn.Parameter:
-    """The table of text embeddings (tokens width)."""
-    return model.get_parameter("model.language_model.embed_tokens.weight")
-
-
-@torch.no_grad()
-def _rescale_convolutions(model: Qwen2_5OmniThinkerForConditionalGeneration) -> None:
-    """Centre and amplify the first convolutions of the audio tower.
-
-    A word changes a few of 256 mel bins of mean 1 by 0.4, while the position table of the tower has amplitude 1.
-    Without this change the tower recognized 22 % of the words after 300 steps, with it all of them.
-    """
-    first, second = (model.get_parameter(f"model.audio_tower.conv{i}.weight") for i in (1, 2))
-    first.mul_(8)
-    model.get_parameter("model.audio_tower.conv1.bias").copy_(-MEL_MEAN * first.sum((1, 2)))
-    second.mul_(2)
-
-
-def save_folder(
-    model: Qwen2_5OmniThinkerForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
-    """Save weights, configuration, tokenizer, template and preprocessor for `from_pretrained`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stop = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    extractor = build_feature_extractor()
-    for key, value in IMAGE_PROCESSOR.items():
-        setattr(extractor, key, value)
-    extractor.save_pretrained(folder)
-    share(folder)
-
-
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -226,12 +151,73 @@ Licence: Apache-2.0, weights included. Trained without weights of other models a
 """
 
 
-def write_card(folder: Path, *, seed: int, weights: int, accuracies: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Write README.md with the measured accuracies, {seconds: {"direct" or "mp4": {kind: accuracy}}}."""
-    rows = [
-        f"| {seconds} s | {way} | " + " | ".join(f"{100 * found[kind]:.1f} %" for kind in KINDS) + " |"
-        for seconds, ways in accuracies.items()
-        for way, found in ways.items()
-    ]
-    card = CARD.format(weights=weights, seed=seed, rows="\n".join(rows))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_bos|><|audio_bos|>"
+SUFFIX = "<|audio_eos|><|vision_eos|>"
+
+
+@final
+class OmniBase(TinyBase):
+    """The tiny Qwen2.5-Omni thinker."""
+
+    levels = (("shape", "colour"),)
+    card = CARD
+    geometry = Geometry(
+        patch=14,
+        merge=2,
+        temporal_patch=2,
+        mean=IMAGE_MEAN,
+        std=IMAGE_STD,
+        mel=LogMel(mels=64, hop=4000, n_fft=4096),
+        segment_seconds=2.0,
+    )
+
+    @classmethod
+    def create(cls, seed: int) -> "OmniBase":
+        tokenizer = build_tokenizer()
+        torch.manual_seed(seed)
+        model = Qwen2_5OmniThinkerForConditionalGeneration(build_config(tokenizer))
+        scale_weights(model)
+        base = cls(model.float(), tokenizer)
+        rescale_convolutions(base.towers[1])
+        return base
+
+    @property
+    def towers(self) -> tuple[nn.Module, nn.Module]:
+        return self.parts.model.visual, self.parts.model.audio_tower
+
+    @property
+    def placeholders(self) -> tuple[int, int]:
+        return self.parts.config.video_token_id, self.parts.config.audio_token_id
+
+    def layout(self, seconds: int) -> Layout:
+        """The layout with the TMRoPE positions of the model."""
+        # 1. token ids
+        grids, (video, audio) = seconds // TOKEN_SECONDS, self.placeholders
+        grid = [video] * CELLS + [audio] * TOKEN_SECONDS
+        ids = torch.tensor([*self.tokenizer(PREFIX).input_ids, *grid * grids, *self.tokenizer(SUFFIX).input_ids])
+        # 2. positions
+        side = 2 * int(CELLS**0.5)  # patches; a cell has 2 x 2 of them
+        positions, _ = self.parts.model.get_rope_index(
+            torch.LongTensor(ids[None]),
+            video_grid_thw=torch.LongTensor([[grids, side, side]]),
+            use_audio_in_video=True,
+            audio_seqlens=torch.LongTensor([4 * seconds]),
+            second_per_grids=torch.tensor([float(TOKEN_SECONDS)]),
+        )
+        return layout_of(ids, positions[:, 0], self.placeholders)
+
+    def look(self, frames: Sequence[Tensor]) -> Tensor:
+        patches, grid = self.geometry.patches(torch.cat(list(frames)))
+        features = self.towers[0](patches, grid_thw=torch.tensor([grid])).pooler_output
+        return features.view(1, len(frames), -1, CELLS, features.shape[-1])
+
+    def listen(self, mels: Sequence[Tensor]) -> Tensor:
+        lengths = torch.tensor([mel.shape[1] for mel in mels])
+        features = self.towers[1](torch.cat(list(mels), dim=1), feature_lens=lengths).last_hidden_state
+        return features.view(len(mels), -1, features.shape[-1])
+
+    def save_preprocessor(self, folder: Path) -> None:
+        extractor = build_feature_extractor()
+        for key, value in IMAGE_PROCESSOR.items():
+            setattr(extractor, key, value)
+        extractor.save_pretrained(folder)
