@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, final
 
 from benchmarks.candidates import MeanRankOptions
 from omnimem.budget import AudioVisualBudget, Budget, BudgetOptions, SharedBudget, Signals, SplitBudget
@@ -156,6 +156,16 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "mean_rank": _pool(Trial(policy=MeanRankOptions(weight=0.25))),
         **{f"omnimem_split_r{r:g}": replace(_psi(), budget=SplitBudget(visual_audio_ratio=r)) for r in (1.0, 2.0)},
     },
+    "markers": {  # of models whose streams contain text; the others keep all of it
+        **{name: _psi(name=name) for name in ("omnimem", "paper")},
+        "released": replace(_psi(name="released"), fewer=True),
+        "omnimem_keep": _psi(markers="keep"),
+        "paper_with_group": _psi(name="paper", markers="with_group"),
+        "distinct": _ours(),
+        "distinct_keep": _ours(markers="keep"),
+        "k_center_split": Trial(policy=KCenterOptions(preset="shared_split")),
+        **{f"{name}_split": Trial(policy=ControlOptions(name=name)) for name in ("recency", "uniform", "random")},
+    },
     "ratio": {  # table 3, at equal entries
         "no_split": replace(_ours(), pooled=True),
         **{f"r_{r:g}": replace(_ours(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
@@ -185,7 +195,4 @@ STUDIES: dict[str, dict[str, Trial]] = {
         },
     },
 }
-Study = Literal[
-    "policies", "ablations", "candidates", "ratio", "sharpness", "temperature", "chunks", "neighbours", "budgets"
-]
 QUICK: tuple[str, ...] = ("distinct", "distinct_pool", "uniform_split", "snapkv_split", "infinipot_v_split", "oracle")

@@ -20,7 +20,7 @@ COMMANDS = {
     "convert": "convert other formats into a manifest",
     "synthesize": "render the audio-visual recall task",
     "assemble": "assemble an audio-visual base from pretrained parts",
-    "pretrain-tiny": "train the tiny checkpoint that is shipped",
+    "pretrain-tiny": "train a tiny base that is shipped",
 }
 
 

@@ -1,6 +1,6 @@
-"""Train the tiny Qwen2.5-Omni checkpoint on audio-visual recall.
+"""Train a tiny base that is shipped on audio-visual recall.
 
-python train/pretrain_tiny.py --seed 0 --out DIR
+python train/pretrain_tiny.py [--base tiny|tiny_salmonn] --seed 0 --out DIR
 """
 
 from omnimem.__main__ import run

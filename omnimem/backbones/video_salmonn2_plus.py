@@ -219,7 +219,7 @@ class VideoSalmonn2PlusFamily(Qwen3VLFamily):
     """video-SALMONN 2+ 4B, 8B and its variant with experts."""
 
     name = "video-SALMONN 2+ (Qwen3-VL)"
-    sizes = "4B, 8B and with experts (video_salmonn2_plus_8b.yaml)"
+    sizes = "4B, 8B and with experts (video_salmonn2_plus_8b.yaml), and the bundled models/tiny_salmonn"
     backbone = VideoSalmonn2Plus
 
     def claims(self, config: Table) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
+from omnimem.commands.demo import DEMOS
+
 RANKS = """#!/usr/bin/env bash
 echo "$$" >> pids
 sleep 60 & echo "$!" >> pids
@@ -170,6 +172,14 @@ def test_a_deepspeed_that_says_0_before_the_first_rank_of_the_machine_came_to_it
     words = "launch.sh: deepspeed was stopped before training had finished; continue with --resume auto\n"
     assert said == (words if code else "")
     assert list(temporary.iterdir()) == []
+
+
+def test_a_base_that_no_demo_has_is_one_line(folder) -> None:
+    launched = start(folder, "", "demo", "--base", "large")
+    _, said = launched.communicate(timeout=20)
+    assert (launched.returncode, said.count("\n")) == (2, 1)
+    assert "large" in said
+    assert all(base in said for base in DEMOS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("test", "--fast"), ("finetune",), ("demo", "now")])

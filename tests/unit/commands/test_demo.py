@@ -32,3 +32,12 @@ def test_a_missing_package_of_the_base_is_named_before_anything_is_rendered(tmp_
     monkeypatch.setattr(demo, "require", absent)
     assert exit_code(demo.main, ["--base", "assembled", "--out", str(tmp_path / "d")]) == 2
     assert not (tmp_path / "d" / "data").exists()
+
+
+def test_a_base_that_no_demo_has_is_one_line_before_anything_is_rendered(tmp_path, capsys) -> None:
+    assert exit_code(demo.main, ["--base", "large", "--out", str(tmp_path / "d")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "large" in said
+    assert all(base in said for base in DEMOS)
+    assert not (tmp_path / "d").exists()
