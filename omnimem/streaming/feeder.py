@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -221,8 +221,7 @@ class Feeder:
             raise PolicyError(
                 f"policy {policy.name} moves kept tokens up in time, which {_IMMOBILE}; set reindex: false"
             )
-        compact = self.options.positions == "compact"
-        last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
+        last = last_position(self.options.positions, self.backbone.trained_positions)
         device = self.backbone.device
         probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.traits.probes]
         return Stream(
@@ -355,8 +354,21 @@ def require_supported(backbone: Backbone, options: StreamOptions) -> None:
         raise LayoutError(f"stream.tracks = {options.tracks}: the model has no audio encoder; set stream.tracks: {can}")
     if options.positions == "compact" and not backbone.compacts:
         raise LayoutError(f"stream.positions = compact moves kept tokens up in time, which {_IMMOBILE}; set original")
+    last_position(options.positions, backbone.trained_positions)
     if options.timestamps is not None and not backbone.stamped:
         raise LayoutError("stream.timestamps: the layout of this model has no timestamps; set it to null")
+
+
+def last_position(positions: Literal["original", "compact"], trained: int) -> int | None:
+    """The position below which a stream stays; None: no limit. Raises LayoutError for a model of too few positions."""
+    if positions == "original":
+        return None
+    if trained <= QUESTION_ROOM:
+        raise LayoutError(
+            f"stream.positions = compact leaves {QUESTION_ROOM:,} positions to questions, and the model was trained on "
+            f"{trained:,} in all; set stream.positions: original"
+        )
+    return trained - QUESTION_ROOM
 
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:
