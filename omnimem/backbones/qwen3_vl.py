@@ -389,6 +389,7 @@ class Qwen3VLFamily(Family):
 
     name = "Qwen3-VL"
     sizes = "2B to 32B and with experts, frames alone (qwen3_vl_8b.yaml)"
+    trees = ("model.language_model",)
     backbone: type[Qwen3VL] = Qwen3VL
 
     def claims(self, config: Table) -> bool:
