@@ -138,12 +138,12 @@ class Feeder:
         last = sample.start + (math.floor(max(during) / step) + 1) * step
         return last if sample.end is None else min(last, sample.end)
 
-    def open(self, sample: Sample) -> EncodedSample:
-        """Decode and encode a whole sample.
+    def open(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> EncodedSample:
+        """Decode and encode a whole sample; `decoded` as in `read`.
 
         Raises MediaError when a track that the options ask for is missing, or a file is unreadable or truncated.
         """
-        parts = list(self.read(sample))
+        parts = list(self.read(sample, decoded))
         segments = [part.encoded for part in parts]
         tracks = tracks_of(sample, self.options.tracks)
         return EncodedSample(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
