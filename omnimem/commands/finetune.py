@@ -46,7 +46,7 @@ from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.shipped import shipped
-from omnimem.sources import digest, missing_sources
+from omnimem.sources import digest, missing_sources, remarks_on
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.textfile import StoredFileError, read_stored
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> None:
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
-    warn(trained_on(samples, validation))
+    warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
@@ -178,7 +178,7 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
     if not missing_sources(run.data):
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
-        warn(trained_on(samples, validation))
+        warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
     # 3. the plan
