@@ -176,11 +176,12 @@ class Asking:
         started = time.perf_counter()
         for due in feed_until_due(stream, self.feeder.watch(source, cuts=times), sorted(set(times)) or [None]):
             for at in due.moments:
-                if at is not None and at > due.seconds + SLACK:  # of a live stream
+                live = not isinstance(source, FileSource)  # a file has been judged before
+                if live and at is not None and at > due.seconds + SLACK:
                     what = (
                         f"the stream ended at {due.seconds:.1f} s, before --at {at:g}; leave it out to ask at the end"
                     )
-                    raise MediaError(source.path if isinstance(source, FileSource) else PIPE, "too_short", what)
+                    raise MediaError(PIPE, "too_short", what)
                 yield self._reply(due.stream.fork(), at, due.seconds, started)
 
     def _reply(self, stream: Stream, at: float | None, seen: float, started: float) -> Reply:
@@ -254,6 +255,6 @@ def _time(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is not a time in seconds from the start of the stream")
+    if not 0 < seconds < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a time in seconds after the start of the stream")
     return seconds

@@ -218,6 +218,8 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
     [
         (["--model", "m", "--video", "v.mp4"], "the following arguments are required: QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is not a time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--at", "0", "?"], "'0' is not a time in seconds after the start"),
+        (["--model", "m", "--video", "v.mp4", "--at", "nan", "?"], "'nan' is not a time in seconds"),
         (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is not a whole number above 0"),
         (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
     ],
