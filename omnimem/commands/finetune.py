@@ -127,6 +127,7 @@ def finetune(
     partitioned = stage_of(run.train) == 3
     taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
     refuse_zero_rate(settings, step_count(settings, taken))
+    warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     first = settings.process_index == 0
     if first:
         warn(changed_data(start, samples))
@@ -181,6 +182,7 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
         warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
+        warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     # 3. the plan
     if rank() == 0:
         preview(run, name, describe_training(settings, start, taken))
@@ -356,12 +358,7 @@ def build_trainer(
         # 2. the steps
         args=settings,
         own=OwnSettings.of(run.train),
-        plan=Plan(
-            options=run.tuning,
-            slots_per_layer=run.memory.slots_per_layer,
-            chunk_tokens=run.stream.chunk_tokens,
-            seed=settings.seed,
-        ),
+        plan=plan_of(run, settings),
         # 3. the data
         samples=samples,
         weights=run.data.weights,
@@ -371,6 +368,12 @@ def build_trainer(
         folder=start.folder,
         callbacks=callbacks_of(start, first=settings.process_index == 0),
     )
+
+
+def plan_of(run: RunConfig, settings: TrainingArguments) -> Plan:
+    """What every step of a run draws."""
+    slots, chunk_tokens = run.memory.slots_per_layer, run.stream.chunk_tokens
+    return Plan(options=run.tuning, slots_per_layer=slots, chunk_tokens=chunk_tokens, seed=settings.seed)
 
 
 @contextmanager
