@@ -53,6 +53,7 @@ from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_adapter,
+    refuse_engine_changes,
     refuse_mixed_precision,
     refuse_train_changes,
     refuse_zero_rate,
@@ -66,7 +67,7 @@ from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
-from omnimem.training.zero3 import stage_of, whole
+from omnimem.training.zero3 import engine_settings, stage_of, whole
 from omnimem.tuning import (
     Plan,
     StreamedModel,
@@ -234,6 +235,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
         refuse_changes(run, start.folder.config)
         if start.checkpoint is not None:
             refuse_train_changes(run, start.folder.config)
+            refuse_engine_changes(run, start.folder.record)
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
         with checkpoint_errors(shipped(run.model.path)):
@@ -456,7 +458,8 @@ def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[S
         **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
-    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
+    engine = engine_settings(run.train) or {}
+    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads(), "engine": engine}
 
 
 def _parser() -> Parser:
