@@ -148,11 +148,11 @@ def changed(
     drawn: Collection[Key] = (),
 ) -> list[str]:
     """A line for each setting of memory and stream that differs from that of the tuning, without those `drawn`."""
-    kinds, found = (("memory", TypeAdapter(MemoryOptions)), ("stream", TypeAdapter(StreamOptions))), list[str]()
-    for (name, kind), *values in zip(kinds, tuned, now, strict=True):
+    found: list[str] = []
+    for name, *values in zip(("memory", "stream"), tuned, now, strict=True):
         if None in values:
             continue
-        before, after = (_flat(kind.dump_python(each, mode="json"), (name,)) for each in values)
+        before, after = (_flat(TypeAdapter(type(each)).dump_python(each, mode="json"), (name,)) for each in values)
         found += [
             f"{dotted(key)}: the adapter was tuned at {before.get(key)}, and reads streams at {after.get(key)} now"
             for key in dict.fromkeys([*before, *after])
