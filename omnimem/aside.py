@@ -48,9 +48,14 @@ def written_aside(place: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove the partial files and folders of `place` whose process was killed, on this or another machine."""
-    mine = re.compile(rf"\.{re.escape(place.name)}\.(\d+)(?:\.\d+)?")
-    for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
+    """Remove the partial files and folders of `place` whose process was killed, on this or another machine.
+
+    A name of `*.SUFFIX` stands for all files with this suffix.
+    """
+    suffix = place.name.startswith("*.")
+    pattern = rf"[^.]+{re.escape(place.name[1:])}" if suffix else re.escape(place.name)
+    mine = re.compile(rf"\.{pattern}\.(\d+)(?:\.\d+)?")
+    for path in place.parent.glob(f".{place.name if suffix else glob.escape(place.name)}.*"):
         found = mine.fullmatch(path.name)
         if found and _unlocked(path) and (not _alive(int(found[1])) or _older(path)):
             _remove(path)

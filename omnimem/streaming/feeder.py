@@ -18,7 +18,7 @@ from omnimem.media.decode import TICK
 from omnimem.policies.base import Policy, PolicyError, StreamOutline
 from omnimem.rows import judge, tracks_of
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
@@ -109,7 +109,7 @@ class Feeder:
         require_supported(backbone, options)
         self.trained = trained or TrainedRange(backbone.trained_positions)
         self.decoding_seconds = 0.0  # spent so far in waiting for decoded segments
-        self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
+        self.cache = EncoderCache.of(backbone, cache) if isinstance(cache, Path) else cache
 
     # ------------------------------------------------------------------------------------ decoding and encoding
 
@@ -138,12 +138,12 @@ class Feeder:
         last = sample.start + (math.floor(max(during) / step) + 1) * step
         return last if sample.end is None else min(last, sample.end)
 
-    def open(self, sample: Sample) -> EncodedSample:
-        """Decode and encode a whole sample.
+    def open(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> EncodedSample:
+        """Decode and encode a whole sample; `decoded` as in `read`.
 
         Raises MediaError when a track that the options ask for is missing, or a file is unreadable or truncated.
         """
-        parts = list(self.read(sample))
+        parts = list(self.read(sample, decoded))
         segments = [part.encoded for part in parts]
         tracks = tracks_of(sample, self.options.tracks)
         return EncodedSample(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
