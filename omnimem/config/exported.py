@@ -11,11 +11,11 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, Budget
 from omnimem.checksums import SEAL, damage, is_sealed
-from omnimem.config import MemoryOptions
+from omnimem.config import MemoryOptions, changed, untuned
 from omnimem.config.check import strict, validated
 from omnimem.config.source import ConfigError, dotted
 from omnimem.policies.base import Policy
-from omnimem.run import write_text
+from omnimem.run import RunFolder, write_text
 from omnimem.streaming.options import StreamOptions
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -99,6 +99,22 @@ def _current(table: dict[str, Any]) -> dict[str, Any]:
         case {"memory": {"policy": {"coverage": _} as policy} as memory}:
             return {**table, "memory": {**memory, "policy": {**policy, "coverage_above": -1.0}}}
     return table
+
+
+def not_tuned_at(memory: MemoryOptions | None, stream: StreamOptions, adapter: Path) -> list[str]:
+    """A line for each setting of memory (None: full) and stream at which an adapter was not tuned.
+
+    Its own are those of its run beside it, or of its omnimem.json; without both a line says that they are unknown.
+    """
+    place = adapter.resolve()
+    if (training := RunFolder(path=place.parent).config).is_file():
+        return untuned(memory, stream, training)
+    if (place / FILE).is_file():
+        exported = Exported.read(place)
+        return changed((exported.memory, exported.stream), (memory, stream))
+    return [
+        f"{adapter}: has no {FILE}, and no config.yaml of a run beside it; the settings it was tuned at are unknown"
+    ]
 
 
 def policies_of(memory: MemoryOptions, budget: Budget) -> Policies:
