@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -160,6 +160,7 @@ class Start:
     replaces: bool = False  # rename an older run
     aside: tuple[Path, ...] = ()  # later or damaged checkpoints to rename
     news: str = ""  # a message about them
+    changed: Mapping[str, Any] = field(default_factory=dict)  # settings of `train` that a resumed run changes: old, new
     seen: tuple[object, ...] | None = None  # of the folder when this was decided (`_state`)
 
     @property

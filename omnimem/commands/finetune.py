@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, cast
@@ -54,8 +54,8 @@ from omnimem.training.arguments import (
     OwnSettings,
     refuse_adapter,
     refuse_mixed_precision,
-    refuse_train_changes,
     refuse_zero_rate,
+    train_changes,
     train_section,
     training_arguments,
 )
@@ -129,8 +129,8 @@ def finetune(
     refuse_zero_rate(settings, step_count(settings, taken))
     first = settings.process_index == 0
     if first:
-        warn(changed_data(start, samples))
-        start.open(dump(run), _provenance(run, settings, samples))
+        warn([*changed_data(start, samples), *changed_settings(start)])
+        start.open(dump(run), _provenance(run, settings, samples, start))
         if start.news:
             print(start.news, flush=True)
     # 2. build the model with its adapter
@@ -182,6 +182,7 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
     # 3. the plan
+    warn(changed_settings(start))
     if rank() == 0:
         preview(run, name, describe_training(settings, start, taken))
 
@@ -231,7 +232,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
         if start.checkpoint is not None:
-            refuse_train_changes(run, start.folder.config)
+            start = replace(start, changed=train_changes(run, start.folder.config))
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
         with checkpoint_errors(shipped(run.model.path)):
@@ -270,6 +271,12 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     if earlier in (None, digest(samples)):
         return []
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
+
+
+def changed_settings(start: Start) -> list[str]:
+    """A line for each setting of `train` that a resumed run changes."""
+    when = f"from step {start.step + 1} on"
+    return [f"train.{name}: {now!r} {when}, {before!r} until then" for name, (before, now) in start.changed.items()]
 
 
 def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
@@ -445,14 +452,18 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
-def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
-    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
+def _provenance(
+    run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample], start: Start
+) -> dict[str, object]:
+    base, begun = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
         "data": digest(samples),
-        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
+        **({"start_adapter": sha256(begun, suffixes=(".safetensors",))} if begun else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
+    if start.changed:
+        found["changed_settings"] = {"after_step": start.step, "train": dict(start.changed)}
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
 
 
