@@ -290,8 +290,17 @@ class Feeder:
         last = seconds if end is None else min(seconds, end)
         return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
-    def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
+    def watch(
+        self,
+        source: Source | Path | str,
+        *,
+        cuts: Sequence[float] = (),
+        split: bool = False,
+        seen: Callable[[Segment], None] | None = None,
+    ) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
+
+        `split` as in `Backbone.chunks`; `seen` is called with every decoded segment.
 
         A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
         source with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
@@ -306,11 +315,12 @@ class Feeder:
             group = self._group(self._grids(probe(source.path).video_seconds, source.start, source.end))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         return self.backbone.chunks(
-            self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
+            self.backbone.encode(_shown(source, seen), fps=self.options.fps, per_pass=per_pass),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
             group=group,
+            split=split,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
@@ -339,6 +349,14 @@ class Feeder:
         """The questions of each stream packed into one row; shorter rows are padded."""
         asked = [[self.backbone.turn(turn, tracks=tracks) for turn in turns] for turns in rows]
         return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
+
+
+def _shown(segments: Iterable[Segment], seen: Callable[[Segment], None] | None) -> Iterable[Segment]:
+    """The segments, each after a call of `seen`."""
+    for segment in segments:
+        if seen is not None:
+            seen(segment)
+        yield segment
 
 
 _IMMOBILE = "this model cannot (rows and columns of its positions move with the time)"
