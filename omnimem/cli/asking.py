@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from queue import SimpleQueue
 from typing import final, get_args
@@ -37,7 +38,7 @@ from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import EVICTABLE, Chunk, Modality
+from omnimem.tokens import EVICTABLE, Chunk, Modality, Tracks
 from omnimem.tuning import AdapterError
 
 UNKNOWN = "oracle"  # it must know what is asked
@@ -55,10 +56,24 @@ TIMED = re.compile(r"(?:(?:(?P<hours>\d+):)?(?P<minutes>\d+):)?(?P<seconds>\d+(?
 class Loaded:
     """A model with the settings that its questions are asked with."""
 
+    given: Namespace
+    exported: Exported | None
     feeder: Feeder
     attached: StreamedAttention
     policy: Policy
     max_new_tokens: int
+
+    def with_memory(self, slots: int | None, policy: str | None) -> "Loaded":
+        """The same model with other slots (0: everything is kept) and another policy; None: as loaded."""
+        given = Namespace(**vars(self.given))
+        given.slots, given.policy = given.slots if slots is None else slots, policy or given.policy
+        return replace(self, given=given, policy=policy_of(given, self.exported, self.attached.shape.layers))
+
+    @property
+    def slots(self) -> int | None:
+        """Audio and visual tokens kept in each layer, mean over the layers; None: all."""
+        budget = self.policy.budget
+        return None if budget is None or budget.unlimited else round(budget.total / self.attached.shape.layers)
 
     @property
     def asking(self) -> "Asking":
@@ -88,7 +103,9 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
         if given.slots is None and exported is None:
             where = given.adapter or given.model
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
-        yield Loaded(feeder=feeder, attached=attached, policy=policy, max_new_tokens=tokens)
+        yield Loaded(
+            given=given, exported=exported, feeder=feeder, attached=attached, policy=policy, max_new_tokens=tokens
+        )
 
 
 def recorded(model: str, adapter: Path | None) -> Exported | None:
@@ -146,13 +163,22 @@ def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
     else:
         if sys.stdin is None:
             raise MediaError(PIPE, "missing", "standard input is closed; send a stream, or give a file as --video")
-        pipe = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 - open until the stream ends
-        frames, audio = read_live(pipe, fps=feeder.options.fps, rate=geometry.mel.rate, tracks=asked)
-        tracks = "both" if frames and audio else "video" if frames else "audio"
-        source = LiveSource(frames, audio, options=feeder.options.source(tracks), geometry=geometry, asks=times)
+        # unbuffered: what has arrived is decoded at once
+        pipe = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115 - open until the stream ends
+        source, tracks = live_source(pipe, feeder, PIPE, times)
     if asked == "both" and tracks != "both":
         print(f"{video} has no {'audio' if tracks == 'video' else 'video'} track: {tracks} only", file=sys.stderr)
     return source
+
+
+def live_source(
+    file: BufferedIOBase | RawIOBase, feeder: Feeder, name: str, times: Sequence[float] = ()
+) -> tuple[LiveSource, Tracks]:
+    """The live stream in a file that grows, and the tracks that it has; waits for its header. Raises MediaError."""
+    options, geometry = feeder.options, feeder.backbone.geometry
+    frames, audio = read_live(file, fps=options.fps, rate=geometry.mel.rate, tracks=options.tracks, name=name)
+    tracks = "both" if frames and audio else "video" if frames else "audio"
+    return LiveSource(frames, audio, options=options.source(tracks), geometry=geometry, asks=times), tracks
 
 
 # --- questions and replies
@@ -270,6 +296,14 @@ def held(stream: Stream) -> dict[Modality, float]:
 
 
 @final
+@dataclass(frozen=True)
+class Read:
+    """A chunk that the stream has read: its parts, in order."""
+
+    parts: Sequence[Chunk]
+
+
+@final
 class Mark(Enum):
     """Events of a conversation without a content."""
 
@@ -283,15 +317,15 @@ class Conversation:
 
     Parts of the stream are decoded and encoded in a thread, so that no question waits for a stream that stands still.
     The stream reads them in the chunks of `Feeder.watch`; a question is read by a fork, to which the begun chunk was
-    the last one, so it sees all parts that are complete and the memory goes on as without it. `ask`, `close` and `stop`
-    may be called by any thread.
+    the last one, so it sees all parts that are complete and the memory goes on as without it. `ask`, `close`,
+    `finish` and `stop` may be called by any thread.
     """
 
     def __init__(self, asking: Asking, stream: Stream, parts: Callable[[], Iterable[Chunk]]) -> None:
         """`parts` opens the stream (`Feeder.watch` with `split`); it is called in the thread."""
         self._asking, self._stream, self._parts = asking, stream, parts
         self._events: SimpleQueue[Chunk | Question | Mark | BaseException] = SimpleQueue()
-        self._room, self._stopped = threading.Semaphore(AHEAD), threading.Event()
+        self._room, self._stopped, self._enough = threading.Semaphore(AHEAD), threading.Event(), threading.Event()
         self._begun: list[Chunk] = []  # parts of the next chunk
         self.seconds = 0.0  # of the stream that questions see
 
@@ -303,13 +337,17 @@ class Conversation:
         """No further questions: end when the stream ends."""
         self._events.put(Mark.CLOSED)
 
+    def finish(self) -> None:
+        """The stream ends here; questions about it go on."""
+        self._enough.set()
+
     def stop(self) -> None:
         """Read no further chunk, answer nothing more, and end."""
         self._stopped.set()
         self._room.release()
         self.close()
 
-    def events(self) -> Iterator[Chunk | Reply | Mark]:
+    def events(self) -> Iterator[Read | Reply | Mark]:
         """Each chunk after it was read, each reply, and both marks; ends after both.
 
         Raises what the stream raises, such as MediaError.
@@ -340,7 +378,7 @@ class Conversation:
                 yield self._asking.reply(fork, [waiting.pop(0).text], self.seconds, self.seconds, started)
                 fork.forget()
 
-    def _add(self, part: Chunk) -> Iterator[Chunk]:
+    def _add(self, part: Chunk) -> Iterator[Read]:
         """Read the chunk that a part ends: the one before it, or with the opening itself."""
         if sum(each.count for each in self._begun) + part.count > self._asking.feeder.options.chunk_tokens:
             yield from self._read()
@@ -349,11 +387,11 @@ class Conversation:
         if part.tracks is not None:
             yield from self._read()
 
-    def _read(self) -> Iterator[Chunk]:
+    def _read(self) -> Iterator[Read]:
         if self._begun:
-            chunk, self._begun = Chunk.joined(self._begun), []
-            self._stream.feed(chunk)
-            yield chunk
+            parts, self._begun = self._begun, []
+            self._stream.feed(Chunk.joined(parts))
+            yield Read(parts)
 
     def _produce(self) -> None:
         try:
@@ -362,6 +400,8 @@ class Conversation:
                     self._room.acquire()
                     if self._stopped.is_set():
                         return
+                    if self._enough.is_set():
+                        break
                     self._events.put(part)
             self._events.put(Mark.ENDED)
         except BaseException as error:  # noqa: BLE001 - raised where the events are read
