@@ -16,10 +16,10 @@ from omnimem.cli.asking import add_model, loaded
 from omnimem.cli.parser import Parser
 from omnimem.config import ConfigError
 from omnimem.extras import optional, require
-from omnimem.ui.app import LOCAL, Stage, make_app
+from omnimem.ui import LOCAL
 from omnimem.ui.files import Library, Uploads
 
-uvicorn = optional("uvicorn")
+uvicorn, app = optional("uvicorn"), optional("omnimem.ui.app")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     place = listening(given.host, given.port)
     # 2. serve
     with loaded(given) as model, place:
-        stage = Stage(model, library, Uploads())
-        config = uvicorn.Config(make_app(stage, host=given.host), log_level="warning", access_log=False)
+        stage = app.Stage(model, library, Uploads())
+        config = uvicorn.Config(app.make_app(stage, host=given.host), log_level="warning", access_log=False)
         host, port = place.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
         try:

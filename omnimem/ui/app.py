@@ -6,25 +6,26 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, Request, responses
+from fastapi.concurrency import run_in_threadpool
 
 from omnimem.cli.asking import POLICIES, Loaded, live_source
 from omnimem.comparison.template import page_template
 from omnimem.data import Sample
 from omnimem.errors import UserError, first_line
-from omnimem.extras import optional
 from omnimem.limits import exceeds
-from omnimem.media import FileSource, Source
+from omnimem.media import FileSource, MediaError, Source
 from omnimem.rows import judge, tracks_of
+from omnimem.ui import LOCAL
 from omnimem.ui.files import FileError, Library, Uploads
-from omnimem.ui.session import Busy, Choice, Feed, Session
-
-fastapi, responses, concurrency = optional("fastapi"), optional("fastapi.responses"), optional("fastapi.concurrency")
+from omnimem.ui.session import Busy, Choice, Feed, Session, said
 
 TEMPLATE = Path(__file__).with_name("page.html")
 HEADER = "x-omnimem"  # of every request that changes something: pages of other sites cannot send it
 BODY = 300_000  # bytes of a JSON body
 CAMERA = 16_000_000  # bytes of one part of a camera
-LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; media-src blob:; base-uri 'none'; form-action 'none'; "
@@ -105,8 +106,10 @@ class Stage:
                 raise FileError("choose a file, an upload or a camera")
             kind, title, path = "file", wanted["file"], self.library.file(wanted["file"])
         sample = Sample(id=title, video=path, audio=None, messages=())
-        seconds = judge(sample, feeder.options.tracks).seconds
-        options = feeder.options.source(tracks_of(sample, feeder.options.tracks))
+        try:
+            options = feeder.options.source(tracks_of(sample, feeder.options.tracks))
+        except MediaError as error:
+            raise FileError(said(error, title)) from error
         source = FileSource(path, options=options, geometry=feeder.backbone.geometry)
         return Choice(
             title=title,
@@ -114,7 +117,7 @@ class Stage:
             model=model,
             open=lambda: source,
             settings=settings,
-            seconds=seconds,
+            seconds=judge(sample, feeder.options.tracks).seconds,
             paced=wanted.get("paced") is True,
         )
 
@@ -133,7 +136,7 @@ class Camera:
 
 def make_app(stage: Stage, *, host: str) -> Any:
     """The application; requests must name `host` or a local address. It holds no state but `stage`."""
-    app = fastapi.FastAPI(title="OmniMem", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="OmniMem", docs_url=None, redoc_url=None, openapi_url=None)
     page = page_template(TEMPLATE).render(
         policies=POLICIES,
         policy=stage.model.policy.name,
@@ -143,10 +146,10 @@ def make_app(stage: Stage, *, host: str) -> Any:
     )
 
     @app.middleware("http")
-    async def guarded(request: fastapi.Request, call_next: Any) -> Any:
+    async def guarded(request: Request, call_next: Any) -> Any:
         # 1. who asks: a name that resolves to this machine, or a page of another site, may not
         answer = None
-        if not _known(request.url.hostname or "", host):
+        if not _known(request.headers.get("host", ""), host):
             answer = _problem(f"this server is {host}; open its own address", 421)
         elif request.method not in ("GET", "HEAD") and HEADER not in request.headers:
             answer = _problem(f"the header {HEADER} is missing", 403)
@@ -156,7 +159,7 @@ def make_app(stage: Stage, *, host: str) -> Any:
         return answer
 
     @app.exception_handler(UserError)
-    def refused(_request: fastapi.Request, error: UserError) -> Any:
+    def refused(_request: Request, error: UserError) -> Any:
         return _problem(str(error).splitlines()[0], 409 if isinstance(error, Busy) else 400)
 
     @app.get("/")
@@ -168,15 +171,15 @@ def make_app(stage: Stage, *, host: str) -> Any:
         return stage.library.listing(path)
 
     @app.put("/api/upload")
-    async def upload(request: fastapi.Request, name: str) -> Any:
+    async def upload(request: Request, name: str) -> Any:
         length = request.headers.get("content-length", "")
         await stage.receive(name, int(length) if length.isdigit() else None, request.stream())
         return {"name": Path(name).name}
 
     @app.post("/api/start")
-    async def start(request: fastapi.Request) -> Any:
+    async def start(request: Request) -> Any:
         wanted = await _json(request)
-        session = await concurrency.run_in_threadpool(stage.start, wanted)
+        session = await run_in_threadpool(stage.start, wanted)
         return {"title": session.choice.title}
 
     @app.post("/api/end")
@@ -185,7 +188,7 @@ def make_app(stage: Stage, *, host: str) -> Any:
         return {}
 
     @app.post("/api/camera")
-    async def camera(request: fastapi.Request) -> Any:
+    async def camera(request: Request) -> Any:
         feed = stage.session.choice.feed if stage.session else None
         if feed is None:
             raise Busy("no camera was started")
@@ -193,7 +196,7 @@ def make_app(stage: Stage, *, host: str) -> Any:
         return {}
 
     @app.post("/api/ask")
-    async def ask(request: fastapi.Request) -> Any:
+    async def ask(request: Request) -> Any:
         text = (await _json(request)).get("question")
         if not isinstance(text, str) or not text.strip():
             raise UserError("type a question")
@@ -224,11 +227,12 @@ def make_app(stage: Stage, *, host: str) -> Any:
     return app
 
 
-def _known(name: str, host: str) -> bool:
+def _known(given: str, host: str) -> bool:
     """Whether a request may name this server so: as it was started, as local, or beyond loopback by any address."""
-    if name in (*LOCAL, host):
-        return True
     try:
+        name = urlsplit(f"//{given}").hostname or ""
+        if name in (*LOCAL, host):
+            return True
         ipaddress.ip_address(name)
     except ValueError:
         return False

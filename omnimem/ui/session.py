@@ -179,7 +179,7 @@ class Session:
                     elif event is Mark.ENDED:
                         self._set(phase="complete")
         except Exception as error:  # noqa: BLE001 - shown on the page, which goes on
-            self._set(phase="failed", error=_line(error))
+            self._set(phase="failed", error=said(error, self.choice.title))
 
     def _parts(self) -> Iterator[Chunk]:
         """The parts of the stream, with `paced` none before its time; a stream that breaks off ends there."""
@@ -193,7 +193,7 @@ class Session:
         except MediaError as error:
             if not self._conversation.seconds:
                 raise
-            self._set(error=None if self._ended.is_set() else _line(error))
+            self._set(error=None if self._ended.is_set() else said(error, self.choice.title))
 
     def _see(self, segment: Segment) -> None:
         if segment.frames is None:
@@ -239,7 +239,10 @@ class Session:
             self.version += 1
 
 
-def _line(error: Exception) -> str:
+def said(error: Exception, title: str) -> str:
+    """The first line of an error, with the title of the stream in place of its path."""
+    if isinstance(error, MediaError):
+        return f"{title}: {str(error).removeprefix(f'{error.path}: ')}".splitlines()[0]
     return str(error).splitlines()[0] if isinstance(error, UserError) and str(error) else first_line(error)
 
 
