@@ -168,6 +168,11 @@ class Start:
         """Number of completed steps."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
+    @property
+    def budgeted(self) -> bool:
+        """Whether the folder holds a budget that the run will use."""
+        return self.folder.budget.is_file() and not self.replaces
+
     def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
         """Prepare the folder on disk (on one process only) and write config.yaml and run.json.
 

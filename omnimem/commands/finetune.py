@@ -27,6 +27,7 @@ from omnimem.cli.build import (
     Policies,
     batch_sizes,
     budget_of,
+    check_calibration,
     feeder_of,
     policies_of,
     refuse_batches,
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str]) -> None:
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
     warn(trained_on(samples, validation))
+    if rank() == 0 and not start.budgeted:
+        check_calibration(run, samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
@@ -179,12 +182,14 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
         warn(trained_on(samples, validation))
+        if not start.budgeted:
+            check_calibration(run, samples)
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
     # 3. the plan
     warn(changed_settings(start))
     if rank() == 0:
-        preview(run, name, describe_training(settings, start, taken))
+        preview(run, name, describe_training(settings, start, taken), start.folder if start.budgeted else None)
 
 
 def describe_training(settings: TrainingArguments, start: Start, taken: int | None) -> Iterator[str]:
@@ -244,8 +249,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
 
 def check_budget(run: RunConfig, start: Start) -> None:
     """Raises BudgetError when the budget must be measured and no process holds the whole model."""
-    measured = start.folder.budget.is_file() and not start.replaces
-    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
+    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not start.budgeted:
         raise BudgetError(
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
