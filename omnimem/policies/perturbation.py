@@ -35,9 +35,10 @@ class PerturbationOptions:
     paper     eqs. 8-10 as printed: softmax per head, masses summed over chunks, (1 - s) to the power 1
     released  as in the authors' code: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s), cosine 1
               for a missing neighbour, no lending (docs/paper.md, "Differences between paper and release")
-    omnimem   ours: the printed score with redundancy measured once, at arrival, so that copies of one event do not
-              become neighbours in the pool and are evicted together; discounted by the similarity to a better token
-              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy is kept, not three;
+    omnimem   ours: the printed score with redundancy measured once, at arrival, and covered tokens discounted by their
+              similarity to a better one; the first, so that copies of one event do not become neighbours in the pool
+              and are evicted together, the second (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py)
+              so that one copy is kept, not three;
               a group's timestamp stays while one of its tokens does (`markers: with_group`)
     """
 
