@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from omnimem.cli.build import (
     Policies,
     batch_sizes,
     budget_of,
+    check_calibration,
     feeder_of,
     policies_of,
     refuse_batches,
@@ -55,8 +56,8 @@ from omnimem.training.arguments import (
     refuse_adapter,
     refuse_engine_changes,
     refuse_mixed_precision,
-    refuse_train_changes,
     refuse_zero_rate,
+    train_changes,
     train_section,
     training_arguments,
 )
@@ -103,6 +104,8 @@ def main(arguments: Sequence[str]) -> None:
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
     warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
+    if rank() == 0 and not start.budgeted:
+        check_calibration(run, samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
@@ -131,8 +134,8 @@ def finetune(
     warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     first = settings.process_index == 0
     if first:
-        warn(changed_data(start, samples))
-        start.open(dump(run), _provenance(run, settings, samples))
+        warn([*changed_data(start, samples), *changed_settings(start)])
+        start.open(dump(run), _provenance(run, settings, samples, start))
         if start.news:
             print(start.news, flush=True)
     # 2. build the model with its adapter
@@ -181,12 +184,15 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
         warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
+        if not start.budgeted:
+            check_calibration(run, samples)
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
         warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     # 3. the plan
+    warn(changed_settings(start))
     if rank() == 0:
-        preview(run, name, describe_training(settings, start, taken))
+        preview(run, name, describe_training(settings, start, taken), start.folder if start.budgeted else None)
 
 
 def describe_training(settings: TrainingArguments, start: Start, taken: int | None) -> Iterator[str]:
@@ -234,8 +240,8 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
         if start.checkpoint is not None:
-            refuse_train_changes(run, start.folder.config)
             refuse_engine_changes(run, start.folder.record)
+            start = replace(start, changed=train_changes(run, start.folder.config))
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
         with checkpoint_errors(shipped(run.model.path)):
@@ -247,8 +253,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
 
 def check_budget(run: RunConfig, start: Start) -> None:
     """Raises BudgetError when the budget must be measured and no process holds the whole model."""
-    measured = start.folder.budget.is_file() and not start.replaces
-    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
+    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not start.budgeted:
         raise BudgetError(
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
@@ -274,6 +279,12 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     if earlier in (None, digest(samples)):
         return []
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
+
+
+def changed_settings(start: Start) -> list[str]:
+    """A line for each setting of `train` that a resumed run changes."""
+    when = f"from step {start.step + 1} on"
+    return [f"train.{name}: {now!r} {when}, {before!r} until then" for name, (before, now) in start.changed.items()]
 
 
 def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
@@ -451,14 +462,18 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
-def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
-    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
+def _provenance(
+    run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample], start: Start
+) -> dict[str, object]:
+    base, begun = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
         "data": digest(samples),
-        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
+        **({"start_adapter": sha256(begun, suffixes=(".safetensors",))} if begun else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
+    if start.changed:
+        found["changed_settings"] = {"after_step": start.step, "train": dict(start.changed)}
     engine = engine_settings(run.train) or {}
     return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads(), "engine": engine}
 

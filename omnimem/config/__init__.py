@@ -133,7 +133,7 @@ def untuned(memory: MemoryOptions | None, stream: StreamOptions, earlier: Path) 
     try:
         saved = load(earlier)
     except ConfigError as error:
-        return [f"{earlier}: cannot be read ({error.problems[0]}); nobody knows what the adapter was tuned at"]
+        return [f"{earlier}: cannot be read ({error.problems[0]}); the settings it was tuned at are unknown"]
     tuned = replace(saved.tuning, budgets=saved.tuning.budgets or ("self",)).at(saved.memory.slots_per_layer)
     trained = memory is not None and tuned.trains(memory.slots_per_layer)
     drawn: set[Key] = {("memory", "slots_per_layer")} if trained else set()

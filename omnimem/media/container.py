@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedIOBase
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, final
 
@@ -146,7 +146,7 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
         yield container
 
 
-def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
+def open_input(file: str | BufferedIOBase | RawIOBase, *, protocols: str) -> InputContainer:
     """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, "max_pixels": str(limit("frame_pixels"))}
     level = logging.get_level()

@@ -286,8 +286,17 @@ class Feeder:
         last = seconds if end is None else min(seconds, end)
         return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
-    def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
+    def watch(
+        self,
+        source: Source | Path | str,
+        *,
+        cuts: Sequence[float] = (),
+        split: bool = False,
+        seen: Callable[[Segment], None] | None = None,
+    ) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
+
+        `split` as in `Backbone.chunks`; `seen` is called with every decoded segment.
 
         A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
         source with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
@@ -303,11 +312,12 @@ class Feeder:
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
         path = source.path if isinstance(source, FileSource) else Path("-")
         return self.backbone.chunks(
-            _not_empty(self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass), path),
+            _not_empty(self.backbone.encode(_shown(source, seen), fps=self.options.fps, per_pass=per_pass), path),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
             group=group,
+            split=split,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
@@ -347,6 +357,14 @@ def _not_empty(segments: Iterable[Encoded], path: Path) -> Iterator[Encoded]:
     if not tokens:
         what = "holds no frame, and too little audio for one token; choose a longer clip"
         raise MediaError(path, "empty", what)
+
+
+def _shown(segments: Iterable[Segment], seen: Callable[[Segment], None] | None) -> Iterable[Segment]:
+    """The segments, each after a call of `seen`."""
+    for segment in segments:
+        if seen is not None:
+            seen(segment)
+        yield segment
 
 
 _IMMOBILE = "this model cannot (rows and columns of its positions move with the time)"
