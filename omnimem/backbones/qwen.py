@@ -312,22 +312,7 @@ class SpanLayout(Layout):
         )
         # 3. a part per grid with the audio after it
         cuts = [int((place[0] < number).sum()) for number in range(first + 1, self.grids)] if self.divided else []
-        return [_between(whole, *ends) for ends in pairwise(sorted({0, *cuts, len(order)}))]
-
-
-def _between(whole: Part, first: int, last: int) -> Part:
-    """Some tokens of a part, with their own deepstack features, which are in order of the frames."""
-    before, inside = (
-        int((part == Modality.VISUAL).sum()) for part in (whole.modality[:first], whole.modality[first:last])
-    )
-    return Part(
-        embeddings=whole.embeddings[:, first:last],
-        positions=whole.positions[:, first:last],
-        modality=whole.modality[first:last],
-        place=whole.place[:, first:last],
-        deepstack=tuple(level[:, before : before + inside] for level in whole.deepstack) if inside else (),
-        next_position=whole.next_position,
-    )
+        return [whole.between(*ends) for ends in pairwise(sorted({0, *cuts, len(order)}))]
 
 
 # ------------------------------------------------------------------------------------------------------------- families

@@ -21,7 +21,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 from omnimem.backbones.base import Encoded, Layout, Tracks
 from omnimem.backbones.family import Table
 from omnimem.backbones.files import CheckpointError
-from omnimem.backbones.qwen import NOTHING, Qwen, QwenFamily, SpanLayout
+from omnimem.backbones.qwen import Qwen, QwenFamily, SpanLayout
 from omnimem.media import LogMel, Segment
 
 CLASSES = (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
@@ -38,7 +38,7 @@ class Qwen25Omni(Qwen):
     decoder = (Qwen2_5OmniThinkerTextModel,)
     towers = ((Qwen2_5OmniVisionEncoder,), (Qwen2_5OmniAudioEncoder,))
     preprocessed = PREPROCESSED
-    defaults = NOTHING
+    defaults = {}  # noqa: RUF012
     video = "<|vision_bos|><|VIDEO|><|vision_eos|>"
     begin = {"both": "<|vision_bos|><|audio_bos|>", "video": "<|vision_bos|>", "audio": "<|audio_bos|>"}  # noqa: RUF012
     end = {"both": "<|audio_eos|><|vision_eos|>", "video": "<|vision_eos|>", "audio": "<|audio_eos|>"}  # noqa: RUF012

@@ -9,6 +9,7 @@ beside frames and at k, k, 0 alone. Text continues after the largest time of fra
 the largest position.
 """
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -51,7 +52,7 @@ class PairedLayout(SpanLayout):
 
     last = -1  # time of the latest grid
 
-    def seen(self, times: list[int], rows: int, columns: int) -> None:
+    def seen(self, times: Sequence[int], rows: int, columns: int) -> None:
         self.last = times[-1]
 
     def heard(self, times: Tensor) -> Tensor:

@@ -228,6 +228,7 @@ def _read(
         encoded,
         tracks=tracks,
         chunk_tokens=run.stream.chunk_tokens,
+        inside=run.stream.cut == "tokens",
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
         group=max(1, ceil(sum(each.grid[0] for each in encoded) / (run.stream.timestamps or 1 << 30))),

@@ -245,6 +245,7 @@ class Feeder:
             iter(segments),
             tracks=readable.tracks,
             chunk_tokens=self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             system=sample.system,
             group=self._group_of(readable),
         )
@@ -266,6 +267,7 @@ class Feeder:
             (each for each in collate([readable.segments for readable in batch]) if rests or each.at is None),
             tracks=first.tracks,
             chunk_tokens=chunk_tokens or self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             batch=len(batch),
             cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
@@ -309,6 +311,7 @@ class Feeder:
             self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             cuts=cuts,
             group=group,
         )

@@ -498,6 +498,26 @@ def test_a_stream_in_chunks_equals_one_shot(loaded, name, group) -> None:
         assert (ours - stock).abs().max() < 1e-5 * max(1.0, float(stock.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_qwen2_5"])
+def test_chunks_of_so_many_tokens_end_within_frames_and_give_the_same(loaded, name) -> None:
+    backbone = loaded(name)
+    segments, full = encoded(backbone, 20), Budget.full(len(backbone.text_model.layers))
+    grids = list(backbone.chunks(segments, tracks="both", chunk_tokens=60))
+    exact = list(backbone.chunks(segments, tracks="both", chunk_tokens=35, inside=True))
+    counts = [chunk.count for chunk in exact]
+    assert counts[0] + counts[1] == 35 if counts[0] < 35 else counts[1] <= 35
+    assert set(counts[2:-1]) == {35}
+    assert 0 < counts[-1] <= 35
+    cut = [chunk.places[0, :3, -1].tolist() for chunk in exact[1:-1] if int(chunk.modality[0, -1]) == Modality.VISUAL]
+    assert any(row + column < 3 for _, row, column in cut), "no chunk ends within a frame"
+    ours, whole = joined(exact), joined(grids)
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert [chunk.seconds for chunk in exact] == sorted(chunk.seconds for chunk in exact)
+    assert (exact[-1].seconds, exact[-1].next_position) == (grids[-1].seconds, grids[-1].next_position)
+    (_, ours), (_, theirs) = (streamed(backbone, chunks, full) for chunks in (exact, grids))
+    assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_holds_and_whole_frames_are_kept(loaded, name) -> None:
     backbone = loaded(name)
