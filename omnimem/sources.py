@@ -69,13 +69,13 @@ def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
     used: dict[str, str] = {}
     for number, (origin, row) in enumerate(islice(rows_of(source), source.rows), start=1):
         try:
-            sample, _, _ = convert_row(row, origin, f"{source.label}-{number:06d}", target)
+            sample, _, remarks = convert_row(row, origin, f"{source.label}-{number:06d}", target)
         except ManifestError as error:
             problems += error.problems
             continue
         if used.setdefault(sample.id, origin) != origin:
             problems.append(f"{origin} id: {sample.id!r} is already used at {used[sample.id]}; rename one")
-        samples.append(sample)
+        samples.append(replace(sample, remarks=tuple(remarks)))
     if problems or not samples:
         raise ManifestError(problems or [f"{source.path}: holds no rows; export it again"])
     return samples
@@ -86,6 +86,7 @@ def digest(samples: Iterable[Sample]) -> str:
     whole = hashlib.sha256()
     for each in samples:
         said = (each.id, str(each.video), str(each.audio), each.tracks, each.start, each.end, each.messages)
+        said = (*said, each.prefix) if each.prefix else said
         whole.update(f"{said}\n".encode())
     return whole.hexdigest()
 

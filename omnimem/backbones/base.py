@@ -242,8 +242,11 @@ class Backbone(ABC):
             return self.text_model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=self.device))
 
     @abstractmethod
-    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
-        """The layout of a new stream; `group` is the number of frame grids that share a timestamp."""
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, prefix: str, group: int) -> Layout:
+        """The layout of a new stream after the text `prefix` of the user's turn.
+
+        `group` is the number of frame grids that share a timestamp.
+        """
 
     def chunks(
         self,
@@ -254,6 +257,7 @@ class Backbone(ABC):
         batch: int = 1,
         cuts: Sequence[float] = (),
         system: str | None = None,
+        prefix: str = "",
         group: int = 1,
         inside: bool = False,
     ) -> Iterator[Chunk]:
@@ -267,7 +271,7 @@ class Backbone(ABC):
         `chunk_tokens`.
         """
         # 1. the opening
-        layout = self.layout(tracks=tracks, batch=batch, system=system, group=group)
+        layout = self.layout(tracks=tracks, batch=batch, system=system, prefix=prefix, group=group)
         opening = layout.opening()
         yield replace(_chunk([opening], 0.0), tracks=tracks)
         # 2. the segments, and before each what precedes the questions up to it
@@ -291,7 +295,7 @@ class Backbone(ABC):
         yield from chunker.flush()
 
     @abstractmethod
-    def framed(self, question: str, *, system: str | None = None) -> str:
+    def framed(self, question: str, *, system: str | None = None, prefix: str = "") -> str:
         """The prompt as text, without the stream."""
 
     @abstractmethod

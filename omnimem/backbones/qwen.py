@@ -177,8 +177,8 @@ class Qwen(Backbone):
         """The template with a user's system text."""
         return self.template(self.tokenizer, None if system is None else self.text.plain(system))
 
-    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
-        text = self._opening if system is None else self.rendered(system)[0]
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, prefix: str, group: int) -> Layout:
+        text = (self._opening if system is None else self.rendered(system)[0]) + self.text.plain(prefix)
         return self.laid_out(text + (self.begin.get(tracks, "") if tracks else ""), tracks, batch, group)
 
     @abstractmethod
@@ -189,10 +189,10 @@ class Qwen(Backbone):
         """Embeddings of a text, for every stream of a batch."""
         return self.embed(self.text.ids(text)).expand(batch, -1, -1)
 
-    def framed(self, question: str, *, system: str | None = None) -> str:
+    def framed(self, question: str, *, system: str | None = None, prefix: str = "") -> str:
         """The opening, then the user's turn with the question."""
         opening = self._opening if system is None else self.rendered(system)[0]
-        return opening.replace(CUT, "") + self._closing.replace(CUT, "").replace(SAMPLE, question)
+        return opening.replace(CUT, "") + prefix + self._closing.replace(CUT, "").replace(SAMPLE, question)
 
     def probe(self, text: str | None) -> list[int]:
         """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""

@@ -231,6 +231,7 @@ def _read(
         inside=run.stream.cut == "tokens",
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
+        prefix=sample.prefix,
         group=max(1, ceil(sum(each.grid[0] for each in encoded) / (run.stream.timestamps or 1 << 30))),
     )
     try:
@@ -298,7 +299,7 @@ def describe_sample(
     if facts.last_position >= trained:
         moved = {"original": "", "compact": "; stream.positions = compact moves them below, but for full memory"}
         yield beyond(facts.last_position, trained) + moved[layout]
-    first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
+    first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system, prefix=sample.prefix)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"
     shown = len(sample.questions) if every else SHOWN

@@ -6,6 +6,7 @@ deepspeed train/finetune.py --config budget8k.yaml [a.b=c ...] [--dry-run [--sam
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
-    warn(trained_on(samples, validation))
+    warn(data_warnings(samples, validation))
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
@@ -178,7 +179,7 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
     if not missing_sources(run.data):
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
-        warn(trained_on(samples, validation))
+        warn(data_warnings(samples, validation))
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
     # 3. the plan
@@ -272,11 +273,13 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
 
 
-def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
-    """A warning when recordings of the validation are trained on too."""
+def data_warnings(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
+    """Warnings: recordings of the validation that are trained on too, and what rows of other formats left open."""
+    said = Counter(remark for sample in samples for remark in sample.remarks)
     seen = {recording(sample) for sample in samples}
     both = sorted({recording(sample) for sample in validation} & seen)
-    return [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
+    found = [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
+    return [*found, *(f"data.train: {count:,} rows: {remark}" for remark, count in said.items())]
 
 
 def report(line: str) -> None:

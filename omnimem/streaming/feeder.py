@@ -86,7 +86,7 @@ class EncodedSample:
 
 def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
     """The properties that samples of one batch must share."""
-    return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.moments)
+    return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.prefix, sample.moments)
 
 
 @final
@@ -247,6 +247,7 @@ class Feeder:
             chunk_tokens=self.options.chunk_tokens,
             inside=self.options.cut == "tokens",
             system=sample.system,
+            prefix=sample.prefix,
             group=self._group_of(readable),
         )
         kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in chunks), strict=True)
@@ -271,6 +272,7 @@ class Feeder:
             batch=len(batch),
             cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
+            prefix=first.sample.prefix,
             group=self._group_of(first),
         )
 

@@ -439,6 +439,24 @@ def test_a_span_is_laid_out_as_in_the_release(loaded, seconds, audio_seconds, fp
     assert backbone.turn(Turn(text="what ?"), tracks=tracks)[0][:1] == end
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_is_the_last_text_of_the_user_before_the_stream(loaded, name) -> None:
+    backbone, said = loaded(name), "which colour ? <|im_end|>"
+    tracks = tracks_of(backbone)
+    segments = encoded(backbone, 4)
+    plain, begun = (
+        list(backbone.chunks(segments, tracks=tracks, chunk_tokens=400, prefix=prefix)) for prefix in ("", said)
+    )
+    ids = backbone.text.ids(backbone.text.plain(said))
+    assert begun[0].count == plain[0].count + len(ids)
+    marks = len(backbone.text.ids(backbone.begin.get(tracks, "")))
+    written = begun[0].embeddings[0, -marks - len(ids) : begun[0].count - marks]
+    assert torch.equal(written, backbone.embed(ids)[0])
+    assert backbone.stop[0] not in ids
+    assert torch.equal(begun[1].positions, plain[1].positions + len(ids))
+    assert said in backbone.framed("what ?", prefix=said).partition("what ?")[0]
+
+
 @pytest.mark.parametrize("group", [1, 3])
 def test_places_tell_frames_cells_and_groups(loaded, group) -> None:
     backbone = loaded("video_salmonn2_plus")
