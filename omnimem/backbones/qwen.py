@@ -345,6 +345,7 @@ class QwenFamily(Family):
                 channels=vision.get("in_channels", 3),
                 patch=vision["patch_size"],
                 temporal_patch=vision["temporal_patch_size"],
+                levels=len(getattr(parsed.vision_config, "deepstack_visual_indexes", ())),
             ),
             audio=_audio_shape(parsed.audio_config) if hears else None,
             geometry=self._geometry(parsed, preprocessor),

@@ -21,9 +21,11 @@ from transformers import AutoTokenizer
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.load import family_of, read_shapes, read_tables
+from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.cli.build import batch_sizes, refuse_batches, training_samples
+from omnimem.cli.cache_size import describe_cache
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
@@ -88,6 +90,9 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:
             _section("budget", describe_budget(run, skeleton.shapes, facts))
+            known = [] if missing_sources(run.data) else training_samples(run)
+            cached = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, known)
+            _section("encoder cache", cached)
             rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
             _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
@@ -116,10 +121,24 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     # 2. model on the meta device, tokenizer
     shapes = read_shapes(described)
     texts = Path(run.model.processor) if run.model.processor else folder
+    if Path(path).is_dir() and texts is not None:
+        _require_processor(texts)
     own = texts is not None and any((texts / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = AutoTokenizer.from_pretrained(str(texts if own else TINY), local_files_only=True)
     backbone = family.skeleton(config, preprocessor, tokenizer, run.model.system)
     return Skeleton(backbone=backbone, shapes=shapes, approximate=not own)
+
+
+def _require_processor(folder: Path) -> None:
+    """Raises ConfigError if a local folder lacks the tokenizer or the processor that a run loads from it."""
+    for what, names in (("tokenizer", ("tokenizer.json", "vocab.json")), ("processor", PREPROCESSORS)):
+        if not any((folder / name).is_file() for name in names):
+            raise ConfigError(
+                [
+                    f"model.processor: {folder} has no {what} ({', '.join(names)}); "
+                    "give the folder with tokenizer and preprocessor_config.json, which a release may have apart"
+                ]
+            )
 
 
 def _folder(path: str) -> Path | None:

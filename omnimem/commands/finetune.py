@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
-from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
+from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_out
 from omnimem.cli.build import (
     Parts,
     Policies,
@@ -400,8 +400,9 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
             counts: dict[str, Any] = {"steps": trainer.state.global_step}
-            if trainer.feeder.cache and trainer.feeder.cache.damaged:
-                counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.feeder.cache:
+                mine, every = trainer.feeder.cache.counts, trainer.metrics.cached  # the latter at the last log
+                counts["encoder_cache"] = dict(every if trainer.args.world_size > 1 else mine)
             if trainer.overlap.latest is not None:
                 counts["selection_overlap"] = trainer.overlap.latest
             if trainer.feeder.trained.reached:
@@ -440,6 +441,7 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True, backbone=parts.feeder.backbone)
+    warn(left_out(run, parts.feeder.backbone))
     with workers.claim(folder.path):
         evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare

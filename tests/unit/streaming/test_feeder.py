@@ -2,6 +2,7 @@
 
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from support.thinkers import write_folder
 
 from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.backbones.base import LayoutError
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.data import Message, Sample
 from omnimem.media import LiveSource
 from omnimem.streaming import feeder as module
-from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.feeder import QUESTION_ROOM, Feeder, last_position
 from omnimem.streaming.options import StreamOptions
 
 OPTIONS = StreamOptions(fps=2.0, max_pixels=12544, min_pixels=6272, chunk_tokens=36, tracks="both")
@@ -112,10 +114,12 @@ def calls(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 
 
 def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, feeder, calls) -> None:
-    opened = feeder.open(sample(4.0, None, 2.0, video=None, audio=sounds[0], system="Listen."))
+    asked = sample(4.0, None, 2.0, video=None, audio=sounds[0], system="Listen.")
+    opened = feeder.open(replace(asked, prefix="Choose. "))
     assert calls["encode"] == {"fps": OPTIONS.fps}
     list(feeder.chunks([opened, opened]))
     expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "batch": 2, "system": "Listen.", "group": 1}
+    expected |= {"prefix": "Choose. ", "inside": False}
     cuts = calls["chunks"].pop("cuts")
     assert {4.0, 2.0} <= set(cuts)
     assert calls["chunks"] == expected
@@ -128,6 +132,7 @@ def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, 
 def test_an_outline_is_cut_as_the_stream_is(sounds, feeder, calls) -> None:
     feeder.outline(feeder.open(sample(None, video=None, audio=sounds[0], system="Listen.")))
     expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "system": "Listen.", "group": 1}
+    expected |= {"prefix": "", "inside": False}
     assert calls["chunks"] == expected
 
 
@@ -160,3 +165,10 @@ def test_a_watched_path_is_read_with_the_options_of_the_feeder(feeder, monkeypat
     assert [(sample.video, sample.audio, sample.start, sample.end, sample.messages) for sample in asked] == [
         (VIDEO, None, 0.0, None, ())
     ]
+
+
+def test_compact_positions_leave_room_for_questions_or_are_refused() -> None:
+    assert last_position("original", 512) is None
+    assert last_position("compact", QUESTION_ROOM + 1) == 1
+    with pytest.raises(LayoutError, match=r"leaves 1,024 positions to questions, .* on 1,024 in all; .* original"):
+        last_position("compact", QUESTION_ROOM)
