@@ -18,6 +18,7 @@ from transformers import WhisperFeatureExtractor
 
 from omnimem.backbones import Backbone, CheckpointError, Encoded, LayoutError, ModelOptions, Turn, load_backbone
 from omnimem.backbones.load import FAMILIES, read_shapes
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import PairedLayout
 from omnimem.budget import Budget
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, LogMel
@@ -454,6 +455,15 @@ def test_a_span_is_laid_out_as_in_the_release(loaded, seconds, audio_seconds, fp
     table = backbone.text_model.get_input_embeddings().weight
     assert torch.equal(opening.embeddings[0, -1], table[start[0]])
     assert backbone.turn(Turn(text="what ?"), tracks=tracks)[0][:1] == end
+
+
+def test_text_after_wide_frames_and_little_audio_follows_the_time_not_the_width() -> None:
+    rows = torch.zeros(1, 4, 2)
+    layout = PairedLayout(torch.zeros(1, 5, 2), rate=2.0, tracks="both")
+    wide = {"visual": torch.zeros(1, 24, 2), "grid": (1, 2, 12), "start": 0.0, "seconds": 2.0, "seconds_per_grid": 2.0}
+    (part,) = layout.push(Encoded(audio=rows, **wide))
+    assert int(part.positions.max()) == 5 + 11
+    assert part.next_position == 5 + 3 + 1
 
 
 @pytest.mark.parametrize("name", NAMES)
