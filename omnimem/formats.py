@@ -22,6 +22,10 @@ PAIRS = (("query", "response"), ("prompt", "completion"), ("instruction", "outpu
 LEARNED = ("loss", "weight", "train", "training")  # whether an answer is learned, in several tools' words
 TURN_KEYS = ("role", "from", "content", "value", "at", *LEARNED)
 HEARD = ("use_audio", "use_audio_in_video")  # whether the video's own audio track is read
+UNHEARD = (  # a row of video-SALMONN that its release reads without any audio
+    "an audio file beside the video, and no use_audio: the file is read here, and the release reads the frames alone; "
+    "add use_audio: true (the video's own track) or false"
+)
 CONTROL = re.compile(r"<\|\w+\|>")
 ELSEWHERE = re.compile(r"^(https?:|data:|s3:)")
 KNOWN = (
@@ -121,6 +125,7 @@ class _Content:
     """The text of a turn, the tags of its media in order, the files of its parts by kind, and a span of the video."""
 
     text: str
+    before: str = ""  # what is written before the first tag
     tags: list[str] = field(default_factory=list)
     files: list[tuple[str, Any]] = field(default_factory=list)
     span: dict[str, float] = field(default_factory=dict)
@@ -151,6 +156,7 @@ class _Row:
             self.problem("images", STILL)
         self.check_tags(messages, video, audio)
         span, tracks = self.span(), self.tracks(video, audio)
+        prefix = self.prefix(messages)
         # 2. the other keys
         if not isinstance(self.row.get("id", ""), str | int) or isinstance(self.row.get("id"), bool):
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
@@ -171,6 +177,7 @@ class _Row:
             "video": self.placed("video", video),
             "audio": None if video and self.own_audio else self.placed("audio", audio),
             **({"tracks": tracks} if tracks else {}),
+            **({"prefix": prefix} if prefix else {}),
             **span,
             "messages": messages,
             "meta": meta,
@@ -241,6 +248,8 @@ class _Row:
             self.problem(keys[1], f"is given beside {keys[0]}; keep one of them")
         heard = next((self.row[key] for key in keys if key in HEARD), None)
         if heard is None:
+            if self.of_salmonn and video and audio and not keys:
+                self.remarks.append(UNHEARD)
             return self.row.get("tracks")
         if not isinstance(heard, bool):
             self.problem(keys[0], f"expected true or false, got {got(heard)}; correct it")
@@ -254,6 +263,26 @@ class _Row:
         return None
 
     # ----------------------------------------------------------------------------------------------------------- turns
+
+    @property
+    def of_salmonn(self) -> bool:
+        """Whether the row has the keys of video-SALMONN's training data."""
+        return "conversations" in self.row and bool({"video", "audio"} & self.row.keys())
+
+    def prefix(self, messages: list[dict[str, Any]]) -> str:
+        """What a row of video-SALMONN says before the tag, which the model reads before the stream; else it is empty.
+
+        It is taken from the first question, unless nothing is asked after the tag.
+        """
+        asked = next((turn for turn in messages if turn["role"] == "user"), None)
+        written = next((content.before for content in self.contents if content.tags), "")
+        if asked is None or not self.of_salmonn or not written.strip():
+            return ""
+        after = asked["content"].removeprefix(written.strip()).strip()
+        if not after:
+            return ""
+        asked["content"] = after
+        return written
 
     def pair(self) -> tuple[str, str] | None:
         """The keys of question and answer of a row without a list of turns."""
@@ -341,7 +370,8 @@ class _Row:
     def content(self, where: str, given: Any) -> _Content | None:
         """A text with tags, or a list of content parts, whose texts are joined as they are."""
         if isinstance(given, str):
-            return _Content(text=without_tags(given), tags=re.findall("|".join(TAGS), given))
+            tags = re.findall("|".join(TAGS), given)
+            return _Content(text=without_tags(given), before=given.partition(tags[0])[0] if tags else "", tags=tags)
         if not isinstance(given, list) or not given:
             self.problem(where, "expected text; write <video> and <audio> in it and list the files beside it")
             return None

@@ -98,6 +98,7 @@ def digest(samples: Iterable[Sample]) -> str:
     whole = hashlib.sha256()
     for each in samples:
         said = (each.id, str(each.video), str(each.audio), each.tracks, each.start, each.end, each.messages)
+        said = (*said, each.prefix) if each.prefix else said
         whole.update(f"{said}\n".encode())
     return whole.hexdigest()
 

@@ -13,11 +13,13 @@ from omnimem.backbones.base import Backbone, ModelOptions
 from omnimem.backbones.family import Family
 from omnimem.backbones.files import AGAIN, CheckpointError, ShapesError, require_whole
 from omnimem.backbones.qwen2_5_omni import Qwen25OmniFamily
+from omnimem.backbones.qwen2_5_vl import Qwen25VLFamily
 from omnimem.backbones.qwen3_omni import Qwen3OmniFamily
 from omnimem.backbones.qwen3_vl import Qwen3VLFamily
 from omnimem.backbones.settings import read_json
 from omnimem.backbones.shapes import Shapes
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25Family
 from omnimem.checksums import SEAL, damage, is_sealed
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
@@ -25,9 +27,11 @@ from omnimem.textfile import StoredFileError, read_stored
 # the first that claims a config.json loads it
 FAMILIES: tuple[Family, ...] = (
     VideoSalmonn2PlusFamily(),
+    VideoSalmonn2PlusQwen25Family(),
     Qwen3VLFamily(),
     Qwen3OmniFamily(),
     Qwen25OmniFamily(),
+    Qwen25VLFamily(),
     AssembledFamily(),
 )
 

@@ -78,8 +78,8 @@ def _file(path: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def only(model: nn.Module, kind: type[Module]) -> Module:
-    """The only submodule of a class, at any depth: transformers 5.21 nests the parts one level deeper."""
+def only(model: nn.Module, kind: type[Module] | tuple[type[Module], ...]) -> Module:
+    """The only submodule of a class, or of several, at any depth, which depends on the version of transformers."""
     (found,) = (module for module in model.modules() if isinstance(module, kind))
     return found
 

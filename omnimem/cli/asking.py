@@ -287,10 +287,13 @@ class Asking:
             f"memory: {memory.entries:,} entries in {layers} layers, {memory.bytes:,} bytes",
             f"seconds: {asked - started:.2f} reading, {first[0]:.3f} to the first token, {total:.3f} in all",
         ]
+        if self.feeder.backbone.stamped:
+            text = round(sum(layer[Modality.TEXT] for layer in memory.counts()) / layers, 1)
+            cost.insert(1, f"text held in each layer, outside the slots: {text:g} tokens")
         if stream.selector is not None:
             chosen = stream.selector.memory
             line = f"chosen by the model without its adapter: {chosen.entries:,} entries, {chosen.bytes:,} bytes more"
-            cost.insert(2, line)
+            cost.insert(-1, line)
         return Reply(at=at, seen=seen, questions=texts, answers=answers, cost=cost, seconds=first[0])
 
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.files import require_whole
 from omnimem.backbones.load import checked_path, family_at, family_of, read_shapes, read_tables
+from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.cli.build import batch_sizes, known_budget, policies_of, refuse_batches, training_samples
@@ -165,10 +166,24 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     texts = folder
     if run.model.processor is not None and (texts := _folder(run.model.processor, "tokenizer_config.json")) is None:
         missing.append(f"tokenizer and processors of {run.model.processor}; get them with `hf download`")
+    if Path(path).is_dir() and texts is not None:
+        _require_processor(texts)
     own = texts is not None and any((texts / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = AutoTokenizer.from_pretrained(str(texts if own else TINY), local_files_only=True)
     backbone = family.skeleton(config, preprocessor, tokenizer, run.model.system)
     return Skeleton(backbone=backbone, shapes=shapes, approximate=not own)
+
+
+def _require_processor(folder: Path) -> None:
+    """Raises ConfigError if a local folder lacks the tokenizer or the processor that a run loads from it."""
+    for what, names in (("tokenizer", ("tokenizer.json", "vocab.json")), ("processor", PREPROCESSORS)):
+        if not any((folder / name).is_file() for name in names):
+            raise ConfigError(
+                [
+                    f"model.processor: {folder} has no {what} ({', '.join(names)}); "
+                    "give the folder with tokenizer and preprocessor_config.json, which a release may have apart"
+                ]
+            )
 
 
 def _folder(path: str, name: str = "config.json") -> Path | None:
@@ -278,8 +293,10 @@ def _read(
         encoded,
         tracks=tracks,
         chunk_tokens=run.stream.chunk_tokens,
+        inside=run.stream.cut == "tokens",
         cuts=[question.at - sample.start for question in sample.questions if question.at is not None],
         system=sample.system,
+        prefix=sample.prefix,
         group=max(1, ceil(sum(each.grid[0] for each in encoded) / (run.stream.timestamps or 1 << 30))),
     )
     try:
@@ -347,7 +364,7 @@ def describe_sample(
     if facts.last_position >= trained:
         moved = {"original": "", "compact": "; stream.positions = compact moves them below, but for full memory"}
         yield beyond(facts.last_position, trained) + moved[layout]
-    first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system)
+    first = skeleton.backbone.framed(sample.questions[0].text, system=sample.system, prefix=sample.prefix)
     yield f"prompt without the stream: {json.dumps(first, ensure_ascii=False)}"
     yield "after the stream, labels in [[ ]]:"
     shown = len(sample.questions) if every else SHOWN

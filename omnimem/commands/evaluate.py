@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from omnimem.backbones import load_backbone
-from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, check_readable, evaluate_arms
+from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, check_readable, evaluate_arms, left_out
 from omnimem.cli.build import EVALUATED, budget_of, feeder_of, policies_of, refuse_batches
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import load_tuned
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     backbone = load_backbone(run.model, device())
     if not given.arm:
         names = applicable(run, tuned=bool(set(names) & set(TUNED)), backbone=backbone)
+        warn(left_out(run, backbone))
     check_readable(names, backbone)
     if {"training_free", "tuned"} & set(names):
         refuse_batches(run, backbone, {EVALUATED: run.evaluate.batch_size})

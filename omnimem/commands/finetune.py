@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.files import checkpoint_errors
 from omnimem.budget import BudgetError
-from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms
+from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_out
 from omnimem.cli.build import (
     Parts,
     Policies,
@@ -291,7 +291,8 @@ def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[
     """A warning when recordings of the validation are trained on too."""
     seen = {recording(sample) for sample in samples}
     both = sorted({recording(sample) for sample in validation} & seen)
-    return [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
+    found = [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
+    return [*found, *(f"data.train: {count:,} rows: {remark}" for remark, count in said.items())]
 
 
 def report(line: str) -> None:
@@ -454,6 +455,7 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
     # 1. evaluate
     evaluation = Evaluation(attached=parts.attached, feeder=parts.feeder, options=run.evaluate)
     names = applicable(run, tuned=True, backbone=parts.feeder.backbone)
+    warn(left_out(run, parts.feeder.backbone))
     with workers.claim(folder.path):
         evaluate_arms(run, evaluation, parts.policies, folder, names, parts.model, workers=workers)
     # 2. compare

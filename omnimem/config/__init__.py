@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter
 
 from omnimem.backbones import ModelOptions
-from omnimem.budget import AudioVisualBudget, BudgetOptions, SharedBudget
+from omnimem.budget import AudioVisualBudget, BudgetOptions, ReleasedBudget, SharedBudget
 from omnimem.calibration import CalibrationOptions
 from omnimem.config.check import names, nearest, strict, validated
 from omnimem.config.source import ConfigError, Key, Problem, dotted, override, read
@@ -297,11 +297,13 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
         else:
             run = replace(run, model=replace(run.model, adapter=str(adapter)))
     budget = run.memory.budget
-    if isinstance(budget, AudioVisualBudget) and budget.table != "calibrate":
+    if isinstance(budget, AudioVisualBudget | ReleasedBudget) and not budget.needs_signals:
         table = find(budget.table, beside)
         if table is None:
             key: Key = ("memory", "budget", "table")
-            missing.append((key, f"no file {budget.table}; make it with `omnimem calibrate`, or set it to calibrate"))
+            made = "make it with `omnimem calibrate`, or set it to calibrate"
+            cure = made if isinstance(budget, AudioVisualBudget) else "give a table of the release"
+            missing.append((key, f"no file {budget.table}; {cure}"))
         else:
             run = replace(run, memory=replace(run.memory, budget=replace(budget, table=str(table))))
     # 2. DeepSpeed settings

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, final
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from omnimem.backbones import ModelOptions
-from omnimem.budget import AudioVisualBudget, Budget
+from omnimem.budget import Budget, ReleasedBudget, SharedBudget, SplitBudget, scaled
 from omnimem.checksums import SEAL, damage, is_sealed
 from omnimem.config import MemoryOptions, changed, untuned
 from omnimem.config.check import strict, validated
@@ -135,8 +135,8 @@ def _resized(memory: MemoryOptions, budget: Budget, slots: int) -> Budget:
     wanted = memory.budget
     if slots == memory.slots_per_layer:
         return budget
-    if not isinstance(wanted, AudioVisualBudget):
+    if isinstance(wanted, SharedBudget | SplitBudget):
         return wanted.build(budget.layers, slots)
-    if budget.signals is None and budget.shares is not None:
-        return replace(budget, slots=budget.shares.slots(slots))
+    if isinstance(wanted, ReleasedBudget) or budget.signals is None:
+        return scaled(budget, slots)
     return replace(wanted, table="calibrate").build(budget.layers, slots, budget.signals)

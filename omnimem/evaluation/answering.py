@@ -218,7 +218,7 @@ class Evaluation:
 
     def _question(self, sample: Sample, question: Question) -> dict[str, Any]:
         """The fields of a question that do not depend on the arm."""
-        prompt = self.feeder.backbone.framed(question.text, system=sample.system)
+        prompt = self.feeder.backbone.framed(question.text, system=sample.system, prefix=sample.prefix)
         return {
             "id": question.item.id,
             "video": sample.cluster or sample.id,

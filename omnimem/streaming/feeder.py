@@ -86,7 +86,7 @@ class EncodedSample:
 
 def layout(sample: Sample, tracks: Tracks | None, segments: Iterable[Encoded]) -> tuple[object, ...]:
     """The properties that samples of one batch must share."""
-    return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.moments)
+    return (tuple(segment.layout for segment in segments), tracks, sample.system, sample.prefix, sample.moments)
 
 
 @final
@@ -241,7 +241,9 @@ class Feeder:
             iter(segments),
             tracks=readable.tracks,
             chunk_tokens=self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             system=sample.system,
+            prefix=sample.prefix,
             group=self._group_of(readable),
         )
         kinds, places = zip(*((chunk.modality[0], chunk.places[0]) for chunk in chunks), strict=True)
@@ -262,9 +264,11 @@ class Feeder:
             (each for each in collate([readable.segments for readable in batch]) if rests or each.at is None),
             tracks=first.tracks,
             chunk_tokens=chunk_tokens or self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             batch=len(batch),
             cuts=[moment for moment in first.sample.moments if moment is not None],
             system=first.sample.system,
+            prefix=first.sample.prefix,
             group=self._group_of(first),
         )
 
@@ -315,6 +319,7 @@ class Feeder:
             _not_empty(self.backbone.encode(_shown(source, seen), fps=self.options.fps, per_pass=per_pass), path),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
+            inside=self.options.cut == "tokens",
             cuts=cuts,
             group=group,
             split=split,

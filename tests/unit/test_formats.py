@@ -69,6 +69,41 @@ def test_every_format_of_the_same_row_is_the_same_sample(row) -> None:
     assert (question.text, question.answer, question.loss) == ("what ?", "that", True)
 
 
+@pytest.mark.parametrize(
+    ("written", "prefix", "asked"),
+    [
+        ("Choose one letter.\n<image>\nWhich ?", "Choose one letter.\n", "Which ?"),
+        ("  Choose. <video>Which ?", "  Choose. ", "Which ?"),
+        ("it <video> it", "it ", "it"),
+        ("<image>\nWhich ?", "", "Which ?"),
+        ("\n<image>\nWhich ?", "", "Which ?"),
+        ("Which ?\n<image>", "", "Which ?"),
+        ("Which ?", "", "Which ?"),
+    ],
+)
+def test_what_the_release_writes_before_the_tag_is_read_before_the_stream(written, prefix, asked) -> None:
+    talk = [{"from": "human", "value": written}, TALK[1]]
+    sample, _ = converted({"video": "a.mp4", "conversations": talk})
+    assert (sample.prefix, sample.questions[0].text) == (prefix, asked)
+    others = [{**talk[0], "value": written.replace("<image>", "<video>")}, TALK[1]]
+    of_others, _ = converted({"videos": ["a.mp4"], "conversations": others})
+    assert of_others.prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({"audio": "a.wav"}, True),
+        ({"audio": "a.wav", "use_audio": True}, False),
+        ({}, False),
+        ({"use_audio": True}, False),
+    ],
+)
+def test_an_audio_file_that_the_release_would_not_read_is_warned_of(more, warned) -> None:
+    _, remarks = converted({"video": "a.mp4", "conversations": TALK, **more})
+    assert any("no use_audio: the file is read here" in remark for remark in remarks) == warned
+
+
 def test_text_of_parts_is_kept_as_written_with_signs_that_look_like_tags() -> None:
     sample, _ = converted(parts(VIDEO, {"type": "text", "text": "\nwhat is <video> ?\n"}))
     assert sample.questions[0].text == "\nwhat is <video> ?\n"

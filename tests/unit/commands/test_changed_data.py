@@ -1,17 +1,19 @@
 """A resumed run says when its rows are not those that it was started with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from omnimem.commands.finetune import changed_data
+from omnimem.commands.finetune import changed_data, data_warnings
 from omnimem.data import Sample
 from omnimem.sources import digest
 
 ROWS = [Sample(id="a", video=Path("a.mp4"), audio=None, messages=())]
+PREFIXED = [Sample(id="a", video=Path("a.mp4"), audio=None, prefix="Choose.", messages=())]
 OTHER = [Sample(id="a", video=Path("a.mp4"), audio=None, end=3.0, messages=())]
 
 
@@ -20,6 +22,7 @@ OTHER = [Sample(id="a", video=Path("a.mp4"), audio=None, end=3.0, messages=())]
     [
         (json.dumps({"sha256": {"data": digest(ROWS)}}), ROWS, False),
         (json.dumps({"sha256": {"data": digest(ROWS)}}), OTHER, True),
+        (json.dumps({"sha256": {"data": digest(ROWS)}}), PREFIXED, True),
         (json.dumps({}), ROWS, False),
         ("damaged", ROWS, False),
     ],
@@ -32,3 +35,8 @@ def test_other_rows_on_resume_are_a_warning(record, rows, warned, tmp_path) -> N
     assert bool(changed_data(start, rows)) is warned
     start.checkpoint = None
     assert changed_data(start, rows) == []
+
+
+def test_what_rows_of_other_formats_left_open_is_a_warning_with_their_number() -> None:
+    odd = [replace(ROWS[0], id=f"{number}", remarks=("odd",) if number else ()) for number in range(3)]
+    assert data_warnings(odd, []) == ["data.train: 2 rows: odd"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.configs import SMALL, TRAIN, loaded, problems
+from support.paths import ROOT
 
 from omnimem.config import CONFIGS, ConfigError, RunConfig, differences, dump, load, refuse_changes, untuned
 
@@ -75,6 +76,22 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) ->
     assert "mine.json is not a JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_the_recipe_of_the_release_is_a_config(tmp_path) -> None:
+    page = (ROOT / "docs/paper.md").read_text(encoding="utf-8").partition("## Run it as the release does")[2]
+    recipe = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "budgets").mkdir()
+    (tmp_path / "a.yaml").write_text(f"name: a\nmodel: {{path: m}}\n{recipe}")
+    with pytest.raises(ConfigError, match=r"memory\.budget\.table: no file budgets/8k_avratio5\.json; give a table"):
+        load(tmp_path / "a.yaml")
+    (tmp_path / "budgets/8k_avratio5.json").write_text(json.dumps([[1000, 7000], [1000, 7190]]))
+    run = load(tmp_path / "a.yaml")
+    budget = run.memory.budget.build(2, run.memory.slots_per_layer)
+    policy = run.memory.policy.build(budget)
+    assert policy.budget is not None
+    assert policy.budget.slots == ((1000, 7000), (1000, 7190))
+    assert (policy.markers, run.stream.cut, run.tuning.selection.softening) == ("keep", "tokens", "hard")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])
