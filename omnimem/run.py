@@ -61,6 +61,7 @@ class Record(TypedDict, total=False):
     id: str
     sha256: dict[str, str | None]
     steps: int
+    engine: dict[str, Any]
     earlier: list[dict[str, Any]]
 
 

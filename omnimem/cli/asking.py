@@ -23,15 +23,15 @@ from torch import Tensor
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SharedBudget
 from omnimem.checksums import is_sealed
-from omnimem.cli.parser import Parser
+from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import BaseModel, load_tuned
-from omnimem.config import ConfigError
+from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.check import alternatives, choices_of
-from omnimem.config.exported import FILE, Exported, policies_of
+from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
-from omnimem.policies import PerturbationOptions, PolicyOptions
+from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.rows import SLACK, tracks_of
 from omnimem.streaming.attach import StreamedAttention, attach
@@ -103,6 +103,9 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
         if given.slots is None and exported is None:
             where = given.adapter or given.model
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
+        if given.adapter is not None:
+            memory = memory_of(given, exported)
+            warn(not_tuned_at(memory if memory.slots_per_layer != FULL else None, feeder.options, given.adapter))
         yield Loaded(
             given=given, exported=exported, feeder=feeder, attached=attached, policy=policy, max_new_tokens=tokens
         )
@@ -138,16 +141,22 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
 
     Without an export the slots are one pool for audio and visual tokens, since nothing was calibrated.
     """
-    own = exported.memory.slots_per_layer if exported else FULL
-    slots: int = own if given.slots is None else given.slots
-    options = exported.memory.policy if exported else PerturbationOptions()
-    if given.policy not in (None, options.name):
-        options = policy_options(given.policy)
-    chosen = given.selection_from or (exported.memory.selection_from if exported else "tuned")
+    memory = memory_of(given, exported)
+    slots = memory.slots_per_layer
     if exported is not None and slots != FULL:
-        memory = replace(exported.memory, policy=options, selection_from=chosen)
-        return policies_of(memory, exported.budget)(slots)
-    return replace(options.build(None if slots == FULL else SharedBudget().build(layers, slots)), selection_from=chosen)
+        tuned = replace(memory, slots_per_layer=exported.memory.slots_per_layer)
+        return policies_of(tuned, exported.budget)(slots)
+    budget = None if slots == FULL else SharedBudget().build(layers, slots)
+    return replace(memory.policy.build(budget), selection_from=memory.selection_from)
+
+
+def memory_of(given: Namespace, exported: Exported | None) -> MemoryOptions:
+    """The exported settings of the memory, or one pool of the default policy, with those of the command line."""
+    memory = exported.memory if exported else MemoryOptions(slots_per_layer=FULL, budget=SharedBudget())
+    options = memory.policy if given.policy in (None, memory.policy.name) else policy_options(given.policy)
+    slots: int = memory.slots_per_layer if given.slots is None else given.slots
+    chosen = given.selection_from or memory.selection_from
+    return replace(memory, policy=options, slots_per_layer=slots, selection_from=chosen)
 
 
 def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
@@ -199,7 +208,10 @@ class Question:
         if found is None:
             raise ArgumentTypeError(f"{text!r} is not SECONDS: QUESTION, such as '5: What was said?'")
         hours, minutes = (int(found[name] or 0) for name in ("hours", "minutes"))
-        return cls(text=found["text"], at=3600 * hours + 60 * minutes + float(found["seconds"]))
+        at = 3600 * hours + 60 * minutes + float(found["seconds"])
+        if at == 0:
+            raise ArgumentTypeError(f"{text!r}: nothing is seen at 0 s; give a time after the start of the stream")
+        return cls(text=found["text"], at=at)
 
 
 @final
@@ -242,11 +254,12 @@ class Asking:
         moments = [*times, *([None] if any(question.at is None for question in questions) else [])]
         for due in feed_until_due(stream, self.feeder.watch(source, cuts=times), moments):
             for at in due.moments:
-                if at is not None and at > due.seconds + SLACK:  # of a live stream
+                live = not isinstance(source, FileSource)  # a file has been judged before
+                if live and at is not None and at > due.seconds + SLACK:
                     what = (
                         f"the stream ended at {due.seconds:.1f} s, before --at {at:g}; leave it out to ask at the end"
                     )
-                    raise MediaError(source.path if isinstance(source, FileSource) else PIPE, "too_short", what)
+                    raise MediaError(PIPE, "too_short", what)
                 texts = [question.text for question in questions if question.at == at]
                 yield self.reply(due.stream.fork(), texts, at, due.seconds, started)
 

@@ -110,6 +110,6 @@ def _time(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ArgumentTypeError(f"{text!r} is not a time in seconds from the start of the stream")
+    if not 0 < seconds < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a time in seconds after the start of the stream")
     return seconds

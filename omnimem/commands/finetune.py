@@ -48,13 +48,14 @@ from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.shipped import shipped
-from omnimem.sources import digest, missing_sources
+from omnimem.sources import digest, missing_sources, remarks_on
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_adapter,
+    refuse_engine_changes,
     refuse_mixed_precision,
     refuse_zero_rate,
     train_changes,
@@ -68,7 +69,7 @@ from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
-from omnimem.training.zero3 import stage_of, whole
+from omnimem.training.zero3 import engine_settings, stage_of, whole
 from omnimem.tuning import (
     Plan,
     StreamedModel,
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
-    warn(trained_on(samples, validation))
+    warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
     if rank() == 0 and not start.budgeted:
         check_calibration(run, samples)
     if run.evaluate.after_training:
@@ -132,6 +133,7 @@ def finetune(
     partitioned = stage_of(run.train) == 3
     taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
     refuse_zero_rate(settings, step_count(settings, taken))
+    warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     first = settings.process_index == 0
     if first:
         warn([*changed_data(start, samples), *changed_settings(start)])
@@ -183,11 +185,12 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
     if not missing_sources(run.data):
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
-        warn(trained_on(samples, validation))
+        warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
         if not start.budgeted:
             check_calibration(run, samples)
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
+        warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     # 3. the plan
     warn(changed_settings(start))
     if rank() == 0:
@@ -239,6 +242,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
         if start.checkpoint is not None:
+            refuse_engine_changes(run, start.folder.record)
             start = replace(start, changed=train_changes(run, start.folder.config))
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
@@ -369,12 +373,7 @@ def build_trainer(
         # 2. the steps
         args=settings,
         own=OwnSettings.of(run.train),
-        plan=Plan(
-            options=run.tuning,
-            slots_per_layer=run.memory.slots_per_layer,
-            chunk_tokens=run.stream.chunk_tokens,
-            seed=settings.seed,
-        ),
+        plan=plan_of(run, settings),
         # 3. the data
         samples=samples,
         weights=run.data.weights,
@@ -384,6 +383,12 @@ def build_trainer(
         folder=start.folder,
         callbacks=callbacks_of(start, first=settings.process_index == 0),
     )
+
+
+def plan_of(run: RunConfig, settings: TrainingArguments) -> Plan:
+    """What every step of a run draws."""
+    slots, chunk_tokens = run.memory.slots_per_layer, run.stream.chunk_tokens
+    return Plan(options=run.tuning, slots_per_layer=slots, chunk_tokens=chunk_tokens, seed=settings.seed)
 
 
 @contextmanager
@@ -471,7 +476,8 @@ def _provenance(
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
     if start.changed:
         found["changed_settings"] = {"after_step": start.step, "train": dict(start.changed)}
-    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
+    engine = engine_settings(run.train) or {}
+    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads(), "engine": engine}
 
 
 def _parser() -> Parser:

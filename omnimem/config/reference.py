@@ -44,7 +44,8 @@ from the next step on. A new `learning_rate`, warm-up or schedule continues at t
 the next step is the one that a run with the new settings from the start would have there. Where the state of a
 checkpoint holds them (`lr_scheduler_type` reduce_lr_on_plateau or greedy, schedule-free and layerwise optimizers, a
 `scheduler` section of the DeepSpeed file) these are refused too. All settings outside of `train` are refused but for
-those of `evaluate`, `data.cache` and `data.max_failures`."""
+those of `evaluate`, `data.cache` and `data.max_failures`; so are other `optimizer` and `scheduler` sections in the
+DeepSpeed settings."""
 COMMON = {  # meanings of keys that many sections share
     "name": "chooses the section",
     "preset": "settings of null keys: as published, as released, or with our audio-visual split (docs/policies.md)",

@@ -19,7 +19,8 @@ from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.config.check import UNFIT
 from omnimem.config.reference import field_comments, first_sentence
 from omnimem.extras import installed
-from omnimem.run import RunFolder
+from omnimem.run import Record, RunFolder
+from omnimem.textfile import StoredFileError, got, read_stored
 from omnimem.training.zero3 import engine_settings
 
 METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
@@ -109,6 +110,8 @@ MAY_CHANGE = frozenset(
         )
     ).split()
 )
+
+ENGINE_FIXED = ("optimizer", "scheduler")  # sections of the DeepSpeed settings that a resumed run may not change
 
 DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
     "logging_steps": 1,
@@ -365,6 +368,26 @@ def _kept_recipe(section: Mapping[str, Any]) -> str | None:
     if schedule in STATEFUL:
         return f"train.lr_scheduler_type={schedule}"
     return f"train.optim={optimizer}" if re.search("schedule_free|layerwise", optimizer) else None
+
+
+def refuse_engine_changes(run: RunConfig, record: Path) -> None:
+    """Raises ConfigError if a resumed run has another optimizer or scheduler in its DeepSpeed settings than `record`.
+
+    The states of the checkpoint would be read into another optimizer. Every other section may change.
+    """
+    try:
+        noted = read_stored(record, Record, "").get("engine")
+    except StoredFileError:  # missing or damaged: the run goes on without it
+        return
+    now, before = engine_settings(run.train) or {}, noted or {}
+    problems = [
+        f"{record} engine.{key}: {got(before.get(key))} there, {got(now.get(key))} in train.deepspeed now, which the "
+        "checkpoint does not follow; resume with the old one, or start a new run with name=... or --overwrite"
+        for key in ENGINE_FIXED
+        if noted is not None and before.get(key) != now.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def refuse_mixed_precision(run: RunConfig) -> None:

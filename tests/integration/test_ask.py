@@ -21,6 +21,7 @@ from omnimem.cli.asking import Asking, Conversation, Mark, Question, Reply
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
 from omnimem.config import ConfigError
+from omnimem.config.exported import not_tuned_at
 from omnimem.media import LiveSource, MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
@@ -293,6 +294,32 @@ def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, vid
     assert "matroska" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("place", "flags", "named"),
+    [
+        ("adapter", (), ()),
+        ("adapter", ("--slots", "full", "--max-new-tokens", "1"), ()),
+        ("adapter", ("--slots", "5"), ("memory.slots_per_layer",)),
+        ("adapter", ("--fps", "2", "--policy", "recency"), ("memory.policy.name", "stream.fps")),
+        ("runs/x/adapter", ("--slots", "5"), ("memory.slots_per_layer", "memory.budget.name", "stream.max_pixels")),
+        ("elsewhere", (), ("has no omnimem.json, and no config.yaml of a run beside it",)),
+    ],
+)
+def test_settings_at_which_the_adapter_was_not_tuned_are_said(exports, place, flags, named, monkeypatch) -> None:
+    if place == "elsewhere" and not (exports / place).exists():
+        (exports / place).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (exports / place / name).write_bytes((exports / "adapter" / name).read_bytes())
+    monkeypatch.chdir(exports / place)
+    for adapter in (str(exports / place), "."):
+        given = ask._parser().parse(["--model", "m", "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
+        exported = ask.recorded("m", given.adapter)
+        memory = ask.memory_of(given, exported)
+        lines = not_tuned_at(memory if memory.slots_per_layer else None, ask.stream_of(given, exported), given.adapter)
+        assert all(any(name in line for line in lines) for name in named), lines
+        assert len(lines) >= len(named) if place != "adapter" else bool(lines) == bool(named)
+
+
 def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
     with pytest.raises(AdapterError, match=r"made for another base than .*alike \(digest"):
@@ -307,6 +334,8 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
         (["--model", "m", "--video", "v.mp4", "--prompt", "?"], "--prompt: questions are typed; leave out QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--at", "5", "--ask", "6: ?"], "--at: is the time of a QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is not a time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--at", "0", "?"], "'0' is not a time in seconds after the start"),
+        (["--model", "m", "--video", "v.mp4", "--at", "nan", "?"], "'nan' is not a time in seconds"),
         (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is not a whole number above 0"),
         (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
     ],

@@ -1,5 +1,6 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
+import json
 import re
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -19,6 +20,7 @@ from omnimem.training.arguments import (
     OwnSettings,
     on_resume,
     own_names,
+    refuse_engine_changes,
     refuse_mixed_precision,
     refuse_unfit_launch,
     refuse_zero_rate,
@@ -220,6 +222,37 @@ def test_what_a_checkpoint_does_not_follow_is_refused_by_name_when_a_run_resumes
     (line,) = error.value.problems
     assert f"train.{setting.partition('=')[0]}: " in line
     assert shown in line
+
+
+ADAM = {"type": "AdamW", "params": {"lr": "auto"}}
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"optimizer": ADAM}, {"optimizer": ADAM, "zero_optimization": {"stage": 2}}, []),
+        ({"optimizer": ADAM}, {"optimizer": {**ADAM, "type": "Lion"}}, ["optimizer"]),
+        (
+            {"optimizer": ADAM},
+            {"optimizer": {**ADAM, "params": {"lr": "auto", "bias_correction": False}}},
+            ["optimizer"],
+        ),
+        ({"optimizer": ADAM}, {}, ["optimizer"]),
+        ({}, {"optimizer": ADAM, "scheduler": {"type": "WarmupLR"}}, ["optimizer", "scheduler"]),
+        ({}, {"zero_optimization": {"stage": 1}}, []),
+        (None, {"optimizer": ADAM}, []),  # of a run that did not note them
+    ],
+)
+def test_the_optimizer_of_the_engine_is_that_of_the_checkpoint(before, now, named, inline, tmp_path) -> None:
+    record, run = tmp_path / "run.json", loaded(tmp_path)
+    record.write_text(json.dumps({} if before is None else {"engine": before}))
+    (tmp_path / "engine.json").write_text(json.dumps(now))
+    run = replace(run, train={**run.train, "deepspeed": now if inline else str(tmp_path / "engine.json")})
+    with pytest.raises(ConfigError) if named else nullcontext() as error:
+        refuse_engine_changes(run, record)
+    if error is not None:
+        assert [line.split(" engine.")[1].partition(":")[0] for line in error.value.problems] == named
 
 
 @pytest.mark.parametrize(
