@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
+from omnimem.cli import asking
 from omnimem.cli.asking import Asking, Conversation, Mark, Question, Reply
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
@@ -313,9 +314,11 @@ def test_settings_at_which_the_adapter_was_not_tuned_are_said(exports, place, fl
     monkeypatch.chdir(exports / place)
     for adapter in (str(exports / place), "."):
         given = ask._parser().parse(["--model", "m", "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
-        exported = ask.recorded("m", given.adapter)
-        memory = ask.memory_of(given, exported)
-        lines = not_tuned_at(memory if memory.slots_per_layer else None, ask.stream_of(given, exported), given.adapter)
+        exported = asking.recorded("m", given.adapter)
+        memory = asking.memory_of(given, exported)
+        lines = not_tuned_at(
+            memory if memory.slots_per_layer else None, asking.stream_of(given, exported), given.adapter
+        )
         assert all(any(name in line for line in lines) for name in named), lines
         assert len(lines) >= len(named) if place != "adapter" else bool(lines) == bool(named)
 
@@ -330,6 +333,7 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
     ("arguments", "what"),
     [
         (["--model", "m", "--video", "v.mp4"], "required: QUESTION, --ask or --prompt"),
+        (["--model", "m", "--video", "v.mp4", "--ask", "0:00: What?"], "nothing is seen at 0 s"),
         (["--model", "m", "--video", "v.mp4", "--ask", "5 What?"], "'5 What?' is not SECONDS: QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--prompt", "?"], "--prompt: questions are typed; leave out QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--at", "5", "--ask", "6: ?"], "--at: is the time of a QUESTION"),
