@@ -14,6 +14,7 @@ EXTRAS = {
     "pyarrow": "eval",
     "scipy": "eval",
     "matplotlib": "report",
+    "bitsandbytes": "quantize",
     "fastapi": "ui",
     "uvicorn": "ui",
     "gguf": "real",

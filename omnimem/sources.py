@@ -160,13 +160,15 @@ def _data_set_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             name, files = ("parquet", {"data_files": source.path}) if path.is_file() else (source.path, {})
             builder = datasets.load_dataset_builder(name, source.subset, **files)
-            kind = builder.name
-            if kind == "json":
+            cached = builder.name == "cache"  # of the hub, which cannot be reached: what an earlier run has stored
+            kind = builder.info.builder_name if cached else builder.name
+            if kind == "json" and not cached:
                 yield from _json_rows(source, builder)
                 return
             if kind not in TYPED:
                 what = f"is a data set of the kind {kind}, whose types are guessed"
-                raise ManifestError([f"{source.path}: {what}; give parquet, arrow, or JSON lines"])
+                cure = "give the folder of `hf download`" if cached else "give parquet, arrow, or JSON lines"
+                raise ManifestError([f"{source.path}: {what}; {cure}"])
             how = {**files, "split": source.split, "streaming": source.streaming}
             loaded = datasets.load_dataset(name, source.subset, **how)
         # 3. rows, with media as files

@@ -214,6 +214,10 @@ class Assembled(Backbone):
         package is not installed.
         """
         # 1. the description and the learned weights
+        if options.quantization is not None:
+            raise CheckpointError(
+                "model.quantization: the parts of an assembled base are not quantized; set it to null"
+            )
         folder = Path(options.path)
         parts, weights, norm, scale = _description(folder)
         # 2. the parts

@@ -34,6 +34,8 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
     adapter: str | None = None  # folder of an exported adapter that training starts from
+    # of the projections of the decoder layers: NF4 with double quantization by bitsandbytes, on a GPU alone
+    quantization: Literal["4bit"] | None = None
     processor: str | None = None  # folder or hub id with tokenizer and processors, if they are not at `path`
 
 

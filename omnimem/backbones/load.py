@@ -21,6 +21,7 @@ from omnimem.backbones.shapes import Shapes
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
 from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25Family
 from omnimem.checksums import SEAL, damage, is_sealed
+from omnimem.extras import require
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -43,11 +44,22 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
     decides the family. Raises CheckpointError when a file is missing or differs from sealed.json of an export, or no
     family knows the configuration.
     """
+    check_quantization(options)
     options = replace(options, path=checked_path(options.path))
     backbone = family_at(options.path).load(options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone
+
+
+def check_quantization(options: ModelOptions) -> None:
+    """Raises CheckpointError if `quantization` has no GPU, ModuleNotFoundError without bitsandbytes."""
+    if options.quantization is None:
+        return
+    if not torch.cuda.is_available():
+        what = f"model.quantization = {options.quantization} needs a GPU"
+        raise CheckpointError(f"{what}; set it to null (the weights are then those of model.dtype)")
+    require("bitsandbytes")
 
 
 def checked_path(path: str) -> str:

@@ -421,6 +421,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     return Load(
         dtype=getattr(torch, run.model.dtype),
         lora=run.tuning.lora,
+        quantized=run.model.quantization is not None,
         feature=0 if base else feature,
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,

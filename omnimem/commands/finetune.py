@@ -20,6 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.files import checkpoint_errors
+from omnimem.backbones.load import check_quantization
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_out
 from omnimem.cli.build import (
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str]) -> None:
     refuse_unseen_budget(run)
     refuse_mixed_precision(run)
     refuse_adapter(run)
+    check_quantization(run.model)
     warn(differences(run))
     require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
     # 2. decide on the run folder and the checkpoint

@@ -412,6 +412,9 @@ def refuse_adapter(run: RunConfig) -> None:
     if lora.dora and engine.get("zero_optimization", {}).get("stage") == 3:
         what = "tuning.lora.dora: needs the norm of every whole weight, which ZeRO-3 partitions"
         raise ConfigError([f"{what}; set train.deepspeed=deepspeed/zero2.json, or dora to false"])
+    if run.model.quantization and engine.get("zero_optimization", {}).get("stage") == 3:
+        what = f"model.quantization = {run.model.quantization}: ZeRO-3 partitions weights that are not packed"
+        raise ConfigError([f"{what}; set train.deepspeed=deepspeed/zero2.json, or quantization to null"])
     if lora.plus_ratio != 1 and "optimizer" in engine:
         what = "tuning.lora.plus_ratio: the optimizer section of train.deepspeed has one learning rate"
         raise ConfigError([f"{what}; remove that section, or plus_ratio"])
