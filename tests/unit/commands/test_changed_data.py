@@ -1,14 +1,13 @@
 """A resumed run says when its rows are not those that it was started with."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from omnimem.commands.finetune import changed_data, data_warnings
+from omnimem.commands.finetune import changed_data
 from omnimem.data import Sample
 from omnimem.sources import digest
 
@@ -35,8 +34,3 @@ def test_other_rows_on_resume_are_a_warning(record, rows, warned, tmp_path) -> N
     assert bool(changed_data(start, rows)) is warned
     start.checkpoint = None
     assert changed_data(start, rows) == []
-
-
-def test_what_rows_of_other_formats_left_open_is_a_warning_with_their_number() -> None:
-    odd = [replace(ROWS[0], id=f"{number}", remarks=("odd",) if number else ()) for number in range(3)]
-    assert data_warnings(odd, []) == ["data.train: 2 rows: odd"]
