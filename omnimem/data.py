@@ -1,7 +1,8 @@
 """Samples and manifests: JSON lines, checked as a whole; every problem is reported with file and line.
 
 A line: {"id", "video": path | null, "audio": path | null (the video's own track), "start", "end" (seconds, optional),
-"tracks": "video" | "audio" | null (both), "messages": [{"role", "content", "at": seconds | null, "loss": bool}],
+"tracks": "video" | "audio" | null (both), "prefix": text before the stream | null,
+"messages": [{"role", "content", "at": seconds | null, "loss": bool}],
 "meta": {...}}; without video and audio it is text alone. docs/data.md describes it with examples.
 Times are seconds of the file. A question is asked at time `at` on a fork of the stream, or after the end if it is null.
 Each user message is an independent question about the stream; the assistant message after it is its answer.
@@ -23,7 +24,7 @@ from omnimem.textfile import ManifestError, got, parse_object, path_problem, tex
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
-KEYS = ("id", "video", "audio", "tracks", "start", "end", "messages", "meta")
+KEYS = ("id", "video", "audio", "tracks", "start", "end", "prefix", "messages", "meta")
 CONVERT = "omnimem convert makes a manifest of such rows"
 OTHERS = ("conversations", "videos", "audios", "query", "prompt", "instruction")  # keys of other formats
 STILL = "still images are not streamed; make them a video, or remove them"
@@ -168,6 +169,7 @@ class Sample:
     start: float = 0.0
     end: float | None = None  # None: the end of the file
     tracks: Literal["video", "audio"] | None = None  # the one track that is read; None: both
+    prefix: str = ""  # text of the user's turn before the stream
     messages: tuple[Message, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     items: tuple[Item, ...] = ()  # one per question, in order; () in a manifest
@@ -175,6 +177,7 @@ class Sample:
     cluster: str = ""  # id of the recording: answers about one recording are not independent; "": the sample's id
     source: str = ""  # of several sources of a run, the name of its own
     origin: str = field(default="", compare=False)  # file:line
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # how its row was read, where that may surprise
 
     @property
     def has_stream(self) -> bool:
@@ -317,6 +320,7 @@ class _Row:
             "start": self.seconds(data, "start") or 0.0,
             "end": self.seconds(data, "end"),
             "tracks": self.track(data),
+            "prefix": self.prefix(data),
             "meta": self.meta(data),
         }
         # 2. check them together
@@ -360,7 +364,7 @@ class _Row:
         """A row without a file: text alone, which has no times and tracks."""
         if not self.text_only:
             self.problem("video", "neither video nor audio is given; name at least one file")
-        for key in [key for key in ("start", "end", "tracks") if data.get(key) is not None]:
+        for key in [key for key in ("start", "end", "tracks", "prefix") if data.get(key) is not None]:
             self.problem(key, "is about a file, and neither video nor audio is given; remove it, or name a file")
         messages = data.get("messages")
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -375,6 +379,15 @@ class _Row:
         elif value == "video" and data.get("video") is None and data.get("audio") is not None:
             self.problem("tracks", "is video, and only audio is given; name a video, or remove it")
         return value
+
+    def prefix(self, data: dict[str, Any]) -> str:
+        """The text before the stream; null: none."""
+        value = data.get("prefix")
+        if value is not None and not isinstance(value, str):
+            self.problem("prefix", f"expected text or null, got {got(value)}")
+        elif value is not None and (what := exceeds("text_characters", len(value))):
+            self.problem("prefix", f"its length of {what}")
+        return value if isinstance(value, str) else ""
 
     def seconds(self, data: dict[str, Any], key: str, where: str = "") -> float | None:
         value = data.get(key)

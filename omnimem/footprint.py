@@ -3,15 +3,17 @@
 Rows for parameters, optimizer and memory are exact; rows for activations and encoders are estimates and marked `~`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
-from typing import final
+from math import ceil, prod
+from typing import final, get_args
 
 import torch
 
 from omnimem.backbones.shapes import Shapes, TextShape
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
+from omnimem.tuning.lora import ATTENTION, Target
 
 COVERAGE = 20  # bytes saved by autograd per feature element when coverage is differentiable (measured: 20.8)
 TOGETHER = 32  # segments per encoder pass
@@ -24,6 +26,7 @@ class Load:
 
     dtype: torch.dtype  # of the frozen weights, keys and values
     lora: LoraOptions
+    quantized: bool = False  # the projections of the decoder layers, to 4 bits
     feature: int  # width of the redundancy feature; 0: not stored
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
@@ -86,10 +89,23 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
         return _exact(what, ceil(count * size / ranks), how)
 
     return [
-        row("weights, frozen", shapes.parameters, load.dtype.itemsize, 3),
+        *_frozen(shapes, load, row),
         row("LoRA weights", adapter, 2 if half else 4, 3),
         row("LoRA gradients", adapter, 2 if half else 4, 2),
         row("AdamW states", adapter, 12 if half else 8, 1),  # with a float32 copy of 16-bit weights
+    ]
+
+
+def _frozen(shapes: Shapes, load: Load, row: Callable[[str, int, int, int], Row]) -> list[Row]:
+    """The base model; quantized, the projections of its decoder layers have half a byte and scales per weight."""
+    if not load.quantized:
+        return [row("weights, frozen", shapes.parameters, load.dtype.itemsize, 3)]
+    names = ATTENTION if shapes.text.experts else get_args(Target)
+    packed = shapes.text.layers * sum(prod(shapes.text.projection(name)) for name in names)
+    size = ceil(packed * (1 / 2 + 1 / 64 + 4 / (64 * 256)))  # 4 bits, a byte per 64 weights, 4 bytes per 256 of those
+    return [
+        row("weights, frozen", shapes.parameters - packed, load.dtype.itemsize, 3),
+        _exact("weights, frozen, 4 bits", size, f"{packed:,} x 0.516 B"),
     ]
 
 

@@ -22,6 +22,10 @@ PAIRS = (("query", "response"), ("prompt", "completion"), ("instruction", "outpu
 LEARNED = ("loss", "weight", "train", "training")  # whether an answer is learned, in several tools' words
 TURN_KEYS = ("role", "from", "content", "value", "at", *LEARNED)
 HEARD = ("use_audio", "use_audio_in_video")  # whether the video's own audio track is read
+UNHEARD = (  # a row of video-SALMONN that its release reads without any audio
+    "an audio file beside the video, and no use_audio: the file is read here, and the release reads the frames alone; "
+    "add use_audio: true (the video's own track) or false"
+)
 CONTROL = re.compile(r"<\|\w+\|>")
 ELSEWHERE = re.compile(r"^(https?:|data:|s3:)")
 KNOWN = (
@@ -39,6 +43,24 @@ SAMPLING = (
     *("fps", "nframes", "max_frames", "min_frames", "max_pixels", "min_pixels", "total_pixels"),
     *("resized_height", "resized_width"),
 )
+WHOLE_RUN = "it is one for a whole run: remove it, and set stream.fps and stream.max_pixels"
+IN_TURN = "is given for the whole row; give it in the turn that it is about"
+# Keys of a row that ask for what a stream follows under another key, or not at all; others are kept under meta.
+ASKING: dict[str, str] = {
+    **dict.fromkeys((*SAMPLING, "video_fps", "num_frames", "max_num_frames"), WHOLE_RUN),
+    **dict.fromkeys((*LEARNED, "at"), IN_TURN),
+    **dict.fromkeys(("loss_mask", "loss_scale", "loss_weight", "mask", "weights"), f"{IN_TURN}, as `loss`"),
+    **dict.fromkeys(("sample_weight", "sampling_weight"), "rows have no weight; give data.train sources with `weight`"),
+    **dict.fromkeys(("time", "question_time", "query_time", "at_time", "ask_at"), f"{IN_TURN}, as `at`"),
+    **{f"{key}_{unit}": f"did you mean {key}?" for key in SPAN.values() for unit in ("time", "sec", "seconds")},
+    **{f"{kind}_{key}": f"did you mean {key}?" for kind in ("video", "clip") for key in SPAN.values()},
+    **dict.fromkeys(("clip", "trim", "span", "segment", "time_span"), "did you mean timestamps?"),
+    **{f"{kind}{each}": f"did you mean {kind}?" for kind in ("video", "audio") for each in ("_path", "_file", "_url")},
+    **dict.fromkeys(("system_prompt", "system_message"), "did you mean system?"),
+    **dict.fromkeys(("track", "modality", "use_video", "has_audio"), "did you mean tracks?"),
+    **dict.fromkeys(("frames", "image_path", "image_url"), STILL),
+    **dict.fromkeys(("skip", "ignore"), "remove it, and the row if it is not to be learned"),
+}
 PREFERENCE = ("chosen", "reject", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 NO_PREFERENCE = "preference rows have no loss here; keep the answer to learn alone, as {role: assistant}"
 
@@ -103,6 +125,7 @@ class _Content:
     """The text of a turn, the tags of its media in order, the files of its parts by kind, and a span of the video."""
 
     text: str
+    before: str = ""  # what is written before the first tag
     tags: list[str] = field(default_factory=list)
     files: list[tuple[str, Any]] = field(default_factory=list)
     span: dict[str, float] = field(default_factory=dict)
@@ -133,11 +156,12 @@ class _Row:
             self.problem("images", STILL)
         self.check_tags(messages, video, audio)
         span, tracks = self.span(), self.tracks(video, audio)
+        prefix = self.prefix(messages)
         # 2. the other keys
         if not isinstance(self.row.get("id", ""), str | int) or isinstance(self.row.get("id"), bool):
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
-        for key in [key for key in (*LEARNED, "at") if key in self.row]:
-            self.problem(key, "is given for the whole row; give it in the turn that it is about")
+        for key in [key for key in ASKING if key in self.row]:
+            self.problem(key, ASKING[key])
         for key in [key for key in PREFERENCE if key in self.row]:
             self.problem(key, NO_PREFERENCE)
         meta = self.meta()
@@ -153,6 +177,7 @@ class _Row:
             "video": self.placed("video", video),
             "audio": None if video and self.own_audio else self.placed("audio", audio),
             **({"tracks": tracks} if tracks else {}),
+            **({"prefix": prefix} if prefix else {}),
             **span,
             "messages": messages,
             "meta": meta,
@@ -223,6 +248,8 @@ class _Row:
             self.problem(keys[1], f"is given beside {keys[0]}; keep one of them")
         heard = next((self.row[key] for key in keys if key in HEARD), None)
         if heard is None:
+            if self.of_salmonn and video and audio and not keys:
+                self.remarks.append(UNHEARD)
             return self.row.get("tracks")
         if not isinstance(heard, bool):
             self.problem(keys[0], f"expected true or false, got {got(heard)}; correct it")
@@ -236,6 +263,26 @@ class _Row:
         return None
 
     # ----------------------------------------------------------------------------------------------------------- turns
+
+    @property
+    def of_salmonn(self) -> bool:
+        """Whether the row has the keys of video-SALMONN's training data."""
+        return "conversations" in self.row and bool({"video", "audio"} & self.row.keys())
+
+    def prefix(self, messages: list[dict[str, Any]]) -> str:
+        """What a row of video-SALMONN says before the tag, which the model reads before the stream; else it is empty.
+
+        It is taken from the first question, unless nothing is asked after the tag.
+        """
+        asked = next((turn for turn in messages if turn["role"] == "user"), None)
+        written = next((content.before for content in self.contents if content.tags), "")
+        if asked is None or not self.of_salmonn or not written.strip():
+            return ""
+        after = asked["content"].removeprefix(written.strip()).strip()
+        if not after:
+            return ""
+        asked["content"] = after
+        return written
 
     def pair(self) -> tuple[str, str] | None:
         """The keys of question and answer of a row without a list of turns."""
@@ -323,7 +370,8 @@ class _Row:
     def content(self, where: str, given: Any) -> _Content | None:
         """A text with tags, or a list of content parts, whose texts are joined as they are."""
         if isinstance(given, str):
-            return _Content(text=without_tags(given), tags=re.findall("|".join(TAGS), given))
+            tags = re.findall("|".join(TAGS), given)
+            return _Content(text=without_tags(given), before=given.partition(tags[0])[0] if tags else "", tags=tags)
         if not isinstance(given, list) or not given:
             self.problem(where, "expected text; write <video> and <audio> in it and list the files beside it")
             return None
@@ -351,7 +399,7 @@ class _Row:
         for key in [key for key in part if key not in ("type", *files, *spans)]:
             otherwise = "remove it"
             if key in SAMPLING:
-                otherwise = "it is one for a whole run: remove it, and set stream.fps and stream.max_pixels"
+                otherwise = WHOLE_RUN
             self.problem(f"{where}.{key}", unknown_key(key, (*files, *spans), otherwise))
         # 3. its text or file; without a file it stands for one of the row
         values: list[Any] = [part[key] for key in files if key in part]

@@ -7,6 +7,7 @@ Rows of files are read as text, exactly as written; a data set has declared type
 import hashlib
 import os.path
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,16 +70,27 @@ def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
     used: dict[str, str] = {}
     for number, (origin, row) in enumerate(islice(rows_of(source), source.rows), start=1):
         try:
-            sample, _, _ = convert_row(row, origin, f"{source.label}-{number:06d}", target)
+            sample, _, remarks = convert_row(row, origin, f"{source.label}-{number:06d}", target)
         except ManifestError as error:
             problems += error.problems
             continue
         if used.setdefault(sample.id, origin) != origin:
             problems.append(f"{origin} id: {sample.id!r} is already used at {used[sample.id]}; rename one")
-        samples.append(sample)
+        samples.append(replace(sample, remarks=tuple(remarks)))
     if problems or not samples:
         raise ManifestError(problems or [f"{source.path}: holds no rows; export it again"])
     return samples
+
+
+def remarks_on(samples: Iterable[Sample]) -> list[str]:
+    """What was remarked about the rows of samples, each with the number of rows and the first one."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for sample in samples:
+        counts.update(sample.remarks)
+        for remark in sample.remarks:
+            first.setdefault(remark, sample.origin)
+    return [f"{count:,} rows ({first[remark]} first): {remark}" for remark, count in counts.items()]
 
 
 def digest(samples: Iterable[Sample]) -> str:
@@ -86,6 +98,7 @@ def digest(samples: Iterable[Sample]) -> str:
     whole = hashlib.sha256()
     for each in samples:
         said = (each.id, str(each.video), str(each.audio), each.tracks, each.start, each.end, each.messages)
+        said = (*said, each.prefix) if each.prefix else said
         whole.update(f"{said}\n".encode())
     return whole.hexdigest()
 
@@ -147,13 +160,15 @@ def _data_set_rows(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             name, files = ("parquet", {"data_files": source.path}) if path.is_file() else (source.path, {})
             builder = datasets.load_dataset_builder(name, source.subset, **files)
-            kind = builder.name
-            if kind == "json":
+            cached = builder.name == "cache"  # of the hub, which cannot be reached: what an earlier run has stored
+            kind = builder.info.builder_name if cached else builder.name
+            if kind == "json" and not cached:
                 yield from _json_rows(source, builder)
                 return
             if kind not in TYPED:
                 what = f"is a data set of the kind {kind}, whose types are guessed"
-                raise ManifestError([f"{source.path}: {what}; give parquet, arrow, or JSON lines"])
+                cure = "give the folder of `hf download`" if cached else "give parquet, arrow, or JSON lines"
+                raise ManifestError([f"{source.path}: {what}; {cure}"])
             how = {**files, "split": source.split, "streaming": source.streaming}
             loaded = datasets.load_dataset(name, source.subset, **how)
         # 3. rows, with media as files

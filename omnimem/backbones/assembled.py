@@ -167,9 +167,9 @@ class Prompts:
             raise CheckpointError("the chat template does not render a user's turn as it is; give another model")
         return before, after
 
-    def opening(self, system: str | None = None) -> list[int]:
+    def opening(self, system: str | None = None, prefix: str = "") -> list[int]:
         """Ids before the stream."""
-        return self.text.ids(self.rendered(system)[0])
+        return self.text.ids(self.rendered(system)[0] + self.text.plain(prefix))
 
     def question(self, text: str) -> list[int]:
         """Ids of a question and the start of the answer's turn; control tokens of a user are text."""
@@ -214,6 +214,10 @@ class Assembled(Backbone):
         package is not installed.
         """
         # 1. the description and the learned weights
+        if options.quantization is not None:
+            raise CheckpointError(
+                "model.quantization: the parts of an assembled base are not quantized; set it to null"
+            )
         folder = Path(options.path)
         parts, weights, norm, scale = _description(folder)
         # 2. the parts
@@ -275,13 +279,13 @@ class Assembled(Backbone):
                 at=segment.at,
             )
 
-    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
-        return _Layout(self.embed(self.prompts.opening(system)).expand(batch, -1, -1))
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, prefix: str, group: int) -> Layout:
+        return _Layout(self.embed(self.prompts.opening(system, prefix)).expand(batch, -1, -1))
 
-    def framed(self, question: str, *, system: str | None = None) -> str:
+    def framed(self, question: str, *, system: str | None = None, prefix: str = "") -> str:
         """The opening, then the user's turn with the question."""
         before, after = self.prompts.rendered(system)
-        return (before + after).replace(CUT, "").replace(SAMPLE, question)
+        return before.replace(CUT, "") + prefix + after.replace(CUT, "").replace(SAMPLE, question)
 
     def probe(self, text: str | None) -> list[int]:
         """Ids of the text as it is; None: of the end of the user's turn and the start of the assistant's."""

@@ -34,6 +34,8 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     system: str | None = None  # None: the chat template's own system text
     adapter: str | None = None  # folder of an exported adapter that training starts from
+    # of the projections of the decoder layers: NF4 with double quantization by bitsandbytes, on a GPU alone
+    quantization: Literal["4bit"] | None = None
     processor: str | None = None  # folder or hub id with tokenizer and processors, if they are not at `path`
 
 
@@ -135,6 +137,19 @@ class Part:
         """Number of tokens."""
         return self.embeddings.shape[1]
 
+    def between(self, first: int, last: int) -> "Part":
+        """Some of the tokens, with their own deepstack features, which are in order of the frames."""
+        visual = self.modality == Modality.VISUAL
+        before, inside = int(visual[:first].sum()), int(visual[first:last].sum())
+        return Part(
+            embeddings=self.embeddings[:, first:last],
+            positions=self.positions[:, first:last],
+            modality=self.modality[first:last],
+            place=self.place[:, first:last],
+            deepstack=tuple(level[:, before : before + inside] for level in self.deepstack) if inside else (),
+            next_position=self.next_position,
+        )
+
 
 def raster(grid: tuple[int, int, int], first: int = 0) -> Int[Tensor, "3 tokens"]:
     """Frame (from `first`), row and column of the tokens of a grid, row by row."""
@@ -229,8 +244,11 @@ class Backbone(ABC):
             return self.text_model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=self.device))
 
     @abstractmethod
-    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, group: int) -> Layout:
-        """The layout of a new stream; `group` is the number of frame grids that share a timestamp."""
+    def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, prefix: str, group: int) -> Layout:
+        """The layout of a new stream after the text `prefix` of the user's turn.
+
+        `group` is the number of frame grids that share a timestamp.
+        """
 
     def chunks(
         self,
@@ -241,9 +259,16 @@ class Backbone(ABC):
         batch: int = 1,
         cuts: Sequence[float] = (),
         system: str | None = None,
+        prefix: str = "",
         group: int = 1,
+        split: bool = False,
+        inside: bool = False,
     ) -> Iterator[Chunk]:
         """The opening of the prompt, then the stream in chunks of at most `chunk_tokens` tokens.
+
+        A chunk ends at the last part that fits or, with `inside`, after exactly `chunk_tokens` tokens of the whole
+        prompt, be it within a frame (release). `split`: the parts of these chunks, each as soon as it is complete;
+        `Chunk.joined` joins them.
 
         A chunk also ends with the last segment that is complete at a cut (seconds), so that a question asked at that
         time sees nothing later. A rest (`Encoded.at`), and what the layout holds back at a cut, become chunks of their
@@ -251,10 +276,12 @@ class Backbone(ABC):
         `chunk_tokens`.
         """
         # 1. the opening
-        layout = self.layout(tracks=tracks, batch=batch, system=system, group=group)
-        yield replace(_chunk([layout.opening()], 0.0), tracks=tracks)
+        layout = self.layout(tracks=tracks, batch=batch, system=system, prefix=prefix, group=group)
+        opening = layout.opening()
+        yield replace(_chunk([opening], 0.0), tracks=tracks)
         # 2. the segments, and before each what precedes the questions up to it
-        chunker, waiting = _Chunker(chunk_tokens), sorted(set(cuts))
+        chunker = _Chunker(chunk_tokens, inside, opening.count % chunk_tokens, split=split)
+        waiting = sorted(set(cuts))
         for segment in segments:
             if segment.at is None and not segment.count:  # audio of less than one token
                 continue
@@ -263,10 +290,10 @@ class Backbone(ABC):
             if segment.at is not None or any(segment.start <= cut for cut in passed):
                 yield from chunker.flush(more=layout.holds)
             for cut in passed:
-                yield from _rest(copy(layout), None, cut, chunk_tokens)
+                yield from _rest(copy(layout), None, cut, _Chunker(chunk_tokens, inside))
             waiting = [cut for cut in waiting if cut not in passed and cut != segment.at]
             if segment.at is not None:
-                yield from _rest(copy(layout), segment, segment.at, chunk_tokens)
+                yield from _rest(copy(layout), segment, segment.at, _Chunker(chunk_tokens, inside))
             else:
                 yield from chunker.add(layout.push(segment), end, f"a segment of {segment.seconds:g} s")
         # 3. what the layout held back until the end
@@ -274,7 +301,7 @@ class Backbone(ABC):
         yield from chunker.flush()
 
     @abstractmethod
-    def framed(self, question: str, *, system: str | None = None) -> str:
+    def framed(self, question: str, *, system: str | None = None, prefix: str = "") -> str:
         """The prompt as text, without the stream."""
 
     @abstractmethod
@@ -287,36 +314,52 @@ class Backbone(ABC):
 
 
 class _Chunker:
-    """Joins parts to chunks of at most `chunk_tokens` tokens."""
+    """Joins parts to chunks of at most `chunk_tokens` tokens; with `inside` parts are cut where a chunk is full.
 
-    def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens, self.seconds = chunk_tokens, 0.0
+    The first `before` tokens of the first chunk are already out. `split`: each part is a chunk.
+    """
+
+    def __init__(self, chunk_tokens: int, inside: bool = False, before: int = 0, *, split: bool = False) -> None:
+        self.chunk_tokens, self.inside, self.split, self.seconds = chunk_tokens, inside, split, 0.0
+        self._before = before if inside else 0
         self._held: list[Part] = []
+
+    @property
+    def room(self) -> int:
+        """Tokens that the chunk can still take."""
+        return self.chunk_tokens - self._before - sum(held.count for held in self._held)
 
     def add(self, parts: Sequence[Part], seconds: float, what: str) -> Iterator[Chunk]:
         """Add parts that need the stream up to `seconds`; yields the chunks that they complete."""
         for number, part in enumerate(parts):
+            while self.inside and part.count > self.room:
+                if fits := self.room:
+                    self._held.append(part.between(0, fits))
+                    self.seconds = seconds
+                yield from self.flush(more=fits > 0 or number > 0)
+                part = part.between(fits, part.count)
             if part.count > self.chunk_tokens:
                 inside = "" if len(parts) == 1 else f"a part of {len(parts)} of "
                 raise LayoutError(
                     f"{inside}{what} has {part.count} tokens, more than stream.chunk_tokens = {self.chunk_tokens}; "
                     "raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
                 )
-            if sum(held.count for held in self._held) + part.count > self.chunk_tokens:
+            if part.count > self.room:
                 yield from self.flush(more=number > 0)
             self._held.append(part)
             self.seconds = seconds
+            if self.split:
+                yield from self.flush(more=number + 1 < len(parts))
 
     def flush(self, *, more: bool = False) -> Iterator[Chunk]:
         """The held parts as a chunk, if there are any; `more` up to the same time follow."""
         if self._held:
-            held, self._held = self._held, []
+            held, self._held, self._before = self._held, [], 0
             yield replace(_chunk(held, self.seconds), more=more)
 
 
-def _rest(layout: Layout, segment: Encoded | None, at: float, chunk_tokens: int) -> Iterator[Chunk]:
+def _rest(layout: Layout, segment: Encoded | None, at: float, chunker: "_Chunker") -> Iterator[Chunk]:
     """The chunks between the stream and the end of a file that is cut at a question."""
-    chunker = _Chunker(chunk_tokens)
     pushed = [] if segment is None or not segment.count else layout.push(segment)
     seconds = at if segment is None else segment.start + segment.seconds
     parts = [*pushed, *layout.finish()]

@@ -13,21 +13,26 @@ from omnimem.backbones.base import Backbone, ModelOptions
 from omnimem.backbones.family import Family
 from omnimem.backbones.files import AGAIN, CheckpointError, ShapesError, require_whole
 from omnimem.backbones.qwen2_5_omni import Qwen25OmniFamily
+from omnimem.backbones.qwen2_5_vl import Qwen25VLFamily
 from omnimem.backbones.qwen3_omni import Qwen3OmniFamily
 from omnimem.backbones.qwen3_vl import Qwen3VLFamily
 from omnimem.backbones.settings import read_json
 from omnimem.backbones.shapes import Shapes
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25Family
 from omnimem.checksums import SEAL, damage, is_sealed
+from omnimem.extras import require
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
 
 # the first that claims a config.json loads it
 FAMILIES: tuple[Family, ...] = (
     VideoSalmonn2PlusFamily(),
+    VideoSalmonn2PlusQwen25Family(),
     Qwen3VLFamily(),
     Qwen3OmniFamily(),
     Qwen25OmniFamily(),
+    Qwen25VLFamily(),
     AssembledFamily(),
 )
 
@@ -39,15 +44,35 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
     decides the family. Raises CheckpointError when a file is missing or differs from sealed.json of an export, or no
     family knows the configuration.
     """
-    options = replace(options, path=shipped(options.path))
-    if is_sealed(Path(options.path)) and (what := damage(Path(options.path))):
-        raise CheckpointError(
-            f"{options.path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
-        )
+    check_quantization(options)
+    options = replace(options, path=checked_path(options.path))
     backbone = family_at(options.path).load(options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone
+
+
+def check_quantization(options: ModelOptions) -> None:
+    """Raises CheckpointError if `quantization` has no GPU, ModuleNotFoundError without bitsandbytes."""
+    if options.quantization is None:
+        return
+    if not torch.cuda.is_available():
+        what = f"model.quantization = {options.quantization} needs a GPU"
+        raise CheckpointError(f"{what}; set it to null (the weights are then those of model.dtype)")
+    require("bitsandbytes")
+
+
+def checked_path(path: str) -> str:
+    """The path of a checkpoint, which may be distributed with the package (`shipped`).
+
+    Raises CheckpointError for a folder that differs from its sealed.json.
+    """
+    path = shipped(path)
+    if is_sealed(Path(path)) and (what := damage(Path(path))):
+        raise CheckpointError(
+            f"{path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
+        )
+    return path
 
 
 def family_at(path: str) -> Family:

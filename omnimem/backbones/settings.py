@@ -1,5 +1,6 @@
 """Reading a checkpoint in the hub's layout: weights, preprocessor settings, chat template."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.utils import cached_file
 
@@ -17,6 +18,9 @@ from omnimem.textfile import StoredFileError, read_stored
 
 # files with settings of the feature extractor and video processor; a later one counts
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+PROJECTION = re.compile(  # of decoder layers; encoders match nowhere
+    r"(?:(?:.*\.)?(?:model|language_model)\.)?layers\.\d+\.(?:self_attn|mlp)\.(?:q|k|v|o|gate|up|down)_proj"
+)
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -78,8 +82,8 @@ def _file(path: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def only(model: nn.Module, kind: type[Module]) -> Module:
-    """The only submodule of a class, at any depth: transformers 5.21 nests the parts one level deeper."""
+def only(model: nn.Module, kind: type[Module] | tuple[type[Module], ...]) -> Module:
+    """The only submodule of a class, or of several, at any depth, which depends on the version of transformers."""
     (found,) = (module for module in model.modules() if isinstance(module, kind))
     return found
 
@@ -104,9 +108,11 @@ def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: b
     when weights are left over, which it would ignore.
     """
     with _without_zero3(), torch.device("meta"):
-        require_size(options.path, sum(weight.numel() for weight in model_class(config).parameters()))
+        outline = model_class(config)
+    require_size(options.path, sum(weight.numel() for weight in outline.parameters()))
     model, found = model_class.from_pretrained(
         options.path,
+        **_quantized(options, outline),
         dtype=getattr(torch, options.dtype),
         use_safetensors=True,
         trust_remote_code=False,
@@ -114,3 +120,19 @@ def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: b
     )
     require_weights(options.path, found, exact=exact)
     return model
+
+
+def _quantized(options: ModelOptions, outline: nn.Module) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for `options.quantization`: encoders, head and gates stay as they are."""
+    if options.quantization is None:
+        return {}
+    linear = (name for name, module in outline.named_modules() if isinstance(module, nn.Linear))
+    kept = [re.escape(name) for name in linear if not PROJECTION.fullmatch(name)]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, options.dtype),
+        llm_int8_skip_modules=kept,  # used for 4 bits too
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}

@@ -5,7 +5,7 @@ They determine the shares of layers and modalities, and the shares determine the
 """
 
 from omnimem.budget.allocation import BudgetError, Shares, Slots
-from omnimem.budget.options import AudioVisualBudget, BudgetOptions, SharedBudget, SplitBudget
+from omnimem.budget.options import AudioVisualBudget, BudgetOptions, ReleasedBudget, SharedBudget, SplitBudget, scaled
 from omnimem.budget.signals import Readings, Signals
 from omnimem.budget.table import Budget
 
@@ -15,9 +15,11 @@ __all__ = [
     "BudgetError",
     "BudgetOptions",
     "Readings",
+    "ReleasedBudget",
     "SharedBudget",
     "Shares",
     "Signals",
     "Slots",
     "SplitBudget",
+    "scaled",
 ]

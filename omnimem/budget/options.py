@@ -107,25 +107,58 @@ class AudioVisualBudget:
 
     def _scale(self, read: Budget, layers: int, slots_per_layer: int) -> Budget:
         """Budget of a table without signals: scaled to slots_per_layer exactly, or unchanged when truncated."""
-        _same_layers(read.layers, layers, self.table)
-        if read.unlimited or (read.split and read.shares is None):
-            raise BudgetError(f"{self.table}: holds no shares of a memory; set budget: {{name: shared}} instead")
         if self.rounding == "exact":
-            if read.shares is not None:
-                return Budget(slots=read.shares.slots(slots_per_layer), lend=self.lend, shares=read.shares)
-            require(slots_per_layer, modalities=1)
-            total = slots_per_layer * layers
-            pools = apportion([float(sum(pair)) for pair in read.slots], total, [1] * layers, [total] * layers)
-            return replace(read, slots=tuple((0, pool) for pool in pools))
-        if abs(read.total / layers / slots_per_layer - 1) > WITHIN:
-            raise BudgetError(
-                f"{self.table}: holds {read.total / layers:.0f} slots per layer, slots_per_layer is {slots_per_layer}; "
-                "set budget.rounding: exact to scale the table, or change slots_per_layer"
-            )
-        return replace(read, lend=self.lend, signals=None, provenance={})
+            _require_table(read, layers, self.table)
+            return replace(scaled(read, slots_per_layer), lend=self.lend, provenance={})
+        cure = "set budget.rounding: exact to scale the table, or change slots_per_layer"
+        return replace(_unchanged(read, layers, slots_per_layer, self.table, cure), lend=self.lend)
 
 
-BudgetOptions = SharedBudget | SplitBudget | AudioVisualBudget
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReleasedBudget:
+    """A table exactly as it stands, without lending: [audio, visual] of each layer, or one pool per layer."""
+
+    name: Literal["as_released"] = "as_released"
+    table: str  # a budget file of the release, whose mean over the layers is about slots_per_layer
+    needs_signals: ClassVar[bool] = False  # whether `build` needs a calibration
+
+    def build(self, layers: int, slots_per_layer: int, signals: Signals | None = None) -> Budget:
+        """The table, for a model of `layers` layers.
+
+        Raises BudgetError when it is of another number of layers, or its mean differs from slots_per_layer by a tenth.
+        """
+        cure = "set slots_per_layer to that, or budget: {name: audio_visual, table: ...}, which scales the table"
+        read = Budget.read(Path(self.table))
+        return replace(_unchanged(read, layers, slots_per_layer, self.table, cure), lend=False)
+
+
+BudgetOptions = SharedBudget | SplitBudget | AudioVisualBudget | ReleasedBudget
+
+
+def scaled(table: Budget, slots_per_layer: int) -> Budget:
+    """A table of shares or pools at another size, exact to the slot."""
+    if table.shares is not None:
+        return replace(table, slots=table.shares.slots(slots_per_layer))
+    require(slots_per_layer, modalities=1)
+    total = slots_per_layer * table.layers
+    pools = apportion([float(sum(pair)) for pair in table.slots], total, [1] * table.layers, [total] * table.layers)
+    return replace(table, slots=tuple((0, pool) for pool in pools))
+
+
+def _unchanged(table: Budget, layers: int, slots_per_layer: int, source: str, cure: str) -> Budget:
+    """The slots of a table as they are."""
+    _require_table(table, layers, source)
+    mean = table.total / layers
+    if abs(mean / slots_per_layer - 1) > WITHIN:
+        raise BudgetError(f"{source}: holds {mean:.0f} slots per layer, slots_per_layer is {slots_per_layer}; {cure}")
+    return replace(table, signals=None, provenance={})
+
+
+def _require_table(table: Budget, layers: int, source: str) -> None:
+    _same_layers(table.layers, layers, source)
+    if table.unlimited or (table.split and table.shares is None):
+        raise BudgetError(f"{source}: holds no shares of a memory; set budget: {{name: shared}} instead")
 
 
 def _same_layers(found: int, layers: int, source: str) -> None:

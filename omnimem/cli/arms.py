@@ -34,16 +34,30 @@ BY_COST += ("tuned_full_memory",)
 def applicable(run: RunConfig, *, tuned: bool, backbone: Backbone | None = None) -> tuple[str, ...]:
     """The arms that a run without --arm evaluates; a loaded model tells which probes have a meaning.
 
-    Left out are tracks that the model cannot read, and text alone where its streams contain none.
+    Left out are tracks that the model cannot read, the only one that it reads, which is full memory once more, and text
+    alone where its streams contain none.
     """
     probes = (*PROBES, *(TEXT_ONLY if backbone and backbone.stamped else ())) if run.evaluate.probes else ()
-    names = [*BASE, *TUNED[:2], *(name for name in probes if backbone is None or readable(name, backbone))]
+    if backbone is not None:
+        probes = tuple(name for name in probes if readable(name, backbone) and not repeated(name, backbone))
+    names = [*BASE, *TUNED[:2], *probes]
     return tuple(name for name in names if tuned or name not in TUNED)
 
 
 def readable(name: str, backbone: Backbone) -> bool:
     """Whether the model reads the track that this arm is about; true of arms with the tracks of the run."""
     return TRACKS.get(name) is None or TRACKS[name] in backbone.senses
+
+
+def repeated(name: str, backbone: Backbone) -> bool:
+    """Whether this arm reads the only track that the model reads, as full memory does."""
+    return backbone.senses == (TRACKS.get(name),)
+
+
+def left_out(run: RunConfig, backbone: Backbone) -> list[str]:
+    """A line about the arm that a run leaves out because it would be full memory once more."""
+    names = [name for name in PROBES if run.evaluate.probes and repeated(name, backbone)]
+    return [f"arm {name} is left out: the model reads this track alone, so it is full_memory" for name in names]
 
 
 def check_readable(names: Sequence[str], backbone: Backbone) -> None:

@@ -92,6 +92,9 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path, released: bool) -> tuple
             f"{tuned.run.model.path}: the parts of an assembled base stay in their packages, so it cannot be merged; "
             "give --format adapter"
         )
+    if kind == "merged" and tuned.run.model.quantization is not None:
+        what = f"model.quantization = {tuned.run.model.quantization}: merging would round the adapter to packed weights"
+        raise AdapterError(f"{what}; give --format adapter")
     base = BaseModel.of(tuned.run.model.path)
     exported = tuned.exported(kind, base)
     check = ExportCheck(backbone, exported)

@@ -34,6 +34,8 @@ _LIGER = "it replaces the modules that streams attach to; remove it"
 _SHARDED = "use deepspeed: deepspeed/zero3.json partitions the weights too"
 _LENGTH = "streams have any length; set stream.chunk_tokens and memory.slots_per_layer"
 _IMAGES = "still images are not streamed; make them a video, or remove them"
+_SAVED = "encoders and their projectors are frozen: each stream is encoded once, without gradient; remove it"
+_FOUR = "set model.quantization: 4bit"
 UNFIT = {  # settings of other trainers that do not go with a memory of streams, in whatever section they are given
     **dict.fromkeys(("packing", "eval_packing", "neat_packing", "packing_strategy", "padding_free"), _PACKED),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode", "torchdynamo"), _COMPILED),
@@ -41,6 +43,8 @@ UNFIT = {  # settings of other trainers that do not go with a memory of streams,
     **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"), _SHARDED),
     **dict.fromkeys(("max_length", "max_seq_length", "cutoff_len", "model_max_length"), _LENGTH),
     **dict.fromkeys(("images", "image_folder", "image_dir"), _IMAGES),
+    **dict.fromkeys(("modules_to_save", "additional_target", "freeze_aligner", "train_projectors"), _SAVED),
+    **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits", "quant_method"), _FOUR),
 }
 LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")

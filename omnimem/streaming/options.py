@@ -18,6 +18,8 @@ class StreamOptions:
     max_pixels: int = 176_400  # per frame: 420 x 420, as in the release
     min_pixels: int = 3_136  # per frame; smaller frames are enlarged
     chunk_tokens: int = 16_384  # an upper limit: a chunk ends at the last grid that fits
+    # where chunks end: grid, or tokens: after exactly chunk_tokens, also within a frame (release)
+    cut: Literal["grid", "tokens"] = "grid"
     positions: Literal["original", "compact"] = "original"  # compact: kept tokens move up at the model's trained range
     tracks: TracksOption = "both"  # both: those that a file has; require_both: a file without one is refused
     # at most this many timestamps in a stream, of models that write them (`total_timestamps` of the release, 256 in the

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from omnimem.backbones.base import Encoded
 from omnimem.backbones.prompt_text import PromptText
-from omnimem.backbones.qwen3_vl import END, HALVES, TEMPLATE, StampedLayout
+from omnimem.backbones.qwen import END, HALVES, VIDEO, template_of
+from omnimem.backbones.qwen3_vl import StampedLayout
 from omnimem.backbones.video_salmonn2_plus import CLASSES, VideoSalmonn2Plus
 from omnimem.recall.worlds import CELLS, TOKEN_SECONDS
 from omnimem.tiny.base import Layout, TinyBase, layout_of, rescale_convolutions, scale_weights, tokenizer_of
@@ -105,7 +106,7 @@ class SalmonnBase(TinyBase):
     @classmethod
     def create(cls, seed: int) -> "SalmonnBase":
         # 1. weights of variance 1 / fan-in
-        tokenizer = tokenizer_of(SPECIAL, TEMPLATE, ["seconds"])
+        tokenizer = tokenizer_of(SPECIAL, template_of(VIDEO), ["seconds"])
         torch.manual_seed(seed)
         model = CLASSES["qwen3_vl"][1](build_config(tokenizer))
         scale_weights(model)

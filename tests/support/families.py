@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -17,18 +19,24 @@ from transformers import Qwen3OmniMoeThinkerConfig as Qwen3OmniConfig
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration as Qwen3OmniModel
 
 from omnimem.backbones.base import Backbone
-from omnimem.backbones.qwen3_vl import TEMPLATE
+from omnimem.backbones.qwen import VIDEO, template_of
 from omnimem.backbones.video_salmonn2_plus import CLASSES as SALMONN
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import CLASSES as SALMONN_25
 from omnimem.media import LiveSource, SourceOptions
 from omnimem.tiny.omni import build_tokenizer
 from support import thinkers
 
-NAMES = ("qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni")
+NAMES = (
+    *("qwen2_5_omni", "qwen2_5_vl", "video_salmonn2_plus_qwen2_5"),
+    *("video_salmonn2_plus", "video_salmonn2_plus_moe", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni"),
+)
 WORDS = ("vision_start", "vision_end", "image_pad", "video_pad", "audio_pad", "audio_start", "audio_end")
 MARKS = tuple(f"<|{word}|>" for word in WORDS)
 CLASSES: dict[str, tuple[Any, Any]] = {
     "video_salmonn2_plus": SALMONN["qwen3_vl"],
     "video_salmonn2_plus_moe": SALMONN["qwen3_vl_moe"],
+    "video_salmonn2_plus_qwen2_5": SALMONN_25,
+    "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_omni": (Qwen3OmniConfig, Qwen3OmniModel),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
@@ -40,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer with the markers and the template of Qwen3-VL."""
     made = build_tokenizer()
     made.add_special_tokens({"additional_special_tokens": list(MARKS)})
-    made.chat_template = TEMPLATE
+    made.chat_template = template_of(VIDEO)
     return made
 
 
@@ -75,6 +83,8 @@ def table_of(name: str, words: PreTrainedTokenizerFast, *, tied: bool = False) -
             **{"num_mel_bins": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48},
             **{"d_model": 32, "output_dim": 64, "n_window": 50, "n_window_infer": 800, "downsample_hidden_size": 8},
         }
+    if "2_5" in name:
+        table = _of_qwen2_5(table)
     if name.startswith("video"):
         table["audio_token_id"] = ids[MARKS[4]]
         table["audio_config"] = {
@@ -87,6 +97,19 @@ def table_of(name: str, words: PreTrainedTokenizerFast, *, tied: bool = False) -
             },
         }
     return table
+
+
+def _of_qwen2_5(table: dict[str, Any]) -> dict[str, Any]:
+    """As transformers 4.51 writes it: the fields of the text model side by side with the others."""
+    text = {key: value for key, value in table["text_config"].items() if key not in ("rope_parameters", "head_dim")}
+    vision = {
+        **{"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "in_chans": 3},
+        **{"spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "window_size": 56},
+        **{"fullatt_block_indexes": [1], "tokens_per_second": 2, "model_type": "qwen2_5_vl"},
+    }
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}
+    outer = {key: value for key, value in table.items() if key not in ("text_config", "vision_config")}
+    return {**outer, **text, **rope, "vision_config": vision, "model_type": "qwen2_5_vl"}
 
 
 def write(folder: Path, name: str, *, tied: bool = False, seed: int = 0, processor: Path | None = None) -> Path:
@@ -108,7 +131,8 @@ def write(folder: Path, name: str, *, tied: bool = False, seed: int = 0, process
     # 2. the buffer that the release stores
     if name.startswith("video"):
         weights = load_file(folder / "model.safetensors")
-        weights["model.audio.qformer.bert.embeddings.position_ids"] = torch.arange(512)[None]
+        inside = next(key for key in weights if key.endswith("audio.q_tokens")).removesuffix("q_tokens")
+        weights[f"{inside}qformer.bert.embeddings.position_ids"] = torch.arange(512)[None]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     # 3. tokenizer and processor
     beside = processor or folder

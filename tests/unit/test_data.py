@@ -83,6 +83,8 @@ ABSOLUTE = {**GOOD, "video": "/srv/a.mp4"}
         ({"audio": "/srv/a.wav"}, "1 audio: /srv/a.wav is outside the folder"),
         ({"start": True}, "1 start: expected seconds"),
         ({"start": 5, "end": 5}, "1 end: 5.0 is not after start = 5.0"),
+        ({"prefix": 3}, "1 prefix: expected text or null, got 3"),
+        ({"prefix": "a" * 70_000}, "1 prefix: its length of "),
         ({"meta": {"kinds": ["visual", "visual"]}}, "1 meta.kinds: expected one word per question (1)"),
         ({"messages": [{"role": "human", "content": "?"}]}, "1 messages[0].role: expected system, user, assistant,"),
         ({"messages": [{"role": "user", "content": " "}]}, "1 messages[0].content: expected text"),

@@ -187,3 +187,12 @@ def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute,
     found = footprint(replace(shapes, text=replace(shapes.text, layers=7)), load)
     table = sum(row.bytes for row in found if row.what.startswith(("activations", "memories in the graph")))
     assert table / 2**30 == pytest.approx(measured["transient_gib"], rel=0.25)
+
+
+def test_quantized_projections_have_half_a_byte_and_scales_per_weight() -> None:
+    """7B: 6.53e9 weights in the decoder's projections, as their shapes multiply."""
+    whole, packed = rows_of(LOAD), rows_of(replace(LOAD, quantized=True))
+    weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    rest = whole["weights, frozen"].bytes - weights * LOAD.dtype.itemsize
+    assert packed["weights, frozen"].bytes == rest
+    assert packed["weights, frozen, 4 bits"].bytes == pytest.approx(0.5159 * weights, rel=1e-3)

@@ -69,6 +69,41 @@ def test_every_format_of_the_same_row_is_the_same_sample(row) -> None:
     assert (question.text, question.answer, question.loss) == ("what ?", "that", True)
 
 
+@pytest.mark.parametrize(
+    ("written", "prefix", "asked"),
+    [
+        ("Choose one letter.\n<image>\nWhich ?", "Choose one letter.\n", "Which ?"),
+        ("  Choose. <video>Which ?", "  Choose. ", "Which ?"),
+        ("it <video> it", "it ", "it"),
+        ("<image>\nWhich ?", "", "Which ?"),
+        ("\n<image>\nWhich ?", "", "Which ?"),
+        ("Which ?\n<image>", "", "Which ?"),
+        ("Which ?", "", "Which ?"),
+    ],
+)
+def test_what_the_release_writes_before_the_tag_is_read_before_the_stream(written, prefix, asked) -> None:
+    talk = [{"from": "human", "value": written}, TALK[1]]
+    sample, _ = converted({"video": "a.mp4", "conversations": talk})
+    assert (sample.prefix, sample.questions[0].text) == (prefix, asked)
+    others = [{**talk[0], "value": written.replace("<image>", "<video>")}, TALK[1]]
+    of_others, _ = converted({"videos": ["a.mp4"], "conversations": others})
+    assert of_others.prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({"audio": "a.wav"}, True),
+        ({"audio": "a.wav", "use_audio": True}, False),
+        ({}, False),
+        ({"use_audio": True}, False),
+    ],
+)
+def test_an_audio_file_that_the_release_would_not_read_is_warned_of(more, warned) -> None:
+    _, remarks = converted({"video": "a.mp4", "conversations": TALK, **more})
+    assert any("no use_audio: the file is read here" in remark for remark in remarks) == warned
+
+
 def test_text_of_parts_is_kept_as_written_with_signs_that_look_like_tags() -> None:
     sample, _ = converted(parts(VIDEO, {"type": "text", "text": "\nwhat is <video> ?\n"}))
     assert sample.questions[0].text == "\nwhat is <video> ?\n"
@@ -156,6 +191,24 @@ def test_earlier_turns_and_a_second_input_are_kept() -> None:
         ({"video": "a.mp4", "conversations": [TALK[0], {"from": "chosen", "value": "x"}]}, "preference rows"),
         ({"messages": [{**ASKED, "at": 3}]}, "messages[0].at: is a time of a file, and none is given"),
         ({"query": "a ?", "tracks": "video"}, "tracks: is about a file, and neither video nor audio is given"),
+        *(
+            ({"messages": [ASKED, ANSWER], "video": "a.mp4", key: value}, f"{key}: {said}")
+            for key, value, said in (
+                *(("fps", 2, "it is one for a whole run"), ("nframes", 8, "it is one for a whole run")),
+                *((key, 1, "did you mean start?") for key in ("start_time", "start_sec", "video_start", "clip_start")),
+                *((key, 4, "did you mean end?") for key in ("end_time", "end_seconds", "video_end")),
+                *(("clip", [1, 2], "did you mean timestamps?"), ("trim", [1, 2], "did you mean timestamps?")),
+                *(("video_path", "b.mp4", "did you mean video?"), ("audio_file", "b.wav", "did you mean audio?")),
+                *((key, 0, "is given for the whole row") for key in ("loss", "weight", "train", "training", "at")),
+                *((key, [0], "is given for the whole row") for key in ("loss_mask", "loss_scale", "mask", "weights")),
+                *((key, 3, "is given for the whole row") for key in ("time", "question_time")),
+                ("system_prompt", "Listen.", "did you mean system?"),
+                ("modality", "audio", "did you mean tracks?"),
+                ("sample_weight", 2, "rows have no weight"),
+                ("frames", ["a.png"], "still images are not streamed"),
+                ("skip", True, "remove it, and the row"),
+            )
+        ),
         ({"messages": [{**ASKED, "tool_calls": []}], "video": "a.mp4"}, "messages[0].tool_calls: unknown key"),
     ],
 )

@@ -2,15 +2,15 @@
 
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from omnimem import sources
 from omnimem.data import DataOptions, DataSource, ManifestError, Sample
-from omnimem.sources import digest, read_source, training_samples
+from omnimem.sources import digest, read_source, remarks_on, training_samples
 
 TURNS = [
     {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "on 2020-01-02 ?"}]},
@@ -97,14 +97,36 @@ def test_a_column_that_is_no_json_is_named(tmp_path) -> None:
         read_source(DataSource(path=str(tmp_path / "set")), allow_absolute=False)
 
 
-def test_a_hub_id_is_loaded_with_its_subset_and_split(monkeypatch, tmp_path) -> None:
-    asked: list[Any] = []
+def cached(folder: Path, builder: str, config: str) -> None:
+    """A data set of the hub as `datasets` stores it, for a machine that cannot reach the hub."""
+    place = folder / "owner___name" / config / "0.0.0" / ("a" * 40)
+    place.mkdir(parents=True)
     data = datasets.Dataset.from_list(ROWS)
-    monkeypatch.setattr(sources.datasets, "load_dataset_builder", lambda *given: type("B", (), {"name": "parquet"}))
-    monkeypatch.setattr(sources.datasets, "load_dataset", lambda *given, **how: (asked.append((given, how)), data)[1])
-    source = DataSource(path="owner/name", subset="long", split="test", rows=2)
+    with datasets.arrow_writer.ArrowWriter(path=str(place / "name-test.arrow"), features=data.features) as writer:
+        for row in ROWS:
+            writer.write(row)
+        count, size = writer.finalize()
+    splits = datasets.SplitDict(dataset_name="name")
+    splits.add(datasets.SplitInfo(name="test", num_bytes=size, num_examples=count))
+    names = {"builder_name": builder, "dataset_name": "name", "config_name": config, "version": "0.0.0"}
+    datasets.DatasetInfo(features=data.features, splits=splits, **names).write_to_directory(str(place))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_id_is_read_from_the_cache_with_its_subset_and_split(streaming, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    cached(tmp_path / "hf", "parquet", "long")
+    source = DataSource(path="owner/name", subset="long", split="test", rows=2, streaming=streaming)
     assert [sample.id for sample in read_source(source, allow_absolute=False)] == ["a", "b"]
-    assert asked == [(("owner/name", "long"), {"split": "test", "streaming": False})]
+    with pytest.raises(ManifestError, match=r"owner/name\[train\]: cannot be read as a data set"):
+        read_source(replace(source, split="train"), allow_absolute=False)
+
+
+def test_a_cached_data_set_whose_types_were_guessed_is_refused(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    cached(tmp_path / "hf", "json", "default")
+    with pytest.raises(ManifestError, match="of the kind json, whose types are guessed; give the folder of `hf down"):
+        read_source(DataSource(path="owner/name", split="test"), allow_absolute=False)
 
 
 @pytest.mark.parametrize(
@@ -192,3 +214,11 @@ def test_media_outside_of_the_folder_of_a_source_are_refused_with_the_cure(tmp_p
     found: Sample = read_source(source, allow_absolute=True)[0]
     assert found.video is not None
     assert found.video.resolve() == tmp_path / "a.mp4"
+
+
+def test_remarks_on_rows_are_counted_with_the_first_row(tmp_path) -> None:
+    file = write(tmp_path / "rows.json", *({**row, "language": "de"} for row in ROWS[:2]), ROWS[2])
+    remarks = [line for line in remarks_on(training_samples(DataOptions(train=str(file)))) if "language" in line]
+    assert remarks == [f"2 rows ({file}:item 1 first): key language is kept under meta only"]
+    write(tmp_path / "one.jsonl", LINE)
+    assert remarks_on(training_samples(DataOptions(train=str(tmp_path / "one.jsonl")))) == []

@@ -18,6 +18,7 @@ from transformers import WhisperFeatureExtractor
 
 from omnimem.backbones import Backbone, CheckpointError, Encoded, LayoutError, ModelOptions, Turn, load_backbone
 from omnimem.backbones.load import FAMILIES, read_shapes
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import PairedLayout
 from omnimem.budget import Budget
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, LogMel
@@ -33,8 +34,8 @@ from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
 from omnimem.tuning import LoraOptions, add_adapter
 
-STAMPED = [name for name in NAMES if name != "qwen2_5_omni"]
-HEARING = [name for name in NAMES if not name.startswith("qwen3_vl")]
+WRITTEN = [name for name in NAMES if name != "qwen2_5_omni"]  # as their releases are, by support.families
+SALMONN = ["video_salmonn2_plus", "video_salmonn2_plus_qwen2_5"]
 Folder = Callable[[str], Path]
 
 
@@ -93,8 +94,9 @@ def test_every_configuration_is_claimed_by_one_family(folder) -> None:
     for name in NAMES:
         table = json.loads((folder(name) / "config.json").read_text())
         claimed[name] = next(type(family) for family in FAMILIES if family.claims(table))
-    assert len(set(claimed.values())) == 4
+    assert len(set(claimed.values())) == 6
     assert claimed["video_salmonn2_plus"] is claimed["video_salmonn2_plus_moe"] is not claimed["qwen3_vl"]
+    assert claimed["video_salmonn2_plus_qwen2_5"] is not claimed["qwen2_5_vl"]
 
 
 @pytest.mark.parametrize("given", [{"model_type": "llama"}, {}, {"model_type": None, "audio_config": {}}])
@@ -105,22 +107,25 @@ def test_a_folder_of_no_family_is_refused_with_the_known_ones(tmp_path, given) -
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", STAMPED)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_released_names_load_and_are_saved_again(tmp_path, name, tied) -> None:
     folder = families.write(tmp_path / "m", name, tied=tied, processor=tmp_path / "base")
     backbone = load_backbone(ModelOptions(path=str(folder), processor=str(tmp_path / "base")), "cpu")
     released = load_file(folder / "model.safetensors")
     backbone.model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
-    unused = {"model.audio.qformer.bert.embeddings.position_ids"} if "salmonn" in name else set()
+    audio = "audio." if "2_5" in name else "model.audio."
+    unused = {f"{audio}qformer.bert.embeddings.position_ids"} if "salmonn" in name else set()
     assert again.keys() == released.keys() - unused
     assert all(torch.equal(again[key], released[key]) for key in again)
     assert ("lm_head.weight" in released) != tied
     if unused:
-        assert {f"model.audio.{key}" for key in ("q_tokens", "audio_proj.weight", "conv1.bias")} <= released.keys()
-        inside = "model.audio.qformer.bert.encoder.layer.1."
+        assert {f"{audio}{key}" for key in ("q_tokens", "audio_proj.weight", "conv1.bias")} <= released.keys()
+        inside = f"{audio}qformer.bert.encoder.layer.1."
         assert f"{inside}crossattention.self.query.weight" in released
         assert f"{inside}attention.output.LayerNorm.bias" in released
+    if "2_5" in name:
+        assert {"visual.patch_embed.proj.weight", "model.layers.0.self_attn.q_proj.bias"} <= released.keys()
 
 
 def test_a_thinker_loads_from_the_folder_of_the_whole_model(folder, loaded, tmp_path) -> None:
@@ -139,7 +144,7 @@ def test_a_thinker_loads_from_the_folder_of_the_whole_model(folder, loaded, tmp_
     assert any(".experts.3.up_proj.weight" in key for key in weights)
 
 
-@pytest.mark.parametrize("name", STAMPED)
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("change", ["missing", "extra"])
 def test_missing_and_extra_weights_are_named(tmp_path, name, change) -> None:
     folder = families.write(tmp_path / "m", name)
@@ -152,12 +157,13 @@ def test_missing_and_extra_weights_are_named(tmp_path, name, change) -> None:
         load_backbone(ModelOptions(path=str(folder)), "cpu")
 
 
-def test_an_audio_branch_without_its_configuration_is_refused(tmp_path) -> None:
-    folder = families.write(tmp_path / "m", "video_salmonn2_plus")
+@pytest.mark.parametrize("name", SALMONN)
+def test_an_audio_branch_without_its_configuration_is_refused(tmp_path, name) -> None:
+    folder = families.write(tmp_path / "m", name)
     table = json.loads((folder / "config.json").read_text())
     del table["audio_config"]
     (folder / "config.json").write_text(json.dumps(table))
-    with pytest.raises(CheckpointError, match=r"no place.*model\.audio"):
+    with pytest.raises(CheckpointError, match=r"no place.*audio\."):
         load_backbone(ModelOptions(path=str(folder)), "cpu")
 
 
@@ -179,6 +185,10 @@ def test_sizes_are_known_from_the_configuration_alone(folder, loaded, name) -> N
         ("video_salmonn2_plus", {"positions": "compact"}, "compact"),
         ("qwen2_5_omni", {"timestamps": 4}, "timestamps"),
         ("video_salmonn2_plus", {"fps": 1.001}, "fps"),
+        ("qwen2_5_vl", {"tracks": "both"}, "no audio encoder"),
+        ("qwen2_5_vl", {"tracks": "video", "timestamps": 4}, "timestamps"),
+        ("video_salmonn2_plus_qwen2_5", {"positions": "compact"}, "compact"),
+        ("video_salmonn2_plus_qwen2_5", {"timestamps": 4}, "timestamps"),
     ],
 )
 def test_what_a_model_cannot_read_is_refused(loaded, name, options, what) -> None:
@@ -206,7 +216,7 @@ def test_the_mel_of_a_window_is_that_of_the_feature_extractor(samples) -> None:
 
 def plain_audio(weights: dict[str, Tensor], mel: Tensor, heads: int, query_heads: int, states: int) -> Tensor:
     """The audio branch from the released names, in plain operations; one window."""
-    w = {key.removeprefix("model.audio."): value for key, value in weights.items() if key.startswith("model.audio.")}
+    w = {key.partition("audio.")[2]: value for key, value in weights.items() if "audio." in key}
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
@@ -250,8 +260,9 @@ def plain_audio(weights: dict[str, Tensor], mel: Tensor, heads: int, query_heads
     return torch.cat(found)
 
 
-def test_the_audio_branch_is_a_plain_one_on_the_released_names(folder, loaded) -> None:
-    backbone, weights = loaded("video_salmonn2_plus"), load_file(folder("video_salmonn2_plus") / "model.safetensors")
+@pytest.mark.parametrize("name", SALMONN)
+def test_the_audio_branch_is_a_plain_one_on_the_released_names(folder, loaded, name) -> None:
+    backbone, weights = loaded(name), load_file(folder(name) / "model.safetensors")
     segments = list(noise(backbone, 20, tracks="audio"))
     heard = list(backbone.encode(iter(segments), fps=1.0))
     assert [segment.audio.shape[1] for segment in heard] == [8, 8, 8]
@@ -299,7 +310,7 @@ def test_the_cache_gives_back_what_was_encoded_without_decoding(loaded, film, na
             assert (old.layout, old.repeated, len(old.deepstack)) == (new.layout, new.repeated, len(new.deepstack))
             parts = [(old.visual, new.visual), (old.audio, new.audio), *zip(old.deepstack, new.deepstack, strict=True)]
             assert all((a is b is None) or torch.equal(a, b) for a, b in parts)
-    assert bool(expected.segments[0].deepstack) == (name != "qwen2_5_omni")
+    assert bool(expected.segments[0].deepstack) == ("2_5" not in name)
 
 
 # -------------------------------------------------------------------------------------------------------- layouts
@@ -388,15 +399,89 @@ def test_ids_and_positions_are_those_of_the_release(loaded, name, seconds, audio
     assert ids[: len(expected) - len(names)] == expected[len(names) :]
 
 
-def test_positions_are_those_of_get_rope_index(loaded) -> None:
-    backbone = loaded("qwen3_vl")
-    segments = encoded(backbone, 9)
+@pytest.mark.parametrize("fps", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+def test_positions_are_those_of_get_rope_index(loaded, name, fps) -> None:
+    backbone = loaded(name)
+    segments = encoded(backbone, 9, fps=fps)
     chunks = list(backbone.chunks(segments, tracks="video", chunk_tokens=60))
     found = joined(chunks)
     kinds = (found["modality"] == Modality.VISUAL).int() * 2
     grids = torch.tensor([[sum(segment.grid[0] for segment in segments), 4, 6]])
-    expected, _ = backbone.model.model.get_rope_index(torch.zeros_like(kinds).long(), kinds, video_grid_thw=grids)
+    more = {"second_per_grid_ts": torch.tensor([2 / fps])} if name == "qwen2_5_vl" else {}
+    ids = torch.zeros_like(kinds).long()
+    expected, _ = backbone.model.model.get_rope_index(ids, kinds, video_grid_thw=grids, **more)
     assert torch.equal(found["positions"][0], expected[:, 0])
+
+
+def released_span(
+    segments: list[Encoded], fps: float, rate: float, tracks: str
+) -> tuple[list[str], list[tuple[int, int, int]], int]:
+    """Kinds and positions of the release on Qwen2.5-VL, in plain loops over the file; the position of text after it."""
+    grids = sum(segment.grid[0] for segment in segments)
+    heard = sum(0 if segment.audio is None else segment.audio.shape[1] for segment in segments)
+    rows, columns = segments[0].grid[1:]
+    begin = [int(rate * 2 / fps * i + 1e-6) for i in range(grids + 1)]
+    kinds, positions, told = [], [], 0
+    for i in range(grids):
+        for cell in range(rows * columns):
+            kinds.append("v")
+            positions.append((begin[i], cell // columns, cell % columns))
+        until = heard if i + 1 == grids else min(heard, begin[i + 1])
+        for k in range(told, until):
+            kinds.append("a")
+            positions.append((k, 0, k))
+        told = max(told, until)
+    for k in range(0 if grids else heard):
+        kinds.append("a")
+        positions.append((k, k, 0))
+    axes = positions if tracks == "video" else [(t, t, t) for t, _, _ in positions]
+    return kinds, positions, 1 + max(max(position) for position in axes)
+
+
+@pytest.mark.parametrize("tracks", ["both", "video", "audio"])
+@pytest.mark.parametrize(("seconds", "audio_seconds", "fps"), CASES)
+def test_a_span_is_laid_out_as_in_the_release(loaded, seconds, audio_seconds, fps, tracks) -> None:
+    backbone = loaded("video_salmonn2_plus_qwen2_5")
+    segments = encoded(backbone, seconds, audio_seconds=audio_seconds, fps=fps, tracks=tracks)
+    opening, *chunks = backbone.chunks(segments, tracks=tracks, chunk_tokens=400)
+    found, first = joined(chunks), opening.count
+    kinds, positions, after = released_span(segments, fps, 1.0, tracks)
+    assert ["-av"[kind] for kind in found["modality"][0].tolist()] == kinds
+    assert found["positions"][0].T.tolist() == [[first + axis for axis in each] for each in positions]
+    following = chunks[-1].next_position
+    assert (int(found["positions"].max()) + 1 if following is None else following) == first + after
+    start, end = (backbone.text.ids(f"<|vision_{word}|>") for word in ("start", "end"))
+    table = backbone.text_model.get_input_embeddings().weight
+    assert torch.equal(opening.embeddings[0, -1], table[start[0]])
+    assert backbone.turn(Turn(text="what ?"), tracks=tracks)[0][:1] == end
+
+
+def test_text_after_wide_frames_and_little_audio_follows_the_time_not_the_width() -> None:
+    rows = torch.zeros(1, 4, 2)
+    layout = PairedLayout(torch.zeros(1, 5, 2), rate=2.0, tracks="both")
+    wide = {"visual": torch.zeros(1, 24, 2), "grid": (1, 2, 12), "start": 0.0, "seconds": 2.0, "seconds_per_grid": 2.0}
+    (part,) = layout.push(Encoded(audio=rows, **wide))
+    assert int(part.positions.max()) == 5 + 11
+    assert part.next_position == 5 + 3 + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_is_the_last_text_of_the_user_before_the_stream(loaded, name) -> None:
+    backbone, said = loaded(name), "which colour ? <|im_end|>"
+    tracks = tracks_of(backbone)
+    segments = encoded(backbone, 4)
+    plain, begun = (
+        list(backbone.chunks(segments, tracks=tracks, chunk_tokens=400, prefix=prefix)) for prefix in ("", said)
+    )
+    ids = backbone.text.ids(backbone.text.plain(said))
+    assert begun[0].count == plain[0].count + len(ids)
+    marks = len(backbone.text.ids(backbone.begin.get(tracks, "")))
+    written = begun[0].embeddings[0, -marks - len(ids) : begun[0].count - marks]
+    assert torch.equal(written, backbone.embed(ids)[0])
+    assert backbone.stop[0] not in ids
+    assert torch.equal(begun[1].positions, plain[1].positions + len(ids))
+    assert said in backbone.framed("what ?", prefix=said).partition("what ?")[0]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -436,26 +521,46 @@ def test_a_stream_in_chunks_equals_one_shot(loaded, name, group) -> None:
     group = group if backbone.stamped else 1
     segments, full = encoded(backbone, 20), Budget.full(len(backbone.text_model.layers))
     settings = {"tracks": tracks_of(backbone), "group": group}
-    few, many = (list(backbone.chunks(segments, chunk_tokens=size, **settings)) for size in (60, 5000))
+    few, many = (list(backbone.chunks(segments, chunk_tokens=size, **settings)) for size in (50, 5000))
     assert len(few) > len(many)
     (_, ours), (_, whole) = (streamed(backbone, chunks, full) for chunks in (few, many))
     assert (ours - whole).abs().max() < 1e-5 * max(1.0, float(whole.abs().max()))
-    if backbone.stamped:  # the stock model in one call
+    if name != "qwen2_5_omni":  # the stock model in one call
         at = joined(many)
         asked = Feeder(backbone, StreamOptions(tracks=tracks_of(backbone))).prompt(
             [[Turn(text="what was it ?")]], tracks_of(backbone)
         )
-        after = asked.offsets + int(at["positions"].max()) + 1
+        following = many[-1].next_position
+        after = asked.offsets + (int(at["positions"].max()) + 1 if following is None else following)
         rows = torch.cat([at["embeddings"], backbone.embed(asked.ids[0].tolist())], dim=1)
         ids = torch.cat([at["positions"], after[:, None].expand(-1, 3, -1)], dim=2).transpose(0, 1)
         mask = F.pad(at["modality"] == Modality.VISUAL, (0, asked.ids.shape[1]))
         levels = [torch.cat(level) for level in zip(*(c.deepstack.features for c in many if c.deepstack), strict=True)]
+        more: Any = {"visual_pos_masks": mask, "deepstack_visual_embeds": levels} if levels else {}
         with torch.no_grad():
-            states = backbone.text_model(
-                inputs_embeds=rows, position_ids=ids, visual_pos_masks=mask, deepstack_visual_embeds=levels
-            ).last_hidden_state
+            states = backbone.text_model(inputs_embeds=rows, position_ids=ids, **more).last_hidden_state
             stock = backbone.head(states[:, -asked.ids.shape[1] :])[0]
         assert (ours - stock).abs().max() < 1e-5 * max(1.0, float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "video_salmonn2_plus", "video_salmonn2_plus_qwen2_5"])
+def test_chunks_of_so_many_tokens_end_within_frames_and_give_the_same(loaded, name) -> None:
+    backbone = loaded(name)
+    segments, full = encoded(backbone, 20), Budget.full(len(backbone.text_model.layers))
+    grids = list(backbone.chunks(segments, tracks="both", chunk_tokens=60))
+    exact = list(backbone.chunks(segments, tracks="both", chunk_tokens=35, inside=True))
+    counts = [chunk.count for chunk in exact]
+    assert counts[0] + counts[1] == 35 if counts[0] < 35 else counts[1] <= 35
+    assert set(counts[2:-1]) == {35}
+    assert 0 < counts[-1] <= 35
+    cut = [chunk.places[0, :3, -1].tolist() for chunk in exact[1:-1] if int(chunk.modality[0, -1]) == Modality.VISUAL]
+    assert any(row + column < 3 for _, row, column in cut), "no chunk ends within a frame"
+    ours, whole = joined(exact), joined(grids)
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert [chunk.seconds for chunk in exact] == sorted(chunk.seconds for chunk in exact)
+    assert (exact[-1].seconds, exact[-1].next_position) == (grids[-1].seconds, grids[-1].next_position)
+    (_, ours), (_, theirs) = (streamed(backbone, chunks, full) for chunks in (exact, grids))
+    assert (ours - theirs).abs().max() < 1e-5 * max(1.0, float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)

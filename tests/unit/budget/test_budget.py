@@ -10,8 +10,20 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support import reference_budget as reference
 
-from omnimem.budget import AudioVisualBudget, Budget, BudgetError, Readings, SharedBudget, Shares, Signals, SplitBudget
+from omnimem.budget import (
+    AudioVisualBudget,
+    Budget,
+    BudgetError,
+    Readings,
+    ReleasedBudget,
+    SharedBudget,
+    Shares,
+    Signals,
+    SplitBudget,
+)
 from omnimem.budget.apportion import apportion
+from omnimem.config import MemoryOptions
+from omnimem.config.exported import policies_of
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -262,6 +274,41 @@ def test_a_released_table_scales_exactly_or_stays_as_it_is(tmp_path) -> None:
     assert not kept.lend
     with pytest.raises(BudgetError, match=r"8095 slots per layer, slots_per_layer is 4096; set budget.rounding: exact"):
         AudioVisualBudget(table=str(path), rounding="truncated").build(2, 4096)
+
+
+@pytest.mark.parametrize(("table", "split"), [([[1000, 7000], [1000, 7190]], True), ([8000, 8190], False)])
+def test_a_table_as_released_is_kept_to_the_slot_and_scales_for_other_sizes_only(table, split, tmp_path) -> None:
+    path = tmp_path / "released.json"
+    path.write_text(json.dumps(table))
+    budget = ReleasedBudget(table=str(path)).build(2, 8192)
+    assert [list(slots) if split else sum(slots) for slots in budget.slots] == table
+    assert (budget.split, budget.lend) == (split, False)
+    memory = MemoryOptions(budget=ReleasedBudget(table=str(path)), slots_per_layer=8192)
+    path.unlink()  # an export holds the table itself
+    assert policies_of(memory, budget)(8192).budget == budget
+    smaller = policies_of(memory, budget)(64).budget
+    assert smaller is not None
+    assert (smaller.total, smaller.lend) == (128, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "slots", "message"),
+    [
+        (
+            "[[1000, 7000], [1000, 7190]]",
+            4096,
+            r"holds 8095 slots per layer, slots_per_layer is 4096; set slots_per_layer",
+        ),
+        ("[8000, 8190, 1]", 8192, r"measured on 3 layers, the model has 2"),
+        ("[[1, 2], [3]]", 8192, r"layer 1 is \[3\], not two whole numbers"),
+        ("[0, 8190]", 4096, r"layer 0 would keep 0 audio and 0 visual"),
+        (json.dumps(Budget.full(2).json()), 8192, r"holds no shares of a memory"),
+    ],
+)
+def test_a_table_that_cannot_run_as_released_is_named(text, slots, message, tmp_path) -> None:
+    (tmp_path / "released.json").write_text(text)
+    with pytest.raises(BudgetError, match=message):
+        ReleasedBudget(table=str(tmp_path / "released.json")).build(2, slots)
 
 
 def test_signals_of_a_file_are_allocated_again_by_this_configs_ratio(tmp_path) -> None:

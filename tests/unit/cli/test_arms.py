@@ -6,10 +6,12 @@ import pytest
 
 from omnimem.backbones import Backbone, ModelOptions
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni
+from omnimem.backbones.qwen2_5_vl import Qwen25VL
 from omnimem.backbones.qwen3_omni import Qwen3Omni
 from omnimem.backbones.qwen3_vl import Qwen3VL
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2Plus
-from omnimem.cli.arms import ARMS, BY_COST, applicable, by_cost, check_readable
+from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25
+from omnimem.cli.arms import ARMS, BY_COST, applicable, by_cost, check_readable, left_out
 from omnimem.config import ConfigError, RunConfig
 
 WITHOUT_BUDGET = ("full_memory", "tuned_full_memory", "vision_only", "audio_only")
@@ -33,15 +35,20 @@ def test_every_arm_has_a_place() -> None:
     [
         (Qwen25Omni, {"blind", "vision_only", "audio_only"}),
         (Qwen3Omni, {"blind", "vision_only", "audio_only"}),
-        (Qwen3VL, {"blind", "vision_only", "text_only", "tuned_text_only"}),
+        (Qwen3VL, {"blind", "text_only", "tuned_text_only"}),
+        (Qwen25VL, {"blind"}),
         (VideoSalmonn2Plus, {"blind", "vision_only", "audio_only", "text_only", "tuned_text_only"}),
+        (VideoSalmonn2PlusQwen25, {"blind", "vision_only", "audio_only"}),
     ],
 )
 def test_probes_are_those_that_the_model_can_read(family: type[Backbone], probes: set[str]) -> None:
     model = object.__new__(family)
-    names = applicable(RunConfig(name="a", model=ModelOptions(path="b")), tuned=True, backbone=model)
+    run = RunConfig(name="a", model=ModelOptions(path="b"))
+    names = applicable(run, tuned=True, backbone=model)
     assert set(names) == {"full_memory", "training_free", "tuned", "tuned_full_memory"} | probes
     check_readable(names, model)
+    said = [] if "vision_only" in probes else ["arm vision_only is left out: the model reads this track alone"]
+    assert [line.partition(", so")[0] for line in left_out(run, model)] == said
     if "audio_only" not in probes:
         with pytest.raises(ConfigError, match="--arm audio_only: the model has no audio encoder"):
             check_readable(ARMS, model)

@@ -9,16 +9,16 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from support import thinkers
+from support import families, thinkers
 
-from omnimem.backbones import load_backbone
+from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.assembled import FAMILY
 from omnimem.cli import dry_run as preview
 from omnimem.cli.build import batch_sizes, refuse_batches
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.commands.finetune import describe_training, dry_run
-from omnimem.config import RunConfig, load
+from omnimem.config import ConfigError, RunConfig, load
 from omnimem.config.exported import policies_of
 from omnimem.data import ManifestError
 from omnimem.errors import UserError
@@ -197,6 +197,32 @@ def test_the_memory_table_knows_ranges_and_the_teacher(tmp_path, checkpoint, cap
     said = capsys.readouterr().out
     assert "slots per layer in training, one drawn per step: 4 to 9\n" in said
     assert "chunk_tokens in training, one drawn per step: 20 to 70\n" in said
+
+
+@pytest.mark.parametrize(("kept", "lacking"), [("", "no tokenizer"), ("tokenizer*", "no processor")])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_release_whose_processor_is_elsewhere_is_refused_without_it(named, kept, lacking, tmp_path) -> None:
+    families.write(tmp_path / "weights", "video_salmonn2_plus", processor=tmp_path / "base")
+    for file in (tmp_path / "base").iterdir():
+        if not (kept and file.match(kept)):
+            file.unlink()
+        elif not named:
+            file.rename(tmp_path / "weights" / file.name)
+    model = ModelOptions(path=str(tmp_path / "weights"), processor=str(tmp_path / "base") if named else None)
+    with pytest.raises(ConfigError, match=rf"model\.processor: .* has {lacking}.*; give the folder with tokenizer"):
+        skeleton_of(RunConfig(name="a", model=model), [])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl_7b", "video_salmonn2_plus_7b", "video_salmonn2_plus_8b", "qwen3_vl_8b"])
+def test_shipped_configs_are_planned_from_the_configuration_alone(name) -> None:
+    missing: list[str] = []
+    run = load(f"{name}.yaml")
+    skeleton = skeleton_of(run, missing)
+    assert skeleton is not None
+    assert [line.partition(" of ")[0] for line in missing] == ["weights"]
+    stream = Feeder(skeleton.backbone, run.stream)
+    assert stream.backbone.geometry.segment(run.stream.fps)[0] in (2.0, 30.0)
+    assert 7e9 < skeleton.shapes.parameters < 10e9
 
 
 def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, capsys) -> None:

@@ -93,6 +93,7 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
 
 def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(capsys, monkeypatch) -> None:
     waited: list[float] = []
+    monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(command.time, "sleep", waited.append)
     assert outcome(capsys, ConfigError(["x"])) == (2, [])

@@ -12,6 +12,7 @@ from omnimem.data import Sample
 from omnimem.sources import digest
 
 ROWS = [Sample(id="a", video=Path("a.mp4"), audio=None, messages=())]
+PREFIXED = [Sample(id="a", video=Path("a.mp4"), audio=None, prefix="Choose.", messages=())]
 OTHER = [Sample(id="a", video=Path("a.mp4"), audio=None, end=3.0, messages=())]
 
 
@@ -20,6 +21,7 @@ OTHER = [Sample(id="a", video=Path("a.mp4"), audio=None, end=3.0, messages=())]
     [
         (json.dumps({"sha256": {"data": digest(ROWS)}}), ROWS, False),
         (json.dumps({"sha256": {"data": digest(ROWS)}}), OTHER, True),
+        (json.dumps({"sha256": {"data": digest(ROWS)}}), PREFIXED, True),
         (json.dumps({}), ROWS, False),
         ("damaged", ROWS, False),
     ],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.configs import SMALL, TRAIN, loaded, problems
+from support.paths import ROOT
 
 from omnimem.config import CONFIGS, ConfigError, RunConfig, differences, dump, load, refuse_changes, untuned
 
@@ -75,6 +76,22 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) ->
     assert "mine.json is not a JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
+
+
+def test_the_recipe_of_the_release_is_a_config(tmp_path) -> None:
+    page = (ROOT / "docs/paper.md").read_text(encoding="utf-8").partition("## Run it as the release does")[2]
+    recipe = page.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "budgets").mkdir()
+    (tmp_path / "a.yaml").write_text(f"name: a\nmodel: {{path: m}}\n{recipe}")
+    with pytest.raises(ConfigError, match=r"memory\.budget\.table: no file budgets/8k_avratio5\.json; give a table"):
+        load(tmp_path / "a.yaml")
+    (tmp_path / "budgets/8k_avratio5.json").write_text(json.dumps([[1000, 7000], [1000, 7190]]))
+    run = load(tmp_path / "a.yaml")
+    budget = run.memory.budget.build(2, run.memory.slots_per_layer)
+    policy = run.memory.policy.build(budget)
+    assert policy.budget is not None
+    assert policy.budget.slots == ((1000, 7000), (1000, 7190))
+    assert (policy.markers, run.stream.cut, run.tuning.selection.softening) == ("keep", "tokens", "hard")
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä"])
@@ -204,6 +221,16 @@ def test_settings_that_follow_each_other_are_named_where_they_do_not(settings, n
     assert load_again(run, tmp_path) == run
 
 
+@pytest.mark.parametrize("budgets", ["[]", "[self]", "[self, full]", "[full]"])
+def test_self_is_the_budget_of_the_training_not_that_of_the_evaluation(budgets, tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    trained = load(tmp_path / "x.yaml", ["memory.slots_per_layer=64", f"tuning.budgets={budgets}"])
+    (tmp_path / "config.yaml").write_text(dump(trained))
+    for slots, named in ((64, 0), (32, 0 if budgets == "[full]" else 1)):  # a control is for no budget
+        run = load(tmp_path / "config.yaml", [f"memory.slots_per_layer={slots}"])
+        assert len(untuned(run.memory, run.stream, tmp_path / "config.yaml")) == named
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -223,14 +250,15 @@ def test_settings_at_which_an_adapter_was_not_tuned_are_named(settings, named, t
     trained = load(tmp_path / "x.yaml", [*tuned, "stream.chunk_tokens=72"])
     (tmp_path / "config.yaml").write_text(dump(trained))
     run = load(tmp_path / "config.yaml", settings)
-    found = [line.partition(":")[0] for line in untuned(run, tmp_path / "config.yaml")]
+    found = [line.partition(":")[0] for line in untuned(run.memory, run.stream, tmp_path / "config.yaml")]
     assert {".".join(name.split(".")[:2]) for name in found} == set(named)
 
 
 def test_a_damaged_config_of_the_training_is_named(tmp_path) -> None:
     (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
     (tmp_path / "config.yaml").write_text("name: [")
-    (line,) = untuned(load(tmp_path / "x.yaml"), tmp_path / "config.yaml")
+    run = load(tmp_path / "x.yaml")
+    (line,) = untuned(run.memory, run.stream, tmp_path / "config.yaml")
     assert line.startswith(f"{tmp_path / 'config.yaml'}: cannot be read")
 
 

@@ -2,6 +2,7 @@
 
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,12 @@ def calls(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 
 
 def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, feeder, calls) -> None:
-    opened = feeder.open(sample(4.0, None, 2.0, video=None, audio=sounds[0], system="Listen."))
+    asked = sample(4.0, None, 2.0, video=None, audio=sounds[0], system="Listen.")
+    opened = feeder.open(replace(asked, prefix="Choose. "))
     assert calls["encode"] == {"fps": OPTIONS.fps}
     list(feeder.chunks([opened, opened]))
     expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "batch": 2, "system": "Listen.", "group": 1}
+    expected |= {"prefix": "Choose. ", "inside": False}
     cuts = calls["chunks"].pop("cuts")
     assert {4.0, 2.0} <= set(cuts)
     assert calls["chunks"] == expected
@@ -129,6 +132,7 @@ def test_chunks_of_samples_have_their_cuts_tracks_size_batch_and_system(sounds, 
 def test_an_outline_is_cut_as_the_stream_is(sounds, feeder, calls) -> None:
     feeder.outline(feeder.open(sample(None, video=None, audio=sounds[0], system="Listen.")))
     expected = {"tracks": "audio", "chunk_tokens": OPTIONS.chunk_tokens, "system": "Listen.", "group": 1}
+    expected |= {"prefix": "", "inside": False}
     assert calls["chunks"] == expected
 
 
