@@ -178,7 +178,7 @@ installs_with() { # $1: venv; prints the command that installs into it: uv, whic
     local python="$1/bin/python" index
     if ! "$python" -m pip install -q --retries 1 --timeout 20 uv >&2; then
         echo "launch.sh: no package index can be reached to install the lowest versions; set PIP_INDEX_URL to one" >&2
-        return 2
+        return 3
     fi
     index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
     echo "$1/bin/uv pip install -q --python $python ${index:+--default-index $index} \

@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent: written beside their place, then renamed to it."""
 
+import errno
 import fcntl
 import glob
 import os
@@ -11,6 +12,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a disk that is full or broken
 LOCKED_AFTER = 60.0  # seconds in which a new partial file is locked, with room to spare
 _NUMBER = count()  # of this process
 
@@ -20,6 +22,7 @@ def written_aside(place: Path, *, folder: bool = False) -> Iterator[Path]:
     """A new partial file or folder `.NAME.PID.N` beside `place`: renamed to it at the end, removed after an error.
 
     What processes that were killed have left there is removed first. The partial one is locked while it is written.
+    An error of the disk names `place`.
     """
     # 1. a name of its own, locked
     place = place.resolve()
@@ -35,15 +38,24 @@ def written_aside(place: Path, *, folder: bool = False) -> Iterator[Path]:
         # 2. write, rename
         yield partial
         partial.replace(place)
+    except OSError as error:
+        if error.errno not in DISK or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(place)) from error
     finally:
         os.close(lock)
         _remove(partial)
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove the partial files and folders of `place` whose process was killed, on this or another machine."""
-    mine = re.compile(rf"\.{re.escape(place.name)}\.(\d+)(?:\.\d+)?")
-    for path in place.parent.glob(f".{glob.escape(place.name)}.*"):
+    """Remove the partial files and folders of `place` whose process was killed, on this or another machine.
+
+    A name of `*.SUFFIX` stands for all files with this suffix.
+    """
+    suffix = place.name.startswith("*.")
+    pattern = rf"[^.]+{re.escape(place.name[1:])}" if suffix else re.escape(place.name)
+    mine = re.compile(rf"\.{pattern}\.(\d+)(?:\.\d+)?")
+    for path in place.parent.glob(f".{place.name if suffix else glob.escape(place.name)}.*"):
         found = mine.fullmatch(path.name)
         if found and _unlocked(path) and (not _alive(int(found[1])) or _older(path)):
             _remove(path)

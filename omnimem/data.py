@@ -67,6 +67,21 @@ class DataSource:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """The outputs of the frozen encoders on disk, shared by epochs, arms, runs and processes (docs/data.md)."""
+
+    folder: str = ".cache/encoded"  # may be shared; one that is read only serves what it holds
+    size_gb: float | None = 100.0  # 10^9 bytes of all entries; the least recently used are removed; null: no limit
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise ValueError("folder: is empty; name a folder")
+        if self.size_gb is not None and not (math.isfinite(self.size_gb) and self.size_gb > 0):
+            raise ValueError(f"size_gb must be above 0, or null for no limit, got {self.size_gb:g}")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Training data, and how much of it may be unreadable."""
 
@@ -75,7 +90,9 @@ class DataOptions:
     validation: str | float | None = None
     max_failures: float = 0.01  # fraction of samples that may fail before the run stops
     allow_absolute_paths: bool = False  # accept media outside the folder of the manifest
-    cache: bool = False  # cache the outputs of the frozen encoders in .cache/encoded
+    # keep the outputs of the frozen encoders on disk, so that later epochs, arms and runs neither decode nor encode;
+    # true: with the defaults of the section
+    cache: CacheOptions | bool = False
 
     def __post_init__(self) -> None:
         _check_fraction("max_failures", self.max_failures)
@@ -86,6 +103,11 @@ class DataOptions:
         labels = Counter(source.label for source in self.sources)
         for label in [label for label, count in labels.items() if count > 1]:
             raise ValueError(f"train: two sources are called {label!r}; give each a `name` of its own")
+
+    @property
+    def cached(self) -> CacheOptions | None:
+        """The section `cache`; None: off."""
+        return CacheOptions() if self.cache is True else self.cache or None
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -1,5 +1,6 @@
 """A model family: what is known of a checkpoint from its configuration files, without weights."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ class Family(ABC):
     name: str  # in messages
     sizes: str  # the published models, for `omnimem list models`
     described: bool = True  # a dry run can plan with it: `shapes` and `skeleton` work
+    # modules that hold the decoder layers in adapters of the release (first), and of other versions of transformers
+    trees: tuple[str, ...] = ()
 
     @abstractmethod
     def claims(self, config: Table) -> bool:
@@ -37,6 +40,11 @@ class Family(ABC):
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
         """The backbone without weights (meta device): it lays out streams and prompts, but encodes nothing."""
+
+    def adapter_key(self, key: str, tree: str) -> str | None:
+        """The key of an adapter's weight where `tree` holds the decoder layers; None: it is of none of `trees`."""
+        found = re.fullmatch(r"base_model\.model\.([^0-9]+)\.(layers\.\d+\..+)", key)
+        return f"base_model.model.{tree}.{found[2]}" if found and found[1] in self.trees else None
 
 
 def weights_of(model: PreTrainedModel) -> int:

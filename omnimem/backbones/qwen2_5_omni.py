@@ -349,6 +349,7 @@ class Qwen25OmniFamily(Family):
 
     name = "Qwen2.5-Omni"
     sizes = "3B and 7B (budget8k.yaml), and the bundled models/tiny"
+    trees = ("thinker.model", "model", "model.language_model", "thinker.model.language_model")
 
     def claims(self, config: Table) -> bool:
         return config.get("model_type") in ("qwen2_5_omni", "qwen2_5_omni_thinker")

@@ -216,6 +216,7 @@ class Qwen3OmniFamily(Qwen3VLFamily):
 
     name = "Qwen3-Omni"
     sizes = "the thinker of 30B-A3B (qwen3_omni_30b.yaml)"
+    trees = ("thinker.model", "model", "model.language_model", "thinker.model.language_model")
     backbone = Qwen3Omni
 
     def claims(self, config: Table) -> bool:

@@ -389,6 +389,7 @@ class Qwen3VLFamily(Family):
 
     name = "Qwen3-VL"
     sizes = "2B to 32B and with experts, frames alone (qwen3_vl_8b.yaml)"
+    trees = ("model.language_model",)
     backbone: type[Qwen3VL] = Qwen3VL
 
     def claims(self, config: Table) -> bool:
@@ -409,6 +410,7 @@ class Qwen3VLFamily(Family):
                 channels=vision.get("in_channels", 3),
                 patch=vision["patch_size"],
                 temporal_patch=vision["temporal_patch_size"],
+                levels=len(parsed.vision_config.deepstack_visual_indexes),
             ),
             audio=self.audio_shape(parsed),
             geometry=self.backbone.geometry_of(parsed, self.backbone.defaults | flattened(preprocessor)),

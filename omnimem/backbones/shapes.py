@@ -53,6 +53,7 @@ class VisionShape:
     channels: int
     patch: int
     temporal_patch: int
+    levels: int = 0  # deepstack features beside each visual token
 
     @property
     def row(self) -> int:

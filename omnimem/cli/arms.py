@@ -127,6 +127,8 @@ def evaluate_arms(
                     )
             if shard.whole:
                 _summarise(run, evaluation, fingerprint, arm)
+        if cache := evaluation.feeder.cache:
+            print(f"cache: {', '.join(f'{number} {name}' for name, number in cache.counts.items())}", flush=True)
     # 3. summarise, or report what is left
     if not workers.leads:
         print(_status(run, evaluation, folder, names, shard), flush=True)

@@ -19,12 +19,13 @@ from omnimem.run import RunFolder
 from omnimem.sources import read_source
 from omnimem.sources import training_samples as samples_of
 from omnimem.streaming.attach import StreamedAttention
+from omnimem.streaming.encoder_cache import EncoderCache
 from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
 from omnimem.training.sampler import held_out
 from omnimem.tuning import StreamedModel
 
-CACHE = Path(".cache/encoded")
+GIGABYTE = 10**9
 EVALUATED = "evaluate.batch_size"
 
 
@@ -42,7 +43,9 @@ class Parts:
 
 def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
     """Turns samples into chunks; encoder outputs are cached on disk with `data.cache`."""
-    return Feeder(backbone, run.stream, CACHE if run.data.cache else None)
+    cache = run.data.cached
+    limit = None if cache is None or cache.size_gb is None else round(cache.size_gb * GIGABYTE)
+    return Feeder(backbone, run.stream, None if cache is None else EncoderCache.of(backbone, Path(cache.folder), limit))
 
 
 def refuse_batches(run: RunConfig, backbone: Backbone, sizes: Mapping[str, int]) -> None:

@@ -24,6 +24,7 @@ from omnimem.backbones.load import family_of, read_shapes, read_tables
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.cli.build import batch_sizes, refuse_batches, training_samples
+from omnimem.cli.cache_size import describe_cache
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
@@ -88,6 +89,9 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:
             _section("budget", describe_budget(run, skeleton.shapes, facts))
+            known = [] if missing_sources(run.data) else training_samples(run)
+            cached = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, known)
+            _section("encoder cache", cached)
             rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
             _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:

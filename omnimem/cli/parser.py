@@ -19,13 +19,13 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError
 
+from omnimem.aside import DISK
 from omnimem.errors import UserError, first_line, lacks_memory
 from omnimem.extras import missing_extra
 from omnimem.limits import raise_limits
 from omnimem.training.shutdown import Stopped
 
 SECTIONS = "data|stream|memory|model|evaluate"  # of a config, whose settings some commands have as options
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 PATH = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EEXIST, errno.ENOTEMPTY),  # another process has written there meanwhile

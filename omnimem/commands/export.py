@@ -1,6 +1,6 @@
 """Export a tuned model, as an adapter or merged into its base, with the settings and files that streaming needs.
 
-omnimem export --run runs/X --format adapter|merged --out DIR [--checkpoint N|best]
+omnimem export --run runs/X --format adapter|merged --out DIR [--checkpoint N|best] [--names released]
 
 The export is loaded again and must give the same logits on a short synthetic stream as the run's own weights; only then
 is it renamed to DIR.
@@ -28,6 +28,7 @@ from omnimem.cli.tuned_model import BaseModel, Kind, TunedModel, load_tuned
 from omnimem.config.exported import Exported
 from omnimem.run import RunError, RunFolder, write_text
 from omnimem.tuning import AdapterError, load_adapter
+from omnimem.tuning.lora import name_as_released
 
 BOUND = 1e-5  # largest allowed difference in float32, relative to max(1, largest |logit|)
 LOST = 0.5  # largest allowed error of a merge in low precision, relative to the effect of the adapter on the logits
@@ -57,26 +58,32 @@ def main(arguments: Sequence[str]) -> None:
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, imported by saving, else prints a warning
     tuned = TunedModel.of(given.run, checkpoint=given.checkpoint, base=given.model, dtype=given.dtype)
+    kind = given.format
+    if given.names == "released" and kind == "merged":
+        raise RunError("--names released is for --format adapter; merged weights always have the names of the release")
     with written_aside(given.out, folder=True) as folder:
-        exported = write(tuned, given.format, folder)
+        exported = write(tuned, kind, folder, released=given.names == "released")
         write_text(folder / CARD, card(exported, given.out.resolve().name, RunFolder(path=given.run)))
         origin = origin_of(tuned.adapter)
         base = weights_digest(tuned.run.model.path)
-        seal(folder, Origin(run=origin.run, step=tuned.step, base=base), kind=given.format)
+        seal(folder, Origin(run=origin.run, step=tuned.step, base=base), kind=kind)
     print("verified: " + ", ".join(f"{name} {value:.3g}" for name, value in exported.verified.items()))
-    print(f"{given.format}: {given.out}")
+    print(f"{kind}: {given.out}")
 
 
-def write(tuned: TunedModel, kind: Kind, folder: Path) -> Exported:
-    """Write and verify an export in `folder`. Raises AdapterError if the exported model differs."""
-    exported, expected = _saved(tuned, kind, folder)
+def write(tuned: TunedModel, kind: Kind, folder: Path, *, released: bool = False) -> Exported:
+    """Write and verify an export in `folder`, an adapter with the names of this version or of the model's release.
+
+    Raises AdapterError if the exported model differs.
+    """
+    exported, expected = _saved(tuned, kind, folder, released)
     gc.collect()  # the model is in reference cycles, and must be freed before it is loaded again
     exported = replace(exported, verified=_verified(folder, expected))
     exported.write(folder)
     return exported
 
 
-def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[str, Tensor]]:
+def _saved(tuned: TunedModel, kind: Kind, folder: Path, released: bool) -> tuple[Exported, dict[str, Tensor]]:
     """Save weights, companion files and omnimem.json; returns the logits of the run's own weights."""
     # 1. logits of the run's own weights
     backbone = load_backbone(tuned.run.model)
@@ -98,6 +105,8 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path) -> tuple[Exported, dict[
     else:
         for name in ADAPTER_FILES:
             shutil.copyfile(tuned.adapter / name, folder / name)
+        if released:
+            name_as_released(folder, backbone.model)
     _copy_companions(base.folder, folder)
     if kind == "merged" and tuned.run.model.processor is not None:  # of the release, in a folder of its own
         _copy_companions(BaseModel.of(tuned.run.model.processor).folder, folder)
@@ -171,6 +180,9 @@ def _parser() -> Parser:
         type=_step,
         metavar="N|best",
         help="export a checkpoint, `best` of validation (the final adapter)",
+    )
+    parser.add_argument(
+        "--names", choices=("own", "released"), default="own", help="of an adapter's weights (own: of this version)"
     )
     parser.add_argument("--model", metavar="DIR|ID", help="folder of the base, if it was moved (that of the run)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights (the run's)")

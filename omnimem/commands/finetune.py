@@ -397,8 +397,9 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             failed = [asdict(failure) for failure in trainer.failed.found]
             left_out = [asdict(step) for step in trainer.nonfinite.found]
             counts: dict[str, Any] = {"steps": trainer.state.global_step}
-            if trainer.feeder.cache and trainer.feeder.cache.damaged:
-                counts["damaged_cache_files"] = len(trainer.feeder.cache.damaged)
+            if trainer.feeder.cache:
+                mine, every = trainer.feeder.cache.counts, trainer.metrics.cached  # the latter at the last log
+                counts["encoder_cache"] = dict(every if trainer.args.world_size > 1 else mine)
             if trainer.overlap.latest is not None:
                 counts["selection_overlap"] = trainer.overlap.latest
             if trainer.feeder.trained.reached:

@@ -153,7 +153,8 @@ def dump(run: RunConfig) -> str:
 def refuse_changes(run: RunConfig, earlier: Path) -> None:
     """Raises ConfigError if the settings of a resumed run differ from those in the file `earlier`.
 
-    `evaluate` and the limit of failed samples may change; what of `train` may is in `omnimem.training.arguments`.
+    `evaluate`, the cache and the limit of failed samples may change; what of `train` may is in
+    `omnimem.training.arguments`.
     """
     try:
         saved = load(earlier)
@@ -161,7 +162,7 @@ def refuse_changes(run: RunConfig, earlier: Path) -> None:
         cure = "remove it, and resume with the settings that the run was started with"
         raise ConfigError([f"{earlier}: cannot be read ({error.problems[0]}); {cure}"]) from error
     before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (saved, run))
-    free = (("train",), ("evaluate",), ("data", "max_failures"))
+    free = (("train",), ("evaluate",), ("data", "max_failures"), ("data", "cache"))
     keys = [key for key in dict.fromkeys([*before, *now]) if not any(key[: len(each)] == each for each in free)]
     problems = [
         f"{earlier} {dotted(key)}: {before.get(key)!r} there, {now.get(key)!r} now; resume with the old value, "

@@ -39,7 +39,7 @@ TRAIN = """The fields of transformers.TrainingArguments (5.17 to 5.23) and our o
 
 Ranks, `per_device_train_batch_size` and `gradient_accumulation_steps` may change as long as their product does not.
 `max_steps` and `num_train_epochs` also stretch the schedule of the learning rate and of `tuning.selection.temperature`
-from the next step on. All settings outside of `train` are refused but for those of `evaluate` and
+from the next step on. All settings outside of `train` are refused but for those of `evaluate`, `data.cache` and
 `data.max_failures`."""
 COMMON = {  # meanings of keys that many sections share
     "name": "chooses the section",

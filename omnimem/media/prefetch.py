@@ -1,4 +1,4 @@
-"""Prefetching: separate processes decode files, a bounded number of segments ahead.
+"""Prefetching: separate processes decode files, a bounded number of bytes ahead.
 
 Errors of a file and of the machine are raised again in the reading process. A decoding process that ends in the middle
 of a file costs this file alone: DecoderLost if the system killed it, as it does when memory is exhausted, else
@@ -7,7 +7,6 @@ MediaError (a codec crashed). Another process decodes the files after it.
 
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -26,7 +26,7 @@ from omnimem.errors import first_line, lacks_memory
 from omnimem.media.container import MediaError
 from omnimem.media.source import FileSource, Segment
 
-AHEAD = 32  # queued segments per process: a minute at one frame per second, about 30 MB of 420 x 420 frames
+AHEAD_BYTES = 1 << 26  # of queued frames and mel per process: two minutes of 420 x 420 at one frame per second
 PATIENCE = 10.0  # seconds to wait for the exit code of a lost process
 
 Job = TypeVar("Job")
@@ -39,10 +39,15 @@ class DecoderLost(MemoryError):
 
 @final
 class Decoders:
-    """A pool of `workers` decoding processes; with 0 workers, files are decoded in the reading process."""
+    """A pool of `workers` decoding processes; with 0 workers, files are decoded in the reading process.
 
-    def __init__(self, workers: int, ahead: int = AHEAD) -> None:
-        self._workers, self._ahead = workers, ahead
+    A process is at most `ahead` bytes of resized frames and mel ahead of what was read, or one segment if that is
+    larger, and holds at most two segments more: one that it sends, and one that it makes. The number of files that have
+    begun does not matter.
+    """
+
+    def __init__(self, workers: int, ahead: int = AHEAD_BYTES) -> None:
+        self.workers, self._ahead, self._begun = workers, ahead, 0
         self._stack = ExitStack()
         self.decoders: list[_Decoder] = []
 
@@ -59,33 +64,31 @@ class Decoders:
         Decoding of the next files starts while one is consumed, so `workers` jobs are taken in advance. Unread segments
         are dropped when the next job is requested. Iterating segments raises what FileSource does, and DecoderLost.
         """
-        if not self._workers:
+        if not self.workers:
             yield from jobs
             return
         rest = iter(jobs)
-        waiting: deque[tuple[Job, _DecodedFile | None]] = deque()
-        files = 0
+        waiting: deque[tuple[Job, DecodedFile | None]] = deque()
         while True:
             # 1. start the next files
-            for job, source in islice(rest, 1 + self._workers - len(waiting)):
-                waiting.append((job, None if source is None else self._decoder(files).begin(source)))
-                files += source is not None
+            for job, source in islice(rest, 1 + self.workers - len(waiting)):
+                waiting.append((job, None if source is None else self.begin(source)))
             if not waiting:
                 return
             # 2. yield the first one, then drop what was not read
             job, segments = waiting.popleft()
             yield job, segments
             if segments is not None:
-                with suppress(DecoderLost, MediaError):  # of a process that ended after what was read
-                    deque(segments.messages(), maxlen=0)
+                segments.drop()
 
-    def _decoder(self, number: int) -> "_Decoder":
-        """The process that decodes file `number`; started on first use."""
-        if number < self._workers:
+    def begin(self, source: FileSource) -> "DecodedFile":
+        """The segments of a file, decoded by the next process; files must be read or dropped in the order of begin."""
+        if self._begun < self.workers:
             decoder = _Decoder(self._ahead)
             self._stack.callback(decoder.close)
             self.decoders.append(decoder)
-        return self.decoders[number % self._workers]
+        self._begun += 1
+        return self.decoders[(self._begun - 1) % self.workers].begin(source)
 
 
 @final
@@ -108,11 +111,11 @@ class _Decoder:
         )
         theirs.close()
 
-    def begin(self, source: FileSource) -> "_DecodedFile":
+    def begin(self, source: FileSource) -> "DecodedFile":
         """Queue a file."""
         self._queued.append(source)
         self._send(source)
-        return _DecodedFile(self, source)
+        return DecodedFile(self, source)
 
     def _send(self, source: FileSource) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # reading the file reports the lost process
@@ -144,14 +147,14 @@ class _Decoder:
 
 
 @final
-class _DecodedFile:
-    """The segments of one file, received from its process."""
+class DecodedFile:
+    """The segments of one file, received from its process; they can be iterated once."""
 
     def __init__(self, decoder: _Decoder, source: FileSource) -> None:
         self._decoder, self._source, self._over = decoder, source, False
 
     def __iter__(self) -> Iterator[Segment]:
-        for kind, content in self.messages():
+        for kind, content in self._messages():
             if kind == "segment":
                 yield _unpack(content)
             elif kind == "failed":
@@ -161,7 +164,12 @@ class _DecodedFile:
                 number, message = content
                 raise MemoryError(message) if number is None else OSError(number, message, str(self._source.path))
 
-    def messages(self) -> Iterator[tuple[str, Any]]:
+    def drop(self) -> None:
+        """Skip what was not read."""
+        with suppress(DecoderLost, MediaError):  # of a process that ended after what was read
+            deque(self._messages(), maxlen=0)
+
+    def _messages(self) -> Iterator[tuple[str, Any]]:
         """The remaining messages about this file."""
         while not self._over:
             self._over = True  # unless another segment comes
@@ -173,7 +181,7 @@ class _DecodedFile:
 def _lost(source: FileSource, code: int) -> DecoderLost | MediaError:
     """The error for a process that has ended in the middle of a file, by its exit code or signal."""
     if code == -signal.SIGKILL:
-        cure = "if memory was short, lower evaluate.decoders or stream.max_pixels"
+        cure = "if memory was short, lower evaluate.decoders (train.dataloader_num_workers) or stream.max_pixels"
         return DecoderLost(f"{source.path}: the process that decoded it was killed by SIGKILL; {cure}")
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     cure = "the file may have crashed the decoder: convert it, or remove it"
@@ -185,7 +193,7 @@ def serve() -> None:
     # 1. a thread sends the segments
     connection, ahead = Connection(int(sys.argv[1])), int(sys.argv[2])
     torch.set_num_threads(1)
-    outbox: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
+    outbox = _Outbox(ahead)
     threading.Thread(target=_send, args=(connection, outbox), daemon=True).start()
     # 2. decode one file after the other
     while True:
@@ -195,7 +203,7 @@ def serve() -> None:
             return
         try:
             for segment in source:
-                outbox.put(("segment", _pack(segment)))
+                outbox.put(("segment", _pack(segment)), _size(segment))
             outbox.put(("end", None))
         except MediaError as error:
             message = str(error).removeprefix(f"{error.path}: ")
@@ -209,7 +217,37 @@ def serve() -> None:
                 raise
 
 
-def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> None:
+@final
+class _Outbox:
+    """A queue whose content is at most `limit` bytes, or one item."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._changed = limit, 0, threading.Condition()
+        self._items: deque[tuple[tuple[str, Any], int]] = deque()
+
+    def put(self, item: tuple[str, Any], size: int = 0) -> None:
+        """Add an item, as soon as there is room for its bytes."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + size <= self._limit)
+            self._items.append((item, size))
+            self._held += size
+            self._changed.notify_all()
+
+    def get(self) -> tuple[str, Any]:
+        """Remove the first item, as soon as there is one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            item, size = self._items.popleft()
+            self._held -= size
+            self._changed.notify_all()
+            return item
+
+
+def _size(segment: Segment) -> int:
+    return sum(part.numel() * part.element_size() for part in (segment.frames, segment.mel) if part is not None)
+
+
+def _send(connection: Connection, outbox: _Outbox) -> None:
     try:
         while True:
             connection.send_bytes(pickle.dumps(outbox.get(), protocol=5))
@@ -220,10 +258,10 @@ def _send(connection: Connection, outbox: "queue.Queue[tuple[str, Any]]") -> Non
 def _pack(segment: Segment) -> tuple[Any, ...]:
     """Arrays instead of tensors: pickled tensors would use shared memory, which is small in containers."""
     arrays = [None if part is None else part.contiguous().numpy() for part in (segment.frames, segment.mel)]
-    return segment.start, segment.seconds, segment.at, *arrays
+    return replace(segment, frames=None, mel=None), *arrays
 
 
 def _unpack(content: tuple[Any, ...]) -> Segment:
-    start, seconds, at, *arrays = content
+    segment, *arrays = content
     frames, mel = (None if array is None else torch.from_numpy(array) for array in arrays)
-    return Segment(start=start, seconds=seconds, frames=frames, mel=mel, at=at)
+    return replace(segment, frames=frames, mel=mel)

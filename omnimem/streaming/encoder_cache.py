@@ -1,28 +1,40 @@
-"""Encoder outputs on disk: one safetensors file per sample and reading options; a damaged one is made again."""
+"""Encoder outputs on disk: one safetensors file per sample and reading options; a damaged one is made again.
+
+One file per entry: it is complete or absent by one rename, is removed alone, and no index can disagree with it, so any
+number of processes share a folder without waiting for each other.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omnimem.aside import written_aside
+from omnimem.aside import remove_leftovers, written_aside
 from omnimem.backbones import Backbone, Encoded
 from omnimem.checksums import share
 from omnimem.data import Sample
 from omnimem.media import FileSource, MediaError
 
-FORMAT = 4  # version of the cache files
+FORMAT = 5  # version of the cache files, and of what prepares the input of the encoders
+COMPUTES = ("torch", "transformers", "av")  # packages whose versions are a part of the key
+RESERVE = 1 << 30  # bytes of a disk that entries leave free, for checkpoints and results
+COUNTED = ("hits", "misses", "corrupt", "evicted", "not_stored")
 
 
 @final
@@ -51,14 +63,42 @@ def fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-@final
-@dataclass(frozen=True)
-class EncoderCache:
-    """A folder of encoder outputs; a file is found by the sha256 of its inputs."""
+def adapted_encoders(backbone: Backbone) -> list[str]:
+    """Names of the encoder weights that are trained or belong to an adapter: their outputs change."""
+    own = {tensor.data_ptr() for tensor in backbone.encoder_weights() if tensor.numel()}
+    return [
+        name
+        for name, weight in backbone.model.named_parameters()
+        if weight.data_ptr() in own and (weight.requires_grad or ".lora_" in name or ".modules_to_save." in name)
+    ]
 
-    folder: Path
-    fingerprint: str  # of the encoders
-    damaged: list[Path] = field(default_factory=list)  # files found damaged, whose samples were encoded again
+
+@final
+class EncoderCache:
+    """A folder of encoder outputs; the name of a file is the sha256 of everything that its content depends on.
+
+    Content of the media files, span and times of questions, stream options, weights and geometry of the encoders,
+    kind of device, versions of what decodes and computes. `counts` of this process: `hits`, `misses`, `corrupt` (read
+    and made again), `evicted`, `not_stored` (no space, no permission, or larger than the limit).
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, limit: int | None = None) -> None:
+        """`fingerprint` is that of the encoders; `limit` in bytes of all entries, of which the least recently used are
+        removed (None: no limit)."""
+        self.folder, self.fingerprint, self.limit = folder, fingerprint, limit
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
+        self._warned: set[str] = set()
+
+    @classmethod
+    def of(cls, backbone: Backbone, folder: Path, limit: int | None = None) -> "EncoderCache | None":
+        """The cache for the encoders of a model; None, with a line that names a weight, if they are trained."""
+        if names := adapted_encoders(backbone):
+            what = f"{names[0]} and {len(names) - 1} weights more" if len(names) > 1 else names[0]
+            print(f"cache: off, because encoders are trained ({what})", file=sys.stderr, flush=True)
+            return None
+        computes = " ".join(f"{name} {version(name)}" for name in COMPUTES)
+        made_by = f"{fingerprint(backbone)} {backbone.device.type} {computes}"
+        return cls(folder, made_by, limit)
 
     def path_of(self, sample: Sample, source: FileSource) -> Path:
         """The cache file of a sample as `source` reads it, whether or not it exists.
@@ -70,81 +110,138 @@ class EncoderCache:
         digest = hashlib.sha256(f"{FORMAT} {self.fingerprint} {source.options} {span}".encode())
         for path in (sample.video, sample.audio):
             if path is not None:
-                if not path.is_file():
-                    raise MediaError(path, "missing", "is not there; restore it or correct the manifest")
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(_content(path))
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
     def load(self, path: Path, device: torch.device) -> Iterator[EncodedSegment] | None:
         """The segments of a cache file, one after the other, on a device; None if there is none, or it is damaged."""
         try:
-            with safe_open(path, framework="pt") as file:
-                known: dict[str, str] = file.metadata() or {}
-                names = sorted(file.keys())
-                what = None if known.get("sha256") == _digest(known, names, file.get_tensor) else "its checksum differs"
+            file: Any = safe_open(path, framework="pt")  # kept open: another process may evict the file
+            known: dict[str, str] = file.metadata() or {}
+            names = sorted(file.keys())
+            what = "its checksum differs"
+            what = None if known.get("sha256") == _digest(path.stem, known, names, file.get_tensor) else what
         except FileNotFoundError:
+            self.counts["misses"] += 1
             return None
         except (OSError, SafetensorError) as error:
-            what = str(error)
+            file, known, what = None, {}, str(error)
         if what is None:
-            return self._segments(path, device)
-        self.damaged.append(path)
-        again = f"encoding its sample again ({len(self.damaged)} so far)"
+            self.counts["hits"] += 1
+            with suppress(OSError):  # a folder that is read only
+                os.utime(path)  # used now
+            return _segments(file, known, device)
+        self.counts["corrupt"] += 1
+        again = f"encoding its sample again ({self.counts['corrupt']} so far)"
         print(f"cache: {path} is damaged ({what}); {again}", file=sys.stderr, flush=True)
         return None
 
-    @staticmethod
-    def _segments(path: Path, device: torch.device) -> Iterator[EncodedSegment]:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for number, row in enumerate(json.loads(file.metadata()["segments"])):
-                (time, rows, columns), start, seconds, spacing, frames, audio_seconds, *at = row
-                visual, audio = (
-                    file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
-                    for name in ("visual", "audio")
-                )
-                encoded = Encoded(
-                    visual=visual,
-                    audio=audio,
-                    grid=(time, rows, columns),
-                    start=start,
-                    seconds=seconds,
-                    seconds_per_grid=spacing,
-                    at=at[0] if at else None,
-                    repeated=at[1] if len(at) > 1 else 0,
-                    deepstack=tuple(file.get_tensor(name).to(device) for name in _levels(number, names)),
-                )
-                yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
+    def store(self, path: Path, segments: Sequence[EncodedSegment]) -> None:
+        """Write the segments to a cache file, with a checksum; renamed into place when it is complete on disk.
 
-    @staticmethod
-    def store(path: Path, segments: Sequence[EncodedSegment]) -> None:
-        """Write the segments to a cache file, with a checksum; renamed into place when it is complete on disk."""
+        A file that cannot be written, or has no room, is counted, with one line for each kind of reason.
+        """
         # 1. tensors by segment number and track, and a table of the rest
-        tensors, table = {}, []
-        for number, segment in enumerate(segments):
-            encoded, heard = segment.encoded, segment.heard
-            levels = ((f"deepstack.{level}", part) for level, part in enumerate(encoded.deepstack))
-            for name, track in (("visual", encoded.visual), ("audio", encoded.audio), *levels):
-                if track is not None:
-                    tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
-            times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
-            rest = [] if encoded.at is None and not encoded.repeated else [encoded.at, encoded.repeated]
-            rest = rest if encoded.repeated else rest[:1]
-            table.append([encoded.grid, *times, heard.frames, heard.audio_seconds, *rest])
-        known = {"segments": json.dumps(table)}
-        known["sha256"] = _digest(known, sorted(tensors), tensors.__getitem__)
-        # 2. write beside the file, then rename
-        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors, known = _tables(path.stem, segments)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        # 2. room
+        if self.limit is not None and size > self.limit:
+            self._not_stored("size", f"an entry of {size:,} bytes is larger than the limit; raise data.cache.size_gb")
+            return
+        # 3. write beside the file, then rename
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(path.parent).free < size + RESERVE:
+                raise OSError(errno.ENOSPC, f"less than {RESERVE >> 30} GiB would be left on the disk")
             with written_aside(path) as partial:
                 save_file(tensors, partial, metadata=known)
                 share(partial)
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
-        except (SafetensorError, OSError) as error:  # a full disk
-            number = (isinstance(error, OSError) and error.errno) or errno.EIO
-            raise OSError(number, str(error), str(path)) from error
+            self._evict(path)
+        except (SafetensorError, OSError) as error:
+            self._not_stored(type(error).__name__, f"entries cannot be written to {path.parent} ({error})")
+
+    def _not_stored(self, kind: str, what: str) -> None:
+        self.counts["not_stored"] += 1
+        if kind not in self._warned:
+            self._warned.add(kind)
+            print(f"cache: {what}; going on without storing them", file=sys.stderr, flush=True)
+
+    def _evict(self, newest: Path) -> None:
+        """Remove the least recently used entries beyond the limit, and what killed processes left."""
+        remove_leftovers(self.folder / "*.safetensors")
+        if self.limit is None:
+            return
+        entries = sorted(self._entries())
+        excess = sum(size for _, size, _ in entries) - self.limit
+        for _, size, path in entries:  # the same ones in every process
+            if excess > 0 and path != newest:
+                path.unlink(missing_ok=True)
+                self.counts["evicted"] += 1
+                excess -= size
+
+    def _entries(self) -> Iterator[tuple[int, int, Path]]:
+        """Time of the last use, size in bytes and path of each entry."""
+        for path in self.folder.glob("[0-9a-f]*.safetensors"):
+            with suppress(FileNotFoundError):  # removed by hand meanwhile
+                status = path.stat()
+                yield status.st_mtime_ns, status.st_size, path
+
+
+def _content(path: Path) -> bytes:
+    """sha256 of a file, computed once for each state of it; raises MediaError when it is missing."""
+    if not path.is_file():
+        raise MediaError(path, "missing", "is not there; restore it or correct the manifest")
+    status = path.stat()
+    return _content_once(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1 << 16)
+def _content_once(path: Path, changed: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _segments(file: Any, known: Mapping[str, str], device: torch.device) -> Iterator[EncodedSegment]:
+    """The segments of an open cache file."""
+    names = set(file.keys())
+    for number, row in enumerate(json.loads(known["segments"])):
+        (time, rows, columns), start, seconds, spacing, frames, audio_seconds, *at = row
+        visual, audio = (
+            file.get_tensor(f"{number}.{name}").to(device) if f"{number}.{name}" in names else None
+            for name in ("visual", "audio")
+        )
+        encoded = Encoded(
+            visual=visual,
+            audio=audio,
+            grid=(time, rows, columns),
+            start=start,
+            seconds=seconds,
+            seconds_per_grid=spacing,
+            at=at[0] if at else None,
+            repeated=at[1] if len(at) > 1 else 0,
+            deepstack=tuple(file.get_tensor(name).to(device) for name in _levels(number, names)),
+        )
+        yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
+
+
+def _tables(key: str, segments: Sequence[EncodedSegment]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a cache file by segment number and track, and its metadata."""
+    tensors, table = {}, []
+    for number, segment in enumerate(segments):
+        encoded, heard = segment.encoded, segment.heard
+        levels = ((f"deepstack.{level}", part) for level, part in enumerate(encoded.deepstack))
+        for name, track in (("visual", encoded.visual), ("audio", encoded.audio), *levels):
+            if track is not None:
+                tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
+        times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
+        rest = [] if encoded.at is None and not encoded.repeated else [encoded.at, encoded.repeated]
+        rest = rest if encoded.repeated else rest[:1]
+        table.append([encoded.grid, *times, heard.frames, heard.audio_seconds, *rest])
+    known = {"segments": json.dumps(table)}
+    known["sha256"] = _digest(key, known, sorted(tensors), tensors.__getitem__)
+    return tensors, known
 
 
 def _levels(number: int, names: Container[str]) -> Iterator[str]:
@@ -152,9 +249,9 @@ def _levels(number: int, names: Container[str]) -> Iterator[str]:
     return takewhile(names.__contains__, (f"{number}.deepstack.{level}" for level in count()))
 
 
-def _digest(known: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
-    """sha256 of the table and the tensors of a cache file."""
-    digest = hashlib.sha256(known.get("segments", "").encode())
+def _digest(key: str, known: Mapping[str, str], names: Iterable[str], tensor: Callable[[str], Tensor]) -> str:
+    """sha256 of the key, the table and the tensors of a cache file."""
+    digest = hashlib.sha256(f"{key} {known.get('segments', '')}".encode())
     for name in names:
         found = tensor(name)
         digest.update(f"{name} {found.dtype} {tuple(found.shape)}".encode())

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from omnimem.media.decode import TICK
 from omnimem.policies.base import Policy, PolicyError, StreamOutline
 from omnimem.rows import judge, tracks_of
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
@@ -109,7 +109,7 @@ class Feeder:
         require_supported(backbone, options)
         self.trained = trained or TrainedRange(backbone.trained_positions)
         self.decoding_seconds = 0.0  # spent so far in waiting for decoded segments
-        self.cache = EncoderCache(cache, fingerprint(backbone)) if isinstance(cache, Path) else cache
+        self.cache = EncoderCache.of(backbone, cache) if isinstance(cache, Path) else cache
 
     # ------------------------------------------------------------------------------------ decoding and encoding
 
@@ -138,12 +138,12 @@ class Feeder:
         last = sample.start + (math.floor(max(during) / step) + 1) * step
         return last if sample.end is None else min(last, sample.end)
 
-    def open(self, sample: Sample) -> EncodedSample:
-        """Decode and encode a whole sample.
+    def open(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> EncodedSample:
+        """Decode and encode a whole sample; `decoded` as in `read`.
 
         Raises MediaError when a track that the options ask for is missing, or a file is unreadable or truncated.
         """
-        parts = list(self.read(sample))
+        parts = list(self.read(sample, decoded))
         segments = [part.encoded for part in parts]
         tracks = tracks_of(sample, self.options.tracks)
         return EncodedSample(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
@@ -221,8 +221,7 @@ class Feeder:
             raise PolicyError(
                 f"policy {policy.name} moves kept tokens up in time, which {_IMMOBILE}; set reindex: false"
             )
-        compact = self.options.positions == "compact"
-        last = self.backbone.trained_positions - QUESTION_ROOM if compact else None
+        last = last_position(self.options.positions, self.backbone.trained_positions)
         device = self.backbone.device
         probes = [torch.tensor(self.backbone.probe(probe.text), device=device) for probe in policy.traits.probes]
         return Stream(
@@ -355,8 +354,21 @@ def require_supported(backbone: Backbone, options: StreamOptions) -> None:
         raise LayoutError(f"stream.tracks = {options.tracks}: the model has no audio encoder; set stream.tracks: {can}")
     if options.positions == "compact" and not backbone.compacts:
         raise LayoutError(f"stream.positions = compact moves kept tokens up in time, which {_IMMOBILE}; set original")
+    last_position(options.positions, backbone.trained_positions)
     if options.timestamps is not None and not backbone.stamped:
         raise LayoutError("stream.timestamps: the layout of this model has no timestamps; set it to null")
+
+
+def last_position(positions: Literal["original", "compact"], trained: int) -> int | None:
+    """The position below which a stream stays; None: no limit. Raises LayoutError for a model of too few positions."""
+    if positions == "original":
+        return None
+    if trained <= QUESTION_ROOM:
+        raise LayoutError(
+            f"stream.positions = compact leaves {QUESTION_ROOM:,} positions to questions, and the model was trained on "
+            f"{trained:,} in all; set stream.positions: original"
+        )
+    return trained - QUESTION_ROOM
 
 
 def _token_at(outline: StreamOutline, segments: Sequence[Encoded], needle: Sequence[float]) -> int:

@@ -11,7 +11,7 @@ from omnimem.backbones.base import Tracks, Turn
 from omnimem.backbones.text import TextModel, TextSegment
 from omnimem.policies.base import Policy, StreamOutline
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.feeder import QUESTION_ROOM
+from omnimem.streaming.feeder import last_position
 from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
@@ -77,7 +77,7 @@ class TextFeeder:
 
     def stream(self, attached: StreamedAttention, policy: Policy, *, batch: int = 1, **settings: Any) -> Stream:
         """An empty stream."""
-        last = self.backbone.trained_positions - QUESTION_ROOM if self.positions == "compact" else None
+        last = last_position(self.positions, self.backbone.trained_positions)
         probes = [
             torch.tensor(self.backbone.probe(probe.text), device=self.backbone.device) for probe in policy.traits.probes
         ]

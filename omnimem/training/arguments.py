@@ -9,11 +9,10 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, cast, final, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, ValidationError
-from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 
 from omnimem.config import ConfigError, RunConfig, load, strict
@@ -56,6 +55,10 @@ OURS = {  # fields that are set elsewhere
     "label_smoothing_factor": "the loss is defined by `tuning.loss` alone; remove it",
     "neftune_noise_alpha": "its noise ignores the seed of the step, so a resumed run would differ; remove it",
     "use_cpu": "a host without a GPU trains on the CPU; elsewhere set CUDA_VISIBLE_DEVICES to an empty string",
+    **dict.fromkeys(
+        ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"),
+        "workers decode streams, a bounded number of bytes ahead of the step (docs/tuning.md); remove it",
+    ),
     "push_to_hub": "nothing is uploaded; use omnimem export and upload its output",
 }
 FORMER = {  # names of transformers 4 that were removed
@@ -97,7 +100,6 @@ MAY_CHANGE = frozenset(
             "deepspeed save_strategy save_steps save_total_limit logging_strategy logging_steps",
             "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm",
             "torch_empty_cache_steps skip_memory_metrics debug dataloader_num_workers dataloader_pin_memory",
-            "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context",
             "ddp_backend ddp_bucket_cap_mb ddp_timeout max_bad_steps step_timeout_seconds",
             "eval_strategy eval_steps eval_delay per_device_eval_batch_size load_best_model_at_end",
             "early_stopping_patience early_stopping_threshold report_to",
@@ -109,6 +111,7 @@ DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
     "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": EVERY_STEPS,
+    "dataloader_num_workers": 1,
     "ddp_find_unused_parameters": False,  # every adapter has a gradient in every step
 }
 ABOVE_0: Check = (lambda number: number > 0, "a number above 0")
@@ -144,7 +147,6 @@ RANGES: dict[str, Check] = {
     "seed": SEED,
     "data_seed": SEED,
     "dataloader_num_workers": FROM_0,
-    "dataloader_prefetch_factor": FROM_1,
     "ddp_timeout": FROM_1,
     "ddp_bucket_cap_mb": FROM_1,
     "max_bad_steps": FROM_1,
@@ -316,6 +318,7 @@ def train_docs() -> dict[str, tuple[str, str]]:
     said = dict(re.findall(r"^ {8}(\w+) ?\(.*\):\n((?:(?: {9,}.*)?\n)+)", text, re.MULTILINE))
     usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
     docs = {name: first_sentence(text) for name, text in said.items()} | field_comments(OwnSettings)
+    docs["dataloader_num_workers"] = "processes of each rank that decode streams ahead of the step; 0: decode in it"
     found = {}
     for name, effect in on_resume().items():
         value = {**usual, **DEFAULTS}[name]
@@ -396,14 +399,11 @@ def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:
-    """Build a small optimizer, schedule and loader: transformers and torch check their options only then."""
+    """Build a small optimizer and schedule: transformers and torch check their options only then."""
     Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
     options: Any = arguments.lr_scheduler_kwargs
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=options)
-    names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
-    loading: dict[str, Any] = {name: getattr(arguments, f"dataloader_{name}", None) for name in names}
-    DataLoader(cast(Any, range(1)), **{name: value for name, value in loading.items() if value is not None})
 
 
 def _try_engine(arguments: TrainingArguments) -> None:

@@ -5,9 +5,17 @@ from typing import final
 
 from transformers import TrainingArguments
 
-from omnimem.data import Failure, Failures
+from omnimem.data import Failure, Failures, Sample
+from omnimem.media import MediaError
+from omnimem.media.prefetch import DecoderLost
 from omnimem.tokens import Tracks
 from omnimem.training.collectives import gather_lists
+
+
+def failure_of(sample: Sample, error: MediaError | DecoderLost) -> Failure:
+    """The failure of a sample whose stream could not be opened; `memory`: its decoding process was killed."""
+    reason = error.reason if isinstance(error, MediaError) else "memory"
+    return Failure(id=sample.id, reason=reason, message=str(error))
 
 
 @final

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback
 
 from omnimem.run import Start, append_line
+from omnimem.streaming.encoder_cache import COUNTED
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Modality
@@ -48,6 +49,7 @@ class StepMetrics(TrainerCallback):
     started: tuple[float, float] | None = None  # of the step that is under way: the clock, and the feeder's decoding
     busy: float = 0.0  # seconds in steps, until the next log
     decoded: float = 0.0  # those of them spent in decoding
+    cached: Mapping[str, int] = field(default_factory=dict)  # counts of the encoder cache of all ranks, at the last log
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Record the streams of a batch."""
@@ -81,7 +83,7 @@ class StepMetrics(TrainerCallback):
         # 2. memory, tokens and time of the streams of this rank
         if self.outcomes:
             complete |= self._usage(state.global_step - 1, state.max_steps)
-        complete |= self._speed(trainer.args)
+        complete |= self._speed(trainer.args) | self._cache(ranks)
         # 3. loss and gradient norm without skipped steps
         skipped = self.nonfinite.since(self.logged)
         if skipped:
@@ -112,6 +114,14 @@ class StepMetrics(TrainerCallback):
         if args.device.type == "cuda":
             speed["memory/device_bytes"] = float(highest(torch.cuda.max_memory_allocated(args.device), args.device))
         return speed
+
+    def _cache(self, ranks: int) -> dict[str, float]:
+        """Reads and writes of the encoder cache since the run began, of all ranks; nothing without a cache."""
+        if self.feeder.cache is None:
+            return {}
+        every = gather_lists([self.feeder.cache.counts], ranks)
+        self.cached = {name: sum(counts[name] for counts in every) for name in COUNTED}
+        return {f"cache/{name}": float(number) for name, number in self.cached.items()}
 
     def _passes(self) -> list[Pass]:
         """Losses since the last log, without skipped steps."""

@@ -127,7 +127,7 @@ class SampleDataset(Dataset[Sample | None]):
 
 
 def collate(samples: Sequence[Sample | None]) -> dict[str, list[Sample]]:
-    """A batch without its padding; the samples are decoded in the training step."""
+    """A batch without its padding; the samples are opened in the training step."""
     return {"samples": [sample for sample in samples if sample is not None]}
 
 

@@ -22,15 +22,17 @@ from transformers.training_args import OptimizerNames
 
 from omnimem.backbones.files import weights_digest
 from omnimem.config.exported import Policies
-from omnimem.data import Failure, Failures, Sample
+from omnimem.data import Failures, Sample
 from omnimem.media import MediaError
+from omnimem.media.prefetch import DecoderLost
 from omnimem.run import RunError, RunFolder
+from omnimem.streaming.ahead import ReadAhead
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.training.arguments import OwnSettings
 from omnimem.training.checkpoints import CheckpointWriter, written_by_all
 from omnimem.training.deepspeed_internals import keep_gradient_norm, same_buffer_types
-from omnimem.training.failures import FailedSamples, OneTrackSamples
+from omnimem.training.failures import FailedSamples, OneTrackSamples, failure_of
 from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
@@ -82,10 +84,12 @@ class StreamTrainer(Trainer):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         """`layers` are the decoder layers, which ZeRO-3 partitions; `weights` are those of `Mixture`."""
+        workers, args.dataloader_num_workers = args.dataloader_num_workers, 0  # they decode (`ReadAhead`)
+        self.ahead = ReadAhead(feeder, workers)
         dataset = SampleDataset(samples)
         held: Any = {"eval_dataset": SampleDataset(validation)} if validation else {}
         super().__init__(
-            model=model, args=args, data_collator=collate, train_dataset=dataset, callbacks=callbacks, **held
+            model=model, args=args, data_collator=self._announced, train_dataset=dataset, callbacks=callbacks, **held
         )
         # 1. what is trained, and how it is streamed
         self.adapted, self.samples, self.layers = model, samples, layers
@@ -111,6 +115,7 @@ class StreamTrainer(Trainer):
         self.validation = Validation(
             attached=attached,
             feeder=feeder,
+            workers=workers,
             policies=policies,
             slots=plan.slots_per_layer,
             samples=validation,
@@ -156,18 +161,24 @@ class StreamTrainer(Trainer):
         if callable(getattr(optimizer, "train", None)):  # of schedule-free optimizers
             optimizer.train()
 
+    def _announced(self, samples: Sequence[Sample | None]) -> dict[str, list[Sample]]:
+        """A batch, which the loader makes while the one before is trained on: its streams are decoded meanwhile."""
+        batch = collate(samples)
+        self.ahead.expect(batch["samples"])
+        return batch
+
     def _encode(self, samples: Sequence[Sample]) -> list[EncodedSample]:
         encoded = []
         for sample in samples:
             try:
-                encoded.append(self.feeder.open(sample) if sample.has_stream else self.feeder.unseen(sample))
+                encoded.append(self.ahead.open(sample) if sample.has_stream else self.feeder.unseen(sample))
                 if not sample.has_stream:
                     continue
                 self.plan.options.check_segments(encoded[-1].segments)
                 if self.feeder.options.tracks == "both":
                     self.one_track.record(sample.id, encoded[-1].tracks)
-            except MediaError as error:
-                self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
+            except (MediaError, DecoderLost) as error:
+                self.failed.record(failure_of(sample, error))
         return encoded
 
     def _stream(self, encoded: Sequence[EncodedSample], step: Step) -> Tensor:
@@ -217,7 +228,7 @@ class StreamTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`. Raises Stopped, after a checkpoint, on a signal or too many non-finite steps."""
         output = None
-        with self.watchdog, self.nonfinite, self.shutdown:
+        with self.watchdog, self.nonfinite, self.shutdown, self.ahead:
             try:
                 output = super().train(*args, **kwargs)
             except Finished:

@@ -10,16 +10,18 @@ from typing import Any, final
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from omnimem.config.exported import Policies
-from omnimem.data import Failure, Sample
+from omnimem.data import Sample
 from omnimem.errors import UserError
 from omnimem.evaluation import left_out
 from omnimem.media import MediaError
+from omnimem.media.prefetch import DecoderLost
 from omnimem.policies.base import Policy
+from omnimem.streaming.ahead import ReadAhead
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
 from omnimem.streaming.stream import PositionsError
 from omnimem.training.collectives import gather_lists
-from omnimem.training.failures import FailedSamples
+from omnimem.training.failures import FailedSamples, failure_of
 from omnimem.training.logging import Finished
 from omnimem.tuning import Score, streamed_scores
 
@@ -43,6 +45,7 @@ class Validation:
 
     attached: StreamedAttention
     feeder: Feeder
+    workers: int  # that decode ahead
     policies: Policies
     slots: int  # per layer
     samples: Sequence[Sample]
@@ -60,10 +63,12 @@ class Validation:
         # 1. this rank's blocks, at the budget and with full memory
         blocks = [self.samples[start : start + self.size] for start in range(0, len(self.samples), self.size)]
         found: list[tuple[int, str, str, Score | None]] = []  # (block, id, prefix, None: left out)
-        with ready:
-            for number in range(args.process_index, len(blocks), args.world_size):
+        mine = range(args.process_index, len(blocks), args.world_size)
+        with ready, ReadAhead(self.feeder, self.workers) as ahead:
+            ahead.expect(sample for number in mine for sample in blocks[number])
+            for number in mine:
                 begin([sample.id for sample in blocks[number]])
-                encoded = self._encoded(blocks[number])
+                encoded = self._encoded(blocks[number], ahead)
                 for prefix, slots in (("", self.slots), (FULL, None)):
                     for batch in batch_by_layout(encoded, self.size):
                         scores = self._scores(batch, self.policies(slots))
@@ -79,13 +84,13 @@ class Validation:
             raise ValidationError("data.validation: no stream can be answered at the budget; see failed samples")
         return metrics
 
-    def _encoded(self, samples: Sequence[Sample]) -> list[EncodedSample]:
+    def _encoded(self, samples: Sequence[Sample], ahead: ReadAhead) -> list[EncodedSample]:
         encoded = []
         for sample in samples:
             try:
-                encoded.append(self.feeder.open(sample) if sample.has_stream else self.feeder.unseen(sample))
-            except MediaError as error:
-                self.failed.record(Failure(id=sample.id, reason=error.reason, message=str(error)))
+                encoded.append(ahead.open(sample) if sample.has_stream else self.feeder.unseen(sample))
+            except (MediaError, DecoderLost) as error:
+                self.failed.record(failure_of(sample, error))
         return encoded
 
     def _scores(self, batch: Sequence[EncodedSample], policy: Policy) -> Sequence[Score | None]:

@@ -1,5 +1,6 @@
 """LoRA on the text model, and StreamedModel, which runs a whole stream as one forward pass for the trainer."""
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +12,16 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omnimem.backbones.files import weights_digest
 from omnimem.checksums import SEAL, SHOWN, damage, is_sealed, origin_of
 from omnimem.errors import UserError, first_line
 from omnimem.limits import exceeds
+from omnimem.run import write_text
 from omnimem.textfile import StoredFileError, read_stored
+from omnimem.tuning.adapter_names import ForeignError, fitted, path_of, released
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -147,13 +150,8 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     Raises AdapterError when no module matches the targets.
     """
     model.requires_grad_(False)
-    config = options.config()
-    if hasattr(model.config.get_text_config(), "num_experts"):
-        # peft reduces a pattern to bare names for some of these models, which encoders have too
-        named = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
-        config.target_modules = named or config.target_modules
     try:
-        adapted = _adapted(model, config)
+        adapted = _adapted(model, options.config())
     except ValueError as error:
         known = ", ".join(_projections(model)) or "none"
         given = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)
@@ -168,7 +166,7 @@ def start_adapter(model: Any, options: LoraOptions, folder: Path) -> StreamedMod
     Raises AdapterError as `load_adapter`, and when the folder was made with other settings than `options`.
     """
     # 1. the settings agree
-    config = _saved_config(folder, adapter_tensors(folder))
+    config, _ = _saved_config(folder, adapter_tensors(folder))
     pairs = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
     for name, found in pairs.items():
         if getattr(options, name) != found:
@@ -237,23 +235,45 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
 def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> StreamedModel:
     """Load a saved adapter into the model and verify it; `dropout` replaces its own.
 
-    Raises AdapterError when the adapter is damaged, or was made for other base weights.
+    The names of its weights may be those of the release, or of another version of transformers. Raises AdapterError
+    when the adapter is damaged, or was made for other base weights.
     """
-    # 1. load
+    # 1. read, and name the weights as this model does
     tensors = adapter_tensors(folder)
-    config = _saved_config(folder, tensors)
-    config.lora_dropout = config.lora_dropout if dropout is None else dropout
+    config, everywhere = _saved_config(folder, tensors)
     require_base(folder, model.name_or_path)
+    try:
+        tensors = fitted(tensors, model, everywhere)
+    except ForeignError as error:
+        raise _foreign(folder, model, str(error)) from error
+    # 2. load
+    config.target_modules = _modules(tensors)
+    config.lora_dropout = config.lora_dropout if dropout is None else dropout
     try:
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError) as error:
         raise _foreign(folder, model, str(error).splitlines()[0]) from error
-    # 2. verify that no tensor is missing or left over
+    # 3. verify that no tensor is missing or left over
     missing = [name for name in get_peft_model_state_dict(adapted) if name not in tensors]
     if result.unexpected_keys or missing:
         raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
+
+
+def name_as_released(folder: Path, model: Any) -> None:
+    """Write a saved adapter of a loaded model again with the names of the model's release (`Family.trees`).
+
+    peft loads it on the classes of the release, and `load_adapter` on those of this version. Raises AdapterError for a
+    model without a release.
+    """
+    tensors, settings = adapter_tensors(folder), read_stored(folder / SETTINGS, dict[str, Any], "export it again")
+    try:
+        named = released(tensors, model)
+    except ForeignError as error:
+        raise AdapterError(f"--names released: {error}; leave it out") from error
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    write_text(folder / SETTINGS, json.dumps({**settings, "target_modules": _modules(named)}, indent=2) + "\n")
 
 
 def require_base(folder: Path, base: str) -> None:
@@ -270,8 +290,8 @@ def require_base(folder: Path, base: str) -> None:
         )
 
 
-def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """The settings of a saved adapter, checked against its weights.
+def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, tuple[str, ...]]:
+    """The settings of a saved adapter, checked against its weights, and the projections that it names for all layers.
 
     Settings of peft that would import a module, or change the base model, are refused; a regular expression of modules
     is replaced by the modules of the weights. Raises AdapterError.
@@ -289,10 +309,17 @@ def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> LoraConfig:
     if problem is not None:
         raise AdapterError(f"{path}: {problem}; restore the file that the adapter was saved with")
     # 3. the modules: those of the weights, and no others of the same name
-    paths = sorted({name.partition(".lora_")[0].removeprefix("base_model.model.") for name in tensors})
-    targets = "|".join(re.escape(path) for path in paths)
     read = {name: table[name] for name in READ if name in table}
-    return LoraConfig(**read, target_modules=targets, bias="none", task_type="CAUSAL_LM", inference_mode=True)
+    config = LoraConfig(
+        **read, target_modules=_modules(tensors), bias="none", task_type="CAUSAL_LM", inference_mode=True
+    )
+    named = table.get("target_modules")
+    return config, tuple(name for name in get_args(Target) if isinstance(named, list) and name in named)
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> str:
+    """A regular expression of the modules that weights adapt."""
+    return "|".join(re.escape(path) for path in sorted({path_of(name) for name in tensors}))
 
 
 def _settings_problem(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
@@ -314,6 +341,10 @@ def _settings_problem(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
 
 
 def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
+    if hasattr(model.config.get_text_config(), "num_experts"):
+        # peft reduces a pattern to bare names for some of these models, which encoders have too
+        named = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
+        config.target_modules = named or config.target_modules
     with warnings.catch_warnings():
         # peft 0.21 uses an attribute that is deprecated in transformers 5
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)

@@ -135,6 +135,15 @@ def test_peft_loads_an_exported_adapter(base, adapter, video) -> None:
     assert_equal_logits(heard(backbone, exported, exported.policy, video), expected)
 
 
+def test_an_adapter_is_exported_with_the_names_of_the_release(base, done, tmp_path) -> None:
+    exported = exported_to(tmp_path / "a", done, "adapter", "--names", "released")
+    names = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.thinker.model.layers.") for name in names)
+    assert exported.verified["adapter_effect"] > 0.01 > exported.verified["difference"]
+    with pytest.raises(RunError, match="--names released is for --format adapter"):
+        exported_to(tmp_path / "b", done, "merged", "--names", "released")
+
+
 def test_omnimem_json_says_which_memory_and_where_from(base, done, merged) -> None:
     exported, run = Exported.read(merged), config_of(base)
     written_out = replace(run.memory, policy=run.memory.policy.written_out())

@@ -1,4 +1,4 @@
-"""A disk that fills up during an export, an evaluation or caching: a line, exit code 1, no partial files."""
+"""A disk that fills up during an export or an evaluation: a line, exit code 1, no partial files."""
 
 import os
 import resource
@@ -9,18 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import SafetensorError
 from support.damage import ends
 from support.finished_run import write_run
 from support.thinkers import write_folder
 
-import omnimem.streaming.encoder_cache as caching
-from omnimem.backbones import Encoded
 from omnimem.evaluation.results import Results
 from omnimem.evaluation.sharding import Shard
 from omnimem.run import write_json
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 
 EXPORT = "from omnimem.cli.parser import run_command; from omnimem.commands.export import main; run_command(main)"
 
@@ -76,27 +71,6 @@ def test_a_full_disk_ends_an_evaluation_with_the_name_of_the_file(tmp_path, caps
     assert code == 1
     (line,) = lines
     assert line.startswith(f"{tmp_path}/recall.jsonl: No space left on device; free space")
-
-
-@pytest.mark.parametrize(
-    "full", [SafetensorError("No space left on device (os error 28)"), OSError(28, "No space left")]
-)
-def test_a_full_disk_ends_caching_with_the_name_of_the_file(full, tmp_path, capsys, monkeypatch) -> None:
-    encoded = Encoded(
-        visual=torch.zeros(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
-    )
-
-    def save(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise full
-
-    monkeypatch.setattr(caching, "save_file", save)
-    path = tmp_path / "x.safetensors"
-    segment = EncodedSegment(encoded=encoded, heard=MediaStats())
-    code, lines = ends(lambda: EncoderCache.store(path, [segment]), capsys)
-    assert code == 1
-    assert str(path) in lines[0]
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from omnimem.media import FileSource, Geometry, LogMel, MediaError, Segment, SourceOptions
-from omnimem.media.prefetch import DecoderLost, Decoders
+from omnimem.media.prefetch import DecoderLost, Decoders, _Outbox
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 
@@ -41,28 +44,44 @@ def jobs_of(files: list[Path]) -> list[tuple[int, FileSource | None]]:
     return [(number, source(path)) for number, path in enumerate(files)]
 
 
-def source(path: Path, *, causal: bool = False, end: float | None = None) -> FileSource:
-    return FileSource(path, options=SourceOptions(max_pixels=12544), geometry=GEOMETRY, end=end, causal=causal)
+def source(path: Path, *, geometry: Geometry = GEOMETRY, **settings: Any) -> FileSource:
+    return FileSource(path, options=SourceOptions(max_pixels=12544), geometry=geometry, **settings)
 
 
 def same(ours: list[Segment], theirs: list[Segment]) -> bool:
     """Whether two lists of segments are equal to the bit."""
     return len(ours) == len(theirs) and all(
-        (a.start, a.seconds) == (b.start, b.seconds)
+        replace(a, frames=None, mel=None) == replace(b, frames=None, mel=None)
         and all((x is y is None) or torch.equal(x, y) for x, y in ((a.frames, b.frames), (a.mel, b.mel)))
         for a, b in zip(ours, theirs, strict=True)
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_segments_come_in_order_and_equal_those_decoded_here(files, workers) -> None:
-    jobs = jobs_of(files)
+@pytest.mark.parametrize(("workers", "windowed"), [(0, False), (2, False), (2, True)])
+def test_segments_come_in_order_and_equal_those_decoded_here(files, workers, windowed) -> None:
+    settings = {"geometry": replace(GEOMETRY, windowed=windowed), "asks": [1.0, 3.3]}
+    jobs: list[tuple[int, FileSource | None]] = [(n, source(path, **settings)) for n, path in enumerate(files)]
     jobs.insert(2, (99, None))
-    with Decoders(workers, ahead=2) as decoders:
+    with Decoders(workers, ahead=100_000) as decoders:
         seen = [(job, None if segments is None else list(segments)) for job, segments in decoders.read(jobs)]
     assert [job for job, _ in seen] == [0, 1, 99, 2, 3]
     assert seen[2][1] is None
-    assert all(same(segments, list(source(files[job]))) for job, segments in seen if segments is not None)
+    assert all(same(segments, list(source(files[job], **settings))) for job, segments in seen if segments is not None)
+
+
+@pytest.mark.parametrize(("sizes", "limit", "most"), [((4, 4, 4, 4, 0), 9, 8), ((20, 1, 20), 9, 20), ((0, 0), 1, 0)])
+def test_a_process_is_a_bounded_number_of_bytes_ahead(sizes, limit, most) -> None:
+    """Its last message waits until the reader takes something."""
+    outbox, held = _Outbox(limit), []
+    writer = threading.Thread(target=lambda: [outbox.put((f"{size}", None), size) for size in sizes], daemon=True)
+    writer.start()
+    for size in sizes:
+        until = time.monotonic() + 0.05
+        while writer.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
+        held.append(outbox._held)
+        assert outbox.get() == (f"{size}", None)
+    assert max(held) == most
 
 
 def test_a_bad_file_is_its_own_error_and_the_next_one_is_read(files, tmp_path) -> None:

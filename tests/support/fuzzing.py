@@ -431,12 +431,12 @@ def _model(draw: Draw | None, at: Path, made: Material) -> Case:
 
 def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     path = at / "x.safetensors"
-    source = made.folder / "entry.safetensors"
+    source = made.folder / "entry" / "x.safetensors"
     if not source.exists():
         encoded = Encoded(
             visual=torch.ones(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
         )
-        EncoderCache.store(source, [EncodedSegment(encoded=encoded, heard=MediaStats())])
+        EncoderCache(at, "x").store(source, [EncodedSegment(encoded=encoded, heard=MediaStats())])
     path.write_bytes(source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
     device = made.backbone.device
     return lambda: list(EncoderCache(at, "x").load(path, device) or ())

@@ -28,7 +28,7 @@ tuning:
   lora: {{r: 4, alpha: 8, dropout: 0.2, targets: [q_proj, v_proj, up_proj]}}
   budgets: [8, 4, full]
 data: {{train: train.jsonl}}
-train: {{max_steps: 10, save_steps: 5, learning_rate: 1e-2, per_device_train_batch_size: 1}}
+train: {{max_steps: 10, save_steps: 5, learning_rate: 1e-2, per_device_train_batch_size: 1, dataloader_num_workers: 0}}
 evaluate: {{after_training: false}}
 """
 

@@ -80,6 +80,18 @@ def test_an_error_leaves_what_was_there(folder, tmp_path) -> None:
         assert place.read_text() == "old"
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("number", aside.DISK)
+def test_an_error_of_the_disk_names_the_place(tmp_path, number, folder) -> None:
+    place = tmp_path / "out"
+    with pytest.raises(OSError, match="out") as caught, written_aside(place, folder=folder):
+        raise OSError(number, os.strerror(number))  # as write() raises it: without a name
+    assert caught.value.filename == str(place)
+    with pytest.raises(OSError, match="read") as caught, written_aside(place, folder=folder):
+        raise OSError(number, os.strerror(number), "/elsewhere/read")
+    assert caught.value.filename == "/elsewhere/read"
+
+
 WRITER = """
 import sys, time
 from pathlib import Path

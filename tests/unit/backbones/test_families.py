@@ -19,12 +19,14 @@ from transformers import WhisperFeatureExtractor
 from omnimem.backbones import Backbone, CheckpointError, Encoded, LayoutError, ModelOptions, Turn, load_backbone
 from omnimem.backbones.load import FAMILIES, read_shapes
 from omnimem.budget import Budget
-from omnimem.media import LogMel
+from omnimem.data import Message, Sample
+from omnimem.media import FileSource, LogMel
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.baselines.hermes import HermesOptions
 from omnimem.policies.baselines.recent_frames import RecentFramesOptions
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.streaming.attach import attach
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.stream import Stream
@@ -60,6 +62,13 @@ def loaded(folder: Folder) -> Callable[[str], Backbone]:
         return made[name]
 
     return find
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    write_mp4(draw_world(3, 8), path)
+    return path
 
 
 def tracks_of(backbone: Backbone) -> str:
@@ -273,16 +282,24 @@ def prefixes(backbone: Backbone, settings: dict[str, Any]) -> list[list[Any]]:
     return every or [[]] * len(list(noise(backbone, 40, **settings)))
 
 
-@pytest.mark.parametrize("name", STAMPED[:1])
-def test_the_cache_gives_deepstack_features_and_repeated_frames_back(loaded, name, tmp_path) -> None:
-    segments = encoded(loaded(name), 11)
-    path = tmp_path / "a.safetensors"
-    EncoderCache.store(path, [EncodedSegment(encoded=each, heard=MediaStats()) for each in segments])
-    again = EncoderCache(tmp_path, "").load(path, torch.device("cpu"))
-    for old, new in zip(segments, [part.encoded for part in again], strict=True):
-        assert (old.layout, old.repeated, len(old.deepstack)) == (new.layout, new.repeated, 2)
-        assert all(torch.equal(a, b) for a, b in zip(old.deepstack, new.deepstack, strict=True))
-    assert segments[-1].repeated == 1
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cache_gives_back_what_was_encoded_without_decoding(loaded, film, name, tmp_path, monkeypatch) -> None:
+    backbone = loaded(name)
+    messages = tuple(Message(role="user", content="what ?", at=at) for at in (3.37, 5.0, None))
+    sample = Sample(id="v", video=film, audio=None, messages=messages)
+    options = StreamOptions(tracks=tracks_of(backbone), max_pixels=12544)
+    expected, first = (Feeder(backbone, options, cache).open(sample) for cache in (None, tmp_path))
+    monkeypatch.setattr(type(backbone), "encode", None)
+    monkeypatch.setattr(FileSource, "__iter__", None)
+    second = Feeder(backbone, options, tmp_path).open(sample)
+    assert expected.heard == first.heard == second.heard
+    assert [each.at for each in second.segments if each.at is not None] == [3.37, 5.0]
+    for old, *others in zip(expected.segments, first.segments, second.segments, strict=True):
+        for new in others:
+            assert (old.layout, old.repeated, len(old.deepstack)) == (new.layout, new.repeated, len(new.deepstack))
+            parts = [(old.visual, new.visual), (old.audio, new.audio), *zip(old.deepstack, new.deepstack, strict=True)]
+            assert all((a is b is None) or torch.equal(a, b) for a, b in parts)
+    assert bool(expected.segments[0].deepstack) == (name != "qwen2_5_omni")
 
 
 # -------------------------------------------------------------------------------------------------------- layouts

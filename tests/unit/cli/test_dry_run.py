@@ -15,6 +15,7 @@ from omnimem.backbones import load_backbone
 from omnimem.backbones.assembled import FAMILY
 from omnimem.cli import dry_run as preview
 from omnimem.cli.build import batch_sizes, refuse_batches
+from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
 from omnimem.commands.finetune import describe_training, dry_run
 from omnimem.config import RunConfig, load
@@ -110,6 +111,37 @@ def test_tokens_chunks_and_labels_equal_those_of_a_real_run(tmp_path, checkpoint
     for positions in ("original", "compact"):
         (line,) = (line for line in preview.describe_sample(skeleton, far, positions) if "trained on" in line)
         assert ("compact" in line) == (positions == "compact")
+
+
+@pytest.mark.parametrize(
+    ("cache", "expected"),
+    [
+        ("false", None),
+        ("true", "limit 100 GB"),
+        ("{size_gb: 1e-6}", "more than the limit"),
+        ("{size_gb: null}", "no limit"),
+    ],
+)
+def test_the_expected_size_of_the_encoder_cache_is_that_of_its_files(
+    cache, expected, tmp_path, checkpoint, capsys
+) -> None:
+    run = recorded(tmp_path / "data", checkpoint, f"data.cache={cache}")
+    preview.preview(run)
+    said = capsys.readouterr().out
+    assert ("encoder cache" in said) == (expected is not None)
+    if expected is None:
+        return
+    assert expected in said
+    skeleton = skeleton_of(run, [])
+    facts = read_sample(run, skeleton, [])
+    lines = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, [facts.sample])
+    (size,) = (line.partition(" for 1 entries")[0] for line in lines if "entries of" in line)
+    feeder = Feeder(load_backbone(run.model), run.stream, tmp_path / "cache")
+    feeder.open(replace(facts.sample, messages=facts.sample.messages[2:]))  # without the rest before a question
+    (file,) = (tmp_path / "cache").iterdir()
+    number, unit = size.removeprefix("~ ").split()
+    assert unit == "KiB"
+    assert 0.8 * file.stat().st_size < float(number) * 1024 < file.stat().st_size
 
 
 def test_an_unreadable_first_sample_is_listed_and_replaced_by_a_synthetic_one(tmp_path, checkpoint, capsys) -> None:

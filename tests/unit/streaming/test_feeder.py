@@ -11,11 +11,12 @@ import torch
 from support.thinkers import write_folder
 
 from omnimem.backbones import ModelOptions, Turn, load_backbone
+from omnimem.backbones.base import LayoutError
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.data import Message, Sample
 from omnimem.media import LiveSource
 from omnimem.streaming import feeder as module
-from omnimem.streaming.feeder import Feeder
+from omnimem.streaming.feeder import QUESTION_ROOM, Feeder, last_position
 from omnimem.streaming.options import StreamOptions
 
 OPTIONS = StreamOptions(fps=2.0, max_pixels=12544, min_pixels=6272, chunk_tokens=36, tracks="both")
@@ -160,3 +161,10 @@ def test_a_watched_path_is_read_with_the_options_of_the_feeder(feeder, monkeypat
     assert [(sample.video, sample.audio, sample.start, sample.end, sample.messages) for sample in asked] == [
         (VIDEO, None, 0.0, None, ())
     ]
+
+
+def test_compact_positions_leave_room_for_questions_or_are_refused() -> None:
+    assert last_position("original", 512) is None
+    assert last_position("compact", QUESTION_ROOM + 1) == 1
+    with pytest.raises(LayoutError, match=r"leaves 1,024 positions to questions, .* on 1,024 in all; .* original"):
+        last_position("compact", QUESTION_ROOM)

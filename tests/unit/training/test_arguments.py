@@ -73,8 +73,6 @@ def test_settings_of_ours_have_defaults_and_are_checked_like_the_others(tmp_path
     [
         ({"bf16": True, "fp16": True}, "At most one of fp16 and bf16 can be True"),
         ({"fp16": True}, "fp16 needs a GPU; bf16 does not"),
-        ({"dataloader_persistent_workers": True}, "persistent_workers option needs num_workers > 0"),
-        ({"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "x"}, "multiprocessing_context option"),
         ({"report_to": "wandb"}, "report_to: wandb is not installed; pip install wandb, or remove it"),
         ({"report_to": ["tensorboard", "mlflow"]}, "report_to: mlflow is not installed"),
         ({"report_to": ["none"]}, "report_to: none is unknown; known: tensorboard, wandb, swanlab, mlflow"),

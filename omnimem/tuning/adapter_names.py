@@ -1,0 +1,84 @@
+"""Names of an adapter's weights: they depend on the release, and on the version of transformers that wrote them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from omnimem.backbones.family import Family
+from omnimem.backbones.load import FAMILIES
+
+PREFIX = "base_model.model."  # of peft
+PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\b.*")  # what follows the path of the adapted module
+TREE = re.compile(r"((?:.*\.)?(?:model|language_model)|)\.?layers\.\d+")  # decoder layers; encoders match nowhere
+SIZES = {"lora_A": ("inputs", "in_features", 1), "lora_B": ("outputs", "out_features", 0)}  # and the axis of a weight
+
+
+class ForeignError(ValueError):
+    """Weights that are not of a model; the message says which."""
+
+
+def fitted(tensors: Mapping[str, Tensor], model: nn.Module, everywhere: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The weights under the names of a loaded model, whatever tree of its family they were saved from.
+
+    Raises ForeignError if one has no module in the model, or not the size of its module, and if a projection of
+    `everywhere` has weights in some decoder layers but not in all.
+    """
+    # 1. names
+    modules, family, tree = dict(model.named_modules()), family_of(model), tree_of(model)
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        named = None if family is None or path_of(key) in modules else family.adapter_key(key, tree)
+        found[named or key] = tensor
+    unknown = [key for key in found if path_of(key) not in modules]
+    if unknown:
+        kind = type(model).__name__ if family is None else f"{family.name} model"
+        raise ForeignError(f"{len(unknown)} of {len(found)} weights match no module of a {kind}, as {unknown[0][:90]}")
+    # 2. sizes
+    for key, tensor in found.items():
+        path = path_of(key)
+        what, name, axis = SIZES.get(key.removeprefix(PREFIX + path).split(".")[1], ("", "", 0))
+        size = getattr(modules[path], name, None) if name and tensor.ndim == 2 else None
+        if size is not None and tensor.shape[axis] != size:
+            raise ForeignError(f"{path} has {size} {what}, and the adapter is for {tensor.shape[axis]}")
+    # 3. layers
+    adapted, inside = {path_of(key) for key in found}, re.compile(rf"{re.escape(_below(tree))}layers\.\d+\..+")
+    for name in everywhere:
+        layers = {path for path in modules if path.endswith(f".{name}") and inside.fullmatch(path)}
+        if (lacking := sorted(layers - adapted)) and len(lacking) < len(layers):
+            raise ForeignError(f"{len(lacking)} of {len(layers)} layers have no weights, as {lacking[0]}")
+    return found
+
+
+def released(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a loaded model's adapter under the names of its release.
+
+    Raises ForeignError for a model of no family that has a release.
+    """
+    family, tree = family_of(model), tree_of(model)
+    if family is None or not family.trees:
+        raise ForeignError(f"a {type(model).__name__} has no names of a release")
+    ours, theirs = PREFIX + _below(tree), PREFIX + _below(family.trees[0])
+    return {key.replace(ours, theirs, 1): tensor for key, tensor in tensors.items()}
+
+
+def family_of(model: Any) -> Family | None:
+    """The family of a loaded model; None for a text model alone."""
+    table = model.config.to_dict()
+    return next((family for family in FAMILIES if family.claims(table)), None)
+
+
+def tree_of(model: nn.Module) -> str:
+    """The module that holds the decoder layers; empty for a text model alone."""
+    matches = (TREE.fullmatch(name) for name, _ in model.named_modules())
+    return next((match[1] for match in matches if match), "")
+
+
+def path_of(key: str) -> str:
+    """The module that a weight adapts."""
+    return PART.sub("", key.removeprefix(PREFIX))
+
+
+def _below(tree: str) -> str:
+    return f"{tree}." if tree else ""
