@@ -60,6 +60,7 @@ class LayerView:
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
+    settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:

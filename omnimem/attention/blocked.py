@@ -6,7 +6,7 @@ packed pass over several questions the key must also belong to the memory or to 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,24 +28,32 @@ HeadMean = Literal["probabilities", "logits"]
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Segments:
     """The question that each packed token belongs to; `MEMORY` marks keys that all queries see."""
 
     queries: Int[Tensor, "batch queries"]
     keys: Int[Tensor, "batch keys"]
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # of blocks of queries, for all layers
+
+    def visible(self, first: int, last: int) -> Bool[Tensor, "batch block keys"]:
+        """Mask of the keys that queries `first` to `last` (exclusive) may see."""
+        if (first, last) not in self.masks:
+            queries, keys = self.queries.shape[1], self.keys.shape[1]
+            causal = visible(first, last, queries, keys, None, self.keys.device)
+            of_key = self.keys[:, None, :]
+            self.masks[first, last] = causal & ((of_key == MEMORY) | (of_key == self.queries[:, first:last, None]))
+        return self.masks[first, last]
 
 
 def visible(
     first: int, last: int, queries: int, keys: int, segments: Segments | None, device: torch.device
 ) -> Bool[Tensor, "#batch block keys"]:
     """Mask of the keys that queries `first` to `last` (exclusive) may see."""
+    if segments is not None:
+        return segments.visible(first, last)
     limit = torch.arange(first, last, device=device) + (keys - queries)
-    mask = (torch.arange(keys, device=device)[None, :] <= limit[:, None])[None]
-    if segments is None:
-        return mask
-    of_key = segments.keys[:, None, :]
-    return mask & ((of_key == MEMORY) | (of_key == segments.queries[:, first:last, None]))
+    return (torch.arange(keys, device=device)[None, :] <= limit[:, None])[None]
 
 
 def attend(

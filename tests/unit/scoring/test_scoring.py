@@ -14,7 +14,7 @@ from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
 from omnimem.scoring import Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
-from omnimem.tokens import ABSENT, Modality, Tokens
+from omnimem.tokens import ABSENT, Counts, Modality, Tokens
 from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
@@ -227,7 +227,7 @@ def test_under_autocast_the_same_tokens_are_found_nearest() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_that_do_not_learn_are_covered_as_those_that_do(dtype) -> None:
+def test_scores_that_do_not_learn_are_covered_as_those_that_do(dtype, monkeypatch) -> None:
     """Over several blocks, in the precision of the feature; under autocast the same."""
     draw = torch.Generator().manual_seed(5)
     feature = (torch.randn(1, 700, 24, generator=draw) + 1).to(dtype)
@@ -236,6 +236,11 @@ def test_scores_that_do_not_learn_are_covered_as_those_that_do(dtype) -> None:
     torch.testing.assert_close(found, covered.uncovered(feature, modality, scores), rtol=1e-5, atol=2e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(covered.uncovered_values(feature, modality, scores), found)
+    monkeypatch.setattr(covered, "COUNTED", ())
+    counts = Counts.of(modality, torch.zeros(1, 4, 700))
+    for known in (counts, counts._replace(audio=None)):  # with both kinds apart, and in one go
+        again = covered.uncovered_values(feature, modality, scores, known)
+        torch.testing.assert_close(again, found, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("measure", [covered.uncovered, covered.uncovered_values])
