@@ -12,6 +12,7 @@ COMMANDS = {
     "export": "write the tuned adapter or the merged model",
     "compare": "compare arms or runs and write the report",
     "ask": "stream a file or a pipe and answer questions about it",
+    "demo-ui": "open a local page: choose a stream, see what is kept, ask at any time",
     "score": "judge predictions of lmms-eval or VLMEvalKit by our rules",
     "show-memory": "write a page that shows what each layer holds",
     "list": "list policies, models, benchmarks or configs",

@@ -116,10 +116,7 @@ class Recorder:
             )
         for name in ("audio", "visual"):
             if not min(self._entropy[name].counts):
-                raise CalibrationError(
-                    f"the calibration streams hold no {name} tokens to measure; "
-                    "give streams with both tracks, or set memory.budget: {name: shared}"
-                )
+                raise missing_modality(name)
         # 2. means
         return Signals(
             entropy=_readings(self._entropy),
@@ -127,6 +124,14 @@ class Recorder:
             streams=self.streams,
             chunks=self.chunks,
         )
+
+
+def missing_modality(name: str) -> CalibrationError:
+    """The calibration streams have no tokens of a modality that a budget shares slots with."""
+    return CalibrationError(
+        f"the calibration streams hold no {name} tokens to measure; "
+        "give streams with both tracks, or set memory.budget: {name: shared}"
+    )
 
 
 def calibrate(

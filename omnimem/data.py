@@ -175,6 +175,7 @@ class Sample:
     cluster: str = ""  # id of the recording: answers about one recording are not independent; "": the sample's id
     source: str = ""  # of several sources of a run, the name of its own
     origin: str = field(default="", compare=False)  # file:line
+    remarks: tuple[str, ...] = field(default=(), compare=False)  # how its row was read, where that may surprise
 
     @property
     def has_stream(self) -> bool:

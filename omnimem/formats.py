@@ -39,6 +39,24 @@ SAMPLING = (
     *("fps", "nframes", "max_frames", "min_frames", "max_pixels", "min_pixels", "total_pixels"),
     *("resized_height", "resized_width"),
 )
+WHOLE_RUN = "it is one for a whole run: remove it, and set stream.fps and stream.max_pixels"
+IN_TURN = "is given for the whole row; give it in the turn that it is about"
+# Keys of a row that ask for what a stream follows under another key, or not at all; others are kept under meta.
+ASKING: dict[str, str] = {
+    **dict.fromkeys((*SAMPLING, "video_fps", "num_frames", "max_num_frames"), WHOLE_RUN),
+    **dict.fromkeys((*LEARNED, "at"), IN_TURN),
+    **dict.fromkeys(("loss_mask", "loss_scale", "loss_weight", "mask", "weights"), f"{IN_TURN}, as `loss`"),
+    **dict.fromkeys(("sample_weight", "sampling_weight"), "rows have no weight; give data.train sources with `weight`"),
+    **dict.fromkeys(("time", "question_time", "query_time", "at_time", "ask_at"), f"{IN_TURN}, as `at`"),
+    **{f"{key}_{unit}": f"did you mean {key}?" for key in SPAN.values() for unit in ("time", "sec", "seconds")},
+    **{f"{kind}_{key}": f"did you mean {key}?" for kind in ("video", "clip") for key in SPAN.values()},
+    **dict.fromkeys(("clip", "trim", "span", "segment", "time_span"), "did you mean timestamps?"),
+    **{f"{kind}{each}": f"did you mean {kind}?" for kind in ("video", "audio") for each in ("_path", "_file", "_url")},
+    **dict.fromkeys(("system_prompt", "system_message"), "did you mean system?"),
+    **dict.fromkeys(("track", "modality", "use_video", "has_audio"), "did you mean tracks?"),
+    **dict.fromkeys(("frames", "image_path", "image_url"), STILL),
+    **dict.fromkeys(("skip", "ignore"), "remove it, and the row if it is not to be learned"),
+}
 PREFERENCE = ("chosen", "reject", "rejected", "rejected_response", "rejected_messages", "kto_tag")
 NO_PREFERENCE = "preference rows have no loss here; keep the answer to learn alone, as {role: assistant}"
 
@@ -136,8 +154,8 @@ class _Row:
         # 2. the other keys
         if not isinstance(self.row.get("id", ""), str | int) or isinstance(self.row.get("id"), bool):
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
-        for key in [key for key in (*LEARNED, "at") if key in self.row]:
-            self.problem(key, "is given for the whole row; give it in the turn that it is about")
+        for key in [key for key in ASKING if key in self.row]:
+            self.problem(key, ASKING[key])
         for key in [key for key in PREFERENCE if key in self.row]:
             self.problem(key, NO_PREFERENCE)
         meta = self.meta()
@@ -351,7 +369,7 @@ class _Row:
         for key in [key for key in part if key not in ("type", *files, *spans)]:
             otherwise = "remove it"
             if key in SAMPLING:
-                otherwise = "it is one for a whole run: remove it, and set stream.fps and stream.max_pixels"
+                otherwise = WHOLE_RUN
             self.problem(f"{where}.{key}", unknown_key(key, (*files, *spans), otherwise))
         # 3. its text or file; without a file it stands for one of the row
         values: list[Any] = [part[key] for key in files if key in part]

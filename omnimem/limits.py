@@ -32,6 +32,7 @@ LIMITS = {
     "budget_layers": 4096,
     "processes": 256,  # of an evaluation, and decoders of each
     "bootstrap_draws": 1_000_000,
+    "upload_bytes": 8_000_000_000,  # of a file that is uploaded to `omnimem demo-ui`
 }
 
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,6 +61,7 @@ class Record(TypedDict, total=False):
     id: str
     sha256: dict[str, str | None]
     steps: int
+    engine: dict[str, Any]
     earlier: list[dict[str, Any]]
 
 
@@ -160,12 +161,18 @@ class Start:
     replaces: bool = False  # rename an older run
     aside: tuple[Path, ...] = ()  # later or damaged checkpoints to rename
     news: str = ""  # a message about them
+    changed: Mapping[str, Any] = field(default_factory=dict)  # settings of `train` that a resumed run changes: old, new
     seen: tuple[object, ...] | None = None  # of the folder when this was decided (`_state`)
 
     @property
     def step(self) -> int:
         """Number of completed steps."""
         return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether the folder holds a budget that the run will use."""
+        return self.folder.budget.is_file() and not self.replaces
 
     def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
         """Prepare the folder on disk (on one process only) and write config.yaml and run.json.

@@ -7,6 +7,7 @@ Rows of files are read as text, exactly as written; a data set has declared type
 import hashlib
 import os.path
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,16 +70,27 @@ def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
     used: dict[str, str] = {}
     for number, (origin, row) in enumerate(islice(rows_of(source), source.rows), start=1):
         try:
-            sample, _, _ = convert_row(row, origin, f"{source.label}-{number:06d}", target)
+            sample, _, remarks = convert_row(row, origin, f"{source.label}-{number:06d}", target)
         except ManifestError as error:
             problems += error.problems
             continue
         if used.setdefault(sample.id, origin) != origin:
             problems.append(f"{origin} id: {sample.id!r} is already used at {used[sample.id]}; rename one")
-        samples.append(sample)
+        samples.append(replace(sample, remarks=tuple(remarks)))
     if problems or not samples:
         raise ManifestError(problems or [f"{source.path}: holds no rows; export it again"])
     return samples
+
+
+def remarks_on(samples: Iterable[Sample]) -> list[str]:
+    """What was remarked about the rows of samples, each with the number of rows and the first one."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for sample in samples:
+        counts.update(sample.remarks)
+        for remark in sample.remarks:
+            first.setdefault(remark, sample.origin)
+    return [f"{count:,} rows ({first[remark]} first): {remark}" for remark, count in counts.items()]
 
 
 def digest(samples: Iterable[Sample]) -> str:

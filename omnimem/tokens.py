@@ -310,6 +310,21 @@ class Chunk:
         """Number of tokens per stream."""
         return self.modality.shape[1]
 
+    @classmethod
+    def joined(cls, parts: Sequence["Chunk"]) -> "Chunk":
+        """Parts of one stream, one after the other."""
+        modality = torch.cat([part.modality for part in parts], dim=1)
+        levels = zip(*(part.deepstack.features for part in parts if part.deepstack), strict=True)
+        features = tuple(torch.cat(level) for level in levels)
+        return replace(
+            parts[-1],
+            embeddings=torch.cat([part.embeddings for part in parts], dim=1),
+            positions=torch.cat([part.positions for part in parts], dim=2),
+            modality=modality,
+            place=torch.cat([part.places for part in parts], dim=2),
+            deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
+        )
+
     def gather(self, index: Int[Tensor, "batch kept"]) -> "Chunk":
         """The tokens at `index`, each stream by its own row, no index twice; with their deepstack features."""
         deepstack = self.deepstack

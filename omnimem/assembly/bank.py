@@ -1,6 +1,5 @@
 """The feature bank: what the encoders make of rendered media, once through H.264 and AAC, one file per world."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +12,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from omnimem.aside import written_aside
 from omnimem.backbones.assembled import Encoders, geometry_of
+from omnimem.checksums import share
 from omnimem.media import FileSource, SourceOptions
 from omnimem.recall.pictures import MEDIA, STEP, WORDS, Media, PictureOptions, PictureWorld, Word, draw_pictures
 from omnimem.recall.pictures_renderer import SIZE, render_audio, render_frames
@@ -84,9 +85,9 @@ def build(encoders: Encoders, folder: Path, part: Part) -> Iterator[Features]:
         path, world = folder / f"{part.name}-{number:04d}.safetensors", bank_world(part, number)
         if not path.exists():
             tensors = {name: each.half() for name, each in encode(encoders, world, part.tracks).items()}
-            partial = path.with_suffix(f".{os.getpid()}.part")
-            save_file(tensors, partial)
-            partial.replace(path)
+            with written_aside(path) as partial:
+                save_file(tensors, partial)
+                share(partial)
         tensors = load_file(path)
         visual, audio = (tensors[name].float() if name in tensors else None for name in ("visual", "audio"))
         yield Features(world=world, visual=visual, audio=audio)

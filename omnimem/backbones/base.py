@@ -242,8 +242,11 @@ class Backbone(ABC):
         cuts: Sequence[float] = (),
         system: str | None = None,
         group: int = 1,
+        split: bool = False,
     ) -> Iterator[Chunk]:
         """The opening of the prompt, then the stream in chunks of at most `chunk_tokens` tokens.
+
+        `split`: the parts of these chunks, each as soon as it is complete; `Chunk.joined` joins them.
 
         A chunk also ends with the last segment that is complete at a cut (seconds), so that a question asked at that
         time sees nothing later. A rest (`Encoded.at`), and what the layout holds back at a cut, become chunks of their
@@ -254,7 +257,7 @@ class Backbone(ABC):
         layout = self.layout(tracks=tracks, batch=batch, system=system, group=group)
         yield replace(_chunk([layout.opening()], 0.0), tracks=tracks)
         # 2. the segments, and before each what precedes the questions up to it
-        chunker, waiting = _Chunker(chunk_tokens), sorted(set(cuts))
+        chunker, waiting = _Chunker(chunk_tokens, split=split), sorted(set(cuts))
         for segment in segments:
             if segment.at is None and not segment.count:  # audio of less than one token
                 continue
@@ -287,10 +290,10 @@ class Backbone(ABC):
 
 
 class _Chunker:
-    """Joins parts to chunks of at most `chunk_tokens` tokens."""
+    """Joins parts to chunks of at most `chunk_tokens` tokens; `split`: each part is a chunk."""
 
-    def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens, self.seconds = chunk_tokens, 0.0
+    def __init__(self, chunk_tokens: int, *, split: bool = False) -> None:
+        self.chunk_tokens, self.split, self.seconds = chunk_tokens, split, 0.0
         self._held: list[Part] = []
 
     def add(self, parts: Sequence[Part], seconds: float, what: str) -> Iterator[Chunk]:
@@ -306,6 +309,8 @@ class _Chunker:
                 yield from self.flush(more=number > 0)
             self._held.append(part)
             self.seconds = seconds
+            if self.split:
+                yield from self.flush(more=number + 1 < len(parts))
 
     def flush(self, *, more: bool = False) -> Iterator[Chunk]:
         """The held parts as a chunk, if there are any; `more` up to the same time follow."""

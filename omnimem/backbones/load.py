@@ -39,15 +39,24 @@ def load_backbone(options: ModelOptions, device: torch.device | str | None = Non
     decides the family. Raises CheckpointError when a file is missing or differs from sealed.json of an export, or no
     family knows the configuration.
     """
-    options = replace(options, path=shipped(options.path))
-    if is_sealed(Path(options.path)) and (what := damage(Path(options.path))):
-        raise CheckpointError(
-            f"{options.path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
-        )
+    options = replace(options, path=checked_path(options.path))
     backbone = family_at(options.path).load(options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     nn.Module.to(backbone.model.requires_grad_(False), place)
     return backbone
+
+
+def checked_path(path: str) -> str:
+    """The path of a checkpoint, which may be distributed with the package (`shipped`).
+
+    Raises CheckpointError for a folder that differs from its sealed.json.
+    """
+    path = shipped(path)
+    if is_sealed(Path(path)) and (what := damage(Path(path))):
+        raise CheckpointError(
+            f"{path}: {what}; restore the file or export again; without {SEAL} the folder is not checked"
+        )
+    return path
 
 
 def family_at(path: str) -> Family:

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from omnimem.backbones import Backbone
 from omnimem.budget import AudioVisualBudget, Budget, BudgetError, SplitBudget
-from omnimem.calibration import calibrate
+from omnimem.calibration import calibrate, missing_modality
 from omnimem.config import ConfigError, RunConfig, exported
 from omnimem.config.exported import Policies
 from omnimem.data import DataSource, Failure, Failures, Sample
 from omnimem.media import MediaError
 from omnimem.policies import PerturbationOptions
+from omnimem.rows import tracks_of
 from omnimem.run import RunFolder
 from omnimem.sources import read_source
 from omnimem.sources import training_samples as samples_of
@@ -78,21 +79,55 @@ def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folde
 
     Raises BudgetError if the file was made for other settings.
     """
-    # 1. read
     if folder.budget.is_file():
-        budget = Budget.read(folder.budget)
-        made_for = budget.provenance.get("settings", budget_settings(run))
-        if made_for != budget_settings(run):
-            raise BudgetError(
-                f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
-                "delete the file, or give the run another name"
-            )
-        _check_policy(run, budget, folder.budget)
-        _check_stream(run, budget, folder.budget)
-        return budget
-    # 2. measure or build, and write
+        return _recorded(run, folder)
     budget = new_budget(run, attached, feeder)
     budget.write(folder.budget)
+    return budget
+
+
+def check_calibration(run: RunConfig, samples: Sequence[Sample]) -> None:
+    """Raises CalibrationError if a budget must be measured on streams that all lack audio, or video.
+
+    Looks at the first `calibration.streams` readable ones, which the measurement takes.
+    """
+    if not run.memory.budget.needs_signals:
+        return
+    found: set[str] = set()
+    measured = 0
+    for sample in (sample for sample in samples if sample.has_stream):
+        try:
+            found.add(tracks_of(sample, run.stream.tracks))
+        except MediaError:
+            continue
+        measured += 1
+        if measured == run.calibration.streams:
+            break
+    for name, absent in (("audio", {"video"}), ("visual", {"audio"})):
+        if found == absent:
+            raise missing_modality(name)
+
+
+def known_budget(run: RunConfig, layers: int, folder: RunFolder | None) -> Budget | None:
+    """The budget in the file of the run's folder, else one that needs no measurement; None if it must be measured.
+
+    Raises BudgetError if a file was made for other settings, another model or another stream.
+    """
+    if folder is not None and folder.budget.is_file():
+        return _recorded(run, folder)
+    return None if run.memory.budget.needs_signals else _built(run, layers)
+
+
+def _recorded(run: RunConfig, folder: RunFolder) -> Budget:
+    budget = Budget.read(folder.budget)
+    made_for = budget.provenance.get("settings", budget_settings(run))
+    if made_for != budget_settings(run):
+        raise BudgetError(
+            f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
+            "delete the file, or give the run another name"
+        )
+    _check_policy(run, budget, folder.budget)
+    _check_stream(run, budget, folder.budget)
     return budget
 
 
@@ -100,7 +135,11 @@ def new_budget(run: RunConfig, attached: StreamedAttention, feeder: Feeder) -> B
     """The run's budget, measured or built."""
     if run.memory.budget.needs_signals:
         return measured_budget(run, attached, feeder, training_samples(run))
-    built = run.memory.budget.build(attached.shape.layers, run.memory.slots_per_layer)
+    return _built(run, attached.shape.layers)
+
+
+def _built(run: RunConfig, layers: int) -> Budget:
+    built = run.memory.budget.build(layers, run.memory.slots_per_layer)
     return replace(built, provenance={**built.provenance, "settings": budget_settings(run)})
 
 

@@ -6,6 +6,7 @@ by that of the tiny checkpoint, and then marked `approximate`.
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,11 +21,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
-from omnimem.backbones.load import family_of, read_shapes, read_tables
+from omnimem.backbones.files import require_whole
+from omnimem.backbones.load import checked_path, family_at, family_of, read_shapes, read_tables
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
-from omnimem.cli.build import batch_sizes, refuse_batches, training_samples
+from omnimem.cli.build import batch_sizes, known_budget, policies_of, refuse_batches, training_samples
 from omnimem.cli.cache_size import describe_cache
+from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
@@ -32,14 +35,17 @@ from omnimem.footprint import Load, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
+from omnimem.run import RunFolder
 from omnimem.shipped import shipped
 from omnimem.sources import missing_sources, named
-from omnimem.streaming.feeder import require_supported
+from omnimem.streaming.attach import attach
+from omnimem.streaming.feeder import Feeder, require_supported
 from omnimem.streaming.prompt_pass import IGNORED
 from omnimem.streaming.trained_range import beyond
 from omnimem.textfile import read_stored
 from omnimem.tokens import Modality, Tracks
 from omnimem.training.zero3 import stage_of
+from omnimem.tuning import add_adapter, check_start, described, gradient_of, policy_in_training
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
 
@@ -73,8 +79,12 @@ class SampleFacts:
     learned: int  # answer tokens with a label
 
 
-def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) -> None:
+def preview(
+    run: RunConfig, name: str | None = None, steps: Iterable[str] = (), budgeted: RunFolder | None = None
+) -> None:
     """Print the plan of a run, with the sample of the id `name`, or the first one; `steps` is about its training.
+
+    `budgeted` is its folder if that holds the budget.
 
     Missing files are listed at the end and are not errors.
     """
@@ -85,6 +95,7 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
         refuse_batches(run, skeleton.backbone, batch_sizes(run))
+        _section("set-up", set_up(run, skeleton.backbone, budgeted))
         facts = read_sample(run, skeleton, missing, name)
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:
@@ -100,10 +111,42 @@ def preview(run: RunConfig, name: str | None = None, steps: Iterable[str] = ()) 
     _section("missing", [f"missing: {line}" for line in missing])
 
 
+def set_up(run: RunConfig, backbone: Backbone, budgeted: RunFolder | None) -> Iterator[str]:
+    """What a run builds before its first step, by the same functions, from a model without weights.
+
+    Raises AdapterError, BudgetError, PolicyError, GradientError and LayoutError as the run.
+    """
+    # 1. the adapter
+    lora, begun = run.tuning.lora, run.model.adapter
+    if begun is not None:
+        check_start(backbone.model, lora, Path(begun), shipped(run.model.path))
+        yield f"training starts from {begun}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)  # of peft, about weights on the meta device
+        model = add_adapter(backbone.model, lora)
+    yield adapter_targets(run, model)
+    # 2. the budget: known, or until it is measured the same for every layer
+    with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
+        layers, wanted = attached.shape.layers, run.memory.budget
+        budget = known_budget(run, layers, budgeted)
+        if budget is None:
+            assert isinstance(wanted, AudioVisualBudget)
+            even = SplitBudget(visual_audio_ratio=wanted.visual_audio_ratio)
+            budget = even.build(layers, run.memory.slots_per_layer)
+        # 3. the policy and its stream at every size that may be drawn, the gradient
+        policies, feeder = policies_of(run, budget), Feeder(backbone, run.stream)
+        yield f"policy in training: {described(run.tuning, policies(None), layers)}"
+        gradient_of(run.tuning, layers)
+        for slots in dict.fromkeys([*run.tuning.slots(run.memory.slots_per_layer), run.memory.slots_per_layer]):
+            feeder.stream(attached, policy_in_training(run.tuning, policies(slots)))
+
+
 def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     """The backbone from its configuration files only; None if its shapes are unknown."""
     # 1. configuration files
-    path = shipped(run.model.path)
+    path = checked_path(run.model.path)
+    if Path(path).is_dir():
+        require_whole(Path(path))
     folder = _folder(path)
     if folder is None or not any(folder.glob("*.safetensors")):
         missing.append(f"weights of {path}; get them with `hf download {path}`, or set model.path to a local folder")
@@ -119,23 +162,26 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
         return None
     # 2. model on the meta device, tokenizer
     shapes = read_shapes(described)
-    texts = Path(run.model.processor) if run.model.processor else folder
+    texts = folder
+    if run.model.processor is not None and (texts := _folder(run.model.processor, "tokenizer_config.json")) is None:
+        missing.append(f"tokenizer and processors of {run.model.processor}; get them with `hf download`")
     own = texts is not None and any((texts / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     tokenizer = AutoTokenizer.from_pretrained(str(texts if own else TINY), local_files_only=True)
     backbone = family.skeleton(config, preprocessor, tokenizer, run.model.system)
     return Skeleton(backbone=backbone, shapes=shapes, approximate=not own)
 
 
-def _folder(path: str) -> Path | None:
-    """Folder of the model's configuration on this machine: its own, or the cache of the hub."""
+def _folder(path: str, name: str = "config.json") -> Path | None:
+    """Folder on this machine that holds a file of a model: its own, or the cache of the hub."""
     folder = Path(path)
     if not folder.is_dir():
         try:
-            found = try_to_load_from_cache(path, "config.json")
+            found = try_to_load_from_cache(path, name)
         except HFValidationError:  # a path, not a hub id
+            family_at(path)  # which says so
             return None
         folder = Path(found).parent if isinstance(found, str) else folder
-    return folder if (folder / "config.json").is_file() else None
+    return folder if (folder / name).is_file() else None
 
 
 def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: str | None = None) -> SampleFacts:

@@ -77,6 +77,22 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
     Raises AdapterError if a target matches nothing, ConfigError if the disk is too small.
     """
     # 1. targets of the adapter
+    weights = sum(parameter.numel() for parameter in trainable(model))
+    yield adapter_targets(run, model)
+    # 2. disk space
+    size = weights * PER_WEIGHT + BESIDES
+    kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
+    kept += run.data.validation is not None  # the best one
+    free = shutil.disk_usage(folder).free
+    needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
+    if kept * size > free:
+        cure = "make room, or set train.save_total_limit"
+        raise ConfigError([f"{folder}: {needs}, but {free / 1e6:,.1f} MB are free; {cure}"])
+    yield f"disk: {needs}; {free / 1e6:,.1f} MB are free"
+
+
+def adapter_targets(run: RunConfig, model: StreamedModel) -> str:
+    """A line about the adapted modules. Raises AdapterError if a target matches nothing."""
     names = [name for name, _ in model.named_parameters() if ".lora_A." in name]
     lora = run.tuning.lora
     found = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in names})
@@ -88,17 +104,7 @@ def check_run(run: RunConfig, model: StreamedModel, folder: Path, saves: int) ->
         raise AdapterError(f"lora.targets: {', '.join(absent)} match no module of this model; matched: {there}")
     weights = sum(parameter.numel() for parameter in trainable(model))
     each = ", ".join(f"{target} {count}" for target, count in matched.items())
-    yield f"adapter: {len(names)} modules ({each}), {weights:,} weights"
-    # 2. disk space
-    size = weights * PER_WEIGHT + BESIDES
-    kept = min(run.train.get("save_total_limit") or saves, saves) + 1  # the next one, or the adapter, is written first
-    kept += run.data.validation is not None  # the best one
-    free = shutil.disk_usage(folder).free
-    needs = f"{kept} x {size / 1e6:,.1f} MB for checkpoints and the adapter = {kept * size / 1e6:,.1f} MB"
-    if kept * size > free:
-        cure = "make room, or set train.save_total_limit"
-        raise ConfigError([f"{folder}: {needs}, but {free / 1e6:,.1f} MB are free; {cure}"])
-    yield f"disk: {needs}; {free / 1e6:,.1f} MB are free"
+    return f"adapter: {len(names)} modules ({each}), {weights:,} weights"
 
 
 def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:

@@ -20,7 +20,8 @@ from omnimem.cli.build import EVALUATED, budget_of, feeder_of, policies_of, refu
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import load_tuned
 from omnimem.cli.workers import device, workers_of
-from omnimem.config import RunConfig, differences, load, untuned
+from omnimem.config import RunConfig, differences, load
+from omnimem.config.exported import not_tuned_at
 from omnimem.evaluation import Evaluation, EvaluationError
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import attach
@@ -37,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     folder = RunFolder(path=Path("runs") / run.name)
     adapter = given.adapter or folder.adapter
     names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or adapter.is_dir()))
-    training = RunFolder(path=adapter.parent).config  # of the run that made the adapter
-    warn([*differences(run), *(untuned(run, training) if set(names) & set(TUNED) and training.is_file() else [])])
+    reads_tuned = bool(set(names) & set(TUNED)) and adapter.is_dir()
+    warn([*differences(run), *(not_tuned_at(run.memory, run.stream, adapter) if reads_tuned else [])])
     check_benchmarks(run)
     # 2. model
     if not torch.cuda.is_available():  # models of CPU runs are small: more threads slow them down

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from omnimem.cli.build import (
     Policies,
     batch_sizes,
     budget_of,
+    check_calibration,
     feeder_of,
     policies_of,
     refuse_batches,
@@ -46,16 +47,17 @@ from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
 from omnimem.shipped import shipped
-from omnimem.sources import digest, missing_sources
+from omnimem.sources import digest, missing_sources, remarks_on
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.training.arguments import (
     OwnSettings,
     refuse_adapter,
+    refuse_engine_changes,
     refuse_mixed_precision,
-    refuse_train_changes,
     refuse_zero_rate,
+    train_changes,
     train_section,
     training_arguments,
 )
@@ -66,7 +68,7 @@ from omnimem.training.portable import refuse_other_batch
 from omnimem.training.sampler import Mixture, recording, seed_of
 from omnimem.training.shutdown import follow_launcher
 from omnimem.training.trainer import StreamTrainer
-from omnimem.training.zero3 import stage_of, whole
+from omnimem.training.zero3 import engine_settings, stage_of, whole
 from omnimem.tuning import (
     Plan,
     StreamedModel,
@@ -101,7 +103,9 @@ def main(arguments: Sequence[str]) -> None:
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
-    warn(trained_on(samples, validation))
+    warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
+    if rank() == 0 and not start.budgeted:
+        check_calibration(run, samples)
     if run.evaluate.after_training:
         check_benchmarks(run)
     longest = None
@@ -127,10 +131,11 @@ def finetune(
     partitioned = stage_of(run.train) == 3
     taken = Mixture(samples=samples, weights=run.data.weights).size  # per epoch
     refuse_zero_rate(settings, step_count(settings, taken))
+    warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     first = settings.process_index == 0
     if first:
-        warn(changed_data(start, samples))
-        start.open(dump(run), _provenance(run, settings, samples))
+        warn([*changed_data(start, samples), *changed_settings(start)])
+        start.open(dump(run), _provenance(run, settings, samples, start))
         if start.news:
             print(start.news, flush=True)
     # 2. build the model with its adapter
@@ -178,12 +183,16 @@ def dry_run(run: RunConfig, start: Start, name: str | None) -> None:
     if not missing_sources(run.data):
         samples, validation = training_samples(run), validation_samples(run)
         check_answers([*samples, *validation])
-        warn(trained_on(samples, validation))
+        warn([*remarks_on([*samples, *validation]), *trained_on(samples, validation)])
+        if not start.budgeted:
+            check_calibration(run, samples)
         taken = Mixture(samples=samples, weights=run.data.weights).size
         refuse_zero_rate(settings, step_count(settings, taken))
+        warn(plan_of(run, settings).untrained(step_count(settings, taken)))
     # 3. the plan
+    warn(changed_settings(start))
     if rank() == 0:
-        preview(run, name, describe_training(settings, start, taken))
+        preview(run, name, describe_training(settings, start, taken), start.folder if start.budgeted else None)
 
 
 def describe_training(settings: TrainingArguments, start: Start, taken: int | None) -> Iterator[str]:
@@ -231,7 +240,8 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
     if start.resumed and start.folder.config.is_file():
         refuse_changes(run, start.folder.config)
         if start.checkpoint is not None:
-            refuse_train_changes(run, start.folder.config)
+            refuse_engine_changes(run, start.folder.record)
+            start = replace(start, changed=train_changes(run, start.folder.config))
     if start.checkpoint is not None:
         refuse_code(start.checkpoint)
         with checkpoint_errors(shipped(run.model.path)):
@@ -243,8 +253,7 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
 
 def check_budget(run: RunConfig, start: Start) -> None:
     """Raises BudgetError when the budget must be measured and no process holds the whole model."""
-    measured = start.folder.budget.is_file() and not start.replaces
-    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not measured:
+    if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not start.budgeted:
         raise BudgetError(
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
@@ -270,6 +279,12 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     if earlier in (None, digest(samples)):
         return []
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
+
+
+def changed_settings(start: Start) -> list[str]:
+    """A line for each setting of `train` that a resumed run changes."""
+    when = f"from step {start.step + 1} on"
+    return [f"train.{name}: {now!r} {when}, {before!r} until then" for name, (before, now) in start.changed.items()]
 
 
 def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[str]:
@@ -356,12 +371,7 @@ def build_trainer(
         # 2. the steps
         args=settings,
         own=OwnSettings.of(run.train),
-        plan=Plan(
-            options=run.tuning,
-            slots_per_layer=run.memory.slots_per_layer,
-            chunk_tokens=run.stream.chunk_tokens,
-            seed=settings.seed,
-        ),
+        plan=plan_of(run, settings),
         # 3. the data
         samples=samples,
         weights=run.data.weights,
@@ -371,6 +381,12 @@ def build_trainer(
         folder=start.folder,
         callbacks=callbacks_of(start, first=settings.process_index == 0),
     )
+
+
+def plan_of(run: RunConfig, settings: TrainingArguments) -> Plan:
+    """What every step of a run draws."""
+    slots, chunk_tokens = run.memory.slots_per_layer, run.stream.chunk_tokens
+    return Plan(options=run.tuning, slots_per_layer=slots, chunk_tokens=chunk_tokens, seed=settings.seed)
 
 
 @contextmanager
@@ -446,15 +462,20 @@ def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, worker
         print(f"report: {folder.comparison / 'report.html'}", flush=True)
 
 
-def _provenance(run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample]) -> dict[str, object]:
-    base, start = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
+def _provenance(
+    run: RunConfig, settings: TrainingArguments, samples: Sequence[Sample], start: Start
+) -> dict[str, object]:
+    base, begun = Path(run.model.path), run.model.adapter and Path(run.model.adapter)
     digests = {
         "base": sha256(base, suffixes=(".safetensors",)) if base.is_dir() else None,
         "data": digest(samples),
-        **({"start_adapter": sha256(start, suffixes=(".safetensors",))} if start else {}),
+        **({"start_adapter": sha256(begun, suffixes=(".safetensors",))} if begun else {}),
     }
     found = provenance(command=sys.argv, seed=settings.seed, sha256=digests)
-    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads()}
+    if start.changed:
+        found["changed_settings"] = {"after_step": start.step, "train": dict(start.changed)}
+    engine = engine_settings(run.train) or {}
+    return {**found, "device": str(settings.device), "torch_threads": torch.get_num_threads(), "engine": engine}
 
 
 def _parser() -> Parser:

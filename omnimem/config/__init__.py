@@ -1,7 +1,7 @@
 """The strict schema of a run, composed of the options of each part; read from YAML and `key=value` overrides."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -31,6 +31,7 @@ __all__ = [
     "ConfigError",
     "MemoryOptions",
     "RunConfig",
+    "changed",
     "differences",
     "dump",
     "find",
@@ -127,21 +128,37 @@ def differences(run: RunConfig) -> list[str]:
     return found
 
 
-def untuned(run: RunConfig, earlier: Path) -> list[str]:
-    """A line for each setting of memory and stream that no step of the training in the file `earlier` had."""
+def untuned(memory: MemoryOptions | None, stream: StreamOptions, earlier: Path) -> list[str]:
+    """A line for each of these settings that no step of the training in the file `earlier` had; None: full memory."""
     try:
         saved = load(earlier)
     except ConfigError as error:
-        return [f"{earlier}: cannot be read ({error.problems[0]}); nobody knows what the adapter was tuned at"]
-    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (saved, run))
-    drawn: set[Key] = {("memory", "slots_per_layer")} if saved.tuning.trains(run.memory.slots_per_layer) else set()
+        return [f"{earlier}: cannot be read ({error.problems[0]}); the settings it was tuned at are unknown"]
+    tuned = replace(saved.tuning, budgets=saved.tuning.budgets or ("self",)).at(saved.memory.slots_per_layer)
+    trained = memory is not None and tuned.trains(memory.slots_per_layer)
+    drawn: set[Key] = {("memory", "slots_per_layer")} if trained else set()
     low, high = saved.tuning.chunks(saved.stream.chunk_tokens)
-    drawn |= {("stream", "chunk_tokens")} if low <= run.stream.chunk_tokens <= high else set()
-    return [
-        f"{dotted(key)}: the adapter was tuned at {before.get(key)}, and is evaluated at {now.get(key)}"
-        for key in dict.fromkeys([*before, *now])
-        if key[0] in ("memory", "stream") and before.get(key) != now.get(key) and key not in drawn
-    ]
+    drawn |= {("stream", "chunk_tokens")} if low <= stream.chunk_tokens <= high else set()
+    return changed((saved.memory, saved.stream), (memory, stream), drawn)
+
+
+def changed(
+    tuned: tuple[MemoryOptions, StreamOptions],
+    now: tuple[MemoryOptions | None, StreamOptions],
+    drawn: Collection[Key] = (),
+) -> list[str]:
+    """A line for each setting of memory and stream that differs from that of the tuning, without those `drawn`."""
+    found: list[str] = []
+    for name, *values in zip(("memory", "stream"), tuned, now, strict=True):
+        if None in values:
+            continue
+        before, after = (_flat(TypeAdapter(type(each)).dump_python(each, mode="json"), (name,)) for each in values)
+        found += [
+            f"{dotted(key)}: the adapter was tuned at {before.get(key)}, and reads streams at {after.get(key)} now"
+            for key in dict.fromkeys([*before, *after])
+            if before.get(key) != after.get(key) and key not in drawn
+        ]
+    return found
 
 
 def dump(run: RunConfig) -> str:

@@ -11,11 +11,11 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, Budget
 from omnimem.checksums import SEAL, damage, is_sealed
-from omnimem.config import MemoryOptions
+from omnimem.config import MemoryOptions, changed, untuned
 from omnimem.config.check import strict, validated
 from omnimem.config.source import ConfigError, dotted
 from omnimem.policies.base import Policy
-from omnimem.run import write_text
+from omnimem.run import RunFolder, write_text
 from omnimem.streaming.options import StreamOptions
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -46,7 +46,7 @@ class Origin:
 class Exported:
     """A tuned model: model, stream and memory options, budget, and origin of the weights."""
 
-    format: Literal["omnimem export 1"] = "omnimem export 1"
+    format: Literal["omnimem export 2"] = "omnimem export 2"
     model: ModelOptions
     stream: StreamOptions
     memory: MemoryOptions
@@ -76,7 +76,7 @@ class Exported:
             table = read_stored(path, dict[str, Any], "make it again with `omnimem export`")
         except StoredFileError as error:
             raise ConfigError([str(error)]) from error
-        exported, problems = validated(cls, table)
+        exported, problems = validated(cls, _current(table))
         if exported is None:
             raise ConfigError([f"{path} {dotted(key)}: {what}" for key, what in problems])
         if exported.memory.selection_from == "base" and exported.origin.kind == "merged":
@@ -88,6 +88,33 @@ class Exported:
         """Write omnimem.json."""
         table = TypeAdapter(Exported).dump_python(self, mode="json")
         write_text(folder / FILE, json.dumps(table, indent=1) + "\n")
+
+
+def _current(table: dict[str, Any]) -> dict[str, Any]:
+    """The table of a file as it is written today: in format 1, coverage discounted every token."""
+    if table.get("format") != "omnimem export 1":
+        return table
+    table = {**table, "format": "omnimem export 2"}
+    match table:
+        case {"memory": {"policy": {"coverage": _} as policy} as memory}:
+            return {**table, "memory": {**memory, "policy": {**policy, "coverage_above": -1.0}}}
+    return table
+
+
+def not_tuned_at(memory: MemoryOptions | None, stream: StreamOptions, adapter: Path) -> list[str]:
+    """A line for each setting of memory (None: full) and stream at which an adapter was not tuned.
+
+    Its own are those of its run beside it, or of its omnimem.json; without both a line says that they are unknown.
+    """
+    place = adapter.resolve()
+    if (training := RunFolder(path=place.parent).config).is_file():
+        return untuned(memory, stream, training)
+    if (place / FILE).is_file():
+        exported = Exported.read(place)
+        return changed((exported.memory, exported.stream), (memory, stream))
+    return [
+        f"{adapter}: has no {FILE}, and no config.yaml of a run beside it; the settings it was tuned at are unknown"
+    ]
 
 
 def policies_of(memory: MemoryOptions, budget: Budget) -> Policies:

@@ -32,15 +32,20 @@ of what is chosen. On the command line: `section.key=value`."""
 TRAIN = """The fields of transformers.TrainingArguments (5.17 to 5.23) and our own (`omnimem explain train`), and what
 `--resume` does when one differs from the run's own `config.yaml`:
 
-- **takes effect**: from the next step; `config.yaml` then states the new value.
-- **refused**: exit code 2, one line with the name and both values. The value is in the checkpoint (optimizer, schedule)
-  or in the steps that were taken (seed, order of samples). Give the old value, or start another run.
+- **takes effect**: from the next step; a warning names both values, `config.yaml` then states the new one, and
+  `changed_settings` of run.json both.
+- **refused**: exit code 2, one line with the name and both values. The value is in the checkpoint (optimizer) or in the
+  steps that were taken (seed, order of samples). Give the old value, or start another run.
 - **in no run**: the setting is refused when it is read, with the reason.
 
 Ranks, `per_device_train_batch_size` and `gradient_accumulation_steps` may change as long as their product does not.
 `max_steps` and `num_train_epochs` also stretch the schedule of the learning rate and of `tuning.selection.temperature`
-from the next step on. All settings outside of `train` are refused but for those of `evaluate`, `data.cache` and
-`data.max_failures`."""
+from the next step on. A new `learning_rate`, warm-up or schedule continues at the step that was reached: the rate of
+the next step is the one that a run with the new settings from the start would have there. Where the state of a
+checkpoint holds them (`lr_scheduler_type` reduce_lr_on_plateau or greedy, schedule-free and layerwise optimizers, a
+`scheduler` section of the DeepSpeed file) these are refused too. All settings outside of `train` are refused but for
+those of `evaluate`, `data.cache` and `data.max_failures`; so are other `optimizer` and `scheduler` sections in the
+DeepSpeed settings."""
 COMMON = {  # meanings of keys that many sections share
     "name": "chooses the section",
     "preset": "settings of null keys: as published, as released, or with our audio-visual split (docs/policies.md)",

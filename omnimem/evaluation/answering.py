@@ -25,14 +25,14 @@ from omnimem.rows import tracks_of
 from omnimem.run import write_json
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import Due, Feeder, feed_until_due
-from omnimem.streaming.stream import PositionsError, Stream
+from omnimem.streaming.stream import Stream
 from omnimem.tasks import Benchmark
 from omnimem.tokens import EVICTABLE, Chunk, Modality, Tracks
 
 TOGETHER = 64  # questions of a stream per pass
 LATE = 1.0  # seconds after the end that a question may be asked: time stamps are whole seconds, lengths are not
 WHOLE = Shard()
-UNANSWERED = (MediaError, PositionsError, RuntimeError, MemoryError, OSError)  # see `_reason`
+UNANSWERED = (MediaError, *left_out.ERRORS)  # see `_reason`
 
 _Batch = list[StreamReader] | tuple[Sample, tuple[str, str]]  # or a stream that cannot be read: reason and message
 Progress = Callable[[Iterable[Sample], int], Iterable[Sample]]

@@ -18,6 +18,7 @@ from omnimem.streaming.stream import PositionsError
 
 OUT_OF_MEMORY, NOT_APPLICABLE = "out_of_memory", "not_applicable"
 LEFT_OUT = (OUT_OF_MEMORY, NOT_APPLICABLE)
+ERRORS = (PositionsError, RuntimeError, MemoryError, OSError)  # among which `reason_of` finds them
 
 
 def is_left_out(line: Mapping[str, Any]) -> bool:

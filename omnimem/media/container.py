@@ -1,13 +1,14 @@
 """Metadata of media files, and MediaError for files that cannot be used."""
 
 import errno
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedIOBase
+from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, final
 
@@ -18,6 +19,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.error import EOFError as EndOfFileError
 from av.error import FFmpegError, InvalidDataError
+from av.format import Flags
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -29,6 +31,7 @@ Track = TypeVar("Track", VideoStream, AudioStream)
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated", "too_short"]
 
 CODEC_PADDING = 0.1  # seconds of padding that audio codecs add at the beginning and the end to fill their blocks
+RESTART = 0.5  # seconds that a clock goes back where it starts again; less is jitter
 SHORTFALL = (1.0, 0.02)  # seconds, and fraction of the declared length, that a track may lack
 COPY_AGAIN = "copy or convert the file again"
 # ffmpeg's names of the formats that are read: each holds its media itself, unlike playlists, and none is plain text
@@ -76,6 +79,7 @@ class MediaInfo:
     has_audio: bool
     video_seconds: float
     audio_seconds: float
+    restarts: tuple[float, ...] = ()  # of a measured file: seconds to add to its clock after each restart (`Clock`)
 
     @property
     def seconds(self) -> float:
@@ -109,19 +113,22 @@ def _probed(path: Path | str, measure: bool) -> MediaInfo:
         present = {name: track for name, track in tracks.items() if track is not None}
         ends = {name: declared_end(container, track) or 0.0 for name, track in present.items()}
         # 2. measured lengths
-        declared = container.format.name.split(",")[0] in WITH_DURATION and all(ends.values())
+        declared, restarts = container.format.name.split(",")[0] in WITH_DURATION and all(ends.values()), list[float]()
         if measure and not declared:
-            zero, ends = origin(container), dict.fromkeys(ends, 0.0)
-            names = {track.index: name for name, track in present.items()}
+            ends = dict.fromkeys(ends, 0.0)
+            names = {track.index: (name, Clock(container, restarts)) for name, track in present.items()}
             for packet in container.demux(*present.values()):
                 if packet.pts is not None:
-                    name, after = names[packet.stream_index], (packet.pts + (packet.duration or 0)) * packet.time_base
-                    ends[name] = max(ends[name], float(after) - zero)
+                    (name, clock), tick = names[packet.stream_index], packet.time_base
+                    order = None if packet.dts is None else float(packet.dts * tick)
+                    time = clock.seconds(float(packet.pts * tick), max(ends.values()), order)
+                    ends[name] = max(ends[name], time + float((packet.duration or 0) * tick))
     return MediaInfo(
         has_video="video" in present,
         has_audio="audio" in present,
         video_seconds=ends.get("video", 0.0),
         audio_seconds=ends.get("audio", 0.0),
+        restarts=tuple(restarts),
     )
 
 
@@ -139,7 +146,7 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
         yield container
 
 
-def open_input(file: str | BufferedIOBase, *, protocols: str) -> InputContainer:
+def open_input(file: str | BufferedIOBase | RawIOBase, *, protocols: str) -> InputContainer:
     """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, "max_pixels": str(limit("frame_pixels"))}
     level = logging.get_level()
@@ -269,6 +276,35 @@ def origin(container: InputContainer) -> float:
         return begin
     first = float(video.start_time * video.time_base)
     return first if 0.0 < first - begin <= CODEC_PADDING else begin
+
+
+@final
+class Clock:
+    """Seconds from the origin on the clock of a track.
+
+    In formats where a clock may start again (broadcast and program streams, ogg), joined recordings have one for each.
+    Time then goes on after all that came before, as in ffmpeg. `restarts` are the seconds to add after each restart,
+    the same for all tracks; what is missing in them is added.
+    """
+
+    def __init__(self, container: InputContainer, restarts: list[float]) -> None:
+        self._zero, self._restarts, self._passed, self._last = origin(container), restarts, 0, -math.inf
+        self._joined = may_restart(container)
+
+    def seconds(self, time: float, reached: float, order: float | None = None) -> float:
+        """The seconds of a time of the file; `reached`: of all before it. `order` grows where `time` need not."""
+        order = time if order is None else order
+        if self._joined and order < self._last - RESTART:
+            self._passed += 1
+            if self._passed > len(self._restarts):
+                self._restarts.append(reached - (time - self._zero))
+        self._last = order
+        return time - self._zero + (self._restarts[self._passed - 1] if self._passed else 0.0)
+
+
+def may_restart(container: InputContainer) -> bool:
+    """Whether the format allows several recordings, each with its clock, one after the other."""
+    return bool(container.format.flags & Flags.ts_discont.value)
 
 
 def declared_end(container: InputContainer, stream: VideoStream | AudioStream) -> float | None:

@@ -1,6 +1,6 @@
 """Decoding by timestamp with PyAV: video frames at a chosen rate, audio as mono samples."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +18,17 @@ from torch import Tensor
 
 from omnimem.limits import exceeds
 from omnimem.media.container import (
+    Clock,
     MediaError,
     Plausible,
     audio_stream,
     check_whole,
     decodable,
     is_empty,
+    may_restart,
     open_container,
     origin,
+    probe,
     refuse_large,
     video_stream,
 )
@@ -161,10 +164,13 @@ def _frames(container: InputContainer, stream: VideoStream | AudioStream) -> Ite
             yield frame
 
 
-def _decoded(container: InputContainer, decode: Callable[[], Iterator[Frame]], start: float) -> Iterator[Frame]:
+def _decoded(
+    container: InputContainer, path: Path | str, decode: Callable[[], Iterator[Frame]], start: float
+) -> Iterator[Frame]:
     """Decoded frames, from shortly before `start` on."""
     zero, frames = origin(container), decode()
-    if start > PREROLL and container.duration is not None:  # raw streams have no duration and cannot seek
+    joined = start > PREROLL and bool(_restarts(container, path))  # a time then has several places
+    if start > PREROLL and not joined and container.duration is not None:  # raw streams have none and cannot seek
         container.seek(int((start - PREROLL + zero) * av.time_base))
         first = next(frames, None)
         if first is None or first.time is None or first.time - zero > start:
@@ -181,10 +187,10 @@ def _timed_frames(
     """(time, duration, frame) of a video track; raises MediaError at its end if it is truncated."""
     if stream.width * stream.height > THREADED_PIXELS:
         stream.thread_type = "AUTO"
-    still, reached, frames = False, 0.0, _decoded(container, lambda: _frames(container, stream), start)
-    plausible = Plausible(path)
+    still, reached, frames = False, 0.0, _decoded(container, path, lambda: _frames(container, stream), start)
+    plausible, restarts = Plausible(path), _restarts(container, path)
     plausible.refuse_track(container, stream, end)
-    for number, (time, duration, frame) in enumerate(timed_frames(frames, container, stream, start), start=1):
+    for number, (time, duration, frame) in enumerate(timed_frames(frames, container, stream, start, restarts), start=1):
         plausible.refuse_length(time + duration if end is None else min(time + duration, end))
         plausible.refuse_frames(number)
         still, reached = reached == 0.0, time + duration
@@ -193,17 +199,26 @@ def _timed_frames(
 
 
 def timed_frames(
-    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream, start: float = 0.0
+    frames: Iterable[VideoFrame],
+    container: InputContainer,
+    stream: VideoStream,
+    start: float = 0.0,
+    restarts: Sequence[float] = (),
 ) -> Iterator[tuple[float, float, VideoFrame]]:
-    """(time, duration, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
-    reached = 0.0
+    """(time, duration, frame) by `Clock`; a frame without a timestamp follows the one before."""
+    reached, clock = 0.0, Clock(container, list(restarts))
     for frame in frames:
-        time = reached if frame.time is None else _plausible(frame.time - origin(container), reached, start)
+        time = reached if frame.time is None else _plausible(clock.seconds(frame.time, reached), reached, start)
         duration = 1.0 / float(stream.average_rate or 25.0)
         if frame.duration and frame.time_base:
             duration = float(frame.duration * frame.time_base)
         reached = time + duration
         yield time, duration, frame
+
+
+def _restarts(container: InputContainer, path: Path | str) -> tuple[float, ...]:
+    """The restarts of the clock of a file; empty, without reading it, in formats that have none."""
+    return probe(path, measure=True).restarts if may_restart(container) else ()
 
 
 def _plausible(time: float, reached: float, start: float) -> float:
@@ -224,10 +239,10 @@ def _timed_audio(
     container: InputContainer, stream: AudioStream, path: Path | str, start: float, end: float | None
 ) -> Iterator[tuple[float, AudioFrame]]:
     """(time, frame) of an audio track up to `end`; raises MediaError at its end if it is truncated."""
-    reached, frames = 0.0, _decoded(container, lambda: _frames(container, stream), start)
-    plausible = Plausible(path)
+    reached, frames = 0.0, _decoded(container, path, lambda: _frames(container, stream), start)
+    plausible, restarts = Plausible(path), _restarts(container, path)
     plausible.refuse_track(container, stream, end)
-    for time, frame in timed_audio(frames, container, start):
+    for time, frame in timed_audio(frames, container, start, restarts):
         if end is not None and time >= end:
             return
         plausible.refuse_length(time)
@@ -237,12 +252,12 @@ def _timed_audio(
 
 
 def timed_audio(
-    frames: Iterable[AudioFrame], container: InputContainer, start: float = 0.0
+    frames: Iterable[AudioFrame], container: InputContainer, start: float = 0.0, restarts: Sequence[float] = ()
 ) -> Iterator[tuple[float, AudioFrame]]:
-    """(time, frame) in seconds from the origin; a frame without a timestamp follows the one before."""
-    zero, reached = origin(container), 0.0
+    """(time, frame) by `Clock`; a frame without a timestamp follows the one before."""
+    reached, clock = 0.0, Clock(container, list(restarts))
     for frame in frames:
-        time = reached if frame.time is None else _plausible(frame.time - zero, reached, start)
+        time = reached if frame.time is None else _plausible(clock.seconds(frame.time, reached), reached, start)
         reached = time + frame.samples / frame.sample_rate
         yield time, frame
 

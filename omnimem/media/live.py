@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from io import BufferedIOBase
+from io import BufferedIOBase, RawIOBase
 from typing import Any, final
 
 import torch
@@ -21,7 +21,7 @@ SEQUENTIAL = "mpegts, matroska, flv or fragmented mp4"
 
 
 def read_live(
-    file: BufferedIOBase, *, fps: float, rate: int = 16000, tracks: TracksOption = "both", name: str = "-"
+    file: BufferedIOBase | RawIOBase, *, fps: float, rate: int = 16000, tracks: TracksOption = "both", name: str = "-"
 ) -> tuple[Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]] | None, Iterator[Float[Tensor, " _"]] | None]:
     """The (frames, audio) iterators of a `LiveSource`, read from a file object that need not be seekable.
 

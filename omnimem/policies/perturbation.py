@@ -19,6 +19,7 @@ PAPER: dict[str, Any] = {
     "ends": "present",
     "feature": None,
     "coverage": 0.0,
+    "coverage_above": 0.5,
     "centred": True,
     "markers": "keep",
 }
@@ -36,9 +37,10 @@ class PerturbationOptions:
     released  as in the authors' code: one softmax of head-averaged logits, halving across chunks, sqrt(1 - s), cosine 1
               for a missing neighbour, no lending (docs/paper.md, "Differences between paper and release")
     omnimem   ours: the printed score with redundancy measured once, at arrival, so that copies of one event do not
-              become neighbours in the pool and are evicted together; discounted by the similarity to a better token
-              (`coverage`: the power beta of 1 - c; `centred`: scoring/covered.py), so that one copy is kept, not three;
-              a group's timestamp stays while one of its tokens does (`markers: with_group`)
+              become neighbours in the pool and are evicted together; copies of a better token are discounted
+              (`coverage`: the power beta of 1 - c; `coverage_above`: from which c on; `centred`: scoring/covered.py),
+              so that one copy is kept, not three; a group's timestamp stays while one of its tokens does (`markers:
+              with_group`)
     """
 
     name: Literal["omnimem", "paper", "released"] = "omnimem"
@@ -52,6 +54,7 @@ class PerturbationOptions:
     ends: Literal["present", "one"] | None = None  # a missing neighbour: left out, or counted with cosine 1
     feature: int | None = None  # width of a projection of the layer input that redundancy reads; null: all
     coverage: float | None = None  # beta, the power of 1 - c
+    coverage_above: float | None = None  # t: tokens are discounted where c is above it; -1: all
     centred: bool | None = None  # c between vectors without the mean of their modality
     markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
@@ -60,6 +63,8 @@ class PerturbationOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
+        if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
+            raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")
 
     def _chosen(self) -> dict[str, Any]:
         given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
@@ -86,4 +91,4 @@ class PerturbationOptions:
 
 
 def _covered(scorer: Perturbation, chosen: dict[str, Any]) -> Covered:
-    return Covered(inner=scorer, power=chosen["coverage"], centred=chosen["centred"])
+    return Covered(inner=scorer, power=chosen["coverage"], above=chosen["coverage_above"], centred=chosen["centred"])

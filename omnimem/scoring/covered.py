@@ -26,17 +26,20 @@ Compared = Literal["inputs", "values"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Covered(AbstractScorer):
-    """s_k (1 - c_k)^beta, c_k = max cos(h_k - m, h_j - m) over the tokens j of k's modality with s_j > s_k.
+    """s_k min(1, (1 - c_k) / (1 - t))^beta, c_k = max cos(h_k - m, h_j - m) over j of k's modality with s_j > s_k.
 
     h is the compared vector, normalised, and m its mean over the modality in the pool, so that a component common to
     all tokens has no effect. A score s alone keeps every copy of an event, or evicts them all; this keeps the best copy
-    and discounts the others. The best token of a modality has c = -1. Ties are resolved as in selection: the more
-    recent token is the better one. One pass without a loop over tokens: in order of s each is compared with those
-    before it. The inner score must not be negative. See docs/paper.md, "Scores", for s.
+    and discounts the others. Above t a token counts as a copy; at t = -1 every token is discounted (then without the
+    constant factor 1 / 2), also for what unlike statements have in common, such as their wording. The best token of a
+    modality has c = -1. Ties are resolved as in selection: the more recent token is the better one. One pass without a
+    loop over tokens: in order of s each is compared with those before it. The inner score must not be negative. See
+    docs/paper.md, "Scores", for s.
     """
 
     inner: AbstractScorer
     power: float = 0.5  # beta
+    above: float = -1.0  # t
     centred: bool = True  # False: m = 0
     compared: Compared = "inputs"  # the layer's input, as for redundancy; or the values of a row's heads
 
@@ -58,6 +61,8 @@ class Covered(AbstractScorer):
                 alone = uncovered(held, view.modality, scores, centred=self.centred)
             else:
                 alone = uncovered_values(held, view.modality, scores, view.pool.counts, centred=self.centred)
+            if self.above > -1:
+                alone = (alone / (1 - self.above)).clamp(max=1)
             return scores * alone**self.power
 
 

@@ -177,7 +177,7 @@ class Feeder:
 
         Raises MediaError when there is none.
         """
-        mel, total, tokens = self.backbone.geometry.mel, MediaStats(), 0
+        mel, total = self.backbone.geometry.mel, MediaStats()
         heard: deque[MediaStats] = deque()
 
         def counted() -> Iterator[Segment]:
@@ -192,12 +192,9 @@ class Feeder:
                 total = after if segment.at is None else total
                 yield segment
 
-        for encoded in self.backbone.encode(counted(), fps=self.options.fps):
-            tokens += encoded.count
+        path = sample.video or sample.audio or Path(sample.id)
+        for encoded in _not_empty(self.backbone.encode(counted(), fps=self.options.fps), path):
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
-        if not tokens:
-            what = "holds no frame, and too little audio for one token; choose a longer clip"
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
 
     def _timed(self, segments: Iterable[Segment]) -> Iterator[Segment]:
         rest = iter(segments)
@@ -289,8 +286,17 @@ class Feeder:
         last = seconds if end is None else min(seconds, end)
         return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
-    def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
+    def watch(
+        self,
+        source: Source | Path | str,
+        *,
+        cuts: Sequence[float] = (),
+        split: bool = False,
+        seen: Callable[[Segment], None] | None = None,
+    ) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
+
+        `split` as in `Backbone.chunks`; `seen` is called with every decoded segment.
 
         A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
         source with `asks` yields the rests before these times too, which `feed_until_due` feeds to forks.
@@ -304,12 +310,14 @@ class Feeder:
                 raise LayoutError("stream.timestamps: a live stream has no total; set it to null, one per frame grid")
             group = self._group(self._grids(probe(source.path).video_seconds, source.start, source.end))
         per_pass = 1 if isinstance(source, LiveSource) else 32  # segments of a live stream do not wait for others
+        path = source.path if isinstance(source, FileSource) else Path("-")
         return self.backbone.chunks(
-            self.backbone.encode(source, fps=self.options.fps, per_pass=per_pass),
+            _not_empty(self.backbone.encode(_shown(source, seen), fps=self.options.fps, per_pass=per_pass), path),
             tracks=source.options.tracks,
             chunk_tokens=self.options.chunk_tokens,
             cuts=cuts,
             group=group,
+            split=split,
         )
 
     # ------------------------------------------------------------------------------------------------ questions
@@ -338,6 +346,25 @@ class Feeder:
         """The questions of each stream packed into one row; shorter rows are padded."""
         asked = [[self.backbone.turn(turn, tracks=tracks) for turn in turns] for turns in rows]
         return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
+
+
+def _not_empty(segments: Iterable[Encoded], path: Path) -> Iterator[Encoded]:
+    """The segments; raises MediaError at their end when they hold no token."""
+    tokens = 0
+    for segment in segments:
+        tokens += segment.count
+        yield segment
+    if not tokens:
+        what = "holds no frame, and too little audio for one token; choose a longer clip"
+        raise MediaError(path, "empty", what)
+
+
+def _shown(segments: Iterable[Segment], seen: Callable[[Segment], None] | None) -> Iterable[Segment]:
+    """The segments, each after a call of `seen`."""
+    for segment in segments:
+        if seen is not None:
+            seen(segment)
+        yield segment
 
 
 _IMMOBILE = "this model cannot (rows and columns of its positions move with the time)"

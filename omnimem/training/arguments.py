@@ -19,7 +19,8 @@ from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.config.check import UNFIT
 from omnimem.config.reference import field_comments, first_sentence
 from omnimem.extras import installed
-from omnimem.run import RunFolder
+from omnimem.run import Record, RunFolder
+from omnimem.textfile import StoredFileError, got, read_stored
 from omnimem.training.zero3 import engine_settings
 
 METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
@@ -91,11 +92,14 @@ VALIDATED = (  # settings that need data.validation
     "early_stopping_threshold",
 )
 EVERY_STEPS = 100  # default of save_steps, which eval_steps follows
-# What a resumed run may change, and then does. The rest is in the checkpoint (optimizer, schedule) or in the steps that
-# were taken (seed, order); the batch is checked by `refuse_other_batch`.
+RECIPE = ("learning_rate", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay")
+STATEFUL = ("reduce_lr_on_plateau", "greedy")  # schedules that are no function of the step
+# What a resumed run may change, and then does: from the next step on. The rest is in the checkpoint (moments of the
+# optimizer) or in the steps that were taken (seed, order); the batch is checked by `refuse_other_batch`.
 MAY_CHANGE = frozenset(
     " ".join(
         (
+            *RECIPE,
             "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps max_grad_norm",
             "deepspeed save_strategy save_steps save_total_limit logging_strategy logging_steps",
             "logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica disable_tqdm",
@@ -106,6 +110,8 @@ MAY_CHANGE = frozenset(
         )
     ).split()
 )
+
+ENGINE_FIXED = ("optimizer", "scheduler")  # sections of the DeepSpeed settings that a resumed run may not change
 
 DEFAULTS: dict[str, Any] = {  # of ours, where transformers has others
     "logging_steps": 1,
@@ -329,19 +335,56 @@ def train_docs() -> dict[str, tuple[str, str]]:
     return found
 
 
-def refuse_train_changes(run: RunConfig, earlier: Path) -> None:
-    """Raises ConfigError if a resumed run has other settings of `train` than the file `earlier`, but for MAY_CHANGE."""
+def train_changes(run: RunConfig, earlier: Path) -> dict[str, tuple[Any, Any]]:
+    """The settings of `train` that a resumed run changes, with their values in the file `earlier` and now.
+
+    Raises ConfigError for those that no resumed run may change, and for a RECIPE that the checkpoint keeps to itself.
+    """
     usual = {each.name: each.default for each in (*fields(TrainingArguments), *fields(OwnSettings))}
     before, now = (
         {**usual, **{name: value for name, value in section.items() if value is not None}}
         for section in (load(earlier).train, run.train)
     )
-    names = [name for name in dict.fromkeys([*before, *now]) if on_resume().get(name, "refused") == "refused"]
+    names = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    kept = (_kept_recipe(before) or _kept_recipe(now)) if set(names) & set(RECIPE) else None
+    free = MAY_CHANGE - set(RECIPE) if kept else MAY_CHANGE
     problems = [
-        f"{earlier} train.{name}: {before.get(name)!r} there, {now.get(name)!r} now, which the checkpoint does not "
-        "follow; resume with the old value, or start a new run with name=... or --overwrite"
+        f"{earlier} train.{name}: {before.get(name)!r} there, {now.get(name)!r} now, which "
+        f"{kept if kept and name in RECIPE else 'the checkpoint'} does not follow; resume with the old value, or start "
+        "a new run with name=... or --overwrite"
         for name in names
-        if before.get(name) != now.get(name)
+        if name not in free
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return {name: (before.get(name), now.get(name)) for name in names}
+
+
+def _kept_recipe(section: Mapping[str, Any]) -> str | None:
+    """What in a section `train` keeps learning rate and schedule in its own state; None if a resumed run sets them."""
+    schedule, optimizer = (str(section.get(name)) for name in ("lr_scheduler_type", "optim"))
+    if "scheduler" in (engine_settings(section) or {}):
+        return "the scheduler section of train.deepspeed"
+    if schedule in STATEFUL:
+        return f"train.lr_scheduler_type={schedule}"
+    return f"train.optim={optimizer}" if re.search("schedule_free|layerwise", optimizer) else None
+
+
+def refuse_engine_changes(run: RunConfig, record: Path) -> None:
+    """Raises ConfigError if a resumed run has another optimizer or scheduler in its DeepSpeed settings than `record`.
+
+    The states of the checkpoint would be read into another optimizer. Every other section may change.
+    """
+    try:
+        noted = read_stored(record, Record, "").get("engine")
+    except StoredFileError:  # missing or damaged: the run goes on without it
+        return
+    now, before = engine_settings(run.train) or {}, noted or {}
+    problems = [
+        f"{record} engine.{key}: {got(before.get(key))} there, {got(now.get(key))} in train.deepspeed now, which the "
+        "checkpoint does not follow; resume with the old one, or start a new run with name=... or --overwrite"
+        for key in ENGINE_FIXED
+        if noted is not None and before.get(key) != now.get(key)
     ]
     if problems:
         raise ConfigError(problems)

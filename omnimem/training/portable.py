@@ -33,6 +33,7 @@ from omnimem.tuning import StreamedModel
 
 WEIGHTS, FACTS = "portable.safetensors", "portable.json"
 JOINT = "::"
+SET = ("initial_lr", "weight_decay")  # of a parameter group: set by the run, not by its checkpoint
 CURE = "continue with --resume auto, which takes the newest intact checkpoint"
 
 
@@ -249,11 +250,33 @@ def restore_portable(folder: Path, state: State, schedule: LRScheduler) -> None:
             schedule.step()
 
 
-def follow_schedule(schedule: object) -> None:
-    """Set the learning rate of the next step by the schedule, whose length may have changed since the checkpoint.
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """Peak learning rate and weight decay of each parameter group by the settings of this run."""
 
-    The checkpoint's optimizer holds the rate of the former length. Other schedules than functions of the step have no
-    length, and keep their state.
+    groups: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, optimizer: Any) -> "Recipe":
+        """That of an optimizer with a schedule, before a checkpoint is loaded into it."""
+        return cls(tuple({name: group[name] for name in SET if name in group} for group in optimizer.param_groups))
+
+    def restore(self, optimizer: Any, schedule: object) -> None:
+        """Replace the values of the checkpoint, after it was loaded; the step that was reached stays."""
+        if not isinstance(schedule, LambdaLR):  # has a state of its own; `train_changes` refuses changes
+            return
+        for group, values in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update(values)
+        schedule.base_lrs = [values["initial_lr"] for values in self.groups]
+        follow_schedule(schedule)
+
+
+def follow_schedule(schedule: object) -> None:
+    """Set the learning rate of the next step by the schedule, whose settings may differ from those of the checkpoint.
+
+    The checkpoint's optimizer holds the rate by the former ones. Other schedules than functions of the step keep their
+    state.
     """
     if isinstance(schedule, LambdaLR):
         rates = [

@@ -37,7 +37,7 @@ from omnimem.training.gradient_sync import whole_gradient
 from omnimem.training.logging import Finished, StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard
 from omnimem.training.pickles import weights_only
-from omnimem.training.portable import Layout, State, follow_schedule, restore_portable
+from omnimem.training.portable import Layout, Recipe, State, restore_portable
 from omnimem.training.sampler import Batching, EpochSampler, Mixture, SampleDataset, collate, seed_of
 from omnimem.training.shutdown import ShutdownSignal, Stopped
 from omnimem.training.validation import PREFIX, EarlyStopping, Validation, ValidationError
@@ -263,7 +263,7 @@ class StreamTrainer(Trainer):
         if portable is not None:
             restore_portable(portable, State.of(self, self.adapted), cast(LRScheduler, self.lr_scheduler))
         elif native is not None:
-            follow_schedule(self.lr_scheduler)
+            self.recipe.restore(self.optimizer, getattr(self.lr_scheduler, "scheduler", self.lr_scheduler))
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 0:
             keep_gradient_norm(engine)
         if self.is_deepspeed_enabled and engine.zero_optimization_stage() == 3:
@@ -280,6 +280,12 @@ class StreamTrainer(Trainer):
             decay: Any = {"loraplus_weight_decay": self.args.weight_decay}
             self.optimizer = create_loraplus_optimizer(adapted, kind, loraplus_lr_ratio=ratio, **settings, **decay)
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's; notes what the run sets, before a checkpoint is loaded."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        self.recipe = Recipe.of(self.optimizer if optimizer is None else optimizer)
+        return schedule
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

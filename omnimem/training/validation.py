@@ -19,7 +19,6 @@ from omnimem.policies.base import Policy
 from omnimem.streaming.ahead import ReadAhead
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.feeder import EncodedSample, Feeder, batch_by_layout
-from omnimem.streaming.stream import PositionsError
 from omnimem.training.collectives import gather_lists
 from omnimem.training.failures import FailedSamples, failure_of
 from omnimem.training.logging import Finished
@@ -97,7 +96,7 @@ class Validation:
         """The scores of a batch; None where full memory cannot read it, as in evaluation."""
         try:
             return streamed_scores(self.attached, self.feeder, batch, policy)
-        except (PositionsError, RuntimeError, MemoryError) as error:
+        except left_out.ERRORS as error:
             if policy.budget is not None or left_out.reason_of(error, policy) is None:
                 raise
         left_out.release()

@@ -166,25 +166,39 @@ def start_adapter(model: Any, options: LoraOptions, folder: Path) -> StreamedMod
     Raises AdapterError as `load_adapter`, and when the folder was made with other settings than `options`.
     """
     # 1. the settings agree
-    config, _ = _saved_config(folder, adapter_tensors(folder))
+    check_start(model, options, folder, model.name_or_path)
+    # 2. load, train
+    adapted = load_adapter(model, folder, dropout=options.dropout)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return _in_float32(adapted)
+
+
+def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str) -> None:
+    """Raises AdapterError as `start_adapter`, for a model that may be without weights (meta device).
+
+    `base` is the folder or id that the adapter must have been tuned on.
+    """
+    # 1. files and settings
+    tensors = adapter_tensors(folder)
+    config, everywhere = _saved_config(folder, tensors)
+    require_base(folder, base)
     pairs = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
     for name, found in pairs.items():
         if getattr(options, name) != found:
             what = f"tuning.lora.{name} = {getattr(options, name)}, but the adapter in {folder} has {found}"
             raise AdapterError(f"{what}; set tuning.lora.{name}={found}, or remove model.adapter")
-    # 2. load, train
-    adapted = load_adapter(model, folder, dropout=options.dropout)
-    names = [name for name, _ in model.named_modules()]
+    # 2. modules
+    try:
+        adapted = {path_of(name) for name in fitted(tensors, model, everywhere)}
+    except ForeignError as error:
+        raise _foreign(folder, base, str(error)) from error
     pattern = re.compile(options.pattern)
-    layers = [name.removesuffix(".base_layer") for name in names if name.endswith(".base_layer")]
-    odd = [name for name in layers if not pattern.fullmatch(name)]
-    missed = [name for name in names if pattern.fullmatch(name) and name not in layers]
+    odd = sorted(name for name in adapted if not pattern.fullmatch(name))
+    missed = [name for name, _ in model.named_modules() if pattern.fullmatch(name) and name not in adapted]
     if odd or missed:
         what = f"tuning.lora.targets and the adapter in {folder} differ at {(odd or missed)[0]}"
         raise AdapterError(f"{what}; set tuning.lora.targets to the modules of the adapter, or remove model.adapter")
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return _in_float32(adapted)
 
 
 def _in_float32(adapted: StreamedModel) -> StreamedModel:
@@ -245,7 +259,7 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     try:
         tensors = fitted(tensors, model, everywhere)
     except ForeignError as error:
-        raise _foreign(folder, model, str(error)) from error
+        raise _foreign(folder, model.name_or_path, str(error)) from error
     # 2. load
     config.target_modules = _modules(tensors)
     config.lora_dropout = config.lora_dropout if dropout is None else dropout
@@ -253,11 +267,11 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
         adapted = _adapted(model.requires_grad_(False), config)
         result = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError) as error:
-        raise _foreign(folder, model, str(error).splitlines()[0]) from error
+        raise _foreign(folder, model.name_or_path, str(error).splitlines()[0]) from error
     # 3. verify that no tensor is missing or left over
     missing = [name for name in get_peft_model_state_dict(adapted) if name not in tensors]
     if result.unexpected_keys or missing:
-        raise _foreign(folder, model, (list(result.unexpected_keys) + missing)[0])
+        raise _foreign(folder, model.name_or_path, (list(result.unexpected_keys) + missing)[0])
     return adapted.eval()
 
 
@@ -351,8 +365,8 @@ def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
         return StreamedModel(model, config)
 
 
-def _foreign(folder: Path, model: Any, reason: str) -> AdapterError:
-    return AdapterError(f"{folder}: made for another base than {model.name_or_path} ({reason}); give its own adapter")
+def _foreign(folder: Path, base: str, reason: str) -> AdapterError:
+    return AdapterError(f"{folder}: made for another base than {base} ({reason}); give its own adapter")
 
 
 def trainable(model: nn.Module) -> list[Tensor]:

@@ -117,6 +117,16 @@ class Plan:
         softness = None if slots is None else self.options.selection.at(step / max(1, steps - 1))
         return Step(slots=slots, softness=softness, chunk_tokens=self._chunk_tokens(step))
 
+    def untrained(self, steps: int) -> list[str]:
+        """A warning if none of so few steps draws the budget of evaluation, or any budget of a range."""
+        wanted, ranged = self.slots_per_layer, isinstance(self.options.budgets, BudgetRange)
+        drawn = (self._slots(step) for step in range(steps))
+        control = set(self.options.slots(wanted)) == {None}
+        if control or any(slots == wanted or (ranged and slots is not None) for slots in drawn):
+            return []
+        what = f"none of the {steps} steps trains at memory.slots_per_layer = {wanted}, at which the run is evaluated"
+        return [f"tuning.budgets: {what}; raise train.max_steps, or set tuning.budgets=[self]"]
+
     def budget(self, step: int) -> str:
         """The name of a step's curve in the metrics: its slots, the interval of a range, or full."""
         budgets, slots = self.options.budgets, self._slots(step)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.ranks import ROOT, free_port, start
 from support.tiny_run import SCRIPT, Run, given, tune, write_manifest
 
@@ -105,6 +106,43 @@ def test_a_run_resumes_with_another_number_of_ranks_or_another_stage(folder, unb
     assert "step 3 of 6" not in moved.ended.outputs[0]
     assert [line["samples"] for line in moved.lines] == [line["samples"] for line in unbroken.lines]
     torch.testing.assert_close(moved.losses, unbroken.losses, rtol=1e-5, atol=0)
+
+
+@pytest.fixture(scope="module")
+def zero1_optimizer(folder: Path) -> None:
+    """ZeRO-1 with an optimizer that DeepSpeed makes."""
+    settings = json.loads((ROOT / "configs/deepspeed/zero1.json").read_text())
+    auto = dict.fromkeys(("lr", "weight_decay", "betas", "eps"), "auto")
+    settings["optimizer"] = {"type": "AdamW", "params": {**auto, "torch_adam": True}}
+    (folder / "deepspeed").mkdir(exist_ok=True)
+    (folder / "deepspeed" / "zero1_optimizer.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("zero1_optimizer")
+@pytest.mark.parametrize(("ranks", "stage"), [(0, None), (0, "zero1_optimizer"), (2, "zero2"), (2, "zero3")], ids=str)
+def test_a_resumed_run_with_another_learning_rate_has_it_from_its_next_step_on(folder, ranks, stage) -> None:
+    """A rate of nearly 0 shows that the optimizer follows too: the weights stay those of the checkpoint.
+
+    With an optimizer of DeepSpeed's the engine moves the schedule before the step is logged.
+    """
+    first = 1 if stage == "zero1_optimizer" else 0
+    shares = [0, 1 / 3, 2 / 3, 1][first : first + 3]  # of the warm-up
+    name, settings = f"rate-{ranks}-{stage}", (*engine(ranks, stage), "train.max_steps=3", "train.save_steps=2")
+    warming = ("train.lr_scheduler_type=cosine", "train.warmup_steps=3")
+    trained = tune(folder, name, *settings, *warming, ranks=ranks)
+    assert [line["learning_rate"] for line in trained.lines] == pytest.approx([0.01 * share for share in shares])
+    tensors = load_file(trained.path / "checkpoint-2" / "adapter_model.safetensors")
+    begun = torch.cat([tensors[key].reshape(-1) for key in sorted(tensors)])
+    assert (trained.adapter - begun).abs().max() > 1e-3
+    changed = ("train.learning_rate=1e-12", "--resume", f"runs/{name}/checkpoint-2")
+    slow = tune(folder, name, *settings, *warming, *changed, ranks=ranks)
+    assert "train.learning_rate: 1e-12 from step 3 on, 0.01 until then" in slow.ended.outputs[0]
+    rates = [0.01 * shares[0], 0.01 * shares[1], 1e-12 * shares[2]]
+    assert [line["learning_rate"] for line in slow.lines] == pytest.approx(rates, rel=1e-6, abs=0)
+    torch.testing.assert_close(slow.adapter, begun, rtol=0, atol=1e-9)
+    assert slow.record["changed_settings"] == {"after_step": 2, "train": {"learning_rate": [0.01, 1e-12]}}
 
 
 def test_another_number_of_samples_per_step_is_refused_with_the_accumulation_that_fits(tmp_path) -> None:

@@ -1,9 +1,11 @@
 """ask.py: the answer, what it took, and the memory it was read from; files and pipes; forks at any time."""
 
+import io
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -15,8 +17,12 @@ from torch import Tensor
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
+from omnimem.cli import asking
+from omnimem.cli.asking import Asking, Conversation, Mark, Question, Reply
 from omnimem.cli.parser import run_command
 from omnimem.commands import ask, export
+from omnimem.config import ConfigError
+from omnimem.config.exported import not_tuned_at
 from omnimem.media import LiveSource, MediaError
 from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
@@ -142,6 +148,88 @@ def test_each_question_at_each_time_sees_what_was_over_by_then(exports, video, c
     ]
 
 
+def test_questions_have_times_of_their_own_and_the_stream_is_read_once(exports, video, capsys) -> None:
+    """Each answer is that of a command which asks this question alone at this time."""
+    command = ["--model", exports / "merged", "--video", video]
+    asked = ["--ask", f"9.9: {QUESTION}", "--ask", "0:04: what word ?", "--at", "4", "--at", "16", "which one ?"]
+    lines = untimed(said(capsys, *command, *asked))
+    assert [line.partition(" -> ")[0] for line in lines if " -> " in line] == [
+        "at 4 s: which one ?",
+        "at 4 s: what word ?",
+        f"at 9.9 s: {QUESTION}",
+        "at 16 s: which one ?",
+    ]
+    for at, question in (("9.9", QUESTION), ("16", "which one ?")):
+        alone = untimed(said(capsys, *command, "--at", at, question))
+        assert alone == lines[lines.index(alone[0]) :][: len(alone)]
+    end = untimed(said(capsys, *command, "--ask", "4: what word ?", QUESTION))
+    assert [line.partition(" -> ")[0] for line in end if " -> " in line] == ["at 4 s: what word ?", QUESTION]
+
+
+def test_typed_questions_are_answered_a_line_each(exports, video, capsys, monkeypatch) -> None:
+    command = ["--model", exports / "merged", "--video", video]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"what word ?\n\n  {QUESTION}\n"))
+    lines = said(capsys, *command, "--prompt")
+    asked = [re.fullmatch("at (.*) s: (.*) -> .*", line) for line in lines if " -> " in line]
+    assert [found[2] for found in asked if found] == ["what word ?", QUESTION]
+
+
+def test_questions_about_a_pipe_are_typed_on_the_terminal(exports, video, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "terminal").write_text(f"{QUESTION}\n")
+    command = ["--model", exports / "merged", "--video", "-", "--prompt"]
+    for terminal, refused in ((tmp_path / "terminal", False), (tmp_path / "missing", True)):
+        monkeypatch.setattr(ask, "TERMINAL", str(terminal))
+        with remuxed(video, tmp_path / "live.mkv").open("rb") as pipe:
+            monkeypatch.setattr(sys, "stdin", pipe)
+            if refused:
+                with pytest.raises(ConfigError, match="no terminal to type questions on"):
+                    said(capsys, *command)
+            else:
+                assert QUESTION in said(capsys, *command)[0]
+
+
+@torch.no_grad()
+def test_a_typed_question_is_answered_while_the_stream_stands_still(base) -> None:
+    """It sees all segments so far, as the same question at this time, and the memory goes on as without it."""
+    feeder = Feeder(load_backbone(ModelOptions(path=str(base))), StreamOptions(tracks="video", chunk_tokens=36))
+    asking, answered = Asking(feeder=feeder, max_new_tokens=3), threading.Event()
+
+    def camera(stands_still: Callable[[], object]) -> LiveSource:
+        def frames() -> Iterator[tuple[float, Tensor]]:
+            for second in range(16):
+                if second == 11:
+                    stands_still()
+                yield float(second), torch.full((3, 112, 112), 16 * second, dtype=torch.uint8)
+
+        return LiveSource(frames(), None, options=feeder.options.source(), geometry=feeder.backbone.geometry)
+
+    with attach(feeder.backbone.text_model) as attached:
+        streams = [feeder.stream(attached, PerturbationOptions().build(Budget.shared(2, 12))) for _ in range(3)]
+
+        def type_and_wait() -> None:
+            talk.ask(QUESTION)
+            assert answered.wait(60), "the question waited for the stream"
+
+        talk = Conversation(asking, streams[0], lambda: feeder.watch(camera(type_and_wait), split=True))
+        talk.ask("what word ?")
+        replies = []
+        for event in talk.events():
+            if isinstance(event, Reply):
+                replies.append(event)
+                answered.set() if event.questions == [QUESTION] else None
+            if event is Mark.ENDED:
+                talk.ask(QUESTION)
+                talk.close()
+        asked = [Question(text=QUESTION, at=at) for at in (10.0, 16.0)]
+        expected = list(asking.replies(streams[1], camera(int), asked))
+        for chunk in feeder.watch(camera(int)):
+            streams[2].feed(chunk)
+    assert [reply.seen for reply in replies] == [2, 10, 16]
+    assert [reply.answers for reply in replies[1:]] == [reply.answers for reply in expected]
+    ours, theirs = (stream.memory.tensors() for stream in (streams[0], streams[2]))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_a_question_on_the_way_leaves_the_memory_as_it_was(exports, video, capsys) -> None:
     command = ["--model", exports / "merged", "--chunk-tokens", "18", "--video", video]
     often = said(capsys, *command, "--at", "4", "--at", "6", "--at", "16", QUESTION)
@@ -159,11 +247,11 @@ def test_a_question_about_a_live_stream_is_answered_before_it_goes_on(base) -> N
             yield float(second), torch.full((3, 112, 112), second, dtype=torch.uint8)
 
     feeder = Feeder(load_backbone(ModelOptions(path=str(base))), StreamOptions(tracks="video"))
-    plan = ask.Asking(feeder=feeder, questions=[QUESTION], max_new_tokens=2)
+    plan, questions = Asking(feeder=feeder, max_new_tokens=2), [Question(text=QUESTION, at=at) for at in (8.0, 20.0)]
     source = LiveSource(camera(), None, options=feeder.options.source(), geometry=feeder.backbone.geometry)
     with attach(feeder.backbone.text_model) as attached:
         stream = feeder.stream(attached, PerturbationOptions().build(None))
-        replies = plan.replies(stream, source, [8.0, 20.0])
+        replies = plan.replies(stream, source, questions)
         assert next(replies).seen == 8.0
         assert shown[-1] <= 8 + 2 * 2, "waited for more of the stream than the segment after the question"
         assert next(replies).seen == 20.0
@@ -207,6 +295,34 @@ def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, vid
     assert "matroska" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("place", "flags", "named"),
+    [
+        ("adapter", (), ()),
+        ("adapter", ("--slots", "full", "--max-new-tokens", "1"), ()),
+        ("adapter", ("--slots", "5"), ("memory.slots_per_layer",)),
+        ("adapter", ("--fps", "2", "--policy", "recency"), ("memory.policy.name", "stream.fps")),
+        ("runs/x/adapter", ("--slots", "5"), ("memory.slots_per_layer", "memory.budget.name", "stream.max_pixels")),
+        ("elsewhere", (), ("has no omnimem.json, and no config.yaml of a run beside it",)),
+    ],
+)
+def test_settings_at_which_the_adapter_was_not_tuned_are_said(exports, place, flags, named, monkeypatch) -> None:
+    if place == "elsewhere" and not (exports / place).exists():
+        (exports / place).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (exports / place / name).write_bytes((exports / "adapter" / name).read_bytes())
+    monkeypatch.chdir(exports / place)
+    for adapter in (str(exports / place), "."):
+        given = ask._parser().parse(["--model", "m", "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
+        exported = asking.recorded("m", given.adapter)
+        memory = asking.memory_of(given, exported)
+        lines = not_tuned_at(
+            memory if memory.slots_per_layer else None, asking.stream_of(given, exported), given.adapter
+        )
+        assert all(any(name in line for line in lines) for name in named), lines
+        assert len(lines) >= len(named) if place != "adapter" else bool(lines) == bool(named)
+
+
 def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
     with pytest.raises(AdapterError, match=r"made for another base than .*alike \(digest"):
@@ -216,8 +332,14 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["--model", "m", "--video", "v.mp4"], "the following arguments are required: QUESTION"),
+        (["--model", "m", "--video", "v.mp4"], "required: QUESTION, --ask or --prompt"),
+        (["--model", "m", "--video", "v.mp4", "--ask", "0:00: What?"], "nothing is seen at 0 s"),
+        (["--model", "m", "--video", "v.mp4", "--ask", "5 What?"], "'5 What?' is not SECONDS: QUESTION"),
+        (["--model", "m", "--video", "v.mp4", "--prompt", "?"], "--prompt: questions are typed; leave out QUESTION"),
+        (["--model", "m", "--video", "v.mp4", "--at", "5", "--ask", "6: ?"], "--at: is the time of a QUESTION"),
         (["--model", "m", "--video", "v.mp4", "--at", "-1", "?"], "'-1' is not a time in seconds"),
+        (["--model", "m", "--video", "v.mp4", "--at", "0", "?"], "'0' is not a time in seconds after the start"),
+        (["--model", "m", "--video", "v.mp4", "--at", "nan", "?"], "'nan' is not a time in seconds"),
         (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is not a whole number above 0"),
         (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
     ],

@@ -198,6 +198,15 @@ def test_an_export_means_the_same_when_a_preset_changes(adapter, monkeypatch) ->
     assert PerturbationOptions().build(before.budget) != before
 
 
+def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path) -> None:
+    table = json.loads((adapter / "omnimem.json").read_text())
+    del table["memory"]["policy"]["coverage_above"]
+    table["format"] = "omnimem export 1"
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    assert Exported.read(tmp_path).policy.scorer.above == -1
+    assert Exported.read(adapter).policy.scorer.above == 0.5
+
+
 def test_a_checkpoint_is_exported_by_its_step(done, tmp_path) -> None:
     exported = exported_to(tmp_path / "out", done, "adapter", "--checkpoint", "4")
     assert exported.origin.step == 4

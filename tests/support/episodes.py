@@ -269,6 +269,8 @@ class OneShot:
                         alone[k] = (1 - cosines.max()).clamp_min(FLOOR)
             rows.append(torch.stack(alone))
         found = torch.stack(rows)
+        if scorer.above > -1:
+            found = torch.where(found < 1 - scorer.above, found, found.detach())
         return (found / found.detach()) ** scorer.power
 
     @property

@@ -38,6 +38,7 @@ PRESETS = {
         "power": 1.0,
         "lend": True,
         "coverage": 0.5,
+        "above": 0.5,
     },
 }
 
@@ -241,7 +242,8 @@ class Layer:
         scores = [psi(a, n, self.sharpness, rule["power"]) for a, n in zip(self.importance, self.novelty, strict=True)]
         if rule["coverage"]:
             alone = uncovered(self.features, self.modality, scores, centred=True)
-            scores = [score * part ** rule["coverage"] for score, part in zip(scores, alone, strict=True)]
+            parts = [min(1.0, part / (1 - rule["above"])) for part in alone]
+            scores = [score * part ** rule["coverage"] for score, part in zip(scores, parts, strict=True)]
         kept = self.chosen(scores, rule["lend"])
         self.keys = [[head[k] for k in kept] for head in self.keys]
         for name in ("order", "features", "modality", "importance", "novelty", "gates"):

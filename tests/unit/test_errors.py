@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from omnimem.errors import ProblemList, UserError, printable
+from omnimem.errors import ProblemList, UserError, lacks_memory, printable
 from omnimem.media import MediaError
 
 
@@ -28,3 +28,24 @@ def test_what_can_be_shown_stays() -> None:
     assert printable("ä 漢 \\x1b 'x'") == "ä 漢 \\x1b 'x'"
     assert str(ProblemList(["a", "b"])) == "a\nb"
     assert str(UserError("a\nb")) == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [
+        *(
+            (text, True)
+            for text in (
+                *("HIP out of memory. Tried", "MPS backend out of memory", "Triton Error [CUDA]: out of memory"),
+                *("CUDA error 2: cudaErrorMemoryAllocation", "hipErrorOutOfMemory", "std::bad_alloc"),
+                *("CUDNN_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
+                *("Unable to allocate 2.00 GiB for an array with shape (9,)", "could not allocate 8 bytes"),
+                *("unable to mmap 8 bytes from file: Cannot allocate memory (12)", "Memory allocation failed"),
+            )
+        ),
+        *((text, False) for text in ("shapes differ", "the memory holds 3 tokens", "No space left on device")),
+    ],
+)
+def test_exhausted_memory_is_known_by_its_words(text, lacks) -> None:
+    assert lacks_memory(RuntimeError(text)) is lacks
+    assert not lacks_memory(UserError(text))

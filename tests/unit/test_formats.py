@@ -156,6 +156,24 @@ def test_earlier_turns_and_a_second_input_are_kept() -> None:
         ({"video": "a.mp4", "conversations": [TALK[0], {"from": "chosen", "value": "x"}]}, "preference rows"),
         ({"messages": [{**ASKED, "at": 3}]}, "messages[0].at: is a time of a file, and none is given"),
         ({"query": "a ?", "tracks": "video"}, "tracks: is about a file, and neither video nor audio is given"),
+        *(
+            ({"messages": [ASKED, ANSWER], "video": "a.mp4", key: value}, f"{key}: {said}")
+            for key, value, said in (
+                *(("fps", 2, "it is one for a whole run"), ("nframes", 8, "it is one for a whole run")),
+                *((key, 1, "did you mean start?") for key in ("start_time", "start_sec", "video_start", "clip_start")),
+                *((key, 4, "did you mean end?") for key in ("end_time", "end_seconds", "video_end")),
+                *(("clip", [1, 2], "did you mean timestamps?"), ("trim", [1, 2], "did you mean timestamps?")),
+                *(("video_path", "b.mp4", "did you mean video?"), ("audio_file", "b.wav", "did you mean audio?")),
+                *((key, 0, "is given for the whole row") for key in ("loss", "weight", "train", "training", "at")),
+                *((key, [0], "is given for the whole row") for key in ("loss_mask", "loss_scale", "mask", "weights")),
+                *((key, 3, "is given for the whole row") for key in ("time", "question_time")),
+                ("system_prompt", "Listen.", "did you mean system?"),
+                ("modality", "audio", "did you mean tracks?"),
+                ("sample_weight", 2, "rows have no weight"),
+                ("frames", ["a.png"], "still images are not streamed"),
+                ("skip", True, "remove it, and the row"),
+            )
+        ),
         ({"messages": [{**ASKED, "tool_calls": []}], "video": "a.mp4"}, "messages[0].tool_calls: unknown key"),
     ],
 )

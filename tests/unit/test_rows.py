@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from support.commands import exit_code
 from support.thinkers import write_folder
 
@@ -15,7 +16,7 @@ from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.cli.data_report import inspect_sample
 from omnimem.commands import ask, check
 from omnimem.data import Message, Sample, read_manifest
-from omnimem.media import MediaError
+from omnimem.media import FileSource, LiveSource, MediaError
 from omnimem.rows import judge, tracks_of
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
@@ -35,22 +36,22 @@ FILES = {
 }
 
 
-def write(path: Path, video: str | None, audio: str | None) -> None:
-    """SECONDS of noise in each track that has a codec."""
+def write(path: Path, video: str | None, audio: str | None, lengths: tuple[int, int] = (SECONDS, SECONDS)) -> None:
+    """Noise in each track that has a codec; `lengths`: seconds of video and audio."""
     draw = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         moving = container.add_stream(video, rate=25) if video else None
         heard = container.add_stream(audio, rate=RATE, layout="mono") if audio else None
         if moving is not None:
             moving.width, moving.height, moving.pix_fmt = 64, 64, "yuv420p"
-            for _ in range(25 * SECONDS):
+            for _ in range(25 * lengths[0]):
                 pixels = draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)
                 container.mux(moving.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(moving.encode(None))
         if heard is not None:
             kind = heard.codec_context.format.name
             resampler = av.AudioResampler(kind, "mono", RATE)
-            for first in range(0, RATE * SECONDS, 1000):
+            for first in range(0, RATE * lengths[1], 1000):
                 block = 0.1 * draw.standard_normal((1, 1000)).astype(np.float32)
                 frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
                 frame.sample_rate, frame.pts, frame.time_base = RATE, first, Fraction(1, RATE)
@@ -185,6 +186,28 @@ def test_a_stream_too_short_for_one_token_is_refused(folder, backbone) -> None:
     with pytest.raises(MediaError, match="too little audio for one token") as raised:
         feeder.open(sample)
     assert raised.value.reason == "empty"
+    geometry, options = backbone.geometry, feeder.options.source("audio")
+    samples = torch.zeros(200)
+    for source in (
+        FileSource(folder / "sound.wav", options=options, geometry=geometry, end=0.01),
+        FileSource(folder / "sound.wav", options=options, geometry=geometry, end=0.01, asks=[0.005]),
+        LiveSource(None, iter([samples]), options=options, geometry=geometry),
+        LiveSource(None, iter([]), options=options, geometry=geometry),
+    ):
+        with pytest.raises(MediaError, match="too little audio for one token"):
+            list(feeder.watch(source))
+
+
+@pytest.mark.parametrize("name", ["uneven.mp4", "uneven_video.mp4"])
+def test_a_question_after_the_track_that_is_read_is_one_about_the_file(folder, backbone, capsys, name) -> None:
+    """As in training and evaluation: the other track goes on, so the question is about silence, or the last frame."""
+    track = "audio" if name == "uneven.mp4" else "video"
+    write(folder / name, "mpeg4", "aac", (6, 2) if track == "audio" else (2, 6))
+    (sample,) = read_manifest(manifest(folder, name, at=5.0))
+    assert not judge(sample, track).problems
+    model = ["--model", str(folder / "model"), "--max-pixels", "12544", "--max-new-tokens", "1", "--tracks", track]
+    assert exit_code(ask.main, [*model, "--video", str(folder / name), "--at", "5", "what ?"]) == 0
+    assert "tokens in 2 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("at", "said"), [(3.0, None), (5.5, "after the end of the sample (end = 3 s)")])

@@ -10,7 +10,7 @@ import pytest
 
 from omnimem import sources
 from omnimem.data import DataOptions, DataSource, ManifestError, Sample
-from omnimem.sources import digest, read_source, training_samples
+from omnimem.sources import digest, read_source, remarks_on, training_samples
 
 TURNS = [
     {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "on 2020-01-02 ?"}]},
@@ -192,3 +192,11 @@ def test_media_outside_of_the_folder_of_a_source_are_refused_with_the_cure(tmp_p
     found: Sample = read_source(source, allow_absolute=True)[0]
     assert found.video is not None
     assert found.video.resolve() == tmp_path / "a.mp4"
+
+
+def test_remarks_on_rows_are_counted_with_the_first_row(tmp_path) -> None:
+    file = write(tmp_path / "rows.json", *({**row, "language": "de"} for row in ROWS[:2]), ROWS[2])
+    remarks = [line for line in remarks_on(training_samples(DataOptions(train=str(file)))) if "language" in line]
+    assert remarks == [f"2 rows ({file}:item 1 first): key language is kept under meta only"]
+    write(tmp_path / "one.jsonl", LINE)
+    assert remarks_on(training_samples(DataOptions(train=str(tmp_path / "one.jsonl")))) == []

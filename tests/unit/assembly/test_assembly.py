@@ -1,5 +1,8 @@
 """The recipe of the assembled base: ridge by its definition, streams in the backbone's layout, packed questions."""
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from support.assembled import text_part
 from torch import Tensor
 
 from omnimem.assembly import adapter
+from omnimem.assembly import bank as bank_module
 from omnimem.assembly.adapter import Stage, StreamBank, Trainee, make_batch, run_batch, stage_at, train
 from omnimem.assembly.bank import PARTS, Features, bank_world
 from omnimem.assembly.projectors import (
@@ -121,6 +125,17 @@ def test_the_adapters_media_show_and_say_every_name() -> None:
     assert {scene.picture for world in worlds for scene in world.scenes} == {None, *NAMES}
     heard = [bank_world(part, n) for part in PARTS if part.name == "adapter" for n in range(part.count)]
     assert {word.text for world in heard for scene in world.scenes for word in scene.words} == set(WORDS)
+
+
+def test_files_of_the_bank_are_complete_and_as_readable_as_others(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bank_module, "encode", lambda *_: {"visual": torch.ones(2, 3, 6)})
+    before = os.umask(0o022)
+    try:
+        (features,) = bank_module.build(None, tmp_path, replace(PARTS[0], count=1))
+    finally:
+        os.umask(before)
+    assert (features.visual.shape, features.audio) == ((2, 3, 6), None)
+    assert [(path.suffix, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [(".safetensors", 0o644)]
 
 
 def test_parts_share_no_world_and_projectors_see_other_media_than_the_adapter() -> None:

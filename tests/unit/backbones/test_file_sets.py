@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import families
 from support.planted import Command
 from support.thinkers import write_folder
 
-from omnimem.backbones import ModelOptions
+from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.qwen2_5_omni import PREPROCESSED, CheckpointError, Qwen25Omni
 from omnimem.errors import UserError
 
@@ -113,6 +114,17 @@ def test_each_published_set_of_files_gives_the_same_model(name, hub, tmp_path) -
     assert got.stop == expected.stop
     states = expected.model.state_dict(), got.model.state_dict()
     assert all(torch.equal(states[0][weight], states[1][weight]) for weight in states[0])
+
+
+@pytest.mark.parametrize("family", ["video_salmonn2_plus", "qwen3_vl", "qwen3_omni"])
+def test_each_published_set_of_files_gives_the_same_model_of_other_families(family, tmp_path) -> None:
+    expected = load_backbone(ModelOptions(path=str(families.write(tmp_path / "plain", family))), "cpu")
+    for number, change in enumerate((template_json, template_in_tokenizer, video_apart, processor_alone)):
+        folder = families.write(tmp_path / f"{number}", family)
+        change(folder)
+        got = load_backbone(ModelOptions(path=str(folder)), "cpu")
+        assert got.geometry == expected.geometry
+        assert got.framed("what ?") == expected.framed("what ?")
 
 
 @pytest.mark.parametrize("setting", PREPROCESSED)

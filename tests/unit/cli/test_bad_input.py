@@ -47,3 +47,44 @@ def test_calibrate_refuses_streams_of_which_too_many_cannot_be_read(said) -> Non
     lines = said(calibrate.main, *CONFIG, "data.train=@broken.jsonl", budget, "calibration.skip_chunks=0")
     assert "broken" in lines[0]
     assert "raise data.max_failures" in lines[-1]
+
+
+def _adapter(place: Path, change: str) -> None:
+    """A folder beside the run that is no adapter for it."""
+    place.mkdir()
+    if change == "cut":
+        (place / "adapter_config.json").write_text("{}")
+        (place / "adapter_model.safetensors").write_bytes(b"cut")
+
+
+AUDIO_VISUAL = "memory.budget={name: audio_visual}"
+UP = ("tuning.lora.r=2", "tuning.lora.alpha=4", "tuning.lora.targets=[up_proj]")
+SET_UP = {  # what is said, and overrides
+    "a regular expression without a match": ("lora.targets: ", "tuning.lora.targets=layers\\.\\d+\\.none"),
+    "a model path that is none": ("model.path: /no/such cannot be loaded", "model.path=/no/such"),
+    "an adapter that is an empty folder": ("empty: adapter_config.json is missing", "model.adapter=empty"),
+    "an adapter whose weights are cut": ("adapter_model.safetensors: cannot be read", "model.adapter=cut"),
+    "an adapter of another rank": ("tuning.lora.r = 16, but the adapter in ", "model.adapter=@adapter"),
+    "an adapter of another base": ("adapter: made for another base than", "model.adapter=@adapter", *UP),
+    "a budget table that is none": ("film.jsonl: ", "memory.budget={name: audio_visual, table: @film.jsonl}"),
+    "a layer beyond the last one": (
+        "tuning.stop_layer = 9 must be from 1 to 1: the model has 2 layers",
+        *("tuning.gradient=released", "tuning.selection.softening=hard", "tuning.stop_layer=9"),
+    ),
+    "streams without a modality of the budget": (
+        "the calibration streams hold no audio tokens to measure",
+        *(AUDIO_VISUAL, "stream.tracks=video"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SET_UP)
+def test_what_set_up_would_refuse_the_dry_run_refuses_in_the_same_words(what, said, monkeypatch) -> None:
+    monkeypatch.setattr(finetune, "prepare_process", lambda: None)  # it would join a process group for good
+    for name in ("empty", "cut"):
+        _adapter(Path(name), name)
+    words, *settings = SET_UP[what]
+    usual = ("train.deepspeed=null", "memory.budget={name: shared}", "evaluate.after_training=false")
+    dry, real = (said(finetune.main, *CONFIG, *usual, *settings, flag) for flag in ("--dry-run", "--skip-preflight"))
+    assert dry == real
+    assert words in dry[0]

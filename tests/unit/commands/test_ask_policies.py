@@ -3,7 +3,8 @@
 import pytest
 from support.models import text_model
 
-from omnimem.commands.ask import POLICIES, _parser, policy_of
+from omnimem.cli.asking import POLICIES, policy_of
+from omnimem.commands.ask import _parser
 from omnimem.commands.list import policies
 from omnimem.streaming.attach import shape_of
 

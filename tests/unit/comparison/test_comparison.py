@@ -17,8 +17,9 @@ from support.paths import ROOT
 from omnimem.cli.parser import run_command
 from omnimem.commands import compare as command
 from omnimem.comparison import ComparisonError, compare, figures, statistics
+from omnimem.comparison.differences import differences
 from omnimem.comparison.formatting import unread
-from omnimem.comparison.load import _kinds
+from omnimem.comparison.load import _kinds, read
 from omnimem.comparison.report_accuracy import by_axis
 from omnimem.comparison.summary import write_csv
 
@@ -505,3 +506,33 @@ def test_sections_without_content_have_no_heading(tmp_path) -> None:
     headings = re.findall(r"<h([234])[ >](.*?)(?=<h([234])[ >]|</main>)", page, re.DOTALL)
     for level, content, following in headings:  # a heading has content, or smaller headings
         assert (following and following > level) or re.search(r"<(ol|table|figure|ul|form)", content), content[:80]
+
+
+def test_the_standard_error_of_few_clusters_is_not_the_smaller_one_of_the_draws() -> None:
+    values = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    names = [str(place) for place in range(len(values))]
+    found = statistics.ratio(
+        statistics.resample(names, draws=20_000, seed=0), names, values, np.ones(len(values)), lowest=0.0
+    )
+    assert found.error == pytest.approx(values.std(ddof=1) / math.sqrt(len(values)), rel=0.02)
+
+
+@pytest.mark.parametrize("same_run", [True, False])
+def test_only_arms_of_one_run_must_have_one_base_and_one_adapter(tmp_path, same_run) -> None:
+    """Two runs are compared because their adapters differ."""
+    runs = [tmp_path / "a", tmp_path / ("a" if same_run else "b")]
+    folders = [write_arm(run, arm) for run, arm in zip(runs, ("tuned", "tuned_full_memory"), strict=True)]
+    for number, folder in enumerate(folders):
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["provenance"]["sha256"] = {"base": "b" * 64, "adapter": f"{number}" * 64}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    lines = differences(read([runs[0]] if same_run else runs)[0])
+    assert any("answered by another adapter" in line for line in lines) is same_run
+
+
+def test_a_step_with_a_validation_keeps_the_loss_of_its_other_line(tmp_path) -> None:
+    write_arm(tmp_path / "x", "tuned")
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation": {"loss": 4.0}}]
+    write_lines(tmp_path / "x" / "metrics.jsonl", [*lines, {"step": 1, "loss": 2.5}])
+    (run,) = read([tmp_path / "x"])[1]
+    assert run.metrics == ({"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0, "validation": {"loss": 4.0}})

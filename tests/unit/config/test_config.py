@@ -204,6 +204,16 @@ def test_settings_that_follow_each_other_are_named_where_they_do_not(settings, n
     assert load_again(run, tmp_path) == run
 
 
+@pytest.mark.parametrize("budgets", ["[]", "[self]", "[self, full]", "[full]"])
+def test_self_is_the_budget_of_the_training_not_that_of_the_evaluation(budgets, tmp_path) -> None:
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
+    trained = load(tmp_path / "x.yaml", ["memory.slots_per_layer=64", f"tuning.budgets={budgets}"])
+    (tmp_path / "config.yaml").write_text(dump(trained))
+    for slots, named in ((64, 0), (32, 0 if budgets == "[full]" else 1)):  # a control is for no budget
+        run = load(tmp_path / "config.yaml", [f"memory.slots_per_layer={slots}"])
+        assert len(untuned(run.memory, run.stream, tmp_path / "config.yaml")) == named
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -223,14 +233,15 @@ def test_settings_at_which_an_adapter_was_not_tuned_are_named(settings, named, t
     trained = load(tmp_path / "x.yaml", [*tuned, "stream.chunk_tokens=72"])
     (tmp_path / "config.yaml").write_text(dump(trained))
     run = load(tmp_path / "config.yaml", settings)
-    found = [line.partition(":")[0] for line in untuned(run, tmp_path / "config.yaml")]
+    found = [line.partition(":")[0] for line in untuned(run.memory, run.stream, tmp_path / "config.yaml")]
     assert {".".join(name.split(".")[:2]) for name in found} == set(named)
 
 
 def test_a_damaged_config_of_the_training_is_named(tmp_path) -> None:
     (tmp_path / "x.yaml").write_text("name: x\nmodel: {path: model}\n")
     (tmp_path / "config.yaml").write_text("name: [")
-    (line,) = untuned(load(tmp_path / "x.yaml"), tmp_path / "config.yaml")
+    run = load(tmp_path / "x.yaml")
+    (line,) = untuned(run.memory, run.stream, tmp_path / "config.yaml")
     assert line.startswith(f"{tmp_path / 'config.yaml'}: cannot be read")
 
 

@@ -325,6 +325,34 @@ def test_no_second_is_lost_wherever_a_clock_begins_or_wraps(folder, ending, begi
     assert probe(path, measure=True).seconds == pytest.approx(seconds, abs=0.2)
 
 
+@pytest.mark.parametrize("ending", ["ts", "mpg", "ogg"])
+def test_recordings_that_were_joined_go_on_where_the_clock_starts_again(folder, ending) -> None:
+    """As ffmpeg, in both tracks, in a clip and in a pipe; the second recording is louder, and its frames brighter."""
+    codec = {"ts": "aac", "mpg": "mp2", "ogg": "libopus"}[ending]
+    parts = []
+    for first, level in ((0, 0.1), (16, 1.0)):
+        path = folder / f"part{first}.{ending}"
+        grey = lambda index, first=first: np.full((64, 64, 3), 8 * (first + index), np.uint8)  # noqa: E731
+        times = ticks(4, 4) if ending == "ts" else []
+        parts.append(write(path, times=times, samples=level * tone(4, 500), codec=codec, picture=grey).read_bytes())
+    joined = folder / f"joined.{ending}"
+    joined.write_bytes(b"".join(parts))
+    heard = read_audio(joined)
+    assert abs(len(heard) / RATE - 8) < 0.3
+    assert probe(joined, measure=True).seconds == pytest.approx(8, abs=0.3)
+    loudness = [heard[second * RATE :][:RATE].abs().mean() for second in (1, 2, 5, 6)]
+    assert min(loudness[2:]) > 5 * max(loudness[:2])
+    assert read_audio(joined, start=5.0, end=6.0).abs().mean() == pytest.approx(float(loudness[2]), rel=0.02)
+    if ending != "ts":
+        return
+    assert shown(joined, fps=1.0)[:8] == pytest.approx([0, 4, 8, 12, 16, 20, 24, 28], abs=1)
+    assert shown(joined, fps=1.0, start=5.5, end=7.5) == pytest.approx([22, 26], abs=1)
+    with joined.open("rb") as pipe:
+        frames, audio = read_live(pipe, fps=1.0)
+        live = list(LiveSource(frames, audio, options=SourceOptions(), geometry=geometry()))
+    assert sum(segment.seconds for segment in live) == pytest.approx(8, abs=0.5)
+
+
 def test_pictures_are_turned_upright(folder) -> None:
     def left_half_white(index: int) -> np.ndarray:
         return np.repeat(np.arange(64)[None, :, None] < 32, 64, axis=0).repeat(3, axis=2).astype(np.uint8) * 255

@@ -172,16 +172,19 @@ def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_
 @pytest.mark.parametrize("gradient", ["redundancy", "none"])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("block", [5, 1024])
-def test_coverage_equals_plain_loops(gradient, centred, block, monkeypatch) -> None:
+@pytest.mark.parametrize("above", [-1.0, 0.5])
+def test_coverage_equals_plain_loops(gradient, centred, block, above, monkeypatch) -> None:
     monkeypatch.setattr(covered, "BLOCK", block)
     (arrival,) = arrivals([24], batch=2)
     view, inner = replace(view_of(arrival), gradient=gradient), Perturbation(sharpness=0.5)
     scores = inner(view)
-    found = Covered(inner=inner, power=0.7, centred=centred)(view)
+    found = Covered(inner=inner, power=0.7, above=above, centred=centred)(view)
     for b in range(2):
         row = scores[b].double().tolist()
         alone = reference.uncovered(arrival.states[b].tolist(), arrival.modality[b].tolist(), row, centred)
-        expected = [score * part**0.7 for score, part in zip(row, alone, strict=True)]
+        parts = alone if above == -1 else [min(1.0, part / (1 - above)) for part in alone]
+        assert above == -1 or 0 < parts.count(1.0) < len(parts)  # some are discounted, some are not
+        expected = [score * part**0.7 for score, part in zip(row, parts, strict=True)]
         torch.testing.assert_close(found[b].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
 
 

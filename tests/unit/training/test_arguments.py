@@ -1,5 +1,6 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
+import json
 import re
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -19,10 +20,11 @@ from omnimem.training.arguments import (
     OwnSettings,
     on_resume,
     own_names,
+    refuse_engine_changes,
     refuse_mixed_precision,
-    refuse_train_changes,
     refuse_unfit_launch,
     refuse_zero_rate,
+    train_changes,
     train_docs,
     train_section,
     training_arguments,
@@ -203,8 +205,8 @@ def test_a_learning_rate_that_stays_0_is_refused_before_the_run(kind, tmp_path) 
 @pytest.mark.parametrize(
     ("setting", "shown"),
     [
-        ("learning_rate=0.1", "0.002 there, 0.1 now"),
-        ("lr_scheduler_type=cosine", "'linear' there, 'cosine' now"),
+        ("adam_beta1=0.8", "0.9 there, 0.8 now"),
+        ("lr_scheduler_type=greedy", "'linear' there, 'greedy' now, which train.lr_scheduler_type=greedy does not"),
         ("optim=sgd", "there, 'sgd' now"),
         ("data_seed=7", "None there, 7 now"),
         ("train_sampling_strategy=sequential", "'random' there, 'sequential' now"),
@@ -214,12 +216,67 @@ def test_a_learning_rate_that_stays_0_is_refused_before_the_run(kind, tmp_path) 
 def test_what_a_checkpoint_does_not_follow_is_refused_by_name_when_a_run_resumes(setting, shown, tmp_path) -> None:
     (tmp_path / "config.yaml").write_text(dump(loaded(tmp_path, "train.learning_rate=2.0e-3")))
     rate = ("train.learning_rate=0.002", "train.seed=42", "train.weight_decay=0.0")  # defaults, written out
-    refuse_train_changes(loaded(tmp_path, *rate, "train.max_steps=9", "train.save_steps=5"), tmp_path / "config.yaml")
+    train_changes(loaded(tmp_path, *rate, "train.max_steps=9", "train.save_steps=5"), tmp_path / "config.yaml")
     with pytest.raises(ConfigError) as error:
-        refuse_train_changes(loaded(tmp_path, *rate, f"train.{setting}"), tmp_path / "config.yaml")
+        train_changes(loaded(tmp_path, *rate, f"train.{setting}"), tmp_path / "config.yaml")
     (line,) = error.value.problems
     assert f"train.{setting.partition('=')[0]}: " in line
     assert shown in line
+
+
+ADAM = {"type": "AdamW", "params": {"lr": "auto"}}
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"optimizer": ADAM}, {"optimizer": ADAM, "zero_optimization": {"stage": 2}}, []),
+        ({"optimizer": ADAM}, {"optimizer": {**ADAM, "type": "Lion"}}, ["optimizer"]),
+        (
+            {"optimizer": ADAM},
+            {"optimizer": {**ADAM, "params": {"lr": "auto", "bias_correction": False}}},
+            ["optimizer"],
+        ),
+        ({"optimizer": ADAM}, {}, ["optimizer"]),
+        ({}, {"optimizer": ADAM, "scheduler": {"type": "WarmupLR"}}, ["optimizer", "scheduler"]),
+        ({}, {"zero_optimization": {"stage": 1}}, []),
+        (None, {"optimizer": ADAM}, []),  # of a run that did not note them
+    ],
+)
+def test_the_optimizer_of_the_engine_is_that_of_the_checkpoint(before, now, named, inline, tmp_path) -> None:
+    record, run = tmp_path / "run.json", loaded(tmp_path)
+    record.write_text(json.dumps({} if before is None else {"engine": before}))
+    (tmp_path / "engine.json").write_text(json.dumps(now))
+    run = replace(run, train={**run.train, "deepspeed": now if inline else str(tmp_path / "engine.json")})
+    with pytest.raises(ConfigError) if named else nullcontext() as error:
+        refuse_engine_changes(run, record)
+    if error is not None:
+        assert [line.split(" engine.")[1].partition(":")[0] for line in error.value.problems] == named
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keeps"),
+    [
+        ("train.lr_scheduler_type=cosine", None),
+        ("train.lr_scheduler_type=reduce_lr_on_plateau", "train.lr_scheduler_type=reduce_lr_on_plateau"),
+        ("train.optim=schedule_free_adamw", "train.optim=schedule_free_adamw"),
+        ("train.optim=galore_adamw_layerwise", "train.optim=galore_adamw_layerwise"),
+        ("train.deepspeed={scheduler: {type: WarmupLR}}", "the scheduler section of train.deepspeed"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["learning_rate=0.1", "warmup_steps=3", "weight_decay=0.1"])
+def test_a_resumed_run_may_change_its_learning_rate_where_the_checkpoint_does_not_keep_it(
+    recipe, keeps, setting, tmp_path
+) -> None:
+    (tmp_path / "config.yaml").write_text(dump(loaded(tmp_path, recipe)))
+    now, name = loaded(tmp_path, recipe, f"train.{setting}"), setting.partition("=")[0]
+    if keeps is None:
+        assert list(train_changes(now, tmp_path / "config.yaml")) == [name]
+        return
+    with pytest.raises(ConfigError, match=f"{re.escape(keeps)} does not follow") as error:
+        train_changes(now, tmp_path / "config.yaml")
+    assert f" train.{name}: " in error.value.problems[0]
 
 
 def test_the_table_of_a_resumed_run_covers_every_setting_of_train() -> None:
@@ -236,10 +293,10 @@ def test_each_setting_takes_effect_on_resume_or_is_refused_by_its_name(name, tmp
     (tmp_path / "config.yaml").write_text(dump(before))
     changed = replace(before, train={**before.train, name: "another value"})
     if on_resume()[name] == "takes effect":
-        refuse_train_changes(changed, tmp_path / "config.yaml")
+        train_changes(changed, tmp_path / "config.yaml")
         return
     with pytest.raises(ConfigError) as error:
-        refuse_train_changes(changed, tmp_path / "config.yaml")
+        train_changes(changed, tmp_path / "config.yaml")
     (line,) = error.value.problems
     assert f" train.{name}: " in line
 
@@ -247,7 +304,7 @@ def test_each_setting_takes_effect_on_resume_or_is_refused_by_its_name(name, tmp
 def test_every_setting_has_a_default_and_a_meaning() -> None:
     docs = train_docs()
     assert docs.keys() == on_resume().keys()
-    assert docs["learning_rate"] == ("5e-05", "The initial learning rate for the optimizer; on resume: refused")
+    assert docs["learning_rate"] == ("5e-05", "The initial learning rate for the optimizer; on resume: takes effect")
     assert docs["save_steps"][0] == "100"
     assert docs["max_bad_steps"][0] == "3"
     bare = [name for name, (_, doc) in docs.items() if doc.startswith("on resume")]

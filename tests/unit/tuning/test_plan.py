@@ -216,6 +216,27 @@ def test_a_run_that_never_trains_at_the_budget_of_its_evaluation_is_refused(budg
         assert f"memory.slots_per_layer = 64, and no step trains at it (drawn: {drawn}); set" in line
 
 
+@pytest.mark.parametrize(
+    ("budgets", "steps"),
+    [
+        ((18, "full"), 2),
+        (("self", 9, "full"), 3),
+        ((), 1),
+        (("full",), 0),
+        (BudgetRange(low=12, high=64, full=0.9), 40),
+    ],
+)
+def test_so_few_steps_that_none_draws_the_budget_of_evaluation_are_said(budgets, steps) -> None:
+    """`steps`: from this number on every seed draws it; a control of full memory alone is for no budget."""
+    for seed in range(6):
+        plan = plan_of(seed, budgets=budgets)
+        assert plan.untrained(max(1, steps)) == []
+        for few in range(1, steps):
+            drawn = {plan(step, few).slots for step in range(few)}
+            hit = drawn != {None} if isinstance(budgets, BudgetRange) else 18 in drawn
+            assert bool(plan.untrained(few)) is not hit
+
+
 def test_the_least_of_a_range_leaves_each_modality_a_slot(tmp_path) -> None:
     split = "memory.budget={name: split, visual_audio_ratio: 2}"
     (line,) = problems(tmp_path, overrides=[split, "tuning.budgets={low: 1, high: 12}"])
