@@ -27,7 +27,7 @@ from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, read_live
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.rows import SLACK, tracks_of
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"no {FILE} in {where}: everything is kept; --slots N keeps N tokens per layer", file=sys.stderr)
         stream = feeder.stream(attached, policy)
         asking = Asking(feeder=feeder, questions=given.questions, max_new_tokens=tokens)
-        for reply in asking.replies(stream, source_of(given.video, feeder, given.at), given.at):
+        for reply in asking.replies(stream, source_of(video_of(given), feeder, given.at), given.at):
             print("\n".join(reply.lines(given.questions)), flush=True)
 
 
@@ -114,7 +114,17 @@ def policy_of(given: Namespace, exported: Exported | None, layers: int) -> Polic
     return replace(options.build(None if slots == FULL else SharedBudget().build(layers, slots)), selection_from=chosen)
 
 
-def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
+def video_of(given: Namespace) -> str | FrameList:
+    """The video, or with --frame-rate the frames of a folder; raises MediaError if there are none."""
+    if given.frame_rate is None:
+        return given.video
+    try:
+        return FrameList.of_folder(Path(given.video), given.frame_rate)
+    except ValueError as error:
+        raise MediaError(given.video, "missing", f"{error}; --frame-rate is for a folder of image files") from error
+
+
+def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) -> Source:
     """The file, or the live stream on standard input, asked at these times; says so if it lacks a track.
 
     Raises MediaError if it is unusable, or a time is after the end of the file.
@@ -122,7 +132,8 @@ def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
     asked, geometry = feeder.options.tracks, feeder.backbone.geometry
     if video != PIPE:
         questions = tuple(Message(role="user", content="", at=time) for time in times)
-        tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
+        media = video if isinstance(video, FrameList) else Path(video)
+        tracks = tracks_of(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
         if sys.stdin is None:
@@ -231,12 +242,19 @@ def _parser() -> Parser:
     choice = "the model that chooses them: as it answers, or without its adapter"
     parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
     parser.add_argument("--tracks", choices=get_args(TracksOption), help="tracks of the stream to read")
-    parser.add_argument("--fps", type=float, help="frames per second")
+    parser.add_argument("--fps", type=float, help="frames per second that are read")
+    parser.add_argument("--frame-rate", type=_rate, metavar="FPS", help="--video is a folder of images at this rate")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
     parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="at most so many tokens per forward pass")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="length of an answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     return parser
+
+
+def _rate(text: str) -> float:
+    if not (found := _time(text)):
+        raise ArgumentTypeError(f"{text!r} is not a number of frames per second above 0")
+    return found
 
 
 def _count(text: str) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source, probe
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Segment, Source, Video, probe
 from omnimem.media.decode import TICK
 from omnimem.policies.base import Policy, PolicyError, StreamOutline
 from omnimem.rows import judge, tracks_of
@@ -197,7 +197,7 @@ class Feeder:
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
         if not tokens:
             what = "holds no frame, and too little audio for one token; choose a longer clip"
-            raise MediaError(sample.video or sample.audio or Path(sample.id), "empty", what)
+            raise MediaError(sample.shown, "empty", what)
 
     def _timed(self, segments: Iterable[Segment]) -> Iterator[Segment]:
         rest = iter(segments)
@@ -290,7 +290,7 @@ class Feeder:
         last = seconds if end is None else min(seconds, end)
         return math.ceil(math.ceil((last - start) * self.options.fps - TICK) / self.backbone.geometry.temporal_patch)
 
-    def watch(self, source: Source | Path | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
+    def watch(self, source: Source | Video | str, *, cuts: Sequence[float] = ()) -> Iterator[Chunk]:
         """The opening and the chunks of a file or a live stream, each decoded and encoded on demand.
 
         A chunk also ends at each of the `cuts`, in seconds, so that a question at that time sees nothing later. A
@@ -298,7 +298,8 @@ class Feeder:
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
-            source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
+            video = source if isinstance(source, FrameList) else Path(source)
+            source = self.source(Sample(id=str(source), video=video, audio=None, messages=()))
         group = 1
         if self.options.timestamps is not None:
             if not isinstance(source, FileSource):
