@@ -12,11 +12,11 @@ transformers without our loop. A cell runs in a process of its own; with more th
 
 The four parts of a step run one after the other, so that their shares are seen: decoding (with resizing and mel),
 towers (with patches), text model (forward, recomputation, backward), optimiser. Medians of --steps steps after one that
-does not count. A run overlaps decoding with the rest, and with data.cache has neither of the first two: `cached` is the
-rate of the last two alone. MFU counts the text model, without recomputation: 4 P per token (a forward, and the backward
-through frozen weights) and 12 x heads x dim per layer and pair of query and key, over the time of the whole step and
-the peak, which is that of a matrix product measured here, or --peak. Peak memory is that of the device, on a CPU of the
-process, weights included.
+does not count; on a CPU, CPU seconds of one thread, which depend little on what else runs there. A run overlaps
+decoding with the rest, and with data.cache has neither of the first two: `cached` is the rate of the last two alone.
+MFU counts the text model, without recomputation: 4 P per token (a forward, and the backward through frozen weights) and
+12 x heads x dim per layer and pair of query and key, over the time of the whole step and the peak, which is that of a
+matrix product measured here, or --peak. Peak memory is that of the device, on a CPU of the process, weights included.
 """
 
 import json
@@ -160,16 +160,18 @@ class Bench:
         return torch.nn.functional.cross_entropy(self.backbone.head(states).float(), prompt.labels[0][learned])
 
     def _timed(self, seconds: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
-        self._wait()
-        began = time.perf_counter()
+        began = now(self.given["device"])
         found = run()
-        self._wait()
-        seconds[name] = time.perf_counter() - began
+        seconds[name] = now(self.given["device"]) - began
         return found
 
-    def _wait(self) -> None:
-        if self.given["device"] == "cuda":
-            torch.cuda.synchronize()
+
+def now(device: str) -> float:
+    """Seconds: of this process on a CPU, which other processes do not change, else of the wall clock."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def operations(backbone: Qwen25Omni, tokens: int, chunk: int, slots: int | None) -> float:
@@ -190,13 +192,9 @@ def matmul_rate(device: str) -> float:
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     times = []
     for _ in range(6):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = now(device)
         left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(now(device) - began)
     return 2 * size**3 / min(times)
 
 
