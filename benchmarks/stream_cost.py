@@ -1,19 +1,28 @@
 """Seconds and bytes per chunk of policies side by side: one text model of random weights, one run, chunks in turn.
 
 python benchmarks/stream_cost.py [--policy NAME]... [--chunk N]... [--slots N] [--chunks N] [--layers N] [--width N]
-                                 [--feature N] [--device cpu|cuda] [--dtype float32|bfloat16] [--out FILE]
+                                 [--device cpu|cuda] [--dtype float32|bfloat16] [--out FILE]
 
 The first policy is the floor: `random` evicts without measuring anything. Every chunk is read by all policies in turn,
 so that the ratios hold when the machine's speed drifts; seconds are CPU seconds of this thread on a CPU, wall seconds
 on a GPU, medians over the chunks after the memory is full. The slope is that of the seconds over the chunk number in
 % of the median per 100 chunks, with a 95 % interval by Theil and Sen's pairs: 0 for a memory of fixed size. Width 512
-has 8 heads and 2 key-value heads of 64; other widths alike.
+has 8 heads and 2 key-value heads of 64; other widths alike. Bytes are those between two chunks.
+
+Alternatives, named as policies:
+
+full       everything is kept, in place
+stock      transformers' own attention over a cache of as many keys as there are slots: what reading alone costs
+one_shot   transformers' own forward pass over the whole stream at once, its seconds divided by the chunks
+release    the release's scheme, from its description (benchmarks/release_scheme.py); it keeps what `released` keeps
 """
 
 import json
 import sys
 import time
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,9 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import Qwen2_5OmniTextConfig
+from transformers import DynamicCache, Qwen2_5OmniTextConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
 
+from benchmarks.release_scheme import ReleaseScheme
 from benchmarks.tables import markdown
 from omnimem.budget import Budget
 from omnimem.cli.parser import Parser, run_command
@@ -32,7 +42,7 @@ from omnimem.policies.base import Policy
 from omnimem.policies.baselines.h2o import H2OOptions
 from omnimem.policies.baselines.k_center import KCenterOptions
 from omnimem.policies.baselines.keydiff import KeyDiffOptions
-from omnimem.streaming.attach import attach
+from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 
@@ -46,7 +56,8 @@ POLICIES: dict[str, Any] = {
     "keydiff": KeyDiffOptions(),
     "k_center": KCenterOptions(),
 }
-DEFAULT = ("random", "paper", "released", "omnimem", "omnimem/128", "distinct", "full")
+DEFAULT = ("random", "paper", "released", "omnimem", "omnimem/128", "distinct", "full", "stock", "one_shot", "release")
+ALTERNATIVES = ("full", "stock", "one_shot", "release")
 HEADS, KV_HEADS = 8, 2
 WARM = 2  # chunks after the memory is full that are not counted
 
@@ -58,6 +69,77 @@ def built(name: str, layers: int, slots: int) -> Policy:
     base, _, feature = name.partition("/")
     options = POLICIES[base] if not feature else PerturbationOptions(name=base, feature=int(feature))  # type: ignore[arg-type]
     return options.build(Budget.shared(layers, slots))
+
+
+class StockCache:
+    """Stock attention: every chunk sees `slots` keys of a cache, which is cut back to them after it."""
+
+    def __init__(self, model: Any, slots: int) -> None:
+        self.model, self.slots, self.cache = model, slots, DynamicCache()
+        shape = (1, KV_HEADS, slots, model.config.hidden_size // HEADS)
+        for layer in range(len(model.layers)):
+            keys, values = torch.randn(2, *shape, device=model.device, dtype=model.dtype)
+            self.cache.update(keys, values, layer)
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values."""
+        return sum(part.numel() * part.element_size() for layer in self.cache.layers for part in _pair(layer))
+
+    def feed(self, chunk: Chunk) -> None:
+        """Read a chunk."""
+        self.model(
+            inputs_embeds=chunk.embeddings, position_ids=chunk.positions.transpose(0, 1), past_key_values=self.cache
+        )
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (part[:, :, : self.slots] for part in _pair(layer))
+
+
+class OneShot:
+    """The stock forward pass over the whole stream, once its last chunk is there."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.chunks, self.bytes = model, [], 0
+
+    def feed(self, chunk: Chunk) -> None:
+        """Wait for the end."""
+        self.chunks.append(chunk)
+
+    def read(self) -> None:
+        """The pass."""
+        embeddings = torch.cat([chunk.embeddings for chunk in self.chunks], dim=1)
+        positions = torch.cat([chunk.positions for chunk in self.chunks], dim=2)
+        cache = DynamicCache()
+        self.model(inputs_embeds=embeddings, position_ids=positions.transpose(0, 1), past_key_values=cache)
+        self.bytes = sum(part.numel() * part.element_size() for layer in cache.layers for part in _pair(layer))
+
+
+def _pair(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.keys, layer.values
+
+
+class Attached:
+    """A stream of ours."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.feed = stream, stream.feed
+
+    @property
+    def bytes(self) -> int:
+        """Of keys, values and side state."""
+        return self.stream.memory.bytes
+
+
+def arm_of(name: str, attached: StreamedAttention, stock: Any, slots: int) -> Any:
+    """What reads the chunks under a name."""
+    layers = len(stock.layers)
+    if name == "stock":
+        return StockCache(stock, slots)
+    if name == "one_shot":
+        return OneShot(stock)
+    if name == "release":
+        return ReleaseScheme(stock, replace(Budget.shared(layers, slots), lend=False))
+    return Attached(Stream(attached, built(name, layers, slots)))
 
 
 def model_of(layers: int, width: int, device: str, dtype: str) -> Qwen2_5OmniThinkerTextModel:
@@ -95,19 +177,24 @@ def chunk_of(length: int, first: int, width: int, device: str, dtype: torch.dtyp
 
 def measure(names: Sequence[str], length: int, chunks: int, slots: int, model: Any) -> dict[str, dict[str, float]]:
     """Per policy: seconds per chunk, ratio to the first, bytes held, slope."""
-    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    width = model.config.hidden_size
     device, dtype = str(model.device), model.dtype
     full = -(-slots // length) + WARM
     spent: dict[str, list[float]] = {name: [] for name in names}
+    stock = deepcopy(model)
     with attach(model) as attached, torch.no_grad():
-        streams = {name: Stream(attached, built(name, layers, slots)) for name in names}
+        arms = {name: arm_of(name, attached, stock, slots) for name in names}
         for number in range(full + chunks):
             chunk = chunk_of(length, number * length, width, device, dtype)
-            for name, stream in streams.items():
+            for name, arm in arms.items():
                 began = _clock(device)
-                stream.feed(chunk)
+                arm.feed(chunk)
                 spent[name].append(_clock(device) - began)
-        held = {name: stream.memory.bytes for name, stream in streams.items()}
+        if (one_shot := arms.get("one_shot")) is not None:
+            began = _clock(device)
+            one_shot.read()
+            spent["one_shot"] = [(_clock(device) - began) / (full + chunks)] * (full + chunks)
+        held = {name: arm.bytes for name, arm in arms.items()}
     floor = median(spent[names[0]][full:])
     found = {}
     for name in names:
@@ -159,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     names, lengths = args.policy or list(DEFAULT), args.chunk or [1024, 256]
     for name in names:
-        if name != "full" and name.partition("/")[0] not in POLICIES:
-            parser.error(f"--policy {name}: unknown; known: {', '.join([*POLICIES, 'full'])}")
+        if name.partition("/")[0] not in (*POLICIES, *ALTERNATIVES):
+            parser.error(f"--policy {name}: unknown; known: {', '.join([*POLICIES, *ALTERNATIVES])}")
     model = model_of(args.layers, args.width, args.device, args.dtype)
     result = {length: measure(names, length, args.chunks, args.slots, model) for length in lengths}
     rows = [

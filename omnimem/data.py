@@ -1,6 +1,7 @@
 """Samples and manifests: JSON lines, checked as a whole; every problem is reported with file and line.
 
 A line: {"id", "video": path | null, "audio": path | null (the video's own track), "start", "end" (seconds, optional),
+"frames": [path, ...] and "fps" in place of "video",
 "tracks": "video" | "audio" | null (both), "prefix": text before the stream | null,
 "messages": [{"role", "content", "at": seconds | null, "loss": bool}],
 "meta": {...}}; without video and audio it is text alone. docs/data.md describes it with examples.
@@ -20,11 +21,12 @@ from typing import Any, Literal, final, get_args
 
 from omnimem.errors import UserError
 from omnimem.limits import exceeds
+from omnimem.media import FrameList, Video, files_of
 from omnimem.textfile import ManifestError, got, parse_object, path_problem, text_lines
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
-KEYS = ("id", "video", "audio", "tracks", "start", "end", "prefix", "messages", "meta")
+KEYS = ("id", "video", "frames", "fps", "audio", "tracks", "start", "end", "prefix", "messages", "meta")
 CONVERT = "omnimem convert makes a manifest of such rows"
 OTHERS = ("conversations", "videos", "audios", "query", "prompt", "instruction")  # keys of other formats
 STILL = "still images are not streamed; make them a video, or remove them"
@@ -164,7 +166,7 @@ class Sample:
     """A stream and the questions about it."""
 
     id: str
-    video: Path | None
+    video: Video | None
     audio: Path | None  # None: the video's own track
     start: float = 0.0
     end: float | None = None  # None: the end of the file
@@ -178,6 +180,16 @@ class Sample:
     source: str = ""  # of several sources of a run, the name of its own
     origin: str = field(default="", compare=False)  # file:line
     remarks: tuple[str, ...] = field(default=(), compare=False)  # how its row was read, where that may surprise
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All media files."""
+        return files_of((self.video, self.audio))
+
+    @property
+    def shown(self) -> Path:
+        """What messages call the stream: its file, the first of several."""
+        return Path(str(self.video or self.audio or self.id))
 
     @property
     def has_stream(self) -> bool:
@@ -315,7 +327,7 @@ class _Row:
         self.check_keys("", data, KEYS, "put it under meta")
         values: dict[str, Any] = {
             "id": self.id(data),
-            "video": self.media(data, "video"),
+            "video": self.frames(data) if data.get("frames") is not None else self.media(data, "video"),
             "audio": self.media(data, "audio"),
             "start": self.seconds(data, "start") or 0.0,
             "end": self.seconds(data, "end"),
@@ -324,8 +336,10 @@ class _Row:
             "meta": self.meta(data),
         }
         # 2. check them together
-        if data.get("video") is None and data.get("audio") is None:
+        if not any(data.get(key) is not None for key in ("video", "frames", "audio")):
             self.check_text(data)
+        elif data.get("frames") is None and data.get("fps") is not None:
+            self.problem("fps", "is the rate of `frames`; remove it, and set stream.fps for how many frames are read")
         if values["end"] is not None and values["end"] <= values["start"]:
             self.problem("end", f"{values['end']} is not after start = {values['start']}; swap or remove them")
         messages = self.messages(data, values["start"], values["end"])
@@ -348,10 +362,28 @@ class _Row:
     def media(self, data: dict[str, Any], key: str) -> Path | None:
         """The path of a media file, which must be inside the manifest's folder."""
         value = data.get(key)
-        if value is None:
+        return None if value is None else self.path(key, value)
+
+    def frames(self, data: dict[str, Any]) -> FrameList | None:
+        """The frames of a video as image files, with their rate."""
+        # 1. the rate
+        rate, given = data.get("fps"), data["frames"]
+        if data.get("video") is not None:
+            self.problem("frames", "are given beside video; keep one of them")
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not (math.isfinite(rate) and rate > 0):
+            self.problem("fps", f"expected the frames per second of `frames`, above 0, got {got(rate)}")
+            rate = 1.0
+        # 2. the files
+        if not isinstance(given, list) or not given:
+            self.problem("frames", f"expected a list of image files, got {got(given)}")
             return None
+        paths = [self.path(f"frames[{number}]", each) for number, each in enumerate(given)]
+        return FrameList(tuple(path for path in paths if path is not None) or (Path(),), float(rate))
+
+    def path(self, key: str, value: Any) -> Path | None:
+        """A path below the manifest's folder."""
         if not isinstance(value, str) or not value:
-            self.problem(key, f"expected a path or null, got {got(value)}")
+            self.problem(key, f"expected a path{'' if '[' in key else ' or null'}, got {got(value)}")
             return None
         if problem := path_problem(value):
             self.problem(key, problem)
@@ -364,7 +396,7 @@ class _Row:
         """A row without a file: text alone, which has no times and tracks."""
         if not self.text_only:
             self.problem("video", "neither video nor audio is given; name at least one file")
-        for key in [key for key in ("start", "end", "tracks", "prefix") if data.get(key) is not None]:
+        for key in [key for key in ("start", "end", "tracks", "prefix", "fps") if data.get(key) is not None]:
             self.problem(key, "is about a file, and neither video nor audio is given; remove it, or name a file")
         messages = data.get("messages")
         for index, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -376,7 +408,7 @@ class _Row:
         value = data.get("tracks")
         if value not in (None, "video", "audio"):
             self.problem("tracks", f"expected video, audio or null (both), got {got(value)}")
-        elif value == "video" and data.get("video") is None and data.get("audio") is not None:
+        elif value == "video" and not (data.get("video") or data.get("frames")) and data.get("audio") is not None:
             self.problem("tracks", "is video, and only audio is given; name a video, or remove it")
         return value
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, final
 
 from omnimem.data import STILL, Sample, is_seconds, read_row, unknown_key
+from omnimem.media.frames import SUFFIXES
 from omnimem.textfile import ManifestError, got
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -30,8 +31,9 @@ CONTROL = re.compile(r"<\|\w+\|>")
 ELSEWHERE = re.compile(r"^(https?:|data:|s3:)")
 KNOWN = (
     *(*TURNS, "video", "videos", "audio", "audios", "image", "images", "system", "id", "start", "end", "meta"),
-    *("tracks", "timestamps", "history", "input", *HEARD),
+    *("tracks", "timestamps", "history", "input", "frames", *HEARD),
 )
+RATES = ("fps", "sample_fps")  # of a list of frames, in a row or a part
 # Kinds of content parts by their type, as Qwen, transformers, TRL and OpenAI's API name them.
 PARTS = {
     "text": "text",
@@ -112,6 +114,21 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
+def is_path(file: Any) -> bool:
+    """Whether a value names a file."""
+    return isinstance(file, str | Path)
+
+
+def is_frames(file: Any) -> bool:
+    """Whether a value names the frames of a video."""
+    return isinstance(file, tuple) and len(file) > 0 and all(map(is_path, file))
+
+
+def are_images(files: Sequence[Any]) -> bool:
+    """Whether all of several values name image files."""
+    return len(files) > 1 and all(is_path(file) and Path(file).suffix.lower() in SUFFIXES for file in files)
+
+
 def without_tags(text: str) -> str:
     """The text of a question without the tags that represent the stream; a text without them as it is."""
     if not any(tag in text for tag in TAGS):
@@ -127,8 +144,9 @@ class _Content:
     text: str
     before: str = ""  # what is written before the first tag
     tags: list[str] = field(default_factory=list)
-    files: list[tuple[str, Any]] = field(default_factory=list)
+    files: list[tuple[str, Any]] = field(default_factory=list)  # a tuple of paths: the frames of a video
     span: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)  # of frames, by their key
 
 
 @final
@@ -142,6 +160,7 @@ class _Row:
         self.problems: list[str] = []
         self.remarks: list[str] = []
         self.contents: list[_Content] = []  # of the turns
+        self.listed = False  # the video is a list of frames
         self.own_audio = False  # the audio file is not read: use_audio is given, which is about the video's own track
 
     def problem(self, key: str, what: str) -> None:
@@ -160,7 +179,8 @@ class _Row:
         # 2. the other keys
         if not isinstance(self.row.get("id", ""), str | int) or isinstance(self.row.get("id"), bool):
             self.problem("id", f"expected a name, got {got(self.row['id'])}")
-        for key in [key for key in ASKING if key in self.row]:
+        rates = RATES if self.listed else ()  # of its frames
+        for key in [key for key in ASKING if key in self.row and key not in rates]:
             self.problem(key, ASKING[key])
         for key in [key for key in PREFERENCE if key in self.row]:
             self.problem(key, NO_PREFERENCE)
@@ -174,7 +194,7 @@ class _Row:
             self.remarks.append("no file: the row is text alone")
         return {
             "id": str(self.row.get("id", fallback_id)),
-            "video": self.placed("video", video),
+            **self.placed_video(video),
             "audio": None if video and self.own_audio else self.placed("audio", audio),
             **({"tracks": tracks} if tracks else {}),
             **({"prefix": prefix} if prefix else {}),
@@ -185,7 +205,7 @@ class _Row:
 
     def meta(self) -> dict[str, Any]:
         """The row's `meta`, and the keys that no other part of a line holds."""
-        known = {*KNOWN, *(self.pair() or ())}
+        known = {*KNOWN, *(self.pair() or ()), *(RATES if self.listed else ())}
         kept, meta = {key: value for key, value in self.row.items() if key not in known}, self.row.get("meta", {})
         if not isinstance(meta, dict) or meta.keys() & kept.keys():
             self.problem("meta", f"expected an object without the keys of the row, got {got(meta)}")
@@ -198,20 +218,41 @@ class _Row:
     def media(self, kind: str) -> list[Any]:
         """The files of a kind: under its plural or singular key, and in content parts."""
         # 1. of the row
-        values = [value for key in (f"{kind}s", kind) if (value := self.row.get(key)) not in (None, "", [])]
+        keys = [f"{kind}s", kind, *(["frames"] if kind == "video" else [])]
+        values = {key: value for key in keys if (value := self.row.get(key)) not in (None, "", [])}
         if len(values) > 1:
-            self.problem(kind, f"is given beside {kind}s; keep one of them")
-        files = values[0] if values else []
+            self.problem(list(values)[1], f"is given beside {next(iter(values))}; keep one of them")
+        key, files = next(iter(values.items()), (kind, []))
         files = [files] if isinstance(files, str | Path) else files
+        if kind == "video" and isinstance(files, list):
+            alone = key == "frames" or (key == "video" and are_images(files))  # one list, not several files
+            files = [tuple(files)] if alone else [tuple(each) if isinstance(each, list) else each for each in files]
         # 2. of its content parts
         inside = [file for content in self.contents for each, file in content.files if each == kind]
         if inside and files:
             self.problem(kind, "is given in the row and in a content part; keep one of them")
-        if isinstance(files, list) and all(isinstance(file, str | Path) for file in (*files, *inside)):
+        if isinstance(files, list) and all(is_path(file) or is_frames(file) for file in (*files, *inside)):
+            self.listed |= any(is_frames(file) for file in (*files, *inside))
             return [*files, *inside]
         shown = str(inside[0] if inside else files)[:60]
-        self.problem(f"{kind}s", f"expected a list of paths, got {shown}; frame lists must become a file")
+        self.problem(f"{kind}s", f"expected a list of paths, got {shown}; correct it")
         return []
+
+    def placed_video(self, files: Sequence[Any]) -> dict[str, Any]:
+        """`video` of the line, or `frames` and `fps`."""
+        if len(files) != 1 or not is_frames(files[0]):
+            if len(files) > 1 and are_images(files):
+                self.problem("videos", "frames of one video are a list in it: [[frame, frame, ...]]; correct it")
+            return {"video": self.placed("video", files)}
+        # 1. the rate
+        given = [{key: self.row[key] for key in RATES if key in self.row}, *(each.rates for each in self.contents)]
+        rates = [(key, rate) for each in given for key, rate in each.items()]
+        if len(rates) != 1:
+            what = "is given more than once; keep one of them" if rates else "is missing; add the frames per second"
+            self.problem("fps", f"the rate of the list of frames {what}" + ("" if rates else " that the list has"))
+        # 2. the files
+        placed = [self.placed("frame", [file]) for file in files[0]]
+        return {"video": None, "frames": placed, "fps": rates[0][1] if rates else 1.0}
 
     def placed(self, kind: str, files: Sequence[Any]) -> str | None:
         if len(files) > 1:
@@ -255,6 +296,8 @@ class _Row:
             self.problem(keys[0], f"expected true or false, got {got(heard)}; correct it")
         elif not heard and not video:
             self.problem(keys[0], "is false, and there is no video to watch; remove the row, or make it true")
+        elif heard and self.listed:
+            self.problem(keys[0], "is about the video's own track, and a list of frames has none; remove it")
         elif video:
             self.own_audio = True
             self.remarks += [f"{keys[0]} is about the video's own track: the audio file is not read"] if audio else []
@@ -396,13 +439,15 @@ class _Row:
         # 2. its keys
         files = ("text",) if kind == "text" else tuple(dict.fromkeys((name, kind, f"{kind}_url", "path", "url")))
         spans = tuple(SPAN) if kind == "video" else ()
-        for key in [key for key in part if key not in ("type", *files, *spans)]:
+        values: list[Any] = [part[key] for key in files if key in part]
+        listed = kind == "video" and len(values) == 1 and isinstance(values[0], list)
+        rates = RATES if listed else ()
+        for key in [key for key in part if key not in ("type", *files, *spans, *rates)]:
             otherwise = "remove it"
             if key in SAMPLING:
                 otherwise = WHOLE_RUN
             self.problem(f"{where}.{key}", unknown_key(key, (*files, *spans), otherwise))
         # 3. its text or file; without a file it stands for one of the row
-        values: list[Any] = [part[key] for key in files if key in part]
         value = values[0].get("url") if values and isinstance(values[0], dict) else next(iter(values), None)
         if len(values) > 1 or (kind == "text" and not isinstance(value, str)):
             self.problem(where, f"expected one {'text' if kind == 'text' else 'file'}, got {got(part)}")
@@ -410,7 +455,9 @@ class _Row:
             found.text += str(value)
         else:
             found.tags.append(f"<{kind}>")
+            value = tuple(values[0]) if listed else value
             found.files += [] if value is None and not values else [(kind, value)]
+        found.rates |= {key: part[key] for key in rates if key in part}
         found.span |= {SPAN[key]: part[key] for key in spans if key in part}
 
     def check_tags(self, turns: Sequence[dict[str, Any]], video: Sequence[Any], audio: Sequence[Any]) -> None:

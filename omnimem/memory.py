@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from omnimem.tokens import ABSENT, TOKEN_AXES, Modality, Tokens
+from omnimem.tokens import ABSENT, TOKEN_AXES, Counts, Modality, Tokens
 
 Held = frozenset[tuple[int, int]]  # tokens of a layer: head (0 where all heads hold all tokens) and arrival number
 
@@ -52,6 +52,7 @@ class Memory:
             gate=torch.zeros(batch, 0, **exact),
             states=torch.zeros(batch, 0, 0, **numbers),
             owner=torch.zeros(batch, 0, 0, dtype=torch.int8, device=shape.device),
+            counts=Counts(0, 0, 0, 0),
         )
         return cls(layers=(tokens,) * shape.layers)
 
@@ -110,7 +111,12 @@ class Memory:
 
         An entry is a key and a value of every key-value head, so a token that one of H heads keeps counts 1 / H.
         """
-        return sum(_mean(int((layer.modality > 0).sum()), self.batch * layer.heads) for layer in self.layers)
+        return sum(
+            _mean(int((layer.modality > 0).sum()), self.batch * layer.heads)
+            if layer.counts is None
+            else layer.counts.media
+            for layer in self.layers
+        )
 
     @property
     def bytes(self) -> int:
@@ -119,7 +125,7 @@ class Memory:
 
     def _held(self, layer: Tokens) -> float:
         """The fraction of a layer's places that is not padding; a batch of one stream has no padding."""
-        padded = self.batch > 1 and layer.count > 0
+        padded = self.batch > 1 and layer.count > 0 and layer.counts is None
         return float((layer.modality != ABSENT).float().mean()) if padded else 1.0
 
 

@@ -64,7 +64,7 @@ def judge(sample: Sample, asked: TracksOption) -> Judgement:
                 infos[key] = probe(path, measure=timed and not sample.published)
             except MediaError as error:
                 what = str(error).removeprefix(f"{error.path}: ")
-                problems.append(RowProblem(key=key, path=path, reason=error.reason, what=what))
+                problems.append(RowProblem(key=key, path=error.path, reason=error.reason, what=what))
     if problems:
         return Judgement(problems=tuple(problems))
     # 2. tracks and times
@@ -98,8 +98,7 @@ def _present(video: bool, audio: bool) -> Tracks:
 
 def _missing_tracks(sample: Sample, asked: TracksOption, video: bool, audio: bool) -> Iterator[RowProblem]:
     """`both` reads what is present; but a file that is named and holds nothing to read is a mistake."""
-    shown = sample.video or sample.audio or Path(sample.id)
-    heard = sample.audio or sample.video or Path(sample.id)
+    shown, heard = sample.shown, sample.audio or sample.shown
     alone = sample.tracks is not None or sample.video is None or sample.audio is None  # one file for both tracks
     if not video and (asked in ("video", "require_both") or (asked == "both" and not (alone and audio))):
         what = "has no video track" if sample.video is not None else "is audio only, no video is given"
@@ -116,7 +115,7 @@ def late_times(sample: Sample, seconds: float) -> Iterator[RowProblem]:
     """Times after the end of the files, if their length is known; those of a published benchmark are no problems."""
     if seconds <= 0 or sample.published:
         return
-    path, length = sample.video or sample.audio or Path(sample.id), f"after the end of the file ({seconds:.1f} s)"
+    path, length = sample.shown, f"after the end of the file ({seconds:.1f} s)"
     if sample.start >= seconds:
         what = f"start = {sample.start:g} s is {length}; lower it"
         yield RowProblem(key="start", path=path, reason="empty", what=what)

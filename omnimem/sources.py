@@ -20,6 +20,7 @@ from omnimem.data import DataOptions, DataSource, Sample, read_manifest
 from omnimem.errors import first_line
 from omnimem.extras import optional
 from omnimem.formats import Target, convert_row
+from omnimem.media import FrameList
 from omnimem.textfile import ManifestError, got, parse_json, read_objects, read_text
 
 datasets = optional("datasets")
@@ -97,7 +98,8 @@ def digest(samples: Iterable[Sample]) -> str:
     """sha256 of what the samples say: ids, files, times and messages."""
     whole = hashlib.sha256()
     for each in samples:
-        said = (each.id, str(each.video), str(each.audio), each.tracks, each.start, each.end, each.messages)
+        video = repr(each.video) if isinstance(each.video, FrameList) else str(each.video)
+        said = (each.id, video, str(each.audio), each.tracks, each.start, each.end, each.messages)
         said = (*said, each.prefix) if each.prefix else said
         whole.update(f"{said}\n".encode())
     return whole.hexdigest()
@@ -199,7 +201,7 @@ def _undecoded(kind: Any) -> Any:
         return {key: _undecoded(each) for key, each in kind.items()}
     if isinstance(kind, datasets.List | datasets.LargeList):
         return replace(kind, feature=_undecoded(kind.feature))
-    return replace(kind, decode=False) if isinstance(kind, datasets.Audio | datasets.Video) else kind
+    return replace(kind, decode=False) if isinstance(kind, datasets.Audio | datasets.Video | datasets.Image) else kind
 
 
 def _with_files(value: Any) -> Any:

@@ -17,6 +17,7 @@ ScoreGradient = Literal["redundancy", "both", "none"]
 
 # clamps novelty and importance: exact duplicates give a negative 1 - s, powers below 1 a gradient of infinity
 FLOOR = 1e-6
+ROWS = 128  # tokens normalised at a time on a CPU: they should fit into its cache
 
 
 @final
@@ -59,6 +60,7 @@ class LayerView:
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
+    settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property
     def modality(self) -> Int8[Tensor, "batch tokens"]:
@@ -116,13 +118,24 @@ def _neighbour_cosine(
     feature: Tensor, kind: Tensor | None, ends: Literal["present", "one"]
 ) -> Float[Tensor, "batch tokens"]:
     """Mean cosine to the neighbour before and after; where `kind` is given, a neighbour of another kind is missing."""
-    unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
-    cosine = (unit[:, :-1] * unit[:, 1:]).sum(-1)
+    cosine = _adjacent(feature)
     there = torch.ones_like(cosine) if kind is None else (kind[:, :-1] == kind[:, 1:]).float()
-    border = torch.zeros_like(unit[:, :1, 0])
+    border = cosine.new_zeros(feature.shape[0], min(1, feature.shape[1]))
     total = torch.cat([border, cosine * there], 1) + torch.cat([cosine * there, border], 1)
     count = torch.cat([border, there], 1) + torch.cat([there, border], 1)
     if ends == "one":
         return (total + (2 - count)) / 2
     alone = count == 0  # no neighbour at all: not redundant
     return torch.where(alone, torch.zeros_like(total), total / count.clamp_min(1))
+
+
+def _adjacent(feature: Float[Tensor, "batch tokens feature"]) -> Float[Tensor, "batch pairs"]:
+    """Cosine of each token and the next one; without gradient on a CPU block by block, with the same bits."""
+    exact, pairs = torch.promote_types(feature.dtype, torch.float32), max(0, feature.shape[1] - 1)
+    whole = feature.device.type != "cpu" or (torch.is_grad_enabled() and feature.requires_grad)
+    step = max(1, pairs if whole else ROWS)
+    parts = []
+    for first in range(0, max(1, pairs), step):
+        unit = F.normalize(feature[:, first : first + step + 1].to(exact), dim=-1, eps=1e-12)
+        parts.append((unit[:, :-1] * unit[:, 1:]).sum(-1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -4,9 +4,10 @@ The queries are the last Q of the K key positions: query i sees key j when j <= 
 packed pass over several questions the key must also belong to the memory or to the query's own segment.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, final
@@ -27,24 +28,32 @@ HeadMean = Literal["probabilities", "logits"]
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Segments:
     """The question that each packed token belongs to; `MEMORY` marks keys that all queries see."""
 
     queries: Int[Tensor, "batch queries"]
     keys: Int[Tensor, "batch keys"]
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # of blocks of queries, for all layers
+
+    def visible(self, first: int, last: int) -> Bool[Tensor, "batch block keys"]:
+        """Mask of the keys that queries `first` to `last` (exclusive) may see."""
+        if (first, last) not in self.masks:
+            queries, keys = self.queries.shape[1], self.keys.shape[1]
+            causal = visible(first, last, queries, keys, None, self.keys.device)
+            of_key = self.keys[:, None, :]
+            self.masks[first, last] = causal & ((of_key == MEMORY) | (of_key == self.queries[:, first:last, None]))
+        return self.masks[first, last]
 
 
 def visible(
     first: int, last: int, queries: int, keys: int, segments: Segments | None, device: torch.device
 ) -> Bool[Tensor, "#batch block keys"]:
     """Mask of the keys that queries `first` to `last` (exclusive) may see."""
+    if segments is not None:
+        return segments.visible(first, last)
     limit = torch.arange(first, last, device=device) + (keys - queries)
-    mask = (torch.arange(keys, device=device)[None, :] <= limit[:, None])[None]
-    if segments is None:
-        return mask
-    of_key = segments.keys[:, None, :]
-    return mask & ((of_key == MEMORY) | (of_key == segments.queries[:, first:last, None]))
+    return (torch.arange(keys, device=device)[None, :] <= limit[:, None])[None]
 
 
 def attend(
@@ -132,11 +141,11 @@ def attend_measured(
     if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
         return None
     parts = _Parts.of(queries, keys, gate, scale, "probabilities")
-    output = torch.empty_like(queries)
+    output, room = torch.empty_like(queries), parts.room()
     with torch.autocast(queries.device.type, enabled=False):
         received = torch.zeros_like(keys[:, 0, :, 0])
         for first, last in parts.blocks:
-            weights = parts.weights(first, last)
+            weights = parts.weights(first, last, room)
             received[:, : weights.shape[-1]] += _received(weights)
             mixed = _product(parts.rows(weights), values[:, :, : weights.shape[-1]])
             output[:, :, first:last] = mixed.view(*output.shape[:2], last - first, -1)
@@ -148,11 +157,18 @@ def _received(weights: Float[Tensor, "batch heads queries keys"]) -> Float[Tenso
     return weights.flatten(1, 2).sum(dim=1) / weights.shape[1]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of [batch, heads, ...]; `@` would copy a slice whose batch and heads it cannot join to one axis."""
-    if left.shape[0] == 1:
-        return torch.bmm(left[0], right[0])[None]
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
+def _product(left: Tensor, right: Tensor, room: Tensor | None = None) -> Tensor:
+    """left @ right of [batch, heads, ...]; `@` would copy a slice whose batch and heads it cannot join to one axis.
+
+    With `room`, a flat tensor of at least its size, the result is written there.
+    """
+    shape = (*left.shape[:-1], right.shape[-1])
+    one = left.shape[0] == 1
+    left, right = (left[0], right[0]) if one else (left.flatten(0, 1), right.flatten(0, 1))
+    if room is None:
+        return torch.bmm(left, right).view(shape)
+    rows = room[: math.prod(shape)].view(-1, *shape[2:])
+    return torch.bmm(left, right, out=rows).view(shape)
 
 
 def mass(
@@ -192,10 +208,10 @@ class _Mass(torch.autograd.Function):
         if heads == "probabilities" and on_gpu and (kernels := fused_mass()) is not None:
             return kernels(queries, keys, scale=scale, gate=gate)
         parts = _Parts.of(queries, keys, gate, scale, heads)
-        received = torch.zeros_like(parts.keys[:, 0, :, 0])
+        received, room = torch.zeros_like(parts.keys[:, 0, :, 0]), parts.room()
         with torch.autocast(queries.device.type, enabled=False):
             for first, last in parts.blocks:
-                weights = parts.weights(first, last)
+                weights = parts.weights(first, last, room)
                 received[:, : weights.shape[-1]] += _received(weights)
         return received
 
@@ -232,14 +248,23 @@ class _Parts:
         return cls(queries=queries, keys=keys.to(exact), gate=bias, scale=scale, heads=heads)
 
     @property
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first, last) query of each block: of ROWS rows of all heads of a group, or BLOCK where no cache matters."""
-        _, heads, count, _ = self.queries.shape
+    def step(self) -> int:
+        """Queries per block: ROWS rows of all heads of a group, or BLOCK where no cache matters."""
+        heads = self.queries.shape[1]
         if self.queries.device.type == "cpu":
-            step = max(1, min(BLOCK, ROWS * (1 if self.heads == "logits" else self.keys.shape[1]) // heads))
-        else:
-            step = max(1, BLOCK // (1 if self.heads == "logits" else heads))
-        return ((first, min(first + step, count)) for first in range(0, count, step))
+            return max(1, min(BLOCK, ROWS * (1 if self.heads == "logits" else self.keys.shape[1]) // heads))
+        return max(1, BLOCK // (1 if self.heads == "logits" else heads))
+
+    @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first, last) query of each block."""
+        count = self.queries.shape[2]
+        return ((first, min(first + self.step, count)) for first in range(0, count, self.step))
+
+    @cached_property
+    def later(self) -> Tensor:
+        """Of the queries of a block (rows) and their own keys (columns): which are later."""
+        return torch.ones(self.step, self.step, dtype=torch.bool, device=self.queries.device).triu(1)
 
     def seen(self, last: int) -> int:
         """Number of keys that any query before `last` sees."""
@@ -253,26 +278,40 @@ class _Parts:
         """Queries of a block multiplied by the scale, [batch, kv_heads, group x queries, dim]."""
         return self.rows(self.queries[:, :, first:last].to(self.keys.dtype) * self.scale)
 
-    def weights(self, first: int, last: int) -> Tensor:
-        """A of a block, [batch, heads, queries, keys seen]; [batch, 1, ...] where logits are averaged."""
+    def room(self) -> Tensor:
+        """Memory for the largest block of `weights`."""
+        batch, heads, _, _ = self.queries.shape
+        heads = 1 if self.heads == "logits" else heads
+        return self.keys.new_empty(batch * heads * min(self.step, self.queries.shape[2]) * self.keys.shape[2])
+
+    def weights(self, first: int, last: int, room: Tensor | None = None) -> Tensor:
+        """A of a block, [batch, heads, queries, keys seen]; [batch, 1, ...] where logits are averaged.
+
+        With `room`, they are written there, without gradient; the same place for all blocks stays in the cache.
+        """
         batch, heads, _, _ = self.queries.shape
         count, seen = last - first, self.seen(last)
         if self.heads == "logits":
             logits = self._mean_logits(first, last)
         else:
-            logits = _product(self.scaled(first, last), self.keys[:, :, :seen].mT).view(batch, heads, count, seen)
+            logits = _product(self.scaled(first, last), self.keys[:, :, :seen].mT, room)
+            logits = logits.view(batch, heads, count, seen)
         if self.gate is not None:
             logits += self.gate[..., :seen]
-        later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu(1)  # all before them is seen
-        logits[..., seen - count :].masked_fill_(later, float("-inf"))
-        return logits.softmax(dim=-1)
+        logits[..., seen - count :].masked_fill_(self.later[:count, :count], float("-inf"))  # all before is seen
+        return logits.softmax(dim=-1) if room is None else torch.softmax(logits, dim=-1, out=logits)
 
     def _mean_logits(self, first: int, last: int) -> Tensor:
         """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads concatenated."""
         batch, kv_heads, _, dim = self.keys.shape
         grouped = self.scaled(first, last).view(batch, kv_heads, -1, last - first, dim).sum(dim=2)
         joined = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
-        return (joined @ self.keys[:, :, : self.seen(last)].transpose(1, 2).flatten(2).mT)[:, None]
+        return (joined @ self.joined_keys[:, : self.seen(last)].mT)[:, None]
+
+    @cached_property
+    def joined_keys(self) -> Tensor:
+        """The keys of all heads side by side, [batch, keys, kv_heads x dim]."""
+        return self.keys.transpose(1, 2).flatten(2)
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and gate, given that of the mass."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.errors import UserError
 from omnimem.media import Geometry, Segment
-from omnimem.tokens import Chunk, DeepStack, Modality, Tracks
+from omnimem.tokens import Chunk, ChunkFacts, DeepStack, Modality, Tracks
 
 IGNORED = -100  # label of a token that predicts nothing to learn
 
@@ -370,14 +370,18 @@ def _rest(layout: Layout, segment: Encoded | None, at: float, chunker: "_Chunker
 def _chunk(parts: Sequence[Part], seconds: float) -> Chunk:
     """Parts of one stream, or of several with one layout, as a chunk."""
     batch, device = parts[0].embeddings.shape[0], parts[0].embeddings.device
-    modality = torch.cat([part.modality for part in parts]).to(device).expand(batch, -1)
+    kinds = torch.cat([part.modality for part in parts])
+    positions, place = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("positions", "place"))
+    facts = ChunkFacts.of(positions[None], kinds[None], place[None])
+    modality = kinds.to(device).expand(batch, -1)
     levels = zip(*(part.deepstack for part in parts if part.deepstack), strict=True)
     features = tuple(torch.cat(level, dim=1).flatten(0, 1) for level in levels)
     return Chunk(
         embeddings=torch.cat([part.embeddings for part in parts], dim=1),
-        positions=torch.cat([part.positions for part in parts], dim=1).to(device).expand(batch, -1, -1),
+        positions=positions.to(device).expand(batch, -1, -1),
         modality=modality,
-        place=torch.cat([part.place for part in parts], dim=1).to(device).expand(batch, -1, -1),
+        place=place.to(device).expand(batch, -1, -1),
+        facts=facts._replace(ends=facts.ends * batch, times=facts.times * batch),
         deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
         seconds=seconds,
         next_position=parts[-1].next_position,

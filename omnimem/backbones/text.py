@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.backbones.base import LayoutError, Turn, labelled
 from omnimem.textfile import whole_characters
-from omnimem.tokens import EVICTABLE, Chunk, Modality
+from omnimem.tokens import EVICTABLE, Chunk, ChunkFacts, Counts, Modality
 
 SAMPLE = "\x00"  # placeholder of the user's text while the template is rendered
 
@@ -150,8 +150,14 @@ class TextModel:
             embeddings: Tensor = self.text_model.get_input_embeddings()(tokens)
         places = torch.arange(first, first + tokens.shape[1], device=self.device)
         modality = torch.tensor(kinds, dtype=torch.int8, device=self.device).expand(tokens.shape)
+        audio, text = kinds.count(int(Modality.AUDIO)), kinds.count(int(Modality.TEXT))
+        ends = (first + len(kinds) - 1,) * len(ids)
         return Chunk(
-            embeddings=embeddings, positions=places.expand(len(ids), 3, -1), modality=modality, seconds=float(read)
+            embeddings=embeddings,
+            positions=places.expand(len(ids), 3, -1),
+            modality=modality,
+            seconds=float(read),
+            facts=ChunkFacts(Counts(text, len(kinds) - text, audio, 0), ends, ends),
         )
 
     def probe(self, text: str | None) -> list[int]:

@@ -30,7 +30,7 @@ from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Source, TracksOption, read_live
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, read_live
 from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.rows import SLACK, tracks_of
@@ -159,7 +159,17 @@ def memory_of(given: Namespace, exported: Exported | None) -> MemoryOptions:
     return replace(memory, policy=options, slots_per_layer=slots, selection_from=chosen)
 
 
-def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
+def video_of(given: Namespace) -> str | FrameList:
+    """The video, or with --frame-rate the frames of a folder; raises MediaError if there are none."""
+    if given.frame_rate is None:
+        return given.video
+    try:
+        return FrameList.of_folder(Path(given.video), given.frame_rate)
+    except ValueError as error:
+        raise MediaError(given.video, "missing", f"{error}; --frame-rate is for a folder of image files") from error
+
+
+def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) -> Source:
     """The file, or the live stream on standard input, asked at these times; says so if it lacks a track.
 
     Raises MediaError if it is unusable, or a time is after the end of the file.
@@ -167,7 +177,8 @@ def source_of(video: str, feeder: Feeder, times: Sequence[float]) -> Source:
     asked, geometry = feeder.options.tracks, feeder.backbone.geometry
     if video != PIPE:
         questions = tuple(Message(role="user", content="", at=time) for time in times)
-        tracks = tracks_of(Sample(id=video, video=Path(video), audio=None, messages=questions), asked)
+        media = video if isinstance(video, FrameList) else Path(video)
+        tracks = tracks_of(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
         if sys.stdin is None:
@@ -438,7 +449,7 @@ def add_model(parser: Parser) -> None:
     choice = "the model that chooses them: as it answers, or without its adapter"
     parser.add_argument("--selection-from", choices=("tuned", "base"), help=choice)
     parser.add_argument("--tracks", choices=get_args(TracksOption), help="tracks of the stream to read")
-    parser.add_argument("--fps", type=float, help="frames per second")
+    parser.add_argument("--fps", type=float, help="frames per second that are read")
     parser.add_argument("--max-pixels", type=_count, metavar="N", help="of each frame")
     parser.add_argument("--chunk-tokens", type=_count, metavar="N", help="at most so many tokens per forward pass")
     parser.add_argument("--max-new-tokens", type=_count, metavar="N", help="length of an answer")

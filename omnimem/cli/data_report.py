@@ -16,7 +16,7 @@ from omnimem.config.check import validated
 from omnimem.config.source import COMMAND_LINE, Source, override
 from omnimem.data import Failure, ManifestError, Sample
 from omnimem.errors import capped
-from omnimem.media import MediaError, TracksOption, read_audio, read_frames
+from omnimem.media import FrameList, MediaError, TracksOption, Video, read_audio, read_frames
 from omnimem.rows import SLACK, judge
 from omnimem.tasks import BenchmarkOptions, Defect, Gap
 from omnimem.tokens import Tracks
@@ -74,8 +74,9 @@ def _doubts(sample: Sample, video_seconds: float, audio_seconds: float) -> Itera
 
 def _decoded(sample: Sample, tracks: Tracks) -> Iterator[Failure]:
     if sample.video is not None and tracks != "audio":
+        fps = sample.video.fps if isinstance(sample.video, FrameList) else DECODED_FPS  # every file of a list
         try:
-            for _ in read_frames(sample.video, fps=DECODED_FPS, start=sample.start, end=sample.end):
+            for _ in read_frames(sample.video, fps=fps, start=sample.start, end=sample.end):
                 pass
         except MediaError as error:
             yield _failure(sample, "video", error.reason, str(error))
@@ -148,7 +149,7 @@ class DataReport:
                 case True, True:
                     yield "video and audio file" if finding.sample.audio else "video with its own audio"
                 case True, False:
-                    yield "video only"
+                    yield "frames only" if isinstance(finding.sample.video, FrameList) else "video only"
                 case False, False:
                     yield "text only"
                 case _:
@@ -170,8 +171,7 @@ def manifest_report(
 def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
     """Files that two manifests have in common: finds test data among the training data."""
     files = {
-        name: {path.resolve() for sample in samples for path in (sample.video, sample.audio) if path}
-        for name, samples in manifests.items()
+        name: {path.resolve() for sample in samples for path in sample.files} for name, samples in manifests.items()
     }
     for first, second in combinations(files, 2):
         if common := files[first] & files[second]:
@@ -235,7 +235,7 @@ def benchmark_report(
     Raises ManifestError if the annotations are wrong.
     """
     samples = benchmark.samples()
-    files: dict[tuple[Path | None, Path | None], list[Sample]] = {}
+    files: dict[tuple[Video | None, Path | None], list[Sample]] = {}
     for sample in samples:
         files.setdefault((sample.video, sample.audio), []).append(sample)
     name = f"{benchmark.label}: {benchmark.root}"

@@ -60,7 +60,7 @@ def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
     """The finding of `omnimem check`; a sample that is not opened can only be missing."""
     if probe:
         return inspect_sample(sample, tracks=run.stream.tracks)
-    gone = [path for path in (sample.video, sample.audio) if path is not None and not path.is_file()]
+    gone = [path for path in sample.files if not path.is_file()]
     missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
     return Finding(sample=sample, failures=tuple(missing))
 

@@ -18,9 +18,10 @@ from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import TextIO
 
-from omnimem.cli.asking import PIPE, Conversation, Loaded, Question, Reply, add_model, loaded, source_of
+from omnimem.cli.asking import PIPE, Conversation, Loaded, Question, Reply, add_model, loaded, source_of, video_of
 from omnimem.cli.parser import Parser
 from omnimem.config import ConfigError
+from omnimem.media import FrameList
 
 TERMINAL = "/dev/tty"
 
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     # 2. stream the file and answer
     with loaded(given) as model:
         if typed is not None:
-            converse(model, given.video, typed)
+            converse(model, video_of(given), typed)
             return
         times = sorted({question.at for question in questions if question.at is not None})
-        source = source_of(given.video, model.feeder, times)
+        source = source_of(video_of(given), model.feeder, times)
         for reply in model.asking.replies(model.stream(), source, questions):
             show(reply, alone=len(questions) == 1 and reply.at is None)
 
@@ -73,7 +74,7 @@ def typed_questions(video: str) -> TextIO:
         raise ConfigError([f"--prompt: {what} ({error.strerror}); give --ask 'SECONDS: QUESTION' instead"]) from error
 
 
-def converse(model: Loaded, video: str, typed: TextIO) -> None:
+def converse(model: Loaded, video: str | FrameList, typed: TextIO) -> None:
     """Answer the typed questions, a line each, while the stream is read and after its end, until the last line."""
     source = source_of(video, model.feeder, ())
     conversation = Conversation(model.asking, model.stream(), lambda: model.feeder.watch(source, split=True))
@@ -97,12 +98,20 @@ def _parser() -> Parser:
     parser = Parser(__doc__)
     add_model(parser)
     parser.add_argument("--video", required=True, metavar="FILE|-", help="a file, or - for a growing stream on stdin")
+    parser.add_argument("--frame-rate", type=_rate, metavar="FPS", help="--video is a folder of images at this rate")
     parser.add_argument("--at", type=_time, action="append", default=[], metavar="SECONDS", help="repeatable (end)")
     what = "a question with a time of its own, in seconds, M:SS or H:MM:SS; repeatable"
     parser.add_argument("--ask", type=Question.timed, action="append", default=[], metavar="'5: QUESTION'", help=what)
     parser.add_argument("--prompt", action="store_true", help="type questions while the stream is read")
     parser.add_argument("questions", nargs="*", metavar="QUESTION")
     return parser
+
+
+def _rate(text: str) -> float:
+    try:
+        return _time(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"{text!r} is not a number of frames per second above 0") from None
 
 
 def _time(text: str) -> float:

@@ -2,6 +2,7 @@
 
 from omnimem.media.container import MediaError, MediaInfo, probe
 from omnimem.media.decode import read_audio, read_audio_blocks, read_frames
+from omnimem.media.frames import FrameList, Video, files_of
 from omnimem.media.live import read_live
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
@@ -9,6 +10,7 @@ from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Sour
 
 __all__ = [
     "FileSource",
+    "FrameList",
     "Geometry",
     "LiveSource",
     "LogMel",
@@ -19,6 +21,8 @@ __all__ = [
     "Source",
     "SourceOptions",
     "TracksOption",
+    "Video",
+    "files_of",
     "patchify",
     "probe",
     "read_audio",

@@ -5,11 +5,12 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedIOBase, RawIOBase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, Literal, TypeVar, final
 
 import av
@@ -26,6 +27,7 @@ from av.video.stream import VideoStream
 
 from omnimem.errors import UserError, printable
 from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
+from omnimem.media.frames import SUFFIXES, FrameList, Video
 
 Track = TypeVar("Track", VideoStream, AudioStream)
 Reason = Literal["missing", "unreadable", "no_video", "no_audio", "empty", "truncated", "too_short"]
@@ -39,6 +41,7 @@ FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,wav,w64,mp3,flac,aac,ac3,eac3,dts,amr,aiff,au,caf,ape,wv,tta,rm,mxf,nut,"
     "dv,wtv,gif,apng,webp,ivf,av1,obu,h264,hevc,m4v,mpegvideo,mjpeg,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
 )
+IMAGES = ("jpeg_pipe", "png_pipe", "webp_pipe", "bmp_pipe")  # those of frame lists
 READABLE = "mp4, mov, mkv, webm, avi, mpegts, flv, asf, ogg, wav, mp3, flac or similar"
 # errors of the machine, which say nothing about the file
 MACHINE = {
@@ -64,9 +67,9 @@ OF_FILE = {"matroska", "flv", "asf", "rm"}  # those that declare one duration fo
 class MediaError(UserError):
     """A media file that cannot be used: `path`, `reason`, and a message of one line with the problem and the fix."""
 
-    def __init__(self, path: Path | str, reason: Reason, message: str) -> None:
+    def __init__(self, path: Video | str, reason: Reason, message: str) -> None:
         super().__init__(printable(f"{path}: {message}"))
-        self.path = Path(path)
+        self.path = Path(str(path))
         self.reason: Reason = reason
 
 
@@ -87,12 +90,14 @@ class MediaInfo:
         return max(self.video_seconds, self.audio_seconds)
 
 
-def probe(path: Path | str, *, measure: bool = False) -> MediaInfo:
-    """Read the header of a file without decoding it.
+def probe(path: Video | str, *, measure: bool = False) -> MediaInfo:
+    """Read the header of a file without decoding it; of a frame list, whether all files exist, and the first one.
 
     `measure`: where the muxer wrote no duration, so that ffmpeg estimates it or has none, read all packets instead.
     Raises MediaError: `missing`, `empty` (zero bytes), `unreadable`, `truncated` (shorter than its header says).
     """
+    if isinstance(path, FrameList):
+        return _probed_list(path)
     try:
         status = Path(path).stat()
     except OSError:
@@ -132,6 +137,41 @@ def _probed(path: Path | str, measure: bool) -> MediaInfo:
     )
 
 
+def _probed_list(frames: FrameList) -> MediaInfo:
+    for path in frames.files:
+        _require_file(path)
+    with blaming(str(frames), "cannot be read", "correct its fps"):
+        Plausible(frames).refuse_length(frames.seconds)
+    with open_image(frames.files[0]):
+        return MediaInfo(has_video=True, has_audio=False, video_seconds=frames.seconds, audio_seconds=0.0)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open an image file, whatever its name; errors are MediaErrors as of `open_container`."""
+    fix = f"it is truncated, or not one of {', '.join(SUFFIXES)}: {COPY_AGAIN}"
+    with ExitStack() as opened:
+        with blaming(path, "cannot be read", fix):
+            _require_file(path)
+            if path.stat().st_size == 0:
+                raise MediaError(path, "empty", "has zero bytes; copy or download it again")
+            file = opened.enter_context(path.open("rb"))
+            container = opened.enter_context(open_input(_nameless(file), protocols="none"))
+            if container.format.name not in IMAGES:
+                what = f"is no image ({container.format.name}); give images as frames, and a video file as video"
+                raise MediaError(path, "unreadable", what)
+        with blaming(path, "decoding failed", COPY_AGAIN, cut="truncated"):
+            stream = container.streams.video[0]
+            decodable(stream)
+            stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}  # truncated ones
+            yield container, stream
+
+
+def _nameless(file: BinaryIO) -> Any:
+    """A file without a name, by which ffmpeg would take it for one of a numbered sequence of files."""
+    return SimpleNamespace(read=file.read, seek=file.seek, tell=file.tell)
+
+
 @contextmanager
 def open_container(path: Path | str) -> Iterator[InputContainer]:
     """Open a container for reading; every error until it is closed is a MediaError as of `probe` (`blaming`)."""
@@ -146,14 +186,18 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
         yield container
 
 
-def open_input(file: str | BufferedIOBase | RawIOBase, *, protocols: str) -> InputContainer:
-    """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding."""
+def open_input(file: str | BufferedIOBase | RawIOBase | SimpleNamespace, *, protocols: str) -> InputContainer:
+    """Open one of FORMATS, which may refer to other media by `protocols` only; tags may have any encoding.
+
+    `file` is a name or an object with `read`.
+    """
     allowed = {"format_whitelist": FORMATS, "protocol_whitelist": protocols, "max_pixels": str(limit("frame_pixels"))}
     level = logging.get_level()
     logging.set_level(logging.ERROR)  # ffmpeg names a refused format in its log only
     try:
         with logging.Capture():
-            return av.open(file, "r", options=allowed, metadata_errors="replace")
+            opened: Any = av.open(file, "r", options=allowed, metadata_errors="replace")
+            return opened
     finally:
         logging.set_level(level)
 
@@ -231,8 +275,9 @@ class Plausible:
     Gaps, repeated frames and empty packets make streams of any length from few bytes.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._bytes = Path(path).stat().st_size if Path(path).is_file() else 1
+    def __init__(self, path: Video | str) -> None:
+        files = path.files if isinstance(path, FrameList) else (Path(path),)
+        self._bytes = max(1, sum(file.stat().st_size for file in files if file.is_file()))
 
     def refuse_length(self, seconds: float) -> None:
         """Raises ValueError if a track of so many seconds cannot be in the file."""

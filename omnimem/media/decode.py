@@ -27,11 +27,13 @@ from omnimem.media.container import (
     is_empty,
     may_restart,
     open_container,
+    open_image,
     origin,
     probe,
     refuse_large,
     video_stream,
 )
+from omnimem.media.frames import FrameList, Video
 
 Image = TypeVar("Image")
 Samples = Float[np.ndarray, " samples"]  # numpy has less overhead than torch for small blocks
@@ -47,27 +49,56 @@ THREADED_PIXELS = 640 * 360  # for smaller frames starting threads takes longer 
 
 
 def read_frames(
-    path: Path | str, *, fps: float, start: float = 0.0, end: float | None = None
+    path: Video | str, *, fps: float, start: float = 0.0, end: float | None = None
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 height width"]]]:
     """Yield (time, frame) for each time start + i / fps before `end` (default: the end of the video), lazily.
 
     The frame of time t is the last one with a timestamp of at most t, so variable frame rates need no special case.
     Raises MediaError: as `probe`, and `no_video`, `empty` (no frame in the clip), `truncated` (after the last frame).
     """
+    empty = True
+    listed = isinstance(path, FrameList)
+    for time, frame in _listed(path, fps, start, end) if listed else _from_file(path, fps, start, end):
+        empty = False
+        yield time, frame
+    if empty:
+        raise MediaError(path, "empty", f"has no video frame {_span(start, end)}; check start and end, or the file")
+
+
+def _from_file(path: Path | str, fps: float, start: float, end: float | None) -> Iterator[tuple[float, Tensor]]:
     with open_container(path) as container:
         stream = decodable(video_stream(container))
         if stream is None:
             raise MediaError(path, "no_video", "has no video track; use tracks: audio or give another file")
-        empty = True
         for time, frame in sample_by_time(_timed_frames(container, stream, path, start, end), fps, start, end):
-            empty = False
             yield time, upright(frame)
-        if empty:
-            raise MediaError(path, "empty", f"has no video frame {_span(start, end)}; check start and end, or the file")
+
+
+def _listed(frames: FrameList, fps: float, start: float, end: float | None) -> Iterator[tuple[float, Tensor]]:
+    """The frames of a list; of those that are not shown at any of the times nothing is read."""
+    timed = ((number / frames.fps, 1 / frames.fps, number) for number in range(len(frames.files)))
+    shown, frame = -1, torch.empty(0)
+    for time, number in sample_by_time(timed, fps, start, end):
+        if number != shown:
+            size, shown, frame = frame.shape, number, read_image(frames.files[number])
+            if len(size) == 3 and frame.shape != size:
+                found, first = (f"{width} x {height}" for height, width in (frame.shape[1:], size[1:]))
+                what = f"has {found} pixels, the frame before it {first}; make all frames of a list the same size"
+                raise MediaError(frames.files[number], "unreadable", what)
+        yield time, frame
+
+
+def read_image(path: Path) -> UInt8[Tensor, "3 height width"]:
+    """An image file as RGB, upright. Raises MediaError: `missing`, `empty`, `unreadable`, `truncated`."""
+    with open_image(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise MediaError(path, "truncated", "holds no image; copy it again")
+        return upright(frame)
 
 
 def read_audio(
-    path: Path | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
+    path: Video | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
 ) -> Float[Tensor, " samples"]:
     """The audio track between `start` and `end` seconds at `rate` Hz, the mean of its channels, in [-1, 1].
 
@@ -78,9 +109,11 @@ def read_audio(
 
 
 def read_audio_blocks(
-    path: Path | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
+    path: Video | str, *, rate: int = 16000, start: float = 0.0, end: float | None = None
 ) -> Iterator[Float[Tensor, " samples"]]:
     """Yield the samples of `read_audio` lazily, in blocks of some seconds, so memory use does not grow with length."""
+    if isinstance(path, FrameList):
+        raise MediaError(path, "no_audio", "is a list of frames; name an audio file, or use tracks: video")
     with open_container(path) as container:
         stream = decodable(audio_stream(container))
         if stream is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omnimem.media.container import MediaError
 from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
+from omnimem.media.frames import FrameList, Video
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
@@ -227,7 +228,7 @@ class FileSource(Source):
 
     def __init__(
         self,
-        path: Path | str,
+        path: Video | str,
         audio_path: Path | str | None = None,
         *,
         options: SourceOptions,
@@ -238,7 +239,8 @@ class FileSource(Source):
         asks: Sequence[float] = (),
     ) -> None:
         super().__init__(options, geometry, asks)
-        self.path, self.audio_path = Path(path), Path(audio_path or path)
+        self.path: Video = path if isinstance(path, FrameList) else Path(path)
+        self.audio_path: Video = Path(audio_path) if audio_path else self.path
         self.start, self.end, self.causal = start, end, causal or bool(asks)
 
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:

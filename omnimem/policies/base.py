@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Int, Int8
+from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
 from omnimem.budget import Budget
@@ -141,34 +141,55 @@ class JointPolicy(Policy):
 
 
 def keep_highest(
-    pool: Tokens, scores: Tensor, slots: LayerSlots, softness: Softness | None = None, markers: Markers = "keep"
+    pool: Tokens,
+    scores: Tensor,
+    slots: LayerSlots,
+    softness: Softness | None = None,
+    markers: Markers = "keep",
+    settles: bool = False,
 ) -> Tokens:
-    """All text and the tokens of the highest scores, with their gates (`select`); markers as chosen."""
-    selected = select(scores, pool.modality, slots, softness, pool.gate)
-    kept = pool.gather(selected.index)
-    kept = kept if selected.gate is None else replace(kept, gate=selected.gate)
-    return kept if markers == "keep" else with_groups(kept)
+    """All text and the tokens of the highest scores, with their gates (`select`); markers as chosen.
+
+    Only the device knows how much text is left out with its group. With `settles` it is not asked: that text is kept
+    as ABSENT tokens at the end (`LayerView.settles`).
+    """
+    # 1. choose
+    counts = pool.counts
+    selected = select(scores, pool.modality, slots, softness, pool.gate, counts)
+    index, gate = selected.index, selected.gate
+    # 2. leave out the text of groups that have lost all their tokens
+    present = None  # of text that leaves at the end of the pass
+    if markers == "with_group" and (counts or pool.counted).grouped != 0:
+        stays = with_groups(pool.modality.gather(1, index), pool.place[:, 3].gather(1, index))
+        places = (~stays[0]).to(torch.int8).argsort(stable=True)[None] if settles else stays[0].nonzero().T
+        present = stays.gather(1, places) if settles else None
+        index, counts, gate = index.gather(1, places), None, gate if gate is None else gate.gather(1, places)
+    # 3. copy what is kept, once; where all of it is, nothing is copied
+    if counts is not None:
+        counts = counts._replace(media=selected.media, audio=selected.audio)
+    if present is not None:
+        kept = pool.gather(index).masked(present)
+    else:
+        kept = pool if index.shape[1] == pool.count else pool.gather(index)
+    return replace(kept, counts=counts, gate=kept.gate if gate is None else gate)
 
 
-def with_groups(kept: Tokens) -> Tokens:
-    """The tokens without the text of groups of which no audio or visual token is kept (ours).
+def with_groups(modality: Int8[Tensor, "batch kept"], group: Int[Tensor, "batch kept"]) -> Bool[Tensor, "batch kept"]:
+    """Which kept tokens are not the text of a group of which no audio or visual token is kept (ours).
 
     The latest group keeps its text, and text that belongs to no group (the prompt before the stream) stays. So the text
     of a stream is bounded by the slots, however long it is. Raises PolicyError in a batch, whose streams would keep
     unequal numbers of tokens.
     """
-    group = kept.place[:, 3]
-    marker = (kept.modality == Modality.TEXT) & (group >= 0)
-    if not bool(marker.any()):
-        return kept
-    if len(marker) > 1:
+    if len(modality) > 1:
         raise PolicyError(
-            f"markers: with_group keeps unequal numbers of text tokens in the {len(marker)} rows of a batch; set the "
+            f"markers: with_group keeps unequal numbers of text tokens in the {len(modality)} rows of a batch; set the "
             "batch size to 1, per_head: false, or markers: keep"
         )
-    media = group[kept.modality > 0]
-    stays = ~marker | torch.isin(group, media) | (group == group.max())
-    return kept.gather(stays[0].nonzero().T)
+    marker = (modality == Modality.TEXT) & (group >= 0)
+    # the largest number of a group of kept tokens stands for those of other tokens: it always stays
+    media = torch.where(modality > 0, group, group.max())
+    return ~marker | torch.isin(group, media)
 
 
 def slots_of_layer(budget: Budget, layer: int) -> LayerSlots:
@@ -207,7 +228,7 @@ class ScoredPolicy(Policy):
         slots = self.layer_slots(layer)
         if slots is None:
             return view.pool
-        return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers)
+        return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers, view.settles)
 
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with importance and novelty as measured on this chunk."""

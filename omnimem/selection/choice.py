@@ -1,7 +1,7 @@
 """Selection: all text, the highest scores of each group, and the gates of softened selection."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int, Int8
@@ -11,6 +11,7 @@ from omnimem.scoring.topk import highest
 from omnimem.selection import gates
 from omnimem.selection.layer_slots import Group, LayerSlots, groups, text_of
 from omnimem.selection.softness import Softness
+from omnimem.tokens import EVICTABLE, Counts
 
 
 @final
@@ -20,6 +21,8 @@ class Selected:
 
     index: Int[Tensor, "batch kept"]  # ascending: the order of arrival is kept
     gate: Float[Tensor, "batch kept"] | None  # additive attention bias; None when selection is hard
+    media: int  # how many of them are audio and visual tokens
+    audio: int | None  # how many are audio tokens; None: both kinds competed for the same slots
 
 
 def select(
@@ -28,6 +31,7 @@ def select(
     slots: LayerSlots,
     softness: Softness | None = None,
     carried: Float[Tensor, "batch tokens"] | None = None,
+    counts: Counts | None = None,
 ) -> Selected:
     """All text and the highest scores per modality (or of both together, unsplit); ties go to the most recent token.
 
@@ -35,18 +39,26 @@ def select(
     "Softened selection") `carried` are the present gates of the tokens. Straight-through gates add up, as each eviction
     that a token survives has its own slope. A soft gate is computed again at every contested eviction, as hard
     selection ranks kept tokens again, so that a token near the threshold may recover and no token fades with the
-    number of chunks. Where nothing is evicted, gates do not change.
+    number of chunks. Where nothing is evicted, gates do not change. With the `counts` of the tokens, where they are
+    known, nothing is asked of the device.
     """
-    contestants = groups(modality, slots)
-    text = text_of(modality)
+    contestants = groups(modality, slots, counts)
+    text = text_of(modality, counts)
     if softness is None:
-        index = [text, *(highest(scores, group.member, group.kept) for group in contestants)]
-        return Selected(index=torch.cat(index, dim=1).sort(dim=1).values, gate=None)
+        chosen = [highest(scores, group.member, group.kept) for group in contestants]
+        index = torch.cat([text, *chosen], dim=1).sort(dim=1).values
+        return Selected(index=index, gate=None, **_sizes(contestants, [part.shape[1] for part in chosen]))
     before = torch.zeros_like(scores) if carried is None else carried
     pairs = [(text, before.gather(1, text))]
     pairs += [_softened(scores, group, softness, before) for group in contestants]
     index, order = torch.cat([index for index, _ in pairs], dim=1).sort(dim=1)
-    return Selected(index=index, gate=torch.cat([gate for _, gate in pairs], dim=1).gather(1, order))
+    gate = torch.cat([gate for _, gate in pairs], dim=1).gather(1, order)
+    return Selected(index=index, gate=gate, **_sizes(contestants, [part.shape[1] for part, _ in pairs[1:]]))
+
+
+def _sizes(contestants: list[Group], kept: list[int]) -> dict[str, Any]:
+    """How many audio and visual tokens are kept, and how many audio tokens: of the first of two groups."""
+    return {"media": sum(kept), "audio": kept[0] if len(contestants) == len(EVICTABLE) else None}
 
 
 def _softened(scores: Tensor, group: Group, softness: Softness, before: Tensor) -> tuple[Tensor, Tensor]:

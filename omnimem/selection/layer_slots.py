@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
-from omnimem.tokens import EVICTABLE, Modality
+from omnimem.tokens import EVICTABLE, Counts, Modality
 
 
 @final
@@ -52,9 +52,15 @@ def taken(available: dict[Modality, int], slots: LayerSlots) -> dict[Modality, i
     return kept
 
 
-def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots) -> list[Group]:
-    """The groups that compete: each modality by itself or, unsplit, both together."""
-    available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
+def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots, counts: Counts | None = None) -> list[Group]:
+    """The groups that compete: each modality by itself or, unsplit, both together; `counts` of them, where known."""
+    if not slots.split and counts is not None:
+        kept = min(counts.media, slots.audio + slots.visual)
+        return [Group(member=modality != Modality.TEXT, kept=kept, size=counts.media)]
+    if counts is None or counts.audio is None:
+        available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
+    else:
+        available = {Modality.AUDIO: counts.audio, Modality.VISUAL: counts.media - counts.audio}
     if slots.split:
         staying = taken(available, slots)
         return [Group(member=modality == kind, kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
@@ -63,7 +69,10 @@ def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots) -> list[Gr
     return [Group(member=modality != Modality.TEXT, kept=kept, size=size)]
 
 
-def text_of(modality: Int8[Tensor, "batch tokens"]) -> Int[Tensor, "batch text"]:
+def text_of(modality: Int8[Tensor, "batch tokens"], counts: Counts | None = None) -> Int[Tensor, "batch text"]:
     """Indices of the text tokens, ascending."""
+    if counts is not None and counts.text == 0:
+        return torch.empty(len(modality), 0, dtype=torch.long, device=modality.device)
     text = modality == Modality.TEXT
-    return text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : int(text[0].sum())]
+    size = int(text[0].sum()) if counts is None else counts.text
+    return text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]

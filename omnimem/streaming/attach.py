@@ -63,7 +63,6 @@ class _Layer:
     memories: dict[int, tuple[Tensor, ...]]  # by layer
     number: int = -1
     states: Tensor | None = None
-    consumed: bool = False  # nobody else reads the memories: each is dropped when its layer has read it
     called: set[int] = field(default_factory=set)  # layers that have reached the attention function in this pass
 
 
@@ -89,8 +88,7 @@ def _attention(
     others = {name: given for name, given in kwargs.items() if name != KEYWORD}
     require_plain(where, layer.states, key, value, attention_mask, others)
     layer.called.add(layer.number)
-    take = layer.memories.pop if layer.consumed else layer.memories.get
-    memory = take(layer.number, ())
+    memory = layer.memories.get(layer.number, ())
     output = layer.step(layer.number, layer.states, query, key, value, scaling, *memory)
     return output.transpose(1, 2).contiguous(), None
 
@@ -130,17 +128,11 @@ class StreamedAttention:
         embeddings: Float[Tensor, "batch queries width"],
         positions: Int[Tensor, "batch axes queries"],
         deepstack: DeepStack | None = None,
-        memories: Sequence[tuple[Tensor, ...]] | list[tuple[Tensor, ...]] = (),
-        consumed: bool = False,
+        memories: Sequence[tuple[Tensor, ...]] = (),
     ) -> Float[Tensor, "batch queries width"]:
-        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory.
-
-        With `consumed`, which requires a list, the memory of a layer is dropped as soon as the layer has read it.
-        """
-        given = _Layer(step, dict(enumerate(memories)), consumed=consumed)
+        """Final hidden states of one pass in which every layer's attention is `step`, given the layer's memory."""
+        given = _Layer(step, dict(enumerate(memories)))
         extra: dict[str, Any] = {KEYWORD: given}
-        if consumed and isinstance(memories, list):
-            memories.clear()
         if deepstack is not None:
             extra |= {"visual_pos_masks": deepstack.mask, "deepstack_visual_embeds": list(deepstack.features)}
         try:

@@ -16,7 +16,7 @@ from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.tokens import ABSENT, HIDDEN, DeepStack, Tokens
+from omnimem.tokens import ABSENT, HIDDEN, Counts, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
 
 Recorder = Callable[[int, LayerView], None]  # sees every layer's number and view before its eviction
@@ -132,6 +132,7 @@ class ChunkStep:
     deepstack: DeepStack | None
     order: Int[Tensor, "batch tokens"]  # arrival numbers
     compaction: Compaction | None = None  # before the chunk is read
+    counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
 
     @property
     def appends(self) -> bool:
@@ -144,36 +145,47 @@ class ChunkStep:
         self, memory: Memory, embeddings: Float[Tensor, "batch tokens width"], *, states: bool = False
     ) -> Memory:
         """The memory after the chunk; with `states`, it carries the layer inputs of its tokens."""
-        return self._read(layer_tensors(self.compacted(memory)), embeddings, states=states)
+        memory = self.compacted(memory)
+        attention = ChunkAttention(self, [layer.counts for layer in memory.layers], states=states)
+        return self._read(attention, embeddings, layer_tensors(memory))
 
     def consume(self, held: list[Memory], embeddings: Float[Tensor, "batch tokens width"]) -> Memory:
         """The memory after the chunk, given the only reference to the memory before it, in a list that is emptied.
 
-        Each layer drops its part as soon as it has read it, so that old and new exist together in one layer only.
+        Each layer drops its part before it evicts, or appends the chunk to it in place: old and new tokens never exist
+        together. Outside the autograd graph only.
         """
-        return self._read(layer_tensors(self.compacted(held.pop())), embeddings, consumed=True)
+        consumed = dict(enumerate(self.compacted(held.pop()).layers))
+        return self._read(ChunkAttention(self, (), states=False, consumed=consumed), embeddings)
 
     def _read(
         self,
-        memories: list[tuple[Tensor, ...]],
+        attention: "ChunkAttention",
         embeddings: Float[Tensor, "batch tokens width"],
-        *,
-        states: bool = False,
-        consumed: bool = False,
+        memories: Sequence[tuple[Tensor, ...]] = (),
     ) -> Memory:
         # 1. append the probe prompts to the chunk
-        layers = range(len(memories))
+        layers = range(self.attached.shape.layers)
         embeddings, positions, deepstack = self._with_probes(embeddings)
         # 2. run all layers: each attends to [memory ; chunk], then evicts (`ChunkAttention`)
-        attention = ChunkAttention(self, states=states)
         try:
-            self.attached.run(attention, embeddings, positions, deepstack, memories, consumed)
+            self.attached.run(attention, embeddings, positions, deepstack, memories)
         finally:  # a recomputation ends by an exception, as soon as backward has the tensors that it needs
             kept, views = attention.take_results()
         # 3. evict in all layers at once, if the policy decides over them together
         if (policy := self.config.joint) is not None:
             kept = self._selected(policy, [views[layer] for layer in layers])
-        return Memory(layers=tuple(kept[layer] for layer in layers))
+        return Memory(layers=tuple(self._settled([kept[layer] for layer in layers])))
+
+    def _settled(self, kept: list[Tokens]) -> list[Tokens]:
+        """The kept tokens without absent ones; those whose number only the device knows, in one transfer."""
+        unknown = [] if self.counts is None else [layer for layer, tokens in enumerate(kept) if tokens.counts is None]
+        if unknown:
+            found = Counts.of_each([(kept[layer].modality, kept[layer].place) for layer in unknown])
+            for layer, counts in zip(unknown, found, strict=True):
+                alone = len(kept[layer].modality) == 1  # streams of a batch may hold unequal numbers of a modality
+                kept[layer] = kept[layer].settled(counts if alone else counts._replace(audio=None))
+        return kept
 
     def _selected(self, policy: JointPolicy, views: Sequence[LayerView]) -> dict[int, Tokens]:
         """The tokens that the layers keep, decided together."""
@@ -216,13 +228,14 @@ class ChunkStep:
         With `recompute_kv`, keys and values of the memory are computed from its layer inputs, so that the weights
         learn from them.
         """
-        attention = ChunkAttention(self, states=True, recompute_kv=recompute_kv)
+        counts = {layer: tokens.counts for layer, tokens in memory.items()}
+        attention = ChunkAttention(self, counts, states=True, recompute_kv=recompute_kv)
         flat = {layer: tokens.tensors() for layer, tokens in memory.items()}
         try:
             states = self.attached.layers(attention, states, self.positions, self.deepstack, flat)
         finally:  # as in `__call__`
             kept, _ = attention.take_results()
-        return states, [kept[layer] for layer in memory]
+        return states, self._settled([kept[layer] for layer in memory])
 
     def arriving(
         self,
@@ -245,6 +258,7 @@ class ChunkStep:
             gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if self.config.policy.traits.ragged else zeros,
             states=states[..., :0],
             owner=self.modality[:, None, :][:, :0],
+            counts=self.counts,
         )
 
 
@@ -256,8 +270,22 @@ class ChunkAttention:
     Probes follow the chunk: each attends to [memory ; chunk] and its own past; the chunk attends to no probe.
     """
 
-    def __init__(self, chunk: ChunkStep, *, states: bool, recompute_kv: bool = False) -> None:
-        self.chunk, self.states, self.recompute_kv = chunk, states, recompute_kv
+    def __init__(
+        self,
+        chunk: ChunkStep,
+        counts: Sequence[Counts | None] | Mapping[int, Counts | None],
+        *,
+        states: bool,
+        recompute_kv: bool = False,
+        consumed: dict[int, Tokens] | None = None,
+    ) -> None:
+        """`counts` are those of the memory that each layer will be given, where they are known.
+
+        `consumed`, outside the autograd graph, is the memory itself, which nobody else refers to: layers take it from
+        there, and are given none.
+        """
+        self.chunk, self.counts, self.states, self.recompute_kv = chunk, counts, states, recompute_kv
+        self._consumed = consumed
         self._kept: dict[int, Tokens] | None = {}
         self._views: dict[int, LayerView] = {}
 
@@ -268,7 +296,10 @@ class ChunkAttention:
         policy, softness, count = config.policy, config.softness, chunk.modality.shape[1]
         # 1. pool = [memory ; chunk]; where heads keep tokens of their own, each head is a row from here on
         fresh = chunk.arriving(states[:, :count], keys[:, :, :count], values[:, :, :count])
-        pool = self._pool(layer, Tokens.of(memory), states[:, :count], fresh)
+        if self._consumed is None:
+            pool = self._pool(layer, replace(Tokens.of(memory), counts=self.counts[layer]), states[:, :count], fresh)
+        else:
+            pool = self._pool(layer, self._consumed.pop(layer), states[:, :count], fresh)
         if config.per_head:
             queries, keys, values = query_rows(queries, heads), head_rows(keys), head_rows(values)
         # 2. the chunk attends to the pool; where its policy measures that, both in one pass if that is faster
@@ -292,6 +323,7 @@ class ChunkAttention:
             rotary=chunk.attached.rotary,
             probes=self._probed(layer, queries, keys),
             heads=heads if config.per_head else 1,
+            settles=chunk.counts is not None,
         )
         if queries.shape[2] > count:
             output = torch.cat([output, *self._probe_outputs(view, gate, queries, keys, values)], dim=2)
@@ -311,7 +343,7 @@ class ChunkAttention:
                 old = replace(old, states=states[:, :0])
         if self.recompute_kv and old.count:
             old = kv_from_states(old, attached, layer)
-        return old.cat(fresh)
+        return old.extended(fresh) if self._consumed is not None and self.chunk.appends else old.cat(fresh)
 
     def _evict(self, layer: int, view: LayerView, heads: int) -> None:
         """Note the tokens that the layer keeps, or its view where all layers decide together after the pass."""

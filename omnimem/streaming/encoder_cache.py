@@ -29,7 +29,7 @@ from omnimem.aside import remove_leftovers, written_aside
 from omnimem.backbones import Backbone, Encoded
 from omnimem.checksums import share
 from omnimem.data import Sample
-from omnimem.media import FileSource, MediaError
+from omnimem.media import FileSource, FrameList, MediaError
 
 FORMAT = 5  # version of the cache files, and of what prepares the input of the encoders
 COMPUTES = ("torch", "transformers", "av")  # packages whose versions are a part of the key
@@ -108,9 +108,10 @@ class EncoderCache:
         span = f"{source.start} {source.end}{' causal' if source.causal else ''}"
         span += "".join(f" {at}" for at in source.asks)
         digest = hashlib.sha256(f"{FORMAT} {self.fingerprint} {source.options} {span}".encode())
-        for path in (sample.video, sample.audio):
-            if path is not None:
-                digest.update(_content(path))
+        if isinstance(sample.video, FrameList):
+            digest.update(f"{len(sample.video.files)} frames, {sample.video.fps} per second".encode())
+        for path in sample.files:
+            digest.update(_content(path))
         return self.folder / f"{digest.hexdigest()}.safetensors"
 
     def load(self, path: Path, device: torch.device) -> Iterator[EncodedSegment] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
 from omnimem.data import Sample
-from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source, probe
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Segment, Source, Video, probe
 from omnimem.media.decode import TICK
 from omnimem.policies.base import Policy, PolicyError, StreamOutline
 from omnimem.rows import judge, tracks_of
@@ -192,8 +192,7 @@ class Feeder:
                 total = after if segment.at is None else total
                 yield segment
 
-        path = sample.video or sample.audio or Path(sample.id)
-        for encoded in _not_empty(self.backbone.encode(counted(), fps=self.options.fps), path):
+        for encoded in _not_empty(self.backbone.encode(counted(), fps=self.options.fps), sample.shown):
             yield EncodedSegment(encoded=encoded, heard=heard.popleft())
 
     def _timed(self, segments: Iterable[Segment]) -> Iterator[Segment]:
@@ -292,7 +291,7 @@ class Feeder:
 
     def watch(
         self,
-        source: Source | Path | str,
+        source: Source | Video | str,
         *,
         cuts: Sequence[float] = (),
         split: bool = False,
@@ -307,7 +306,8 @@ class Feeder:
         Raises MediaError as `open`.
         """
         if not isinstance(source, Source):
-            source = self.source(Sample(id=str(source), video=Path(source), audio=None, messages=()))
+            video = source if isinstance(source, FrameList) else Path(source)
+            source = self.source(Sample(id=str(source), video=video, audio=None, messages=()))
         group = 1
         if self.options.timestamps is not None:
             if not isinstance(source, FileSource):

@@ -29,7 +29,7 @@ from omnimem.streaming.chunk_pass import (
 )
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
 from omnimem.streaming.trained_range import TrainedRange
-from omnimem.tokens import Chunk, Modality, Tracks
+from omnimem.tokens import Chunk, ChunkFacts, Counts, Tracks
 
 
 @final
@@ -161,9 +161,11 @@ class Stream:
         config = self._config if self.selector is None else self._chosen_by(self.selector, chunk)
         # 2. place: the positions of the chunk in this stream
         self.tracks = chunk.tracks or self.tracks
+        facts = chunk.known
         if self.attached.axes == 1:  # only time; other axes would not move with visual tokens, and count as reached
             chunk = replace(chunk, positions=F.pad(chunk.positions[:, :1], (0, 0, 0, 2)))
-        chunk, compaction = self._placed(chunk)
+            facts = facts._replace(ends=tuple(max(0, time) for time in facts.times))
+        chunk, compaction = self._placed(chunk, facts)
         # 3. prefilter: the part of the chunk that the policy lets pass
         arrival = torch.arange(chunk.count, device=chunk.modality.device) + self.fed
         passed = self.policy.prefilter(chunk, arrival.expand(chunk.modality.shape))
@@ -179,6 +181,7 @@ class Stream:
                 deepstack=passed.chunk.deepstack,
                 order=passed.order,
                 compaction=compaction,
+                counts=self._counts(passed.chunk, chunk, facts),
             )
             if torch.is_grad_enabled() or self.carry != DirectStep():
                 self.memory, self.carry = self.carry(step, self.memory, passed.chunk.embeddings)
@@ -188,7 +191,14 @@ class Stream:
         elif compaction is not None:
             self.memory = compaction(self.memory, self.attached.rotary)
         # 5. account: tokens fed, next positions, usage
-        self._account(chunk, passed.chunk, entries)
+        self._account(chunk, facts, passed.chunk, entries)
+
+    def _counts(self, read: Chunk, chunk: Chunk, facts: ChunkFacts) -> Counts | None:
+        """Of the part of a chunk that is read, where all streams of the batch hold equal numbers."""
+        traits = self.policy.traits
+        if traits.per_head or traits.ragged or traits.merges or self.selector is not None:
+            return None
+        return facts.counts if read is chunk else read.known.counts
 
     def _chosen_elsewhere(self) -> bool:
         """Whether the tokens to keep are not those that the model as it is now would choose."""
@@ -203,11 +213,11 @@ class Stream:
         assert isinstance(policy, Replayed), "a stream with a selector keeps nothing by its own scores"
         return replace(self._config, policy=policy.after(selector.memory, self.attached.shape.kv_heads))
 
-    def _placed(self, chunk: Chunk) -> tuple[Chunk, Compaction | None]:
+    def _placed(self, chunk: Chunk, facts: ChunkFacts) -> tuple[Chunk, Compaction | None]:
         """The chunk at its positions in this stream, and the compaction that has to come first, if any."""
         # 1. text before the first audio or visual token is the opening: it stays where it is
-        limit, compaction, last = self.last_position, None, int(chunk.positions.max())
-        opens = self.usage.tokens_in[1:] == (0, 0) and not bool((chunk.modality != Modality.TEXT).any())
+        limit, compaction, last = self.last_position, None, max(facts.ends)
+        opens = self.usage.tokens_in[1:] == (0, 0) and facts.counts.text == chunk.count
         if opens:
             self.opening = max(self.opening, last + 1 - self.moved)
         # 2. compact where the policy does so after every chunk, or where positions run out
@@ -232,12 +242,15 @@ class Stream:
         times = [distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers]
         return Compaction(opening=self.opening, end=tuple(self.opening + max(row) for row in zip(*times, strict=True)))
 
-    def _account(self, chunk: Chunk, read: Chunk, entries: int | float) -> None:
+    def _account(self, chunk: Chunk, facts: ChunkFacts, read: Chunk, entries: int | float) -> None:
         """Update counters and usage; `entries` are those of the memory before the chunk."""
-        arrived = [int((chunk.modality[0] == kind).sum()) for kind in Modality]
-        pool = entries + int((read.modality > 0).sum()) / self.memory.batch * len(self.memory.layers)
+        counts = facts.counts
+        audio = counts.audio or 0
+        arrived = (counts.text, audio, counts.media - audio)
+        media = counts.media if read is chunk else int((read.modality > 0).sum()) / self.memory.batch
+        pool = entries + media * len(self.memory.layers)
         self.fed += chunk.count
-        ends = chunk.positions.amax(dim=(1, 2)).tolist()
+        ends = chunk.positions.amax(dim=(1, 2)).tolist() if any(self._moved) else facts.ends
         self._end = tuple(max(old, last + 1) for old, last in zip(self._end, ends, strict=True))
         after = chunk.next_position
         self._next = self._end if after is None else tuple(after - moved for moved in self._moved)
@@ -289,7 +302,7 @@ class Stream:
         positions = (prompt.offsets + starts)[:, None, :].expand(-1, 3, -1)
 
         def read(memory: Memory) -> PromptState:
-            attention = PromptAttention(attached, config, prompt.segments, before)
+            attention = PromptAttention(attached, config, prompt.segments, before, prompt.single)
             if compaction is not None:
                 memory = compaction(memory, attached.rotary)
             try:
@@ -303,6 +316,7 @@ class Stream:
                 offsets=torch.cat([*(state.offsets for state in past), prompt.offsets], dim=1),
                 keys={layer: keys for layer, (keys, _) in pairs.items()},
                 values={layer: values for layer, (_, values) in pairs.items()},
+                joined=attention.joined,
             )
 
         return read
@@ -332,7 +346,9 @@ class Stream:
             written.append(torch.where(done, torch.full_like(ids, -1), ids))
             if bool(done.all()) or step + 1 == max_new_tokens:
                 break
-            following = Prompt(ids=ids, segments=numbers, offsets=offsets.clamp_min(0) + 1 + step)
+            following = Prompt(
+                ids=ids, segments=numbers, offsets=offsets.clamp_min(0) + 1 + step, single=ids.numel() == 1
+            )
             state = self.ask(following, state)
             logits = head(state.hidden)
         # 3. token ids of the real questions, without padding

@@ -11,6 +11,7 @@ from typing import final
 from torch.utils.data import Dataset, Sampler
 
 from omnimem.data import ManifestError, Sample
+from omnimem.media import FrameList
 
 
 def seed_of(*parts: int | str) -> int:
@@ -37,8 +38,9 @@ def held_out(samples: Sequence[Sample], share: float) -> tuple[list[Sample], lis
 
 
 def recording(sample: Sample) -> str:
-    """The file that a sample is cut from; its id where it has none."""
+    """The file that a sample is cut from, of a frame list the folder of the first; its id where it has none."""
     path = sample.video or sample.audio
+    path = path.files[0].parent if isinstance(path, FrameList) else path
     return sample.cluster or (sample.id if path is None else os.path.normpath(path))
 
 

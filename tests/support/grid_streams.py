@@ -7,7 +7,7 @@ from torch import Tensor
 
 from omnimem.memory import Memory, Shape
 from omnimem.policies.base import Policy
-from omnimem.tokens import Modality, Tokens, place_of
+from omnimem.tokens import TOKEN_AXES, Modality, Tokens, place_of
 from omnimem.view import LayerView, Measures
 from support.reference_policies import Row
 
@@ -51,7 +51,8 @@ def chunks_of(
     zeros = torch.zeros(batch, count)
     whole = Memory.empty(shape_of(kv_heads), batch).layers[0]
     drawn = {"keys": keys, "values": values, "positions": positions, "modality": kinds, "order": order}
-    rest = {name: zeros if tensor.ndim == 2 else zeros[..., None][..., :0] for name, tensor in vars(whole).items()}
+    fields = dict(zip(TOKEN_AXES, whole.tensors(), strict=True))
+    rest = {name: zeros if tensor.ndim == 2 else zeros[..., None][..., :0] for name, tensor in fields.items()}
     rest["place"] = place_of(positions)
     rest["owner"] = kinds[:, None][:, :0]
     tokens = Tokens(**{**rest, **drawn})

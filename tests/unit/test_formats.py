@@ -11,6 +11,7 @@ from support.paths import ROOT
 
 from omnimem.data import KEYS, DataSource, Sample
 from omnimem.formats import Target, convert_row
+from omnimem.media import FrameList
 from omnimem.textfile import ManifestError
 
 HERE = Path("data")
@@ -163,7 +164,7 @@ def test_earlier_turns_and_a_second_input_are_kept() -> None:
         (parts(VIDEO, {"type": "text"}), "content[1]: expected one text"),
         (parts({"type": "image", "image": "a.png"}, TEXT), "content[0]: still images are not streamed"),
         (parts({"type": "image_url", "image_url": {"url": "a.png"}}, TEXT), "still images are not streamed"),
-        (parts({"type": "video", "video": ["a.png", "b.png"]}, TEXT), "videos: expected a list of paths"),
+        (parts({"type": "video", "video": ["a.png", "b.png"]}, TEXT), "fps: the rate of the list of frames is missing"),
         (parts({"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}), "audios: expected a list"),
         (parts({"type": "tool_use"}, TEXT), "content[0]: expected a part with type text, video or audio"),
         (parts("what ?"), "content[0]: expected a part with type"),
@@ -226,7 +227,8 @@ def documented() -> list[str]:
 def test_every_example_of_the_docs_is_accepted_without_a_remark_on_its_keys(line) -> None:
     sample, remarks = converted(json.loads(line))
     assert sample.questions[0].answer in ("Hello.", "Music.")
-    assert sample.video == HERE / json.loads(line).get("video", "a.mp4")
+    listed = "a/1.jpg" if isinstance(sample.video, FrameList) else json.loads(line).get("video", "a.mp4")
+    assert sample.files[0] == HERE / listed
     assert not any("under meta only" in remark for remark in remarks)
 
 

@@ -9,6 +9,7 @@ from support import reference
 from support.layer_views import SCALE, Arrival, arrivals, tokens_of, view_of, with_states
 from torch import Tensor
 
+from omnimem import view
 from omnimem.tokens import Tokens
 from omnimem.view import FLOOR, LayerView, Measures, similarity
 
@@ -35,6 +36,16 @@ def test_similarity_equals_plain_loops(of, ends) -> None:
         (arrival,) = arrivals([count], batch=2)
         got = similarity(arrival.states, arrival.modality, Measures(of=of, ends=ends))
         close(got, [reference.similarity(arrival.states[b].tolist(), [*arrival.modality[b]], of, ends) for b in (0, 1)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 40])
+def test_cosines_of_neighbours_in_blocks_equal_those_in_one(count, monkeypatch) -> None:
+    """To the bit: training measures them in one piece where they have gradient, and must keep the same tokens."""
+    feature = torch.randn(2, count, 33, generator=torch.Generator().manual_seed(count))
+    whole = view._adjacent(feature.clone().requires_grad_())
+    monkeypatch.setattr(view, "ROWS", 7)
+    assert torch.equal(view._adjacent(feature), whole)
+    assert whole.shape == (2, max(0, count - 1))
 
 
 def test_a_last_token_counts_a_missing_neighbour_as_a_copy_in_the_release_only() -> None:
@@ -148,5 +159,5 @@ def test_the_gradient_of_novelty_equals_finite_differences_of_the_loops() -> Non
 def test_a_view_has_no_place_for_a_question() -> None:
     """All that a scorer can reach is the pool, queries of the chunk and of the policy's own probes (token ids that are
     fixed before the stream starts), and how they are measured."""
-    own = {"pool", "new", "queries", "scale", "rotary", "heads", "measured"}
+    own = {"pool", "new", "queries", "scale", "rotary", "heads", "measured", "settles"}
     assert {field.name for field in fields(LayerView)} == own | {"measures", "gradient", "probes"}

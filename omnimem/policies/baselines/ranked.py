@@ -59,7 +59,7 @@ class RankedPolicy(Policy):
         slots = slots_of_layer(budget, layer)
         pool = replace(view.pool, importance=view.importance) if self.ranking.needs_importance else view.pool
         scores = self.ranking(view, slots, layer / budget.layers)
-        return keep_highest(pool, scores, slots, softness, self.markers)
+        return keep_highest(pool, scores, slots, softness, self.markers, view.settles)
 
 
 def arrived(view: LayerView) -> int:

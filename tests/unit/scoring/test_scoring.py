@@ -14,7 +14,7 @@ from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
 from omnimem.scoring import Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
-from omnimem.tokens import ABSENT, Modality, Tokens
+from omnimem.tokens import ABSENT, Counts, Modality, Tokens
 from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
@@ -169,13 +169,14 @@ def test_uniform_visits_every_cell_of_a_frame_and_every_moment_of_sound_equally_
             assert 0.9 * mean <= int(visits.min()) <= int(visits.max()) <= 1.1 * mean, (kind, share, visits.tolist())
 
 
+@pytest.mark.parametrize("gradient", ["redundancy", "none"])
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("block", [5, 1024])
 @pytest.mark.parametrize("above", [-1.0, 0.5])
-def test_coverage_equals_plain_loops(centred, block, above, monkeypatch) -> None:
+def test_coverage_equals_plain_loops(gradient, centred, block, above, monkeypatch) -> None:
     monkeypatch.setattr(covered, "BLOCK", block)
     (arrival,) = arrivals([24], batch=2)
-    view, inner = view_of(arrival), Perturbation(sharpness=0.5)
+    view, inner = replace(view_of(arrival), gradient=gradient), Perturbation(sharpness=0.5)
     scores = inner(view)
     found = Covered(inner=inner, power=0.7, above=above, centred=centred)(view)
     for b in range(2):
@@ -203,17 +204,18 @@ def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -
     assert not DISTINCT.needs_importance
 
 
-def test_streams_of_unequal_modalities_are_covered_as_each_alone() -> None:
+@pytest.mark.parametrize("measure", [covered.uncovered, covered.uncovered_values])
+def test_streams_of_unequal_modalities_are_covered_as_each_alone(measure) -> None:
     """In one pool of both modalities: many and one, none and all, and places that hold nothing."""
     (arrival,) = arrivals([20], batch=4)
     modality = torch.full((4, 20), int(Modality.VISUAL), dtype=torch.int8)
     modality[0, ::2], modality[1, 7], modality[3, 12:] = Modality.AUDIO, Modality.AUDIO, ABSENT
     scores = torch.rand(4, 20, generator=torch.Generator().manual_seed(3))
-    found = covered.uncovered(arrival.states, modality, scores)
+    found = measure(arrival.states, modality, scores)
     for b in range(4):
         there = modality[b] != ABSENT
         one = (part[b : b + 1, there] for part in (arrival.states, modality, scores))
-        alone = covered.uncovered(*one)
+        alone = measure(*one)
         torch.testing.assert_close(found[b, there], alone[0])
         assert (found[b, ~there] == 1).all()
     assert found[1, 7] == 2
@@ -227,14 +229,32 @@ def test_under_autocast_the_same_tokens_are_found_nearest() -> None:
     assert not torch.equal(covered.nearest_before(ranked.bfloat16()), plain)
 
 
-def test_of_equal_tokens_only_the_newest_keeps_its_score() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_do_not_learn_are_covered_as_those_that_do(dtype, monkeypatch) -> None:
+    """Over several blocks, in the precision of the feature; under autocast the same."""
+    draw = torch.Generator().manual_seed(5)
+    feature = (torch.randn(1, 700, 24, generator=draw) + 1).to(dtype)
+    modality, scores = torch.randint(0, 3, (1, 700), generator=draw).to(torch.int8), torch.rand(1, 700, generator=draw)
+    found = covered.uncovered_values(feature, modality, scores)
+    torch.testing.assert_close(found, covered.uncovered(feature, modality, scores), rtol=1e-5, atol=2e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(covered.uncovered_values(feature, modality, scores), found)
+    monkeypatch.setattr(covered, "COUNTED", ())
+    counts = Counts.of(modality, torch.zeros(1, 4, 700))
+    for known in (counts, counts._replace(audio=None)):  # with both kinds apart, and in one go
+        again = covered.uncovered_values(feature, modality, scores, known)
+        torch.testing.assert_close(again, found, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("measure", [covered.uncovered, covered.uncovered_values])
+def test_of_equal_tokens_only_the_newest_keeps_its_score(measure) -> None:
     """Copies of one event: the best one is worth as much as without them, the others nothing beside it."""
     (arrival,) = arrivals([18])
     visual = (arrival.modality[0] == Modality.VISUAL).nonzero()[:, 0].tolist()
     states = arrival.states.clone()
     states[:, visual[2:5]] = states[:, visual[2:3]]
     scores = torch.ones(1, 18)
-    found = covered.uncovered(states, arrival.modality, scores)[0]
+    found = measure(states, arrival.modality, scores)[0]
     assert (found[visual[2:4]] == FLOOR).all()
     assert found[visual[4]] > 0.1
     assert found[visual[-1]] == 2.0

@@ -1,0 +1,121 @@
+"""How far each part of a layer is from what the machine allows: operations, bytes, seconds, on a CPU.
+
+python benchmarks/roofline.py [--chunk N]... [--slots N] [--width N] [--rounds N]
+
+A part needs at least operations / (rate of a 1,024^3 matrix product) and bytes / (rate of copying 64 MB), both measured
+in the same run, in CPU seconds of one thread; the larger one is its bound. Bytes count every input and output once.
+Shapes are those of benchmarks/stream_cost.py: 8 heads, 2 key-value heads, a quarter of the tokens audio. Copies that
+stay in the cache may be faster than the bound.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.stream_cost import HEADS, KV_HEADS
+from benchmarks.tables import markdown
+from omnimem.attention.blocked import attend, attend_measured
+from omnimem.cli.parser import Parser, run_command
+from omnimem.scoring.covered import uncovered_values
+from omnimem.view import Measures, similarity
+
+Part = tuple[str, float, float, Callable[[], Any]]  # name, operations, numbers moved, what is timed
+PROJECTED = 128  # features of `omnimem/128`
+
+
+def seconds(run: Callable[[], Any], rounds: int) -> float:
+    """Median CPU seconds of this thread, after one round that does not count."""
+    run()
+    spent = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        run()
+        spent.append(time.thread_time() - began)
+    return median(spent)
+
+
+def rates(rounds: int) -> tuple[float, float]:
+    """Operations and bytes per second of this machine."""
+    square, row = torch.randn(1024, 1024), torch.randn(16_000_000)
+    copy = torch.empty_like(row)
+    return 2 * 1024**3 / seconds(lambda: square @ square, rounds), 2 * row.nbytes / seconds(
+        lambda: copy.copy_(row), rounds
+    )
+
+
+def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
+    """The parts of one layer that reads a chunk after a full memory."""
+    # 1. shapes
+    pool, dim, inner, seen = slots + chunk, width // HEADS, width * 11 // 4, slots + chunk / 2
+    kv = KV_HEADS * dim
+    states, square, narrow = torch.randn(chunk, width), torch.randn(width, width), torch.randn(2 * kv, width)
+    up, down = torch.randn(inner, width), torch.randn(width, inner)
+    queries = torch.randn(1, HEADS, chunk, dim)
+    keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
+    feature, low = torch.randn(1, pool, width), torch.randn(1, pool, PROJECTED)
+    modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
+    scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
+    pairs = (0.75 * pool) ** 2 + (0.25 * pool) ** 2
+
+    # 2. what the model itself does
+    def linear() -> None:
+        F.linear(states, square), F.linear(states, square), F.linear(states, narrow)
+        F.linear(F.silu(F.linear(states, up)) * F.linear(states, up), down)
+
+    weights = 2 * width * width + 2 * kv * width + 3 * width * inner
+    yield "projections and MLP", 2 * chunk * weights, weights + chunk * (8 * width + 3 * inner), linear
+    operations, moved = 4 * HEADS * chunk * seen * dim, 2 * HEADS * chunk * dim + 2 * kv * pool
+    yield "attention", operations, moved, lambda: attend(queries, keys, values, scale=0.1)
+    # 3. what a policy adds
+    yield "attention with its mass", operations, moved, lambda: attend_measured(queries, keys, values, scale=0.1)
+    for name, first in (("`paper`: whole pool", 0), ("`omnimem`: chunk", slots)):
+        count = pool - first
+        cosines = partial(similarity, feature[:, first:], modality[:, first:], Measures())
+        yield f"cosines of neighbours, {name}", 4 * count * width, count * width, cosines
+    for name, held in (("", feature), (f", {PROJECTED} features", low)):
+        size = held.shape[-1]
+        yield f"coverage{name}", pairs * size, pool * size, partial(uncovered_values, held, modality, scores)
+    stored: list[tuple[Tensor, int]] = [(keys, 2), (values, 2), (feature, 1)]
+
+    def keep() -> None:
+        for part, axis in stored:
+            torch.cat(part.split([slots, chunk], dim=axis), dim=axis).index_select(axis, index)
+
+    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + width), keep
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print one table."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--chunk", type=int, action="append", help="tokens per chunk; may be repeated (1024, 256)")
+    parser.add_argument("--slots", type=int, default=1024, help="slots of the layer (%(default)s)")
+    parser.add_argument("--width", type=int, default=512, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    per_operation, per_byte = (1 / rate for rate in rates(args.rounds))
+    print(f"{1e-9 / per_operation:.0f} GFLOP/s, {1e-9 / per_byte:.1f} GB/s\n")
+    rows = []
+    for chunk in args.chunk or [1024, 256]:
+        for name, operations, moved, run in parts(chunk, args.slots, args.width):
+            bound, taken = max(operations * per_operation, 4 * moved * per_byte), seconds(run, args.rounds)
+            rows.append(
+                [str(chunk), name, f"{operations / 1e6:.0f}", f"{4 * moved / 1e6:.1f}", f"{bound * 1e3:.2f}",
+                 f"{taken * 1e3:.2f}", f"{bound / taken:.0%}"]
+            )  # fmt: skip
+    print(markdown(("chunk", "part", "MFLOP", "MB", "bound, ms", "measured, ms", "bound / measured"), rows))
+
+
+if __name__ == "__main__":
+    run_command(main)
