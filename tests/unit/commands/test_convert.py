@@ -177,7 +177,7 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
     ("row", "expected"),
     [
         (swift("<video><video>what ?", videos=["a.mp4", "b.mp4"]), "1 videos: 2 files in a row"),
-        (swift(videos=[["a.png", "b.png"]]), "1 videos: expected a list of paths"),
+        (swift(videos=[["a.png", 3]]), "1 videos: expected a list of paths"),
         (swift(videos=["https://example.org/a.mp4"]), "1 videos: https://example.org/a.mp4 is not a local path"),
         (swift(videos=["../talk.mp4"]), "1 videos: "),
         (swift(conversations=[{"from": "human", "value": "?"}]), "1 messages: expected messages or conversations, got"),
