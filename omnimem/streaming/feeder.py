@@ -353,7 +353,7 @@ class Feeder:
         return pack(asked, fill=self.backbone.stop[0], device=self.backbone.device)
 
 
-def _not_empty(segments: Iterable[Encoded], path: Path) -> Iterator[Encoded]:
+def _not_empty(segments: Iterable[Encoded], path: Video | str) -> Iterator[Encoded]:
     """The segments; raises MediaError at their end when they hold no token."""
     tokens = 0
     for segment in segments:

@@ -64,7 +64,8 @@ class TextFeeder:
         """With `positions: compact` a stream stays within the trained positions of the model."""
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens = {chunk_tokens} must be at least 1")
-        self.backbone, self.chunk_tokens, self.positions = backbone, chunk_tokens, positions
+        self.backbone, self.chunk_tokens = backbone, chunk_tokens
+        self.positions: Literal["original", "compact"] = positions
 
     def chunks(
         self, batch: Sequence[TextSample], chunk_tokens: int | None = None, *, rests: bool = False
