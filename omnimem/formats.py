@@ -60,7 +60,7 @@ ASKING: dict[str, str] = {
     **{f"{kind}{each}": f"did you mean {kind}?" for kind in ("video", "audio") for each in ("_path", "_file", "_url")},
     **dict.fromkeys(("system_prompt", "system_message"), "did you mean system?"),
     **dict.fromkeys(("track", "modality", "use_video", "has_audio"), "did you mean tracks?"),
-    **dict.fromkeys(("frames", "image_path", "image_url"), STILL),
+    **dict.fromkeys(("image_path", "image_url"), STILL),
     **dict.fromkeys(("skip", "ignore"), "remove it, and the row if it is not to be learned"),
 }
 PREFERENCE = ("chosen", "reject", "rejected", "rejected_response", "rejected_messages", "kto_tag")

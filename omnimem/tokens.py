@@ -323,6 +323,7 @@ class Chunk:
             modality=modality,
             place=torch.cat([part.places for part in parts], dim=2),
             deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
+            facts=None,
         )
 
     def gather(self, index: Int[Tensor, "batch kept"]) -> "Chunk":

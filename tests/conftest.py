@@ -23,12 +23,12 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMNIMEM_LIMITS")
 
 
 @pytest.fixture(autouse=True)
 def without_ranks() -> Iterator[None]:
-    """A command that runs in the test process makes it a rank; processes of later tests must not inherit that."""
+    """A command in the test process makes it a rank, or raises limits; later tests must not inherit that."""
     before = {name: os.environ.get(name) for name in RANKS}
     yield
     for name, value in before.items():

@@ -164,7 +164,9 @@ def skeleton_of(run: RunConfig, missing: list[str]) -> Skeleton | None:
     # 2. model on the meta device, tokenizer
     shapes = read_shapes(described)
     texts = folder
-    if run.model.processor is not None and (texts := _folder(run.model.processor, "tokenizer_config.json")) is None:
+    if run.model.processor is not None and Path(run.model.processor).is_dir():
+        texts = Path(run.model.processor)
+    elif run.model.processor is not None and (texts := _folder(run.model.processor, "tokenizer_config.json")) is None:
         missing.append(f"tokenizer and processors of {run.model.processor}; get them with `hf download`")
     if Path(path).is_dir() and texts is not None:
         _require_processor(texts)

@@ -161,6 +161,7 @@ class Material:
         write_mp4(draw_world(3, 8), folder / "a.mp4")
         self.lvbench = lvbench(folder / "lvbench")
         self.backbone = load_backbone(ModelOptions(path=str(self.model)))
+        self.entry = _entry(folder / "entry" / "x.safetensors")
         self.config = yaml.safe_load(dump(config_of(self.model)))
         self.budget = json.loads(self.run.budget.read_text())
         origin = Origin(
@@ -429,15 +430,18 @@ def _model(draw: Draw | None, at: Path, made: Material) -> Case:
     return lambda: load_backbone(ModelOptions(path=str(folder)))
 
 
+def _entry(path: Path) -> bytes:
+    """The content of an entry of the encoder cache."""
+    encoded = Encoded(
+        visual=torch.ones(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
+    )
+    EncoderCache(path.parent, "x").store(path, [EncodedSegment(encoded=encoded, heard=MediaStats())])
+    return path.read_bytes()
+
+
 def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     path = at / "x.safetensors"
-    source = made.folder / "entry" / "x.safetensors"
-    if not source.exists():
-        encoded = Encoded(
-            visual=torch.ones(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
-        )
-        EncoderCache(at, "x").store(source, [EncodedSegment(encoded=encoded, heard=MediaStats())])
-    path.write_bytes(source.read_bytes() if draw is None else damaged_bytes(draw, source.read_bytes()))
+    path.write_bytes(made.entry if draw is None else damaged_bytes(draw, made.entry))
     device = made.backbone.device
     return lambda: list(EncoderCache(at, "x").load(path, device) or ())
 

@@ -206,7 +206,6 @@ def test_earlier_turns_and_a_second_input_are_kept() -> None:
                 ("system_prompt", "Listen.", "did you mean system?"),
                 ("modality", "audio", "did you mean tracks?"),
                 ("sample_weight", 2, "rows have no weight"),
-                ("frames", ["a.png"], "still images are not streamed"),
                 ("skip", True, "remove it, and the row"),
             )
         ),
