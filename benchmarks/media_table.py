@@ -269,7 +269,7 @@ def record() -> None:
 def unpack(folder: Path) -> None:
     """Write the recorded files into a folder."""
     with tarfile.open(MADE) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # from 3.11.4 on
 
 
 def recorded() -> Mapping[str, Found]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from omnimem.checksums import Origin, put, seal
 from omnimem.errors import first_line
 from omnimem.run import RunFolder, step_of
+from omnimem.training.pickles import write_enums_by_value
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
 from omnimem.training.shutdown import Stopped
 
@@ -51,6 +52,7 @@ class CheckpointWriter:
         origin = replace(self.origin, step=step)
         with written_by_all(self.folder, self.folder.checkpoint(step), self.ranks, origin) as partial:
             self.parent = str(partial.parent)
+            write_enums_by_value()
             write()
             write_portable(partial, state(), self.layout, step, schedule)
         self.parent, self.saved = str(self.folder.path), step

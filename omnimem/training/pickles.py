@@ -4,6 +4,7 @@ DeepSpeed reads its files with `weights_only=False`, so that a file from somebod
 are examined before anything is read, and read under `weights_only`.
 """
 
+import copyreg
 import os
 import pickle
 import re
@@ -70,6 +71,13 @@ def _check_latest(checkpoint: Path) -> None:
                 f"{latest}: names {name[:60]!r}, not a folder global_stepN of the checkpoint; restore the file, or "
                 "give --resume another checkpoint"
             )
+
+
+def write_enums_by_value() -> None:
+    """Pickle DeepSpeed's stage of ZeRO as a call of its class; Python before 3.11.4 calls getattr, which is refused."""
+    if (module := sys.modules.get("deepspeed.runtime.zero.config")) is not None:
+        stage: Any = module.ZeroStageEnum
+        copyreg.pickle(stage, lambda member: (stage, (member.value,)))
 
 
 @contextmanager
