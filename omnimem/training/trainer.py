@@ -111,17 +111,7 @@ class StreamTrainer(Trainer):
         base = weights_digest(model.name_or_path) if args.process_index == 0 else None
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
-        limit = replace(failures, samples=max(1, len(validation)))
-        self.validation = Validation(
-            attached=attached,
-            feeder=feeder,
-            workers=workers,
-            policies=policies,
-            slots=plan.slots_per_layer,
-            samples=validation,
-            size=args.per_device_eval_batch_size,
-            failed=FailedSamples(limit),
-        )
+        self.validation = self._validation(validation, workers, failures)
         for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):
             self.add_callback(callback)
         if own.early_stopping_patience is not None:
@@ -130,6 +120,18 @@ class StreamTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # it then counts no tokens to divide the loss by
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)  # `Progress` shows one bar instead
+
+    def _validation(self, samples: Sequence[Sample], workers: int, failures: Failures) -> Validation:
+        return Validation(
+            attached=self.attached,
+            feeder=self.feeder,
+            workers=workers,
+            policies=self.policies,
+            slots=self.plan.slots_per_layer,
+            samples=samples,
+            size=self.args.per_device_eval_batch_size,
+            failed=FailedSamples(replace(failures, samples=max(1, len(samples)))),
+        )
 
     # -------------------------------------------------------------------------------------------------------- the step
 

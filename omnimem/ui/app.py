@@ -166,9 +166,13 @@ def make_app(stage: Stage, *, host: str) -> Any:
     def index() -> Any:
         return responses.HTMLResponse(page)
 
-    @app.get("/api/files")
-    def files(path: str = "") -> Any:
-        return stage.library.listing(path)
+    _add_actions(app, stage)
+    _add_views(app, stage)
+    return app
+
+
+def _add_actions(app: FastAPI, stage: Stage) -> None:
+    """What the page asks to be done."""
 
     @app.put("/api/upload")
     async def upload(request: Request, name: str) -> Any:
@@ -207,6 +211,14 @@ def make_app(stage: Stage, *, host: str) -> Any:
         stage.session.ask(text.strip())
         return {}
 
+
+def _add_views(app: FastAPI, stage: Stage) -> None:
+    """What the page shows."""
+
+    @app.get("/api/files")
+    def files(path: str = "") -> Any:
+        return stage.library.listing(path)
+
     @app.get("/api/state")
     def state(version: int = -1, session: int = 0) -> Any:
         now = stage.session
@@ -223,8 +235,6 @@ def make_app(stage: Stage, *, host: str) -> Any:
     @app.get("/api/now")
     def now() -> Any:
         return _image(stage.session.now if stage.session else None)
-
-    return app
 
 
 def _known(given: str, host: str) -> bool:

@@ -37,7 +37,7 @@ def test_without_clusters_the_interval_is_the_percentile_bootstrap_of_scipy() ->
     names = [str(place) for place in range(400)]
     resampling, rng = statistics.resample(names, draws=10_000, seed=1), np.random.default_rng(2)
     ours = statistics.ratio(resampling, names, difference, np.ones(400), lowest=-1.0)
-    theirs = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=rng)
+    theirs = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", random_state=rng)
     assert ours.value == pytest.approx(difference.mean())
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.004)
     assert ours.error == pytest.approx(theirs.standard_error, rel=0.03)

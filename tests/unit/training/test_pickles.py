@@ -1,6 +1,8 @@
 """Checkpoints run no code: each file of a pickle format is examined before it is read, and read under weights_only."""
 
+import copyreg
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from support.planted import FORMS, zipped
 
 from omnimem.run import RunError
-from omnimem.training.pickles import FORBID, FORCE, refuse_code, weights_only
+from omnimem.training.pickles import FORBID, FORCE, refuse_code, weights_only, write_enums_by_value
 
 STEP = "global_step2"
 FILES = (
@@ -110,3 +112,15 @@ def test_within_weights_only_no_library_can_ask_for_more(tmp_path, monkeypatch) 
     assert not (tmp_path / "ran").exists()
     assert os.environ[FORBID] == "1"
     assert FORCE not in os.environ
+
+
+def test_the_stage_of_zero_is_written_by_value_on_every_python(monkeypatch) -> None:
+    """Python before 3.11.4 pickles a member of an enum as a call of getattr, which a resumed run refuses."""
+    stage = pytest.importorskip("deepspeed.runtime.zero.config").ZeroStageEnum
+    monkeypatch.setattr(stage, "__reduce_ex__", lambda member, _: (getattr, (stage, member.name)))
+    monkeypatch.delitem(copyreg.dispatch_table, stage, raising=False)
+    assert b"getattr" in pickle.dumps(stage.gradients, 2)
+    write_enums_by_value()
+    written = pickle.dumps(stage.gradients, 2)
+    assert b"getattr" not in written
+    assert pickle.loads(written) is stage.gradients
