@@ -96,7 +96,7 @@ def _current(table: dict[str, Any]) -> dict[str, Any]:
         return table
     table = {**table, "format": "omnimem export 2"}
     match table:
-        case {"memory": {"policy": {"coverage": _} as policy} as memory}:
+        case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy} as memory}:
             return {**table, "memory": {**memory, "policy": {**policy, "coverage_above": -1.0}}}
     return table
 

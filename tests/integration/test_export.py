@@ -12,6 +12,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from support.comparison_runs import write_arm
 from support.finished_run import config_of, write_adapter, write_run
@@ -27,7 +28,8 @@ from omnimem.commands.export import main
 from omnimem.comparison import compare
 from omnimem.config import ConfigError
 from omnimem.config.exported import Exported
-from omnimem.policies import PerturbationOptions, perturbation
+from omnimem.config.policy import policy_options
+from omnimem.policies import PerturbationOptions, PolicyOptions, perturbation
 from omnimem.policies.base import Policy
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -205,6 +207,15 @@ def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path
     (tmp_path / "omnimem.json").write_text(json.dumps(table))
     assert Exported.read(tmp_path).policy.scorer.above == -1
     assert Exported.read(adapter).policy.scorer.above == 0.5
+
+
+@pytest.mark.parametrize("name", ["distinct", "snapkv"])
+def test_an_export_of_format_1_under_another_policy_is_read_as_it_is(name, adapter, tmp_path) -> None:
+    table = json.loads((adapter / "omnimem.json").read_text())
+    table["memory"]["policy"] = TypeAdapter(PolicyOptions).dump_python(policy_options(name), mode="json")
+    table["format"] = "omnimem export 1"
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    assert Exported.read(tmp_path).memory.policy == policy_options(name)
 
 
 def test_a_checkpoint_is_exported_by_its_step(done, tmp_path) -> None:
