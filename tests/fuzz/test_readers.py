@@ -18,8 +18,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return Material(tmp_path_factory.mktemp("material"))
 
 
-# hypothesis itself moves the global generator while it draws, and sometimes blames the strategy
-@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.name)
 def test_hostile_input_ends_with_a_line_in_time_and_within_memory(
     surface: Surface, made: Material, tmp_path: Path

@@ -442,8 +442,7 @@ def _entry(path: Path) -> bytes:
 def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     path = at / "x.safetensors"
     path.write_bytes(made.entry if draw is None else damaged_bytes(draw, made.entry))
-    device = made.backbone.device
-    return lambda: list(EncoderCache(at, "x").load(path, device) or ())
+    return lambda: list(EncoderCache(at, "x").load(path, made.backbone.device) or ())
 
 
 def _media(draw: Draw | None, at: Path, made: Material) -> Case:
