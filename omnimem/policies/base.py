@@ -12,9 +12,9 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer, Compared, Covered
-from omnimem.selection import LayerSlots, Softness, select
+from omnimem.selection import LayerSlots, Softness, groups, select
 from omnimem.tokens import Chunk, Modality, Tokens
-from omnimem.view import LayerView, Measures
+from omnimem.view import Contest, LayerView, Measures
 
 # The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, gradient through the attention
 # that tokens receive (`selection.gradient: both`), and keeping what the model without its adapter keeps.
@@ -228,6 +228,9 @@ class ScoredPolicy(Policy):
         slots = self.layer_slots(layer)
         if slots is None:
             return view.pool
+        if softness is None:
+            contests = groups(view.modality, slots, view.pool.counts)
+            view = replace(view, contests=tuple(Contest(group.member, group.kept) for group in contests))
         return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers, view.settles)
 
     def _observed(self, view: LayerView) -> Tokens:

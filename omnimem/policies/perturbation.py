@@ -6,7 +6,7 @@ from typing import Any, Literal, final
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
 from omnimem.policies.base import Markers, ScoredPolicy
-from omnimem.scoring import Covered, Perturbation
+from omnimem.scoring import Compared, Covered, Perturbation
 from omnimem.view import Measures
 
 PAPER: dict[str, Any] = {
@@ -21,6 +21,7 @@ PAPER: dict[str, Any] = {
     "coverage": 0.0,
     "coverage_above": 0.5,
     "centred": True,
+    "compared": "inputs",
     "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
@@ -56,6 +57,7 @@ class PerturbationOptions:
     coverage: float | None = None  # beta, the power of 1 - c
     coverage_above: float | None = None  # t: tokens are discounted where c is above it; -1: all
     centred: bool | None = None  # c between vectors without the mean of their modality
+    compared: Compared | None = None  # vectors of the cosine c: the layer's input, or the values of all heads
     markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
     def __post_init__(self) -> None:
@@ -91,4 +93,5 @@ class PerturbationOptions:
 
 
 def _covered(scorer: Perturbation, chosen: dict[str, Any]) -> Covered:
-    return Covered(inner=scorer, power=chosen["coverage"], above=chosen["coverage_above"], centred=chosen["centred"])
+    names = {"power": "coverage", "above": "coverage_above", "centred": "centred", "compared": "compared"}
+    return Covered(inner=scorer, **{field: chosen[name] for field, name in names.items()})

@@ -17,6 +17,7 @@ from omnimem.view import FLOOR, LayerView
 BLOCK = 1024  # tokens compared with all better ones at a time
 ROWS = 256  # the same on a CPU, where less is compared in vain and a block should fit into the cache
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
+STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
 COUNTED = ("cpu",)  # devices that are asked how many tokens of a modality there are: an answer costs nothing there
 
@@ -56,14 +57,57 @@ class Covered(AbstractScorer):
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         scores, learns = self.inner(view), view.gradient != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            held = view.pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else view.pool.feature
+            pool = view.pool
+            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
             if learns:
-                alone = uncovered(held, view.modality, scores, centred=self.centred)
+                alone = uncovered(held, view.modality, scores, centred=self.centred, product=pool.keys.dtype)
+            elif view.contests and self.above > -1 and scores.device.type in COUNTED:
+                alone = self._contested(held, view, scores)
             else:
-                alone = uncovered_values(held, view.modality, scores, view.pool.counts, centred=self.centred)
-            if self.above > -1:
-                alone = (alone / (1 - self.above)).clamp(max=1)
-            return scores * alone**self.power
+                alone = uncovered_values(
+                    held, view.modality, scores, pool.counts, centred=self.centred, product=pool.keys.dtype
+                )
+            return scores * self._factor(alone)
+
+    def _factor(self, alone: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The discount of tokens whose 1 - c is `alone`."""
+        if self.above > -1:
+            alone = (alone / (1 - self.above)).clamp(max=1)
+        return alone**self.power
+
+    @torch.no_grad()
+    def _contested(
+        self, held: Float[Tensor, "batch tokens feature"], view: LayerView, scores: Float[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens"]:
+        """1 - c of all tokens that hard selection may keep, 1 of those that it surely evicts.
+
+        A discount depends on better tokens alone and raises no score. So once as many tokens as are kept score more
+        than the next one in order of s, it and all after it are evicted without a comparison.
+        """
+        found, product = torch.ones_like(scores), view.pool.keys.dtype
+        for row, kinds in enumerate(view.modality):
+            for member, kept in view.contests:
+                # 1. the ranking of all that compete, and that of each modality in it
+                size = int(member[row].sum())
+                if kept in (0, size):
+                    continue
+                order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
+                places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
+                rankings = [Ranking(held[row], order[each], None, self.centred, product) for each in places]
+                plain, alone, first = scores[row, order], torch.ones_like(scores[row, order]), kept
+                # 2. compare the first ones, then further ones until all that could be kept are among them
+                while True:
+                    for each, ranking in zip(places, rankings, strict=True):
+                        last = int(torch.searchsorted(each, first))
+                        alone[each[:last]] = (1 - ranking.best(last)).clamp_min_(FLOOR).to(alone.dtype)
+                    if first == size:
+                        break
+                    ahead = int((plain[:first] * self._factor(alone[:first]) > plain[first]).sum())
+                    if ahead >= kept:
+                        break
+                    first = min(size, first + max(STEP, kept - ahead))
+                found[row, order] = alone
+        return found
 
 
 def uncovered(
@@ -72,11 +116,12 @@ def uncovered(
     scores: Float[Tensor, "batch tokens"],
     *,
     centred: bool = True,
+    product: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
-    The nearest better token is found without gradient, in the precision of the feature (bfloat16 resolves cosines to
-    0.004); the cosine to it is float32 or more and has gradient to both tokens.
+    The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens.
     """
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
@@ -91,7 +136,7 @@ def uncovered(
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
             ranked = _directions(ranked - mean)
-        near = nearest_before(ranked.detach().to(feature.dtype))
+        near = nearest_before(ranked.detach().to(product or feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
         alone = (1 - cosine).clamp_min(FLOOR).to(found.dtype)
@@ -107,6 +152,7 @@ def uncovered_values(
     counts: Counts | None = None,
     *,
     centred: bool = True,
+    product: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, in a third of its time: for scores that do not learn.
 
@@ -117,7 +163,7 @@ def uncovered_values(
     found = torch.ones_like(scores)
     for row, kinds in enumerate(modality):
         for order, kind in _rankings(scores[row], kinds, counts):
-            cosine = _best_cosines(feature[row], order, kind, centred)
+            cosine = Ranking(feature[row], order, kind, centred, product).best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
     return found
 
@@ -142,50 +188,74 @@ def _rankings(
             yield highest(scores[None], member[None], size)[0], None
 
 
-def _best_cosines(
-    feature: Float[Tensor, "tokens feature"],
-    order: Int[Tensor, " members"],
-    kind: Int8[Tensor, " members"] | None,
-    centred: bool,
-) -> Float[Tensor, " members"]:
-    """The largest cosine of each member, in falling order of scores, to one of its kind before it, or `ALONE`."""
-    # 1. lengths, and the mean direction of the members
-    exact, size = torch.promote_types(feature.dtype, torch.float32), len(order)
-    group = None if kind is None else (kind == Modality.VISUAL).to(exact)[:, None]
-    lengths = torch.linalg.vector_norm(feature, dim=-1, dtype=exact)[order].clamp_min_(1e-12)[:, None]
-    step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
-    ranked, best = feature.new_empty(size, feature.shape[1], dtype=exact), feature.new_empty(size, dtype=exact)
-    mean: Tensor | None = None
-    with torch.autocast(feature.device.type, enabled=False):
-        if centred:
-            share = torch.ones_like(lengths) if group is None else torch.cat([1 - group, group], dim=1)
-            weights = share.new_zeros(len(feature), share.shape[1]).index_copy_(0, order, share / lengths)
-            mean = (weights.mT @ feature.to(exact)).div_(share.sum(dim=0)[:, None].clamp_min_(1))
-        later = torch.ones(step, step, dtype=torch.bool, device=feature.device).triu()
-        for first in range(0, size, step):
-            last = min(first + step, size)
-            # 2. directions of a block
-            rows = torch.div(feature.index_select(0, order[first:last]), lengths[first:last], out=ranked[first:last])
-            if mean is not None:
-                rows.sub_(mean if kind is None else mean[(kind[first:last] == Modality.VISUAL).long()])
-                rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
-            # 3. their cosines to all better members; in low precision the nearest is found, its cosine computed again
-            before = ranked[:last]
-            alike = rows.to(feature.dtype) @ before.to(feature.dtype).mT
-            alike[:, first:].masked_fill_(later[: last - first, : last - first], float("-inf"))
-            if kind is not None:
-                alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
-            if feature.dtype == exact:
-                torch.amax(alike, dim=-1, out=best[first:last])
-            else:
-                torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=best[first:last])
-    # 4. the first of each kind has none before it
-    if kind is None:
-        best[:1] = ALONE
-        return best
-    first = torch.ones_like(best, dtype=torch.bool)
-    first[1:] = kind[1:] != kind[:-1]
-    return best.masked_fill_(first, ALONE)
+@final
+class Ranking:
+    """Tokens of one kind (or of both, after one another) in falling order of scores, compared with those before them.
+
+    `product` is the precision in which the nearest is found; None: that of the feature.
+    """
+
+    def __init__(
+        self,
+        feature: Float[Tensor, "tokens feature"],
+        order: Int[Tensor, " members"],
+        kind: Int8[Tensor, " members"] | None,
+        centred: bool,
+        product: torch.dtype | None = None,
+    ) -> None:
+        self.feature, self.order, self.kind = feature, order, kind
+        self.product, self.done, size = product or feature.dtype, 0, len(order)
+        exact = torch.promote_types(feature.dtype, torch.float32)
+        self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
+        self.ranked = feature.new_empty(size, feature.shape[1], dtype=exact)
+        self.cosines = feature.new_empty(size, dtype=exact)
+        self.later = torch.ones(self.step, self.step, dtype=torch.bool, device=feature.device).triu()
+        self.lengths = torch.linalg.vector_norm(feature, dim=-1, dtype=exact)[order].clamp_min_(1e-12)[:, None]
+        self.mean = self._mean() if centred else None
+
+    def _mean(self) -> Float[Tensor, "kinds feature"]:
+        """The mean direction of the members of each kind."""
+        exact, kind = self.ranked.dtype, self.kind
+        share = torch.ones_like(self.lengths)
+        if kind is not None:
+            visual = (kind == Modality.VISUAL).to(exact)[:, None]
+            share = torch.cat([1 - visual, visual], dim=1)
+        weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
+        with torch.autocast(self.feature.device.type, enabled=False):
+            return (weights.mT @ self.feature.to(exact)).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+
+    def best(self, count: int) -> Float[Tensor, " count"]:
+        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        with torch.autocast(self.feature.device.type, enabled=False):
+            while self.done < count:
+                self._compare(self.done, min(self.done + self.step, count))
+        if self.kind is None:
+            self.cosines[:1] = ALONE
+            return self.cosines[:count]
+        first = torch.ones_like(self.cosines, dtype=torch.bool)
+        first[1:] = self.kind[1:] != self.kind[:-1]
+        return self.cosines.masked_fill_(first, ALONE)[:count]
+
+    def _compare(self, first: int, last: int) -> None:
+        """The members `first` to `last` (exclusive) with all before each."""
+        # 1. directions
+        kind, ranked = self.kind, self.ranked
+        members = self.feature.index_select(0, self.order[first:last])
+        rows = torch.div(members, self.lengths[first:last], out=ranked[first:last])
+        if self.mean is not None:
+            rows.sub_(self.mean if kind is None else self.mean[(kind[first:last] == Modality.VISUAL).long()])
+            rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+        # 2. cosines to all better members; in low precision the nearest is found, its cosine computed again
+        before, low = ranked[:last], self.product
+        alike = rows.to(low) @ before.to(low).mT
+        alike[:, first:].masked_fill_(self.later[: last - first, : last - first], float("-inf"))
+        if kind is not None:
+            alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
+        if low == ranked.dtype:
+            torch.amax(alike, dim=-1, out=self.cosines[first:last])
+        else:
+            torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
+        self.done = last
 
 
 def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
