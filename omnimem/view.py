@@ -31,7 +31,7 @@ class Measures:
     of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
     ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
     feature: int | None = None  # width of the random projection that redundancy is measured on; None: the exact input
-    # redundancy is measured on the exact input, at arrival; what is carried is a sketch of it that only coverage compares
+    # redundancy, judged at arrival, reads the exact input; the projection is orthonormal and only coverage compares it
     sketch: bool = False
 
 
@@ -70,7 +70,9 @@ class LayerView:
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
     arrived: Float[Tensor, "batch new width"] | None = None  # layer inputs of the chunk, where `sketch` needs them
-    contests: tuple[Contest, ...] = ()  # where selection is hard: scores of tokens that are surely evicted may be higher
+    contests: tuple[
+        Contest, ...
+    ] = ()  # where selection is hard: scores of tokens that are surely evicted may be higher
     settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property

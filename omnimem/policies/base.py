@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -233,6 +234,15 @@ class ScoredPolicy(Policy):
             view = replace(view, contests=tuple(Contest(group.member, group.kept) for group in contests))
         return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers, view.settles)
 
+    def on_inputs(self) -> "ScoredPolicy":
+        """The same, but with layer inputs carried in place of a sketch, for who measures redundancy in the pool."""
+        if not self.measures.sketch:
+            return self
+        scorer = self.scorer
+        if isinstance(scorer, Covered) and scorer.compared == "sketch":
+            scorer = replace(scorer, compared="inputs")
+        return replace(self, scorer=scorer, measures=replace(self.measures, sketch=False, feature=None))
+
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with importance and novelty as measured on this chunk."""
         pool = view.pool
@@ -241,6 +251,13 @@ class ScoredPolicy(Policy):
         if self.scorer.needs_novelty:
             pool = replace(pool, novelty=view.novelty)
         return pool
+
+
+@cache
+def sketch(width: int, feature: int) -> Tensor:
+    """Fixed orthonormal projection width -> feature, float32; cosines err by sqrt(1 / feature - 1 / width) or less."""
+    generator = torch.Generator().manual_seed(2606_07577)
+    return torch.linalg.qr(torch.randn(width, feature, generator=generator, dtype=torch.float64)).Q.float()
 
 
 def projection(width: int, feature: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -21,7 +22,7 @@ STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
 COUNTED = ("cpu",)  # devices that are asked how many tokens of a modality there are: an answer costs nothing there
 
-Compared = Literal["inputs", "values"]
+Compared = Literal["inputs", "sketch", "values"]
 
 
 @final
@@ -42,7 +43,9 @@ class Covered(AbstractScorer):
     power: float = 0.5  # beta
     above: float = -1.0  # t
     centred: bool = True  # False: m = 0
-    compared: Compared = "inputs"  # the layer's input, as for redundancy; or the values of a row's heads
+    compared: Compared = (
+        "inputs"  # the layer's input, as for redundancy; a sketch of it; or the values of a row's heads
+    )
 
     @property
     def needs_importance(self) -> bool:
@@ -52,7 +55,7 @@ class Covered(AbstractScorer):
     @property
     def needs_novelty(self) -> bool:
         """If layer inputs are compared, or same as the inner score."""
-        return self.compared == "inputs" or self.inner.needs_novelty
+        return self.compared != "values" or self.inner.needs_novelty
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         scores, learns = self.inner(view), view.gradient != "none"
@@ -84,7 +87,7 @@ class Covered(AbstractScorer):
         A discount depends on better tokens alone and raises no score. So once as many tokens as are kept score more
         than the next one in order of s, it and all after it are evicted without a comparison.
         """
-        found, product = torch.ones_like(scores), view.pool.keys.dtype
+        found, product, (exact, lengths) = torch.ones_like(scores), view.pool.keys.dtype, _measured(held)
         for row, kinds in enumerate(view.modality):
             for member, kept in view.contests:
                 # 1. the ranking of all that compete, and that of each modality in it
@@ -93,7 +96,9 @@ class Covered(AbstractScorer):
                     continue
                 order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
                 places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
-                rankings = [Ranking(held[row], order[each], None, self.centred, product) for each in places]
+                rankings = [
+                    Ranking(exact[row], lengths[row], order[each], None, self.centred, product) for each in places
+                ]
                 plain, alone, first = scores[row, order], torch.ones_like(scores[row, order]), kept
                 # 2. compare the first ones, then further ones until all that could be kept are among them
                 while True:
@@ -160,10 +165,11 @@ def uncovered_values(
     is asked of the device where `counts` are known; those of each modality are not after both have competed for the
     same slots: audio and visual tokens are then compared in one go, each with its own kind.
     """
-    found = torch.ones_like(scores)
+    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
     for row, kinds in enumerate(modality):
         for order, kind in _rankings(scores[row], kinds, counts):
-            cosine = Ranking(feature[row], order, kind, centred, product).best(len(order))
+            ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype)
+            cosine = ranking.best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
     return found
 
@@ -188,74 +194,85 @@ def _rankings(
             yield highest(scores[None], member[None], size)[0], None
 
 
+def _measured(
+    feature: Float[Tensor, "batch tokens feature"],
+) -> tuple[Float[Tensor, "batch tokens feature"], Float[Tensor, "batch tokens"]]:
+    """The vectors in float32 or more, and their lengths."""
+    exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return exact, torch.linalg.vector_norm(exact, dim=-1).clamp_min_(1e-12)
+
+
 @final
 class Ranking:
     """Tokens of one kind (or of both, after one another) in falling order of scores, compared with those before them.
 
-    `product` is the precision in which the nearest is found; None: that of the feature.
+    The feature has the precision of the cosines; `product` is that in which the nearest is found.
     """
 
     def __init__(
         self,
         feature: Float[Tensor, "tokens feature"],
+        lengths: Float[Tensor, " tokens"],
         order: Int[Tensor, " members"],
         kind: Int8[Tensor, " members"] | None,
         centred: bool,
-        product: torch.dtype | None = None,
+        product: torch.dtype,
     ) -> None:
         self.feature, self.order, self.kind = feature, order, kind
-        self.product, self.done, size = product or feature.dtype, 0, len(order)
-        exact = torch.promote_types(feature.dtype, torch.float32)
+        self.product, self.done, size = product, 0, len(order)
         self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
-        self.ranked = feature.new_empty(size, feature.shape[1], dtype=exact)
-        self.cosines = feature.new_empty(size, dtype=exact)
-        self.later = torch.ones(self.step, self.step, dtype=torch.bool, device=feature.device).triu()
-        self.lengths = torch.linalg.vector_norm(feature, dim=-1, dtype=exact)[order].clamp_min_(1e-12)[:, None]
+        self.ranked, self.cosines = self.feature.new_empty(size, feature.shape[1]), self.feature.new_empty(size)
+        self.lengths = lengths[order][:, None]
         self.mean = self._mean() if centred else None
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
         """The mean direction of the members of each kind."""
-        exact, kind = self.ranked.dtype, self.kind
-        share = torch.ones_like(self.lengths)
+        kind, share = self.kind, torch.ones_like(self.lengths)
         if kind is not None:
-            visual = (kind == Modality.VISUAL).to(exact)[:, None]
+            visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
         weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
         with torch.autocast(self.feature.device.type, enabled=False):
-            return (weights.mT @ self.feature.to(exact)).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None].clamp_min_(1))
 
     def best(self, count: int) -> Float[Tensor, " count"]:
         """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        # 1. directions of those that were not compared yet
+        kind, new = self.kind, slice(self.done, count)
+        rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
+        if self.mean is not None:
+            rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
+            rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+        # 2. their cosines, block by block
         with torch.autocast(self.feature.device.type, enabled=False):
-            while self.done < count:
-                self._compare(self.done, min(self.done + self.step, count))
-        if self.kind is None:
+            for first in range(self.done, count, self.step):
+                self._compare(first, min(first + self.step, count))
+        self.done = max(self.done, count)
+        # 3. the first of each kind has none before it
+        if kind is None:
             self.cosines[:1] = ALONE
             return self.cosines[:count]
         first = torch.ones_like(self.cosines, dtype=torch.bool)
-        first[1:] = self.kind[1:] != self.kind[:-1]
+        first[1:] = kind[1:] != kind[:-1]
         return self.cosines.masked_fill_(first, ALONE)[:count]
 
     def _compare(self, first: int, last: int) -> None:
-        """The members `first` to `last` (exclusive) with all before each."""
-        # 1. directions
-        kind, ranked = self.kind, self.ranked
-        members = self.feature.index_select(0, self.order[first:last])
-        rows = torch.div(members, self.lengths[first:last], out=ranked[first:last])
-        if self.mean is not None:
-            rows.sub_(self.mean if kind is None else self.mean[(kind[first:last] == Modality.VISUAL).long()])
-            rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
-        # 2. cosines to all better members; in low precision the nearest is found, its cosine computed again
-        before, low = ranked[:last], self.product
+        """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
+        kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
         alike = rows.to(low) @ before.to(low).mT
-        alike[:, first:].masked_fill_(self.later[: last - first, : last - first], float("-inf"))
+        alike[:, first:].add_(_later(self.step, rows.device)[: last - first, : last - first].to(low))
         if kind is not None:
             alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
-        if low == ranked.dtype:
+        if low == rows.dtype:
             torch.amax(alike, dim=-1, out=self.cosines[first:last])
         else:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
-        self.done = last
+
+
+@cache
+def _later(step: int, device: torch.device) -> Float[Tensor, "step step"]:
+    """Minus infinity where a member (column) is not before another one (row), else 0."""
+    return torch.full((step, step), float("-inf"), device=device).triu()
 
 
 def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
