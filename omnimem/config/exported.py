@@ -95,12 +95,9 @@ def _current(table: dict[str, Any]) -> dict[str, Any]:
 
     In format 1, coverage discounted every token; before format 3 it compared layer inputs.
     """
-    rules = {
-        "omnimem export 1": {"coverage_above": -1.0, "compared": "inputs"},
-        "omnimem export 2": {"compared": "inputs"},
-    }
-    rule = rules.get(table.get("format", ""))
-    if rule is None:
+    inputs = {"compared": "inputs"}
+    rules = {"omnimem export 1": {"coverage_above": -1.0, **inputs}, "omnimem export 2": inputs}
+    if (rule := rules.get(table.get("format", ""))) is None:
         return table
     table = {**table, "format": "omnimem export 3"}
     match table:

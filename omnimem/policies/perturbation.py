@@ -77,12 +77,10 @@ class PerturbationOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
-        if self.compared == "sketch" and (
-            self.neighbours == "pool" or (self.name != "omnimem" and not self.neighbours)
-        ):
+        if self.compared == "sketch" and (self.neighbours or PRESETS[self.name]["neighbours"]) == "pool":
             raise ValueError(
-                "policy.compared = sketch needs neighbours = arrival: redundancy in the pool reads the layer inputs; set "
-                "neighbours to arrival, or compared to inputs"
+                "policy.compared = sketch needs neighbours = arrival: redundancy in the pool reads the layer inputs; "
+                "set neighbours to arrival, or compared to inputs"
             )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
             raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")
