@@ -1,6 +1,6 @@
 """Discount of tokens that resemble a token of higher score (ours)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, final
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
 from omnimem.tokens import EVICTABLE, Counts, Modality
-from omnimem.view import FLOOR, LayerView
+from omnimem.view import FLOOR, Contest, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
 ROWS = 256  # the same on a CPU, where less is compared in vain and a block should fit into the cache
@@ -65,7 +65,15 @@ class Covered(AbstractScorer):
             if learns:
                 alone = uncovered(held, view.modality, scores, centred=self.centred, product=pool.keys.dtype)
             elif view.contests and self.above > -1 and scores.device.type in COUNTED:
-                alone = self._contested(held, view, scores)
+                alone = uncovered_contested(
+                    held,
+                    view.modality,
+                    scores,
+                    view.contests,
+                    self._factor,
+                    centred=self.centred,
+                    product=pool.keys.dtype,
+                )
             else:
                 alone = uncovered_values(
                     held, view.modality, scores, pool.counts, centred=self.centred, product=pool.keys.dtype
@@ -77,42 +85,6 @@ class Covered(AbstractScorer):
         if self.above > -1:
             alone = (alone / (1 - self.above)).clamp(max=1)
         return alone**self.power
-
-    @torch.no_grad()
-    def _contested(
-        self, held: Float[Tensor, "batch tokens feature"], view: LayerView, scores: Float[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch tokens"]:
-        """1 - c of all tokens that hard selection may keep, 1 of those that it surely evicts.
-
-        A discount depends on better tokens alone and raises no score. So once as many tokens as are kept score more
-        than the next one in order of s, it and all after it are evicted without a comparison.
-        """
-        found, product, (exact, lengths) = torch.ones_like(scores), view.pool.keys.dtype, _measured(held)
-        for row, kinds in enumerate(view.modality):
-            for member, kept in view.contests:
-                # 1. the ranking of all that compete, and that of each modality in it
-                size = int(member[row].sum())
-                if kept in (0, size):
-                    continue
-                order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
-                places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
-                rankings = [
-                    Ranking(exact[row], lengths[row], order[each], None, self.centred, product) for each in places
-                ]
-                plain, alone, first = scores[row, order], torch.ones_like(scores[row, order]), kept
-                # 2. compare the first ones, then further ones until all that could be kept are among them
-                while True:
-                    for each, ranking in zip(places, rankings, strict=True):
-                        last = int(torch.searchsorted(each, first))
-                        alone[each[:last]] = (1 - ranking.best(last)).clamp_min_(FLOOR).to(alone.dtype)
-                    if first == size:
-                        break
-                    ahead = int((plain[:first] * self._factor(alone[:first]) > plain[first]).sum())
-                    if ahead >= kept:
-                        break
-                    first = min(size, first + max(STEP, kept - ahead))
-                found[row, order] = alone
-        return found
 
 
 def uncovered(
@@ -171,6 +143,51 @@ def uncovered_values(
             ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype)
             cosine = ranking.best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
+    return found
+
+
+@torch.no_grad()
+def uncovered_contested(
+    feature: Float[Tensor, "batch tokens feature"],
+    modality: Int8[Tensor, "batch tokens"],
+    scores: Float[Tensor, "batch tokens"],
+    contests: Sequence[Contest],
+    factor: Callable[[Tensor], Tensor],
+    *,
+    centred: bool = True,
+    product: torch.dtype | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """The values of `uncovered`, up to rounding, of all tokens that hard selection may keep; 1 of all others.
+
+    A discount `factor(1 - c)` depends on better tokens alone and is at most 1. So once as many tokens as are kept score
+    more than the next one in order of scores, it and all after it are evicted, and are not compared. For devices that
+    answer at no cost (`COUNTED`).
+    """
+    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
+    for row, kinds in enumerate(modality):
+        for member, kept in contests:
+            # 1. the ranking of all that compete, and that of each modality in it
+            size = int(member[row].sum())
+            if kept in (0, size):
+                continue
+            order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
+            places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
+            own, low = (exact[row], lengths[row]), product or feature.dtype
+            rankings = [Ranking(*own, order[each], None, centred, low) for each in places]
+            plain, first = scores[row, order], kept
+            alone = torch.ones_like(plain)
+            # 2. compare the first ones, then further ones until all that could be kept are among them
+            while True:
+                for each, ranking in zip(places, rankings, strict=True):
+                    last = int(torch.searchsorted(each, first))
+                    alone[each[:last]] = (1 - ranking.best(last)).clamp_min_(FLOOR).to(alone.dtype)
+                if first == size:
+                    break
+                ahead = int((plain[:first] * factor(alone[:first]) > plain[first]).sum())
+                if ahead >= kept:
+                    break
+                first = min(size, first + max(STEP, kept - ahead))
+            found[row, order] = alone
     return found
 
 
