@@ -36,8 +36,17 @@ from omnimem.policies.base import Policy
 from omnimem.pretrained import smollm2
 from omnimem.run import write_json
 from omnimem.streaming.text_feeder import TextQuestion, TextSample
-from omnimem.tuning import LoraOptions, Plan, TuningOptions, add_adapter, load_adapter, streamed_loss, trainable
-from omnimem.tuning.losses import FullMemoryKL, LossOptions
+from omnimem.tuning import (
+    FullMemoryKL,
+    LoraOptions,
+    LossOptions,
+    Plan,
+    TuningOptions,
+    add_adapter,
+    load_adapter,
+    streamed_loss,
+    trainable,
+)
 from omnimem.tuning.gradient.build import gradient_of
 
 TOKENS, CHUNK, FACTS = 512, 128, 6
