@@ -99,9 +99,13 @@ def main(arguments: Sequence[str]) -> None:
     require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
     # 2. decide on the run folder and the checkpoint
     start = checked_start(run, given)
+    unmeasured = unmeasurable(run, start)
     if given.dry_run:
+        warn(unmeasured)
         dry_run(run, start, given.sample)
         return
+    if unmeasured:
+        raise BudgetError(unmeasured[0])
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
@@ -249,17 +253,17 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
         with checkpoint_errors(shipped(run.model.path)):
             require_base(start.checkpoint, shipped(run.model.path))
         refuse_other_batch(start.checkpoint, run.train, world_size())
-    check_budget(run, start)
     return start
 
 
-def check_budget(run: RunConfig, start: Start) -> None:
-    """Raises BudgetError when the budget must be measured and no process holds the whole model."""
+def unmeasurable(run: RunConfig, start: Start) -> list[str]:
+    """A line when the budget must be measured and no process will hold the whole model; a dry run may go on."""
     if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not start.budgeted:
-        raise BudgetError(
+        return [
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
-        )
+        ]
+    return []
 
 
 def check_answers(samples: Sequence[Sample]) -> None:

@@ -17,7 +17,7 @@ from omnimem.cli import dry_run as preview
 from omnimem.cli.build import batch_sizes, refuse_batches
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
-from omnimem.commands.finetune import describe_training, dry_run
+from omnimem.commands.finetune import describe_training, dry_run, unmeasurable
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.config.exported import policies_of
 from omnimem.data import ManifestError
@@ -224,6 +224,14 @@ def test_shipped_configs_are_planned_from_the_configuration_alone(name) -> None:
     stream = Feeder(skeleton.backbone, run.stream)
     assert stream.backbone.geometry.segment(run.stream.fps)[0] in (2.0, 30.0)
     assert 7e9 < skeleton.shapes.parameters < 10e9
+
+
+def test_a_budget_that_no_process_can_measure_is_a_line_that_a_dry_run_shows(tmp_path) -> None:
+    start = Start(folder=RunFolder(path=tmp_path / "runs" / "x"))
+    for overrides, count in (([], 1), (["memory.budget={name: shared}"], 0), (["train.deepspeed=null"], 0)):
+        lines = unmeasurable(load("qwen3_omni_30b.yaml", overrides), start)
+        assert len(lines) == count
+        assert all("under ZeRO-3" in line and "omnimem calibrate" in line for line in lines)
 
 
 def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, capsys) -> None:
