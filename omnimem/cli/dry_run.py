@@ -26,7 +26,7 @@ from omnimem.backbones.load import checked_path, family_at, family_of, read_shap
 from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
-from omnimem.cli.build import batch_sizes, known_budget, policies_of, refuse_batches, training_samples
+from omnimem.cli.build import known_budget, policies_of, refuse_unpadded, training_samples
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
@@ -95,7 +95,7 @@ def preview(
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
-        refuse_batches(run, skeleton.backbone, batch_sizes(run))
+        refuse_unpadded(run, skeleton.backbone)
         _section("set-up", set_up(run, skeleton.backbone, budgeted))
         facts = read_sample(run, skeleton, missing, name)
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))

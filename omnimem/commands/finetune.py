@@ -26,12 +26,11 @@ from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_o
 from omnimem.cli.build import (
     Parts,
     Policies,
-    batch_sizes,
     budget_of,
     check_calibration,
     feeder_of,
     policies_of,
-    refuse_batches,
+    refuse_unpadded,
     training_samples,
     validation_samples,
 )
@@ -348,7 +347,7 @@ def _steps_of_epoch(settings: TrainingArguments, samples: int) -> int:
 def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, StreamedModel, Feeder]:
     """The base model, the same model with its adapter, and the feeder, which needs whole encoders."""
     backbone = load_backbone(run.model, settings.device)
-    refuse_batches(run, backbone, batch_sizes(run))
+    refuse_unpadded(run, backbone)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]
