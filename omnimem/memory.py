@@ -126,7 +126,7 @@ class Memory:
 
     def _held(self, layer: Tokens) -> float:
         """The fraction of a layer's places that is not padding; a batch of one stream has no padding."""
-        padded = self.batch > 1 and layer.count > 0 and layer.counts is None
+        padded = self.batch > 1 and layer.count > 0 and (layer.counts is None or layer.counts.grouped != 0)
         return float((layer.modality != ABSENT).float().mean()) if padded else 1.0
 
 

@@ -41,7 +41,11 @@ HIDDEN = -1e4  # gate of padding: no query attends to it, in any precision
 
 
 class Counts(NamedTuple):
-    """How many tokens each stream of a batch holds, known without a question to the device."""
+    """How many tokens each stream of a batch holds, known without a question to the device.
+
+    Where streams hold unequal numbers of text tokens (`markers: with_group`), that of the longest one: the others are
+    padded to it.
+    """
 
     text: int
     media: int  # audio and visual tokens
@@ -50,7 +54,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, modality: Tensor, place: Tensor) -> "Counts":
-        """Those of the first stream, in one transfer from the device."""
+        """Those of all streams, in one transfer from the device."""
         return cls.of_each([(modality, place)])[0]
 
     @classmethod
@@ -58,9 +62,9 @@ class Counts(NamedTuple):
         """Those of several (modality, place), in one transfer from the device."""
         sums = []
         for modality, place in pairs:
-            kinds, text = modality[0], modality[0] == Modality.TEXT
-            parts = [text, kinds > 0, kinds == Modality.AUDIO, text & (place[0, 3] >= 0)]
-            sums.append(torch.stack([part.sum() for part in parts]))
+            kinds, text = modality[0], modality == Modality.TEXT
+            longest = [part.sum(dim=1).amax() for part in (text, text & (place[:, 3] >= 0))]
+            sums.append(torch.stack([longest[0], (kinds > 0).sum(), (kinds == Modality.AUDIO).sum(), longest[1]]))
         return [cls(*row) for row in torch.stack(sums).tolist()]
 
     def plus(self, later: "Counts") -> "Counts":
@@ -142,6 +146,13 @@ class Tokens:
     def counted(self) -> Counts:
         """`counts`, or those of the first stream, asked of the device."""
         return Counts.of(self.modality, self.place) if self.counts is None else self.counts
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows may hold padding; asked of the device where the counts are not known."""
+        if len(self.modality) == 1:
+            return False
+        return bool((self.modality == ABSENT).any()) if self.counts is None else self.counts.grouped != 0
 
     @property
     def count(self) -> int:

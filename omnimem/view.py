@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from omnimem.attention import blocked
 from omnimem.positions import Rotary
-from omnimem.tokens import Tokens
+from omnimem.tokens import ABSENT, Tokens
 
 ScoreGradient = Literal["redundancy", "both", "none"]
 
@@ -73,6 +73,7 @@ class LayerView:
     contests: tuple[
         Contest, ...
     ] = ()  # where selection is hard: scores of tokens that are surely evicted may be higher
+    padded: bool = False  # some rows may hold padding, which is no neighbour
     settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property
@@ -112,16 +113,25 @@ class LayerView:
         kept = 0 if self.measures.neighbours == "pool" else self.pool.count - self.new  # kept tokens keep their value
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
             read = self.pool.feature[:, kept:] if self.arrived is None else self.arrived
-            fresh = 1 - similarity(read, self.modality[:, kept:], self.measures)
+            fresh = 1 - similarity(read, self.modality[:, kept:], self.measures, padded=self.padded)
             return torch.cat([self.pool.novelty[:, :kept], fresh.clamp_min(FLOOR)], dim=1)
 
 
 def similarity(
-    feature: Float[Tensor, "batch tokens feature"], modality: Int8[Tensor, "batch tokens"], measures: Measures
+    feature: Float[Tensor, "batch tokens feature"],
+    modality: Int8[Tensor, "batch tokens"],
+    measures: Measures,
+    *,
+    padded: bool = False,
 ) -> Float[Tensor, "batch tokens"]:
-    """s_k = (cos(k-1, k) + cos(k, k+1)) / 2 in float32 or more, in list order or among tokens of one modality."""
+    """s_k = (cos(k-1, k) + cos(k, k+1)) / 2 in float32 or more, in list order or among tokens of one modality.
+
+    Where rows are `padded`, padding is a modality of its own in both cases.
+    """
     if measures.of == "sequence":
-        return _neighbour_cosine(feature, None, measures.ends)
+        if not padded:
+            return _neighbour_cosine(feature, None, measures.ends)
+        modality = (modality != ABSENT).to(modality.dtype)
     grouped = modality.to(torch.long).argsort(dim=1, stable=True)
     sorted_feature = feature.gather(1, grouped[..., None].expand_as(feature))
     sorted_similarity = _neighbour_cosine(sorted_feature, modality.gather(1, grouped), measures.ends)

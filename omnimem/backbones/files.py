@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
@@ -31,6 +33,8 @@ OBJECTS = (  # files that hold one JSON object
 )
 TEXTS = ("chat_template.jinja", "merges.txt")
 INDEX = "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32", "F64")  # types of weights in files
+COUNTS = ("position_ids", "num_batches_tracked")  # buffers of whole numbers beside the weights
 SIBLINGS = ("talker.", "code2wav.", "token2wav.")  # models beside a thinker, which are not loaded
 SAMPLES, SAMPLE = 64, 4096  # places in a large tensor, and bytes of each, that its digest is made of
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
@@ -49,6 +53,7 @@ class ShapesError(UserError):
 class Index(TypedDict):
     """The file of each weight."""
 
+    metadata: dict[str, Any]
     weight_map: dict[str, str]
 
 
@@ -137,32 +142,62 @@ def _tensor_digests(file: BinaryIO) -> Iterator[str]:
 
 
 def require_size(path: str, weights: int) -> None:
-    """Raises CheckpointError if config.json describes more weights than a local folder has bytes of them."""
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    if Path(path).is_dir() and weights > size:
+    """Raises CheckpointError if a local folder has no weights, or fewer bytes of them than config.json describes."""
+    folder, files = Path(path), list(Path(path).glob("*.safetensors"))
+    if not folder.is_dir():
+        return
+    if not files:
+        others = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(kind))
+        what = f"only {', '.join(others[:3])}, which may hold code or another format" if others else "no weights"
+        raise CheckpointError(
+            f"{path}: has no .safetensors file ({what}); give a folder whose weights were saved by save_pretrained"
+        )
+    size = sum(file.stat().st_size for file in files)
+    if weights > size:
         raise CheckpointError(
             f"{path}: config.json describes {weights:,} weights, the weight files have {size:,} bytes; copy all files "
             "of one model again"
         )
 
 
-def require_weights(path: str, found: Mapping[str, Any], *, exact: bool = False) -> None:
-    """Raises CheckpointError if weights were not in the files: transformers fills them with random numbers.
+def require_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if weights were not in the files, or have no place in the model.
 
-    `found` is the loading info of `from_pretrained`. If `exact`, weights that the model has no place for are refused.
+    transformers fills the former with random numbers and ignores the latter. `found` is the loading info of
+    `from_pretrained`.
     """
+    mismatched = [key for key in found["mismatched_keys"] if not isinstance(key, str)]
+    if mismatched:
+        name, stored, expected = min(mismatched, key=lambda each: each[0])[:3]
+        raise CheckpointError(
+            f"{path}: {len(mismatched)} weights do not have the shapes that config.json describes (first: {name[:80]}, "
+            f"{list(stored)} in the files, {list(expected)} in the model); copy all files of one model again"
+        )
     extra = sorted(key for key in found["unexpected_keys"] if not key.startswith(SIBLINGS))
-    if exact and extra:
+    if extra:
         raise CheckpointError(
             f"{path}: {len(extra)} weights have no place in a model of its config.json (first: {extra[0][:80]}); copy "
             "config.json and all weight files of one model again"
         )
-    lacking = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+    lacking = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
     if lacking:
         raise CheckpointError(
             f"{path}: {len(lacking)} weights are not in its files, or have other shapes (first: {lacking[0][:80]}); "
             "copy all files of one model again"
         )
+
+
+def require_finite(path: str, model: nn.Module) -> None:
+    """Raises CheckpointError if a weight of the model is NaN or infinite, as in a file that was damaged or overflowed.
+
+    A finite sum has finite terms, so that each weight is read once.
+    """
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if weight.is_meta or not weight.is_floating_point() or bool(torch.isfinite(weight.sum())):
+            continue
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{path}: {name[:80]} has values that are not finite; {AGAIN}")
 
 
 def _check_layers(path: Path, table: dict[str, Any]) -> None:
@@ -184,10 +219,21 @@ def _require_text(path: Path) -> None:
 
 
 def _weights(path: Path) -> set[str]:
-    """The names of the weights in a file, which has the size that its header gives."""
+    """The names of the weights in a file, which has the size that its header gives, and holds floating-point numbers.
+
+    Whole numbers, or floats of 8 bits, are quantized weights, which would be read without their scales.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            names = set(file.keys())
+            for name in sorted(names):
+                kind = str(file.get_slice(name).get_dtype())
+                if kind not in FLOATS and not (name.endswith(COUNTS) or name.startswith(SIBLINGS)):
+                    raise CheckpointError(
+                        f"{path}: {name[:80]} is stored as {kind}, and only floating-point weights of 16 bits or more "
+                        "are read; give the checkpoint that is not quantized"
+                    )
+            return names
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {AGAIN}") from error
 

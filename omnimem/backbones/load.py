@@ -21,6 +21,7 @@ from omnimem.backbones.shapes import Shapes
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2PlusFamily
 from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25Family
 from omnimem.checksums import SEAL, damage, is_sealed
+from omnimem.errors import first_line, lacks_memory
 from omnimem.extras import require
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
@@ -95,7 +96,8 @@ def family_at(path: str) -> Family:
 
 def family_of(config: Mapping[str, Any], origin: str | Path) -> Family:
     """The family that claims a parsed config.json; raises CheckpointError if none does."""
-    found = next((family for family in FAMILIES if family.claims(config)), None)
+    named = isinstance(config.get("model_type"), str)
+    found = next((family for family in FAMILIES if family.claims(config)), None) if named else None
     if found is None:
         known = ", ".join(family.name for family in FAMILIES)
         raise CheckpointError(
@@ -114,8 +116,12 @@ def read_shapes(path: Path) -> Shapes:
     family = family_of(config, path)
     try:
         return family.shapes(config, preprocessor)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    except ShapesError:
+        raise
+    except Exception as error:  # transformers raises errors of every class for values that it does not expect
+        if lacks_memory(error):
+            raise
+        reason = f"no key {error}" if isinstance(error, KeyError) else first_line(error)
         raise ShapesError(
             f"{path}: is not the configuration of a {family.name} model ({reason}); copy it again from the model's page"
         ) from error

@@ -6,6 +6,7 @@ A family's file gives its classes, its tokens around a stream, its layout, and h
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ class Qwen(Backbone):
     begin: Mapping[Tracks, str] = NOTHING  # the tokens before the stream, by its tracks
     end: Mapping[Tracks, str] = NOTHING  # and after it
     paired: bool = False  # two tokens around both tracks are at one position
-    exact: bool = True  # weights that the model has no place for are refused
 
     def __init__(
         self,
@@ -78,19 +78,48 @@ class Qwen(Backbone):
             tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
             if (template := chat_template(beside)) is not None:
                 tokenizer.chat_template = template
+            cls.check_tokenizer(tokenizer, beside)
             cls.template(tokenizer, options.system)
             # 2. configuration and weights
             config_class, model_class = cls.classes[(read_json(options.path, "config.json") or {})["model_type"]]
             config = config_class.from_pretrained(options.path)
             geometry = cls.geometry_of(config, preprocessor_settings(beside, cls.preprocessed), options.path)
-            model = load_model(options, model_class, config, exact=cls.exact)
+            rows = config.get_text_config().vocab_size
+            if len(tokenizer) > rows:
+                raise CheckpointError(
+                    f"{beside}: the tokenizer has {len(tokenizer):,} tokens, and the model {rows:,} embeddings; give "
+                    "the model's own tokenizer, in its folder or in model.processor"
+                )
+            model = load_model(options, model_class, config)
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
+
+    @classmethod
+    def marks(cls) -> list[str]:
+        """The special tokens that a stream of this family is written with."""
+        text = "".join([cls.video, *cls.begin.values(), *cls.end.values()])
+        return list(dict.fromkeys(text.replace("><", "> <").split()))
+
+    @classmethod
+    def check_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+        """Raises CheckpointError if a special token of the prompt is not one token, as without tokenizer files.
+
+        transformers makes a tokenizer of config.json alone where these files are missing.
+        """
+        known = tokenizer.get_vocab()
+        lacking = [mark for mark in (*cls.marks(), "<|im_start|>", "<|im_end|>") if mark not in known]
+        if lacking:
+            raise CheckpointError(
+                f"{origin}: the tokenizer does not know {', '.join(lacking[:3])}; give the folder with the tokenizer "
+                f"of {cls.name}, which a release may have apart, in model.processor"
+            )
 
     @classmethod
     def geometry_of(cls, config: Any, table: Table, origin: str = "config.json") -> Geometry:
         """Patch settings, and how audio is cut; raises CheckpointError if the files contradict each other."""
         vision = config.vision_config
         try:
+            check_config(config)
+            mean, std = (_per_channel(table, name, least) for name, least in (("image_mean", -inf), ("image_std", 0.0)))
             hearing = cls.hearing(config, table)
         except CheckpointError as error:
             raise CheckpointError(f"{origin}: {error}") from error
@@ -98,8 +127,8 @@ class Qwen(Backbone):
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal_patch=vision.temporal_patch_size,
-            mean=tuple(table["image_mean"]),
-            std=tuple(table["image_std"]),
+            mean=mean,
+            std=std,
             **hearing,
         )
 
@@ -358,8 +387,7 @@ class QwenFamily(Family):
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
         kind, known = self.backbone, tokenizer.get_vocab()
-        text = "".join([kind.video, *kind.begin.values(), *kind.end.values()])
-        marks = [mark for mark in dict.fromkeys(text.replace("><", "> <").split()) if mark not in known]
+        marks = [mark for mark in kind.marks() if mark not in known]
         if marks:  # of another model: text is counted approximately, markers exactly
             tokenizer.add_special_tokens({"additional_special_tokens": marks})
             tokenizer.chat_template = template_of(kind.video)
@@ -374,6 +402,37 @@ class QwenFamily(Family):
         table = config.get("thinker_config", config)
         config_class, model_class = self.backbone.classes[table["model_type"]]
         return config_class.from_dict(dict(table)), model_class, table
+
+
+def _per_channel(table: Table, name: str, least: float) -> tuple[float, float, float]:
+    """A setting of the normalisation of frames; raises CheckpointError unless it is three finite numbers."""
+    found = table[name]
+    listed = found if isinstance(found, list | tuple) else ()
+    numbers = [each for each in listed if type(each) in (int, float) and least < each < inf]
+    if not len(listed) == len(numbers) == 3:
+        what = "three numbers" if least < 0 else "three numbers above 0"
+        raise CheckpointError(f"{name} is {str(found)[:60]}, not {what}; copy preprocessor_config.json again")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def check_config(config: Any) -> None:
+    """Raises CheckpointError for settings that transformers reads without an error, and follows wrongly or never."""
+    text, vision = config.get_text_config(), config.vision_config
+    # 1. the axes of positions share the frequencies of a head
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
+    if sections is not None and 2 * sum(sections) != dim:
+        raise CheckpointError(
+            f"mrope_section = {list(sections)} has {sum(sections)} frequencies, and a head of {dim} has {dim // 2}; "
+            "copy config.json again from the model's page"
+        )
+    # 2. the blocks that give deepstack features
+    levels = list(getattr(vision, "deepstack_visual_indexes", None) or ())
+    if levels != sorted(set(levels)) or any(not 0 <= level < vision.depth for level in levels):
+        raise CheckpointError(
+            f"deepstack_visual_indexes = {levels} are not different blocks, in order, of the {vision.depth} of the "
+            "vision encoder; copy config.json again from the model's page"
+        )
 
 
 def template_of(video: str) -> str:

@@ -43,7 +43,6 @@ class Qwen25Omni(Qwen):
     begin = {"both": "<|vision_bos|><|audio_bos|>", "video": "<|vision_bos|>", "audio": "<|audio_bos|>"}  # noqa: RUF012
     end = {"both": "<|audio_eos|><|vision_eos|>", "video": "<|vision_eos|>", "audio": "<|audio_eos|>"}  # noqa: RUF012
     paired = True
-    exact = False
 
     @classmethod
     def hearing(cls, config: Any, table: Table) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.integrations import deepspeed
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import ModelOptions
-from omnimem.backbones.files import AGAIN, CheckpointError, require_size, require_weights
+from omnimem.backbones.files import AGAIN, CheckpointError, require_finite, require_size, require_weights
 from omnimem.textfile import StoredFileError, read_stored
 
 # files with settings of the feature extractor and video processor; a later one counts
@@ -101,12 +101,18 @@ def _without_zero3() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(settings)
 
 
-def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: bool = False) -> PreTrainedModel:
+def load_model(options: ModelOptions, model_class: Any, config: Any) -> PreTrainedModel:
     """The weights of a checkpoint in a class of transformers, from safetensors only; no code of it is run.
 
-    Raises CheckpointError when weights are missing, which transformers would fill with random numbers, and, if `exact`,
-    when weights are left over, which it would ignore.
+    Raises CheckpointError when weights are missing or of another shape, which transformers would fill with random
+    numbers, when weights are left over, which it would ignore, and when a weight is not finite.
     """
+    if (method := getattr(config, "quantization_config", None)) is not None:
+        kind = method.get("quant_method") if isinstance(method, Mapping) else method
+        raise CheckpointError(
+            f"{options.path}: config.json says that the weights are quantized ({str(kind)[:60]}), which is not "
+            "supported; give the checkpoint in full precision, and model.quantization: 4bit to save memory"
+        )
     with _without_zero3(), torch.device("meta"):
         outline = model_class(config)
     require_size(options.path, sum(weight.numel() for weight in outline.parameters()))
@@ -117,8 +123,10 @@ def load_model(options: ModelOptions, model_class: Any, config: Any, *, exact: b
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are named below
     )
-    require_weights(options.path, found, exact=exact)
+    require_weights(options.path, found)
+    require_finite(options.path, model)
     return model
 
 

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from omnimem.backbones.family import Table
+from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen import Classes, Qwen
 from omnimem.backbones.template import SAMPLE
 from omnimem.media import LogMel, Segment
@@ -64,8 +65,7 @@ class AudioBranch(WhisperEncoder):
         self.q_tokens = nn.Parameter(torch.zeros(1, 1, qformer.hidden_size))
         self.qformer = Blip2QFormerModel(qformer)
         self.audio_proj = nn.Linear(qformer.hidden_size, width)
-        rate = config.max_source_positions / window_seconds(config)  # states per second
-        self._states, self._stride = round(rate * config.second_per_window), round(rate * config.second_stride)
+        self._states, self._stride = query_states(config)
 
     def tokens(self, mel: Float[Tensor, "windows mels mel_frames"]) -> Float[Tensor, "windows tokens width"]:
         """The audio tokens of whole windows."""
@@ -86,6 +86,22 @@ def window_seconds(audio: Any) -> float:
     """Seconds of a window; the encoder halves the number of mel frames."""
     mel = mel_of(audio)
     return 2 * audio.max_source_positions * mel.hop / mel.rate
+
+
+def query_states(audio: Any) -> tuple[int, int]:
+    """States of the encoder that a query reads, and states from one query to the next, rounded as in the release.
+
+    Raises CheckpointError if a window of the encoder has no such part.
+    """
+    rate = audio.max_source_positions / window_seconds(audio)  # states per second
+    read, stride = round(rate * audio.second_per_window), round(rate * audio.second_stride)
+    if not 1 <= read <= audio.max_source_positions or not 1 <= stride <= audio.max_source_positions:
+        raise CheckpointError(
+            f"audio_config: second_per_window = {audio.second_per_window} and second_stride = {audio.second_stride} "
+            f"are {read} and {stride} states, and a window of {window_seconds(audio):g} s has "
+            f"{audio.max_source_positions}; copy config.json again from the model's page"
+        )
+    return read, stride
 
 
 def with_audio(name: str, config_base: Any, model_base: Any, whole_base: Any, *conversions: Any) -> Classes:
@@ -138,6 +154,7 @@ class WithAudioBranch(Qwen):
     def hearing(cls, config: Any, table: Table) -> dict[str, Any]:
         """A segment per window of the audio encoder."""
         audio = config.audio_config
+        query_states(audio)
         return {"mel": mel_of(audio), "segment_seconds": window_seconds(audio), "windowed": True}
 
     @classmethod
@@ -155,9 +172,7 @@ class WithAudioBranch(Qwen):
         return self.audio_tokens(2 * self._audio.max_source_positions) / window_seconds(self._audio)
 
     def audio_tokens(self, mel_frames: int) -> int:
-        audio = self._audio
-        states, rate = audio.max_source_positions, audio.max_source_positions / window_seconds(audio)
-        read, stride = round(rate * audio.second_per_window), round(rate * audio.second_stride)
+        states, (read, stride) = self._audio.max_source_positions, query_states(self._audio)
         return -(-mel_frames // (2 * states)) * ((states - read) // stride + 1)
 
     def listen(self, block: Sequence[Segment]) -> list[Tensor | None]:

@@ -141,6 +141,8 @@ class Budget:
     def of(cls, table: Any, place: Path | str = "budget") -> "Budget":
         """The budget of parsed JSON, ours or the release's; `place` names the source in errors."""
         try:
+            if isinstance(table, list) and (what := exceeds("budget_layers", len(table))):
+                raise BudgetError(f"layers = {what}")
             return cls._released(table) if isinstance(table, list) else cls._own(table)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
@@ -187,7 +189,8 @@ class Budget:
         if table and all(type(row) is int for row in table):
             return cls(slots=tuple((0, row) for row in table), split=False)
         budget = cls(slots=_slots(table), split=True, lend=False)
-        fractions = tuple((audio / budget.total, visual / budget.total) for audio, visual in budget.slots)
+        total = budget.total
+        fractions = tuple((audio / total, visual / total) for audio, visual in budget.slots)
         return replace(budget, shares=Shares(fractions=fractions))
 
 

@@ -1,6 +1,6 @@
 """Builds the parts of a run from its configuration: feeder, budgets, policies."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
@@ -25,9 +25,9 @@ from omnimem.streaming.feeder import Feeder
 from omnimem.tokens import Chunk
 from omnimem.training.sampler import held_out
 from omnimem.tuning import StreamedModel
+from omnimem.tuning.gradient.options import HALF_WAY
 
 GIGABYTE = 10**9
-EVALUATED = "evaluate.batch_size"
 
 
 @final
@@ -49,29 +49,26 @@ def feeder_of(run: RunConfig, backbone: Backbone) -> Feeder:
     return Feeder(backbone, run.stream, None if cache is None else EncoderCache.of(backbone, Path(cache.folder), limit))
 
 
-def refuse_batches(run: RunConfig, backbone: Backbone, sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError if streams with text are read in batches (`sizes` by setting) under `markers: with_group`.
+def refuse_unpadded(run: RunConfig, backbone: Backbone, *, training: bool = True) -> None:
+    """Raises ConfigError where streams with text under `markers: with_group` cannot be padded to equal lengths.
 
-    Rows of a batch, and heads that choose for themselves, would keep unequal numbers of text tokens.
+    They keep unequal numbers of text tokens. Streams of a batch are padded, but in training `gradient: released` and
+    `paper` read what a layer keeps as one sequence, padding included. Heads that choose for themselves are not padded.
     """
-    policy = run.memory.policy.build(None)
+    policy, mode = run.memory.policy.build(None), run.tuning.gradient
     if policy.markers == "keep" or not backbone.stamped or run.stream.tracks == "audio":
         return
-    why = "memory.policy.markers: with_group keeps unequal numbers of text tokens of this model's streams"
-    found = [f"{name} = {size}: {why} in a batch; set it to 1, or markers: keep" for name, size in sizes.items()]
-    found = [line for line, size in zip(found, sizes.values(), strict=True) if size > 1]
+    why, found = "memory.policy.markers: with_group keeps unequal numbers of text tokens of this model's streams", []
+    batch = int(run.train.get("per_device_train_batch_size", 8))
+    if training and mode in HALF_WAY and batch > 1:
+        found.append(
+            f"train.per_device_train_batch_size = {batch}: {why} in a batch, which tuning.gradient: {mode} would read "
+            "as one sequence; set it to 1, or markers: keep"
+        )
     if policy.traits.per_head:
         found.append(f"memory.policy.per_head: {why} in each head; set it to false, or markers: keep")
     if found:
         raise ConfigError(found)
-
-
-def batch_sizes(run: RunConfig) -> dict[str, int]:
-    """Streams per pass by setting, in all parts of a training run."""
-    sizes = {"train.per_device_train_batch_size": int(run.train.get("per_device_train_batch_size", 8))}
-    if run.data.validation is not None:
-        sizes["train.per_device_eval_batch_size"] = int(run.train.get("per_device_eval_batch_size", 1))
-    return sizes | ({EVALUATED: run.evaluate.batch_size} if run.evaluate.after_training else {})
 
 
 def budget_of(run: RunConfig, attached: StreamedAttention, feeder: Feeder, folder: RunFolder) -> Budget:

@@ -27,14 +27,7 @@ from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.calibration import too_short
-from omnimem.cli.build import (
-    batch_sizes,
-    known_budget,
-    policies_of,
-    refuse_batches,
-    training_samples,
-    validation_samples,
-)
+from omnimem.cli.build import known_budget, policies_of, refuse_unpadded, training_samples, validation_samples
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
@@ -103,7 +96,7 @@ def preview(
     _section("DeepSpeed", [_deepspeed(run)])
     skeleton = skeleton_of(run, missing)
     if skeleton is not None:
-        refuse_batches(run, skeleton.backbone, batch_sizes(run))
+        refuse_unpadded(run, skeleton.backbone)
         _section("set-up", set_up(run, skeleton.backbone, budgeted))
         facts = read_sample(run, skeleton, missing, name)
         check_lengths(run, skeleton, facts, budgeted)

@@ -16,7 +16,7 @@ import torch
 
 from omnimem.backbones import load_backbone
 from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, check_readable, evaluate_arms, left_out
-from omnimem.cli.build import EVALUATED, budget_of, feeder_of, policies_of, refuse_batches
+from omnimem.cli.build import budget_of, feeder_of, policies_of, refuse_unpadded
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import load_tuned
 from omnimem.cli.workers import device, workers_of
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         warn(left_out(run, backbone))
     check_readable(names, backbone)
     if {"training_free", "tuned"} & set(names):
-        refuse_batches(run, backbone, {EVALUATED: run.evaluate.batch_size})
+        refuse_unpadded(run, backbone, training=False)
     adapted = load_tuned(backbone.model, adapter) if set(names) & set(TUNED) else None
     feeder = feeder_of(run, backbone)
     # 3. budget and arms

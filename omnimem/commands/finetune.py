@@ -26,12 +26,11 @@ from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_o
 from omnimem.cli.build import (
     Parts,
     Policies,
-    batch_sizes,
     budget_of,
     check_calibration,
     feeder_of,
     policies_of,
-    refuse_batches,
+    refuse_unpadded,
     training_samples,
     validation_samples,
 )
@@ -99,9 +98,13 @@ def main(arguments: Sequence[str]) -> None:
     require("scipy", *(["deepspeed"] if run.train.get("deepspeed") else []))  # before hours of training, not after
     # 2. decide on the run folder and the checkpoint
     start = checked_start(run, given)
+    unmeasured = unmeasurable(run, start)
     if given.dry_run:
+        warn(unmeasured)
         dry_run(run, start, given.sample)
         return
+    if unmeasured:
+        raise BudgetError(unmeasured[0])
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
@@ -252,17 +255,17 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
         with checkpoint_errors(shipped(run.model.path)):
             require_base(start.checkpoint, shipped(run.model.path))
         refuse_other_batch(start.checkpoint, run.train, world_size())
-    check_budget(run, start)
     return start
 
 
-def check_budget(run: RunConfig, start: Start) -> None:
-    """Raises BudgetError when the budget must be measured and no process holds the whole model."""
+def unmeasurable(run: RunConfig, start: Start) -> list[str]:
+    """A line when the budget must be measured and no process will hold the whole model; a dry run may go on."""
     if stage_of(run.train) == 3 and run.memory.budget.needs_signals and not start.budgeted:
-        raise BudgetError(
+        return [
             "memory.budget: under ZeRO-3 no process holds the whole model, which the measurement needs; run "
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
-        )
+        ]
+    return []
 
 
 def check_answers(samples: Sequence[Sample]) -> None:
@@ -356,7 +359,7 @@ def _steps_of_epoch(settings: TrainingArguments, samples: int) -> int:
 def build_model(run: RunConfig, settings: TrainingArguments) -> tuple[Backbone, StreamedModel, Feeder]:
     """The base model, the same model with its adapter, and the feeder, which needs whole encoders."""
     backbone = load_backbone(run.model, settings.device)
-    refuse_batches(run, backbone, batch_sizes(run))
+    refuse_unpadded(run, backbone)
     torch.manual_seed(seed_of(settings.seed, "adapter"))
     decoder = set(backbone.text_model.parameters())
     encoders = [each for each in backbone.model.parameters() if each not in decoder]

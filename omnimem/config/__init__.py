@@ -315,7 +315,13 @@ def _located(run: RunConfig, beside: Path) -> tuple[RunConfig, list[Problem]]:
     # 1. model and budget table
     missing: list[Problem] = []
     model = find(run.model.path, beside)  # None: a hub id
-    run = replace(run, model=replace(run.model, path=str(model or run.model.path)))
+    processor = run.model.processor and find(run.model.processor, beside)
+    run = replace(
+        run,
+        model=replace(
+            run.model, path=str(model or run.model.path), processor=str(processor) if processor else run.model.processor
+        ),
+    )
     if run.model.adapter is not None:
         adapter = find(run.model.adapter, beside)
         if adapter is None:

@@ -14,7 +14,7 @@ from omnimem.budget import Budget
 from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer, Compared, Covered
 from omnimem.selection import LayerSlots, Softness, groups, select
-from omnimem.tokens import Chunk, Modality, Tokens
+from omnimem.tokens import ABSENT, Chunk, Modality, Tokens
 from omnimem.view import Contest, LayerView, Measures
 
 # The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, gradient through the attention
@@ -152,7 +152,7 @@ def keep_highest(
     """All text and the tokens of the highest scores, with their gates (`select`); markers as chosen.
 
     Only the device knows how much text is left out with its group. With `settles` it is not asked: that text is kept
-    as ABSENT tokens at the end (`LayerView.settles`).
+    as ABSENT tokens at the end (`LayerView.settles`). Rows that leave out unequal numbers are padded so too.
     """
     # 1. choose
     counts = pool.counts
@@ -162,35 +162,32 @@ def keep_highest(
     present = None  # of text that leaves at the end of the pass
     if markers == "with_group" and (counts or pool.counted).grouped != 0:
         stays = with_groups(pool.modality.gather(1, index), pool.place[:, 3].gather(1, index))
-        places = (~stays[0]).to(torch.int8).argsort(stable=True)[None] if settles else stays[0].nonzero().T
-        present = stays.gather(1, places) if settles else None
+        places = (~stays).to(torch.int8).argsort(dim=1, stable=True)
+        if not settles:
+            places = places[:, : int(stays.sum(dim=1).max())]
+        present = stays.gather(1, places) if settles or len(stays) > 1 else None
         index, counts, gate = index.gather(1, places), None, gate if gate is None else gate.gather(1, places)
     # 3. copy what is kept, once; where all of it is, nothing is copied
     if counts is not None:
         counts = counts._replace(media=selected.media, audio=selected.audio)
-    if present is not None:
-        kept = pool.gather(index).masked(present)
-    else:
-        kept = pool if index.shape[1] == pool.count else pool.gather(index)
-    return replace(kept, counts=counts, gate=kept.gate if gate is None else gate)
+    kept = pool if index.shape[1] == pool.count and present is None else pool.gather(index)
+    kept = replace(kept, counts=counts, gate=kept.gate if gate is None else gate)
+    return kept if present is None else kept.masked(present)
 
 
 def with_groups(modality: Int8[Tensor, "batch kept"], group: Int[Tensor, "batch kept"]) -> Bool[Tensor, "batch kept"]:
     """Which kept tokens are not the text of a group of which no audio or visual token is kept (ours).
 
     The latest group keeps its text, and text that belongs to no group (the prompt before the stream) stays. So the text
-    of a stream is bounded by the slots, however long it is. Raises PolicyError in a batch, whose streams would keep
-    unequal numbers of tokens.
+    of a stream is bounded by the slots, however long it is. Padding does not stay.
     """
-    if len(modality) > 1:
-        raise PolicyError(
-            f"markers: with_group keeps unequal numbers of text tokens in the {len(modality)} rows of a batch; set the "
-            "batch size to 1, per_head: false, or markers: keep"
-        )
+    present = modality != ABSENT
     marker = (modality == Modality.TEXT) & (group >= 0)
     # the largest number of a group of kept tokens stands for those of other tokens: it always stays
-    media = torch.where(modality > 0, group, group.max())
-    return ~marker | torch.isin(group, media)
+    latest = torch.where(present, group, torch.full_like(group, -1)).amax(dim=1, keepdim=True)
+    media = torch.where(modality > 0, group, latest)
+    held = torch.stack([torch.isin(row, of_media) for row, of_media in zip(group, media, strict=True)])
+    return present & (~marker | held)
 
 
 def slots_of_layer(budget: Budget, layer: int) -> LayerSlots:
@@ -229,6 +226,11 @@ class ScoredPolicy(Policy):
         slots = self.layer_slots(layer)
         if slots is None:
             return view.pool
+        if view.heads > 1 and self.markers == "with_group" and view.pool.counted.grouped:
+            raise PolicyError(
+                "markers: with_group keeps unequal numbers of text tokens in the heads of a layer; set per_head: "
+                "false, or markers: keep"
+            )
         if softness is None:
             contests = groups(view.modality, slots, view.pool.counts)
             view = replace(view, contests=tuple(Contest(group.member, group.kept) for group in contests))

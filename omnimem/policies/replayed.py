@@ -40,7 +40,8 @@ class Replayed(Policy):
     def of(cls, policy: Policy) -> "Replayed":
         """What a policy keeps elsewhere, before the first chunk."""
         stored = replace(policy.traits, probes=(), needs_novelty=False, compared=None, needs_oracle=False)
-        return cls(name=policy.name, budget=policy.budget, measures=Measures(feature=0), stored=stored)
+        kept = {"name": policy.name, "budget": policy.budget, "markers": policy.markers}
+        return cls(**kept, measures=Measures(feature=0), stored=stored)
 
     def after(self, memory: Memory, kv_heads: int) -> "Replayed":
         """The policy that keeps the tokens which `memory` holds after the chunk."""
@@ -59,7 +60,8 @@ class Replayed(Policy):
         ordered, places = number.sort(dim=1, stable=True)
         place = torch.searchsorted(ordered, kept.order.contiguous()).clamp_max(pool.count - 1)
         found = pool.gather(places.gather(1, place))
-        return found.masked(kept.present) if self.stored.ragged else found
+        unequal = self.stored.ragged or (self.markers == "with_group" and len(kept.present) > 1)
+        return found.masked(kept.present) if unequal else found
 
 
 def _kept(layer: Tokens, kv_heads: int | None) -> Kept:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
+from omnimem.tokens import ABSENT
 from omnimem.view import FLOOR, LayerView
 
 
@@ -24,5 +25,8 @@ class KeyDifference(AbstractScorer):
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and view.gradient != "none"):
             keys = F.normalize(view.pool.keys.to(torch.promote_types(view.pool.keys.dtype, torch.float32)), dim=-1)
-            anchor = F.normalize(keys.mean(dim=2, keepdim=True), dim=-1)
+            pooled = keys
+            if view.padded:  # padding is no part of the mean, whose direction alone matters
+                pooled = keys * (view.modality != ABSENT)[:, None, :, None]
+            anchor = F.normalize(pooled.mean(dim=2, keepdim=True), dim=-1)
             return (1 - (keys * anchor).sum(dim=-1).mean(dim=1)).clamp_min(FLOOR)

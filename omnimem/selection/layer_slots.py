@@ -56,7 +56,7 @@ def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots, counts: Co
     """The groups that compete: each modality by itself or, unsplit, both together; `counts` of them, where known."""
     if not slots.split and counts is not None:
         kept = min(counts.media, slots.audio + slots.visual)
-        return [Group(member=modality != Modality.TEXT, kept=kept, size=counts.media)]
+        return [Group(member=modality > 0, kept=kept, size=counts.media)]
     if counts is None or counts.audio is None:
         available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
     else:
@@ -66,13 +66,13 @@ def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots, counts: Co
         return [Group(member=modality == kind, kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
     size = sum(available[kind] for kind in EVICTABLE)
     kept = min(size, slots.audio + slots.visual)
-    return [Group(member=modality != Modality.TEXT, kept=kept, size=size)]
+    return [Group(member=modality > 0, kept=kept, size=size)]
 
 
 def text_of(modality: Int8[Tensor, "batch tokens"], counts: Counts | None = None) -> Int[Tensor, "batch text"]:
-    """Indices of the text tokens, ascending."""
+    """Indices of the text tokens, and of padding, ascending."""
     if counts is not None and counts.text == 0:
         return torch.empty(len(modality), 0, dtype=torch.long, device=modality.device)
-    text = modality == Modality.TEXT
+    text = modality <= 0
     size = int(text[0].sum()) if counts is None else counts.text
     return text.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]

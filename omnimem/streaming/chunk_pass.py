@@ -79,10 +79,13 @@ class ReadConfig:
         """The policy, if its layers decide together after all have read the chunk: their pools live until then."""
         return self.policy if isinstance(self.policy, JointPolicy) and self.policy.budget is not None else None
 
-    @property
-    def gated(self) -> bool:
-        """Whether attention must apply the gates of the memory."""
-        return self.softness is not None or self.policy.traits.ragged
+    def padded(self, tokens: Tokens) -> bool:
+        """Whether streams or heads keep unequal numbers of text tokens, and some of these are padding."""
+        return self.policy.markers == "with_group" and self.policy.budget is not None and tokens.padded
+
+    def gated(self, *, padded: bool) -> bool:
+        """Whether attention must apply the gates of the memory, of which some rows may be `padded`."""
+        return padded or self.softness is not None or self.policy.traits.ragged
 
     @property
     def probes(self) -> list[tuple[ProbePrompt, Int[Tensor, " _"]]]:
@@ -309,7 +312,8 @@ class ChunkAttention:
         if config.per_head:
             queries, keys, values = query_rows(queries, heads), head_rows(keys), head_rows(values)
         # 2. the chunk attends to the pool; where its policy measures that, both in one pass if that is faster
-        gate, measured, asking = pool.gate if config.gated else None, None, queries[:, :, :count]
+        padded = config.padded(pool)
+        gate, measured, asking = pool.gate if config.gated(padded=padded) else None, None, queries[:, :, :count]
         both = None
         if config.together and policy.traits.needs_mass and policy.budget is not None:
             both = attend_measured(asking, pool.keys, pool.values, scale=scale, gate=gate)
@@ -331,6 +335,7 @@ class ChunkAttention:
             heads=heads if config.per_head else 1,
             arrived=self._arrived(states[:, :count], heads),
             settles=chunk.counts is not None,
+            padded=padded,
         )
         if queries.shape[2] > count:
             output = torch.cat([output, *self._probe_outputs(view, gate, queries, keys, values)], dim=2)

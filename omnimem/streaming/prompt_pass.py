@@ -97,9 +97,11 @@ class PromptAttention:
         segments: Tensor,
         before: "PromptState | None",
         single: bool = False,
+        *,
+        padded: bool = False,
     ) -> None:
         self.attached, self.config, self.segments, self.before = attached, config, segments, before
-        self.single = single
+        self.single, self.gated = single, config.gated(padded=padded)
         self.joined: dict[int, Joined] = {}
         self._read: dict[int, tuple[Tensor, Tensor]] | None = {}
         self._segments: dict[int, Segments] = {}  # by number of tokens of the memory
@@ -138,7 +140,7 @@ class PromptAttention:
             torch.cat([kept.keys, keys], dim=2),
             torch.cat([kept.values, values], dim=2),
             scale=scale,
-            gate=F.pad(kept.gate, (0, keys.shape[2])) if self.config.gated else None,
+            gate=F.pad(kept.gate, (0, keys.shape[2])) if self.gated else None,
             segments=Segments(
                 queries=query_segments, keys=torch.cat([torch.full_like(kept.order, MEMORY), key_segments], dim=1)
             ),
@@ -177,7 +179,7 @@ class PromptAttention:
             joined.keys[:, :, : joined.filled],
             joined.values[:, :, : joined.filled],
             scale=scale,
-            gate=F.pad(kept.gate, (0, count)) if self.config.gated else None,
+            gate=F.pad(kept.gate, (0, count)) if self.gated else None,
             segments=None if self.single else self._visible(kept),
         )
 

@@ -303,9 +303,10 @@ class Stream:
             first = compaction.end
         starts = torch.tensor(first, device=prompt.offsets.device)[:, None]
         positions = (prompt.offsets + starts)[:, None, :].expand(-1, 3, -1)
+        padded = any(config.padded(layer) for layer in self.memory.layers)
 
         def read(memory: Memory) -> PromptState:
-            attention = PromptAttention(attached, config, prompt.segments, before, prompt.single)
+            attention = PromptAttention(attached, config, prompt.segments, before, prompt.single, padded=padded)
             if compaction is not None:
                 memory = compaction(memory, attached.rotary)
             try:

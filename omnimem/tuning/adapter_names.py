@@ -19,17 +19,20 @@ class ForeignError(ValueError):
     """Weights that are not of a model; the message says which."""
 
 
-def fitted(tensors: Mapping[str, Tensor], model: nn.Module, everywhere: Iterable[str] = ()) -> dict[str, Tensor]:
+def fitted(tensors: Mapping[str, Tensor], model: nn.Module, targets: Iterable[str] = ()) -> dict[str, Tensor]:
     """The weights under the names of a loaded model, whatever tree of its family they were saved from.
 
-    Raises ForeignError if one has no module in the model, or not the size of its module, and if a projection of
-    `everywhere` has weights in some decoder layers but not in all.
+    `targets` are the modules that the adapter's settings name, by the ends of their paths. Raises ForeignError if a
+    weight has no module in the model, not the size of its module, or another one for the same module beside it, and if
+    a named module of the decoder layers has no weights.
     """
     # 1. names
     modules, family, tree = dict(model.named_modules()), family_of(model), tree_of(model)
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         named = None if family is None or path_of(key) in modules else family.adapter_key(key, tree)
+        if (named or key) in found:
+            raise ForeignError(f"two of its weights are for {path_of(named or key)}")
         found[named or key] = tensor
     unknown = [key for key in found if path_of(key) not in modules]
     if unknown:
@@ -44,10 +47,11 @@ def fitted(tensors: Mapping[str, Tensor], model: nn.Module, everywhere: Iterable
             raise ForeignError(f"{path} has {size} {what}, and the adapter is for {tensor.shape[axis]}")
     # 3. layers
     adapted, inside = {path_of(key) for key in found}, re.compile(rf"{re.escape(_below(tree))}layers\.\d+\..+")
-    for name in everywhere:
-        layers = {path for path in modules if path.endswith(f".{name}") and inside.fullmatch(path)}
-        if (lacking := sorted(layers - adapted)) and len(lacking) < len(layers):
-            raise ForeignError(f"{len(lacking)} of {len(layers)} layers have no weights, as {lacking[0]}")
+    layers = [path for path, module in modules.items() if isinstance(module, nn.Linear) and inside.fullmatch(path)]
+    targets = tuple(targets)
+    named = [path for path in layers if any(path.endswith(f".{target}") for target in targets)]
+    if lacking := [path for path in named if path not in adapted]:
+        raise ForeignError(f"{len(lacking)} of {len(named)} modules that it names have no weights, as {lacking[0]}")
     return found
 
 

@@ -181,7 +181,7 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
     """
     # 1. files and settings
     tensors = adapter_tensors(folder)
-    config, everywhere = _saved_config(folder, tensors)
+    config, targets = _saved_config(folder, tensors)
     require_base(folder, base)
     pairs = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
     for name, found in pairs.items():
@@ -190,7 +190,7 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
             raise AdapterError(f"{what}; set tuning.lora.{name}={found}, or remove model.adapter")
     # 2. modules
     try:
-        adapted = {path_of(name) for name in fitted(tensors, model, everywhere)}
+        adapted = {path_of(name) for name in fitted(tensors, model, targets)}
     except ForeignError as error:
         raise _foreign(folder, base, str(error)) from error
     pattern = re.compile(options.pattern)
@@ -239,6 +239,10 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     if not trained or any(tensor.numel() == 0 for tensor in tensors.values()):
         raise AdapterError(f"{path}: the adapter is empty; save it again from a checkpoint (omnimem export)")
+    if whole := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise AdapterError(
+            f"{path}: {whole[0][:80]} holds whole numbers, as a quantized adapter does; save it as floats"
+        )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise AdapterError(f"{path}: the adapter has values that are not finite; lower the learning rate and rerun")
     if not any(bool(tensor.any()) for tensor in trained):
@@ -254,10 +258,10 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     """
     # 1. read, and name the weights as this model does
     tensors = adapter_tensors(folder)
-    config, everywhere = _saved_config(folder, tensors)
+    config, targets = _saved_config(folder, tensors)
     require_base(folder, model.name_or_path)
     try:
-        tensors = fitted(tensors, model, everywhere)
+        tensors = fitted(tensors, model, targets)
     except ForeignError as error:
         raise _foreign(folder, model.name_or_path, str(error)) from error
     # 2. load
@@ -305,7 +309,7 @@ def require_base(folder: Path, base: str) -> None:
 
 
 def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, tuple[str, ...]]:
-    """The settings of a saved adapter, checked against its weights, and the projections that it names for all layers.
+    """The settings of a saved adapter, checked against its weights, and the modules that they name.
 
     Settings of peft that would import a module, or change the base model, are refused; a regular expression of modules
     is replaced by the modules of the weights. Raises AdapterError.
@@ -327,8 +331,20 @@ def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[LoraConf
     config = LoraConfig(
         **read, target_modules=_modules(tensors), bias="none", task_type="CAUSAL_LM", inference_mode=True
     )
-    named = table.get("target_modules")
-    return config, tuple(name for name in get_args(Target) if isinstance(named, list) and name in named)
+    return config, _targets(table.get("target_modules"))
+
+
+def _targets(named: Any) -> tuple[str, ...]:
+    """Ends of paths of the modules that `target_modules` of a saved adapter names.
+
+    Lists are read, and the regular expressions that this package writes; others are never evaluated.
+    """
+    if isinstance(named, str) and named.startswith(LAYERS):
+        return tuple(name for name in get_args(Target) if re.search(rf"\b{name}\b", named))
+    listed = named.replace("\\.", ".").split("|") if isinstance(named, str) else named
+    paths = [path for path in listed if isinstance(path, str)] if isinstance(listed, list) else []
+    plain = all(re.fullmatch(r"[\w.]+", path) for path in paths)
+    return tuple(path[max(0, path.rfind("layers.")) :] for path in paths) if plain else ()
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> str:
@@ -341,11 +357,15 @@ def _settings_problem(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     usual = {each.name: each.default for each in fields(LoraConfig)}
     for name, value in table.items():
         if name not in (*READ, *UNREAD) and value and value != usual.get(name):
-            return f"{name}: {str(value)[:60]} is not supported"
+            merge = " (merge the adapter into its base with peft)" if name == "modules_to_save" else ""
+            return f"{name}: {str(value)[:60]} is not supported{merge}"
     if table.get("init_lora_weights", True) not in (True, False, "gaussian"):
         return f"init_lora_weights: {str(table['init_lora_weights'])[:60]} would change the base model"
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(table.get(name, False), bool):
+            return f"{name}: {str(table[name])[:60]} is not true or false"
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name}
-    if ranks != {table.get("r", usual["r"])}:
+    if ranks != {table.get("r", usual["r"])} or type(table.get("r", usual["r"])) is not int:
         return f"r: {str(table.get('r'))[:60]}, but the weights have rank {', '.join(map(str, sorted(ranks)))}"
     for name, least, most in (("lora_alpha", 0.0, float("inf")), ("lora_dropout", -1e-9, 1.0)):
         value = table.get(name, usual[name])

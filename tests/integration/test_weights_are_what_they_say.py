@@ -223,7 +223,7 @@ def test_the_digest_of_a_base_does_not_depend_on_its_shards_but_on_every_weight(
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for part, own in parts.items():
         save_file({name: tensors[name] for name in own}, whole / part)
-    index = {"weight_map": {name: part for part, own in parts.items() for name in own}}
+    index = {"metadata": {}, "weight_map": {name: part for part, own in parts.items() for name in own}}
     (whole / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weights_digest(str(whole)) == expected
     large, found = tmp_path / "large", set()

@@ -85,6 +85,11 @@ class ReleasedGradient:
         # 3. the stop layer keeps inputs by their redundancy
         pool = _pool(step, before.layers[stop], entering)
         carrier = _kept_inputs(pool, by_similarity(step.config.policy).keep(stop, _view_of_inputs(pool, step)))
+        if step.config.padded(carrier):
+            raise GradientError(
+                "tuning.gradient = released or paper reads what a layer keeps as one sequence, and markers: with_group "
+                "keeps unequal numbers of text tokens in a batch; set the batch size to 1, or markers: keep"
+            )
         # 4. the memory, and the last chunk for `read`
         record = None
         if self.whole_last_chunk:

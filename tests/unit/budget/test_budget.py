@@ -265,6 +265,13 @@ def test_released_tables_are_read_and_written_as_lists_of_audio_and_visual(tmp_p
     assert json.loads((tmp_path / "again.json").read_text()) == table
 
 
+@pytest.mark.parametrize("row", [[10, 50], 60])
+def test_a_table_of_too_many_layers_is_refused_at_once(row) -> None:
+    assert Budget.of([row] * 4096).layers == 4096
+    with pytest.raises(BudgetError, match=r"layers = .*4,096"):
+        Budget.of([row] * 200_000)
+
+
 def test_a_released_table_scales_exactly_or_stays_as_it_is(tmp_path) -> None:
     path = tmp_path / "released.json"
     path.write_text(json.dumps([[1000, 7000], [1000, 7190]]))

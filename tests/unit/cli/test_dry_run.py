@@ -15,10 +15,10 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.assembled import FAMILY
 from omnimem.calibration import CalibrationError
 from omnimem.cli import dry_run as preview
-from omnimem.cli.build import batch_sizes, refuse_batches
+from omnimem.cli.build import refuse_unpadded
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.dry_run import load_of, read_sample, skeleton_of
-from omnimem.commands.finetune import describe_training, dry_run
+from omnimem.commands.finetune import describe_training, dry_run, unmeasurable
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.config.exported import policies_of
 from omnimem.data import ManifestError
@@ -227,6 +227,14 @@ def test_shipped_configs_are_planned_from_the_configuration_alone(name) -> None:
     assert 7e9 < skeleton.shapes.parameters < 10e9
 
 
+def test_a_budget_that_no_process_can_measure_is_a_line_that_a_dry_run_shows(tmp_path) -> None:
+    start = Start(folder=RunFolder(path=tmp_path / "runs" / "x"))
+    for overrides, count in (([], 1), (["memory.budget={name: shared}"], 0), (["train.deepspeed=null"], 0)):
+        lines = unmeasurable(load("qwen3_omni_30b.yaml", overrides), start)
+        assert len(lines) == count
+        assert all("under ZeRO-3" in line and "omnimem calibrate" in line for line in lines)
+
+
 def test_an_assembled_base_is_named_as_one_whose_shapes_are_not_known(tmp_path, capsys) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": FAMILY}))
@@ -329,23 +337,28 @@ def test_a_dry_run_refuses_what_the_run_would_refuse_in_its_setup(setting, expec
     assert not (tmp_path / "x").exists()
 
 
+BATCH = "train.per_device_train_batch_size=2"
+HALF_WAY = "tuning.selection.softening=hard tuning.gradient"
+
+
 @pytest.mark.parametrize(
     ("setting", "refused"),
     [
-        ("train.per_device_train_batch_size=2", "train.per_device_train_batch_size = 2"),
-        ("evaluate.batch_size=4", "evaluate.batch_size = 4"),
+        (f"{BATCH} {HALF_WAY}=released", "train.per_device_train_batch_size = 2"),
+        (f"{BATCH} {HALF_WAY}=paper", "train.per_device_train_batch_size = 2"),
         ("memory.policy={name:distinct,per_head:true}", "memory.policy.per_head"),
-        ("data.validation=0.1 train.per_device_eval_batch_size=2", "train.per_device_eval_batch_size = 2"),
-        ("evaluate.batch_size=4 evaluate.after_training=false", None),
-        ("evaluate.batch_size=4 memory.policy.markers=keep", None),
-        ("evaluate.batch_size=4 stream.tracks=audio", None),
-        ("evaluate.batch_size=4 model={path:Qwen/Qwen2.5-Omni-7B} stream.timestamps=null", None),
+        (BATCH, None),
+        (f"{BATCH} tuning.gradient=states evaluate.batch_size=4", None),
+        (f"data.validation=0.1 train.per_device_eval_batch_size=2 {HALF_WAY}=released", None),
+        (f"{BATCH} {HALF_WAY}=released memory.policy.markers=keep", None),
+        (f"{BATCH} {HALF_WAY}=released stream.tracks=audio", None),
+        (f"{BATCH} {HALF_WAY}=released model={{path:Qwen/Qwen2.5-Omni-7B}} stream.timestamps=null", None),
     ],
 )
-def test_batches_of_streams_with_text_are_refused_by_the_setting_that_asks_for_them(setting, refused) -> None:
+def test_text_of_streams_that_cannot_be_padded_is_refused_by_the_setting_that_asks_for_it(setting, refused) -> None:
     overrides = [each.replace(":", ": ") for each in setting.split(" ")]
     run = load("video_salmonn2_plus_8b.yaml", overrides, train=train_section())
     skeleton = skeleton_of(run, [])
     assert skeleton is not None
     with nullcontext() if refused is None else pytest.raises(UserError, match=rf"^{refused}.*markers: keep"):
-        refuse_batches(run, skeleton.backbone, batch_sizes(run))
+        refuse_unpadded(run, skeleton.backbone)

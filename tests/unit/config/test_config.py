@@ -92,6 +92,9 @@ def test_files_named_in_a_config_are_found_beside_it_and_in_configs(tmp_path) ->
     assert loaded(tmp_path, "train.deepspeed=mine.json").train["deepspeed"] == str(tmp_path / "mine.json")
     (tmp_path / "mine.json").write_text("{")
     assert "mine.json is not a JSON object" in problems(tmp_path, overrides=["train.deepspeed=mine.json"])[0]
+    (tmp_path / "base").mkdir()
+    assert loaded(tmp_path, "model.processor=base").model.processor == str(tmp_path / "base")
+    assert loaded(tmp_path, "model.processor=hub/id").model.processor == "hub/id"
     shipped = loaded(tmp_path, "train.deepspeed=deepspeed/zero2.json").train["deepspeed"]
     assert json.loads(Path(shipped).read_text())["zero_optimization"]["stage"] == 2
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.episodes import Episode
+from support.gradients import adapted, assert_same_gradient, gradient, labelled_prompt, streamed_loss_of
 from support.models import text_model
 from torch import Tensor
 
@@ -14,12 +16,17 @@ from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
 from omnimem.policies.base import PolicyError
 from omnimem.policies.baselines.controls import TextOnly
+from omnimem.selection import Softness
 from omnimem.streaming.attach import attach
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import ABSENT, Chunk, Modality
+from omnimem.tuning import FullGradient, HorizonGradient
+from omnimem.tuning.gradient.released import GradientError, ReleasedGradient
+from omnimem.tuning.gradient.states import StatesGradient
 
 OPENING, WORDS, CELLS = 3, 2, 4  # text before the stream; text and visual tokens of each group
 SLOTS = 5
+FIELDS = ("ids", "segments", "offsets", "labels")  # of a prompt
 
 
 def stamped(groups: int, batch: int = 1) -> list[Chunk]:
@@ -48,9 +55,9 @@ def stamped(groups: int, batch: int = 1) -> list[Chunk]:
     ]
 
 
-def read(policy: Any, chunks: list[Chunk], batch: int = 1) -> Stream:
+def read(policy: Any, chunks: list[Chunk], batch: int = 1, **settings: Any) -> Stream:
     with attach(text_model("qwen3_vl")) as attached, torch.no_grad():
-        stream = Stream(attached, policy, batch=batch)
+        stream = Stream(attached, policy, batch=batch, **settings)
         for chunk in chunks:
             stream.feed(chunk)
     return stream
@@ -98,10 +105,80 @@ def test_the_same_tokens_are_kept_where_no_text_belongs_to_a_group() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(stream.memory.tensors() for stream in streams), strict=True))
 
 
-def test_a_batch_with_markers_is_refused_and_may_keep_them() -> None:
-    with pytest.raises(PolicyError, match=r"batch size to 1, per_head: false, or markers: keep"):
-        read(PerturbationOptions().build(Budget.shared(4, SLOTS)), stamped(12, batch=2), batch=2)
-    stream = read(PerturbationOptions(markers="keep").build(Budget.shared(4, SLOTS)), stamped(12, batch=2), batch=2)
+def row_of(chunks: list[Chunk], row: int) -> list[Chunk]:
+    """One stream of a batch."""
+    names = ("embeddings", "positions", "modality", "place")
+    return [replace(chunk, **{name: getattr(chunk, name)[row : row + 1] for name in names}) for chunk in chunks]
+
+
+OURS = {
+    "omnimem": PerturbationOptions(),
+    "neighbours": PerturbationOptions(neighbours="pool"),
+    "modality": PerturbationOptions(name="paper", markers="with_group", of="modality"),
+    "distinct": DistinctOptions(),
+}
+
+
+@pytest.mark.parametrize("slots", [SLOTS, 13])
+@pytest.mark.parametrize("name", OURS)
+def test_streams_of_a_batch_keep_what_each_keeps_alone(name, slots) -> None:
+    """They hold unequal numbers of text tokens: shorter ones are padded, and the padding has no effect."""
+    policy, chunks = OURS[name].build(Budget.shared(4, slots)), stamped(16, batch=3)
+    together = read(policy, chunks, batch=3)
+    prompt = labelled_prompt(1, 3)
+    with attach(together.attached.text_model), torch.no_grad():
+        answers = together.ask(prompt).hidden
+    assert any(bool((layer.modality == ABSENT).any()) for layer in together.memory.layers)
+    alone_bytes = 0
+    for row in range(3):
+        alone = read(policy, row_of(chunks, row))
+        alone_bytes += alone.memory.bytes
+        for ours, theirs in zip(together.memory.layers, alone.memory.layers, strict=True):
+            there = ours.modality[row] != ABSENT
+            assert torch.equal(ours.order[row, there], theirs.order[0])
+            assert torch.allclose(ours.keys[row][:, there], theirs.keys[0], atol=1e-5)
+        single = replace(prompt, **{key: getattr(prompt, key)[row : row + 1] for key in FIELDS})
+        with attach(alone.attached.text_model), torch.no_grad():
+            assert torch.allclose(answers[row], alone.ask(single).hidden[0], atol=1e-5)
+    assert abs(together.memory.bytes - alone_bytes / 3) < 4
+
+
+@pytest.mark.parametrize(
+    ("carry", "softness"),
+    [
+        (FullGradient(), None),
+        (FullGradient(recompute=False), Softness(form="soft", temperature=0.5, gradient="both")),
+        (FullGradient(), Softness(form="straight_through", temperature=0.5, gradient="redundancy")),
+        (HorizonGradient(chunks=2), None),
+        (StatesGradient(), None),
+    ],
+)
+def test_a_batch_has_the_loss_and_the_gradient_of_its_streams(carry, softness) -> None:
+    model, policy = adapted("qwen3_vl"), PerturbationOptions().build(Budget.shared(4, SLOTS))
+    chunks = [replace(chunk, embeddings=chunk.embeddings.double()) for chunk in stamped(8, batch=2)]
+    prompts = [(3, labelled_prompt(1, 2)), (len(chunks), labelled_prompt(2, 2))]
+
+    def measured(rows: slice) -> tuple[Tensor, Tensor]:
+        one = [row_of(chunks, row) for row in range(2)[rows]]
+        parts = chunks if len(one) == 2 else one[0]
+        asked = [(at, replace(prompt, **{key: getattr(prompt, key)[rows] for key in FIELDS})) for at, prompt in prompts]
+        with attach(model) as attached:
+            loss = streamed_loss_of(attached, Episode(chunks=parts, asked=asked), policy, carry, softness)
+            return loss.detach(), gradient(loss, model)
+
+    together, first, second = (measured(rows) for rows in (slice(0, 2), slice(0, 1), slice(1, 2)))
+    assert torch.allclose(together[0], (first[0] + second[0]) / 2, atol=1e-6)
+    assert_same_gradient(together[1], (first[1] + second[1]) / 2, 1e-5)
+
+
+def test_what_reads_padding_as_tokens_refuses_it() -> None:
+    chunks, budget = stamped(12, batch=2), Budget.shared(4, SLOTS)
+    with pytest.raises(PolicyError, match=r"per_head: false, or markers: keep"):
+        read(DistinctOptions(per_head=True).build(budget), row_of(chunks, 0))
+    policy, carry = PerturbationOptions().build(budget), ReleasedGradient(stop_layer=2)
+    with pytest.raises(GradientError, match=r"size to 1, or markers: keep"):
+        read(policy, chunks, batch=2, carry=carry)
+    stream = read(PerturbationOptions(markers="keep").build(budget), chunks, batch=2)
     assert len(text_groups(stream, 0)) == OPENING + 12 * WORDS
 
 

@@ -114,17 +114,40 @@ def shallow(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in tensors.items() if ".layers.2." not in key}
 
 
+def without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if "layers.1.self_attn.v_proj" not in key}
+
+
+def without_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if "k_proj" not in key}
+
+
+def whole_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: (tensor * 100).to(torch.int8) for key, tensor in tensors.items()}
+
+
+BARE = ["q_proj", "k_proj", "v_proj"]
+RELEASED = "|".join(rf"model\.language_model\.layers\.{n}\.self_attn\.{name}" for n in range(3) for name in BARE)
+
+
+@pytest.mark.parametrize("targets", [BARE, None, RELEASED, RELEASED.replace("\\", "").split("|")])
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
         (narrow, "k_proj has 64 inputs, and the adapter is for 32"),
         (wide, "k_proj has 32 outputs, and the adapter is for"),
-        (shallow, "1 of 3 layers have no weights, as model.language_model.layers.2.self_attn.q_proj"),
+        (shallow, "3 of 9 modules that it names have no weights, as model.language_model.layers.2.self_attn.q_proj"),
+        (
+            without_one,
+            "1 of 9 modules that it names have no weights, as model.language_model.layers.1.self_attn.v_proj",
+        ),
+        (without_keys, "3 of 9 modules that it names have no weights"),
+        (whole_numbers, "holds whole numbers"),
     ],
 )
-def test_an_adapter_of_a_model_of_another_size_is_refused(adapter, change, shown, tmp_path) -> None:
+def test_an_adapter_of_another_size_or_with_fewer_weights_is_refused(adapter, change, shown, targets, tmp_path) -> None:
     base, own = adapter("qwen3_vl")
-    folder = copy_of(own, tmp_path / "a", str, target_modules=["q_proj", "k_proj", "v_proj"])
+    folder = copy_of(own, tmp_path / "a", str, **({} if targets is None else {"target_modules": targets}))
     file = folder / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     with pytest.raises(AdapterError) as error:
@@ -133,9 +156,22 @@ def test_an_adapter_of_a_model_of_another_size_is_refused(adapter, change, shown
     assert "\n" not in str(error.value)
 
 
+def test_weights_under_the_names_of_two_trees_are_refused(adapter, tmp_path) -> None:
+    base, own = adapter("qwen2_5_vl")
+    folder, trees = copy_of(own, tmp_path / "a", str), family_at(str(base)).trees
+    tensors, ours = load_file(own / "adapter_model.safetensors"), f"{BEFORE}{tree_in(own)}."
+    other = next(f"{BEFORE}{tree}." for tree in trees if f"{BEFORE}{tree}." != ours)
+    save_file(
+        tensors | {key.replace(ours, other): each + 1 for key, each in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(AdapterError, match="two of its weights are for"):
+        weights_of(base, folder)
+
+
 def test_an_adapter_of_some_layers_by_its_own_pattern_is_read(adapter, tmp_path) -> None:
     base, own = adapter("qwen3_vl")
-    folder = copy_of(own, tmp_path / "a", str)
+    folder = copy_of(own, tmp_path / "a", str, target_modules=r".*layers\.[01]\.self_attn\.[qkv]_proj")
     file = folder / "adapter_model.safetensors"
     save_file(shallow(load_file(file)), file)
     assert len(weights_of(base, folder)) == 12
