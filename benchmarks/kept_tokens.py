@@ -113,7 +113,7 @@ def ranks_of(attached: StreamedAttention, item: Item) -> dict[str, dict[str, flo
     """Mean rank of each kind of token by each score."""
     # 1. read the stream, then every question on a fork
     observer = Observer()
-    stream: Stream = item.open(PerturbationOptions().build(None), recorder=observer)
+    stream: Stream = item.open(PerturbationOptions(compared="inputs").build(None), recorder=observer)
     arrived: list[int] = []
     for number, chunk in enumerate(item.chunks):
         stream.feed(chunk)

@@ -26,11 +26,13 @@ from benchmarks.stream_cost import HEADS, KV_HEADS
 from benchmarks.tables import markdown
 from omnimem.attention.blocked import attend, attend_measured
 from omnimem.cli.parser import Parser, run_command
-from omnimem.scoring.covered import uncovered_values
-from omnimem.view import Measures, similarity
+from omnimem.policies.base import sketch
+from omnimem.policies.perturbation import SKETCH
+from omnimem.scoring.covered import uncovered_contested, uncovered_values
+from omnimem.tokens import SKETCHED
+from omnimem.view import Contest, Measures, similarity
 
 Part = tuple[str, float, float, Callable[[], Any]]  # name, operations, numbers moved, what is timed
-PROJECTED = 128  # features of `omnimem/128`
 
 
 def seconds(run: Callable[[], Any], rounds: int) -> float:
@@ -62,10 +64,10 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     up, down = torch.randn(inner, width), torch.randn(width, inner)
     queries = torch.randn(1, HEADS, chunk, dim)
     keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
-    feature, low = torch.randn(1, pool, width), torch.randn(1, pool, PROJECTED)
+    feature, low = torch.randn(1, pool, width), torch.randn(1, pool, SKETCH).to(SKETCHED)
     modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
     scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
-    pairs = (0.75 * pool) ** 2 + (0.25 * pool) ** 2
+    contest = [Contest(modality > 0, slots)]
 
     # 2. what the model itself does
     def linear() -> None:
@@ -82,16 +84,24 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
         count = pool - first
         cosines = partial(similarity, feature[:, first:], modality[:, first:], Measures())
         yield f"cosines of neighbours, {name}", 4 * count * width, count * width, cosines
-    for name, held in (("", feature), (f", {PROJECTED} features", low)):
-        size = held.shape[-1]
-        yield f"coverage{name}", pairs * size, pool * size, partial(uncovered_values, held, modality, scores)
-    stored: list[tuple[Tensor, int]] = [(keys, 2), (values, 2), (feature, 1)]
+    matrix = sketch(width, SKETCH)
+    yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, lambda: feature[:, slots:] @ matrix
+    for name, held, compared in (
+        ("layer inputs, all tokens", feature, pool),
+        ("layer inputs, tokens that may stay", feature, slots),
+        ("sketches, tokens that may stay", low, slots),
+    ):
+        size, pairs = held.shape[-1], (0.75 * compared) ** 2 + (0.25 * compared) ** 2
+        some = partial(uncovered_contested, held, modality, scores, contest, torch.sqrt, product=torch.float32)
+        every = partial(uncovered_values, held, modality, scores)
+        yield f"coverage, {name}", pairs * size, pool * size, every if compared == pool else some
+    stored: list[tuple[Tensor, int]] = [(keys, 2), (values, 2), (low, 1)]
 
     def keep() -> None:
         for part, axis in stored:
             torch.cat(part.split([slots, chunk], dim=axis), dim=axis).index_select(axis, index)
 
-    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + width), keep
+    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + SKETCH // 2), keep
 
 
 @torch.no_grad()

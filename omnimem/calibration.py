@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omnimem.budget import Readings, Signals
 from omnimem.errors import UserError
-from omnimem.policies.base import Policy
+from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk, Modality
@@ -144,12 +144,13 @@ def calibrate(
 ) -> Signals:
     """Signals of a model, measured under `policy` on the first `options.streams` streams."""
     recorder = Recorder(attached.shape.layers, options)
+    measured = policy.on_inputs() if isinstance(policy, ScoredPolicy) else policy
     for _, chunks in zip(range(options.streams), streams, strict=False):
         recorder.begin()
         stream: Stream | None = None
         for chunk in chunks:
             if stream is None:
-                stream = Stream(attached, policy, batch=chunk.modality.shape[0], recorder=recorder)
+                stream = Stream(attached, measured, batch=chunk.modality.shape[0], recorder=recorder)
             with torch.no_grad():
                 stream.feed(chunk)
     return recorder.signals()

@@ -27,13 +27,14 @@ class Load:
     dtype: torch.dtype  # of the frozen weights, keys and values
     lora: LoraOptions
     quantized: bool = False  # the projections of the decoder layers, to 4 bits
-    feature: int  # width of the redundancy feature; 0: not stored
+    feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
+    sketch: bool = False  # they are sketches, in 16 bits
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
     limited: int | None = None  # those of the largest limited budget, where "full" is drawn too; None: as `entries`
     selector_entries: int = 0  # those of the untuned model's own memory with `selection_from: base`; 0: it has none
-    selector_feature: int = 0  # width of its redundancy feature
+    selector_feature: int = 0  # the same width of it
     chunk_tokens: int  # longest chunk
     chunks: int  # of the longest stream
     text_tokens: int  # of the stream; never evicted
@@ -112,7 +113,7 @@ def _frozen(shapes: Shapes, load: Load, row: Callable[[str, int, int, int], Row]
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """The memories of all layers, and the tensors that the graph of one stream keeps for the backward pass."""
     # 1. memory
-    layers, (pair, side) = shapes.text.layers, shapes.entry(load.feature, load.dtype)
+    layers, (pair, side) = shapes.text.layers, shapes.entry(load.feature, load.dtype, sketch=load.sketch)
     side = shapes.text.kv_heads * (side + 1) if load.per_head else side
     entries = load.batch * (load.entries + load.text_tokens * layers)
     rows = [
@@ -136,7 +137,7 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
 
 def _selector(shapes: Shapes, load: Load) -> Row:
     """The memory of the untuned model that chooses the tokens; it is in no graph."""
-    pair, side = shapes.entry(load.selector_feature, load.dtype)
+    pair, side = shapes.entry(load.selector_feature, load.dtype, sketch=load.sketch)
     size = pair + (shapes.text.kv_heads * (side + 1) if load.per_head else side)
     entries = load.batch * (load.selector_entries + load.text_tokens * shapes.text.layers)
     return _exact("selector's memory", entries * size, f"{entries:,} entries x {size} B (selection_from: base)")

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from omnimem.tokens import ABSENT, TOKEN_AXES, Counts, Modality, Tokens
+from omnimem.tokens import ABSENT, SKETCHED, TOKEN_AXES, Counts, Modality, Tokens
 
 Held = frozenset[tuple[int, int]]  # tokens of a layer: head (0 where all heads hold all tokens) and arrival number
 
@@ -21,9 +21,10 @@ class Shape:
     kv_heads: int
     dim: int  # of one head
     width: int  # of the residual stream
-    feature: int  # of the redundancy feature
+    feature: int  # of the vectors that redundancy or coverage reads
     dtype: torch.dtype
     device: torch.device
+    sketch: bool = False  # the feature is a sketch of the layer input, in 16 bits
 
 
 @final
@@ -48,7 +49,7 @@ class Memory:
             order=torch.zeros(batch, 0, **whole),
             importance=torch.zeros(batch, 0, **exact),
             novelty=torch.zeros(batch, 0, **exact),
-            feature=torch.zeros(batch, 0, shape.feature, **numbers),
+            feature=torch.zeros(batch, 0, shape.feature, **numbers | ({"dtype": SKETCHED} if shape.sketch else {})),
             gate=torch.zeros(batch, 0, **exact),
             states=torch.zeros(batch, 0, 0, **numbers),
             owner=torch.zeros(batch, 0, 0, dtype=torch.int8, device=shape.device),

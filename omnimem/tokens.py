@@ -36,6 +36,7 @@ class Modality(IntEnum):
 EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
 SPARE = 8  # storage of a memory that grows has 1/8 of its places free when it is allocated
 ABSENT = -1  # modality of padding: rows that keep unequal numbers of tokens are padded to the longest
+SKETCHED = torch.bfloat16  # of sketches of layer inputs: bfloat16 for its range, as they may carry gradient
 HIDDEN = -1e4  # gate of padding: no query attends to it, in any precision
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +31,15 @@ class Measures:
     of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
     ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
     feature: int | None = None  # width of the random projection that redundancy is measured on; None: the exact input
+    # redundancy, judged at arrival, reads the exact input; the projection is orthonormal and only coverage compares it
+    sketch: bool = False
+
+
+class Contest(NamedTuple):
+    """Tokens that compete for the same slots, and how many of each stream stay."""
+
+    member: Bool[Tensor, "batch tokens"]
+    kept: int
 
 
 @final
@@ -60,6 +69,10 @@ class LayerView:
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
+    arrived: Float[Tensor, "batch new width"] | None = None  # layer inputs of the chunk, where `sketch` needs them
+    contests: tuple[
+        Contest, ...
+    ] = ()  # where selection is hard: scores of tokens that are surely evicted may be higher
     settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property
@@ -98,7 +111,8 @@ class LayerView:
         """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
         kept = 0 if self.measures.neighbours == "pool" else self.pool.count - self.new  # kept tokens keep their value
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient != "none"):
-            fresh = 1 - similarity(self.pool.feature[:, kept:], self.modality[:, kept:], self.measures)
+            read = self.pool.feature[:, kept:] if self.arrived is None else self.arrived
+            fresh = 1 - similarity(read, self.modality[:, kept:], self.measures)
             return torch.cat([self.pool.novelty[:, :kept], fresh.clamp_min(FLOOR)], dim=1)
 
 

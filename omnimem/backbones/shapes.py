@@ -84,7 +84,7 @@ class Shapes:
     trained_positions: int
     pass_seconds: float | None = None  # of media in one pass of the encoders, if that is less than 32 segments
 
-    def entry(self, feature: int, dtype: torch.dtype) -> tuple[int, int]:
+    def entry(self, feature: int, dtype: torch.dtype, *, sketch: bool = False) -> tuple[int, int]:
         """Bytes of one token in the memory of one layer: (keys and values, side state)."""
         # 1. an empty memory
         shape = Shape(
@@ -95,6 +95,7 @@ class Shapes:
             feature=feature,
             dtype=dtype,
             device=torch.device("meta"),
+            sketch=sketch,
         )
         tokens = Memory.empty(shape, batch=1).layers[0]
         # 2. bytes per token: all axes but that of the tokens

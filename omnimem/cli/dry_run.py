@@ -465,6 +465,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         feature=0 if base else feature,
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,
+        sketch=measures.sketch and width < shapes.text.width,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
@@ -492,7 +493,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:
     """Width of the vectors that `Covered` compares; 0 for other scores."""
-    widths = {None: 0, "inputs": feature, "values": shapes.text.kv_heads * shapes.text.dim}
+    widths = {None: 0, "inputs": feature, "sketch": feature, "values": shapes.text.kv_heads * shapes.text.dim}
     return widths[policy.traits.compared]
 
 

@@ -63,6 +63,10 @@ class MemoryOptions:
         return replace(self, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else self
 
 
+# options of `omnimem` that every config.yaml of a run has, the earliest ones too
+EARLIER = {"sharpness", "novelty_power", "heads", "carry", "neighbours", "of", "ends", "feature", "coverage", "centred"}
+
+
 @strict
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
     """
     path = _config_file(str(config))
     source = override(read(path), overrides)
+    _as_written(source.data)
     run, problems = validated(RunConfig, source.data, others={("train",): names(train)} if train else None)
     if train and isinstance(source.data.get("train"), dict):
         problems += validated(train, source.data["train"], at=("train",))[1]
@@ -97,6 +102,17 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
     if run is None or problems:
         raise source.error(problems)
     return _followed(run)
+
+
+def _as_written(data: Any) -> None:
+    """Complete the policy in the config.yaml of an earlier run, which has every option of its time, by its rule.
+
+    Before 2026-11-30 coverage discounted every token, and until that day it compared layer inputs.
+    """
+    match data:
+        case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy}} if policy.keys() >= EARLIER:
+            for name, rule in (("coverage_above", -1.0), ("compared", "inputs")):
+                policy.setdefault(name, rule)
 
 
 def _followed(run: RunConfig) -> RunConfig:

@@ -46,7 +46,7 @@ class Origin:
 class Exported:
     """A tuned model: model, stream and memory options, budget, and origin of the weights."""
 
-    format: Literal["omnimem export 2"] = "omnimem export 2"
+    format: Literal["omnimem export 3"] = "omnimem export 3"
     model: ModelOptions
     stream: StreamOptions
     memory: MemoryOptions
@@ -91,13 +91,18 @@ class Exported:
 
 
 def _current(table: dict[str, Any]) -> dict[str, Any]:
-    """The table of a file as it is written today: in format 1, coverage discounted every token."""
-    if table.get("format") != "omnimem export 1":
+    """The table of a file as it is written today.
+
+    In format 1, coverage discounted every token; before format 3 it compared layer inputs.
+    """
+    inputs = {"compared": "inputs"}
+    rules = {"omnimem export 1": {"coverage_above": -1.0, **inputs}, "omnimem export 2": inputs}
+    if (rule := rules.get(table.get("format", ""))) is None:
         return table
-    table = {**table, "format": "omnimem export 2"}
+    table = {**table, "format": "omnimem export 3"}
     match table:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy} as memory}:
-            return {**table, "memory": {**memory, "policy": {**policy, "coverage_above": -1.0}}}
+            return {**table, "memory": {**memory, "policy": {**policy, **rule}}}
     return table
 
 

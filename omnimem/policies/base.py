@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.errors import UserError
 from omnimem.scoring import AbstractScorer, Compared, Covered
-from omnimem.selection import LayerSlots, Softness, select
+from omnimem.selection import LayerSlots, Softness, groups, select
 from omnimem.tokens import Chunk, Modality, Tokens
-from omnimem.view import LayerView, Measures
+from omnimem.view import Contest, LayerView, Measures
 
 # The gradient modes (`tuning.gradient`), measuring a budget's signals under the policy, gradient through the attention
 # that tokens receive (`selection.gradient: both`), and keeping what the model without its adapter keeps.
@@ -228,7 +229,19 @@ class ScoredPolicy(Policy):
         slots = self.layer_slots(layer)
         if slots is None:
             return view.pool
+        if softness is None:
+            contests = groups(view.modality, slots, view.pool.counts)
+            view = replace(view, contests=tuple(Contest(group.member, group.kept) for group in contests))
         return keep_highest(self._observed(view), self.scorer(view), slots, softness, self.markers, view.settles)
+
+    def on_inputs(self) -> "ScoredPolicy":
+        """The same, but with layer inputs carried in place of a sketch, for who measures redundancy in the pool."""
+        if not self.measures.sketch:
+            return self
+        scorer = self.scorer
+        if isinstance(scorer, Covered) and scorer.compared == "sketch":
+            scorer = replace(scorer, compared="inputs")
+        return replace(self, scorer=scorer, measures=replace(self.measures, sketch=False, feature=None))
 
     def _observed(self, view: LayerView) -> Tokens:
         """The pool with importance and novelty as measured on this chunk."""
@@ -238,6 +251,13 @@ class ScoredPolicy(Policy):
         if self.scorer.needs_novelty:
             pool = replace(pool, novelty=view.novelty)
         return pool
+
+
+@cache
+def sketch(width: int, feature: int) -> Tensor:
+    """Fixed orthonormal projection width -> feature, float32; cosines err by sqrt(1 / feature - 1 / width) or less."""
+    generator = torch.Generator().manual_seed(2606_07577)
+    return torch.linalg.qr(torch.randn(width, feature, generator=generator, dtype=torch.float64)).Q.float()
 
 
 def projection(width: int, feature: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

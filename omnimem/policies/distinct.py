@@ -6,7 +6,7 @@ from typing import Literal, final
 
 from omnimem.budget import Budget
 from omnimem.policies.base import Markers, ScoredPolicy
-from omnimem.scoring import Compared, Covered, KeyDifference
+from omnimem.scoring import Covered, KeyDifference
 
 
 @final
@@ -20,7 +20,9 @@ class DistinctOptions:
 
     name: Literal["distinct"] = "distinct"
     coverage: float = 0.5  # the power of 1 - c; 0: no discount
-    compared: Compared = "values"  # vectors of the cosine c: the values of all heads, or the layer's input
+    compared: Literal["inputs", "values"] = (
+        "values"  # vectors of the cosine c: the values of all heads, or the layer's input
+    )
     centred: bool = True  # subtract the mean of the modality in the pool
     markers: Markers = "with_group"  # timestamps and other text of a stream: all stays, or that of kept groups
     per_head: bool = False  # every key-value head keeps tokens of its own; not with gradient: states or paper

@@ -6,8 +6,10 @@ from typing import Any, Literal, final
 from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
 from omnimem.policies.base import Markers, ScoredPolicy
-from omnimem.scoring import Covered, Perturbation
+from omnimem.scoring import Compared, Covered, Perturbation
 from omnimem.view import Measures
+
+SKETCH = 128  # width of the sketch of layer inputs
 
 PAPER: dict[str, Any] = {
     "sharpness": 0.02,
@@ -21,10 +23,18 @@ PAPER: dict[str, Any] = {
     "coverage": 0.0,
     "coverage_above": 0.5,
     "centred": True,
+    "compared": "inputs",
     "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
-OURS: dict[str, Any] = {**PAPER, "neighbours": "arrival", "coverage": 0.5, "markers": "with_group"}
+OURS: dict[str, Any] = {
+    **PAPER,
+    "neighbours": "arrival",
+    "coverage": 0.5,
+    "compared": "sketch",
+    "feature": SKETCH,
+    "markers": "with_group",
+}
 PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released": RELEASED}
 
 
@@ -52,10 +62,14 @@ class PerturbationOptions:
     neighbours: Literal["pool", "arrival"] | None = None
     of: Literal["sequence", "modality"] | None = None  # whether neighbours are of any modality or the same
     ends: Literal["present", "one"] | None = None  # a missing neighbour: left out, or counted with cosine 1
-    feature: int | None = None  # width of a projection of the layer input that redundancy reads; null: all
+    # width of a projection of the layer input that is carried: of the sketch, or of what redundancy reads (null: all)
+    feature: int | None = None
     coverage: float | None = None  # beta, the power of 1 - c
     coverage_above: float | None = None  # t: tokens are discounted where c is above it; -1: all
     centred: bool | None = None  # c between vectors without the mean of their modality
+    # vectors of the cosine c: the layer's input, as redundancy reads it; an orthonormal projection of it in 16 bits; or
+    # the values of all heads. But for inputs nothing else is carried, and redundancy at arrival reads the exact input
+    compared: Compared | None = None
     markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
     def __post_init__(self) -> None:
@@ -63,12 +77,24 @@ class PerturbationOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
+        if self.compared == "sketch" and (self.neighbours or PRESETS[self.name]["neighbours"]) == "pool":
+            raise ValueError(
+                "policy.compared = sketch needs neighbours = arrival: redundancy in the pool reads the layer inputs; "
+                "set neighbours to arrival, or compared to inputs"
+            )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
             raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")
 
     def _chosen(self) -> dict[str, Any]:
         given = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
-        return {**PRESETS[self.name], **given}
+        preset = dict(PRESETS[self.name])
+        if given.get("neighbours", preset["neighbours"]) == "pool":  # which reads the layer inputs of all tokens
+            preset["compared"] = "inputs"
+        if given.get("compared", preset["compared"]) != "sketch":
+            preset["feature"] = None
+        elif given.get("feature", preset["feature"]) is None:
+            preset["feature"] = SKETCH
+        return {**preset, **given}
 
     def written_out(self) -> "PerturbationOptions":
         """The same options with all values of the preset written out, independent of later changes of the preset."""
@@ -80,6 +106,9 @@ class PerturbationOptions:
             budget = replace(budget, lend=False)
         chosen = self._chosen()
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
+        if chosen["neighbours"] == "arrival" and chosen["compared"] != "inputs":  # only coverage needs what is carried
+            sketched = chosen["compared"] == "sketch" and chosen["coverage"]
+            measured |= {"sketch": True, "feature": chosen["feature"] if sketched else 0}
         scorer = Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"])
         return ScoredPolicy(
             name=self.name,
@@ -91,4 +120,5 @@ class PerturbationOptions:
 
 
 def _covered(scorer: Perturbation, chosen: dict[str, Any]) -> Covered:
-    return Covered(inner=scorer, power=chosen["coverage"], above=chosen["coverage_above"], centred=chosen["centred"])
+    names = {"power": "coverage", "above": "coverage_above", "centred": "centred", "compared": "compared"}
+    return Covered(inner=scorer, **{field: chosen[name] for field, name in names.items()})

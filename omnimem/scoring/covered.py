@@ -1,7 +1,8 @@
 """Discount of tokens that resemble a token of higher score (ours)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -12,15 +13,16 @@ from torch.nn import functional as F
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
 from omnimem.tokens import EVICTABLE, Counts, Modality
-from omnimem.view import FLOOR, LayerView
+from omnimem.view import FLOOR, Contest, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
 ROWS = 256  # the same on a CPU, where less is compared in vain and a block should fit into the cache
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
+STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
 COUNTED = ("cpu",)  # devices that are asked how many tokens of a modality there are: an answer costs nothing there
 
-Compared = Literal["inputs", "values"]
+Compared = Literal["inputs", "sketch", "values"]
 
 
 @final
@@ -41,7 +43,9 @@ class Covered(AbstractScorer):
     power: float = 0.5  # beta
     above: float = -1.0  # t
     centred: bool = True  # False: m = 0
-    compared: Compared = "inputs"  # the layer's input, as for redundancy; or the values of a row's heads
+    compared: Compared = (
+        "inputs"  # the layer's input, as for redundancy; a sketch of it; or the values of a row's heads
+    )
 
     @property
     def needs_importance(self) -> bool:
@@ -51,19 +55,36 @@ class Covered(AbstractScorer):
     @property
     def needs_novelty(self) -> bool:
         """If layer inputs are compared, or same as the inner score."""
-        return self.compared == "inputs" or self.inner.needs_novelty
+        return self.compared != "values" or self.inner.needs_novelty
 
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         scores, learns = self.inner(view), view.gradient != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            held = view.pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else view.pool.feature
+            pool = view.pool
+            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
             if learns:
-                alone = uncovered(held, view.modality, scores, centred=self.centred)
+                alone = uncovered(held, view.modality, scores, centred=self.centred, product=pool.keys.dtype)
+            elif view.contests and self.above > -1 and scores.device.type in COUNTED:
+                alone = uncovered_contested(
+                    held,
+                    view.modality,
+                    scores,
+                    view.contests,
+                    self._factor,
+                    centred=self.centred,
+                    product=pool.keys.dtype,
+                )
             else:
-                alone = uncovered_values(held, view.modality, scores, view.pool.counts, centred=self.centred)
-            if self.above > -1:
-                alone = (alone / (1 - self.above)).clamp(max=1)
-            return scores * alone**self.power
+                alone = uncovered_values(
+                    held, view.modality, scores, pool.counts, centred=self.centred, product=pool.keys.dtype
+                )
+            return scores * self._factor(alone)
+
+    def _factor(self, alone: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """The discount of tokens whose 1 - c is `alone`."""
+        if self.above > -1:
+            alone = (alone / (1 - self.above)).clamp(max=1)
+        return alone**self.power
 
 
 def uncovered(
@@ -72,11 +93,12 @@ def uncovered(
     scores: Float[Tensor, "batch tokens"],
     *,
     centred: bool = True,
+    product: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
-    The nearest better token is found without gradient, in the precision of the feature (bfloat16 resolves cosines to
-    0.004); the cosine to it is float32 or more and has gradient to both tokens.
+    The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens.
     """
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
@@ -91,7 +113,7 @@ def uncovered(
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
             ranked = _directions(ranked - mean)
-        near = nearest_before(ranked.detach().to(feature.dtype))
+        near = nearest_before(ranked.detach().to(product or feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
         alone = (1 - cosine).clamp_min(FLOOR).to(found.dtype)
@@ -107,6 +129,7 @@ def uncovered_values(
     counts: Counts | None = None,
     *,
     centred: bool = True,
+    product: torch.dtype | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, in a third of its time: for scores that do not learn.
 
@@ -114,11 +137,57 @@ def uncovered_values(
     is asked of the device where `counts` are known; those of each modality are not after both have competed for the
     same slots: audio and visual tokens are then compared in one go, each with its own kind.
     """
-    found = torch.ones_like(scores)
+    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
     for row, kinds in enumerate(modality):
         for order, kind in _rankings(scores[row], kinds, counts):
-            cosine = _best_cosines(feature[row], order, kind, centred)
+            ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype)
+            cosine = ranking.best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
+    return found
+
+
+@torch.no_grad()
+def uncovered_contested(
+    feature: Float[Tensor, "batch tokens feature"],
+    modality: Int8[Tensor, "batch tokens"],
+    scores: Float[Tensor, "batch tokens"],
+    contests: Sequence[Contest],
+    factor: Callable[[Tensor], Tensor],
+    *,
+    centred: bool = True,
+    product: torch.dtype | None = None,
+) -> Float[Tensor, "batch tokens"]:
+    """The values of `uncovered`, up to rounding, of all tokens that hard selection may keep; 1 of all others.
+
+    A discount `factor(1 - c)` depends on better tokens alone and is at most 1. So once as many tokens as are kept score
+    more than the next one in order of scores, it and all after it are evicted, and are not compared. For devices that
+    answer at no cost (`COUNTED`).
+    """
+    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
+    for row, kinds in enumerate(modality):
+        for member, kept in contests:
+            # 1. the ranking of all that compete, and that of each modality in it
+            size = int(member[row].sum())
+            if kept in (0, size):
+                continue
+            order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
+            places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
+            own, low = (exact[row], lengths[row]), product or feature.dtype
+            rankings = [Ranking(*own, order[each], None, centred, low) for each in places]
+            plain, first = scores[row, order], kept
+            alone = torch.ones_like(plain)
+            # 2. compare the first ones, then further ones until all that could be kept are among them
+            while True:
+                for each, ranking in zip(places, rankings, strict=True):
+                    last = int(torch.searchsorted(each, first))
+                    alone[each[:last]] = (1 - ranking.best(last)).clamp_min_(FLOOR).to(alone.dtype)
+                if first == size:
+                    break
+                ahead = int((plain[:first] * factor(alone[:first]) > plain[first]).sum())
+                if ahead >= kept:
+                    break
+                first = min(size, first + max(STEP, kept - ahead))
+            found[row, order] = alone
     return found
 
 
@@ -142,50 +211,85 @@ def _rankings(
             yield highest(scores[None], member[None], size)[0], None
 
 
-def _best_cosines(
-    feature: Float[Tensor, "tokens feature"],
-    order: Int[Tensor, " members"],
-    kind: Int8[Tensor, " members"] | None,
-    centred: bool,
-) -> Float[Tensor, " members"]:
-    """The largest cosine of each member, in falling order of scores, to one of its kind before it, or `ALONE`."""
-    # 1. lengths, and the mean direction of the members
-    exact, size = torch.promote_types(feature.dtype, torch.float32), len(order)
-    group = None if kind is None else (kind == Modality.VISUAL).to(exact)[:, None]
-    lengths = torch.linalg.vector_norm(feature, dim=-1, dtype=exact)[order].clamp_min_(1e-12)[:, None]
-    step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
-    ranked, best = feature.new_empty(size, feature.shape[1], dtype=exact), feature.new_empty(size, dtype=exact)
-    mean: Tensor | None = None
-    with torch.autocast(feature.device.type, enabled=False):
-        if centred:
-            share = torch.ones_like(lengths) if group is None else torch.cat([1 - group, group], dim=1)
-            weights = share.new_zeros(len(feature), share.shape[1]).index_copy_(0, order, share / lengths)
-            mean = (weights.mT @ feature.to(exact)).div_(share.sum(dim=0)[:, None].clamp_min_(1))
-        later = torch.ones(step, step, dtype=torch.bool, device=feature.device).triu()
-        for first in range(0, size, step):
-            last = min(first + step, size)
-            # 2. directions of a block
-            rows = torch.div(feature.index_select(0, order[first:last]), lengths[first:last], out=ranked[first:last])
-            if mean is not None:
-                rows.sub_(mean if kind is None else mean[(kind[first:last] == Modality.VISUAL).long()])
-                rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
-            # 3. their cosines to all better members; in low precision the nearest is found, its cosine computed again
-            before = ranked[:last]
-            alike = rows.to(feature.dtype) @ before.to(feature.dtype).mT
-            alike[:, first:].masked_fill_(later[: last - first, : last - first], float("-inf"))
-            if kind is not None:
-                alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
-            if feature.dtype == exact:
-                torch.amax(alike, dim=-1, out=best[first:last])
-            else:
-                torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=best[first:last])
-    # 4. the first of each kind has none before it
-    if kind is None:
-        best[:1] = ALONE
-        return best
-    first = torch.ones_like(best, dtype=torch.bool)
-    first[1:] = kind[1:] != kind[:-1]
-    return best.masked_fill_(first, ALONE)
+def _measured(
+    feature: Float[Tensor, "batch tokens feature"],
+) -> tuple[Float[Tensor, "batch tokens feature"], Float[Tensor, "batch tokens"]]:
+    """The vectors in float32 or more, and their lengths."""
+    exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return exact, torch.linalg.vector_norm(exact, dim=-1).clamp_min_(1e-12)
+
+
+@final
+class Ranking:
+    """Tokens of one kind (or of both, after one another) in falling order of scores, compared with those before them.
+
+    The feature has the precision of the cosines; `product` is that in which the nearest is found.
+    """
+
+    def __init__(
+        self,
+        feature: Float[Tensor, "tokens feature"],
+        lengths: Float[Tensor, " tokens"],
+        order: Int[Tensor, " members"],
+        kind: Int8[Tensor, " members"] | None,
+        centred: bool,
+        product: torch.dtype,
+    ) -> None:
+        self.feature, self.order, self.kind = feature, order, kind
+        self.product, self.done, size = product, 0, len(order)
+        self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
+        self.ranked, self.cosines = self.feature.new_empty(size, feature.shape[1]), self.feature.new_empty(size)
+        self.lengths = lengths[order][:, None]
+        self.mean = self._mean() if centred else None
+
+    def _mean(self) -> Float[Tensor, "kinds feature"]:
+        """The mean direction of the members of each kind."""
+        kind, share = self.kind, torch.ones_like(self.lengths)
+        if kind is not None:
+            visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
+            share = torch.cat([1 - visual, visual], dim=1)
+        weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
+        with torch.autocast(self.feature.device.type, enabled=False):
+            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+
+    def best(self, count: int) -> Float[Tensor, " count"]:
+        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        # 1. directions of those that were not compared yet
+        kind, new = self.kind, slice(self.done, count)
+        rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
+        if self.mean is not None:
+            rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
+            rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+        # 2. their cosines, block by block
+        with torch.autocast(self.feature.device.type, enabled=False):
+            for first in range(self.done, count, self.step):
+                self._compare(first, min(first + self.step, count))
+        self.done = max(self.done, count)
+        # 3. the first of each kind has none before it
+        if kind is None:
+            self.cosines[:1] = ALONE
+            return self.cosines[:count]
+        first = torch.ones_like(self.cosines, dtype=torch.bool)
+        first[1:] = kind[1:] != kind[:-1]
+        return self.cosines.masked_fill_(first, ALONE)[:count]
+
+    def _compare(self, first: int, last: int) -> None:
+        """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
+        kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
+        alike = rows.to(low) @ before.to(low).mT
+        alike[:, first:].add_(_later(self.step, rows.device)[: last - first, : last - first].to(low))
+        if kind is not None:
+            alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
+        if low == rows.dtype:
+            torch.amax(alike, dim=-1, out=self.cosines[first:last])
+        else:
+            torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
+
+
+@cache
+def _later(step: int, device: torch.device) -> Float[Tensor, "step step"]:
+    """Minus infinity where a member (column) is not before another one (row), else 0."""
+    return torch.full((step, step), float("-inf"), device=device).triu()
 
 
 def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:

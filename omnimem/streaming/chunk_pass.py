@@ -16,7 +16,7 @@ from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.tokens import ABSENT, HIDDEN, Counts, DeepStack, Tokens
+from omnimem.tokens import ABSENT, HIDDEN, SKETCHED, Counts, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
 
 Recorder = Callable[[int, LayerView], None]  # sees every layer's number and view before its eviction
@@ -90,8 +90,14 @@ class ReadConfig:
         return list(zip(self.policy.traits.probes, self.probe_ids, strict=True))
 
     def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
-        """The vectors that redundancy of these layer inputs is measured on."""
-        return states if self.projection is None else states @ self.projection
+        """The vectors of these layer inputs that are carried: for redundancy, or a sketch in 16 bits for coverage."""
+        if self.projection is None:
+            return states
+        if not self.policy.measures.sketch:
+            return states @ self.projection
+        with torch.autocast(states.device.type, enabled=False):
+            exact = F.normalize(states.to(self.projection.dtype) @ self.projection, dim=-1, eps=1e-12)
+        return exact.to(SKETCHED)
 
 
 @final
@@ -323,6 +329,7 @@ class ChunkAttention:
             rotary=chunk.attached.rotary,
             probes=self._probed(layer, queries, keys),
             heads=heads if config.per_head else 1,
+            arrived=self._arrived(states[:, :count], heads),
             settles=chunk.counts is not None,
         )
         if queries.shape[2] > count:
@@ -330,6 +337,13 @@ class ChunkAttention:
         # 4. evict: keep the layer's budget of the pool
         self._evict(layer, view, heads)
         return merge_query_rows(output, heads) if config.per_head else output
+
+    def _arrived(self, states: Tensor, heads: int) -> Tensor | None:
+        """The layer inputs of the chunk, of every row, where the vectors that are carried are not enough."""
+        config = self.chunk.config
+        if not config.policy.measures.sketch:
+            return None
+        return states.repeat_interleave(heads, dim=0) if config.per_head else states
 
     def _pool(self, layer: int, old: Tokens, states: Tensor, fresh: Tokens) -> Tokens:
         """The memory followed by the chunk, with layer inputs where they are carried."""

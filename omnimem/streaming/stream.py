@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from omnimem.errors import UserError
 from omnimem.memory import Memory
-from omnimem.policies.base import Policy, PolicyError, projection
+from omnimem.policies.base import Policy, PolicyError, projection, sketch
 from omnimem.policies.replayed import Replayed
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
@@ -110,7 +110,8 @@ class Stream:
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
-        self.memory = self._empty = Memory.empty(replace(shape, feature=width), batch)
+        sketched = matrix is not None and policy.measures.sketch
+        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=sketched), batch)
         self.fed = 0  # tokens fed so far
         self._end = (0,) * batch  # of each stream, the position after the largest
         self._next = (0,) * batch  # of each stream, the position of text after the latest chunk
@@ -127,6 +128,8 @@ class Stream:
             wanted = 0
         if wanted is None or wanted >= shape.width:
             return None
+        if policy.measures.sketch:
+            return sketch(shape.width, wanted).to(shape.device)
         return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
 
     @property

@@ -288,12 +288,13 @@ def smooth_stream() -> Chunk:
     return replace(whole, embeddings=embeddings)
 
 
-def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection() -> None:
+@pytest.mark.parametrize(("compared", "least", "size"), [("inputs", 0.7, 4), ("sketch", 0.85, 2)])
+def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection(compared, least, size) -> None:
     budget = Budget(slots=((4, 20),) * 4)
     chunks = cut(smooth_stream(), LENGTHS)
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
         exact = fed(attached, PerturbationOptions().build(budget), chunks)
-        projected = fed(attached, PerturbationOptions(feature=32).build(budget), chunks)
+        projected = fed(attached, PerturbationOptions(feature=32, compared=compared).build(budget), chunks)
         control = fed(attached, ControlOptions(name="random").build(budget), chunks)
     text = set((whole_stream().modality[0] == Modality.TEXT).nonzero()[:, 0].tolist())
     shares = []
@@ -302,8 +303,9 @@ def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection() 
         shares.append(sum(same) / (4 * 24))
     assert projected.memory.layers[0].feature.shape[-1] == 32
     assert control.memory.layers[0].feature.shape[-1] == 0
-    assert exact.memory.bytes - projected.memory.bytes == 32 * 4 * sum(tokens.count for tokens in exact.memory.layers)
-    assert shares[0] > 0.7 > 0.5 > shares[1]
+    count = sum(tokens.count for tokens in exact.memory.layers)
+    assert exact.memory.bytes - projected.memory.bytes == (64 * 4 - 32 * size) * count
+    assert shares[0] > least > 0.5 > shares[1], shares
 
 
 @pytest.mark.parametrize("wanted", [64, 100])

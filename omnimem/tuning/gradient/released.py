@@ -21,7 +21,7 @@ from omnimem.streaming.chunk_pass import ChunkStep, ReadConfig
 from omnimem.tokens import Tokens
 from omnimem.tuning.gradient.full import FullGradient
 from omnimem.tuning.gradient.horizon import ChunkRecord, RandomState
-from omnimem.view import LayerView
+from omnimem.view import LayerView, Measures
 
 
 class GradientError(UserError):
@@ -167,6 +167,7 @@ class SequenceAttention:
             queries=queries,
             scale=scale,
             measures=config.policy.measures,
+            arrived=_arrived(states, self.new or pool.count, config.policy.measures),
             gradient="none",
         )
         kept = config.policy.keep(layer, view)
@@ -208,8 +209,16 @@ def _view_of_inputs(pool: Tokens, step: ChunkStep) -> LayerView:
     """
     measures, new = step.config.policy.measures, step.modality.shape[1]
     feature = pool.feature if pool.feature.shape[-1] else pool.states.detach()
+    arrived = _arrived(pool.states, new, measures)
     bare = replace(pool, states=pool.states[..., :0], feature=feature)
-    return LayerView(pool=bare, new=new, queries=pool.keys, scale=1.0, measures=measures, gradient="none")
+    return LayerView(
+        pool=bare, new=new, queries=pool.keys, scale=1.0, measures=measures, arrived=arrived, gradient="none"
+    )
+
+
+def _arrived(states: Tensor, new: int, measures: Measures) -> Tensor | None:
+    """The last `new` layer inputs as constants, where redundancy reads them and no feature (`LayerView.arrived`)."""
+    return states[:, states.shape[1] - new :].detach() if measures.sketch else None
 
 
 def _places(pool: Tokens, kept: Tokens) -> Int[Tensor, "batch kept"]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from support.configs import SMALL, TRAIN, loaded, problems
 from support.paths import ROOT
 
@@ -15,6 +16,23 @@ def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name,
     run = load(name, train=TRAIN)
     (tmp_path / "config.yaml").write_text(dump(run))
     assert load(tmp_path / "config.yaml", train=TRAIN) == run
+
+
+@pytest.mark.parametrize(
+    ("absent", "above", "compared"),
+    [((), None, None), (("compared",), None, "inputs"), (("compared", "coverage_above"), -1.0, "inputs")],
+)
+@pytest.mark.parametrize("name", ["omnimem", "paper"])
+def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, name, tmp_path) -> None:
+    """Its config.yaml has every option that there was; a policy given anew on the command line is one of today."""
+    table = yaml.safe_load(dump(load("tiny.yaml", [f"memory.policy={{name: {name}}}"])))
+    for option in absent:
+        del table["memory"]["policy"][option]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(table))
+    policy = load(tmp_path / "config.yaml").memory.policy
+    assert (policy.coverage_above, policy.compared) == (above, compared)
+    today = load(tmp_path / "config.yaml", ["memory.policy={name: omnimem}"]).memory.policy
+    assert (today.coverage_above, today.compared) == (None, None)
 
 
 def test_a_bare_name_is_found_from_any_folder_and_an_unknown_one_names_the_nearest(tmp_path, monkeypatch) -> None:

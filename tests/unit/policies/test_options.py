@@ -59,6 +59,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(name, tmp_path) -> No
         ("hermes", "smoothing=[0.1, 0.3, 4.0]", "policy.smoothing = [0.1, 0.3, 4.0] must be between 0 and 1"),
         ("recent_frames", "frames=0", "policy.frames = 0 must be at least 1"),
         ("omnimem", "coverage_above=1.0", "policy.coverage_above = 1 must be a cosine from -1 to below 1"),
+        ("paper", "compared=sketch", "policy.compared = sketch needs neighbours = arrival: redundancy in the pool"),
         ("distinct", "coverage=-0.5", "policy.coverage = -0.5 must be a number of at least 0"),
         ("keydiff", "window=3", "unknown key; known: name, preset, per_head"),
     ],

@@ -1,7 +1,8 @@
 """Scores against plain loops, and controls against what they claim: a window, an unbiased draw, an even spread."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import final
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 from omnimem.budget import Budget
 from omnimem.memory import Memory, Shape
 from omnimem.policies import ControlOptions
-from omnimem.scoring import Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
+from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
+from omnimem.selection import LayerSlots, groups, select
 from omnimem.tokens import ABSENT, Counts, Modality, Tokens
-from omnimem.view import FLOOR, LayerView, Measures, ScoreGradient
+from omnimem.view import FLOOR, Contest, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
 OMNI = (2,) * 225 + (1,) * 50  # Qwen2.5-Omni at 420 x 420
@@ -186,6 +188,46 @@ def test_coverage_equals_plain_loops(gradient, centred, block, above, monkeypatc
         assert above == -1 or 0 < parts.count(1.0) < len(parts)  # some are discounted, some are not
         expected = [score * part**0.7 for score, part in zip(row, parts, strict=True)]
         torch.testing.assert_close(found[b].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-7)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Fixed(AbstractScorer):
+    """Given scores."""
+
+    scores: Tensor
+
+    def __call__(self, view: LayerView) -> Tensor:
+        return self.scores
+
+
+LAYOUTS = {"mixed": (2, 2, 1, 0), "one modality": (2,), "text": (0,), "text and few": (0, 0, 0, 0, 0, 1), "none": ()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("copies", [1.0, 0.3, 0.02])  # noise beside the few events: none, some, most are copies
+def test_what_is_surely_evicted_is_not_compared_and_nothing_else_is_kept(layout, split, ties, copies) -> None:
+    """Beside the full comparison, for every number of slots, in a batch; and less is compared."""
+    draw, count = torch.Generator().manual_seed(7), 400 if layout != "none" else 0
+    kinds = torch.tensor(LAYOUTS[layout] or (2,), dtype=torch.int8).repeat(400)[:count].expand(2, -1)
+    events = torch.randn(6, 16, generator=draw)[torch.randint(0, 6, (2, count), generator=draw)]
+    states = events + copies * torch.randn(2, count, 16, generator=draw)
+    scores = torch.rand(2, count, generator=draw)
+    scores = (4 * scores).round() / 4 if ties else scores
+    pool = replace(bare((2,), 0, count, batch=2), feature=states, modality=kinds)
+    view = LayerView(pool=pool, new=count, queries=states[:, None], scale=1.0, measures=Measures(), gradient="none")
+    scorer = Covered(inner=Fixed(scores=scores), above=0.5)
+    full, compared = scorer(view), []
+    for slots in (0, 1, 7, 60, 150, 400):
+        layer = LayerSlots(audio=slots // 3, visual=slots - slots // 3, split=split)
+        contests = tuple(Contest(group.member, group.kept) for group in groups(kinds, layer))
+        pruned = scorer(replace(view, contests=contests))
+        assert torch.equal(select(pruned, kinds, layer).index, select(full, kinds, layer).index)
+        compared.append(int((pruned != scores).sum()))
+    assert compared[0] == compared[-1] == 0
+    assert max(compared) <= int((full != scores).sum())
 
 
 def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -> None:
