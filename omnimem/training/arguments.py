@@ -24,6 +24,8 @@ from omnimem.textfile import StoredFileError, got, read_stored
 from omnimem.training.zero3 import engine_settings
 
 METRICS = ("loss", "accuracy", "full_loss", "full_accuracy")  # of the validation: at the budget, with full memory
+# the variable of the project that each callback of transformers reads
+PROJECTS = {"wandb": "WANDB_PROJECT", "swanlab": "SWANLAB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")  # beside metrics.jsonl; TensorBoard is always written
 Check = tuple[Callable[[float], bool], str]  # a test of a number, and its description
 
@@ -257,7 +259,18 @@ def training_arguments(section: Mapping[str, Any], folder: RunFolder, *, validat
         _try_engine(arguments)
     except (ValueError, TypeError, ImportError) as error:  # conflicting settings, or unavailable on this machine
         raise ConfigError([f"train: {' '.join(str(error).split())}; change it in the config"]) from error
+    _name_project(trackers, str(arguments.project), chosen="project" in given)
     return arguments
+
+
+def _name_project(trackers: Sequence[str], project: str, *, chosen: bool) -> None:
+    """Set the project of the trackers, whose callbacks in transformers read it from the environment alone.
+
+    A variable of the user holds unless `train.project` is set (`chosen`).
+    """
+    for name in trackers:
+        if chosen or not os.environ.get(PROJECTS[name]):
+            os.environ[PROJECTS[name]] = project
 
 
 def refuse_unfit_launch() -> None:

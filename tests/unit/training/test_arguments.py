@@ -1,6 +1,8 @@
 """The section `train`: numbers out of range are refused where they were written, each by one line with its cure."""
 
+import inspect
 import json
+import os
 import re
 from contextlib import nullcontext
 from dataclasses import fields, replace
@@ -8,13 +10,14 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from transformers import TrainingArguments
+from transformers import TrainingArguments, integrations
 
 import omnimem.training.arguments
 from omnimem.config import ConfigError, RunConfig, dump, load
 from omnimem.run import RunFolder
 from omnimem.training.arguments import (
     MAY_CHANGE,
+    PROJECTS,
     REFUSED,
     VALIDATED,
     OwnSettings,
@@ -31,6 +34,7 @@ from omnimem.training.arguments import (
 )
 
 SECTION = train_section()
+CALLBACKS = {"wandb": "WandbCallback", "swanlab": "SwanLabCallback", "mlflow": "MLflowCallback"}
 COUNT, SHARE = "give 1 or more", "give 0 or more, and below 1"
 STAGE_2 = {"zero_optimization": {"stage": 2}}
 EVERY = "give a whole number of steps, or a fraction of all steps below 1"
@@ -140,7 +144,26 @@ def test_a_validation_follows_the_checkpoints_unless_it_is_set(tmp_path) -> None
     assert training_arguments({}, RunFolder(path=tmp_path)).eval_strategy == "no"
 
 
+@pytest.mark.parametrize(
+    ("project", "variable", "expected"),
+    [(None, None, "omnimem"), (None, "own", "own"), ("mine", None, "mine"), ("mine", "own", "mine")],
+)
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab", "mlflow"])
+def test_the_project_reaches_the_callback_of_each_tracker(
+    tracker, project, variable, expected, tmp_path, monkeypatch
+) -> None:
+    """The callbacks read variables: only trackio's reads `project` of the arguments."""
+    monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: True)
+    monkeypatch.setattr(omnimem.training.arguments, "version", lambda name: "0.7.20")
+    monkeypatch.setattr(os, "environ", {**os.environ, PROJECTS[tracker]: variable or ""})
+    training_arguments({"report_to": tracker, "project": project}, RunFolder(path=tmp_path))
+    assert os.environ[PROJECTS[tracker]] == expected
+    source = inspect.getsource(getattr(integrations, CALLBACKS[tracker]))
+    assert PROJECTS[tracker] in source
+
+
 def test_trackers_are_those_of_transformers_beside_our_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setattr(omnimem.training.arguments, "installed", lambda name: name != "swanlab")
     found = training_arguments({"report_to": ["tensorboard", "wandb", "mlflow"]}, RunFolder(path=tmp_path / "mine"))
     assert (found.report_to, found.run_name, found.project) == (["wandb", "mlflow"], "mine", "omnimem")
