@@ -173,16 +173,16 @@ STUDIES: dict[str, dict[str, Trial]] = {
         **{f"{name}_split": Trial(policy=ControlOptions(name=name)) for name in ("recency", "uniform", "random")},
     },
     "ratio": {  # table 3, at equal entries
-        "no_split": replace(_ours(), pooled=True),
-        **{f"r_{r:g}": replace(_ours(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
+        "no_split": replace(_psi(), pooled=True),
+        **{f"r_{r:g}": replace(_psi(), budget=_avba(ratio=r)) for r in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)},
     },
     "sharpness": {f"lambda_{value:g}": _psi(sharpness=value) for value in (0.0, 0.02, 0.1, 0.2, 0.5, 1.0)},
     "temperature": {
-        f"T_{value:g}": replace(_ours(), budget=_avba(temperature=value))
+        f"T_{value:g}": replace(_psi(), budget=_avba(temperature=value))
         for value in (0.1, 0.2, 0.5, 1.0, 2.0, math.inf)
     },
     "chunks": {
-        f"chunk_{tokens}": replace(_ours(), chunk_tokens=tokens, fewer=True)  # peaks differ
+        f"chunk_{tokens}": replace(_psi(), chunk_tokens=tokens, fewer=True)  # peaks differ
         for tokens in (144, 72, 36, 18)
     },
     "neighbours": {
@@ -192,12 +192,12 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "pool_same_modality": _psi(neighbours="pool", of="modality"),
     },
     "budgets": {
-        "shared": _pool(_ours()),
-        **{f"split_r{r:g}": replace(_ours(), budget=SplitBudget(visual_audio_ratio=r)) for r in (0.5, 1.0, 2.0, 5.0)},
+        "shared": _pool(_psi()),
+        **{f"split_r{r:g}": replace(_psi(), budget=SplitBudget(visual_audio_ratio=r)) for r in (0.5, 1.0, 2.0, 5.0)},
         **{
-            f"avba_r{r:g}_T{t:g}": replace(_ours(), budget=_avba(ratio=r, temperature=t))
+            f"avba_r{r:g}_T{t:g}": replace(_psi(), budget=_avba(ratio=r, temperature=t))
             for r in (1.0, 2.0, 5.0)
-            for t in (0.2, 1.0, math.inf)
+            for t in (0.2, 0.5, 1.0, math.inf)
         },
     },
 }

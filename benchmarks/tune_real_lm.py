@@ -5,9 +5,11 @@
     python benchmarks/tune_real_lm.py table --split test                           # table.json and table.md
 
 A step is one stream of 512 tokens in chunks of 128 with six facts and a passage that is given again; `aware` draws 128
-slots (two of three steps) or full memory, `control` full memory. Both arms see the same streams in the same order, from
-28 development texts; ten others choose, the test texts are read once. Wordings, names and values of development and
-test are not those of training. Every run is asked with `selection_from: tuned` and `base`.
+slots (two of three steps) or full memory, `control` full memory. `aware_base` trains with `selection_from: base`,
+`aware_kl` adds `full_memory_kl`, `aware_vo` and `control_vo` adapt values and outputs only. All arms see the same
+streams in the same order, from 28 development texts; ten others choose, the test texts are read once. Wordings, names
+and values of development and test are not those of training. Every run is asked with `selection_from: tuned` and
+`base`.
 """
 
 import json
@@ -34,7 +36,17 @@ from omnimem.policies.base import Policy
 from omnimem.pretrained import smollm2
 from omnimem.run import write_json
 from omnimem.streaming.text_feeder import TextQuestion, TextSample
-from omnimem.tuning import LoraOptions, Plan, TuningOptions, add_adapter, load_adapter, streamed_loss, trainable
+from omnimem.tuning import (
+    FullMemoryKL,
+    LoraOptions,
+    LossOptions,
+    Plan,
+    TuningOptions,
+    add_adapter,
+    load_adapter,
+    streamed_loss,
+    trainable,
+)
 from omnimem.tuning.gradient.build import gradient_of
 
 TOKENS, CHUNK, FACTS = 512, 128, 6
@@ -44,9 +56,16 @@ LEARNED = 8  # tokens of the passage that are learned
 WARM_UP, FALLING = 5, 1 / 3  # steps of warm-up; fraction of the steps in which the rate falls to 0
 SAVED = 10  # steps between two checkpoints
 LORA = LoraOptions(r=16, alpha=32.0, dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+AWARE = TuningOptions(lora=LORA, recompute="none", budgets=("self", "self", "full"))
+CONTROL = replace(AWARE, budgets=("full",))
+VO = replace(LORA, targets=("v_proj", "o_proj"))
 ARMS = {
-    "aware": TuningOptions(lora=LORA, recompute="none", budgets=("self", "self", "full")),
-    "control": TuningOptions(lora=LORA, recompute="none", budgets=("full",)),
+    "aware": AWARE,
+    "control": CONTROL,
+    "aware_base": AWARE,  # the model without its adapter chooses in training, too
+    "aware_kl": replace(AWARE, loss=LossOptions(full_memory_kl=FullMemoryKL())),
+    "aware_vo": replace(AWARE, lora=VO),
+    "control_vo": replace(CONTROL, lora=VO),
 }
 
 
@@ -113,9 +132,11 @@ def train(given: Any) -> None:
                 bed.attached,
                 feeder,
                 [sample],
-                policy_of(layers, slots),
+                policy_of(layers, slots, "base" if given.arm == "aware_base" and slots else "tuned"),
                 softness=None,
                 carry=gradient_of(options, layers),
+                losses=options.loss.losses,
+                model=adapted,
             )
             outcome.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)

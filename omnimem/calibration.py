@@ -109,11 +109,7 @@ class Recorder:
         # 1. check that something was measured
         skip = self.options.skip_chunks
         if self.chunks == 0:
-            raise CalibrationError(
-                f"no calibration stream is longer than calibration.skip_chunks: {skip} (the longest has {self.longest} "
-                f"chunks); set calibration.skip_chunks below {max(self.longest, 1)}, give longer streams, or lower "
-                "stream.chunk_tokens"
-            )
+            raise too_short(self.longest, skip)
         for name in ("audio", "visual"):
             if not min(self._entropy[name].counts):
                 raise missing_modality(name)
@@ -124,6 +120,15 @@ class Recorder:
             streams=self.streams,
             chunks=self.chunks,
         )
+
+
+def too_short(longest: int, skip: int) -> CalibrationError:
+    """All calibration streams end within the chunks that are skipped; `longest` is their largest number of chunks."""
+    chunks = f"{longest} chunk{'' if longest == 1 else 's'}"
+    return CalibrationError(
+        f"no calibration stream is longer than calibration.skip_chunks: {skip} (the longest has {chunks}); set "
+        f"calibration.skip_chunks below {max(longest, 1)}, give longer streams, or lower stream.chunk_tokens"
+    )
 
 
 def missing_modality(name: str) -> CalibrationError:

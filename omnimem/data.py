@@ -255,6 +255,9 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False, text_only: 
     """
     # 1. open the file
     path = Path(path)
+    if os.path.isdir(path):
+        cure = f"make one of its rows: `omnimem convert {path} --out {path.with_name(path.name + '.jsonl')}`"
+        raise ManifestError([f"{path}: is a folder, and a manifest is a file; {cure}"])
     if not os.path.isfile(path):
         raise ManifestError(
             [
@@ -323,8 +326,10 @@ class _Row:
 
     def sample(self, data: dict[str, Any]) -> Sample | None:
         """The sample, or None when there are problems."""
-        # 1. parse the values
+        # 1. parse the values; of a row of another format nothing else is to be repaired
         self.check_keys("", data, KEYS, "put it under meta")
+        if any(key in data for key in OTHERS):
+            return None
         values: dict[str, Any] = {
             "id": self.id(data),
             "video": self.frames(data) if data.get("frames") is not None else self.media(data, "video"),

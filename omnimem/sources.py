@@ -84,14 +84,17 @@ def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
 
 
 def remarks_on(samples: Iterable[Sample]) -> list[str]:
-    """What was remarked about the rows of samples, each with the number of rows and the first one."""
+    """What was remarked about the rows of samples, each with the number of rows and one of them."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for sample in samples:
         counts.update(sample.remarks)
         for remark in sample.remarks:
             first.setdefault(remark, sample.origin)
-    return [f"{count:,} rows ({first[remark]} first): {remark}" for remark, count in counts.items()]
+    return [
+        f"{count:,} row{'s' if count > 1 else ''} (such as {first[remark]}): {remark}"
+        for remark, count in counts.items()
+    ]
 
 
 def digest(samples: Iterable[Sample]) -> str:

@@ -124,7 +124,7 @@ class DataReport:
         rows = {
             "rows": f"{len(self.good) + lost:,} ({len(self.good):,} usable, {lost:,} failed)",
             "questions": _listed(Counter(dict(self._questions()))),
-            "hours": f"{sum(lengths) / 3600:.2f}{spread}",
+            "hours": f"{sum(lengths) / 3600:.{2 if sum(lengths) >= 360 else 4}f}{spread}",
             "modalities": _listed(Counter(self._modalities())),
             "failures": _listed(Counter(failure.reason for failure in self.failures)),
         }

@@ -26,7 +26,15 @@ from omnimem.backbones.load import checked_path, family_at, family_of, read_shap
 from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
-from omnimem.cli.build import batch_sizes, known_budget, policies_of, refuse_batches, training_samples
+from omnimem.calibration import too_short
+from omnimem.cli.build import (
+    batch_sizes,
+    known_budget,
+    policies_of,
+    refuse_batches,
+    training_samples,
+    validation_samples,
+)
 from omnimem.cli.cache_size import describe_cache
 from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
@@ -98,6 +106,7 @@ def preview(
         refuse_batches(run, skeleton.backbone, batch_sizes(run))
         _section("set-up", set_up(run, skeleton.backbone, budgeted))
         facts = read_sample(run, skeleton, missing, name)
+        check_lengths(run, skeleton, facts, budgeted)
         _section("sample", describe_sample(skeleton, facts, run.stream.positions, every=name is not None))
         if facts.source is not None:
             _section("budget", describe_budget(run, skeleton.shapes, facts))
@@ -209,17 +218,7 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: st
         return _read(run, skeleton, sample, None, None)
     if sample is not None:
         try:
-            tracks = tracks_of(sample, run.stream.tracks)
-            options = run.stream.source(tracks)
-            source = FileSource(
-                sample.video or sample.audio or "",
-                sample.audio,
-                options=options,
-                geometry=skeleton.shapes.geometry,
-                start=sample.start,
-                end=sample.end,
-            )
-            return _read(run, skeleton, sample, tracks, source)
+            return _read_file(run, skeleton, sample)
         except MediaError as error:
             which = f"media of sample {name}" if name else "the first sample's media"
             missing.append(f"{which} ({error}); `omnimem check` lists all unreadable files")
@@ -231,7 +230,9 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: st
 
 
 def _chosen_sample(run: RunConfig, name: str | None, missing: list[str]) -> Sample | None:
-    """The sample of this id, or the first one with a stream; None if there are no training data yet.
+    """The sample of this id, of training or validation, or the first one to train on with a stream.
+
+    None if there are no training data yet.
 
     Raises ManifestError if no sample has the id.
     """
@@ -245,12 +246,49 @@ def _chosen_sample(run: RunConfig, name: str | None, missing: list[str]) -> Samp
     # 2. the sample
     if name is None:
         return next(sample for sample in samples if sample.has_stream)
+    samples += validation_samples(run)
     found = next((sample for sample in samples if sample.id == name), None)
     if found is None:
         near = get_close_matches(name, [sample.id for sample in samples], n=1)
         cure = f"did you mean {near[0]}?" if near else f"the first one is {samples[0].id}"
         raise ManifestError([f"--sample {name}: no sample of {named(run.data.sources)} has this id; {cure}"])
     return found
+
+
+def _read_file(run: RunConfig, skeleton: Skeleton, sample: Sample) -> SampleFacts:
+    """The sample with its stream; raises MediaError if its files cannot be read, and as `_read`."""
+    tracks = tracks_of(sample, run.stream.tracks)
+    source = FileSource(
+        sample.video or sample.audio or "",
+        sample.audio,
+        options=run.stream.source(tracks),
+        geometry=skeleton.shapes.geometry,
+        start=sample.start,
+        end=sample.end,
+    )
+    return _read(run, skeleton, sample, tracks, source)
+
+
+def check_lengths(run: RunConfig, skeleton: Skeleton, facts: SampleFacts, budgeted: RunFolder | None) -> None:
+    """Raises CalibrationError if the budget must be measured and no stream to measure has enough chunks, as the run.
+
+    Decodes the streams to measure until one is long enough.
+    """
+    skip, gone = run.calibration.skip_chunks, missing_sources(run.data)
+    if gone or not run.memory.budget.needs_signals or known_budget(run, skeleton.shapes.text.layers, budgeted):
+        return
+    longest = measured = 0
+    for sample in (sample for sample in training_samples(run) if sample.has_stream):
+        try:
+            same = sample.id == facts.sample.id
+            longest = max(longest, len((facts if same else _read_file(run, skeleton, sample)).chunks))
+        except MediaError:
+            continue  # the run takes another one in its place
+        measured += 1
+        if longest > skip or measured == run.calibration.streams:
+            break
+    if longest <= skip and measured:
+        raise too_short(longest, skip)
 
 
 SYNTHETIC = Sample(

@@ -9,7 +9,6 @@ import warnings
 
 import torch
 from torch import distributed
-from transformers.utils.logging import disable_progress_bar
 
 from omnimem.extras import installed
 
@@ -34,8 +33,6 @@ def prepare_process() -> None:
     # Calls of DeepSpeed by names that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("accelerate.accelerator").addFilter(_is_news)
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # that of transformers, which would fill log files
 
 
 def _join_alone() -> None:

@@ -231,11 +231,14 @@ def _origin(exported: Exported) -> Iterator[str]:
     origin = exported.origin
     run, packages = origin.run, origin.run.get("packages", {})
     commit = (run.get("git") or {}).get("commit")
+    best = run.get("best_checkpoint")
+    best = best if best and best["step"] == origin.step else None
     rows = {
         "base": f"`{_named(origin.base)}`" + (f" at `{origin.base_revision}`" if origin.base_revision else ""),
         "sha256 of the base": f"`{origin.base_sha256}`",
         "sha256 of the adapter": f"`{origin.adapter_sha256}`",
         "optimizer steps": f"{origin.step:,}",
+        **({"validation": f"{best['metric']} {best['value']:.4g}, the best of the run"} if best else {}),
         "started": run.get("started"),
         "seed": run.get("seed"),
         "sha256 of the training data": f"`{digest}`" if (digest := run.get("sha256", {}).get("data")) else None,

@@ -61,6 +61,8 @@ class Parser(argparse.ArgumentParser):
         """Parse; `overrides` may be between options."""
         given = self.parse_intermixed_args(list(arguments))
         raise_limits(given.limit)
+        if "transformers" in sys.modules and not sys.stderr.isatty():
+            sys.modules["transformers"].utils.logging.disable_progress_bar()  # they would fill log files
         _options.clear()
         if "overrides" not in given:
             _options.update({name: action for action in self._actions for name in action.option_strings})

@@ -12,7 +12,6 @@ from omnimem.checksums import SEAL, SHOWN, is_sealed, origin_of, seal_again
 from omnimem.cli.parser import warn
 from omnimem.config import RunConfig, load
 from omnimem.config.exported import HERE, NO_BASE, Exported, Origin
-from omnimem.policies import PerturbationOptions
 from omnimem.run import RESTORE, RunError, RunFolder, read_json, sha256, step_of
 from omnimem.tuning import AdapterError, StreamedModel, load_adapter
 from omnimem.tuning.lora import SETTINGS
@@ -77,11 +76,9 @@ class TunedModel:
 
         Raises AdapterError if the base is not the one that was tuned, or is needed and would be merged.
         """
-        run, memory, policy = self.run, self.run.memory, self.run.memory.policy
+        run, memory = self.run, self.run.memory.written_out()
         if kind == "merged" and memory.selection_from == "base":
             raise AdapterError(f"memory.selection_from = {NO_BASE}; export with --format adapter")
-        if isinstance(policy, PerturbationOptions):
-            memory = replace(memory, policy=policy.written_out())  # presets may change later
         merged = kind == "merged"
         model = replace(run.model, path=HERE, processor=None) if merged else replace(run.model, path=base.path)
         return Exported(

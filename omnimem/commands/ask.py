@@ -16,12 +16,13 @@ import sys
 import threading
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TextIO
 
 from omnimem.cli.asking import PIPE, Conversation, Loaded, Question, Reply, add_model, loaded, source_of, video_of
 from omnimem.cli.parser import Parser
 from omnimem.config import ConfigError
-from omnimem.media import FrameList
+from omnimem.media import FrameList, probe
 
 TERMINAL = "/dev/tty"
 
@@ -33,13 +34,16 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse(arguments)
     questions = questions_of(parser, given)
     typed = typed_questions(given.video) if given.prompt else None
+    video = video_of(given)
+    if isinstance(video, str) and video != PIPE:
+        probe(Path(video))  # before the weights are loaded
     # 2. stream the file and answer
     with loaded(given) as model:
         if typed is not None:
-            converse(model, video_of(given), typed)
+            converse(model, video, typed)
             return
         times = sorted({question.at for question in questions if question.at is not None})
-        source = source_of(video_of(given), model.feeder, times)
+        source = source_of(video, model.feeder, times)
         for reply in model.asking.replies(model.stream(), source, questions):
             show(reply, alone=len(questions) == 1 and reply.at is None)
 

@@ -79,7 +79,9 @@ def main(arguments: Sequence[str]) -> None:
     print(report.text())
     problems = [failure.message for failure in report.failures]
     if report.failed_share > given.max_failures or not lines:
-        raise ManifestError([*problems, f"{out}: not written; repair the rows above, or raise --max-failures"])
+        missing = any(failure.reason == "missing" for failure in report.failures)
+        where = ", give the folder of the files as --media-root" if missing and given.media_root is None else ""
+        raise ManifestError([*problems, f"{out}: not written; repair the rows above{where}, or raise --max-failures"])
     for problem in capped(problems):
         print(for_command(problem), file=sys.stderr)
     # 2. write

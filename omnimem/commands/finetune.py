@@ -138,8 +138,8 @@ def finetune(
     if first:
         warn([*changed_data(start, samples), *changed_settings(start)])
         start.open(dump(run), _provenance(run, settings, samples, start))
-        if start.news:
-            print(start.news, flush=True)
+        for line in begun(start, step_count(settings, taken)):
+            print(line, flush=True)
     # 2. build the model with its adapter
     backbone, model, feeder = build_model(run, settings)
     with attach(backbone.text_model, recompute_layers=run.tuning.recompute == "layer") as attached:
@@ -161,6 +161,9 @@ def finetune(
         step = trainer.load_best() if run.train.get("load_best_model_at_end") else trainer.state.global_step
         if first:
             update_json(start.folder.record, adapter_step=step)
+            if best := trainer.state.best_global_step:
+                metric, value = trainer.args.metric_for_best_model, trainer.state.best_metric
+                print(f"best checkpoint: {start.folder.checkpoint(best)}, validation {metric} {value:.4g}", flush=True)
         trainer.save_adapter(start.folder.adapter, step)
         # 6. verify what was saved, evaluate on all ranks, compare
         workers = evaluation_workers(run, start.folder)
@@ -281,6 +284,15 @@ def changed_data(start: Start, samples: Sequence[Sample]) -> list[str]:
     if earlier in (None, digest(samples)):
         return []
     return [f"data.train: the rows differ from those that {start.folder.path} was started with; some may come twice"]
+
+
+def begun(start: Start, steps: int) -> list[str]:
+    """What is said of the checkpoints of a resumed run: where it continues, or that no step is left."""
+    lines = [start.news] if start.news else []
+    if start.checkpoint is not None:
+        left = "" if start.step < steps else "; no step is left, a larger train.max_steps adds some"
+        lines.append(f"continue from {start.checkpoint}: {start.step} of {steps:,} steps are done{left}")
+    return lines
 
 
 def changed_settings(start: Start) -> list[str]:

@@ -42,6 +42,8 @@ __all__ = [
     "untuned",
 ]
 
+POLICY: Key = ("memory", "policy", "name")
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,11 @@ class MemoryOptions:
     # how slots are divided over layers and modalities
     budget: Annotated[BudgetOptions, Field(discriminator="name")] = field(default_factory=AudioVisualBudget)
     selection_from: SelectionFrom = "tuned"  # base: the model without its adapter judges what is kept (docs/tuning.md)
+
+    def written_out(self) -> "MemoryOptions":
+        """The same options with the values of the policy's preset, which may change later, written out."""
+        policy = self.policy
+        return replace(self, policy=policy.written_out()) if isinstance(policy, PerturbationOptions) else self
 
 
 # options of `omnimem` that every config.yaml of a run has, the earliest ones too
@@ -168,7 +175,11 @@ def changed(
     for name, *values in zip(("memory", "stream"), tuned, now, strict=True):
         if None in values:
             continue
-        before, after = (_flat(TypeAdapter(type(each)).dump_python(each, mode="json"), (name,)) for each in values)
+        same = [each.written_out() if isinstance(each, MemoryOptions) else each for each in values]
+        before, after = (_flat(TypeAdapter(type(each)).dump_python(each, mode="json"), (name,)) for each in same)
+        if before.get(POLICY) != after.get(POLICY):  # other settings of two policies have nothing in common
+            other = {key for key in (*before, *after) if key[:2] == POLICY[:2]} - {POLICY}
+            before, after = ({key: each[key] for key in each if key not in other} for each in (before, after))
         found += [
             f"{dotted(key)}: the adapter was tuned at {before.get(key)}, and reads streams at {after.get(key)} now"
             for key in dict.fromkeys([*before, *after])

@@ -1,5 +1,6 @@
 """Samples that could not be decoded during training, known to all ranks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import final
 
@@ -29,6 +30,11 @@ class FailedSamples:
     def found(self) -> tuple[Failure, ...]:
         """Each failed sample once."""
         return self.failures.found
+
+    def restore(self, earlier: Sequence[Failure]) -> None:
+        """Continue from the failures of a checkpoint; the limit is checked at the next one that is recorded."""
+        known = {failure.id: failure for failure in (*earlier, *self.found)}
+        self.failures = replace(self.failures, found=tuple(known.values()))
 
     def record(self, failure: Failure) -> None:
         """Record a failure first, so that run.json has it too, then raise TooManyFailures above the limit."""

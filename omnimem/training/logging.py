@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, final
@@ -16,7 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState
 
+from omnimem.data import Failure
 from omnimem.run import Start, append_line
 from omnimem.streaming.encoder_cache import COUNTED
 from omnimem.streaming.feeder import Feeder
@@ -24,14 +26,17 @@ from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Modality
 from omnimem.training.collectives import gather_lists, highest
 from omnimem.training.failures import FailedSamples, OneTrackSamples
-from omnimem.training.nonfinite import NonFiniteGuard, mean_without
+from omnimem.training.nonfinite import NonFiniteGuard, NonFiniteStep, mean_without
 from omnimem.tuning import Outcome, Pass, Plan, running_means, step_metrics
 
 
 @final
 @dataclass
-class StepMetrics(TrainerCallback):
-    """Collects the streams of the steps since the last log, and writes one line of metrics.jsonl per logged step."""
+class StepMetrics(TrainerCallback, ExportableState):
+    """Collects the streams of the steps since the last log, and writes one line of metrics.jsonl per logged step.
+
+    What is counted over the whole run is in the checkpoints, so that a resumed run counts on.
+    """
 
     path: Path
     plan: Plan
@@ -56,8 +61,32 @@ class StepMetrics(TrainerCallback):
         self.outcomes.append((step, replace(outcome, loss=outcome.loss.detach())))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count from the step of the checkpoint."""
+        """Count from the step and the samples of the checkpoint."""
         self.began = self.logged = state.global_step
+        stored: Any = state.stateful_callbacks
+        before: Mapping[str, Any] = stored.get(type(self).__name__, {}).get("attributes", {})
+        self.failed.restore([Failure(**each) for each in before.get("failed", ())])
+        self.one_track.found = {**before.get("one_track", {}), **self.one_track.found}
+        self.trained.note(int(before.get("positions_reached", 0)))
+        skipped = [(each["step"], tuple(each["samples"])) for each in before.get("skipped", ())]
+        self.nonfinite.found[:0] = [NonFiniteStep(step=step, samples=samples) for step, samples in skipped]
+
+    def share(self, args: TrainingArguments) -> None:
+        """Exchange what is counted over the whole run between the ranks; collective."""
+        self.failed.share(args)
+        self.one_track.share(args)
+        self.trained.note(highest(self.trained.reached, args.device))
+
+    def state(self) -> dict[str, Any]:
+        """What is counted over the whole run, for the checkpoint."""
+        failed = [asdict(failure) for failure in self.failed.found]
+        counted = {
+            "failed": failed,
+            "one_track": self.one_track.found,
+            "positions_reached": self.trained.reached,
+            "skipped": [asdict(step) for step in self.nonfinite.found],
+        }
+        return {"args": {}, "attributes": counted}
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock: validation, logging and saving between two steps are not counted."""
@@ -75,9 +104,7 @@ class StepMetrics(TrainerCallback):
         """The logs of the Trainer with the metrics of the streams; collective."""
         state, ranks = trainer.state, trainer.args.world_size
         # 1. losses by name and by budget, of all ranks
-        self.failed.share(trainer.args)
-        self.one_track.share(trainer.args)
-        self.trained.note(highest(self.trained.reached, trainer.args.device))
+        self.share(trainer.args)
         passes = gather_lists(self._passes(), ranks)
         complete = {**logs, **step_metrics(passes), **running_means(passes, state.log_history)}
         # 2. memory, tokens and time of the streams of this rank

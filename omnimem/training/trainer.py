@@ -111,6 +111,7 @@ class StreamTrainer(Trainer):
         base = weights_digest(model.name_or_path) if args.process_index == 0 else None
         self.checkpoints = CheckpointWriter(folder, self.accelerator, layout, args.save_total_limit, base)
         self.gathering: LayerGathering | None = None  # under ZeRO-3, once the engine is built
+        self._rate: float | None = None  # learning rate of the step
         self.validation = self._validation(validation, workers, failures)
         for callback in (self.nonfinite, self.shutdown, self.metrics, self.watchdog):
             self.add_callback(callback)
@@ -158,6 +159,7 @@ class StreamTrainer(Trainer):
         self.watchdog.begin(self.state.global_step + 1, ids)
         self.nonfinite.begin(ids)
         self.metrics.samples += ids
+        self._rate = float(cast(Any, self.optimizer).param_groups[0]["lr"])
         model.train()
         optimizer: Any = self.optimizer
         if callable(getattr(optimizer, "train", None)):  # of schedule-free optimizers
@@ -289,6 +291,10 @@ class StreamTrainer(Trainer):
         self.recipe = Recipe.of(self.optimizer if optimizer is None else optimizer)
         return schedule
 
+    def _get_learning_rate(self) -> float:
+        """Of the step that was taken last: DeepSpeed moves its schedule on before the Trainer logs."""
+        return super()._get_learning_rate() if self._rate is None else self._rate
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         shuffled = self.args.train_sampling_strategy == "random"
@@ -365,6 +371,7 @@ class StreamTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         stock, state = partial(super()._save_checkpoint, model, trial), partial(State.of, self, self.adapted)
         step, best = self.state.global_step, self.state.best_global_step
+        self.metrics.share(self.args)
 
         def files() -> None:
             stock()

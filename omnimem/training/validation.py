@@ -140,9 +140,9 @@ class EarlyStopping(EarlyStoppingCallback):
             return
         control.should_save = True
         if state.is_world_process_zero:
+            by = f" by more than {self.early_stopping_threshold:g}" if self.early_stopping_threshold else ""
             print(
-                f"step {state.global_step}: {args.metric_for_best_model} has not improved in "
-                f"{self.early_stopping_patience_counter} validations: training stops; best at step "
-                f"{state.best_global_step}",
+                f"step {state.global_step}: {args.metric_for_best_model} has not improved{by} in "
+                f"{self.early_stopping_patience_counter} validations: training stops",
                 flush=True,
             )

@@ -341,7 +341,8 @@ def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, 
         (["--model", "m", "--video", "v.mp4", "--at", "0", "?"], "'0' is not a time in seconds after the start"),
         (["--model", "m", "--video", "v.mp4", "--at", "nan", "?"], "'nan' is not a time in seconds"),
         (["--model", "m", "--video", "v.mp4", "--slots", "many", "?"], "'many' is not a whole number above 0"),
-        (["--model", "/no/such", "--video", "v.mp4", "?"], "model.path: /no/such cannot be loaded"),
+        (["--model", "/no/such", "--video", "v.mp4", "?"], "v.mp4: is not a file"),  # before weights are loaded
+        (["--model", "/no/such", "--video", "-", "?"], "model.path: /no/such cannot be loaded"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(arguments, what, capsys, monkeypatch) -> None:

@@ -288,7 +288,13 @@ def test_the_card_carries_the_results_of_these_weights_and_of_no_others(base, tm
     assert f"- tuned against untouched on recall: {100 * pair['diff']:+.1f} points" in text.replace("\u2212", "-")
     assert f": {pair['verdict']}\n" in text
     exported_to(tmp_path / "checkpoint", run, "adapter", "--checkpoint", "4")
-    assert "These weights were not evaluated" in (tmp_path / "checkpoint" / "README.md").read_text()
+    text = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert "These weights were not evaluated" in text
+    assert "| validation |" not in text
+    record = json.loads(run.record.read_text())
+    run.record.write_text(json.dumps({**record, "best_checkpoint": {"step": 4, "value": 1.25, "metric": "loss"}}))
+    exported_to(tmp_path / "best", run, "adapter", "--checkpoint", "best")
+    assert "| validation | loss 1.25, the best of the run |" in (tmp_path / "best" / "README.md").read_text()
 
 
 def test_the_cards_of_a_checkpoint_and_of_the_final_adapter_keep_their_own_results(base, tmp_path) -> None:

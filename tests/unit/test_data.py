@@ -142,6 +142,19 @@ def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifes
     assert problems_of(manifest, b"") == [" holds no samples; create it again"]
 
 
+def test_a_folder_names_the_command_that_makes_a_manifest_of_it(tmp_path) -> None:
+    with pytest.raises(ManifestError, match=r"is a folder, .* `omnimem convert \S+ --out \S+\.jsonl`"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["conversations", "videos", "audios", "query", "prompt", "instruction"])
+def test_of_a_row_of_another_format_only_that_is_said(key, manifest) -> None:
+    row = {key: [], "messages": [{"role": "user", "content": "?", "at": 4}]}
+    assert problems_of(manifest, row) == [
+        f"1 {key}: is of another format; omnimem convert makes a manifest of such rows"
+    ]
+
+
 def test_the_run_stops_at_the_first_failure_above_the_allowed_share() -> None:
     failures = Failures(samples=200, max_failures=0.01)
     for name in ("a", "b", "a", "b"):

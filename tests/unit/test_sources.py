@@ -216,9 +216,9 @@ def test_media_outside_of_the_folder_of_a_source_are_refused_with_the_cure(tmp_p
     assert found.video.resolve() == tmp_path / "a.mp4"
 
 
-def test_remarks_on_rows_are_counted_with_the_first_row(tmp_path) -> None:
+def test_remarks_on_rows_are_counted_with_one_of_them(tmp_path) -> None:
     file = write(tmp_path / "rows.json", *({**row, "language": "de"} for row in ROWS[:2]), ROWS[2])
     remarks = [line for line in remarks_on(training_samples(DataOptions(train=str(file)))) if "language" in line]
-    assert remarks == [f"2 rows ({file}:item 1 first): key language is kept under meta only"]
+    assert remarks == [f"2 rows (such as {file}:item 1): key language is kept under meta only"]
     write(tmp_path / "one.jsonl", LINE)
     assert remarks_on(training_samples(DataOptions(train=str(tmp_path / "one.jsonl")))) == []

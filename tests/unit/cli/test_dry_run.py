@@ -13,6 +13,7 @@ from support import families, thinkers
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.backbones.assembled import FAMILY
+from omnimem.calibration import CalibrationError
 from omnimem.cli import dry_run as preview
 from omnimem.cli.build import batch_sizes, refuse_batches
 from omnimem.cli.cache_size import describe_cache
@@ -73,7 +74,7 @@ def recorded(folder: Path, checkpoint: Path, *overrides: str) -> RunConfig:
     line = {"id": "a", "video": "a.mp4", "audio": None, "messages": QUESTIONS}
     (folder / "train.jsonl").write_text(json.dumps(line) + "\n")
     given = [f"model={{path: {checkpoint}}}", f"data.train={folder}/train.jsonl", "stream.chunk_tokens=40"]
-    return load("budget8k.yaml", [*given, *overrides], train=train_section())
+    return load("budget8k.yaml", [*given, "calibration.skip_chunks=0", *overrides], train=train_section())
 
 
 def test_the_shipped_config_is_previewed_in_an_empty_folder_with_everything_missing_listed(capsys) -> None:
@@ -284,6 +285,32 @@ def test_any_sample_is_shown_with_the_time_of_every_question(tmp_path, checkpoin
     assert "--- memory of a device" not in said
     with pytest.raises(ManifestError, match=r"--sample c: no sample of .* has this id"):
         preview.preview(run, "c")
+
+
+def test_a_sample_of_the_validation_is_shown(tmp_path, checkpoint, capsys) -> None:
+    run = recorded(tmp_path / "data", checkpoint, f"data.validation={tmp_path}/held.jsonl")
+    held = {"id": "held", "video": "data/a.mp4", "messages": QUESTIONS}
+    (tmp_path / "held.jsonl").write_text(json.dumps(held) + "\n")
+    preview.preview(run, "held")
+    assert f"held {tmp_path}/held.jsonl:1: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (("calibration.skip_chunks=2",), False),
+        (("calibration.skip_chunks=3",), True),
+        (("calibration.skip_chunks=3", "stream.chunk_tokens=20"), False),
+        (("calibration.skip_chunks=3", "memory.budget={name: split, visual_audio_ratio: 2}"), False),  # not measured
+    ],
+)
+def test_streams_too_short_for_the_calibration_are_refused_as_in_the_run(
+    settings, refused, tmp_path, checkpoint
+) -> None:
+    run = recorded(tmp_path / "data", checkpoint, *settings)
+    expected = pytest.raises(CalibrationError, match=r"the longest has 3 chunks") if refused else nullcontext()
+    with expected:
+        preview.preview(run)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,10 @@ def test_some_rows_may_fail_when_allowed_and_the_report_counts_them(media, capsy
     assert "failures   missing 1" in printed.out
     assert "1 rows: no tag: the stream is placed before the first question" in printed.out
     assert "gone.mp4" in printed.err
+    # where files are missing, the option for their folder is named unless it was given
+    for more, said in (((), True), (("--media-root", str(media)), False)):
+        assert run(media, rows, *more)[0] == 2
+        assert ("--media-root" in problems(capsys, media)[-1]) == said
 
 
 def test_media_outside_the_manifests_folder_must_be_allowed(media, tmp_path, capsys) -> None:

@@ -56,6 +56,17 @@ def state_of(step: int, counter: int) -> Any:
     return SimpleNamespace(global_step=step, stateful_callbacks={"EarlyStopping": stored} if step else {})
 
 
+@pytest.mark.parametrize(("threshold", "said"), [(0.0, "loss has not improved in 1"), (0.5, "by more than 0.5 in 1")])
+def test_early_stopping_says_what_it_waited_for(threshold, said, capsys) -> None:
+    args: Any = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
+    state: Any = SimpleNamespace(global_step=4, best_metric=2.0, best_global_step=2, is_world_process_zero=True)
+    control: Any = SimpleNamespace(should_training_stop=False, should_save=False)
+    EarlyStopping(1, threshold).on_evaluate(args, state, control, {"eval_loss": 2.0 - threshold / 2})
+    assert control.should_training_stop
+    assert control.should_save
+    assert said in capsys.readouterr().out
+
+
 def test_early_stopping_continues_from_its_counter_and_does_not_go_on_after_it() -> None:
     unused: Any = None
     callback = EarlyStopping(3, 0.0)
