@@ -56,18 +56,30 @@ POLICIES: dict[str, Any] = {
     "keydiff": KeyDiffOptions(),
     "k_center": KCenterOptions(),
 }
-DEFAULT = ("random", "paper", "released", "omnimem", "omnimem/128", "distinct", "full", "stock", "one_shot", "release")
+DEFAULT = (
+    "random",
+    "paper",
+    "released",
+    "omnimem",
+    "omnimem/inputs",
+    "distinct",
+    "full",
+    "stock",
+    "one_shot",
+    "release",
+)
 ALTERNATIVES = ("full", "stock", "one_shot", "release")
 HEADS, KV_HEADS = 8, 2
 WARM = 2  # chunks after the memory is full that are not counted
 
 
 def built(name: str, layers: int, slots: int) -> Policy:
-    """A policy by name; NAME/N measures redundancy on N projected features; `full` keeps everything."""
+    """A policy by name; NAME/N: feature: N; NAME/inputs: layer inputs are compared; `full` keeps everything."""
     if name == "full":
         return PerturbationOptions().build(None)
     base, _, feature = name.partition("/")
-    options = POLICIES[base] if not feature else PerturbationOptions(name=base, feature=int(feature))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"compared": "inputs"} if feature == "inputs" else {"feature": int(feature or 0)}
+    options = PerturbationOptions(name=base, **settings) if feature else POLICIES[base]  # type: ignore[arg-type]
     return options.build(Budget.shared(layers, slots))
 
 
@@ -234,7 +246,7 @@ def slope(seconds: Sequence[float]) -> tuple[float, float, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every chunk length and print one table."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--policy", action="append", help="may be repeated; NAME/N: N features (%(default)s)")
+    parser.add_argument("--policy", action="append", help="may be repeated; NAME/N: N features; NAME/inputs (all)")
     parser.add_argument("--chunk", type=int, action="append", help="tokens per chunk; may be repeated (1024, 256)")
     parser.add_argument("--slots", type=int, default=1024, help="slots per layer, one pool (%(default)s)")
     parser.add_argument("--chunks", type=int, default=20, help="chunks counted (%(default)s)")
