@@ -2,7 +2,7 @@
 
     python benchmarks/tune_real_lm.py train --arm aware --steps 150 --rate 3e-4    # continues; --until N: to step N
     python benchmarks/tune_real_lm.py evaluate --run free --run aware-0.0003-0 --split test      # continues
-    python benchmarks/tune_real_lm.py table --split test                           # table.json and table.md
+    python benchmarks/tune_real_lm.py table --split test --pool-seeds              # test-table.json; also printed
 
 A step is one stream of 512 tokens in chunks of 128 with six facts and a passage that is given again; `aware` draws 128
 slots (two of three steps) or full memory, `control` full memory. `aware_base` trains with `selection_from: base`,
@@ -202,12 +202,38 @@ def evaluated(bed: Bed, text: Text, split: str, slots: int, *, tuned: bool) -> I
 def table(given: Any) -> None:
     """The table against every arm that is named, or against `free`."""
     rows = list(read_rows(Path(given.out) / f"{given.split}.jsonl"))
+    if given.pool_seeds:
+        rows = pooled(rows)
     found, lines = {}, []
     for reference in given.reference or ["free"]:
         found[reference] = tables(rows, reference)
         lines += markdown(found[reference], reference)
     write_json(Path(given.out) / f"{given.split}-table.json", found)
     print("\n".join(lines))
+
+
+def pooled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per arm, text and slots: the answers of all seeds one after another, means of the other numbers.
+
+    `free` has no seed: its answers are repeated, so that they are paired with those of every seed. Arms with fewer
+    seeds than others, and texts that not all seeds were asked about, are left out.
+    """
+    groups: dict[tuple[str, str, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        name, _, rest = row["arm"].partition("@")
+        stem, _, seed = name.rpartition("-")
+        arm = f"{stem}@{rest}" if stem else name
+        groups.setdefault((arm, row["text"], row["slots"]), {})[seed if stem else ""] = row
+    seeds = max(len(group) for group in groups.values())
+    found = []
+    for (arm, _, _), group in groups.items():
+        mine = list(group.values()) if arm != "free" else list(group.values()) * seeds
+        if len(mine) == seeds:
+            numbers = [name for name, value in mine[0].items() if type(value) is float]
+            means = {name: fmean(row[name] for row in mine) for name in numbers}
+            questions = [answer for row in mine for answer in row["questions"]]
+            found.append({**mine[0], "arm": arm, **means, "questions": questions})
+    return found
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -228,6 +254,7 @@ def _parser() -> Parser:
     parser.add_argument("--split", choices=("development", "test"), default="development", help="(%(default)s)")
     parser.add_argument("--most", type=int, help="texts of an evaluation (all)")
     parser.add_argument("--slots", type=int, action="append", help=f"of an evaluation; may be repeated {SLOTS}")
+    parser.add_argument("--pool-seeds", action="store_true", help="one line of the table per arm, over its seeds")
     parser.add_argument("--reference", action="append", metavar="ARM", help="of the table; may be repeated (free)")
     parser.add_argument("--texts", type=Path, action="append", default=[], metavar="DIR", help="unpacked packages")
     parser.add_argument("--out", default="runs/tune_real_lm", metavar="DIR", help="(%(default)s)")
