@@ -24,7 +24,7 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SharedBudget
 from omnimem.checksums import is_sealed
 from omnimem.cli.parser import Parser, warn
-from omnimem.cli.tuned_model import BaseModel, load_tuned
+from omnimem.cli.tuned_model import BaseModel, load_tuned, of_run
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
@@ -95,7 +95,7 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
     if given.adapter is not None:
         load_tuned(backbone.model, given.adapter)
         if exported is not None and not is_sealed(given.adapter):
-            BaseModel.of(given.model).digest(exported.origin.base_sha256, given.adapter)
+            BaseModel.of(given.model).digest(exported.origin.base_sha256 or None, given.adapter)
     feeder = Feeder(backbone, stream_of(given, exported))
     tokens = given.max_new_tokens or (exported.max_new_tokens if exported else 64)
     with torch.no_grad(), attach(backbone.text_model) as attached:
@@ -112,11 +112,17 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
 
 
 def recorded(model: str, adapter: Path | None) -> Exported | None:
-    """The omnimem.json of the adapter, or else of the model; None if there is none."""
+    """The omnimem.json of the adapter, or else of the model; without one, what the run of the adapter says; or None."""
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
     folder = Path(model) if adapter is None else adapter
-    return Exported.read(folder) if (folder / FILE).is_file() else None
+    if (folder / FILE).is_file():
+        return Exported.read(folder)
+    if adapter is None or (found := of_run(adapter, model)) is None:
+        return None
+    exported, file = found
+    warn([f"no {FILE} in {adapter}: memory and stream are those of its run ({file})"])
+    return exported
 
 
 def model_of(given: Namespace, exported: Exported | None) -> ModelOptions:
