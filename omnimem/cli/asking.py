@@ -30,10 +30,10 @@ from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, read_live
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, read_live
 from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
-from omnimem.rows import SLACK, tracks_of
+from omnimem.rows import SLACK, judge
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
@@ -184,7 +184,10 @@ def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) ->
     if video != PIPE:
         questions = tuple(Message(role="user", content="", at=time) for time in times)
         media = video if isinstance(video, FrameList) else Path(video)
-        tracks = tracks_of(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
+        judged = judge(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
+        for problem in judged.problems:
+            raise late(video, times, judged.seconds) if problem.key == "messages" else problem.error
+        tracks = judged.tracks
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
         if sys.stdin is None:
@@ -195,6 +198,14 @@ def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) ->
     if asked == "both" and tracks != "both":
         print(f"{video} has no {'audio' if tracks == 'video' else 'video'} track: {tracks} only", file=sys.stderr)
     return source
+
+
+def late(video: Video | str, times: Sequence[float], seconds: float) -> MediaError:
+    """The error that one of these times is after the end of the stream."""
+    first = next((time for time in times if time > seconds + SLACK), max(times))
+    what = f"a question is asked at {first:g} s, after the end of the stream ({seconds:.1f} s)"
+    cure = f"give a time within its {seconds:.1f} seconds, or leave the time out to ask at the end"
+    return MediaError(video, "too_short", f"{what}; {cure}")
 
 
 def live_source(
@@ -273,10 +284,7 @@ class Asking:
             for at in due.moments:
                 live = not isinstance(source, FileSource)  # a file has been judged before
                 if live and at is not None and at > due.seconds + SLACK:
-                    what = (
-                        f"the stream ended at {due.seconds:.1f} s, before --at {at:g}; leave it out to ask at the end"
-                    )
-                    raise MediaError(PIPE, "too_short", what)
+                    raise late(PIPE, [at], due.seconds)
                 texts = [question.text for question in questions if question.at == at]
                 yield self.reply(due.stream.fork(), texts, at, due.seconds, started)
 

@@ -337,6 +337,15 @@ def test_an_adapter_within_its_run_is_asked_with_the_memory_of_the_run(name, exp
     assert "everything is kept" not in err
 
 
+@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize("asked", [["--ask", "50: ?"], ["--at", "50", "?"], ["--ask", "5: ?", "--ask", "0:50: ?"]])
+def test_a_late_time_is_refused_in_words_of_the_command(pipe, asked, exports, video, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", remuxed(video, tmp_path / "live.mkv").open("rb"))
+    words = "give a time within its 16.0 seconds, or leave the time out to ask at the end"
+    with sys.stdin, pytest.raises(MediaError, match=rf"at 50 s, after the end of the stream \(16.0 s\); {words}"):
+        ask.main(["--model", str(exports / "merged"), "--video", "-" if pipe else str(video), *asked])
+
+
 def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:
     alike = write_folder(tmp_path / "alike", rates="tiny", seed=5)
     with pytest.raises(AdapterError, match=r"made for another base than .*alike \(digest"):
