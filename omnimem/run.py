@@ -43,7 +43,8 @@ PACKAGES = (
     "tokenizers",
 )
 HERE = Path(__file__).resolve().parent
-CALIBRATED = ("budget.json", "budget.svg", "signals.svg")  # files written by omnimem calibrate before the run
+FIGURE = "budget.svg"  # a run itself writes none
+CALIBRATED = ("budget.json", FIGURE, "signals.svg")  # files written by omnimem calibrate before the run
 LOCK = ".lock"
 PATIENCE = 60.0  # seconds to wait for a process that is shutting down to release its run folder
 
@@ -159,7 +160,8 @@ class Start:
     checkpoint: Path | None = None  # None: from the first step
     resumed: bool = False
     replaces: bool = False  # rename an older run
-    aside: tuple[Path, ...] = ()  # later or damaged checkpoints to rename
+    untrained: bool = False  # resumed, but no start before made a step: any setting may change
+    aside: tuple[Path, ...] = ()  # later or damaged checkpoints, or an old budget, to rename
     news: str = ""  # a message about them
     changed: Mapping[str, Any] = field(default_factory=dict)  # settings of `train` that a resumed run changes: old, new
     seen: tuple[object, ...] | None = None  # of the folder when this was decided (`_state`)
@@ -172,7 +174,15 @@ class Start:
     @property
     def budgeted(self) -> bool:
         """Whether the folder holds a budget that the run will use."""
-        return self.folder.budget.is_file() and not self.replaces
+        return self.folder.budget.is_file() and not self.replaces and self.folder.budget not in self.aside
+
+    def without_old_budget(self) -> "Start":
+        """The same start, without a budget that was made for other settings by the run; that of a calibration stays."""
+        old = self.folder.budget
+        if not old.is_file() or (self.folder.path / FIGURE).exists():
+            return self
+        news = f"{self.news}; {old} was made for other settings, and is now {_free(old).name}"
+        return replace(self, aside=(*self.aside, old), news=news)
 
     def open(self, config: str, provenance: Mapping[str, Any], *, patience: float = PATIENCE) -> RunFolder:
         """Prepare the folder on disk (on one process only) and write config.yaml and run.json.
@@ -221,7 +231,8 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
 
     `resume`: None, "auto" (the newest intact checkpoint, otherwise the first step), or a checkpoint.
     Raises RunError when the folder cannot be used. Only rank 0 refuses an existing folder, because for other ranks it
-    may be the one that rank 0 has just created. A resumed run waits for a process that is shutting down.
+    may be the one that rank 0 has just created. A resumed run waits for a process that is shutting down. Where no
+    step was made before, any start continues from the first step.
     """
     folder = RunFolder(path=runs / name)
     if resume is not None and overwrite:
@@ -230,9 +241,13 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
         _await_release(folder)  # its last checkpoint is the one to resume from
     seen = _state(folder)
     used = folder.path.exists() and (not folder.path.is_dir() or any(_begun(path) for path in folder.path.iterdir()))
+    untrained = used and _untrained(folder)
     if resume is not None:
         start = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
-        return replace(start, resumed=used, seen=seen)
+        news = _again(folder) if untrained else start.news
+        return replace(start, resumed=used, untrained=untrained, news=news, seen=seen)
+    if untrained and not overwrite:
+        return Start(folder=folder, resumed=True, untrained=True, news=_again(folder), seen=seen)
     if used and not overwrite and os.environ.get("RANK", "0") == "0":
         raise RunError(
             f"{folder.path} already exists; continue it with --resume auto, give the run another name with name=..., "
@@ -242,9 +257,26 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
 
 
 def _state(folder: RunFolder) -> tuple[object, ...]:
-    """What a start of a run changes: its record and its checkpoints."""
+    """What a start of a run changes: its record and its checkpoints, and that a step was made."""
     record = folder.record.stat() if folder.record.is_file() else None
-    return (record and (record.st_ino, record.st_mtime_ns), *folder.checkpoints())
+    return (record and (record.st_ino, record.st_mtime_ns), _untrained(folder), *folder.checkpoints())
+
+
+def _untrained(folder: RunFolder) -> bool:
+    """Whether a run ended before its first step: no checkpoint, no result, no metrics, no steps in run.json."""
+    settings = {path.name for path in (folder.config, folder.record, folder.tensorboard)}
+    try:
+        found = [path for path in folder.path.iterdir() if _begun(path) and path.name not in settings]
+        record = read_stored(folder.record, Record, "")
+    except (OSError, StoredFileError):  # no folder, or a record that is missing or damaged: nothing is known
+        return False
+    results = [path for path in found if path != folder.metrics or path.is_dir() or path.stat().st_size]
+    made = any(each.get("steps") for each in (record, *record.get("earlier", [])))
+    return not (results or made or folder.partial.exists())
+
+
+def _again(folder: RunFolder) -> str:
+    return f"{folder.path}: no step was made in it; starting from the first step"
 
 
 def _begun(path: Path) -> bool:

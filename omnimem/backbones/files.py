@@ -35,6 +35,7 @@ TEXTS = ("chat_template.jinja", "merges.txt")
 INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")  # types of weights in files
 COUNTS = ("position_ids", "num_batches_tracked")  # buffers of whole numbers beside the weights
+HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 SIBLINGS = ("talker.", "code2wav.", "token2wav.")  # models beside a thinker, which are not loaded
 SAMPLES, SAMPLE = 64, 4096  # places in a large tensor, and bytes of each, that its digest is made of
 LAYERS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers")  # counts in config.json
@@ -157,6 +158,32 @@ def require_size(path: str, weights: int) -> None:
         raise CheckpointError(
             f"{path}: config.json describes {weights:,} weights, the weight files have {size:,} bytes; copy all files "
             "of one model again"
+        )
+
+
+def require_one_head(path: str) -> None:
+    """Raises CheckpointError if a local folder has a head that differs from the embeddings, which is to be the same.
+
+    transformers would use both, against `tie_word_embeddings: true` of config.json.
+    """
+    found: dict[str, tuple[Path, str]] = {}
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            own = (key for key in opened.keys() if not key.startswith(SIBLINGS))  # noqa: SIM118 - no mapping
+            found |= {end: (file, key) for key in own for end in (HEAD, EMBEDDINGS) if f".{key}".endswith(f".{end}")}
+    if len(found) < 2:
+        return
+    tensors = []
+    for file, key in (found[HEAD], found[EMBEDDINGS]):
+        with safe_open(file, framework="pt") as opened:
+            tensors.append(opened.get_tensor(key))
+    head, embeddings = tensors
+    if head.shape != embeddings.shape or not torch.equal(head.to(embeddings.dtype), embeddings):
+        same = head.shape == embeddings.shape
+        what = "other values" if same else f"shape {list(head.shape)}, not {list(embeddings.shape)}"
+        raise CheckpointError(
+            f"{found[HEAD][0]}: {found[HEAD][1]} has {what}, unlike {found[EMBEDDINGS][1]}, and tie_word_embeddings is "
+            "true in config.json; set it to false if the model has a head of its own, or remove this weight"
         )
 
 

@@ -433,6 +433,20 @@ def check_config(config: Any) -> None:
             f"deepstack_visual_indexes = {levels} are not different blocks, in order, of the {vision.depth} of the "
             "vision encoder; copy config.json again from the model's page"
         )
+    # 3. the windows of the vision encoder, in merged patches
+    window = getattr(vision, "window_size", None)
+    if window is not None and window < (cell := vision.patch_size * vision.spatial_merge_size):
+        raise CheckpointError(
+            f"window_size = {window} of the vision encoder holds no token of {cell} x {cell} pixels; copy config.json "
+            "again from the model's page"
+        )
+    # 4. the experts that read a token
+    experts, chosen = getattr(text, "num_experts", None), getattr(text, "num_experts_per_tok", None)
+    if experts is not None and chosen is not None and not 1 <= chosen <= experts:
+        raise CheckpointError(
+            f"num_experts_per_tok = {chosen} is not between 1 and num_experts = {experts}; copy config.json again from "
+            "the model's page"
+        )
 
 
 def template_of(video: str) -> str:

@@ -13,7 +13,16 @@ from transformers.integrations import deepspeed
 from transformers.utils import cached_file
 
 from omnimem.backbones.base import ModelOptions
-from omnimem.backbones.files import AGAIN, CheckpointError, require_finite, require_size, require_weights
+from omnimem.backbones.files import (
+    AGAIN,
+    EMBEDDINGS,
+    HEAD,
+    CheckpointError,
+    require_finite,
+    require_one_head,
+    require_size,
+    require_weights,
+)
 from omnimem.textfile import StoredFileError, read_stored
 
 # files with settings of the feature extractor and video processor; a later one counts
@@ -115,6 +124,10 @@ def load_model(options: ModelOptions, model_class: Any, config: Any) -> PreTrain
         )
     with _without_zero3(), torch.device("meta"):
         outline = model_class(config)
+    weights = dict(outline.named_parameters(remove_duplicate=False))
+    ends = {id(weight) for name, weight in weights.items() if name.endswith((HEAD, EMBEDDINGS))}
+    if len(ends) == 1:  # tied
+        require_one_head(options.path)
     require_size(options.path, sum(weight.numel() for weight in outline.parameters()))
     model, found = model_class.from_pretrained(
         options.path,

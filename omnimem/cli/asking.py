@@ -24,16 +24,16 @@ from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import SharedBudget
 from omnimem.checksums import is_sealed
 from omnimem.cli.parser import Parser, warn
-from omnimem.cli.tuned_model import BaseModel, load_tuned
+from omnimem.cli.tuned_model import BaseModel, load_tuned, of_run
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, read_live
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, read_live
 from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
-from omnimem.rows import SLACK, tracks_of
+from omnimem.rows import SLACK, judge
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.feeder import Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
@@ -95,7 +95,7 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
     if given.adapter is not None:
         load_tuned(backbone.model, given.adapter)
         if exported is not None and not is_sealed(given.adapter):
-            BaseModel.of(given.model).digest(exported.origin.base_sha256, given.adapter)
+            BaseModel.of(given.model).digest(exported.origin.base_sha256 or None, given.adapter)
     feeder = Feeder(backbone, stream_of(given, exported))
     tokens = given.max_new_tokens or (exported.max_new_tokens if exported else 64)
     with torch.no_grad(), attach(backbone.text_model) as attached:
@@ -112,11 +112,17 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
 
 
 def recorded(model: str, adapter: Path | None) -> Exported | None:
-    """The omnimem.json of the adapter, or else of the model; None if there is none."""
+    """The omnimem.json of the adapter, or else of the model; without one, what the run of the adapter says; or None."""
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
     folder = Path(model) if adapter is None else adapter
-    return Exported.read(folder) if (folder / FILE).is_file() else None
+    if (folder / FILE).is_file():
+        return Exported.read(folder)
+    if adapter is None or (found := of_run(adapter, model)) is None:
+        return None
+    exported, file = found
+    warn([f"no {FILE} in {adapter}: memory and stream are those of its run ({file})"])
+    return exported
 
 
 def model_of(given: Namespace, exported: Exported | None) -> ModelOptions:
@@ -178,7 +184,10 @@ def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) ->
     if video != PIPE:
         questions = tuple(Message(role="user", content="", at=time) for time in times)
         media = video if isinstance(video, FrameList) else Path(video)
-        tracks = tracks_of(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
+        judged = judge(Sample(id=str(video), video=media, audio=None, messages=questions), asked)
+        for problem in judged.problems:
+            raise late(video, times, judged.seconds) if problem.key == "messages" else problem.error
+        tracks = judged.tracks
         source = FileSource(video, options=feeder.options.source(tracks), geometry=geometry, asks=times)
     else:
         if sys.stdin is None:
@@ -189,6 +198,14 @@ def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) ->
     if asked == "both" and tracks != "both":
         print(f"{video} has no {'audio' if tracks == 'video' else 'video'} track: {tracks} only", file=sys.stderr)
     return source
+
+
+def late(video: Video | str, times: Sequence[float], seconds: float) -> MediaError:
+    """The error that one of these times is after the end of the stream."""
+    first = next((time for time in times if time > seconds + SLACK), max(times))
+    what = f"a question is asked at {first:g} s, after the end of the stream ({seconds:.1f} s)"
+    cure = f"give a time within its {seconds:.1f} seconds, or leave the time out to ask at the end"
+    return MediaError(video, "too_short", f"{what}; {cure}")
 
 
 def live_source(
@@ -267,10 +284,7 @@ class Asking:
             for at in due.moments:
                 live = not isinstance(source, FileSource)  # a file has been judged before
                 if live and at is not None and at > due.seconds + SLACK:
-                    what = (
-                        f"the stream ended at {due.seconds:.1f} s, before --at {at:g}; leave it out to ask at the end"
-                    )
-                    raise MediaError(PIPE, "too_short", what)
+                    raise late(PIPE, [at], due.seconds)
                 texts = [question.text for question in questions if question.at == at]
                 yield self.reply(due.stream.fork(), texts, at, due.seconds, started)
 

@@ -76,6 +76,10 @@ class TunedModel:
 
         Raises AdapterError if the base is not the one that was tuned, or is needed and would be merged.
         """
+        return self.described(kind, base, base.digest(self.record["sha256"].get("base"), self.adapter))
+
+    def described(self, kind: Kind, base: "BaseModel", digest: str) -> Exported:
+        """Content of omnimem.json for a base whose files have this sha256."""
         run, memory = self.run, self.run.memory.written_out()
         if kind == "merged" and memory.selection_from == "base":
             raise AdapterError(f"memory.selection_from = {NO_BASE}; export with --format adapter")
@@ -91,7 +95,7 @@ class TunedModel:
                 kind=kind,
                 base=base.path,
                 base_revision=base.revision,
-                base_sha256=base.digest(self.record["sha256"].get("base"), self.adapter),
+                base_sha256=digest,
                 adapter_sha256=sha256(self.adapter, suffixes=(".safetensors",)),
                 step=self.step,
                 run=self.record,
@@ -121,6 +125,20 @@ def _adapter_of(folder: RunFolder, record: dict[str, Any], checkpoint: Checkpoin
             f"{folder.path} has no adapter yet; let it finish (--resume auto), or give --checkpoint N ({known})"
         )
     return folder.adapter, origin_of(folder.adapter).step or int(record.get("adapter_step", record.get("steps", 0)))
+
+
+def of_run(adapter: Path, model: str) -> tuple[Exported, Path] | None:
+    """Settings, and their file, of the run whose folder holds an adapter or a checkpoint; None outside of one.
+
+    Raises RunError if the checkpoint is damaged or the settings have changed, ConfigError if they cannot be read.
+    """
+    place = adapter.resolve()
+    folder = RunFolder(path=place.parent)
+    if place not in (folder.adapter, *folder.checkpoints()) or not folder.record.is_file():
+        return None
+    tuned = TunedModel.of(folder.path, checkpoint=None if place == folder.adapter else step_of(place))
+    base = BaseModel(path=model, folder=Path(model), revision=None)
+    return tuned.described("adapter", base, tuned.record["sha256"].get("base") or ""), folder.config
 
 
 def load_tuned(model: Any, adapter: Path) -> StreamedModel:

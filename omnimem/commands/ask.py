@@ -8,8 +8,9 @@ Questions are asked at the end of the stream, or all of them at each --at; those
 stream is read once. With --prompt questions are typed while it is read; with --video - on the terminal, as standard
 input is the stream.
 
-Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`); --slots,
---policy and --selection-from replace them. Without any of these the whole stream is kept.
+Settings of the memory are read from omnimem.json of the adapter or the model (written by `omnimem export`), those of a
+checkpoint from the folder of its run; --slots, --policy and --selection-from replace them. Without any of these the
+whole stream is kept.
 """
 
 import sys

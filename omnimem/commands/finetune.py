@@ -41,7 +41,7 @@ from omnimem.cli.preflight import check_data, check_run, rehearse
 from omnimem.cli.tuned_model import write_adapter_description
 from omnimem.cli.workers import LocalWorkers, RankWorkers, Workers
 from omnimem.comparison import compare
-from omnimem.config import RunConfig, differences, dump, load, refuse_changes, refuse_unseen_budget
+from omnimem.config import ConfigError, RunConfig, differences, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
@@ -246,7 +246,12 @@ def checked_start(run: RunConfig, given: argparse.Namespace) -> Start:
     """How the run starts; raises an error for settings that a resumed run may not change."""
     start = plan(run.name, resume=given.resume, overwrite=given.overwrite)
     if start.resumed and start.folder.config.is_file():
-        refuse_changes(run, start.folder.config)
+        try:
+            refuse_changes(run, start.folder.config)
+        except ConfigError:
+            if not start.untrained:
+                raise
+            start = start.without_old_budget()
         if start.checkpoint is not None:
             refuse_engine_changes(run, start.folder.record)
             start = replace(start, changed=train_changes(run, start.folder.config))

@@ -302,7 +302,8 @@ def test_a_pipe_that_cannot_be_read_from_front_to_end_says_what_can(exports, vid
         ("adapter", ("--slots", "full", "--max-new-tokens", "1"), ()),
         ("adapter", ("--slots", "5"), ("memory.slots_per_layer",)),
         ("adapter", ("--fps", "2", "--policy", "recency"), ("memory.policy.name", "stream.fps")),
-        ("runs/x/adapter", ("--slots", "5"), ("memory.slots_per_layer", "memory.budget.name", "stream.max_pixels")),
+        ("runs/x/adapter", ("--slots", "5"), ("memory.slots_per_layer",)),
+        ("runs/x/checkpoint-4", ("--slots", "5"), ("memory.slots_per_layer",)),
         ("elsewhere", (), ("has no omnimem.json, and no config.yaml of a run beside it",)),
     ],
 )
@@ -313,14 +314,36 @@ def test_settings_at_which_the_adapter_was_not_tuned_are_said(exports, place, fl
             (exports / place / name).write_bytes((exports / "adapter" / name).read_bytes())
     monkeypatch.chdir(exports / place)
     for adapter in (str(exports / place), "."):
-        given = ask._parser().parse(["--model", "m", "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
-        exported = asking.recorded("m", given.adapter)
+        model = str(exports / "thinker")
+        given = ask._parser().parse(["--model", model, "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
+        exported = asking.recorded(model, given.adapter)
         memory = asking.memory_of(given, exported)
         lines = not_tuned_at(
             memory if memory.slots_per_layer else None, asking.stream_of(given, exported), given.adapter
         )
         assert all(any(name in line for line in lines) for name in named), lines
         assert len(lines) >= len(named) if place != "adapter" else bool(lines) == bool(named)
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoint-4"])
+def test_an_adapter_within_its_run_is_asked_with_the_memory_of_the_run(name, exports, base, video, capsys) -> None:
+    folder = exports / "runs" / "x"
+    assert not (folder / name / "omnimem.json").exists()
+    capsys.readouterr()
+    ask.main(["--model", str(base), "--adapter", str(folder / name), "--video", str(video), QUESTION])
+    out, err = capsys.readouterr()
+    assert "kept in each layer: 4 audio + 8 visual" in out
+    assert f"no omnimem.json in {folder / name}: memory and stream are those of its run ({folder}/config.yaml)" in err
+    assert "everything is kept" not in err
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+@pytest.mark.parametrize("asked", [["--ask", "50: ?"], ["--at", "50", "?"], ["--ask", "5: ?", "--ask", "0:50: ?"]])
+def test_a_late_time_is_refused_in_words_of_the_command(pipe, asked, exports, video, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", remuxed(video, tmp_path / "live.mkv").open("rb"))
+    words = "give a time within its 16.0 seconds, or leave the time out to ask at the end"
+    with sys.stdin, pytest.raises(MediaError, match=rf"at 50 s, after the end of the stream \(16.0 s\); {words}"):
+        ask.main(["--model", str(exports / "merged"), "--video", "-" if pipe else str(video), *asked])
 
 
 def test_an_adapter_for_another_base_is_refused_even_if_its_shapes_fit(exports, video, tmp_path) -> None:

@@ -121,7 +121,7 @@ def test_ask_judges_a_time_as_a_row_does(folder, backbone, capsys, name, at, cod
     model = ["--model", str(folder / "model"), "--max-pixels", "12544", "--max-new-tokens", "1"]
     assert exit_code(ask.main, [*model, "--video", str(folder / name), "--at", at, "what ?"]) == code
     said = capsys.readouterr()
-    assert ("after the end of the file (6." in said.err) == (code == 2)
+    assert ("after the end of the stream (6." in said.err) == (code == 2)
     assert ("track: " in said.err) == (code == 0 and not name.startswith("both"))
 
 

@@ -33,6 +33,13 @@ def used(runs: Path, name: str = "x") -> Path:
     return runs / name
 
 
+def trained(runs: Path) -> Path:
+    """A run folder with a run that made a step."""
+    folder = used(runs)
+    run.append_line(folder / "metrics.jsonl", {"step": 1})
+    return folder
+
+
 def begin(folder: run.RunFolder) -> None:
     """What another process does."""
     run.write_json(folder.record, {"seed": 2})
@@ -54,15 +61,66 @@ def test_a_start_never_takes_what_another_one_began_after_it_was_planned(existed
 
 
 def test_an_existing_run_is_refused_with_all_three_cures_and_left_as_it_was(tmp_path) -> None:
-    folder = used(tmp_path)
+    folder = trained(tmp_path)
     with pytest.raises(run.RunError, match=r"--resume auto.*name=.*--overwrite") as error:
         run.plan("x", runs=tmp_path)
     assert "\n" not in str(error.value)
-    assert names(folder) == [".lock", "config.yaml", "run.json"]
+    assert names(folder) == [".lock", "config.yaml", "metrics.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("left", [(), ("budget.json",), ("tb/events",), ("metrics.jsonl",)])
+def test_a_run_that_made_no_step_does_not_keep_its_name(resume, left, tmp_path) -> None:
+    folder = used(tmp_path)
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    start = run.plan("x", resume=resume, runs=tmp_path)
+    assert (start.untrained, start.replaces, start.news) == (True, False, run._again(start.folder))
+    start.open("name: x\na: 1\n", {"seed": 2})
+    record = run.read_json(folder / "run.json")
+    assert (record["seed"], [part["seed"] for part in record["earlier"]]) == (2, [1])
+    assert all((folder / name).exists() for name in left)
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["metrics.jsonl", "checkpoint-1/x", "checkpoint-1.1/x", ".partial/x", "adapter/x", "eval/x", "compare/x", "other"],
+)
+@pytest.mark.parametrize("when", ["before", "after the plan"])
+def test_a_run_with_a_trace_of_a_step_keeps_its_name(left, when, tmp_path) -> None:
+    folder = used(tmp_path)
+    start = run.plan("x", runs=tmp_path)
+    (folder / left).parent.mkdir(exist_ok=True)
+    (folder / left).write_text('{"step": 1}')
+    with pytest.raises(run.RunError, match=r"already exists|exists already"):
+        run.plan("x", runs=tmp_path) if when == "before" else start.open("name: x\n", {})
+    assert (folder / left).read_text() == '{"step": 1}'
+
+
+@pytest.mark.parametrize("record", [{"steps": 1}, {"steps": 0, "earlier": [{"steps": 3}]}, "damaged"])
+def test_a_record_of_steps_or_none_that_can_be_read_keeps_the_name(record, tmp_path) -> None:
+    run.write_json(used(tmp_path) / "run.json", record)
+    with pytest.raises(run.RunError, match="already exists"):
+        run.plan("x", runs=tmp_path)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_budget_that_a_failed_run_made_for_other_settings_is_renamed(calibrated, tmp_path) -> None:
+    folder = used(tmp_path)
+    (folder / "budget.json").write_text("{}")
+    if calibrated:
+        (folder / "budget.svg").touch()
+    start = run.plan("x", runs=tmp_path).without_old_budget()
+    assert start.budgeted == calibrated
+    start.open("name: x\n", {})
+    assert (folder / "budget.json").exists() == calibrated
+    assert (folder / "budget.json.1").exists() != calibrated
+    assert ("is now budget.json.1" in start.news) != calibrated
 
 
 def test_another_rank_does_not_take_the_folder_of_rank_0_for_an_old_run(tmp_path, monkeypatch) -> None:
-    used(tmp_path)
+    trained(tmp_path)
     monkeypatch.setenv("RANK", "1")
     assert run.plan("x", runs=tmp_path).step == 0
 

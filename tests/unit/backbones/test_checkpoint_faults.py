@@ -104,6 +104,11 @@ def test_weights_without_a_place_are_named_in_every_family(name, extra, copied, 
         ("video_salmonn2_plus", ("vision_config", "deepstack_visual_indexes"), [1, 0], "are not different blocks"),
         ("qwen3_omni", ("text_config", "rope_parameters", "mrope_section"), [4, 4, 4], "has 12 frequencies"),
         ("qwen2_5_vl", ("rope_scaling", "mrope_section"), [1, 1], "has 2 frequencies"),
+        ("qwen2_5_vl", ("vision_config", "window_size"), 0, "window_size = 0 of the vision encoder"),
+        ("qwen2_5_omni", ("vision_config", "window_size"), -112, "window_size = -112"),
+        ("video_salmonn2_plus_qwen2_5", ("vision_config", "window_size"), 27, "no token of 28 x 28 pixels"),
+        ("qwen3_vl_moe", ("text_config", "num_experts_per_tok"), 5, "is not between 1 and num_experts = 4"),
+        ("qwen3_omni", ("text_config", "num_experts_per_tok"), 0, "num_experts_per_tok = 0"),
         ("qwen3_vl", ("text_config", "rms_norm_eps"), None, "rms_norm_eps"),
         ("qwen3_vl", ("text_config", "num_hidden_layers"), "3", "num_hidden_layers"),
         ("qwen3_vl", ("model_type",), ["qwen3_vl"], "is no known family"),
@@ -119,6 +124,22 @@ def test_settings_that_would_be_followed_wrongly_are_refused_by_load_and_dry_run
     with pytest.raises(UserError) as caught:
         read_shapes(folder)
     assert what in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_omni", "video_salmonn2_plus_qwen2_5"])
+@pytest.mark.parametrize(
+    ("change", "what"), [(lambda w: w + 1, "other values"), (lambda w: w[:5], "shape [5, "), (lambda w: w, "")]
+)
+def test_a_head_beside_the_embeddings_that_it_is_tied_to_must_equal_them(name, change, what, tmp_path) -> None:
+    folder = families.write(tmp_path / "m", name, tied=True)
+    weights = load_file(folder / "model.safetensors")
+    (embeddings,) = (weight for key, weight in weights.items() if key.endswith("embed_tokens.weight"))
+    weights["lm_head.weight"] = change(embeddings).clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if what:
+        assert f"lm_head.weight has {what}" in refused(folder)
+    else:
+        load_backbone(ModelOptions(path=str(folder)), "cpu")
 
 
 @pytest.mark.parametrize("method", [{"quant_method": "fp8"}, {"quant_method": "awq", "bits": 4}])
