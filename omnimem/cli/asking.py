@@ -27,7 +27,7 @@ from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import BaseModel, load_tuned, of_run
 from omnimem.config import ConfigError, MemoryOptions
 from omnimem.config.check import alternatives, choices_of
-from omnimem.config.exported import FILE, Exported, not_tuned_at, policies_of
+from omnimem.config.exported import FILE, Exported, is_recorded, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, read_live
@@ -116,7 +116,7 @@ def recorded(model: str, adapter: Path | None) -> Exported | None:
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
     folder = Path(model) if adapter is None else adapter
-    if (folder / FILE).is_file():
+    if is_recorded(folder):
         return Exported.read(folder)
     if adapter is None or (found := of_run(adapter, model)) is None:
         return None

@@ -1,6 +1,7 @@
 """omnimem.json: the settings that stream a folder of weights with the same memory elsewhere."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,6 +107,11 @@ def _current(table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
+def is_recorded(folder: Path) -> bool:
+    """Whether a folder has an omnimem.json, of whatever kind, or was sealed with one: `Exported.read` names faults."""
+    return os.path.lexists(folder / FILE) or (is_sealed(folder) and damage(folder, (FILE,), listed=False) is not None)
+
+
 def not_tuned_at(memory: MemoryOptions | None, stream: StreamOptions, adapter: Path) -> list[str]:
     """A line for each setting of memory (None: full) and stream at which an adapter was not tuned.
 
@@ -114,7 +120,7 @@ def not_tuned_at(memory: MemoryOptions | None, stream: StreamOptions, adapter: P
     place = adapter.resolve()
     if (training := RunFolder(path=place.parent).config).is_file():
         return untuned(memory, stream, training)
-    if (place / FILE).is_file():
+    if is_recorded(place):
         exported = Exported.read(place)
         return changed((exported.memory, exported.stream), (memory, stream))
     return [
