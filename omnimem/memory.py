@@ -40,6 +40,7 @@ class Memory:
         numbers = {"dtype": shape.dtype, "device": shape.device}
         exact = {"dtype": torch.float32, "device": shape.device}
         whole = {"dtype": torch.long, "device": shape.device}
+        feature = SKETCHED if shape.sketch else shape.dtype
         tokens = Tokens(
             keys=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             values=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
@@ -49,7 +50,7 @@ class Memory:
             order=torch.zeros(batch, 0, **whole),
             importance=torch.zeros(batch, 0, **exact),
             novelty=torch.zeros(batch, 0, **exact),
-            feature=torch.zeros(batch, 0, shape.feature, **numbers | ({"dtype": SKETCHED} if shape.sketch else {})),
+            feature=torch.zeros(batch, 0, shape.feature, dtype=feature, device=shape.device),
             gate=torch.zeros(batch, 0, **exact),
             states=torch.zeros(batch, 0, 0, **numbers),
             owner=torch.zeros(batch, 0, 0, dtype=torch.int8, device=shape.device),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, final
 
 import torch
@@ -241,6 +240,9 @@ class Ranking:
         self.ranked, self.cosines = self.feature.new_empty(size, feature.shape[1]), self.feature.new_empty(size)
         self.lengths = lengths[order][:, None]
         self.mean = self._mean() if centred else None
+        # minus infinity where a member (column) is not before another one (row) of its block, else 0
+        side = min(self.step, size)
+        self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
         """The mean direction of the members of each kind."""
@@ -277,19 +279,13 @@ class Ranking:
         """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
         kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
         alike = rows.to(low) @ before.to(low).mT
-        alike[:, first:].add_(_later(self.step, rows.device)[: last - first, : last - first].to(low))
+        alike[:, first:].add_(self.later[: last - first, : last - first])
         if kind is not None:
             alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
         if low == rows.dtype:
             torch.amax(alike, dim=-1, out=self.cosines[first:last])
         else:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
-
-
-@cache
-def _later(step: int, device: torch.device) -> Float[Tensor, "step step"]:
-    """Minus infinity where a member (column) is not before another one (row), else 0."""
-    return torch.full((step, step), float("-inf"), device=device).triu()
 
 
 def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:

@@ -21,6 +21,8 @@ from omnimem.commands import ask, compare, export
 from omnimem.config import dump, load, refuse_changes
 from omnimem.evaluation.results import Results
 from omnimem.evaluation.sharding import Shard
+from omnimem.recall.renderer import write_mp4
+from omnimem.recall.worlds import draw_world
 from omnimem.run import RunFolder, plan, sha256
 from omnimem.training.portable import Layout, layout_of
 
@@ -187,7 +189,8 @@ def test_a_damaged_export_is_refused(how, run, base, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     export.main(["--run", str(run.path), "--format", "adapter", "--out", str(out)])
     damaged(out / "omnimem.json", how)
-    given = ["--model", str(base), "--adapter", str(out), "--video", "gone.mp4", "What?"]
+    write_mp4(draw_world(0, 4), tmp_path / "clip.mp4")
+    given = ["--model", str(base), "--adapter", str(out), "--video", str(tmp_path / "clip.mp4"), "What?"]
     if how == "folder":
         assert ends(lambda: ask.main(given), capsys)[0] == 2
         return
