@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.limits import exceeds
 from omnimem.media import FrameList, Video, files_of
 from omnimem.textfile import ManifestError, got, parse_object, path_problem, text_lines
@@ -572,6 +572,6 @@ class Failures:
 
     def _verdict(self) -> str:
         lines = [f"{failure.id}: {failure.reason}; {failure.message}" for failure in self.found[-LISTED:]]
-        share = f"{len(self.found)} of {self.samples} samples failed, more than max_failures = {self.max_failures:g}"
+        share = f"{len(self.found)} of {counted(self.samples, 'sample')} failed"
         cure = f"fix or remove them (omnimem check lists all), or raise {self.setting}"
-        return "\n".join([*lines, f"{share}; {cure}"])
+        return "\n".join([*lines, f"{share}, more than max_failures = {self.max_failures:g}; {cure}"])

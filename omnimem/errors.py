@@ -64,6 +64,11 @@ def lacks_memory(error: BaseException) -> bool:
     return False
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, in the singular for 1: `1 row`, `2,000 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, and the next one where it ends with a colon; its class if it has none."""
     lines = (str(error).strip() or type(error).__name__).splitlines()

@@ -15,7 +15,7 @@ from omnimem.config import strict
 from omnimem.config.check import validated
 from omnimem.config.source import COMMAND_LINE, Source, override
 from omnimem.data import Failure, ManifestError, Sample
-from omnimem.errors import capped
+from omnimem.errors import capped, counted
 from omnimem.media import FrameList, MediaError, TracksOption, Video, read_audio, read_frames
 from omnimem.rows import SLACK, judge
 from omnimem.tasks import BenchmarkOptions, Defect, Gap
@@ -175,7 +175,7 @@ def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
     }
     for first, second in combinations(files, 2):
         if common := files[first] & files[second]:
-            yield f"{first} and {second} have {len(common)} files in common, for instance {min(common)}"
+            yield f"{first} and {second} have {counted(len(common), 'file')} in common, for instance {min(common)}"
 
 
 @strict
@@ -289,8 +289,9 @@ def _miscounted(benchmark: BenchmarkOptions, samples: Sequence[Sample], videos: 
     published, questions = benchmark.published, sum(len(sample.questions) for sample in samples)
     if published is None or (published.videos, published.questions) == (videos, questions):
         return None
+    found = f"{counted(videos, 'video')} and {counted(questions, 'question')}"
     return (
-        f"{benchmark.annotations[0]}: {videos:,} videos and {questions:,} questions, but {published.videos:,} and "
+        f"{benchmark.annotations[0]}: {found}, but {published.videos:,} and "
         f"{published.questions:,} are published; download the annotations again, or give --subset"
     )
 

@@ -16,7 +16,7 @@ from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
-from omnimem.errors import first_line, lacks_memory
+from omnimem.errors import counted, first_line, lacks_memory
 from omnimem.sources import named
 from omnimem.training.logging import peak_bytes
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
@@ -47,12 +47,13 @@ def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data")
     if not found:
         given = run.data.validation
         place = given if what == "validation" and isinstance(given, str) else named(run.data.sources)
-        raise ConfigError([f"{place}: none of the {len(opened)} opened samples can be read; repair the data"])
-    looked = f"{len(opened)} of {len(samples):,} samples opened" if step > 1 else f"{len(samples):,} samples opened"
+        raise ConfigError([f"{place}: none of {counted(len(opened), 'opened sample')} can be read; repair the data"])
+    every = counted(len(samples), "sample")
+    looked = f"{len(opened):,} of {every} opened" if step > 1 else f"{every} opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
     seconds, texts = sum(each.seconds for each in found), sum(not sample.has_stream for sample in samples)
     line = f"{what}: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
-    line += f"; {texts:,} rows are text alone" if texts else ""
+    line += f"; {counted(texts, 'row')} of text alone" if texts else ""
     return line, max(found, key=lambda each: each.seconds).sample
 
 
@@ -104,7 +105,7 @@ def adapter_targets(run: RunConfig, model: StreamedModel) -> str:
         raise AdapterError(f"lora.targets: {', '.join(absent)} match no module of this model; matched: {there}")
     weights = sum(parameter.numel() for parameter in trainable(model))
     each = ", ".join(f"{target} {count}" for target, count in matched.items())
-    return f"adapter: {len(names)} modules ({each}), {weights:,} weights"
+    return f"adapter: {counted(len(names), 'module')} ({each}), {counted(weights, 'weight')}"
 
 
 def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:

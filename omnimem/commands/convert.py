@@ -26,7 +26,7 @@ from tqdm import tqdm
 from omnimem.cli.data_report import DataReport, Finding, add_report_options, inspect_sample
 from omnimem.cli.parser import Parser, for_command
 from omnimem.data import DataSource, Failure
-from omnimem.errors import capped
+from omnimem.errors import capped, counted
 from omnimem.formats import Target, convert_row
 from omnimem.run import write_text
 from omnimem.sources import rows_of
@@ -61,7 +61,7 @@ def convert(
             if not finding.failures:
                 lines.append(line)
                 remarks.update(said)
-    notes = tuple(f"{count:,} rows: {remark}" for remark, count in remarks.items())
+    notes = tuple(f"{counted(count, 'row')}: {remark}" for remark, count in remarks.items())
     name = ", ".join(source.path for source in sources)
     return DataReport(name=name, findings=tuple(findings), rejected=tuple(rejected), remarks=notes), lines
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
         print(for_command(problem), file=sys.stderr)
     # 2. write
     write_text(out, "".join(f"{line}\n" for line in lines))
-    print(f"{out}: {len(lines):,} samples")
+    print(f"{out}: {counted(len(lines), 'sample')}")
 
 
 def _parser() -> Parser:

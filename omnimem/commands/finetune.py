@@ -43,6 +43,7 @@ from omnimem.cli.workers import LocalWorkers, RankWorkers, Workers
 from omnimem.comparison import compare
 from omnimem.config import ConfigError, RunConfig, differences, dump, load, refuse_changes, refuse_unseen_budget
 from omnimem.data import Failures, ManifestError, Sample
+from omnimem.errors import counted
 from omnimem.evaluation import Evaluation
 from omnimem.extras import require
 from omnimem.run import Record, RunFolder, Start, plan, provenance, sha256, update_json
@@ -221,9 +222,9 @@ def describe_training(settings: TrainingArguments, start: Start, taken: int | No
         yield "steps: unknown until the training data are there"
         return
     rate, warmup = f"learning rate {settings.learning_rate:g}", settings.get_warmup_steps(steps)
-    schedule = f"{SchedulerType(settings.lr_scheduler_type).value} after {warmup} steps of warm-up"
-    of = f", {taken:,} samples per epoch" if taken else ""
-    yield f"steps: {start.step} of {steps:,} done, {size} samples each{of}; {rate}, {schedule}"
+    schedule = f"{SchedulerType(settings.lr_scheduler_type).value} after {counted(warmup, 'step')} of warm-up"
+    of = f", {counted(taken, 'sample')} per epoch" if taken else ""
+    yield f"steps: {start.step} of {steps:,} done, {counted(size, 'sample')} each{of}; {rate}, {schedule}"
     # 3. checkpoints
     every = checkpoint_interval(settings, steps, taken or 0)
     at = [*range(int(every), steps + 1, int(every))] if every < inf else []
@@ -299,7 +300,7 @@ def begun(start: Start, steps: int) -> list[str]:
     lines = [start.news] if start.news else []
     if start.checkpoint is not None:
         left = "" if start.step < steps else "; no step is left, a larger train.max_steps adds some"
-        lines.append(f"continue from {start.checkpoint}: {start.step} of {steps:,} steps are done{left}")
+        lines.append(f"continue from {start.checkpoint}: {start.step} of {counted(steps, 'step')} done{left}")
     return lines
 
 

@@ -167,6 +167,6 @@ def test_the_run_stops_at_the_first_failure_above_the_allowed_share() -> None:
 
 
 def test_no_failure_passes_when_none_is_allowed_and_every_one_when_all_are() -> None:
-    with pytest.raises(TooManyFailures, match="1 of 1000 samples failed"):
+    with pytest.raises(TooManyFailures, match="1 of 1,000 samples failed"):
         Failures(samples=1000, max_failures=0.0).add(Failure(id="a", reason="missing"))
     assert Failures(samples=1, max_failures=1.0).add(Failure(id="a", reason="missing")).reasons == {"missing": 1}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from omnimem.errors import ProblemList, UserError, lacks_memory, printable
+from omnimem.errors import ProblemList, UserError, counted, lacks_memory, printable
 from omnimem.media import MediaError
 
 
@@ -49,3 +49,8 @@ def test_what_can_be_shown_stays() -> None:
 def test_exhausted_memory_is_known_by_its_words(text, lacks) -> None:
     assert lacks_memory(RuntimeError(text)) is lacks
     assert not lacks_memory(UserError(text))
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1000, "1,000 rows")])
+def test_a_number_agrees_with_its_noun(count, said) -> None:
+    assert counted(count, "row") == said

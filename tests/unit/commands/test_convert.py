@@ -228,7 +228,7 @@ def test_some_rows_may_fail_when_allowed_and_the_report_counts_them(media, capsy
     assert "4 (3 usable, 1 failed)" in printed.out
     assert "video with its own audio 3" in printed.out
     assert "failures   missing 1" in printed.out
-    assert "1 rows: no tag: the stream is placed before the first question" in printed.out
+    assert "1 row: no tag: the stream is placed before the first question" in printed.out
     assert "gone.mp4" in printed.err
     # where files are missing, the option for their folder is named unless it was given
     for more, said in (((), True), (("--media-root", str(media)), False)):
@@ -269,7 +269,7 @@ def test_checking_tells_when_two_manifests_share_files(media, capsys) -> None:
     other = media / "test.jsonl"
     other.write_text(out.read_text())
     assert exit_code(check.main, [str(out), str(other)]) == 0
-    assert "have 1 files in common" in capsys.readouterr().out
+    assert "have 1 file in common" in capsys.readouterr().out
 
 
 def test_a_file_of_another_format_is_sent_to_convert(media, capsys) -> None:
