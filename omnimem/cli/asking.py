@@ -30,7 +30,7 @@ from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, is_recorded, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, read_live
+from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, probe, read_live
 from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
 from omnimem.rows import SLACK, judge
@@ -90,13 +90,16 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
     """The model of the command line, attached, with its adapter; says so if everything will be kept."""
     if given.selection_from == "base" and given.adapter is None:
         raise ConfigError(["--selection-from base: there is no adapter; give --adapter DIR, or leave it out"])
-    exported = recorded(given.model, given.adapter)
+    exported, notes = recorded(given.model, given.adapter)
+    stream = stream_of(given, exported)
+    check_video(given)
     backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
         load_tuned(backbone.model, given.adapter)
         if exported is not None and not is_sealed(given.adapter):
             BaseModel.of(given.model).digest(exported.origin.base_sha256 or None, given.adapter)
-    feeder = Feeder(backbone, stream_of(given, exported))
+    warn(notes)
+    feeder = Feeder(backbone, stream)
     tokens = given.max_new_tokens or (exported.max_new_tokens if exported else 64)
     with torch.no_grad(), attach(backbone.text_model) as attached:
         policy = policy_of(given, exported, attached.shape.layers)
@@ -111,18 +114,17 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
         )
 
 
-def recorded(model: str, adapter: Path | None) -> Exported | None:
-    """The omnimem.json of the adapter, or else of the model; without one, what the run of the adapter says; or None."""
+def recorded(model: str, adapter: Path | None) -> tuple[Exported | None, list[str]]:
+    """The omnimem.json of the adapter, or else of the model, or what the run of the adapter says; and what to note."""
     if adapter is None and (Path(model) / "adapter_config.json").is_file():
         raise AdapterError(f"{model} is an adapter; give its base as --model, and this folder as --adapter")
     folder = Path(model) if adapter is None else adapter
     if is_recorded(folder):
-        return Exported.read(folder)
+        return Exported.read(folder), []
     if adapter is None or (found := of_run(adapter, model)) is None:
-        return None
+        return None, []
     exported, file = found
-    warn([f"no {FILE} in {adapter}: memory and stream are those of its run ({file})"])
-    return exported
+    return exported, [f"no {FILE} in {adapter}: memory and stream are those of its run ({file})"]
 
 
 def model_of(given: Namespace, exported: Exported | None) -> ModelOptions:
@@ -173,6 +175,13 @@ def video_of(given: Namespace) -> str | FrameList:
         return FrameList.of_folder(Path(given.video), given.frame_rate)
     except ValueError as error:
         raise MediaError(given.video, "missing", f"{error}; --frame-rate is for a folder of image files") from error
+
+
+def check_video(given: Namespace) -> None:
+    """Raises MediaError for a file of the command line that cannot be read, before the weights are."""
+    file = getattr(given, "video", None)  # the page of demo-ui chooses later
+    if file not in (None, PIPE) and given.frame_rate is None:
+        probe(Path(file))
 
 
 def source_of(video: str | FrameList, feeder: Feeder, times: Sequence[float]) -> Source:

@@ -17,13 +17,12 @@ import sys
 import threading
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
 from omnimem.cli.asking import PIPE, Conversation, Loaded, Question, Reply, add_model, loaded, source_of, video_of
 from omnimem.cli.parser import Parser
 from omnimem.config import ConfigError
-from omnimem.media import FrameList, probe
+from omnimem.media import FrameList
 
 TERMINAL = "/dev/tty"
 
@@ -36,8 +35,6 @@ def main(arguments: Sequence[str]) -> None:
     questions = questions_of(parser, given)
     typed = typed_questions(given.video) if given.prompt else None
     video = video_of(given)
-    if isinstance(video, str) and video != PIPE:
-        probe(Path(video))  # before the weights are loaded
     # 2. stream the file and answer
     with loaded(given) as model:
         if typed is not None:

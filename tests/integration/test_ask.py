@@ -316,7 +316,7 @@ def test_settings_at_which_the_adapter_was_not_tuned_are_said(exports, place, fl
     for adapter in (str(exports / place), "."):
         model = str(exports / "thinker")
         given = ask._parser().parse(["--model", model, "--adapter", adapter, "--video", "v.mp4", *flags, "?"])
-        exported = asking.recorded(model, given.adapter)
+        exported, _ = asking.recorded(model, given.adapter)
         memory = asking.memory_of(given, exported)
         lines = not_tuned_at(
             memory if memory.slots_per_layer else None, asking.stream_of(given, exported), given.adapter
