@@ -128,7 +128,7 @@ class _Decoder:
         """
         try:
             kind, content = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionResetError) as error:
+        except (EOFError, OSError) as error:  # OSError: in the middle of a message
             source, code = self._queued.popleft(), self.process.wait(PATIENCE)
             self.connection.close()
             self._start()
