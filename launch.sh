@@ -211,7 +211,7 @@ trainings() { # in an empty folder: a training of two steps without and one with
         calibration.streams=2 calibration.skip_chunks=0)
     cd "$1" &&
         run python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 &&
-        run python "$here/train/finetune.py" --config tiny.yaml --dry-run &&
+        run python "$here/train/finetune.py" --config tiny.yaml --dry-run "${settings[@]}" &&
         run python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${settings[@]}" &&
         run python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \
             model.dtype=bfloat16 train.bf16=true "${settings[@]}"
