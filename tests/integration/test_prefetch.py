@@ -2,10 +2,12 @@
 
 import os
 import signal
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,25 @@ def test_a_process_that_ends_costs_the_file_that_it_decoded(files, number, error
     assert isinstance(lost[1], error)
     assert f"1.mp4: the process that decoded it was {what}" in str(lost[1])
     assert all(same(segments, list(source(files[job]))) for job, segments in read.items())
+
+
+def test_a_process_that_ends_within_a_message_costs_its_file(files) -> None:
+    lost = {}
+    with Decoders(1, ahead=1) as decoders:
+        for job, segments in decoders.read(jobs_of(files)):
+            decoder = decoders.decoders[0]
+            if job == 1:
+                decoder.process.kill()
+                decoder.connection.close()
+                decoder.connection, theirs = Pipe()
+                os.write(theirs.fileno(), struct.pack("!i", 100) + b"ten bytes.")  # of a message of 100
+                theirs.close()
+            try:
+                list(segments or ())
+            except DecoderLost as error:
+                lost[job] = str(error)
+    assert list(lost) == [1]
+    assert "killed by SIGKILL" in lost[1]
 
 
 def test_a_process_that_ends_after_what_was_read_is_no_error(files) -> None:

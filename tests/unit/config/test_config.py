@@ -24,7 +24,7 @@ def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name,
 )
 @pytest.mark.parametrize("name", ["omnimem", "paper"])
 def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, name, tmp_path) -> None:
-    """Its config.yaml has every option that there was; a policy given anew on the command line is one of today."""
+    """Its config.yaml has every option that there was; a policy given on the command line is one of today."""
     table = yaml.safe_load(dump(load("tiny.yaml", [f"memory.policy={{name: {name}}}"])))
     for option in absent:
         del table["memory"]["policy"][option]
