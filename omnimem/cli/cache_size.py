@@ -9,6 +9,7 @@ import torch
 from omnimem.backbones.shapes import Shapes
 from omnimem.config import RunConfig
 from omnimem.data import Sample
+from omnimem.errors import counted
 from omnimem.footprint import gibibytes
 from omnimem.rows import judge
 from omnimem.streaming.encoder_cache import RESERVE
@@ -40,7 +41,10 @@ def describe_cache(
     lengths = [_seconds(each, run) for each in every[:: -(-len(every) // PROBED)]]
     total = round(rate * sum(lengths) / len(lengths) * len(every))
     limit = "no limit" if cache.size_gb is None else f"limit {cache.size_gb:g} GB"
-    yield f"~ {gibibytes(total)} for {len(every):,} entries of {sum(lengths) / len(lengths):,.1f} s on average; {limit}"
+    yield (
+        f"~ {gibibytes(total)} for {counted(len(every), 'entry')} of {sum(lengths) / len(lengths):,.1f} s on "
+        f"average; {limit}"
+    )
     # 3. where it does not fit
     if cache.size_gb is not None and total > cache.size_gb * 1e9:
         yield "more than the limit: entries are removed before they are read again; raise data.cache.size_gb"

@@ -355,7 +355,7 @@ def test_a_full_budget_does_not_fit_the_released_format(tmp_path) -> None:
         ("{}", "no key 'format'"),
         ('{"format": "omnimem budget 9"}', "format is 'omnimem budget 9'"),
         ("[[1, 2, 3]]", r"layer 0 is \[1, 2, 3\], not two whole numbers"),
-        ("[[0, 2]]", "layer 0 would keep 0 audio and 2 visual tokens"),
+        ("[[0, 2]]", "layer 0 would have slots for 0 audio and 2 visual"),
         ("[]", "holds no layers"),
     ],
 )
