@@ -471,7 +471,9 @@ class _Row:
             expected = {"<video>": 0, "<audio>": 0, "<image>": 1}
         for tag, files in expected.items():
             if counts[tag] and counts[tag] != files:
-                self.problem("messages", f"{counts[tag]} {tag} tags for {counted(files, 'file')}; make them equal")
+                self.problem(
+                    "messages", f"{counted(counts[tag], f'{tag} tag')} for {counted(files, 'file')}; make them equal"
+                )
         if (video or audio) and not counts:
             self.remarks.append("no tag: the stream is placed before the first question")
         first = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), None)

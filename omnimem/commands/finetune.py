@@ -234,8 +234,8 @@ def describe_training(settings: TrainingArguments, start: Start, taken: int | No
     where = start.folder.checkpoint(at[0]) if at else start.folder.path
     begin = f"continue from {start.checkpoint}; " if start.checkpoint else ""
     if settings.eval_strategy != IntervalStrategy.NO:
-        by_step = settings.eval_strategy == IntervalStrategy.STEPS and settings.eval_steps
-        often = f"every {counted(settings.eval_steps, 'step')}" if by_step else "after each epoch"
+        by_step = settings.eval_steps if settings.eval_strategy == IntervalStrategy.STEPS else None
+        often = f"every {counted(by_step, 'step')}" if by_step else "after each epoch"
         yield f"validation: {often}"
     yield f"checkpoints: {begin}after steps {listed or 'none'} ({kept}), the first one in {where}"
 

@@ -144,9 +144,13 @@ def differences(run: RunConfig) -> list[str]:
             f"evaluated (drawn: {low} to {high})"
         )
     for number, each in enumerate(run.evaluate.benchmarks):
-        if isinstance(each, VideoMMEOptions) and each.subtitles and each.subtitle_fps != stream.fps:
+        if (
+            isinstance(each, VideoMMEOptions)
+            and each.subtitles
+            and (rate := each.subtitle_fps or stream.fps) != stream.fps
+        ):
             found.append(
-                f"evaluate.benchmarks[{number}].subtitle_fps: subtitles of {counted(each.subtitle_fps, 'frame')} per "
+                f"evaluate.benchmarks[{number}].subtitle_fps: subtitles of {counted(rate, 'frame')} per "
                 f"second beside frames at stream.fps = {stream.fps:g}; leave it out to follow stream.fps"
             )
     return found

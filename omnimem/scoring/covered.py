@@ -245,17 +245,20 @@ class Ranking:
         self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
-        """The mean direction of the members of each kind."""
+        """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
         kind, share = self.kind, torch.ones_like(self.lengths)
         if kind is not None:
             visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
         weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
         with torch.autocast(self.feature.device.type, enabled=False):
-            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None])
 
     def best(self, count: int) -> Float[Tensor, " count"]:
-        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`.
+
+        `count` does not fall from call to call.
+        """
         # 1. directions of those that were not compared yet
         kind, new = self.kind, slice(self.done, count)
         rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
@@ -266,7 +269,7 @@ class Ranking:
         with torch.autocast(self.feature.device.type, enabled=False):
             for first in range(self.done, count, self.step):
                 self._compare(first, min(first + self.step, count))
-        self.done = max(self.done, count)
+        self.done = count
         # 3. the first of each kind has none before it
         if kind is None:
             self.cosines[:1] = ALONE

@@ -136,7 +136,7 @@ def test_the_expected_size_of_the_encoder_cache_is_that_of_its_files(
     skeleton = skeleton_of(run, [])
     facts = read_sample(run, skeleton, [])
     lines = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, [facts.sample])
-    (size,) = (line.partition(" for 1 entries")[0] for line in lines if "entries of" in line)
+    (size,) = (line.partition(" for 1 entry")[0] for line in lines if "entry of" in line)
     feeder = Feeder(load_backbone(run.model), run.stream, tmp_path / "cache")
     feeder.open(replace(facts.sample, messages=facts.sample.messages[2:]))  # without the rest before a question
     (file,) = (tmp_path / "cache").iterdir()
