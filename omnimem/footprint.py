@@ -12,6 +12,7 @@ import torch
 
 from omnimem.backbones.shapes import Shapes, TextShape
 from omnimem.errors import counted
+from omnimem.sketches import Bits, stored
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 from omnimem.tuning.lora import ATTENTION, Target
@@ -29,7 +30,7 @@ class Load:
     lora: LoraOptions
     quantized: bool = False  # the projections of the decoder layers, to 4 bits
     feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
-    sketch: bool = False  # they are sketches, in 16 bits
+    sketch: Bits | None = None  # they are sketches, of so many bits per number
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
@@ -177,7 +178,10 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
-    keys = (2 * text.kv_heads * text.dim + load.feature) * size + COVERAGE * load.covered
+    feature, kind = (
+        (load.feature, load.dtype) if load.sketch is None else stored(load.feature, load.sketch, learns=False)
+    )
+    keys = 2 * text.kv_heads * text.dim * size + feature * kind.itemsize + COVERAGE * load.covered
     layer, entering = tokens * token + pool * keys, tokens * text.width * size
     one = f"{counted(tokens, 'token')} x {token:,} B + {counted(pool, 'key')} x {keys:,} B"
     # 2. layers and chunks that exist at once

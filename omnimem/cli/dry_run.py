@@ -40,6 +40,7 @@ from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.run import RunFolder
 from omnimem.shipped import shipped
+from omnimem.sketches import Bits
 from omnimem.sources import looked_in, missing_sources, named
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder, require_supported
@@ -51,6 +52,7 @@ from omnimem.training.zero3 import stage_of
 from omnimem.tuning import add_adapter, check_start, described, gradient_of, policy_in_training
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
+from omnimem.view import Measures
 
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
@@ -469,7 +471,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         feature=0 if base else feature,
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,
-        sketch=measures.sketch and width < shapes.text.width,
+        sketch=_bits(run, measures) if width < shapes.text.width else None,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
@@ -493,6 +495,13 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
         if any(loss.needs_teacher and loss.applies_to(media) for loss in run.tuning.loss.losses)
         else 0,
     )
+
+
+def _bits(run: RunConfig, measures: Measures) -> Bits | None:
+    """Bits per number of a sketch in training; one whose score has gradient is carried in 16."""
+    selection = run.tuning.selection
+    learns = selection.softening != "hard" and selection.gradient != "none"
+    return (16 if learns else measures.sketch) if measures.sketch else None
 
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:

@@ -108,11 +108,12 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
 def _as_written(data: Any) -> None:
     """Complete the policy in the config.yaml of an earlier run, which has every option of its time, by its rule.
 
-    Before 2026-11-30 coverage discounted every token, and until that day it compared layer inputs.
+    Before 2026-11-30 coverage discounted every token, until that day it compared layer inputs, and then for hours
+    sketches of 16 bits.
     """
     match data:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy}} if policy.keys() >= EARLIER:
-            for name, rule in (("coverage_above", -1.0), ("compared", "inputs")):
+            for name, rule in (("coverage_above", -1.0), ("compared", "inputs"), ("sketch_bits", 16)):
                 policy.setdefault(name, rule)
 
 

@@ -16,6 +16,7 @@ from omnimem.policies.base import Policy, PolicyError, projection, sketch
 from omnimem.policies.replayed import Replayed
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
+from omnimem.sketches import stored
 from omnimem.streaming.adapter import adapter_layers, without_adapter
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import (
@@ -110,8 +111,10 @@ class Stream:
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
-        sketched = matrix is not None and policy.measures.sketch
-        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=sketched), batch)
+        dtype, bits = None, policy.measures.sketch
+        if matrix is not None and bits:
+            width, dtype = stored(width, bits, learns=self._config.learns)
+        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=dtype), batch)
         self.fed = 0  # tokens fed so far
         self._end = (0,) * batch  # of each stream, the position after the largest
         self._next = (0,) * batch  # of each stream, the position of text after the latest chunk

@@ -17,7 +17,8 @@ from omnimem.policies.base import sketch
 from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.selection import LayerSlots, groups, select
-from omnimem.tokens import ABSENT, SKETCHED, Counts, Modality, Tokens
+from omnimem.sketches import ROUNDING, encoded
+from omnimem.tokens import ABSENT, Counts, Modality, Tokens
 from omnimem.view import FLOOR, Contest, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
@@ -278,7 +279,8 @@ def test_every_token_is_compared_where_a_discount_may_be_above_one() -> None:
     assert torch.equal(scorer(replace(view, contests=contests)), scorer(view))
 
 
-def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input() -> None:
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input(bits) -> None:
     """Of unrelated vectors with the stated deviation, of copies exactly; gradient in 16 bits as that of the input."""
     draw, matrix = torch.Generator().manual_seed(1), sketch(256, 64)
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(64), rtol=0, atol=1e-5)
@@ -292,13 +294,15 @@ def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input() -> None
     # gradient through the sketch as it is carried, and without rounding
     kinds, scores = torch.full((1, 300), 2, dtype=torch.int8), torch.rand(1, 300, generator=draw)
     slopes = []
-    for dtype in (SKETCHED, torch.float32):
+    for rounded in (True, False):
         read = states.clone().requires_grad_()
-        carried = torch.nn.functional.normalize(read @ matrix, dim=-1).to(dtype)
-        covered.uncovered(carried, kinds, scores, product=torch.float32).sum().backward()
+        unit = torch.nn.functional.normalize(read @ matrix, dim=-1)
+        carried = encoded(unit, bits, learns=True) if rounded else unit
+        rounding = ROUNDING if rounded and bits == 4 else 0.0
+        covered.uncovered(carried, kinds, scores, product=torch.float32, rounding=rounding).sum().backward()
         slopes.append(read.grad)
     apart = (slopes[0] - slopes[1]).norm(dim=-1) / slopes[1].norm(dim=-1)
-    assert float(apart.median()) < 0.01  # of few tokens another one is nearest
+    assert float(apart.median()) < {16: 0.01, 4: 0.25}[bits]  # of few tokens another one is nearest
 
 
 def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -> None:
