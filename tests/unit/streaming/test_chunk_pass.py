@@ -1,7 +1,7 @@
 """What a chunk carries for later comparisons: the sketch of its layer inputs, and these inputs beside it."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,27 +9,29 @@ from support.streams import policy_of
 from torch.nn import functional as F
 
 from omnimem.policies.base import ScoredPolicy, sketch
+from omnimem.sketches import Bits, encoded, stored
 from omnimem.streaming.chunk_pass import ChunkAttention, ReadConfig
-from omnimem.tokens import SKETCHED
 
 WIDTH, NARROW = 64, 16
 
 
-def config(*, per_head: bool = False, on_inputs: bool = False) -> ReadConfig:
+def config(bits: Bits = 16, *, per_head: bool = False, on_inputs: bool = False) -> ReadConfig:
     policy = policy_of("omnimem")
     assert isinstance(policy, ScoredPolicy)
-    policy = replace(policy.on_inputs() if on_inputs else policy, per_head=per_head)
+    policy = replace(policy, per_head=per_head, measures=replace(policy.measures, sketch=bits))
+    policy = policy.on_inputs() if on_inputs else policy
     return ReadConfig(policy=policy, softness=None, recorder=None, projection=sketch(WIDTH, NARROW))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_sketch_is_computed_in_full_precision_and_rounded_once(dtype, autocast) -> None:
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_a_sketch_is_computed_in_full_precision_and_rounded_once(bits, dtype, autocast) -> None:
     states = (300 * torch.randn(2, 50, WIDTH, generator=torch.Generator().manual_seed(3))).to(dtype)
-    expected = F.normalize(states.float() @ sketch(WIDTH, NARROW), dim=-1).to(SKETCHED)
+    expected = encoded(F.normalize(states.float() @ sketch(WIDTH, NARROW), dim=-1), bits, learns=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = config().feature(states)
-    assert found.dtype == SKETCHED
+        found = config(bits).feature(states)
+    assert found.dtype == expected.dtype == stored(NARROW, bits, learns=False)[1]
     assert torch.equal(found, expected)
 
 
