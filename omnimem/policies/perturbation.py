@@ -94,9 +94,7 @@ class PerturbationOptions:
         preset = dict(PRESETS[self.name])
         if given.get("neighbours", preset["neighbours"]) == "pool":  # which reads the layer inputs of all tokens
             preset["compared"] = "inputs"
-        if given.get("compared", preset["compared"]) != "sketch":
-            preset["feature"] = None
-        elif given.get("feature") is None:
+        if given.get("compared", preset["compared"]) == "sketch" and given.get("feature") is None:
             preset["feature"] = SKETCH[given.get("sketch_bits", preset["sketch_bits"])]
         return {**preset, **given}
 
