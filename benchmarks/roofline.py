@@ -68,7 +68,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
     feature, low = (
         torch.randn(1, pool, width),
-        encoded(F.normalize(torch.randn(1, pool, SKETCH), dim=-1), 4, learns=False),
+        encoded(torch.randn(1, pool, SKETCH), 4, learns=False),
     )
     modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
     scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
@@ -92,7 +92,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     matrix = sketch(width, SKETCH)
 
     def made() -> Tensor:
-        return encoded(F.normalize(feature[:, slots:] @ matrix, dim=-1), 4, learns=False)
+        return encoded(feature[:, slots:] @ matrix, 4, learns=False)
 
     yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, made
     for name, held, compared in (

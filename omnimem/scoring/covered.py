@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -16,7 +17,7 @@ from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
-ROWS = 256  # the same on a CPU, where less is compared in vain and a block should fit into the cache
+ROWS = 128  # the same on a CPU, where less is compared in vain and a block should fit into the cache
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
 STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
@@ -238,9 +239,8 @@ class Ranking:
         self.ranked, self.cosines = self.feature.new_empty(size, feature.shape[1]), self.feature.new_empty(size)
         self.lengths = lengths[order][:, None]
         self.mean = self._mean() if centred else None
-        # minus infinity where a member (column) is not before another one (row) of its block, else 0
-        side = min(self.step, size)
-        self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
+        self.room = self.feature.new_empty(min(self.step, size) * size, dtype=product)  # cosines of a block
+        self.later = _later(self.step, product, feature.device)
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
         """The mean direction of the members of each kind."""
@@ -256,7 +256,7 @@ class Ranking:
         """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
         # 1. directions of those that were not compared yet
         kind, new = self.kind, slice(self.done, count)
-        rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
+        rows = torch.index_select(self.feature, 0, self.order[new], out=self.ranked[new]).div_(self.lengths[new])
         if self.mean is not None:
             rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
             length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
@@ -277,7 +277,8 @@ class Ranking:
     def _compare(self, first: int, last: int) -> None:
         """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
         kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
-        alike = rows.to(low) @ before.to(low).mT
+        room = self.room[: (last - first) * last].view(last - first, last)
+        alike = torch.mm(rows.to(low), before.to(low).mT, out=room)
         alike[:, first:].add_(self.later[: last - first, : last - first])
         if kind is not None:
             alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
@@ -285,6 +286,12 @@ class Ranking:
             torch.amax(alike, dim=-1, out=self.cosines[first:last])
         else:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
+
+
+@cache
+def _later(side: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "side side"]:
+    """Minus infinity where a member (column) is not before another one (row) of its block, else 0."""
+    return torch.full((side, side), float("-inf"), dtype=dtype, device=device).triu()
 
 
 def _directions(
