@@ -235,16 +235,19 @@ class Ranking:
         self.later = _later(self.step, self.product, feature.device)
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
-        """The mean direction of the members of each kind."""
+        """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
         kind, share = self.kind, torch.ones_like(self.lengths)
         if kind is not None:
             visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
         with torch.autocast(share.device.type, enabled=False):
-            return ((share / self.lengths).mT @ self.ranked).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+            return ((share / self.lengths).mT @ self.ranked).div_(share.sum(dim=0)[:, None])
 
     def best(self, count: int) -> Float[Tensor, " count"]:
-        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`.
+
+        `count` does not fall from call to call.
+        """
         # 1. directions of those that were not compared yet
         kind, new = self.kind, slice(self.done, count)
         rows = self.ranked[new].div_(self.lengths[new])
@@ -256,7 +259,7 @@ class Ranking:
         with torch.autocast(self.ranked.device.type, enabled=False):
             for first in range(self.done, count, self.step):
                 self._compare(first, min(first + self.step, count))
-        self.done = max(self.done, count)
+        self.done = count
         # 3. the first of each kind has none before it
         if kind is None:
             self.cosines[:1] = ALONE

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, PolicyError, projection, sketch
 from omnimem.policies.replayed import Replayed
@@ -87,7 +87,7 @@ class Stream:
         """
         if len(probes) != len(wanted := policy.traits.probes):
             raise ValueError(
-                f"policy {policy.name} asks {len(wanted)} probes after every chunk, got {len(probes)}; "
+                f"policy {policy.name} asks {counted(len(wanted), 'probe')} after every chunk, got {len(probes)}; "
                 "open the stream by Feeder.stream, which has the tokenizer"
             )
         self.attached, self.policy, self.softness = attached, policy, softness

@@ -164,7 +164,7 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path) -> None:
         ("memory", "not a setting; write section.key=value, without blanks around ="),
         ("name.first=x", "name is 'small', not a section; set name itself"),
         ("memory.slots_per_layer=[1", "not valid YAML"),
-        ("train.report_to.4=x", "train.report_to has 1 items, counted from 0; set train.report_to=[...]"),
+        ("train.report_to.4=x", "train.report_to has 1 item, counted from 0; set train.report_to=[...]"),
     ],
 )
 def test_an_override_that_cannot_be_placed_says_why(override, what, tmp_path) -> None:
