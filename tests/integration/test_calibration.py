@@ -29,14 +29,14 @@ LENGTHS = [16, 16, 16, 16, 16, 16]
 KINDS = {"all": (1, 2), "audio": (1,), "visual": (2,)}
 
 
-def small_policy() -> Policy:
-    return PerturbationOptions().build(SplitBudget(visual_audio_ratio=2.0).build(4, 12))
+def small_policy(**options: Any) -> Policy:
+    return PerturbationOptions(**options).build(SplitBudget(visual_audio_ratio=2.0).build(4, 12))
 
 
-def measure(streams: list[list[Chunk]], skip: int, streams_wanted: int = 8) -> Signals:
+def measure(streams: list[list[Chunk]], skip: int, streams_wanted: int = 8, **policy: Any) -> Signals:
     with attach(text_model("qwen2_5_omni")) as attached:
         options = CalibrationOptions(streams=streams_wanted, skip_chunks=skip)
-        return calibrate(attached, small_policy(), streams, options)
+        return calibrate(attached, small_policy(**policy), streams, options)
 
 
 def seen_by_loops(streams: list[list[Chunk]], skip: int) -> dict[tuple[str, str], list[float]]:
@@ -79,6 +79,11 @@ def test_signals_equal_plain_loops_over_what_the_layers_saw() -> None:
         for name, row in (("all", readings.whole), ("audio", readings.audio), ("visual", readings.visual)):
             assert row == pytest.approx(expected[what, name], abs=1e-5)
     assert (signals.streams, signals.chunks) == (2, 8)
+
+
+def test_under_a_narrow_sketch_the_similarity_is_that_of_the_layer_inputs() -> None:
+    streams = [cut(whole_stream(seed=1), LENGTHS)]
+    assert measure(streams, skip=2, feature=2) == measure(streams, skip=2, compared="inputs")
 
 
 def test_entropy_is_one_when_attention_is_even_and_zero_when_it_falls_on_one_token() -> None:

@@ -7,6 +7,7 @@ from support.policy_streams import OPTIONS
 
 from omnimem.budget import Budget
 from omnimem.config import ConfigError, RunConfig, dump, load
+from omnimem.policies import PerturbationOptions
 from omnimem.policies.baselines.presets import allotted
 
 CONFIG = """\
@@ -96,3 +97,33 @@ def test_a_total_that_layers_cannot_share_alike_is_still_spent_to_the_slot() -> 
     assert budget is not None
     assert sorted(sum(slots) for slots in budget.slots) == [12, 12, 13]
     assert allotted(None, "as_published") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "compared", "bits", "width"),
+    [
+        ({}, "sketch", 4, 192),
+        ({"feature": 7}, "sketch", 4, 7),
+        ({"sketch_bits": 16}, "sketch", 16, 128),
+        ({"coverage": 0.0}, None, 4, 0),  # nothing is compared, nothing carried
+        ({"compared": "values"}, "values", 4, 0),
+        ({"compared": "inputs"}, "inputs", False, None),
+        ({"compared": "inputs", "feature": 5}, "inputs", False, 5),  # a projection that redundancy reads too
+        ({"neighbours": "pool"}, "inputs", False, None),
+        ({"name": "paper", "neighbours": "arrival"}, None, False, None),
+        ({"name": "paper", "neighbours": "arrival", "compared": "sketch", "coverage": 0.5}, "sketch", 4, 192),
+    ],
+)
+def test_what_is_compared_decides_what_is_carried(given, compared, bits, width) -> None:
+    """Bits per number of a sketch (False: no sketch) and width; None: the whole layer input; 0: nothing."""
+    policy = PerturbationOptions(**given).build(Budget.shared(2, 8))
+    assert policy.traits.compared == compared
+    assert (policy.measures.sketch, policy.measures.feature) == (bits, width)
+    assert PerturbationOptions(**given).written_out().build(Budget.shared(2, 8)) == policy
+
+
+def test_a_sketch_in_the_pool_is_refused_by_the_preset_s_neighbours_too(tmp_path) -> None:
+    assert "needs neighbours = arrival" in refused(
+        tmp_path, "omnimem", "memory.policy.compared=sketch", "memory.policy.neighbours=pool"
+    )
+    assert "policy.feature = 0 must be at least 1" in refused(tmp_path, "omnimem", "memory.policy.feature=0")
