@@ -66,10 +66,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     up, down = torch.randn(inner, width), torch.randn(width, inner)
     queries = torch.randn(1, HEADS, chunk, dim)
     keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
-    feature, low = (
-        torch.randn(1, pool, width),
-        encoded(F.normalize(torch.randn(1, pool, SKETCH), dim=-1), 4, learns=False),
-    )
+    feature, low = (torch.randn(1, pool, width), encoded(torch.randn(1, pool, SKETCH), 4, learns=False))
     modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
     scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
     contest = [Contest(modality > 0, slots)]
@@ -92,7 +89,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     matrix = sketch(width, SKETCH)
 
     def made() -> Tensor:
-        return encoded(F.normalize(feature[:, slots:] @ matrix, dim=-1), 4, learns=False)
+        return encoded(feature[:, slots:] @ matrix, 4, learns=False)
 
     yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, made
     for name, held, compared in (
@@ -105,7 +102,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
 
         def some(held: Tensor = held, rounding: float = rounding) -> Tensor:
             settings = {"product": torch.float32, "rounding": rounding}
-            return uncovered_contested(vectors(held), modality, scores, contest, torch.sqrt, **settings)
+            return uncovered_contested(held, modality, scores, contest, torch.sqrt, **settings)
 
         every = partial(uncovered_values, held, modality, scores)
         yield f"coverage, {name}", pairs * size, pool * size, every if compared == pool else some

@@ -69,16 +69,20 @@ DEFAULT = (
     "release",
 )
 ALTERNATIVES = ("full", "stock", "one_shot", "release")
+SETTINGS: dict[str, dict[str, Any]] = {"inputs": {"compared": "inputs"}, "16-bit": {"sketch_bits": 16}}
 HEADS, KV_HEADS = 8, 2
 WARM = 2  # chunks after the memory is full that are not counted
 
 
 def built(name: str, layers: int, slots: int) -> Policy:
-    """A policy by name; NAME/N: feature: N; NAME/inputs: layer inputs are compared; `full` keeps everything."""
+    """A policy by name; NAME/N: feature: N; NAME/inputs: layer inputs are compared; NAME/16-bit: so is the sketch.
+
+    `full` keeps everything.
+    """
     if name == "full":
         return PerturbationOptions().build(None)
     base, _, feature = name.partition("/")
-    settings: dict[str, Any] = {"compared": "inputs"} if feature == "inputs" else {"feature": int(feature or 0)}
+    settings: dict[str, Any] = SETTINGS.get(feature) or {"feature": int(feature or 0)}
     options = PerturbationOptions(name=base, **settings) if feature else POLICIES[base]  # type: ignore[arg-type]
     return options.build(Budget.shared(layers, slots))
 
@@ -246,7 +250,9 @@ def slope(seconds: Sequence[float]) -> tuple[float, float, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every chunk length and print one table."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--policy", action="append", help="may be repeated; NAME/N: N features; NAME/inputs (all)")
+    parser.add_argument(
+        "--policy", action="append", help="may be repeated; NAME/N: N features; NAME/inputs; NAME/16-bit (all)"
+    )
     parser.add_argument("--chunk", type=int, action="append", help="tokens per chunk; may be repeated (1024, 256)")
     parser.add_argument("--slots", type=int, default=1024, help="slots per layer, one pool (%(default)s)")
     parser.add_argument("--chunks", type=int, default=20, help="chunks counted (%(default)s)")

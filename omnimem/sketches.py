@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 Bits = Literal[4, 16]  # per number of a sketch
 
@@ -27,26 +28,27 @@ def stored(feature: int, bits: Bits, *, learns: bool) -> tuple[int, torch.dtype]
 
 
 def encoded(
-    unit: Float[Tensor, "batch tokens feature"], bits: Bits, *, learns: bool
+    vector: Float[Tensor, "batch tokens feature"], bits: Bits, *, learns: bool
 ) -> Shaped[Tensor, "batch tokens stored"]:
-    """Vectors of length 1 as they are carried; those that learn hold the same codes, with the gradient of `unit`."""
+    """Directions of vectors as they are carried; those that learn hold the same codes, with gradient to `vector`."""
     if bits == 16:
-        return unit.to(SKETCHED)
-    scaled = unit * (unit.shape[-1] ** 0.5 * LEVELS / CLIP)
+        return F.normalize(vector, dim=-1, eps=1e-12).to(SKETCHED)
+    length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-12)
+    scaled = vector * (vector.shape[-1] ** 0.5 * LEVELS / CLIP / length)
+    if not learns:
+        return packed(scaled.round_().clamp_(-LEVELS, LEVELS))
     codes = scaled.detach().round().clamp_(-LEVELS, LEVELS)
-    if learns:
-        return (scaled + (codes - scaled.detach())).to(SKETCHED)
-    return packed(codes)
+    return (scaled + (codes - scaled.detach())).to(SKETCHED)
 
 
 def packed(codes: Float[Tensor, "*axes feature"]) -> UInt8[Tensor, "*axes bytes"]:
     """Whole numbers from -7 to 7, two to a byte; an odd last one is followed by 0."""
-    shifted = codes.add(LEVELS + 1).to(torch.uint8)
+    shifted = codes.to(torch.int8).add_(LEVELS + 1).view(torch.uint8)
     half = -(-shifted.shape[-1] // 2)
     low, high = shifted[..., :half], shifted[..., half:]
     if high.shape[-1] < half:
         high = torch.cat([high, torch.full_like(low[..., :1], LEVELS + 1)], dim=-1)
-    return low | (high << 4)
+    return torch.add(low, high, alpha=16)
 
 
 def vectors(held: Shaped[Tensor, "*axes stored"]) -> Float[Tensor, "*axes feature"]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
-ROWS = 256  # the same on a CPU, where less is compared in vain and a block should fit into the cache
+ROWS = 128  # the same on a CPU, where less is compared in vain and a block should fit into the cache
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
 STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
@@ -61,7 +62,7 @@ class Covered(AbstractScorer):
         scores, learns = self.inner(view), view.gradient != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             pool = view.pool
-            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else vectors(pool.feature)
+            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
             how = {"centred": self.centred, "product": pool.keys.dtype, "rounding": ROUNDING if view.coded else 0.0}
             if learns:
                 alone = uncovered(held, view.modality, scores, **how)
@@ -79,7 +80,7 @@ class Covered(AbstractScorer):
 
 
 def uncovered(
-    feature: Float[Tensor, "batch tokens feature"],
+    feature: Shaped[Tensor, "batch tokens stored"],
     modality: Int8[Tensor, "batch tokens"],
     scores: Float[Tensor, "batch tokens"],
     *,
@@ -93,6 +94,7 @@ def uncovered(
     resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `rounding` is the
     part of the squared length of a vector that is taken for noise, where c is centred (`_grown`).
     """
+    feature = vectors(feature)
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
     for kind in EVICTABLE:
@@ -116,7 +118,7 @@ def uncovered(
 
 @torch.no_grad()
 def uncovered_values(
-    feature: Float[Tensor, "batch tokens feature"],
+    feature: Shaped[Tensor, "batch tokens stored"],
     modality: Int8[Tensor, "batch tokens"],
     scores: Float[Tensor, "batch tokens"],
     counts: Counts | None = None,
@@ -131,10 +133,10 @@ def uncovered_values(
     is asked of the device where `counts` are known; those of each modality are not after both have competed for the
     same slots: audio and visual tokens are then compared in one go, each with its own kind.
     """
-    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
+    found = torch.ones_like(scores)
     for row, kinds in enumerate(modality):
         for order, kind in _rankings(scores[row], kinds, counts):
-            ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype, rounding)
+            ranking = Ranking(feature[row], order, kind, centred, product, rounding)
             cosine = ranking.best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
     return found
@@ -142,7 +144,7 @@ def uncovered_values(
 
 @torch.no_grad()
 def uncovered_contested(
-    feature: Float[Tensor, "batch tokens feature"],
+    feature: Shaped[Tensor, "batch tokens stored"],
     modality: Int8[Tensor, "batch tokens"],
     scores: Float[Tensor, "batch tokens"],
     contests: Sequence[Contest],
@@ -158,7 +160,7 @@ def uncovered_contested(
     more than the next one in order of scores, it and all after it are evicted, and are not compared. For devices that
     answer at no cost (`COUNTED`).
     """
-    found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
+    found = torch.ones_like(scores)
     for row, kinds in enumerate(modality):
         for member, kept in contests:
             # 1. the ranking of all that compete, and that of each modality in it
@@ -167,8 +169,7 @@ def uncovered_contested(
                 continue
             order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
             places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
-            own, low = (exact[row], lengths[row]), product or feature.dtype
-            rankings = [Ranking(*own, order[each], None, centred, low, rounding) for each in places]
+            rankings = [Ranking(feature[row], order[each], None, centred, product, rounding) for each in places]
             plain, first = scores[row, order], kept
             alone = torch.ones_like(plain)
             # 2. compare the first ones, then further ones until all that could be kept are among them
@@ -206,41 +207,32 @@ def _rankings(
             yield highest(scores[None], member[None], size)[0], None
 
 
-def _measured(
-    feature: Float[Tensor, "batch tokens feature"],
-) -> tuple[Float[Tensor, "batch tokens feature"], Float[Tensor, "batch tokens"]]:
-    """The vectors in float32 or more, and their lengths."""
-    exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
-    return exact, torch.linalg.vector_norm(exact, dim=-1).clamp_min_(1e-12)
-
-
 @final
 class Ranking:
     """Tokens of one kind (or of both, after one another) in falling order of scores, compared with those before them.
 
-    The feature has the precision of the cosines; `product` is that in which the nearest is found.
+    `product` is the precision in which the nearest is found (None: that of the feature); cosines are float32 or more.
     """
 
     def __init__(
         self,
-        feature: Float[Tensor, "tokens feature"],
-        lengths: Float[Tensor, " tokens"],
+        feature: Shaped[Tensor, "tokens stored"],
         order: Int[Tensor, " members"],
         kind: Int8[Tensor, " members"] | None,
         centred: bool,
-        product: torch.dtype,
-        rounding: float = 0.0,
+        product: torch.dtype | None,
+        rounding: float,
     ) -> None:
-        self.rounding = rounding
-        self.feature, self.order, self.kind = feature, order, kind
-        self.product, self.done, size = product, 0, len(order)
+        ranked = vectors(feature.index_select(0, order))
+        self.product, self.rounding, self.kind, self.done = product or ranked.dtype, rounding, kind, 0
         self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
-        self.ranked, self.cosines = self.feature.new_empty(size, feature.shape[1]), self.feature.new_empty(size)
-        self.lengths = lengths[order][:, None]
+        self.ranked = ranked.to(torch.promote_types(ranked.dtype, torch.float32))
+        self.lengths = torch.linalg.vector_norm(self.ranked, dim=-1, keepdim=True).clamp_min_(1e-12)
         self.mean = self._mean() if centred else None
-        # minus infinity where a member (column) is not before another one (row) of its block, else 0
-        side = min(self.step, size)
-        self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
+        size = len(order)
+        self.cosines = self.ranked.new_empty(size)
+        self.room = ranked.new_empty(min(self.step, size) * size, dtype=self.product)  # cosines of a block
+        self.later = _later(self.step, self.product, feature.device)
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
         """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
@@ -248,9 +240,8 @@ class Ranking:
         if kind is not None:
             visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
-        weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
-        with torch.autocast(self.feature.device.type, enabled=False):
-            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None])
+        with torch.autocast(share.device.type, enabled=False):
+            return ((share / self.lengths).mT @ self.ranked).div_(share.sum(dim=0)[:, None])
 
     def best(self, count: int) -> Float[Tensor, " count"]:
         """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`.
@@ -259,13 +250,13 @@ class Ranking:
         """
         # 1. directions of those that were not compared yet
         kind, new = self.kind, slice(self.done, count)
-        rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
+        rows = self.ranked[new].div_(self.lengths[new])
         if self.mean is not None:
             rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
             length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
             rows.div_(length if self.rounding == 0 else length.div_(_grown(length, self.rounding)))
         # 2. their cosines, block by block
-        with torch.autocast(self.feature.device.type, enabled=False):
+        with torch.autocast(self.ranked.device.type, enabled=False):
             for first in range(self.done, count, self.step):
                 self._compare(first, min(first + self.step, count))
         self.done = count
@@ -280,7 +271,8 @@ class Ranking:
     def _compare(self, first: int, last: int) -> None:
         """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
         kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
-        alike = rows.to(low) @ before.to(low).mT
+        room = self.room[: (last - first) * last].view(last - first, last)
+        alike = torch.mm(rows.to(low), before.to(low).mT, out=room)
         alike[:, first:].add_(self.later[: last - first, : last - first])
         if kind is not None:
             alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
@@ -288,6 +280,12 @@ class Ranking:
             torch.amax(alike, dim=-1, out=self.cosines[first:last])
         else:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
+
+
+@cache
+def _later(side: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "side side"]:
+    """Minus infinity where a member (column) is not before another one (row) of its block, else 0."""
+    return torch.full((side, side), float("-inf"), dtype=dtype, device=device).triu()
 
 
 def _directions(

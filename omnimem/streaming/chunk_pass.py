@@ -106,8 +106,7 @@ class ReadConfig:
         if not bits:
             return states @ self.projection
         with torch.autocast(states.device.type, enabled=False):
-            exact = F.normalize(states.to(self.projection.dtype) @ self.projection, dim=-1, eps=1e-12)
-        return encoded(exact, bits, learns=self.learns)
+            return encoded(states.to(self.projection.dtype) @ self.projection, bits, learns=self.learns)
 
 
 @final
