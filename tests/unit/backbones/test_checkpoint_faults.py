@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import families
 
-from omnimem.backbones import CheckpointError, ModelOptions, load_backbone
+from omnimem.backbones import CheckpointError, ModelOptions, load_backbone, qwen
 from omnimem.backbones.load import family_of, read_shapes
 from omnimem.errors import UserError
 
@@ -185,3 +187,30 @@ def test_a_folder_with_weights_of_another_format_says_so(copied, tmp_path) -> No
 def test_a_model_type_that_is_no_text_is_no_family(given) -> None:
     with pytest.raises(CheckpointError, match="no known family"):
         family_of({"model_type": given}, "m")
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "value", "holds"),
+    [
+        ("image_std", 0.0, [0.5, 0.5, 1.0], True),
+        ("image_std", 0.0, [0.5, 0.5, 0], False),
+        ("image_mean", -inf, [0.0, -1.5, 0.5], True),
+        ("image_mean", -inf, [0.5, 0.5, inf], False),
+        ("image_mean", -inf, [0.5, 0.5, True], False),
+        ("image_mean", -inf, [0.5, 0.5, 0.5, "0.5"], False),
+    ],
+)
+def test_frames_are_normalised_by_three_finite_numbers(name, least, value, holds) -> None:
+    if holds:
+        assert qwen._per_channel({name: value}, name, least) == tuple(value)
+        return
+    with pytest.raises(CheckpointError, match=f"{name} is "):
+        qwen._per_channel({name: value}, name, least)
+
+
+def test_settings_at_the_edge_of_what_can_be_are_read() -> None:
+    """A window of one token, all experts, the first and the last block."""
+    vision = {"depth": 4, "deepstack_visual_indexes": [0, 3], "window_size": 28, "patch_size": 14}
+    text = {"head_dim": 16, "rope_parameters": {"mrope_section": [4, 2, 2]}, "num_experts": 4, "num_experts_per_tok": 4}
+    parts = (SimpleNamespace(**text), SimpleNamespace(**vision, spatial_merge_size=2))
+    qwen.check_config(SimpleNamespace(get_text_config=lambda: parts[0], vision_config=parts[1]))
