@@ -85,7 +85,7 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
     text, half = shapes.text, load.half and load.stage is not None
     sizes = [text.projection(name) for _, name in load.lora.matched(text.layers)]
     adapter = sum(load.lora.r * sum(size) + (size[1] if load.lora.dora else 0) for size in sizes) + load.saved
-    name = "LoRA and projector" if load.saved else "LoRA"
+    name = "trained" if load.saved else "LoRA"
 
     def row(what: str, count: int, size: int, stage: int) -> Row:
         """A row that is sharded from this ZeRO stage on."""

@@ -404,7 +404,7 @@ class StreamTrainer(Trainer):
 def _rate_of_a(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> None:
     """Move biases and norms of these whole modules from the groups of B, where peft puts every vector.
 
-    They get the learning rate of A, in a group of their own without weight decay, as the Trainer treats them.
+    They get the learning rate of A, in a group of their own without weight decay.
     """
     own = {id(weight) for weight in weights if weight.ndim == 1}
     if not own:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def loaded(path: Path, dtype: torch.dtype = torch.float32) -> Backbone:
     backbone = load_backbone(ModelOptions(path=str(path)), "cpu")
     if dtype == torch.float64 and hasattr(backbone.model, "set_experts_implementation"):
         backbone.model.set_experts_implementation("eager")  # the grouped kernel knows no float64
-    backbone.model.to(dtype)
+    cast(Any, backbone.model).to(dtype)
     return backbone
 
 
@@ -87,7 +87,7 @@ def tuned(path: Path, dtype: torch.dtype = torch.float32, *, moved: float = 0.0)
     """A model with an adapter and copies of its projectors, moved by so much noise."""
     backbone = loaded(path, dtype)
     model = add_adapter(backbone.model, lora_of(backbone))
-    backbone.model.to(dtype)
+    cast(Any, backbone.model).to(dtype)
     shift(model, moved)
     return backbone, model
 
@@ -198,16 +198,20 @@ def test_with_full_memory_it_is_ordinary_fine_tuning(folder) -> None:
         got = gradient_of(outcome.loss, model)
         episode = episode_from(attached, feeder, batch)
     embeddings, parts = episode.embeddings(attached).detach(), []
+    stock: Any = backbone.model
     for segment in segments(backbone):
+        assert segment.frames is not None
+        assert segment.mel is not None
         patches, grid = backbone.geometry.patches(segment.frames)
-        parts.append(backbone.model.get_video_features(patches.double(), torch.tensor([grid])).pooler_output[0])
+        parts.append(stock.get_video_features(patches.double(), torch.tensor([grid])).pooler_output[0])
         mask = torch.ones(1, segment.mel.shape[1], dtype=torch.long)
-        parts.append(backbone.model.get_audio_features(segment.mel[None].double(), mask).last_hidden_state)
+        parts.append(stock.get_audio_features(segment.mel[None].double(), mask).last_hidden_state)
     media = torch.cat([chunk.modality[0] for chunk in episode.chunks]).nonzero()[:, 0]
     embeddings = embeddings.index_copy(1, media, torch.cat(parts)[None])
     positions = episode.positions.transpose(0, 1)
     hidden = backbone.text_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
     labels = episode.asked[0][1].labels
+    assert labels is not None
     plain = mean_answer_loss(backbone.head(hidden[:, -labels.shape[1] :]), labels)
     assert_same_gradient(got, gradient_of(plain, model), 1e-6)
 
