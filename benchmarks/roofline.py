@@ -27,10 +27,12 @@ from benchmarks.tables import markdown
 from omnimem.attention.blocked import attend, attend_measured
 from omnimem.cli.parser import Parser, run_command
 from omnimem.policies.base import sketch
-from omnimem.policies.perturbation import SKETCH
+from omnimem.policies.perturbation import SKETCH as SKETCHES
 from omnimem.scoring.covered import uncovered_contested, uncovered_values
-from omnimem.tokens import SKETCHED
+from omnimem.sketches import ROUNDING, encoded, vectors
 from omnimem.view import Contest, Measures, similarity
+
+SKETCH = SKETCHES[4]
 
 Part = tuple[str, float, float, Callable[[], Any]]  # name, operations, numbers moved, what is timed
 
@@ -64,7 +66,10 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     up, down = torch.randn(inner, width), torch.randn(width, inner)
     queries = torch.randn(1, HEADS, chunk, dim)
     keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
-    feature, low = torch.randn(1, pool, width), torch.randn(1, pool, SKETCH).to(SKETCHED)
+    feature, low = (
+        torch.randn(1, pool, width),
+        encoded(F.normalize(torch.randn(1, pool, SKETCH), dim=-1), 4, learns=False),
+    )
     modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
     scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
     contest = [Contest(modality > 0, slots)]
@@ -85,14 +90,23 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
         cosines = partial(similarity, feature[:, first:], modality[:, first:], Measures())
         yield f"cosines of neighbours, {name}", 4 * count * width, count * width, cosines
     matrix = sketch(width, SKETCH)
-    yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, lambda: feature[:, slots:] @ matrix
+
+    def made() -> Tensor:
+        return encoded(F.normalize(feature[:, slots:] @ matrix, dim=-1), 4, learns=False)
+
+    yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, made
     for name, held, compared in (
         ("layer inputs, all tokens", feature, pool),
         ("layer inputs, tokens that may stay", feature, slots),
         ("sketches, tokens that may stay", low, slots),
     ):
-        size, pairs = held.shape[-1], (0.75 * compared) ** 2 + (0.25 * compared) ** 2
-        some = partial(uncovered_contested, held, modality, scores, contest, torch.sqrt, product=torch.float32)
+        size, pairs = vectors(held).shape[-1], (0.75 * compared) ** 2 + (0.25 * compared) ** 2
+        rounding = 0.0 if held is feature else ROUNDING
+
+        def some(held: Tensor = held, rounding: float = rounding) -> Tensor:
+            settings = {"product": torch.float32, "rounding": rounding}
+            return uncovered_contested(vectors(held), modality, scores, contest, torch.sqrt, **settings)
+
         every = partial(uncovered_values, held, modality, scores)
         yield f"coverage, {name}", pairs * size, pool * size, every if compared == pool else some
     stored: list[tuple[Tensor, int]] = [(keys, 2), (values, 2), (low, 1)]
@@ -101,7 +115,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
         for part, axis in stored:
             torch.cat(part.split([slots, chunk], dim=axis), dim=axis).index_select(axis, index)
 
-    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + SKETCH // 2), keep
+    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + SKETCH // 8), keep
 
 
 @torch.no_grad()

@@ -162,6 +162,10 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "mean_rank": _pool(Trial(policy=MeanRankOptions(weight=0.25))),
         **{f"omnimem_split_r{r:g}": replace(_psi(), budget=SplitBudget(visual_audio_ratio=r)) for r in (1.0, 2.0)},
     },
+    "beds": {  # the rivals of README's figure; all in one pool of equal layers
+        "paper_pool": _pool(_psi(name="paper")),
+        **{name: POLICIES[name] for name in ("omnimem_pool", "distinct_pool", "k_center", "h2o", "snapkv", "random_0")},
+    },
     "markers": {  # of models whose streams contain text; the others keep all of it
         **{name: _psi(name=name) for name in ("omnimem", "paper")},
         "released": replace(_psi(name="released"), fewer=True),

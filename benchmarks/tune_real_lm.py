@@ -6,10 +6,10 @@
 
 A step is one stream of 512 tokens in chunks of 128 with six facts and a passage that is given again; `aware` draws 128
 slots (two of three steps) or full memory, `control` full memory. `aware_base` trains with `selection_from: base`,
-`aware_kl` adds `full_memory_kl`, `aware_vo` and `control_vo` adapt values and outputs only. All arms see the same
-streams in the same order, from 28 development texts; ten others choose, the test texts are read once. Wordings, names
-and values of development and test are not those of training. Every run is asked with `selection_from: tuned` and
-`base`.
+`aware_kl` adds `full_memory_kl`, `aware_vo` and `control_vo` adapt values and outputs only, `aware_prose` and
+`control_prose` also learn the prose that follows the stream. All arms see the same streams in the same order, from 28
+development texts; ten others choose, the test texts are read once. Wordings, names and values of development and test
+are not those of training. Every run is asked with `selection_from: tuned` and `base`.
 """
 
 import json
@@ -53,6 +53,7 @@ TOKENS, CHUNK, FACTS = 512, 128, 6
 SLOTS = (128, 64, TOKENS)  # of an evaluation; TOKENS: nothing is evicted
 TRAINED = 28  # development texts to train on; the others choose
 LEARNED = 8  # tokens of the passage that are learned
+PROSE = 32  # tokens after the stream that the arms `_prose` learn
 WARM_UP, FALLING = 5, 1 / 3  # steps of warm-up; fraction of the steps in which the rate falls to 0
 SAVED = 10  # steps between two checkpoints
 LORA = LoraOptions(r=16, alpha=32.0, dropout=0.0, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -66,6 +67,8 @@ ARMS = {
     "aware_kl": replace(AWARE, loss=LossOptions(full_memory_kl=FullMemoryKL())),
     "aware_vo": replace(AWARE, lora=VO),
     "control_vo": replace(CONTROL, lora=VO),
+    "aware_prose": AWARE,
+    "control_prose": CONTROL,
 }
 
 
@@ -75,8 +78,11 @@ def policy_of(layers: int, slots: int | None, selection: Any = "tuned") -> Polic
     return replace(PerturbationOptions().build(budget), selection_from=selection)
 
 
-def stream_of(tokenizer: Any, members: Sequence[Text], seed: int, step: int) -> TextSample:
-    """The training stream of a step: facts in a part of a text, all asked at the end, and a passage given again."""
+def stream_of(tokenizer: Any, members: Sequence[Text], seed: int, step: int, *, prose_after: bool) -> TextSample:
+    """The training stream of a step: facts in a part of a text, all asked at the end, and a passage given again.
+
+    `prose_after`: the next PROSE tokens of the text are learned, too; the draws are the same without.
+    """
     # 1. facts in prose
     draw = random.Random(f"tune {seed} {step}")
     text = draw.choice(members)
@@ -89,11 +95,19 @@ def stream_of(tokenizer: Any, members: Sequence[Text], seed: int, step: int) -> 
     for _ in range(20):
         first = draw.randrange(TOKENS - GIVEN - AGAIN)
         given, again = episode.ids[first:][:GIVEN], episode.ids[first + GIVEN :][:LEARNED]
-        if tuple(tokenizer.encode(tokenizer.decode(again), add_special_tokens=False)) == again:
+        if _stable(tokenizer, again):
             turns.append(Turn(ids=given, answer=tokenizer.decode(again)))
             break
+    # 3. the prose after the stream, from the first place where its tokens are again the same from text
+    after = (n for n in range(1, HELD - PROSE) if prose_after and _stable(tokenizer, episode.held[n:][:PROSE]))
+    for begin in list(after)[:1]:
+        turns.append(Turn(ids=episode.held[:begin], answer=tokenizer.decode(episode.held[begin:][:PROSE])))
     asked = tuple(TextQuestion(turn=turn) for turn in turns)
     return replace(episode.sample(), id=text.file, questions=asked)
+
+
+def _stable(tokenizer: Any, ids: tuple[int, ...]) -> bool:
+    return tuple(tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False)) == ids
 
 
 def rate_at(step: int, steps: int, peak: float) -> float:
@@ -125,7 +139,8 @@ def train(given: Any) -> None:
     with bed_of(model, tokenizer, chunk_tokens=CHUNK) as bed, (folder / "log.jsonl").open("a") as log:
         layers, feeder = bed.attached.shape.layers, bed.feeders[True]
         for step in range(first, min(given.until or given.steps, given.steps)):
-            sample, slots = stream_of(tokenizer, members, given.seed, step), plan(step, given.steps).slots
+            prose_after, slots = given.arm.endswith("_prose"), plan(step, given.steps).slots
+            sample = stream_of(tokenizer, members, given.seed, step, prose_after=prose_after)
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, given.steps, given.rate)
             outcome = streamed_loss(

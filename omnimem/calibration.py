@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from omnimem.budget import Readings, Signals
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.stream import Stream
@@ -124,10 +124,10 @@ class Recorder:
 
 def too_short(longest: int, skip: int) -> CalibrationError:
     """All calibration streams end within the chunks that are skipped; `longest` is their largest number of chunks."""
-    chunks = f"{longest} chunk{'' if longest == 1 else 's'}"
     return CalibrationError(
-        f"no calibration stream is longer than calibration.skip_chunks: {skip} (the longest has {chunks}); set "
-        f"calibration.skip_chunks below {max(longest, 1)}, give longer streams, or lower stream.chunk_tokens"
+        f"no calibration stream is longer than calibration.skip_chunks: {skip} (the longest has "
+        f"{counted(longest, 'chunk')}); set calibration.skip_chunks below {max(longest, 1)}, give longer streams, or "
+        "lower stream.chunk_tokens"
     )
 
 

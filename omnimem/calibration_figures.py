@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from omnimem.budget import Budget, Signals
+from omnimem.errors import counted
 
 COLOURS = {"all": "#6b7280", "audio": "#d97706", "visual": "#2563eb"}
 
@@ -25,7 +26,7 @@ def draw_signals(signals: Signals) -> Figure:
             axes.plot(range(len(row)), row, style, color=COLOURS[kind], marker="o", markersize=3, label=kind)
         _by_layer(axes, signals.layers, name)
     left.legend(frameon=False)
-    figure.suptitle(f"{signals.chunks} chunks of {signals.streams} streams", fontsize=10)
+    figure.suptitle(f"{counted(signals.chunks, 'chunk')} of {counted(signals.streams, 'stream')}", fontsize=10)
     return figure
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
+from omnimem.errors import counted
 from omnimem.limits import read_within
 
 SEAL = "sealed.json"
@@ -28,11 +29,16 @@ class Origin:
     base: str | None = None  # of the weights that were tuned (`omnimem.backbones.files.weights_digest`)
 
 
-def seal(folder: Path, origin: Origin | None = None, **facts: Any) -> None:
-    """Sync all files of a folder to disk and write their sizes and SHA-256 to sealed.json, with additional `facts`."""
-    share(folder)
+def seal(folder: Path, origin: Origin | None = None, *, names: Collection[str] = (), **facts: Any) -> None:
+    """Sync all files of a folder, or those of `names`, to disk and write their sizes and SHA-256 to sealed.json.
+
+    `facts` are written beside them.
+    """
     known = {name: value for name, value in asdict(origin or Origin()).items() if value is not None}
-    files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in _files(folder).items()}
+    chosen = {name: path for name, path in _files(folder).items() if not names or name in names}
+    for path in chosen.values():
+        share(path)
+    files = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in chosen.items()}
     partial = folder / f".{SEAL}"
     with partial.open("w", encoding="utf-8") as file:
         json.dump({"format": FORMAT, **facts, **known, "files": files}, file, indent=1)
@@ -112,7 +118,7 @@ def _changed(path: Path, name: str, size: int, digest: str) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             return f"{name!a} is not a file"
         if found != size:
-            return f"{name} has {found} of {size} bytes"
+            return f"{name} has {found} of {counted(size, 'byte')}"
         now = _digest(path, sync=False)
         return None if now == digest else f"{name} has changed (sha256 {now[:SHOWN]}, sealed as {digest[:SHOWN]})"
     except FileNotFoundError:

@@ -61,6 +61,32 @@ class DataSource:
             raise ValueError(f"rows must be 1 or more, got {self.rows}")
         if self.name is not None and (not self.name or "/" in self.name):
             raise ValueError(f"name must be a word without /, got {self.name!r}")
+        for name, given in (("split", self.split != "train"), ("subset", self.subset), ("streaming", self.streaming)):
+            if given and not self.is_data_set:
+                raise ValueError(f"{name} is of a data set, and {self.path} is a file of rows; remove it")
+        if self.media is not None and self.is_manifest:
+            raise ValueError(
+                f"media has no effect on a manifest, whose paths are relative to the folder of {self.path}; remove it, "
+                "or set format: rows"
+            )
+
+    @property
+    def is_data_set(self) -> bool:
+        """Whether it is read by `datasets`, and not line by line."""
+        return Path(self.path).suffix not in (".json", ".jsonl")
+
+    @property
+    def is_manifest(self) -> bool:
+        """Whether its lines are those of a manifest."""
+        return (self.format or ("manifest" if Path(self.path).suffix == ".jsonl" else "rows")) == "manifest"
+
+    @property
+    def base(self) -> Path:
+        """The folder of relative paths."""
+        path = Path(self.path)
+        if self.media or self.is_manifest:
+            return Path(self.media) if self.media else path.parent
+        return path if path.is_dir() else path.parent if path.is_file() else Path()
 
     @property
     def label(self) -> str:

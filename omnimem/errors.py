@@ -64,9 +64,14 @@ def lacks_memory(error: BaseException) -> bool:
     return False
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, in the singular for 1: `1 row`, `2,000 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: float, noun: str) -> str:
+    """A number with its noun, in the singular for 1: `1 row`, `2,000 rows`, `3 entries`, `2.5 frames`."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:,g}"
+    if count == 1:
+        return f"{number} {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{number} {noun}es"
+    return f"{number} {noun[:-1]}ies" if noun.endswith(("try", "ory", "ncy")) else f"{number} {noun}s"
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from typing import final, get_args
 import torch
 
 from omnimem.backbones.shapes import Shapes, TextShape
+from omnimem.errors import counted
+from omnimem.sketches import Bits, stored
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 from omnimem.tuning.lora import ATTENTION, Target
@@ -31,7 +33,7 @@ class Load:
     projected: int = 0  # bytes of their output
     quantized: bool = False  # the projections of the decoder layers, to 4 bits
     feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
-    sketch: bool = False  # they are sketches, in 16 bits
+    sketch: Bits | None = None  # they are sketches, of so many bits per number
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
@@ -90,7 +92,7 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
     def row(what: str, count: int, size: int, stage: int) -> Row:
         """A row that is sharded from this ZeRO stage on."""
         ranks = load.ranks if (load.stage or 0) >= stage else 1
-        how = f"{count:,} x {size} B" + (f" / {ranks} ranks" if ranks > 1 else "")
+        how = f"{count:,} x {size} B" + (f" / {counted(ranks, 'rank')}" if ranks > 1 else "")
         return _exact(what, ceil(count * size / ranks), how)
 
     return [
@@ -121,14 +123,14 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     side = shapes.text.kv_heads * (side + 1) if load.per_head else side
     entries = load.batch * (load.entries + load.text_tokens * layers)
     rows = [
-        _exact("memory: keys and values", entries * pair, f"{entries:,} entries x {pair} B"),
-        _exact("memory: side state", entries * side, f"{entries:,} entries x {side} B"),
+        _exact("memory: keys and values", entries * pair, f"{counted(entries, 'entry')} x {pair} B"),
+        _exact("memory: side state", entries * side, f"{counted(entries, 'entry')} x {side} B"),
     ]
     # 2. layer inputs stored with kept tokens, from which keys and values are recomputed
     storing = {"full": 0, "states": layers}.get(load.gradient, load.stop_layer + 1)
     stored, size = entries * storing // layers, shapes.text.width * load.dtype.itemsize
     if stored:
-        rows.append(_estimate("memory: layer inputs", stored * size, f"{stored:,} entries x {size:,} B"))
+        rows.append(_estimate("memory: layer inputs", stored * size, f"{counted(stored, 'entry')} x {size:,} B"))
     # 3. graph, projectors, selector and teacher
     rows.append(_earlier_chunks(shapes, load, entries * (pair + side), stored * size))
     if load.projected:
@@ -138,7 +140,7 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
         rows.append(_selector(shapes, load))
     if load.teacher_tokens:
         taught = load.batch * layers * (load.teacher_tokens + load.text_tokens)
-        rows.append(_exact("teacher's full memory", taught * pair, f"{taught:,} entries x {pair} B"))
+        rows.append(_exact("teacher's full memory", taught * pair, f"{counted(taught, 'entry')} x {pair} B"))
     return rows
 
 
@@ -147,7 +149,7 @@ def _selector(shapes: Shapes, load: Load) -> Row:
     pair, side = shapes.entry(load.selector_feature, load.dtype, sketch=load.sketch)
     size = pair + (shapes.text.kv_heads * (side + 1) if load.per_head else side)
     entries = load.batch * (load.selector_entries + load.text_tokens * shapes.text.layers)
-    return _exact("selector's memory", entries * size, f"{entries:,} entries x {size} B (selection_from: base)")
+    return _exact("selector's memory", entries * size, f"{counted(entries, 'entry')} x {size} B (selection_from: base)")
 
 
 def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
@@ -156,7 +158,7 @@ def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row
     name, earlier = "memories in the graph", max(0, load.chunks - 1)
     if load.gradient == "full" and load.horizon != "all":
         within = min(earlier, load.horizon - 1)
-        return _estimate(name, within * memory, f"{within} chunks within tuning.horizon x memory")
+        return _estimate(name, within * memory, f"{counted(within, 'chunk')} within tuning.horizon x memory")
     if load.gradient == "states":
         return _exact(name, 0, "none: chunks keep no graph")
     if load.offload:
@@ -169,11 +171,11 @@ def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row
         evicting = ceil(earlier * memory * (share if whole else 1.0))
         if whole and memory >= evicting:
             return _estimate(name, memory, "the blocks of full memory, once; none with tuning.offload: true")
-        how = f"{earlier} earlier chunks x memory; none with tuning.offload: true"
+        how = f"{counted(earlier, 'earlier chunk')} x memory; none with tuning.offload: true"
         return _estimate(name, evicting, how)
     layer = memory // shapes.text.layers + inputs // (load.stop_layer + 1)
     chunk = load.batch * load.chunk_tokens * shapes.text.width * load.dtype.itemsize
-    how = f"{earlier} earlier chunks x (one layer's memory and input); none with tuning.offload: true"
+    how = f"{counted(earlier, 'earlier chunk')} x (one layer's memory and input); none with tuning.offload: true"
     return _estimate(name, earlier * (layer + chunk), how)
 
 
@@ -183,23 +185,26 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
     pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
     token = layer_activations(text, load.lora, load.dtype, pool)
-    keys = (2 * text.kv_heads * text.dim + load.feature) * size + COVERAGE * load.covered
+    feature, kind = (
+        (load.feature, load.dtype) if load.sketch is None else stored(load.feature, load.sketch, learns=False)
+    )
+    keys = 2 * text.kv_heads * text.dim * size + feature * kind.itemsize + COVERAGE * load.covered
     layer, entering = tokens * token + pool * keys, tokens * text.width * size
-    one = f"{tokens:,} tokens x {token:,} B + {pool:,} keys x {keys:,} B"
+    one = f"{counted(tokens, 'token')} x {token:,} B + {counted(pool, 'key')} x {keys:,} B"
     # 2. layers and chunks that exist at once
     match load.recompute:
         case "none":
             what, held = "of all chunks", load.chunks * text.layers * layer
-            how = f"{load.chunks} chunks x {text.layers} layers x ({one})"
+            how = f"{counted(load.chunks, 'chunk')} x {counted(text.layers, 'layer')} x ({one})"
         case "chunk":
-            what, held, how = "of one chunk", text.layers * layer, f"{text.layers} layers x ({one})"
+            what, held, how = "of one chunk", text.layers * layer, f"{counted(text.layers, 'layer')} x ({one})"
         case "layer":
             what, held = "of one layer", layer + text.layers * entering
-            how = f"{one} + {text.layers} inputs of {gibibytes(entering)}"
+            how = f"{one} + {counted(text.layers, 'input')} of {gibibytes(entering)}"
     # 3. rows
     rows = load.batch * load.question_tokens
-    how = f"({how}) x {load.batch} streams" if load.batch > 1 else how
-    logits = f"{rows:,} rows x {text.vocabulary:,} x {size + 8} B"
+    how = f"({how}) x {counted(load.batch, 'stream')}" if load.batch > 1 else how
+    logits = f"{counted(rows, 'row')} x {text.vocabulary:,} x {size + 8} B"
     return [
         _estimate(f"activations {what}", load.batch * held, how),
         _estimate("logits of the answers", rows * text.vocabulary * (size + 8), logits),
@@ -230,13 +235,15 @@ def _encoders(shapes: Shapes, load: Load) -> list[Row]:
     grids = ceil(load.frames_per_segment / vision.temporal_patch)
     patches = together * grids * (height // vision.patch) * (width // vision.patch)
     visual = patches * (vision.row * (4 + size) + vision.width * (4 * size + 8) + 3 * vision.inner * size)
-    rows = [_estimate("vision tower, peak", visual, f"{patches:,} patches of {together} segments")]
+    rows = [_estimate("vision tower, peak", visual, f"{counted(patches, 'patch')} of {counted(together, 'segment')}")]
     # 2. audio
     if audio is not None:
         mel = shapes.geometry.mel
         frames = together * int(block * mel.rate / mel.hop)
         heard = frames * (audio.mels * (4 + size) + audio.width * 2 * size) + frames // 2 * audio.inner * 2 * size
-        rows.append(_estimate("audio tower, peak", heard, f"{frames:,} mel frames of {together} segments"))
+        rows.append(
+            _estimate("audio tower, peak", heard, f"{counted(frames, 'mel frame')} of {counted(together, 'segment')}")
+        )
     return rows
 
 

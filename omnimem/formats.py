@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, final
 
 from omnimem.data import STILL, Sample, is_seconds, read_row, unknown_key
+from omnimem.errors import counted
 from omnimem.media.frames import SUFFIXES
 from omnimem.textfile import ManifestError, got
 
@@ -256,7 +257,9 @@ class _Row:
 
     def placed(self, kind: str, files: Sequence[Any]) -> str | None:
         if len(files) > 1:
-            self.problem(f"{kind}s", f"{len(files)} files in a row, but a row is one stream; split it, or join them")
+            self.problem(
+                f"{kind}s", f"{counted(len(files), 'file')} in a row, but a row is one stream; split it, or join them"
+            )
         if len(files) != 1:
             return None
         try:
@@ -468,7 +471,9 @@ class _Row:
             expected = {"<video>": 0, "<audio>": 0, "<image>": 1}
         for tag, files in expected.items():
             if counts[tag] and counts[tag] != files:
-                self.problem("messages", f"{counts[tag]} {tag} tags for {files} files; make them equal")
+                self.problem(
+                    "messages", f"{counted(counts[tag], f'{tag} tag')} for {counted(files, 'file')}; make them equal"
+                )
         if (video or audio) and not counts:
             self.remarks.append("no tag: the stream is placed before the first question")
         first = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), None)

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from omnimem.tokens import ABSENT, SKETCHED, TOKEN_AXES, Counts, Modality, Tokens
+from omnimem.tokens import ABSENT, TOKEN_AXES, Counts, Modality, Tokens
 
 Held = frozenset[tuple[int, int]]  # tokens of a layer: head (0 where all heads hold all tokens) and arrival number
 
@@ -24,7 +24,7 @@ class Shape:
     feature: int  # of the vectors that redundancy or coverage reads
     dtype: torch.dtype
     device: torch.device
-    sketch: bool = False  # the feature is a sketch of the layer input, in 16 bits
+    sketch: torch.dtype | None = None  # of the feature, where it is a sketch of the layer input
 
 
 @final
@@ -40,7 +40,6 @@ class Memory:
         numbers = {"dtype": shape.dtype, "device": shape.device}
         exact = {"dtype": torch.float32, "device": shape.device}
         whole = {"dtype": torch.long, "device": shape.device}
-        feature = SKETCHED if shape.sketch else shape.dtype
         tokens = Tokens(
             keys=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             values=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
@@ -50,7 +49,7 @@ class Memory:
             order=torch.zeros(batch, 0, **whole),
             importance=torch.zeros(batch, 0, **exact),
             novelty=torch.zeros(batch, 0, **exact),
-            feature=torch.zeros(batch, 0, shape.feature, dtype=feature, device=shape.device),
+            feature=torch.zeros(batch, 0, shape.feature, dtype=shape.sketch or shape.dtype, device=shape.device),
             gate=torch.zeros(batch, 0, **exact),
             states=torch.zeros(batch, 0, 0, **numbers),
             owner=torch.zeros(batch, 0, 0, dtype=torch.int8, device=shape.device),

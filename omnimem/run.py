@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from omnimem.aside import written_aside
 from omnimem.checksums import Origin, damage, origin_of
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.limits import read_within
 from omnimem.textfile import StoredFileError, parse_stored, read_stored
 
@@ -368,7 +368,7 @@ def keep_steps(path: Path, last: int) -> None:
             dropped += number < len(lines)
     write_text(path, b"".join(line + b"\n" for line in kept).decode())
     if dropped:
-        print(f"{path}: {dropped} damaged lines were dropped", file=sys.stderr, flush=True)
+        print(f"{path}: dropped {counted(dropped, 'damaged line')}", file=sys.stderr, flush=True)
 
 
 def hold(folder: RunFolder, patience: float = PATIENCE) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from omnimem.aside import written_aside
 from omnimem.data import DataOptions, DataSource, Sample, read_manifest
-from omnimem.errors import first_line
+from omnimem.errors import counted, first_line
 from omnimem.extras import optional
 from omnimem.formats import Target, convert_row
 from omnimem.media import FrameList
@@ -60,11 +60,10 @@ def training_samples(options: DataOptions) -> list[Sample]:
 
 def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
     """The samples of one source; raises ManifestError with all problems."""
-    path = Path(source.path)
-    if (source.format or ("manifest" if path.suffix == ".jsonl" else "rows")) == "manifest":
-        samples = read_manifest(path, allow_absolute=allow_absolute, text_only=True)
+    if source.is_manifest:
+        samples = read_manifest(Path(source.path), allow_absolute=allow_absolute, text_only=True)
         return samples[: source.rows]
-    base = Path(source.media) if source.media else path if path.is_dir() else path.parent if path.is_file() else Path()
+    base = source.base
     cure = "give data.train as [{path: ..., media: FOLDER}], or set data.allow_absolute_paths: true"
     target = Target(folder=base, media_root=base, allow_absolute=allow_absolute, cure=cure)
     samples, problems = [], []
@@ -83,6 +82,15 @@ def read_source(source: DataSource, *, allow_absolute: bool) -> list[Sample]:
     return samples
 
 
+def looked_in(options: DataOptions, sample: Sample) -> str:
+    """Where the media of a sample of `data.train` are looked for, and the setting that says so."""
+    source = next(each for each in options.sources if sample.source in ("", each.label))
+    if source.is_manifest:
+        return f"looked for below {source.base}, the folder of {source.path}"
+    setting = f"`media` of {source.label} in data.train"
+    return f"looked for below {source.base}; {setting} {'says so' if source.media else 'names another folder'}"
+
+
 def remarks_on(samples: Iterable[Sample]) -> list[str]:
     """What was remarked about the rows of samples, each with the number of rows and one of them."""
     counts: Counter[str] = Counter()
@@ -91,10 +99,7 @@ def remarks_on(samples: Iterable[Sample]) -> list[str]:
         counts.update(sample.remarks)
         for remark in sample.remarks:
             first.setdefault(remark, sample.origin)
-    return [
-        f"{count:,} row{'s' if count > 1 else ''} (such as {first[remark]}): {remark}"
-        for remark, count in counts.items()
-    ]
+    return [f"{counted(count, 'row')} (such as {first[remark]}): {remark}" for remark, count in counts.items()]
 
 
 def digest(samples: Iterable[Sample]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from pydantic import TypeAdapter, ValidationError
 
-from omnimem.errors import ProblemList, UserError
+from omnimem.errors import ProblemList, UserError, counted
 from omnimem.limits import read_within
 
 DEPTH = 64  # objects and lists within each other
@@ -153,7 +153,7 @@ def got(value: Any) -> str:
 
 def _whole(digits: str) -> int:
     if len(digits) > DIGITS:
-        raise ValueError(f"the number {digits[:20]}... has {len(digits)} digits; write at most {DIGITS}")
+        raise ValueError(f"the number {digits[:20]}... has {counted(len(digits), 'digit')}; write at most {DIGITS}")
     return int(digits)
 
 

@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any, Literal, NamedTuple, final
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +36,6 @@ class Modality(IntEnum):
 EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
 SPARE = 8  # storage of a memory that grows has 1/8 of its places free when it is allocated
 ABSENT = -1  # modality of padding: rows that keep unequal numbers of tokens are padded to the longest
-SKETCHED = torch.bfloat16  # of sketches of layer inputs: bfloat16 for its range, as they may carry gradient
 HIDDEN = -1e4  # gate of padding: no query attends to it, in any precision
 
 
@@ -132,8 +131,8 @@ class Tokens:
     importance: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
     # 1 - redundancy as measured at arrival, float32
     novelty: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
-    # the vectors that redundancy is measured on
-    feature: Float[Tensor, "batch tokens feature"] = field(metadata=token_axis(1))
+    # the vectors that redundancy or coverage reads, as `omnimem.sketches` stores them
+    feature: Shaped[Tensor, "batch tokens feature"] = field(metadata=token_axis(1))
     gate: Float[Tensor, "batch tokens"] = field(metadata=token_axis(1))
     # inputs of the layer, where the gradient mode recomputes keys and values from them; else of width 0
     states: Float[Tensor, "batch tokens states"] = field(metadata=token_axis(1))

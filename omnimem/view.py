@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from omnimem.attention import blocked
 from omnimem.positions import Rotary
+from omnimem.sketches import Bits
 from omnimem.tokens import ABSENT, Tokens
 
 ScoreGradient = Literal["redundancy", "both", "none"]
@@ -31,8 +32,9 @@ class Measures:
     of: Literal["sequence", "modality"] = "sequence"  # the neighbour in list order, or the nearest of the same modality
     ends: Literal["present", "one"] = "present"  # a missing neighbour is left out, or counts as cosine 1 (release)
     feature: int | None = None  # width of the random projection that redundancy is measured on; None: the exact input
-    # redundancy, judged at arrival, reads the exact input; the projection is orthonormal and only coverage compares it
-    sketch: bool = False
+    # bits per number where redundancy, judged at arrival, reads the exact input; the projection is then orthonormal and
+    # only coverage compares it
+    sketch: Bits | Literal[False] = False
 
 
 class Contest(NamedTuple):
@@ -85,6 +87,13 @@ class LayerView:
     def order(self) -> Int[Tensor, "batch tokens"]:
         """Arrival number of each token of the pool."""
         return self.pool.order
+
+    @property
+    def coded(self) -> bool:
+        """Whether the carried vectors are codes of 4 bits; of a model no wider than a sketch they are its inputs."""
+        measures, arrived = self.measures, self.arrived
+        narrow = arrived is None or measures.feature is None or arrived.shape[-1] <= measures.feature
+        return measures.sketch == 4 and not narrow
 
     @cached_property
     def mass(self) -> Float[Tensor, "batch tokens"]:

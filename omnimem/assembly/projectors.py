@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from omnimem.assembly.bank import Features
+from omnimem.errors import counted
 from omnimem.recall.pictures import CORNERS, NAMES, NOISES, STEP, TEXTURES, WORDS, PictureWorld
 
 # targets of a cell and of a second; textures and noises have their own, so that an empty token is not always the same
@@ -101,5 +102,5 @@ def word_rows(table: Float[Tensor, "tokens width"], ids: Sequence[Sequence[int]]
     """Embeddings of words; raises ValueError for a word of several tokens."""
     for number, each in enumerate(ids):
         if len(each) != 1:
-            raise ValueError(f"word {number} has {len(each)} tokens; choose words of one token")
+            raise ValueError(f"word {number} has {counted(len(each), 'token')}; choose words of one token")
     return table[torch.tensor([each[0] for each in ids])].float()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.backbones.projectors import Projector, Track, adapter_is_on
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.media import Geometry, Segment
 from omnimem.tokens import Chunk, ChunkFacts, DeepStack, Modality, Tracks
 
@@ -416,7 +416,8 @@ class _Chunker:
             if part.count > self.chunk_tokens:
                 inside = "" if len(parts) == 1 else f"a part of {len(parts)} of "
                 raise LayoutError(
-                    f"{inside}{what} has {part.count} tokens, more than stream.chunk_tokens = {self.chunk_tokens}; "
+                    f"{inside}{what} has {counted(part.count, 'token')}, more than "
+                    f"stream.chunk_tokens = {self.chunk_tokens}; "
                     "raise stream.chunk_tokens, or lower stream.max_pixels or stream.fps"
                 )
             if part.count > self.room:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import cached_file
 from typing_extensions import TypedDict
 
-from omnimem.errors import UserError, first_line, lacks_memory
+from omnimem.errors import UserError, counted, first_line, lacks_memory
 from omnimem.limits import exceeds, read_within
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -129,7 +129,7 @@ def _tensor_digests(file: BinaryIO) -> Iterator[str]:
     """Name, type, shape and digest of each tensor of an open safetensors file."""
     size = int.from_bytes(file.read(8), "little")
     if size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"a header of {size:,} bytes")
+        raise ValueError(f"a header of {counted(size, 'byte')}")
     for name, entry in json.loads(file.read(size)).items():
         if name == "__metadata__":
             continue
@@ -156,8 +156,8 @@ def require_size(path: str, weights: int) -> None:
     size = sum(file.stat().st_size for file in files)
     if weights > size:
         raise CheckpointError(
-            f"{path}: config.json describes {weights:,} weights, the weight files have {size:,} bytes; copy all files "
-            "of one model again"
+            f"{path}: config.json describes {counted(weights, 'weight')}, the weight files have "
+            f"{counted(size, 'byte')}; copy all files of one model again"
         )
 
 
@@ -197,20 +197,21 @@ def require_weights(path: str, found: Mapping[str, Any]) -> None:
     if mismatched:
         name, stored, expected = min(mismatched, key=lambda each: each[0])[:3]
         raise CheckpointError(
-            f"{path}: {len(mismatched)} weights do not have the shapes that config.json describes (first: {name[:80]}, "
-            f"{list(stored)} in the files, {list(expected)} in the model); copy all files of one model again"
+            f"{path}: {counted(len(mismatched), 'weight')} of other shapes than config.json describes (first: "
+            f"{name[:80]}, {list(stored)} in the files, {list(expected)} in the model); copy all files of one model "
+            "again"
         )
     extra = sorted(key for key in found["unexpected_keys"] if not key.startswith(SIBLINGS))
     if extra:
         raise CheckpointError(
-            f"{path}: {len(extra)} weights have no place in a model of its config.json (first: {extra[0][:80]}); copy "
-            "config.json and all weight files of one model again"
+            f"{path}: {counted(len(extra), 'weight')} without a place in a model of its config.json (first: "
+            f"{extra[0][:80]}); copy config.json and all weight files of one model again"
         )
     lacking = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
     if lacking:
         raise CheckpointError(
-            f"{path}: {len(lacking)} weights are not in its files, or have other shapes (first: {lacking[0][:80]}); "
-            "copy all files of one model again"
+            f"{path}: {counted(len(lacking), 'weight')} missing in its files, or of another shape (first: "
+            f"{lacking[0][:80]}); copy all files of one model again"
         )
 
 
@@ -273,5 +274,9 @@ def _require_shards(folder: Path, known: dict[Path, set[str]]) -> None:
             missing.setdefault(name, []).append(weight)
     for name, weights in missing.items():
         path = folder / name
-        what = f"lacks {len(weights)} weights of {INDEX}" if path in known else f"is missing, but {INDEX} names it"
+        what = (
+            f"lacks {counted(len(weights), 'weight')} of {INDEX}"
+            if path in known
+            else f"is missing, but {INDEX} names it"
+        )
         raise CheckpointError(f"{path}: {what} (first: {weights[0][:80]}); {AGAIN}")

@@ -5,7 +5,7 @@ from typing import final
 
 from transformers import PreTrainedTokenizerBase
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.limits import exceeds
 from omnimem.textfile import whole_characters
 
@@ -35,5 +35,5 @@ class PromptText:
         """
         text = whole_characters(text)
         if what := exceeds("text_characters", len(text)):
-            raise UserError(f"a text of {len(text):,} characters, {text[:40]!a}...: {what}")
+            raise UserError(f"a text of {counted(len(text), 'character')}, {text[:40]!a}...: {what}")
         return self._control.sub(lambda found: found[0][:1] + CUT + found[0][1:], text)

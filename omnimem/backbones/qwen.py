@@ -34,6 +34,7 @@ from omnimem.backbones.settings import (
 from omnimem.backbones.shapes import AudioShape, Shapes, TextShape, VisionShape
 from omnimem.backbones.template import SAMPLE, around_video
 from omnimem.backbones.vision import look
+from omnimem.errors import counted
 from omnimem.media import Geometry, LogMel, Segment
 from omnimem.tokens import Modality
 
@@ -100,8 +101,8 @@ class Qwen(Backbone):
             rows = config.get_text_config().vocab_size
             if len(tokenizer) > rows:
                 raise CheckpointError(
-                    f"{beside}: the tokenizer has {len(tokenizer):,} tokens, and the model {rows:,} embeddings; give "
-                    "the model's own tokenizer, in its folder or in model.processor"
+                    f"{beside}: the tokenizer has {counted(len(tokenizer), 'token')}, and the model "
+                    f"{counted(rows, 'embedding')}; give the model's own tokenizer, in its folder or in model.processor"
                 )
             model = load_model(options, model_class, config)
             return cls(model, tokenizer, geometry, folder=folder if folder.is_dir() else None, system=options.system)
@@ -483,8 +484,8 @@ def check_config(config: Any) -> None:
     sections = (getattr(text, "rope_parameters", None) or {}).get("mrope_section")
     if sections is not None and 2 * sum(sections) != dim:
         raise CheckpointError(
-            f"mrope_section = {list(sections)} has {sum(sections)} frequencies, and a head of {dim} has {dim // 2}; "
-            "copy config.json again from the model's page"
+            f"mrope_section = {list(sections)} has {counted(sum(sections), 'frequency')}, and a head of {dim} has "
+            f"{dim // 2}; copy config.json again from the model's page"
         )
     # 2. the blocks that give deepstack features
     levels = list(getattr(vision, "deepstack_visual_indexes", None) or ())

@@ -22,6 +22,7 @@ from omnimem.backbones.base import Encoded, Layout, Tracks
 from omnimem.backbones.family import Table
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen import Qwen, QwenFamily, SpanLayout
+from omnimem.errors import counted
 from omnimem.media import LogMel, Segment
 
 CLASSES = (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration)
@@ -53,9 +54,9 @@ class Qwen25Omni(Qwen):
         frames = config.seconds_per_chunk * mel.rate / mel.hop
         if mel.mels != audio.num_mel_bins or frames % (2 * audio.n_window):
             raise CheckpointError(
-                f"{mel.mels} mel bins and {frames:g} mel frames per {config.seconds_per_chunk:g} s do not fit the "
-                f"audio tower ({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); fix "
-                "preprocessor_config.json"
+                f"{counted(mel.mels, 'mel bin')} and {counted(frames, 'mel frame')} per {config.seconds_per_chunk:g} s "
+                f"do not fit the audio tower ({counted(audio.num_mel_bins, 'bin')}, blocks of "
+                f"{counted(2 * audio.n_window, 'frame')}); fix preprocessor_config.json"
             )
         return {"mel": mel, "segment_seconds": float(config.seconds_per_chunk)}
 

@@ -26,6 +26,7 @@ from omnimem.backbones.base import Encoded, Layout, LayoutError, Part, Tracks
 from omnimem.backbones.family import Table
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen import HALVES, Qwen, QwenFamily, SpanLayout
+from omnimem.errors import counted
 from omnimem.media import LogMel, Segment
 
 CLASSES = (Qwen3OmniMoeThinkerConfig, Qwen3OmniMoeThinkerForConditionalGeneration)
@@ -58,8 +59,9 @@ class Qwen3Omni(Qwen):
         rate = PER_BLOCK * mel.rate / (mel.hop * 2 * audio.n_window)
         if mel.mels != audio.num_mel_bins or audio.n_window_infer % (2 * audio.n_window):
             raise CheckpointError(
-                f"{mel.mels} mel bins and windows of {audio.n_window_infer} mel frames do not fit the audio encoder "
-                f"({audio.num_mel_bins} bins, blocks of {2 * audio.n_window} frames); fix preprocessor_config.json"
+                f"{counted(mel.mels, 'mel bin')} and windows of {counted(audio.n_window_infer, 'mel frame')} do not "
+                f"fit the audio encoder ({counted(audio.num_mel_bins, 'bin')}, blocks of "
+                f"{counted(2 * audio.n_window, 'frame')}); fix preprocessor_config.json"
             )
         if config.position_id_per_seconds != rate:
             raise CheckpointError(
@@ -115,7 +117,7 @@ class MergedLayout(SpanLayout):
         step = self.rate * segment.seconds_per_grid
         if step != int(step):
             raise LayoutError(
-                f"stream.fps: a frame grid takes {step:g} positions; give a rate with whole ones, as 1 or 2"
+                f"stream.fps: a frame grid takes {counted(step, 'position')}; give a rate with whole ones, as 1 or 2"
             )
         return super().push(segment)
 

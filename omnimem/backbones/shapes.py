@@ -8,6 +8,7 @@ import torch
 
 from omnimem.media import Geometry
 from omnimem.memory import Memory, Shape
+from omnimem.sketches import Bits, stored
 from omnimem.tokens import TOKEN_AXES
 
 
@@ -84,18 +85,22 @@ class Shapes:
     trained_positions: int
     pass_seconds: float | None = None  # of media in one pass of the encoders, if that is less than 32 segments
 
-    def entry(self, feature: int, dtype: torch.dtype, *, sketch: bool = False) -> tuple[int, int]:
-        """Bytes of one token in the memory of one layer: (keys and values, side state)."""
+    def entry(self, feature: int, dtype: torch.dtype, *, sketch: Bits | None = None) -> tuple[int, int]:
+        """Bytes of one token in the memory of one layer: (keys and values, side state).
+
+        `sketch`: the feature is a sketch of so many bits per number.
+        """
         # 1. an empty memory
+        held, kind = (feature, None) if sketch is None else stored(feature, sketch, learns=False)
         shape = Shape(
             layers=1,
             kv_heads=self.text.kv_heads,
             dim=self.text.dim,
             width=self.text.width,
-            feature=feature,
+            feature=held,
             dtype=dtype,
             device=torch.device("meta"),
-            sketch=sketch,
+            sketch=kind,
         )
         tokens = Memory.empty(shape, batch=1).layers[0]
         # 2. bytes per token: all axes but that of the tokens

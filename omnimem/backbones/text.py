@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.backbones.base import LayoutError, Turn, labelled
+from omnimem.errors import counted
 from omnimem.textfile import whole_characters
 from omnimem.tokens import EVICTABLE, Chunk, ChunkFacts, Counts, Modality
 
@@ -129,7 +130,7 @@ class TextModel:
         if odd is not None:
             raise LayoutError(
                 f"text streams 0 and {odd} of a batch differ in length or modality ({len(kinds[0])} and "
-                f"{len(kinds[odd])} tokens); batch streams of one layout, or set the batch size to 1"
+                f"{counted(len(kinds[odd]), 'token')}); batch streams of one layout, or set the batch size to 1"
             )
         # 2. the opening
         opening = self.ids(self._opening, control=True)

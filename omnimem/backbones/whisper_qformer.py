@@ -24,6 +24,7 @@ from omnimem.backbones.family import Table
 from omnimem.backbones.files import CheckpointError
 from omnimem.backbones.qwen import Classes, Qwen
 from omnimem.backbones.template import SAMPLE
+from omnimem.errors import counted
 from omnimem.media import LogMel, Segment
 
 SYSTEM = "You are a helpful assistant."
@@ -98,7 +99,7 @@ def query_states(audio: Any) -> tuple[int, int]:
     if not 1 <= read <= audio.max_source_positions or not 1 <= stride <= audio.max_source_positions:
         raise CheckpointError(
             f"audio_config: second_per_window = {audio.second_per_window} and second_stride = {audio.second_stride} "
-            f"are {read} and {stride} states, and a window of {window_seconds(audio):g} s has "
+            f"are {read} and {counted(stride, 'state')}, and a window of {window_seconds(audio):g} s has "
             f"{audio.max_source_positions}; copy config.json again from the model's page"
         )
     return read, stride

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
 from omnimem.budget.apportion import apportion
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 
 Pair = tuple[float, float]  # (audio, visual)
 Slots = tuple[int, int]  # (audio, visual) of one layer
@@ -37,7 +37,7 @@ class Shares:
         flat = [value for pair in self.fractions for value in pair]
         if not flat or min(flat) < 0 or not math.isclose(math.fsum(flat), 1.0, rel_tol=1e-9):
             raise BudgetError(
-                f"shares must be >= 0 and sum to 1, got {math.fsum(flat)} over {len(self.fractions)} layers"
+                f"shares must be >= 0 and sum to 1, got {math.fsum(flat)} over {counted(len(self.fractions), 'layer')}"
             )
 
     @classmethod
@@ -76,8 +76,8 @@ class Shares:
                 )
         if not sum(low) <= slots_per_layer <= sum(high):
             raise BudgetError(
-                f"clip asks for {sum(low)} to {sum(high)} slots per layer, slots_per_layer is {slots_per_layer}; "
-                "widen budget.clip so that slots_per_layer lies between"
+                f"clip asks for {sum(low)} to {counted(sum(high), 'slot')} per layer, slots_per_layer is "
+                f"{slots_per_layer}; widen budget.clip so that slots_per_layer lies between"
             )
         flat = [value for pair in self.fractions for value in pair]
         counts = apportion(flat, total, low * self.layers, high * self.layers)

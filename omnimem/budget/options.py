@@ -8,6 +8,7 @@ from omnimem.budget.allocation import BudgetError, Rounding, Shares, require
 from omnimem.budget.apportion import apportion
 from omnimem.budget.signals import Form, Signals, positive
 from omnimem.budget.table import Budget
+from omnimem.errors import counted
 
 WITHIN = 0.1  # tolerated deviation of a released table from slots_per_layer; the table of r = 2 is off by 8.7 %
 
@@ -151,7 +152,9 @@ def _unchanged(table: Budget, layers: int, slots_per_layer: int, source: str, cu
     _require_table(table, layers, source)
     mean = table.total / layers
     if abs(mean / slots_per_layer - 1) > WITHIN:
-        raise BudgetError(f"{source}: holds {mean:.0f} slots per layer, slots_per_layer is {slots_per_layer}; {cure}")
+        raise BudgetError(
+            f"{source}: holds {counted(round(mean), 'slot')} per layer, slots_per_layer is {slots_per_layer}; {cure}"
+        )
     return replace(table, signals=None, provenance={})
 
 
@@ -164,6 +167,6 @@ def _require_table(table: Budget, layers: int, source: str) -> None:
 def _same_layers(found: int, layers: int, source: str) -> None:
     if found != layers:
         raise BudgetError(
-            f"budget.table {source}: measured on {found} layers, the model has {layers}; "
+            f"budget.table {source}: measured on {counted(found, 'layer')}, the model has {layers}; "
             "calibrate this model with `omnimem calibrate --config X.yaml`"
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from omnimem.budget.allocation import BudgetError, Pair, Shares
+from omnimem.errors import counted
 
 Form = Literal["printed", "released"]
 
@@ -52,7 +53,7 @@ class Signals:
     def __post_init__(self) -> None:
         if len(self.entropy.whole) != len(self.similarity.whole):
             raise BudgetError(
-                f"signals hold entropy for {len(self.entropy.whole)} layers and similarity for "
+                f"signals hold entropy for {counted(len(self.entropy.whole), 'layer')} and similarity for "
                 f"{len(self.similarity.whole)}; calibrate again"
             )
 

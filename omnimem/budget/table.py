@@ -79,8 +79,8 @@ class Budget:
         for layer, slots in enumerate(self.slots):
             if min(slots) < 0 or sum(slots) < 1 or (self.split and min(slots) < 1):
                 raise BudgetError(
-                    f"layer {layer} would keep {slots[0]} audio and {slots[1]} visual tokens, and each layer needs at "
-                    f"least one {'of both' if self.split else 'slot'}; raise slots_per_layer"
+                    f"layer {layer} would have slots for {slots[0]} audio and {slots[1]} visual, and needs at least "
+                    f"{'one of each' if self.split else 'one'}; raise slots_per_layer"
                 )
 
     @classmethod

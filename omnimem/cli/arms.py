@@ -14,6 +14,7 @@ from omnimem.cli.workers import LocalWorkers, Workers
 from omnimem.comparison.formatting import unread
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Sample
+from omnimem.errors import counted
 from omnimem.evaluation import Arm, Evaluation, EvaluationError, Shard
 from omnimem.media import TracksOption
 from omnimem.policies.baselines.controls import TextOnly
@@ -156,7 +157,9 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     target = fingerprint.folder.evaluation(arm.name)
     missing = sum(evaluation.missing(benchmark, target) for benchmark in run.evaluate.benchmarks)
     if missing:
-        raise EvaluationError(f"{target}: {missing} questions have no answer; start the same command again")
+        raise EvaluationError(
+            f"{target}: {counted(missing, 'question')} without an answer; start the same command again"
+        )
     table = {benchmark.label: evaluation.conclude(benchmark, target) for benchmark in run.evaluate.benchmarks}
     provenance = fingerprint.provenance(tuned=kind_of(arm.name) in TUNED)
     write_json(target / "summary.json", {"arm": arm.name, "provenance": provenance, "benchmarks": table})
@@ -166,7 +169,9 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
         if what := unread(entry):
             print(f"{arm.name}: {benchmark}: {what}", flush=True)
         for reason, left in entry["left_out"].items():
-            what = f"{left['questions']} questions of {left['streams']} streams left out: {reason}"
+            what = (
+                f"{counted(left['questions'], 'question')} of {counted(left['streams'], 'stream')} left out: {reason}"
+            )
             print(f"{arm.name}: {benchmark}: {what} ({left['message']})", flush=True)
 
 
@@ -177,7 +182,7 @@ def _status(run: RunConfig, evaluation: Evaluation, folder: RunFolder, names: Se
         for name in names
         for benchmark in run.evaluate.benchmarks
     )
-    rest = f"{waiting} questions wait for other shards" if waiting else "every question has been asked"
+    rest = f"{counted(waiting, 'question')} left for other shards" if waiting else "every question has been asked"
     return f"shard {shard} is done; {rest}; the command without --shard summarises the results"
 
 

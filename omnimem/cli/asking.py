@@ -30,6 +30,7 @@ from omnimem.config.check import alternatives, choices_of
 from omnimem.config.exported import FILE, Exported, is_recorded, not_tuned_at, policies_of
 from omnimem.config.policy import policy_options
 from omnimem.data import Message, Sample
+from omnimem.errors import counted
 from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Source, TracksOption, Video, probe, read_live
 from omnimem.policies import PolicyOptions
 from omnimem.policies.base import Policy
@@ -318,15 +319,19 @@ class Asking:
         there = " + ".join(f"{kept[kind]:g} {kind.name.lower()}" for kind in EVICTABLE)
         cost = [
             f"tokens in {seen:.4g} s: {tokens}; kept in each layer: {there}",
-            f"memory: {memory.entries:,} entries in {layers} layers, {memory.bytes:,} bytes",
+            f"memory: {counted(memory.entries, 'entry')} in {counted(layers, 'layer')}, "
+            f"{counted(memory.bytes, 'byte')}",
             f"seconds: {asked - started:.2f} reading, {first[0]:.3f} to the first token, {total:.3f} in all",
         ]
         if self.feeder.backbone.stamped:
             text = round(sum(layer[Modality.TEXT] for layer in memory.counts()) / layers, 1)
-            cost.insert(1, f"text held in each layer, outside the slots: {text:g} tokens")
+            cost.insert(1, f"text held in each layer, outside the slots: {counted(text, 'token')}")
         if stream.selector is not None:
             chosen = stream.selector.memory
-            line = f"chosen by the model without its adapter: {chosen.entries:,} entries, {chosen.bytes:,} bytes more"
+            line = (
+                f"chosen by the model without its adapter: {counted(chosen.entries, 'entry')}, "
+                f"{counted(chosen.bytes, 'byte')} more"
+            )
             cost.insert(-1, line)
         return Reply(at=at, seen=seen, questions=texts, answers=answers, cost=cost, seconds=first[0])
 

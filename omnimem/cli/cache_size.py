@@ -10,6 +10,7 @@ from omnimem.backbones.projectors import Track
 from omnimem.backbones.shapes import Shapes
 from omnimem.config import RunConfig
 from omnimem.data import Sample
+from omnimem.errors import counted
 from omnimem.footprint import gibibytes
 from omnimem.rows import judge
 from omnimem.streaming.encoder_cache import RESERVE
@@ -29,8 +30,8 @@ def describe_cache(
     """The size of all entries, estimated from one sample of `tokens` in `seconds`; nothing without `data.cache`.
 
     width x (audio + visual x (1 + deepstack levels)) x bytes of model.dtype per second of stream, times the mean length
-    of PROBED samples, times the number of entries. Without samples, the size per hour of stream alone. Tracks whose
-    projector is trained (`unprojected`) have the width of its input.
+    of those of PROBED samples that can be read, times the number of entries. Without samples, the size per hour alone.
+    Tracks whose projector is trained (`unprojected`) have the width of its input.
     """
     cache = run.data.cached
     if cache is None or seconds <= 0:
@@ -43,10 +44,17 @@ def describe_cache(
     if not entries:
         return
     every = list(entries.values())
-    lengths = [_seconds(each, run) for each in every[:: -(-len(every) // PROBED)]]
+    probed = (_seconds(each, run) for each in every[:: -(-len(every) // PROBED)])
+    lengths = [seconds for seconds in probed if seconds > 0]
+    if not lengths:
+        yield f"the size of {counted(len(every), 'entry')} is unknown: no file tells its length"
+        return
     total = round(rate * sum(lengths) / len(lengths) * len(every))
     limit = "no limit" if cache.size_gb is None else f"limit {cache.size_gb:g} GB"
-    yield f"~ {gibibytes(total)} for {len(every):,} entries of {sum(lengths) / len(lengths):,.1f} s on average; {limit}"
+    yield (
+        f"~ {gibibytes(total)} for {counted(len(every), 'entry')} of {sum(lengths) / len(lengths):,.1f} s on "
+        f"average; {limit}"
+    )
     # 3. where it does not fit
     if cache.size_gb is not None and total > cache.size_gb * 1e9:
         yield "more than the limit: entries are removed before they are read again; raise data.cache.size_gb"
@@ -74,6 +82,6 @@ def encoded_bytes(
 
 
 def _seconds(sample: Sample, run: RunConfig) -> float:
-    """Length of the stream of a sample, from the headers of its files; 0 if it cannot be read."""
+    """Length of the stream of a sample, from the headers of its files; 0 if it cannot be read, or is not known."""
     whole = judge(sample, run.stream.tracks).seconds
     return max(0.0, (whole if sample.end is None else min(whole, sample.end)) - sample.start)

@@ -34,13 +34,15 @@ from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
+from omnimem.errors import counted
 from omnimem.footprint import Load, footprint, render
 from omnimem.media import FileSource, LiveSource, MediaError, Segment, Source
 from omnimem.policies.base import Policy
 from omnimem.rows import tracks_of
 from omnimem.run import RunFolder
 from omnimem.shipped import shipped
-from omnimem.sources import missing_sources, named
+from omnimem.sketches import Bits
+from omnimem.sources import looked_in, missing_sources, named
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder, require_supported
 from omnimem.streaming.prompt_pass import IGNORED
@@ -52,6 +54,7 @@ from omnimem.tuning import add_adapter, check_start, described, gradient_of, pol
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
 from omnimem.tuning.saved_modules import copies
+from omnimem.view import Measures
 
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
@@ -218,7 +221,9 @@ def read_sample(run: RunConfig, skeleton: Skeleton, missing: list[str], name: st
             return _read_file(run, skeleton, sample)
         except MediaError as error:
             which = f"media of sample {name}" if name else "the first sample's media"
-            missing.append(f"{which} ({error}); `omnimem check` lists all unreadable files")
+            of_train = error.reason == "missing" and (name is None or not isinstance(run.data.validation, str))
+            where = f"; {looked_in(run.data, sample)}" if of_train else ""
+            missing.append(f"{which} ({error}{where}); `omnimem check` lists all unreadable files")
     # 2. a synthetic sample
     tracks = run.stream.source().tracks
     frames, audio = _synthetic(skeleton.shapes.geometry.mel.rate)
@@ -390,11 +395,14 @@ def describe_sample(
     else:
         span = f", {sample.start:g} s to {'its end' if sample.end is None else f'{sample.end:g} s'} of the file"
         yield (
-            f"{title}: {source.seconds:.1f} s, {source.frames_seen} frames resized to {width} x {height}, "
+            f"{title}: {source.seconds:.1f} s, {counted(source.frames_seen, 'frame')} resized to {width} x {height}, "
             f"{source.audio_seconds_heard:.1f} s of audio{span if sample.start or sample.end else ''}"
         )
     counts = ", ".join(f"{count:,} {kind.name.lower()}" for kind, count in facts.tokens.items())
-    yield f"tokens of the stream: {counts}; longest of {len(facts.chunks)} chunks: {max(facts.chunks, default=0):,}"
+    yield (
+        f"tokens of the stream: {counts}; longest of {counted(len(facts.chunks), 'chunk')}: "
+        f"{max(facts.chunks, default=0):,}"
+    )
     if skeleton.approximate:
         yield "approximate: the model's tokenizer is missing, text is tokenized by that of the tiny checkpoint"
     trained = skeleton.shapes.trained_positions
@@ -412,9 +420,12 @@ def describe_sample(
         asked = tokenizer.decode(ids[: len(ids) - len(learned)])
         answer = f"[[{tokenizer.decode(learned)}]]" if learned else "(no labels)"
         when = "after the end" if question.at is None else f"at {question.at:g} s"
-        yield f"  {when}: {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of {len(ids)} tokens"
+        yield (
+            f"  {when}: {json.dumps(asked, ensure_ascii=False)} {answer}  {len(learned)} of "
+            f"{counted(len(ids), 'token')}"
+        )
     if len(sample.questions) > shown:
-        yield f"  and {len(sample.questions) - shown} questions more (--sample {sample.id} shows them)"
+        yield f"  and {counted(len(sample.questions) - shown, 'question')} more (--sample {sample.id} shows them)"
 
 
 def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Iterator[str]:
@@ -423,14 +434,16 @@ def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Itera
     if isinstance(wanted, AudioVisualBudget) and wanted.needs_signals:
         budget = SplitBudget(visual_audio_ratio=wanted.visual_audio_ratio).build(layers, slots)
         yield (
-            f"measured on {run.calibration.streams} training streams before the first step; "
-            f"until then the same for every layer, 1 audio slot for {wanted.visual_audio_ratio:g} visual ones:"
+            f"measured on {counted(run.calibration.streams, 'training stream')} before the first step; "
+            f"until then the same for every layer, 1 audio slot for {counted(wanted.visual_audio_ratio, 'visual one')}:"
         )
     else:
         budget = wanted.build(layers, slots)
     audio, visual = zip(*budget.slots, strict=True)
     share = "one pool" if not budget.split else f"{span(audio)} audio + {span(visual)} visual"
-    yield f"{slots:,} slots per layer ({share}) x {layers} layers = {budget.total:,} entries"
+    yield (
+        f"{counted(slots, 'slot')} per layer ({share}) x {counted(layers, 'layer')} = {counted(budget.total, 'entry')}"
+    )
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     yield f"of the {media:,} audio and visual tokens of this sample {min(1, slots / max(1, media)):.1%} are kept"
     for what, drawn in (("slots per layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
@@ -438,9 +451,9 @@ def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Itera
             listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn
             yield f"{what} in training, one drawn per step: {listed}"
     if run.memory.selection_from == "base":
-        yield f"chosen by the model without its adapter, which keeps {budget.total:,} entries of its own"
+        yield f"chosen by the model without its adapter, which keeps {counted(budget.total, 'entry')} of its own"
     if (most := run.tuning.selection.most(slots)) > slots:
-        yield f"soft selection holds up to {most:,} entries per layer in training, evaluation holds {slots:,}"
+        yield f"soft selection holds up to {counted(most, 'entry')} per layer in training, evaluation holds {slots:,}"
 
 
 def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbone | None = None) -> Load:
@@ -469,7 +482,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
         feature=0 if base else feature,
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,
-        sketch=measures.sketch and width < shapes.text.width,
+        sketch=_bits(run, measures) if width < shapes.text.width else None,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
@@ -493,6 +506,13 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
         if any(loss.needs_teacher and loss.applies_to(media) for loss in run.tuning.loss.losses)
         else 0,
     )
+
+
+def _bits(run: RunConfig, measures: Measures) -> Bits | None:
+    """Bits per number of a sketch in training; one whose score has gradient is carried in 16."""
+    selection = run.tuning.selection
+    learns = selection.softening != "hard" and selection.gradient != "none"
+    return (16 if learns else measures.sketch) if measures.sketch else None
 
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:

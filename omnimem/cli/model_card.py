@@ -10,8 +10,9 @@ import yaml
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from omnimem.comparison.formatting import count, many, percent, points, shown, size, span
+from omnimem.comparison.formatting import count, percent, points, shown, size, span
 from omnimem.config.exported import FILE, Exported
+from omnimem.errors import counted
 from omnimem.run import RunFolder, read_json
 
 CARD = "README.md"
@@ -146,7 +147,7 @@ def _memory(exported: Exported) -> Iterator[str]:
     yield f"| policy | `{memory.policy.name}`" + "".join(f", {name} {value}" for name, value in given.items()) + " |"
     if memory.selection_from == "base":
         yield "| selection | by the base without the adapter: it reads every chunk first, into its own memory |"
-    yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {budget.layers} layers |"
+    yield f"| slots per layer | {memory.slots_per_layer:,}, {budget.total:,} over {counted(budget.layers, 'layer')} |"
     if budget.split:
         audio, visual = ([layer[place] for layer in budget.slots] for place in (0, 1))
         share = percent(sum(audio) / budget.total)
@@ -154,7 +155,7 @@ def _memory(exported: Exported) -> Iterator[str]:
     else:
         yield f"| by layer | {span([sum(layer) for layer in budget.slots])}, shared by audio and visual tokens |"
     yield f"| stream | {stream.fps:g} frames/s of at most {stream.max_pixels:,} pixels, tracks: {stream.tracks} |"
-    yield f"| chunk | at most {stream.chunk_tokens:,} tokens; positions: {stream.positions} |"
+    yield f"| chunk | at most {counted(stream.chunk_tokens, 'token')}; positions: {stream.positions} |"
 
 
 _USE = """\
@@ -200,7 +201,7 @@ def _results(results: Mapping[str, Any], tuned: str) -> Iterator[str]:
     yield "Strict accuracy in % (a missing answer is wrong), with 95 % intervals clustered by video."
     for label, group in results["benchmarks"].items():
         yield ""
-        asked = f"{many(group['n'], 'question')} about {many(group['clusters'], 'video')}"
+        asked = f"{counted(group['n'], 'question')} about {counted(group['clusters'], 'video')}"
         yield f"**{label}**: {asked}, chance {percent(group['chance'])} %\n"
         yield "| | accuracy | peak entries per layer | at answer | text | memory |\n|---|---|---|---|---|---|"
         for arm, entry in group["arms"].items():

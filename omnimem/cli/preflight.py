@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import counted, first_line, lacks_memory
-from omnimem.sources import named
+from omnimem.sources import looked_in, named
 from omnimem.training.logging import peak_bytes
 from omnimem.tuning import AdapterError, StreamedModel, gradient_of, policy_in_training, streamed_loss, trainable
 
@@ -38,9 +39,12 @@ def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data")
     opened = set(range(0, len(samples), step))
     failures = Failures(samples=len(samples), max_failures=run.data.max_failures)
     found: list[Finding] = []
+    of_train = what == "data" or not isinstance(run.data.validation, str)
     for place, sample in enumerate(samples):
         finding = _finding(sample, run, probe=place in opened)
         for failure in finding.failures[:1]:
+            if failure.reason == "missing" and of_train:
+                failure = replace(failure, message=f"{failure.message}; {looked_in(run.data, sample)}")
             failures = failures.add(failure)
         if place in opened and not finding.failures and sample.has_stream:
             found.append(finding)
@@ -48,10 +52,14 @@ def check_data(run: RunConfig, samples: Sequence[Sample], *, what: str = "data")
     if not found:
         given = run.data.validation
         place = given if what == "validation" and isinstance(given, str) else named(run.data.sources)
-        raise ConfigError([f"{place}: none of {counted(len(opened), 'opened sample')} can be read; repair the data"])
+        first = "".join(f" (first: {failure.message})" for failure in failures.found[:1])
+        raise ConfigError(
+            [f"{place}: none of {counted(len(opened), 'opened sample')} can be read{first}; repair the data"]
+        )
     every = counted(len(samples), "sample")
     looked = f"{len(opened):,} of {every} opened" if step > 1 else f"{every} opened"
     bad = ", ".join(f"{count} {reason}" for reason, count in failures.reasons.items()) or "all can be read"
+    bad += "".join(f" (first: {failure.message})" for failure in failures.found[:1])
     seconds, texts = sum(each.seconds for each in found), sum(not sample.has_stream for sample in samples)
     line = f"{what}: {looked}, {seconds:,.0f} s of streams with {_tracks(found)}; {bad}"
     line += f"; {counted(texts, 'row')} of text alone" if texts else ""
@@ -125,7 +133,7 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     chunk_tokens = run.tuning.chunks(run.stream.chunk_tokens)[1]
     softness = None if slots is None else run.tuning.selection.at(0.0)
     shown = f"{sample.id}, the longest one," + (f" {batch} times" if batch > 1 else "")
-    budget = "full memory" if slots is None else f"{slots:,} slots per layer"
+    budget = "full memory" if slots is None else f"{counted(slots, 'slot')} per layer"
     device = next(iter(trainable(model))).device
     cards = [device] if device.type == "cuda" else []
     # 2. one step without optimizer

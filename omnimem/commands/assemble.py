@@ -25,8 +25,9 @@ from omnimem.assembly.bank import PARTS, Features, build
 from omnimem.assembly.projectors import HEARD, SHOWN, Track, fit_ridge, recognition, rows_of, word_rows
 from omnimem.backbones.assembled import FAMILY, WEIGHTS, Bridge, Encoders, Prompts
 from omnimem.backbones.prompt_text import PromptText
-from omnimem.checksums import share
+from omnimem.checksums import seal
 from omnimem.cli.parser import Parser
+from omnimem.errors import counted
 from omnimem.pretrained import smollm2
 from omnimem.recall.pictures import NAMES, WORDS
 from omnimem.run import write_text
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             write_folder(given.out, bridge, trainee)  # usable before the last step
     # 4. the folder
     write_folder(given.out, bridge, trainee)
-    print(f"{given.out}: {trainee.step} steps of {sum(stage.steps for stage in STAGES)}")
+    print(f"{given.out}: {counted(trainee.step, 'step')} of {sum(stage.steps for stage in STAGES)}")
 
 
 def features(folder: Path) -> dict[str, list[Features]]:
@@ -94,7 +95,7 @@ def fit(bank: dict[str, list[Features]], table: Tensor, prompts: Prompts) -> tup
 
 
 def write_folder(out: Path, bridge: Bridge, trainee: Trainee) -> None:
-    """config.json and the learned weights in bfloat16."""
+    """config.json and the learned weights in bfloat16, sealed."""
     out.mkdir(parents=True, exist_ok=True)
     learned = {**bridge.state_dict(), **trainee.tensors()}
     save_file({name: each.detach().bfloat16().contiguous() for name, each in learned.items()}, out / WEIGHTS)
@@ -105,7 +106,7 @@ def write_folder(out: Path, bridge: Bridge, trainee: Trainee) -> None:
         "adapter_scale": ALPHA / RANK,
     }
     write_text(out / "config.json", json.dumps(table, indent=2) + "\n")
-    share(out / WEIGHTS)
+    seal(out, names=(WEIGHTS, "config.json"))  # not what the recipe is continued from
 
 
 _START = time.monotonic()

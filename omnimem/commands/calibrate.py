@@ -12,6 +12,7 @@ from omnimem.calibration_figures import save_figures
 from omnimem.cli.build import measured_budget, training_samples
 from omnimem.cli.parser import Parser
 from omnimem.config import load
+from omnimem.errors import counted
 from omnimem.run import RunFolder
 from omnimem.streaming.attach import attach
 from omnimem.streaming.feeder import Feeder
@@ -38,12 +39,15 @@ def summary(budget: Budget) -> Iterator[str]:
     """Signals and slots, one line per layer."""
     signals = budget.signals
     if signals is not None:
-        yield f"{signals.chunks} chunks of {signals.streams} streams; layer: H audio visual | s audio visual | slots"
+        yield (
+            f"{counted(signals.chunks, 'chunk')} of {counted(signals.streams, 'stream')}; layer: H audio visual | "
+            "s audio visual | slots"
+        )
         for layer, (audio, visual) in enumerate(budget.slots):
             entropy = f"{signals.entropy.audio[layer]:.3f} {signals.entropy.visual[layer]:.3f}"
             similarity = f"{signals.similarity.audio[layer]:.3f} {signals.similarity.visual[layer]:.3f}"
             yield f"{layer:3}: {entropy} | {similarity} | {audio} audio + {visual} visual"
-    yield f"{budget.total} slots in {budget.layers} layers"
+    yield f"{counted(budget.total, 'slot')} in {counted(budget.layers, 'layer')}"
 
 
 def _parser() -> Parser:

@@ -11,8 +11,9 @@ from typing import Any
 
 from omnimem.cli.parser import Parser
 from omnimem.comparison import DRAWS, compare
-from omnimem.comparison.formatting import many, percent, points, shown, unread
+from omnimem.comparison.formatting import percent, points, shown, unread
 from omnimem.comparison.load import axis_of
+from omnimem.errors import counted
 from omnimem.limits import exceeds
 
 
@@ -45,7 +46,7 @@ def _parser() -> Parser:
 def _draws(text: str) -> int:
     draws = int(text)
     if draws < 100:
-        raise argparse.ArgumentTypeError(f"{draws} draws are too few for a 95 % interval; give at least 100")
+        raise argparse.ArgumentTypeError(f"{draws:,} is too small for a 95 % interval; give at least 100 draws")
     if what := exceeds("bootstrap_draws", draws):
         raise argparse.ArgumentTypeError(what)
     return draws
@@ -57,7 +58,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if len(groups) > 1:
         groups["all benchmarks pooled"] = summary["pooled"]
     for name, group in groups.items():
-        asked = f"{many(group['n'], 'question')}, {many(group['clusters'], 'video')}"
+        asked = f"{counted(group['n'], 'question')}, {counted(group['clusters'], 'video')}"
         yield f"{name}: {asked}, chance {percent(group['chance'])} %"
         kinds = _smallest_axis(group["kinds"]) if name in summary["benchmarks"] else []
         for label, entry in (group["arms"] | group["probes"]).items():

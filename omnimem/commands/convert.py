@@ -74,7 +74,11 @@ def main(arguments: Sequence[str]) -> None:
         raise ManifestError([f"{out}: exists already; give another --out, or --overwrite"])
     target = Target(folder=out.parent, media_root=out.parent, allow_absolute=given.allow_absolute_paths)
     # 1. convert and report
-    sources = [DataSource(path=path, split=given.split, subset=given.subset) for path in given.sources]
+    sources = [DataSource(path=path) for path in given.sources]
+    chosen = {"split": given.split or "train", "subset": given.subset}
+    if (given.split or given.subset) and not any(source.is_data_set for source in sources):
+        raise ManifestError(["--split and --subset are of a data set, and every source is a file of rows; remove them"])
+    sources = [replace(source, **chosen) if source.is_data_set else source for source in sources]
     report, lines = convert(sources, given.media_root, target, tracks=given.tracks, decode=given.decode)
     print(report.text())
     problems = [failure.message for failure in report.failures]
@@ -94,7 +98,7 @@ def _parser() -> Parser:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=".json, .jsonl, .parquet, a folder or a hub id")
     parser.add_argument("--out", type=Path, required=True, help="the manifest, in a folder above the media")
     parser.add_argument("--media-root", type=Path, help="base of relative paths (default: the folder of each file)")
-    parser.add_argument("--split", default="train", help="of a data set (default: %(default)s)")
+    parser.add_argument("--split", help="of a data set (default: train)")
     parser.add_argument("--subset", help="configuration of a data set")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     add_report_options(parser)

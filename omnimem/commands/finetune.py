@@ -234,8 +234,8 @@ def describe_training(settings: TrainingArguments, start: Start, taken: int | No
     where = start.folder.checkpoint(at[0]) if at else start.folder.path
     begin = f"continue from {start.checkpoint}; " if start.checkpoint else ""
     if settings.eval_strategy != IntervalStrategy.NO:
-        by_step = settings.eval_strategy == IntervalStrategy.STEPS and settings.eval_steps
-        often = f"every {settings.eval_steps:g} steps" if by_step else "after each epoch"
+        by_step = settings.eval_steps if settings.eval_strategy == IntervalStrategy.STEPS else None
+        often = f"every {counted(by_step, 'step')}" if by_step else "after each epoch"
         yield f"validation: {often}"
     yield f"checkpoints: {begin}after steps {listed or 'none'} ({kept}), the first one in {where}"
 
@@ -314,7 +314,7 @@ def trained_on(samples: Sequence[Sample], validation: Sequence[Sample]) -> list[
     """A warning when recordings of the validation are trained on too."""
     seen = {recording(sample) for sample in samples}
     both = sorted({recording(sample) for sample in validation} & seen)
-    return [f"data.validation: {len(both)} of its recordings are trained on too, {both[0]} first"] if both else []
+    return [f"data.validation: {counted(len(both), 'recording')} also in data.train, {both[0]} first"] if both else []
 
 
 def report(line: str) -> None:
@@ -437,8 +437,9 @@ def train(trainer: StreamTrainer, start: Start, *, first: bool) -> None:
             left_out = [asdict(step) for step in trainer.nonfinite.found]
             counts: dict[str, Any] = {"steps": trainer.state.global_step}
             if trainer.feeder.cache:
-                mine, every = trainer.feeder.cache.counts, trainer.metrics.cached  # the latter at the last log
-                counts["encoder_cache"] = dict(every if trainer.args.world_size > 1 else mine)
+                counts["encoder_cache"] = dict(trainer.metrics.cache_counts(trainer.args.world_size))
+            if trainer.failed.read_later:
+                counts["failed_samples_read_later"] = list(trainer.failed.read_later)
             if trainer.overlap.latest is not None:
                 counts["selection_overlap"] = trainer.overlap.latest
             if trainer.feeder.trained.reached:
@@ -467,7 +468,7 @@ def describe_adapter(folder: RunFolder) -> None:
         folder.record, adapter={"sha256": sha256(folder.adapter, suffixes=(".safetensors",)), "tensors": len(tensors)}
     )
     write_adapter_description(folder.path)
-    print(f"adapter: {folder.adapter} ({sum(t.numel() for t in tensors.values()):,} weights)", flush=True)
+    print(f"adapter: {folder.adapter} ({counted(sum(t.numel() for t in tensors.values()), 'weight')})", flush=True)
 
 
 def evaluate_and_compare(run: RunConfig, folder: RunFolder, parts: Parts, workers: Workers) -> None:

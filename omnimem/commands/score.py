@@ -12,6 +12,7 @@ from typing import Any
 from omnimem.cli.data_report import add_benchmark_options, benchmark_from, require_annotations
 from omnimem.cli.parser import Parser
 from omnimem.data import Question, Sample
+from omnimem.errors import counted
 from omnimem.run import provenance, sha256, write_json, write_text
 from omnimem.tasks import Benchmark
 from omnimem.tasks.accuracy import accuracy, breakdown
@@ -109,10 +110,10 @@ def _report(entry: dict[str, Any], lines: Sequence[dict[str, Any]]) -> Iterator[
     if judged:
         yield f"the file's own scores: {len(judged):,}, of which {judged.count(False):,} differ from ours"
     if entry["missing"]:
-        yield f"note: {entry['missing']:,} questions have no prediction"
+        yield f"note: {counted(entry['missing'], 'question')} without a prediction"
     if entry["failures"]:
         first = next(line for line in lines if "failure" in line)
         yield (
-            f"note: {entry['failures']:,} predictions are failure messages and count as none (first: {first['id']}, "
-            f"{first['prediction'][:60]!r})"
+            f"note: {counted(entry['failures'], 'failure message')} in place of predictions, counted as none (first: "
+            f"{first['id']}, {first['prediction'][:60]!r})"
         )

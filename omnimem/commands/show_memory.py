@@ -24,6 +24,7 @@ from omnimem.cli.tuned_model import load_tuned
 from omnimem.comparison.formatting import size
 from omnimem.config import ConfigError, RunConfig, load
 from omnimem.data import ManifestError, Sample, read_manifest
+from omnimem.errors import counted
 from omnimem.inspection import Holding, Side, StreamSnapshot, follow, read, render
 from omnimem.run import RunFolder, write_text
 from omnimem.streaming.attach import StreamedAttention, attach
@@ -195,8 +196,8 @@ def summary(side: Side, reading: StreamSnapshot) -> str:
     entries = sum(count for layer in holding.counts[-1] for kind, count in layer.items() if kind)
     layers, _, tokens = holding.last.shape
     line = (
-        f"{side.label}: {entries / layers:,.4g} entries per layer after {reading.seconds:.4g} s, of {tokens:,} tokens "
-        f"in {len(holding.ends)} chunks"
+        f"{side.label}: {counted(round(entries / layers, 1), 'entry')} per layer after {reading.seconds:.4g} s, of "
+        f"{counted(tokens, 'token')} in {counted(len(holding.ends), 'chunk')}"
     )
     if not reading.needles:
         return line

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from omnimem.aside import written_aside
 from omnimem.cli.parser import Parser
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.recall import pictures_renderer, renderer
 from omnimem.recall.pictures import Media, PictureOptions, PictureWorld, draw_pictures
 from omnimem.recall.worlds import SLOT, Question, World, WorldOptions, draw_world
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> None:
     counts = {split: getattr(given, split) for split in SPLITS}
     made = synthesize(given.out, recipe, counts, given.workers)
     total = sum(counts.values())
-    print(f"{given.out}: {total} streams of {given.seconds} s ({made} made, {total - made} kept)")
+    print(f"{given.out}: {counted(total, 'stream')} of {given.seconds} s ({made} made, {total - made} kept)")
 
 
 def _parser() -> Parser:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from omnimem.checksums import SHOWN
-from omnimem.comparison.formatting import many
 from omnimem.comparison.load import Answer, Arm, Sheet
+from omnimem.errors import counted
 from omnimem.run import RunFolder, sha256
 
 SAME_ENTRIES = 0.001  # relative: entries are means over questions, stored with few digits
@@ -81,7 +81,7 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
     alone = sorted((set(a.answers) ^ set(b.answers)) - set(a.left_out) - set(b.left_out))
     if alone:
         yield (
-            f"{where}: {many(len(alone), 'question')} only one of them answered (first: {alone[0]}); "
+            f"{where}: {counted(len(alone), 'question')} only one of them answered (first: {alone[0]}); "
             "finish or repeat the evaluation"
         )
     pairs = [(a.answers[key], b.answers[key]) for key in shared]
@@ -91,7 +91,7 @@ def _sheet_differences(where: str, a: Sheet, b: Sheet) -> Iterator[str]:
             key, one, two = differing[0]
             verb = "has" if len(differing) == 1 else "have"
             yield (
-                f"{where}: {many(len(differing), 'question')} {verb} {what} (first: {key}: {one} and {two}); {again}"
+                f"{where}: {counted(len(differing), 'question')} {verb} {what} (first: {key}: {one} and {two}); {again}"
             )
     # 2. sums over all questions, unless one of the arms leaves some out
     if set(a.left_out) != set(b.left_out):

@@ -31,11 +31,6 @@ def count(value: float | int | None) -> str:
     return UNKNOWN if value is None else f"{value:,.1f}".removesuffix(".0")
 
 
-def many(number: int, thing: str) -> str:
-    """1 video, 2 videos."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def size(value: float | int | None) -> str:
     """Bytes in a suitable unit."""
     if value is None:

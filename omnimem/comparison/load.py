@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from omnimem.budget import Budget, BudgetError
 from omnimem.comparison.formatting import shown
-from omnimem.errors import ProblemList
+from omnimem.errors import ProblemList, counted
 from omnimem.evaluation.left_out import is_left_out
 from omnimem.limits import read_within
 from omnimem.tasks.accuracy import DURATION, categories_of
@@ -311,8 +311,8 @@ def _read_trace(path: Path) -> dict[str, Any]:
         sizes = {len(layers) for layers in kept}
         if len(kept) != chunks or len(sizes) > 1 or any(len(layer) != bins for layers in kept for layer in layers):
             raise _Problem(
-                f"{path} kept.{modality}: does not hold {bins} bins per layer after each of {chunks} chunks; "
-                "delete the file or evaluate again"
+                f"{path} kept.{modality}: does not hold {counted(bins, 'bin')} per layer after each of "
+                f"{counted(chunks, 'chunk')}; delete the file or evaluate again"
             )
     return trace
 

@@ -8,6 +8,7 @@ from omnimem.comparison.figures import Kept
 from omnimem.comparison.formatting import percent, seconds, shown, size
 from omnimem.comparison.load import Arm, Run
 from omnimem.comparison.report_accuracy import STYLES, Group, View
+from omnimem.errors import counted
 
 COSTS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("reading_per_second", "text model, per second of stream", seconds),
@@ -73,7 +74,7 @@ def budgets(runs: Sequence[Run]) -> list[View]:
 
 def _budget(slots: Sequence[tuple[int, int]], split: bool, runs: Sequence[str]) -> View:
     total = sum(map(sum, slots))
-    label = f"Budget by layer of {runs[0]}: {total:,} slots over {len(slots)} layers"
+    label = f"Budget by layer of {runs[0]}: {counted(total, 'slot')} over {counted(len(slots), 'layer')}"
     return {
         "runs": runs,
         "split": split,
@@ -173,7 +174,7 @@ def _budget_of(record: Mapping[str, Any]) -> str:
     """Budget of a line of metrics.jsonl; -1 means full memory."""
     slots = record.get("slots")
     if isinstance(slots, int | float):
-        return f"{slots:,g} slots per layer" if slots > 0 else FULL
+        return f"{counted(slots, 'slot')} per layer" if slots > 0 else FULL
     return FULL if slots == "full" else ""
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from omnimem.comparison import statistics
-from omnimem.comparison.formatting import many
 from omnimem.comparison.load import KIND, PROBES, Answer, Arm, Sheet, axis_of
 from omnimem.comparison.statistics import Estimate, Resampling
+from omnimem.errors import counted
 
 DIGITS = 6
 SHOWN = ("full_memory", "tuned_full_memory", "training_free", "tuned", "*", *PROBES)  # * stands for all others
@@ -269,15 +269,15 @@ def _defects(sheets: Sequence[Sheet]) -> list[dict[str, Any]]:
 def _notes(arms: Sequence[Arm]) -> list[str]:
     """Notes on questions left out, or asked beyond the trained positions, and on unequal bytes at equal entries."""
     notes = [
-        f"{name}: {arm.title} leaves out {many(count, 'question')} ({reason.replace('_', ' ')}), which are in none of "
-        "its accuracies; differences are over the questions that both arms answered"
+        f"{name}: {arm.title} leaves out {counted(count, 'question')} ({reason.replace('_', ' ')}), which are in none "
+        "of its accuracies; differences are over the questions that both arms answered"
         for arm in arms
         for name, sheet in sorted(arm.sheets.items())
         for reason, count in Counter(sheet.left_out.values()).items()
     ]
     notes += [
-        f"{name}: {arm.title} answers {many(sheet.beyond_trained, 'question')} beyond the positions that the model was "
-        "trained on; see stream.positions"
+        f"{name}: {arm.title} answers {counted(sheet.beyond_trained, 'question')} beyond the positions that the model "
+        "was trained on; see stream.positions"
         for arm in arms
         for name, sheet in sorted(arm.sheets.items())
         if sheet.beyond_trained

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from omnimem.comparison.formatting import count, many, percent, points, seconds, shown, size
+from omnimem.comparison.formatting import count, percent, points, seconds, shown, size
+from omnimem.errors import counted
 
-FILTERS = (percent, points, shown, size, count, many, seconds)
+FILTERS = (percent, points, shown, size, count, counted, seconds)
 
 
 def page_template(page: Path) -> Template:

@@ -15,6 +15,7 @@ from omnimem.calibration import CalibrationOptions
 from omnimem.config.check import names, nearest, strict, validated
 from omnimem.config.source import ConfigError, Key, Problem, dotted, override, read
 from omnimem.data import DataOptions
+from omnimem.errors import counted
 from omnimem.evaluation import EvaluateOptions
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import Policy, SelectionFrom
@@ -107,11 +108,12 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
 def _as_written(data: Any) -> None:
     """Complete the policy in the config.yaml of an earlier run, which has every option of its time, by its rule.
 
-    Before 2026-11-30 coverage discounted every token, and until that day it compared layer inputs.
+    Before 2026-11-30 coverage discounted every token, until that day it compared layer inputs, and then for hours
+    sketches of 16 bits.
     """
     match data:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy}} if policy.keys() >= EARLIER:
-            for name, rule in (("coverage_above", -1.0), ("compared", "inputs")):
+            for name, rule in (("coverage_above", -1.0), ("compared", "inputs"), ("sketch_bits", 16)):
                 policy.setdefault(name, rule)
 
 
@@ -143,10 +145,14 @@ def differences(run: RunConfig) -> list[str]:
             f"evaluated (drawn: {low} to {high})"
         )
     for number, each in enumerate(run.evaluate.benchmarks):
-        if isinstance(each, VideoMMEOptions) and each.subtitles and each.subtitle_fps != stream.fps:
+        if (
+            isinstance(each, VideoMMEOptions)
+            and each.subtitles
+            and (rate := each.subtitle_fps or stream.fps) != stream.fps
+        ):
             found.append(
-                f"evaluate.benchmarks[{number}].subtitle_fps: subtitles of {each.subtitle_fps:g} frames per second "
-                f"beside frames at stream.fps = {stream.fps:g}; leave it out to follow stream.fps"
+                f"evaluate.benchmarks[{number}].subtitle_fps: subtitles of {counted(rate, 'frame')} per "
+                f"second beside frames at stream.fps = {stream.fps:g}; leave it out to follow stream.fps"
             )
     return found
 

@@ -47,7 +47,7 @@ class Origin:
 class Exported:
     """A tuned model: model, stream and memory options, budget, and origin of the weights."""
 
-    format: Literal["omnimem export 3"] = "omnimem export 3"
+    format: Literal["omnimem export 4"] = "omnimem export 4"
     model: ModelOptions
     stream: StreamOptions
     memory: MemoryOptions
@@ -94,13 +94,19 @@ class Exported:
 def _current(table: dict[str, Any]) -> dict[str, Any]:
     """The table of a file as it is written today.
 
-    In format 1, coverage discounted every token; before format 3 it compared layer inputs.
+    In format 1, coverage discounted every token; before format 3 it compared layer inputs, in format 3 sketches of 16
+    bits.
     """
-    inputs = {"compared": "inputs"}
-    rules = {"omnimem export 1": {"coverage_above": -1.0, **inputs}, "omnimem export 2": inputs}
+    bits = {"sketch_bits": 16}
+    inputs = {"compared": "inputs", **bits}
+    rules = {
+        "omnimem export 1": {"coverage_above": -1.0, **inputs},
+        "omnimem export 2": inputs,
+        "omnimem export 3": bits,
+    }
     if (rule := rules.get(table.get("format", ""))) is None:
         return table
-    table = {**table, "format": "omnimem export 3"}
+    table = {**table, "format": "omnimem export 4"}
     match table:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy} as memory}:
             return {**table, "memory": {**memory, "policy": {**policy, **rule}}}

@@ -10,7 +10,7 @@ from typing import Any, final
 import yaml
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from omnimem.errors import ProblemList
+from omnimem.errors import ProblemList, counted
 from omnimem.limits import exceeds, read_within
 
 Key = tuple[str | int, ...]  # ("evaluate", "benchmarks", 0, "name"); a number is an index into a list
@@ -167,7 +167,9 @@ def _put(data: Any, key: Key, value: Any) -> list[str]:
     for depth, part in enumerate(key):
         way = dotted(key[:depth])
         if isinstance(data, list) and not (isinstance(part, int) and part < len(data)):
-            return [f"{COMMAND_LINE} {dotted(key)}: {way} has {len(data)} items, counted from 0; set {way}=[...]"]
+            return [
+                f"{COMMAND_LINE} {dotted(key)}: {way} has {counted(len(data), 'item')}, counted from 0; set {way}=[...]"
+            ]
         if not isinstance(data, list | dict):
             return [f"{COMMAND_LINE} {dotted(key)}: {way} is {data!r}, not a section; set {way} itself"]
         section: Any = data

@@ -11,6 +11,7 @@ import torch
 
 from omnimem.backbones import Turn
 from omnimem.data import Failure, Failures, Question, Sample
+from omnimem.errors import counted
 from omnimem.evaluation import left_out
 from omnimem.evaluation.cost import Clock, FirstToken, PeakMemory
 from omnimem.evaluation.options import Arm, EvaluateOptions
@@ -201,7 +202,9 @@ class Evaluation:
         left_out.release()
         done = {line["id"] for line in lines}
         rest = [line for sample in samples for line in self._failed(sample, *reason) if line["id"] not in done]
-        print(f"{arm.name}: {len(rest)} questions of {samples[0].id} are left out: {', '.join(reason)}", flush=True)
+        print(
+            f"{arm.name}: {counted(len(rest), 'question')} of {samples[0].id} left out: {', '.join(reason)}", flush=True
+        )
         return lines + rest
 
     def _failed(self, sample: Sample, reason: str, message: str) -> list[dict[str, Any]]:

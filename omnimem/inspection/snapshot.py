@@ -13,6 +13,7 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 from omnimem.data import ManifestError, Sample, is_seconds
+from omnimem.errors import counted
 from omnimem.media import FileSource, Segment, read_audio_blocks, resize
 from omnimem.policies.base import StreamOutline
 from omnimem.rows import tracks_of
@@ -122,7 +123,7 @@ def marks_of(sample: Sample) -> tuple[Mark, ...]:
     if not spans:
         return ()
     if len(spans) != len(asked) or not all(map(_is_span, spans)):
-        what = f"expected [start, end] in seconds for each of {len(asked)} questions; fix or remove it"
+        what = f"expected [start, end] in seconds for each of {counted(len(asked), 'question')}; fix or remove it"
         raise ManifestError([f"{sample.origin} meta.evidence: {what}"])
     return tuple(
         Mark(question=one.text, answer=one.answer or "", start=start - sample.start, end=end - sample.start)

@@ -25,7 +25,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from omnimem.errors import UserError, printable
+from omnimem.errors import UserError, counted, printable
 from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
 from omnimem.media.frames import SUFFIXES, FrameList, Video
 
@@ -180,7 +180,7 @@ def open_container(path: Path | str) -> Iterator[InputContainer]:
         if Path(path).stat().st_size == 0:
             raise MediaError(path, "empty", "has zero bytes; copy or download it again")
         if missing := _missing_bytes(Path(path)):
-            raise MediaError(path, "truncated", f"lacks its last {missing} bytes; {COPY_AGAIN}")
+            raise MediaError(path, "truncated", f"lacks its last {counted(missing, 'byte')}; {COPY_AGAIN}")
         container = open_input(f"file:{path}", protocols="file")  # with the prefix, names may have colons
     with container, blaming(path, "decoding failed", COPY_AGAIN, cut="truncated"):
         yield container
@@ -283,12 +283,14 @@ class Plausible:
         """Raises ValueError if a track of so many seconds cannot be in the file."""
         filled = self._bytes // BYTES_PER_SECOND
         if what := exceeds("sparse_seconds", max(0, int(min(seconds, 1e15)) - filled)):
-            raise ValueError(f"a length of {seconds:,.0f} s from {self._bytes:,} bytes: beyond {filled:,} s, {what}")
+            raise ValueError(
+                f"a length of {seconds:,.0f} s from {counted(self._bytes, 'byte')}: beyond {filled:,} s, {what}"
+            )
 
     def refuse_frames(self, count: int) -> None:
         """Raises ValueError if so many video frames cannot be in the file."""
         if what := exceeds("frames_per_byte", -(-count // self._bytes)):
-            raise ValueError(f"{count:,} frames from {self._bytes:,} bytes: {what}")
+            raise ValueError(f"{counted(count, 'frame')} from {counted(self._bytes, 'byte')}: {what}")
 
     def refuse_track(self, container: InputContainer, stream: VideoStream | AudioStream, end: float | None) -> None:
         """`refuse_length` and `refuse_frames` of what the header declares up to `end`."""

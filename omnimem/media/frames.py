@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from omnimem.errors import counted
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -18,7 +20,7 @@ class FrameList:
     fps: float  # of the list; how many of them are read is `stream.fps`
 
     def __str__(self) -> str:
-        return f"{self.files[0]} (the first of {len(self.files)} frames)"
+        return f"{self.files[0]} (the first of {counted(len(self.files), 'frame')})"
 
     @property
     def seconds(self) -> float:

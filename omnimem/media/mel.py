@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnimem.errors import counted
+
 TOP_HERTZ = 8000.0  # upper end of Whisper's filters at any sampling rate
 DYNAMIC_RANGE = 8.0  # log10 units below the maximum; lower values are clamped
 BLOCK = 1 << 22  # values of one short-time Fourier transform; an hour of audio at once would need gigabytes
@@ -69,7 +71,7 @@ class LogMel:
         """
         length, half = frames * self.hop, self.n_fft // 2
         if len(samples) > length:
-            raise ValueError(f"{len(samples)} samples are more than a window of {length}")
+            raise ValueError(f"a window of {counted(length, 'sample')} cannot hold {len(samples):,}")
         whole = F.pad(samples, (0, length - len(samples)))
         log = self.log_power(F.pad(whole[None, None], (half, half), mode="reflect")[0, 0], frames)
         return normalise(log, log.max())
@@ -184,7 +186,9 @@ class RunningMel:
     def take_log(self, frames: int) -> Float[Tensor, "mels mel_frames"]:
         """The next `frames` mel frames before normalisation; updates `maximum`. Raises ValueError beyond `ready`."""
         if frames > self.ready:
-            raise ValueError(f"{frames} mel frames requested, {self.ready} ready; feed more samples or call end()")
+            raise ValueError(
+                f"{counted(frames, 'mel frame')} requested, {self.ready} ready; feed more samples or call end()"
+            )
         log = self._mel.log_power(self._buffer, frames)
         self._buffer = self._buffer[frames * self._mel.hop :]
         self.taken += frames

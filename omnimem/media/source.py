@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from omnimem.errors import counted
 from omnimem.media.container import MediaError
 from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
 from omnimem.media.frames import FrameList, Video
@@ -72,8 +73,8 @@ class Geometry:
                 seconds = block * blocks
                 return float(seconds), frames.numerator, int(seconds * self.mel.rate / self.mel.hop)
         raise ValueError(
-            f"fps = {fps:g} has no segment of whole grids of {self.temporal_patch} frames and whole audio blocks of "
-            f"{self.segment_seconds:g} s; use a rate such as 0.5, 1 or 2"
+            f"fps = {fps:g} has no segment of whole grids of {counted(self.temporal_patch, 'frame')} and whole audio "
+            f"blocks of {self.segment_seconds:g} s; use a rate such as 0.5, 1 or 2"
         )
 
 

@@ -7,9 +7,10 @@ from omnimem.attention.blocked import HeadMean
 from omnimem.budget import Budget
 from omnimem.policies.base import Markers, ScoredPolicy
 from omnimem.scoring import Compared, Covered, Perturbation
+from omnimem.sketches import Bits
 from omnimem.view import Measures
 
-SKETCH = 128  # width of the sketch of layer inputs
+SKETCH: dict[Bits, int] = {4: 192, 16: 128}  # width of a sketch of layer inputs, by its bits per number
 
 PAPER: dict[str, Any] = {
     "sharpness": 0.02,
@@ -24,6 +25,7 @@ PAPER: dict[str, Any] = {
     "coverage_above": 0.5,
     "centred": True,
     "compared": "inputs",
+    "sketch_bits": 4,
     "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
@@ -32,7 +34,6 @@ OURS: dict[str, Any] = {
     "neighbours": "arrival",
     "coverage": 0.5,
     "compared": "sketch",
-    "feature": SKETCH,
     "markers": "with_group",
 }
 PRESETS: dict[str, dict[str, Any]] = {"omnimem": OURS, "paper": PAPER, "released": RELEASED}
@@ -62,14 +63,17 @@ class PerturbationOptions:
     neighbours: Literal["pool", "arrival"] | None = None
     of: Literal["sequence", "modality"] | None = None  # whether neighbours are of any modality or the same
     ends: Literal["present", "one"] | None = None  # a missing neighbour: left out, or counted with cosine 1
-    # width of a projection of the layer input that is carried: of the sketch, or of what redundancy reads (null: all)
+    # width of a projection of the layer input that is carried: of the sketch (null: 192; of 16 bits 128), or of what
+    # redundancy reads (null: all)
     feature: int | None = None
     coverage: float | None = None  # beta, the power of 1 - c
     coverage_above: float | None = None  # t: tokens are discounted where c is above it; -1: all
     centred: bool | None = None  # c between vectors without the mean of their modality
-    # vectors of the cosine c: the layer's input, as redundancy reads it; an orthonormal projection of it in 16 bits; or
-    # the values of all heads. But for inputs nothing else is carried, and redundancy at arrival reads the exact input
+    # vectors of the cosine c: the layer's input, as redundancy reads it; an orthonormal projection of it
+    # (sketch_bits); or the values of all heads. But for inputs nothing else is carried, and redundancy at arrival reads
+    # the exact input
     compared: Compared | None = None
+    sketch_bits: Bits | None = None  # per number of the sketch
     markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
     def __post_init__(self) -> None:
@@ -92,8 +96,8 @@ class PerturbationOptions:
             preset["compared"] = "inputs"
         if given.get("compared", preset["compared"]) != "sketch":
             preset["feature"] = None
-        elif given.get("feature", preset["feature"]) is None:
-            preset["feature"] = SKETCH
+        elif given.get("feature") is None:
+            preset["feature"] = SKETCH[given.get("sketch_bits", preset["sketch_bits"])]
         return {**preset, **given}
 
     def written_out(self) -> "PerturbationOptions":
@@ -108,7 +112,7 @@ class PerturbationOptions:
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
         if chosen["neighbours"] == "arrival" and chosen["compared"] != "inputs":  # only coverage needs what is carried
             sketched = chosen["compared"] == "sketch" and chosen["coverage"]
-            measured |= {"sketch": True, "feature": chosen["feature"] if sketched else 0}
+            measured |= {"sketch": chosen["sketch_bits"], "feature": chosen["feature"] if sketched else 0}
         scorer = Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"])
         return ScoredPolicy(
             name=self.name,

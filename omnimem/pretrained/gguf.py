@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -113,7 +113,9 @@ class GGUF:
     def _take(self, count: int) -> memoryview:
         part = self._buffer[self._at : self._at + count]
         if len(part) != count:
-            raise WeightsError(f"{self.path}: ends after {len(self._buffer)} bytes, too early; install it again")
+            raise WeightsError(
+                f"{self.path}: ends after {counted(len(self._buffer), 'byte')}, too early; install it again"
+            )
         self._at += count
         return part
 

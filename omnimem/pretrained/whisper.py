@@ -17,6 +17,7 @@ from torch.nn.functional import gelu
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from omnimem.errors import counted
 from omnimem.extras import optional
 from omnimem.pretrained.gguf import WeightsError
 from omnimem.pretrained.loading import load_exactly
@@ -49,7 +50,8 @@ class _Reader:
         part = self.data[self.at : self.at + count]
         if len(part) < count:
             raise WeightsError(
-                f"{self.path}: ends after {len(self.data)} bytes, within a variable; install the package again"
+                f"{self.path}: ends after {counted(len(self.data), 'byte')}, within a variable; install the package "
+                "again"
             )
         self.at += count
         return part
@@ -91,7 +93,9 @@ def _variable(reader: _Reader) -> tuple[str, Tensor]:
         raise WeightsError(f"{reader.path}: {name} has type {code}, known are 0 to {len(TYPES) - 1}; convert it again")
     values = torch.frombuffer(bytearray(reader.take(count)), dtype=TYPES[code]) if count else torch.empty(0)
     if values.numel() != torch.Size(shape).numel():
-        raise WeightsError(f"{reader.path}: {name} has {values.numel()} values, its shape is {shape}; convert it again")
+        raise WeightsError(
+            f"{reader.path}: {name} has {counted(values.numel(), 'value')}, its shape is {shape}; convert it again"
+        )
     return name, values.view(shape)
 
 
@@ -180,7 +184,9 @@ def encode_window(
     inputs = gelu(encoder.conv2(gelu(encoder.conv1(mel)))).transpose(1, 2)
     places = encoder.embed_positions.weight
     if inputs.shape[1] > len(places):
-        raise ValueError(f"a window of {mel.shape[2]} mel frames is too long; give at most {2 * len(places)}")
+        raise ValueError(
+            f"a window of {counted(mel.shape[2], 'mel frame')} is too long; give at most {2 * len(places)}"
+        )
     states = inputs + places[: inputs.shape[1]]
     for layer in encoder.layers:
         output = layer(states, None)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
+from omnimem.sketches import ROUNDING, vectors
 from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
@@ -60,23 +61,14 @@ class Covered(AbstractScorer):
         scores, learns = self.inner(view), view.gradient != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             pool = view.pool
-            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
+            held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else vectors(pool.feature)
+            how = {"centred": self.centred, "product": pool.keys.dtype, "rounding": ROUNDING if view.coded else 0.0}
             if learns:
-                alone = uncovered(held, view.modality, scores, centred=self.centred, product=pool.keys.dtype)
+                alone = uncovered(held, view.modality, scores, **how)
             elif view.contests and self.above > -1 and scores.device.type in COUNTED:
-                alone = uncovered_contested(
-                    held,
-                    view.modality,
-                    scores,
-                    view.contests,
-                    self._factor,
-                    centred=self.centred,
-                    product=pool.keys.dtype,
-                )
+                alone = uncovered_contested(held, view.modality, scores, view.contests, self._factor, **how)
             else:
-                alone = uncovered_values(
-                    held, view.modality, scores, pool.counts, centred=self.centred, product=pool.keys.dtype
-                )
+                alone = uncovered_values(held, view.modality, scores, pool.counts, **how)
             return scores * self._factor(alone)
 
     def _factor(self, alone: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -93,11 +85,13 @@ def uncovered(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
+    rounding: float = 0.0,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
-    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens.
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `rounding` is the
+    part of the squared length of a vector that is taken for noise, where c is centred (`_grown`).
     """
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
@@ -111,7 +105,7 @@ def uncovered(
         ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
-            ranked = _directions(ranked - mean)
+            ranked = _directions(ranked - mean, rounding)
         near = nearest_before(ranked.detach().to(product or feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
@@ -129,6 +123,7 @@ def uncovered_values(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
+    rounding: float = 0.0,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, in a third of its time: for scores that do not learn.
 
@@ -139,7 +134,7 @@ def uncovered_values(
     found, (exact, lengths) = torch.ones_like(scores), _measured(feature)
     for row, kinds in enumerate(modality):
         for order, kind in _rankings(scores[row], kinds, counts):
-            ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype)
+            ranking = Ranking(exact[row], lengths[row], order, kind, centred, product or feature.dtype, rounding)
             cosine = ranking.best(len(order))
             found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
     return found
@@ -155,6 +150,7 @@ def uncovered_contested(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
+    rounding: float = 0.0,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, of all tokens that hard selection may keep; 1 of all others.
 
@@ -172,7 +168,7 @@ def uncovered_contested(
             order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
             places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
             own, low = (exact[row], lengths[row]), product or feature.dtype
-            rankings = [Ranking(*own, order[each], None, centred, low) for each in places]
+            rankings = [Ranking(*own, order[each], None, centred, low, rounding) for each in places]
             plain, first = scores[row, order], kept
             alone = torch.ones_like(plain)
             # 2. compare the first ones, then further ones until all that could be kept are among them
@@ -233,7 +229,9 @@ class Ranking:
         kind: Int8[Tensor, " members"] | None,
         centred: bool,
         product: torch.dtype,
+        rounding: float = 0.0,
     ) -> None:
+        self.rounding = rounding
         self.feature, self.order, self.kind = feature, order, kind
         self.product, self.done, size = product, 0, len(order)
         self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
@@ -245,28 +243,32 @@ class Ranking:
         self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
-        """The mean direction of the members of each kind."""
+        """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
         kind, share = self.kind, torch.ones_like(self.lengths)
         if kind is not None:
             visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
         weights = share.new_zeros(len(self.feature), share.shape[1]).index_copy_(0, self.order, share / self.lengths)
         with torch.autocast(self.feature.device.type, enabled=False):
-            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None].clamp_min_(1))
+            return (weights.mT @ self.feature).div_(share.sum(dim=0)[:, None])
 
     def best(self, count: int) -> Float[Tensor, " count"]:
-        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`."""
+        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`.
+
+        `count` does not fall from call to call.
+        """
         # 1. directions of those that were not compared yet
         kind, new = self.kind, slice(self.done, count)
         rows = torch.div(self.feature.index_select(0, self.order[new]), self.lengths[new], out=self.ranked[new])
         if self.mean is not None:
             rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
-            rows.div_(torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12))
+            length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
+            rows.div_(length if self.rounding == 0 else length.div_(_grown(length, self.rounding)))
         # 2. their cosines, block by block
         with torch.autocast(self.feature.device.type, enabled=False):
             for first in range(self.done, count, self.step):
                 self._compare(first, min(first + self.step, count))
-        self.done = max(self.done, count)
+        self.done = count
         # 3. the first of each kind has none before it
         if kind is None:
             self.cosines[:1] = ALONE
@@ -288,13 +290,21 @@ class Ranking:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
 
 
-def _directions(apart: Float[Tensor, "batch members feature"]) -> Float[Tensor, "batch members feature"]:
+def _directions(
+    apart: Float[Tensor, "batch members feature"], rounding: float
+) -> Float[Tensor, "batch members feature"]:
     """Differences from the mean, normalised; without gradient where they are close to 0 (silence, a still image).
 
     There the direction is noise, and its gradient grows with 1 / length.
     """
-    unit = F.normalize(apart, dim=-1, eps=1e-12)
-    return torch.where(apart.detach().norm(dim=-1, keepdim=True) < NOISE, unit.detach(), unit)
+    unit, length = F.normalize(apart, dim=-1, eps=1e-12), apart.detach().norm(dim=-1, keepdim=True)
+    unit = unit if rounding == 0 else unit * _grown(length, rounding)
+    return torch.where(length < NOISE, unit.detach(), unit)
+
+
+def _grown(length: Float[Tensor, "*axes 1"], rounding: float) -> Float[Tensor, "*axes 1"]:
+    """1 / sqrt(1 - rounding / length^2), at most 2: what a direction of this length loses to the noise of its codes."""
+    return (1 - rounding / length.square()).clamp_min_(0.25).rsqrt_()
 
 
 @torch.no_grad()

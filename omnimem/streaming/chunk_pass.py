@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, final, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,8 +15,9 @@ from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, ro
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
+from omnimem.sketches import encoded
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.tokens import ABSENT, HIDDEN, SKETCHED, Counts, DeepStack, Tokens
+from omnimem.tokens import ABSENT, HIDDEN, Counts, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
 
 Recorder = Callable[[int, LayerView], None]  # sees every layer's number and view before its eviction
@@ -92,15 +93,21 @@ class ReadConfig:
         """The policy's probe prompts and their token ids."""
         return list(zip(self.policy.traits.probes, self.probe_ids, strict=True))
 
-    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens feature"]:
-        """The vectors of these layer inputs that are carried: for redundancy, or a sketch in 16 bits for coverage."""
+    @property
+    def learns(self) -> bool:
+        """Whether scores have gradient."""
+        return self.softness is not None and self.softness.gradient != "none"
+
+    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Shaped[Tensor, "batch tokens feature"]:
+        """The vectors of these layer inputs that are carried: for redundancy, or a sketch for coverage."""
         if self.projection is None:
             return states
-        if not self.policy.measures.sketch:
+        bits = self.policy.measures.sketch
+        if not bits:
             return states @ self.projection
         with torch.autocast(states.device.type, enabled=False):
             exact = F.normalize(states.to(self.projection.dtype) @ self.projection, dim=-1, eps=1e-12)
-        return exact.to(SKETCHED)
+        return encoded(exact, bits, learns=self.learns)
 
 
 @final

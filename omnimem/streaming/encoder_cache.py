@@ -30,6 +30,7 @@ from omnimem.backbones import Backbone, Encoded
 from omnimem.backbones.projectors import Track
 from omnimem.checksums import share
 from omnimem.data import Sample
+from omnimem.errors import counted
 from omnimem.media import FileSource, FrameList, MediaError
 
 FORMAT = 5  # version of the cache files, and of what prepares the input of the encoders
@@ -100,7 +101,7 @@ class EncoderCache:
     def of(cls, backbone: Backbone, folder: Path, limit: int | None = None) -> "EncoderCache | None":
         """The cache for the encoders of a model; None, with a line that names a weight, if they are trained."""
         if names := adapted_encoders(backbone):
-            what = f"{names[0]} and {len(names) - 1} weights more" if len(names) > 1 else names[0]
+            what = f"{names[0]} and {counted(len(names) - 1, 'weight')} more" if len(names) > 1 else names[0]
             print(f"cache: off, because encoders are trained ({what})", file=sys.stderr, flush=True)
             return None
         computes = " ".join(f"{name} {version(name)}" for name in COMPUTES)
@@ -154,7 +155,9 @@ class EncoderCache:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # 2. room
         if self.limit is not None and size > self.limit:
-            self._not_stored("size", f"an entry of {size:,} bytes is larger than the limit; raise data.cache.size_gb")
+            self._not_stored(
+                "size", f"an entry of {counted(size, 'byte')} is larger than the limit; raise data.cache.size_gb"
+            )
             return
         # 3. write beside the file, then rename
         try:

@@ -10,12 +10,13 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, PolicyError, projection, sketch
 from omnimem.policies.replayed import Replayed
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
+from omnimem.sketches import stored
 from omnimem.streaming.adapter import adapter_layers, without_adapter
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import (
@@ -86,7 +87,7 @@ class Stream:
         """
         if len(probes) != len(wanted := policy.traits.probes):
             raise ValueError(
-                f"policy {policy.name} asks {len(wanted)} probes after every chunk, got {len(probes)}; "
+                f"policy {policy.name} asks {counted(len(wanted), 'probe')} after every chunk, got {len(probes)}; "
                 "open the stream by Feeder.stream, which has the tokenizer"
             )
         self.attached, self.policy, self.softness = attached, policy, softness
@@ -110,8 +111,10 @@ class Stream:
         )
         shape, matrix = attached.shape, self._config.projection
         width = shape.feature if matrix is None else matrix.shape[1]
-        sketched = matrix is not None and policy.measures.sketch
-        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=sketched), batch)
+        dtype, bits = None, policy.measures.sketch
+        if matrix is not None and bits:
+            width, dtype = stored(width, bits, learns=self._config.learns)
+        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=dtype), batch)
         self.fed = 0  # tokens fed so far
         self._end = (0,) * batch  # of each stream, the position after the largest
         self._next = (0,) * batch  # of each stream, the position of text after the latest chunk

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.positions import rotate
 
 # what decoder layers send with a call and the attention of a stream does not need: its masks and positions are its own
@@ -79,11 +79,13 @@ def require_plain(
 ) -> None:
     """Raise UnsupportedModelError if a layer asks its attention function for more than attention to all keys (ours)."""
     if states.ndim != 3:
-        raise UnsupportedModelError(f"{where} has {states.ndim - 2} residual streams; a memory needs layers with one")
+        raise UnsupportedModelError(
+            f"{where} has {counted(states.ndim - 2, 'residual stream')}; a memory needs layers with one"
+        )
     if key.shape != value.shape:
         raise UnsupportedModelError(
-            f"{where} has keys of {key.shape[-1]} and values of {value.shape[-1]} numbers per head; a memory needs"
-            " equal sizes"
+            f"{where} has keys of {key.shape[-1]} and values of {counted(value.shape[-1], 'number')} per head; a "
+            "memory needs equal sizes"
         )
     if mask is not None:
         raise _refused_call(where, "attention_mask", "a mask of its own")

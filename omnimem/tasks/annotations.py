@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, final
 
 from omnimem.data import Item, Message, Sample
-from omnimem.errors import first_line
+from omnimem.errors import counted, first_line
 from omnimem.extras import optional
 from omnimem.limits import exceeds
 from omnimem.tasks.rules import LETTERS
@@ -96,7 +96,11 @@ class AnnotationReader:
         # 1. leave out what is no option
         filled = [string.strip() for string in strings if string.strip()]
         if len(filled) < len(strings):
-            self.defect("option_list", where, f"{len(strings) - len(filled)} of {len(strings)} options empty; left out")
+            self.defect(
+                "option_list",
+                where,
+                f"{len(strings) - len(filled)} of {counted(len(strings), 'option')} empty; left out",
+            )
         first = next((place for place, string in enumerate(filled) if _labelled(string, 0)), None)
         if first is None or not any(_labelled(string, 1) for string in filled[first + 1 :]):
             self.defect("option_letters", where, "options without letters; added in their order")
@@ -111,14 +115,14 @@ class AnnotationReader:
             else:
                 lines[-1] += f" {string}"
         if len(lines) < len(filled) - first:
-            split = f"{len(filled) - first} strings for {len(lines)} options"
+            split = f"{counted(len(filled) - first, 'string')} for {counted(len(lines), 'option')}"
             self.defect("option_list", where, f"{split}; the others are joined to the previous option")
         return Options(lines=tuple(lines), texts=tuple(LABEL.sub("", line, count=1) for line in lines))
 
     def check_answer(self, answer: str, texts: Sequence[str], where: str) -> None:
         """A right answer outside of the options, with which no prediction is correct, is a defect."""
         if answer and texts and answer not in LETTERS[: len(texts)]:
-            what = f"the right answer is {answer} of {len(texts)} options; no prediction is correct"
+            what = f"the right answer is {answer} of {counted(len(texts), 'option')}; no prediction is correct"
             self.defect("answer", where, what)
 
     def several_labels(self, samples: Sequence[Sample], axis: str) -> None:
@@ -126,7 +130,7 @@ class AnnotationReader:
         labels = [question.item.categories.get(axis, ()) for sample in samples for question in sample.questions]
         several = sum(len(each) > 1 for each in labels)
         if several:
-            what = f"{several:,} of {len(labels):,} questions have several; each counts once under every label"
+            what = f"{several:,} of {counted(len(labels), 'question')} with several; each counts once under every label"
             self.defect("several_labels", axis, what)
 
     def defect(self, rule: str, where: str, what: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 from omnimem.data import Question, Sample
+from omnimem.errors import counted
 from omnimem.tasks.annotations import AnnotationReader, Defect
 from omnimem.tasks.rules import RuleSet, Verdict
 
@@ -135,7 +136,7 @@ class AnnotatedBenchmark(ABC):
         if not files:
             return []
         known = len({sample.video for sample in samples})
-        what = f"{len(files):,} of {known:,} videos (first: {files[0]})"
+        what = f"{len(files):,} of {counted(known, 'video')} (first: {files[0]})"
         return [Gap(what=what, how=videos, share=len(lost) / len(samples))]
 
     @final

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from omnimem.data import Item, ManifestError, Sample
+from omnimem.errors import counted
 from omnimem.tasks import rules
 from omnimem.tasks.annotations import (
     AnnotationReader,
@@ -99,7 +100,9 @@ def _asked(row: Row, origin: str, kind: Mapping[str, tuple[str, ...]], reader: A
     found = list(OPTION.finditer(question))
     options = tuple(match[2] for match in found)
     if not found or "".join(match[1] for match in found) != LETTERS[: len(found)]:
-        reader.defect("option_list", where, f"{len(found)} options in the question, or out of order; not changed")
+        reader.defect(
+            "option_list", where, f"{counted(len(found), 'option')} in the question, or out of order; not changed"
+        )
     answer = reader.letter(row, "answer", f"{origin} {where}")
     reader.check_answer(answer, options, where)
     categories = {**labels_of(row, ["question_type"]), **kind}

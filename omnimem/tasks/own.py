@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, final
 
 from omnimem.data import Item, Sample, is_inside, is_seconds, unknown_key
+from omnimem.errors import counted
 from omnimem.tasks.annotations import (
     AnnotationReader,
     Asked,
@@ -106,7 +107,7 @@ class OwnOptions(AnnotatedBenchmark):
         answer = reader.letter(row, "answer", origin)
         if answer and answer not in LETTERS[: len(options.texts)]:
             reader.problems.append(
-                f"{origin} answer: {answer} is not one of {len(options.texts)} options; correct one of them"
+                f"{origin} answer: {answer} is not one of {counted(len(options.texts), 'option')}; correct one of them"
             )
         at = _seconds(row, "at", origin, reader)
         if at is not None and (at <= start or (end is not None and at > end)):

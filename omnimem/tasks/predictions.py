@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 from zipfile import ZipFile
 
 from omnimem.data import Question, Sample
-from omnimem.errors import first_line, lacks_memory
+from omnimem.errors import counted, first_line, lacks_memory
 from omnimem.extras import optional
 from omnimem.limits import exceeds, limit
 from omnimem.tasks.annotations import Row
@@ -156,7 +156,7 @@ def _vlmevalkit(path: Path, header: Sequence[str], rows: Iterator[tuple[int, Row
         if None in row or LACKING in row.values():
             fields = "more" if None in row else "fewer"
             raise ManifestError(
-                [f"{path}:{number}: {fields} fields than the {len(header)} columns; give it as written"]
+                [f"{path}:{number}: {fields} fields than the {counted(len(header), 'column')}; give it as written"]
             )
         yield Prediction(
             origin=f"{path}:{number}",
@@ -209,7 +209,7 @@ def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Mat
     for prediction in predictions:
         questions = index.find(prediction)
         if len(questions) != 1:
-            several = f"{len(questions)} questions" if questions else "none of the questions"
+            several = counted(len(questions), "question") if questions else "none of the questions"
             problems.append(f"{prediction.origin}: belongs to {several}; give the benchmark that was evaluated")
             continue
         (question,) = questions
@@ -224,7 +224,7 @@ def matched(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> Mat
         found[question.item.id] = prediction
     # 2. report all problems
     if problems:
-        more = [f"and {len(problems) - SHOWN} problems more"] if len(problems) > SHOWN else []
+        more = [f"and {counted(len(problems) - SHOWN, 'problem')} more"] if len(problems) > SHOWN else []
         raise ManifestError([*problems[:SHOWN], *more])
     missing = tuple(question.item.id for _, question in asked if question.item.id not in found)
     return Matched(predictions=found, missing=missing)

@@ -18,6 +18,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from omnimem.config import ConfigError, RunConfig, load, strict
 from omnimem.config.check import UNFIT
 from omnimem.config.reference import field_comments, first_sentence
+from omnimem.errors import counted
 from omnimem.extras import installed
 from omnimem.run import Record, RunFolder
 from omnimem.textfile import StoredFileError, got, read_stored
@@ -454,7 +455,7 @@ def refuse_zero_rate(settings: TrainingArguments, steps: int) -> None:
         what, rates = f"no step is left for the {SchedulerType(kind).value} schedule", [0.0]
     if not any(rates[:steps]):
         cure = "lower train.warmup_steps (0: no warm-up), or raise train.max_steps"
-        raise ConfigError([f"train: {what}: warmup_steps = {warmup} of {steps} steps; {cure}"])
+        raise ConfigError([f"train: {what}: warmup_steps = {warmup} of {counted(steps, 'step')}; {cure}"])
 
 
 def _try_recipe(arguments: TrainingArguments) -> None:

@@ -1,8 +1,8 @@
-"""Samples that could not be decoded during training, known to all ranks."""
+"""Samples that could not be decoded during training, or of which one track is missing, known to all ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import final
+from typing import Generic, TypeVar, final
 
 from transformers import TrainingArguments
 
@@ -12,6 +12,8 @@ from omnimem.media.prefetch import DecoderLost
 from omnimem.tokens import Tracks
 from omnimem.training.collectives import gather_lists
 
+Finding = TypeVar("Finding")
+
 
 def failure_of(sample: Sample, error: MediaError | DecoderLost) -> Failure:
     """The failure of a sample whose stream could not be opened; `memory`: its decoding process was killed."""
@@ -20,54 +22,97 @@ def failure_of(sample: Sample, error: MediaError | DecoderLost) -> Failure:
 
 
 @final
+class Latest(Generic[Finding]):
+    """What the latest read of each sample found, for samples where it found something; known to all ranks."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Finding] = {}
+        self.past: list[str] = []  # samples of an earlier finding, whose latest read found nothing
+        self._news: dict[str, Finding | None] = {}  # of this rank since the last `share`
+
+    def note(self, sample: str, finding: Finding | None) -> None:
+        """A sample was read; None: nothing was found."""
+        if finding is not None or sample in self.found:
+            self._news[sample] = finding
+            self._apply(sample, finding)
+
+    def share(self, ranks: int) -> None:
+        """Merge the news of all ranks; where they differ about a sample, a finding counts; collective."""
+        news = gather_lists(list(self._news.items()), ranks)
+        for sample, finding in sorted(news, key=lambda each: each[1] is not None):
+            self._apply(sample, finding)
+        self._news = {}
+
+    def _apply(self, sample: str, finding: Finding | None) -> None:
+        if finding is None and self.found.pop(sample, None) is not None:
+            self.past.append(sample)
+        elif finding is not None:
+            self.found[sample] = finding
+            self.past = [each for each in self.past if each != sample]
+
+
+@final
 class FailedSamples:
-    """The failed samples of a run; too many of them end it."""
+    """The samples of a run whose latest read failed; too many of them end it."""
 
     def __init__(self, failures: Failures) -> None:
-        self.failures = failures
+        self._limit = failures  # without failures
+        self._latest: Latest[Failure] = Latest()
 
     @property
     def found(self) -> tuple[Failure, ...]:
-        """Each failed sample once."""
-        return self.failures.found
+        """Each sample that could not be read when it was last due, once."""
+        return tuple(self._latest.found.values())
 
-    def restore(self, earlier: Sequence[Failure]) -> None:
+    @property
+    def read_later(self) -> tuple[str, ...]:
+        """Samples that failed earlier in the run, and were read when they were last due."""
+        return tuple(self._latest.past)
+
+    def restore(self, earlier: Sequence[Failure], read_later: Sequence[str] = ()) -> None:
         """Continue from the failures of a checkpoint; the limit is checked at the next one that is recorded."""
-        known = {failure.id: failure for failure in (*earlier, *self.found)}
-        self.failures = replace(self.failures, found=tuple(known.values()))
+        self._latest.found = {failure.id: failure for failure in (*earlier, *self.found)}
+        self._latest.past = [each for each in read_later if each not in self._latest.found]
 
     def record(self, failure: Failure) -> None:
         """Record a failure first, so that run.json has it too, then raise TooManyFailures above the limit."""
-        before = self.failures
-        if all(known.id != failure.id for known in before.found):
-            self.failures = replace(before, found=(*before.found, failure))
-            before.add(failure)
+        before = self.found
+        self._latest.note(failure.id, failure)
+        replace(self._limit, found=before).add(failure)
+
+    def read(self, sample: str) -> None:
+        """A sample was read: an earlier failure, such as that of a file repaired since, is none any more."""
+        self._latest.note(sample, None)
 
     def share(self, args: TrainingArguments) -> None:
         """Merge the failures of all ranks; rank 0 checks the limit of the whole data set; collective."""
-        if args.world_size == 1:
-            return
-        known = {failure.id: failure for failure in gather_lists(self.found, args.world_size)}
+        before = self.found
+        self._latest.share(args.world_size)
         if args.process_index == 0:
-            for failure in known.values():
-                self.record(failure)
-        else:
-            self.failures = replace(self.failures, found=tuple(known.values()))
+            kept = tuple(failure for failure in before if failure.id in self._latest.found)
+            replace(self._limit, found=kept).add(*self.found)
 
 
 @final
 class OneTrackSamples:
-    """The samples of which only one track could be read, because their files lack the other, known to all ranks."""
+    """The samples of whose latest read only one track was there, because their files lack the other."""
 
     def __init__(self) -> None:
-        self.found: dict[str, str] = {}  # id to the track that was read
+        self._latest: Latest[str] = Latest()
+
+    @property
+    def found(self) -> dict[str, str]:
+        """Id to the track that was read."""
+        return self._latest.found
+
+    def restore(self, earlier: Mapping[str, str]) -> None:
+        """Continue from those of a checkpoint."""
+        self._latest.found = {**earlier, **self.found}
 
     def record(self, sample: str, tracks: Tracks | None) -> None:
         """Record a sample unless both tracks were read."""
-        if tracks in ("video", "audio"):
-            self.found[sample] = tracks
+        self._latest.note(sample, tracks if tracks in ("video", "audio") else None)
 
     def share(self, args: TrainingArguments) -> None:
         """Merge the samples of all ranks; collective."""
-        if args.world_size > 1:
-            self.found = dict(gather_lists(list(self.found.items()), args.world_size))
+        self._latest.share(args.world_size)

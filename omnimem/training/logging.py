@@ -54,7 +54,9 @@ class StepMetrics(TrainerCallback, ExportableState):
     started: tuple[float, float] | None = None  # of the step that is under way: the clock, and the feeder's decoding
     busy: float = 0.0  # seconds in steps, until the next log
     decoded: float = 0.0  # those of them spent in decoding
-    cached: Mapping[str, int] = field(default_factory=dict)  # counts of the encoder cache of all ranks, at the last log
+    # counts of the encoder cache over the whole run: up to the checkpoint, and at the last exchange of the ranks
+    earlier_cache: Mapping[str, int] = field(default_factory=dict)
+    cached: Mapping[str, int] = field(default_factory=dict)
 
     def add(self, step: int, outcome: Outcome) -> None:
         """Record the streams of a batch."""
@@ -65,8 +67,9 @@ class StepMetrics(TrainerCallback, ExportableState):
         self.began = self.logged = state.global_step
         stored: Any = state.stateful_callbacks
         before: Mapping[str, Any] = stored.get(type(self).__name__, {}).get("attributes", {})
-        self.failed.restore([Failure(**each) for each in before.get("failed", ())])
-        self.one_track.found = {**before.get("one_track", {}), **self.one_track.found}
+        self.failed.restore([Failure(**each) for each in before.get("failed", ())], before.get("read_later", ()))
+        self.one_track.restore(before.get("one_track", {}))
+        self.earlier_cache = {**before.get("encoder_cache", {})}
         self.trained.note(int(before.get("positions_reached", 0)))
         skipped = [(each["step"], tuple(each["samples"])) for each in before.get("skipped", ())]
         self.nonfinite.found[:0] = [NonFiniteStep(step=step, samples=samples) for step, samples in skipped]
@@ -76,12 +79,16 @@ class StepMetrics(TrainerCallback, ExportableState):
         self.failed.share(args)
         self.one_track.share(args)
         self.trained.note(highest(self.trained.reached, args.device))
+        if self.feeder.cache is not None:
+            self.cached = self._summed(gather_lists([self.feeder.cache.counts], args.world_size))
 
     def state(self) -> dict[str, Any]:
         """What is counted over the whole run, for the checkpoint."""
         failed = [asdict(failure) for failure in self.failed.found]
         counted = {
             "failed": failed,
+            "read_later": self.failed.read_later,
+            "encoder_cache": {**(self.cached or self.earlier_cache)},
             "one_track": self.one_track.found,
             "positions_reached": self.trained.reached,
             "skipped": [asdict(step) for step in self.nonfinite.found],
@@ -110,7 +117,7 @@ class StepMetrics(TrainerCallback, ExportableState):
         # 2. memory, tokens and time of the streams of this rank
         if self.outcomes:
             complete |= self._usage(state.global_step - 1, state.max_steps)
-        complete |= self._speed(trainer.args) | self._cache(ranks)
+        complete |= self._speed(trainer.args) | {f"cache/{name}": float(number) for name, number in self.cached.items()}
         # 3. loss and gradient norm without skipped steps
         skipped = self.nonfinite.since(self.logged)
         if skipped:
@@ -142,13 +149,15 @@ class StepMetrics(TrainerCallback, ExportableState):
             speed["memory/device_bytes"] = float(highest(torch.cuda.max_memory_allocated(args.device), args.device))
         return speed
 
-    def _cache(self, ranks: int) -> dict[str, float]:
-        """Reads and writes of the encoder cache since the run began, of all ranks; nothing without a cache."""
-        if self.feeder.cache is None:
-            return {}
-        every = gather_lists([self.feeder.cache.counts], ranks)
-        self.cached = {name: sum(counts[name] for counts in every) for name in COUNTED}
-        return {f"cache/{name}": float(number) for name, number in self.cached.items()}
+    def cache_counts(self, ranks: int) -> Mapping[str, int]:
+        """Reads and writes of the encoder cache over the whole run; of several ranks, up to the last exchange."""
+        if self.feeder.cache is None or ranks > 1:
+            return self.cached
+        return self._summed([self.feeder.cache.counts])
+
+    def _summed(self, every: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        """The counts of processes, and those up to the checkpoint."""
+        return {name: sum(counts.get(name, 0) for counts in (self.earlier_cache, *every)) for name in COUNTED}
 
     def _passes(self) -> list[Pass]:
         """Losses since the last log, without skipped steps."""

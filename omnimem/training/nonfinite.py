@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from omnimem.errors import counted
 from omnimem.training.collectives import gather_lists, highest
 from omnimem.tuning import trainable
 
@@ -118,7 +119,7 @@ class NonFiniteGuard(TrainerCallback):
         steps = self.found[-self.in_a_row :]
         names = ", ".join(dict.fromkeys(name for each in steps for name in each.samples))
         return (
-            f"{self.in_a_row} steps in a row, the last of them {steps[-1].step}, were not finite, with {names}; "
+            f"{counted(self.in_a_row, 'step')} in a row, the last of them {steps[-1].step}, not finite, with {names}; "
             "nothing was learned from them; lower train.learning_rate or check these samples"
         )
 

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 from typing_extensions import TypedDict
 
+from omnimem.errors import counted
 from omnimem.run import RunError, read_json, write_json
 from omnimem.training.deepspeed_internals import (
     float32_copies,
@@ -308,7 +309,7 @@ def needs_portable(folder: Path, now: Layout) -> bool:
     if not (folder / WEIGHTS).is_file():
         raise RunError(
             f"{folder}: the state of {before.optimizer} or of its schedule cannot be moved to another layout; resume "
-            f"with {before.ranks} ranks, ZeRO stage {before.stage} and {before.precision} (now {now.ranks}, "
+            f"with {counted(before.ranks, 'rank')}, ZeRO stage {before.stage} and {before.precision} (now {now.ranks}, "
             f"{now.stage}, {now.precision}), or set train.optim=adamw_torch in a new run"
         )
     return True
@@ -330,7 +331,8 @@ def refuse_other_batch(folder: Path, section: Mapping[str, Any], ranks: int) -> 
         else f"train.gradient_accumulation_steps={fits}"
     )
     raise RunError(
-        f"{folder} was written with {before.global_batch} samples per step ({before.ranks} ranks x {before.batch} x "
+        f"{folder} was written with {counted(before.global_batch, 'sample')} per step "
+        f"({counted(before.ranks, 'rank')} x {before.batch} x "
         f"{before.accumulated} accumulated), now it would be {now} ({ranks} x {batch} x {accumulated}): samples would "
         f"be skipped or repeated; set {cure}"
     )

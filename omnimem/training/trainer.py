@@ -179,6 +179,7 @@ class StreamTrainer(Trainer):
                 encoded.append(self.ahead.open(sample) if sample.has_stream else self.feeder.unseen(sample))
                 if not sample.has_stream:
                     continue
+                self.failed.read(sample.id)
                 self.plan.options.check_segments(encoded[-1].segments)
                 if self.feeder.options.tracks == "both":
                     self.one_track.record(sample.id, encoded[-1].tracks)

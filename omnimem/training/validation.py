@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, Tr
 
 from omnimem.config.exported import Policies
 from omnimem.data import Sample
-from omnimem.errors import UserError
+from omnimem.errors import UserError, counted
 from omnimem.evaluation import left_out
 from omnimem.media import MediaError
 from omnimem.media.prefetch import DecoderLost
@@ -88,6 +88,7 @@ class Validation:
         for sample in samples:
             try:
                 encoded.append(ahead.open(sample) if sample.has_stream else self.feeder.unseen(sample))
+                self.failed.read(sample.id)
             except (MediaError, DecoderLost) as error:
                 self.failed.record(failure_of(sample, error))
         return encoded
@@ -143,6 +144,6 @@ class EarlyStopping(EarlyStoppingCallback):
             by = f" by more than {self.early_stopping_threshold:g}" if self.early_stopping_threshold else ""
             print(
                 f"step {state.global_step}: {args.metric_for_best_model} has not improved{by} in "
-                f"{self.early_stopping_patience_counter} validations: training stops",
+                f"{counted(self.early_stopping_patience_counter, 'validation')}: training stops",
                 flush=True,
             )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from omnimem.backbones.family import Family
 from omnimem.backbones.load import FAMILIES
+from omnimem.errors import counted
 
 PREFIX = "base_model.model."  # of peft
 PART = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\b.*")  # what follows the path of the adapted module
@@ -37,7 +38,9 @@ def fitted(tensors: Mapping[str, Tensor], model: nn.Module, targets: Iterable[st
     unknown = [key for key in found if path_of(key) not in modules]
     if unknown:
         kind = type(model).__name__ if family is None else f"{family.name} model"
-        raise ForeignError(f"{len(unknown)} of {len(found)} weights match no module of a {kind}, as {unknown[0][:90]}")
+        raise ForeignError(
+            f"no module of a {kind} matches {len(unknown)} of {counted(len(found), 'weight')}, as {unknown[0][:90]}"
+        )
     # 2. sizes
     for key, tensor in found.items():
         path = path_of(key)
@@ -51,7 +54,9 @@ def fitted(tensors: Mapping[str, Tensor], model: nn.Module, targets: Iterable[st
     targets = tuple(targets)
     named = [path for path in layers if any(path.endswith(f".{target}") for target in targets)]
     if lacking := [path for path in named if path not in adapted]:
-        raise ForeignError(f"{len(lacking)} of {len(named)} modules that it names have no weights, as {lacking[0]}")
+        raise ForeignError(
+            f"no weights for {len(lacking)} of {counted(len(named), 'module')} that it names, as {lacking[0]}"
+        )
     return found
 
 

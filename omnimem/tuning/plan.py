@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 from omnimem.backbones import Encoded, LayoutError
+from omnimem.errors import counted
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange, shuffled_cycle, uniform
 from omnimem.tuning.gradient.options import NOT_THE_INPUT, Horizon, Mode, Recompute, check_settings
@@ -91,8 +92,8 @@ class TuningOptions:
         smallest, largest = self.chunks(0)[0], max((segment.count for segment in segments), default=0)
         if self.chunk_tokens and largest > smallest:
             raise LayoutError(
-                f"tuning.chunk_tokens: a segment has {largest} tokens, more than a chunk of {smallest}; raise "
-                "tuning.chunk_tokens, or lower stream.max_pixels or stream.fps"
+                f"tuning.chunk_tokens: a segment has {counted(largest, 'token')}, more than a chunk of {smallest}; "
+                "raise tuning.chunk_tokens, or lower stream.max_pixels or stream.fps"
             )
 
 
@@ -129,7 +130,10 @@ class Plan:
         control = set(self.options.slots(wanted)) == {None}
         if control or any(slots == wanted or (ranged and slots is not None) for slots in drawn):
             return []
-        what = f"none of the {steps} steps trains at memory.slots_per_layer = {wanted}, at which the run is evaluated"
+        what = (
+            f"none of the {counted(steps, 'step')} trains at memory.slots_per_layer = {wanted}, at which the run "
+            "is evaluated"
+        )
         return [f"tuning.budgets: {what}; raise train.max_steps, or set tuning.budgets=[self]"]
 
     def budget(self, step: int) -> str:

@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from omnimem.cli.asking import POLICIES, Loaded, live_source
 from omnimem.comparison.template import page_template
 from omnimem.data import Sample
-from omnimem.errors import UserError, first_line
+from omnimem.errors import UserError, counted, first_line
 from omnimem.limits import exceeds
 from omnimem.media import FileSource, MediaError, Source
 from omnimem.rows import judge, tracks_of
@@ -88,7 +88,7 @@ class Stage:
         if not (policy is None or policy in POLICIES):
             raise UserError(f"policy: expected one of {', '.join(POLICIES)}")
         model = self.model.with_memory(slots, policy)
-        kept = "everything is kept" if model.slots is None else f"{model.slots:,} slots per layer"
+        kept = "everything is kept" if model.slots is None else f"{counted(model.slots, 'slot')} per layer"
         settings = f"{model.policy.name}, {kept}" if model.slots is not None else kept
         # 2. the stream
         feeder, feed = model.feeder, None
@@ -265,7 +265,7 @@ async def _body(request: Any, most: int) -> bytes:
     async for part in request.stream():
         content += part
         if len(content) > most:
-            raise UserError(f"the request has more than {most:,} bytes")
+            raise UserError(f"the request has more than {counted(most, 'byte')}")
     return bytes(content)
 
 

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
 
@@ -90,7 +91,8 @@ class Uploads:
             raise FileError(f"{name[:200]!r} is not a media file ({', '.join(sorted(SUFFIXES))})")
         self._number += 1
         place, written = self._folder / f"{self._number}{suffix}", 0
-        try:
+        with ExitStack() as undo:
+            undo.callback(place.unlink, missing_ok=True)  # of a part: refused, no room, or the browser has left
             _check(size or 0)
             with place.open("wb") as file:
                 async for part in parts:
@@ -99,9 +101,7 @@ class Uploads:
                     file.write(part)
             if not written:
                 raise FileError(f"{name[:200]!r} is empty")
-        except BaseException:  # also where the browser leaves
-            place.unlink(missing_ok=True)
-            raise
+            undo.pop_all()
         for path in self._folder.iterdir():
             if path not in (place, self.used):
                 path.unlink()

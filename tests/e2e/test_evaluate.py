@@ -102,7 +102,7 @@ def test_ranks_of_the_launcher_share_the_work(place, here, alone) -> None:
 def test_shards_started_by_hand_are_merged_by_the_command_without_shard(place, here, alone) -> None:
     arguments = [*CONFIG, *ARMS, benchmark(place)]
     (first,) = command(SCRIPT, [*arguments, "--shard", "0/2"], here).outputs
-    assert "shard 0/2 is done; 14 questions wait for other shards" in first
+    assert "shard 0/2 is done; 14 questions left for other shards" in first
     (second,) = command(SCRIPT, [*arguments, "--shard", "1/2"], here).outputs
     assert "shard 1/2 is done; every question has been asked" in second
     assert not list((here / "runs").rglob("summary.json"))

@@ -221,7 +221,8 @@ def test_an_export_means_the_same_when_a_preset_changes(adapter, monkeypatch) ->
 
 def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path) -> None:
     table = json.loads((adapter / "omnimem.json").read_text())
-    del table["memory"]["policy"]["coverage_above"], table["memory"]["policy"]["compared"]
+    for option in ("coverage_above", "compared", "sketch_bits"):
+        del table["memory"]["policy"][option]
     table["memory"]["policy"]["feature"] = None
     table["format"] = "omnimem export 1"
     (tmp_path / "omnimem.json").write_text(json.dumps(table))
@@ -233,13 +234,23 @@ def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path
 @pytest.mark.parametrize("feature", [None, 16])
 def test_an_export_before_format_3_compares_layer_inputs_as_it_did(number, feature, adapter, tmp_path) -> None:
     table = json.loads((adapter / "omnimem.json").read_text())
-    del table["memory"]["policy"]["compared"]
+    del table["memory"]["policy"]["compared"], table["memory"]["policy"]["sketch_bits"]
     table["memory"]["policy"]["feature"] = feature
     table["format"] = f"omnimem export {number}"
     (tmp_path / "omnimem.json").write_text(json.dumps(table))
     old, now = Exported.read(tmp_path).policy, Exported.read(adapter).policy
     assert (old.scorer.compared, old.measures.sketch, old.measures.feature) == ("inputs", False, feature)
-    assert (now.scorer.compared, now.measures.sketch, now.measures.feature) == ("sketch", True, 128)
+    assert (now.scorer.compared, now.measures.sketch, now.measures.feature) == ("sketch", 4, 192)
+
+
+def test_an_export_of_format_3_compares_sketches_of_16_bits_as_it_did(adapter, tmp_path) -> None:
+    table = json.loads((adapter / "omnimem.json").read_text())
+    del table["memory"]["policy"]["sketch_bits"]
+    table["memory"]["policy"]["feature"] = 128
+    table["format"] = "omnimem export 3"
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    old = Exported.read(tmp_path).policy
+    assert (old.scorer.compared, old.measures.sketch, old.measures.feature) == ("sketch", 16, 128)
 
 
 @pytest.mark.parametrize("name", ["distinct", "snapkv"])

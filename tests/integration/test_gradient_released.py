@@ -13,7 +13,7 @@ from support.released_reference import SlowRelease
 from support.streams import UNEQUAL, policy_of
 from torch import Tensor, nn
 
-from omnimem.policies.base import Policy
+from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.scoring import AbstractScorer
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.stream import Stream
@@ -127,6 +127,21 @@ def test_the_stop_layer_judges_its_inputs_whether_or_not_the_policy_carries_them
     assert [row[STOP] for row in found[0][0]] != other  # by similarity, not at random
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])
+
+
+def test_redundancy_reads_the_exact_inputs_beside_a_narrow_sketch_in_every_layer() -> None:
+    """Of a policy whose score is redundancy alone the sketch chooses nothing, below, at and above the stop layer."""
+    model, episode = adapted("qwen2_5_omni", torch.float32), at_the_end(episode_of("qwen2_5_omni", torch.float32))
+    ours, found = policy_of("omnimem"), []
+    assert isinstance(ours, ScoredPolicy)
+    narrow = replace(ours, measures=replace(ours.measures, feature=2))
+    with attach(model) as attached:
+        for policy in (by_similarity(narrow), by_similarity(ours.on_inputs())):
+            carry = ReleasedGradient(stop_layer=STOP)
+            orders = kept_by_chunk(attached, episode, policy, carry, STOP)
+            found.append((orders, streamed_loss_of(attached, episode, policy, carry).detach()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["released", "paper"])

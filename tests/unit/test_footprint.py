@@ -64,17 +64,18 @@ def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied, hub, tmp_path
     assert shapes.geometry.mel.hop == 4000
 
 
-@pytest.mark.parametrize("compared", ["inputs", "sketch"])
-def test_bytes_of_an_entry_equal_those_of_a_real_memory(compared) -> None:
+@pytest.mark.parametrize("bits", [None, 4, 16])
+def test_bytes_of_an_entry_equal_those_of_a_real_memory(bits) -> None:
     model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=False, rates="tiny"))
     tokens = 24
+    options = PerturbationOptions(feature=7, compared="inputs" if bits is None else "sketch", sketch_bits=bits)
     with attach(model.model.language_model) as attached:
-        stream = Stream(attached, PerturbationOptions(feature=8, compared=compared).build(Budget.full(2)))
+        stream = Stream(attached, options.build(Budget.full(2)))
         stream.feed(chunk(tokens, 32, 0))
     config = model.config.text_config
     shapes = read_shapes(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
     shapes = replace(shapes, text=replace(shapes.text, kv_heads=config.num_key_value_heads, dim=8, width=32))
-    pair, side = shapes.entry(8, torch.float32, sketch=compared == "sketch")
+    pair, side = shapes.entry(7, torch.float32, sketch=bits)
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in stream.memory.layers) == 2 * tokens * pair
     assert stream.memory.bytes == 2 * tokens * (pair + side)
 

@@ -168,7 +168,7 @@ def test_earlier_turns_and_a_second_input_are_kept() -> None:
         (parts({"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}), "audios: expected a list"),
         (parts({"type": "tool_use"}, TEXT), "content[0]: expected a part with type text, video or audio"),
         (parts("what ?"), "content[0]: expected a part with type"),
-        (parts({"type": "video"}, TEXT), "messages: 1 <video> tags for 0 files"),
+        (parts({"type": "video"}, TEXT), "messages: 1 <video> tag for 0 files"),
         (parts(VIDEO, TEXT, video="b.mp4"), "video: is given in the row and in a content part"),
         (parts(VIDEO, VIDEO, TEXT), "videos: 2 files in a row"),
         (parts({**VIDEO, "path": "b.mp4"}, TEXT), "content[0]: expected one file"),

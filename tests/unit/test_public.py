@@ -1,11 +1,15 @@
 """The public names, policies by name, shipped files, extras."""
 
+import shutil
 import tomllib
 
 import pytest
 from support.paths import ROOT
 
 import omnimem
+from omnimem.backbones.files import CheckpointError
+from omnimem.backbones.load import checked_path
+from omnimem.checksums import is_sealed
 from omnimem.config import ConfigError
 from omnimem.extras import EXTRAS, missing_extra, require
 from omnimem.shipped import CONFIGS, shipped
@@ -34,6 +38,19 @@ def test_a_shipped_path_yields_to_one_in_the_working_folder(tmp_path, monkeypatc
     assert shipped("Qwen/Qwen2.5-Omni-7B") == "Qwen/Qwen2.5-Omni-7B"
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     assert shipped("models/tiny") == "models/tiny"
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in (CONFIGS / "models").iterdir() if path.is_dir()), ids=str)
+def test_every_shipped_model_is_as_it_was_sealed_and_a_changed_bit_is_refused(folder, tmp_path) -> None:
+    assert checked_path(str(folder)) == str(folder)
+    assert is_sealed(folder)
+    copied = shutil.copytree(folder, tmp_path / folder.name)
+    weights = next(copied.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{weights.name} has changed"):
+        checked_path(str(copied))
 
 
 def test_the_extra_of_each_package_is_the_one_of_the_project() -> None:

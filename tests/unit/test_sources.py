@@ -2,15 +2,18 @@
 
 import datetime
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 
-from omnimem.data import DataOptions, DataSource, ManifestError, Sample
-from omnimem.sources import digest, read_source, remarks_on, training_samples
+from omnimem.cli.preflight import check_data
+from omnimem.data import DataOptions, DataSource, ManifestError, Sample, TooManyFailures
+from omnimem.sources import digest, looked_in, read_source, remarks_on, training_samples
 
 TURNS = [
     {"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "on 2020-01-02 ?"}]},
@@ -222,3 +225,42 @@ def test_remarks_on_rows_are_counted_with_one_of_them(tmp_path) -> None:
     assert remarks == [f"2 rows (such as {file}:item 1): key language is kept under meta only"]
     write(tmp_path / "one.jsonl", LINE)
     assert remarks_on(training_samples(DataOptions(train=str(tmp_path / "one.jsonl")))) == []
+
+
+@pytest.mark.parametrize(
+    ("ignored", "kind"),
+    [
+        ({"media": "clips"}, {"path": "a.jsonl"}),
+        ({"media": "clips"}, {"path": "a.json", "format": "manifest"}),
+        ({"split": "test"}, {"path": "a.jsonl"}),
+        ({"subset": "short"}, {"path": "a.json"}),
+        ({"streaming": True}, {"path": "a.jsonl", "format": "rows"}),
+    ],
+)
+def test_a_setting_that_a_source_would_ignore_is_refused(ignored, kind) -> None:
+    DataSource(**kind)
+    with pytest.raises(ValueError, match=f"{next(iter(ignored))} .*remove it"):
+        DataSource(**kind, **ignored)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"path": "m.jsonl"}, r"looked for below \., the folder of m\.jsonl"),
+        ({"path": "rows.json"}, r"looked for below \.; `media` of rows in data\.train names another folder"),
+        ({"path": "rows.json", "media": "clips", "name": "b"}, r"looked for below clips; `media` of b in .* says so"),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_missing_file_is_named_with_the_source_that_it_is_of(source, expected, several, tmp_path) -> None:
+    there = {"path": str(write(tmp_path / "there.json", {**ROWS[0], "id": "t"})), "media": "clips"}
+    write(tmp_path / "m.jsonl", LINE)
+    write(tmp_path / "rows.json", ROWS[0])
+    given = (*([DataSource(**there)] if several else []), DataSource(**source))
+    data = DataOptions(train=given)
+    samples = training_samples(data)
+    assert re.fullmatch(expected, looked_in(data, samples[-1]))
+    # the preflight says it too
+    run: Any = SimpleNamespace(data=data, stream=SimpleNamespace(tracks="both"))
+    with pytest.raises(TooManyFailures, match=f"missing; .*{expected}"):
+        check_data(run, [samples[-1]])

@@ -1,5 +1,6 @@
 """Gradient mode and training policy of a run, from its options."""
 
+from omnimem.errors import counted
 from omnimem.policies.base import Policy
 from omnimem.streaming.chunk_pass import MemoryStep
 from omnimem.tuning.gradient import (
@@ -34,7 +35,9 @@ def stop_layer_of(options: TuningOptions, layers: int) -> int:
     """The first layer that chunks do not run; by default the middle one, as the paper's 18 of 36."""
     stop = layers // 2 if options.stop_layer is None else options.stop_layer
     if not 0 < stop < layers:
-        raise GradientError(f"tuning.stop_layer = {stop} must be from 1 to {layers - 1}: the model has {layers} layers")
+        raise GradientError(
+            f"tuning.stop_layer = {stop} must be from 1 to {layers - 1}: the model has {counted(layers, 'layer')}"
+        )
     return stop
 
 
@@ -69,6 +72,6 @@ def described(options: TuningOptions, policy: Policy, layers: int) -> str:
     stop = stop_layer_of(options, layers)
     score = "similarity alone" if options.gradient == "released" else f"{policy.name} (at layer {stop}: similarity)"
     return (
-        f"not {ONE_POLICY} ({policy.name} in all {layers} layers): chunks run layers 0 to {stop - 1}, what layer "
-        f"{stop} keeps of its inputs stands for the past from there on, the score is {score}"
+        f"not {ONE_POLICY} ({policy.name} in all {counted(layers, 'layer')}): chunks run layers 0 to {stop - 1}, what "
+        f"layer {stop} keeps of its inputs stands for the past from there on, the score is {score}"
     )

@@ -223,8 +223,8 @@ def _view_of_inputs(pool: Tokens, step: ChunkStep) -> LayerView:
 
 
 def _arrived(states: Tensor, new: int, measures: Measures) -> Tensor | None:
-    """The last `new` layer inputs as constants, where redundancy reads them and no feature (`LayerView.arrived`)."""
-    return states[:, states.shape[1] - new :].detach() if measures.sketch else None
+    """The last `new` layer inputs, where redundancy reads them and no feature (`LayerView.arrived`)."""
+    return states[:, states.shape[1] - new :] if measures.sketch else None
 
 
 def _places(pool: Tokens, kept: Tokens) -> Int[Tensor, "batch kept"]:

@@ -27,6 +27,7 @@ from omnimem.assembly.projectors import (
 from omnimem.backbones import assembled
 from omnimem.backbones.assembled import Bridge, Encoded, Prompts
 from omnimem.backbones.prompt_text import PromptText
+from omnimem.checksums import damage
 from omnimem.commands.assemble import write_folder as save_base
 from omnimem.recall.pictures import NAMES, STEP, WORDS, draw_pictures
 
@@ -228,7 +229,11 @@ def test_the_folder_gives_the_model_that_was_trained(bank, trainee, bridge, tmp_
     with torch.no_grad():
         for each in trainee.tensors().values():
             each.copy_((0.1 * torch.randn(each.shape)).bfloat16())
+    (tmp_path / "base" / "work").mkdir(parents=True)
+    (tmp_path / "base" / "work" / "adapter.pt").touch()  # grows while the recipe goes on
     save_base(tmp_path / "base", bridge, trainee)
+    (tmp_path / "base" / "work" / "adapter.pt").write_bytes(b"1")
+    assert damage(tmp_path / "base") is None
     loaded = assembled.Assembled.load(assembled.ModelOptions(path=str(tmp_path / "base")))
     stream = bank.stream(draw_pictures(2, 12, "adapter"), np.random.default_rng(0))
     ids = loaded.prompts.question("Which food was shown?")

@@ -279,7 +279,9 @@ def test_a_released_table_scales_exactly_or_stays_as_it_is(tmp_path) -> None:
     kept = AudioVisualBudget(table=str(path), rounding="truncated", lend=False).build(2, 8192)
     assert kept.slots == ((1000, 7000), (1000, 7190))
     assert not kept.lend
-    with pytest.raises(BudgetError, match=r"8095 slots per layer, slots_per_layer is 4096; set budget.rounding: exact"):
+    with pytest.raises(
+        BudgetError, match=r"8,095 slots per layer, slots_per_layer is 4096; set budget.rounding: exact"
+    ):
         AudioVisualBudget(table=str(path), rounding="truncated").build(2, 4096)
 
 
@@ -304,11 +306,11 @@ def test_a_table_as_released_is_kept_to_the_slot_and_scales_for_other_sizes_only
         (
             "[[1000, 7000], [1000, 7190]]",
             4096,
-            r"holds 8095 slots per layer, slots_per_layer is 4096; set slots_per_layer",
+            r"holds 8,095 slots per layer, slots_per_layer is 4096; set slots_per_layer",
         ),
         ("[8000, 8190, 1]", 8192, r"measured on 3 layers, the model has 2"),
         ("[[1, 2], [3]]", 8192, r"layer 1 is \[3\], not two whole numbers"),
-        ("[0, 8190]", 4096, r"layer 0 would keep 0 audio and 0 visual"),
+        ("[0, 8190]", 4096, r"layer 0 would have slots for 0 audio and 0 visual"),
         (json.dumps(Budget.full(2).json()), 8192, r"holds no shares of a memory"),
     ],
 )
@@ -355,7 +357,7 @@ def test_a_full_budget_does_not_fit_the_released_format(tmp_path) -> None:
         ("{}", "no key 'format'"),
         ('{"format": "omnimem budget 9"}', "format is 'omnimem budget 9'"),
         ("[[1, 2, 3]]", r"layer 0 is \[1, 2, 3\], not two whole numbers"),
-        ("[[0, 2]]", "layer 0 would keep 0 audio and 2 visual tokens"),
+        ("[[0, 2]]", "layer 0 would have slots for 0 audio and 2 visual"),
         ("[]", "holds no layers"),
     ],
 )
@@ -373,7 +375,7 @@ def test_a_file_that_is_no_budget_is_named_with_its_reason(text, message, tmp_pa
         (SplitBudget(), 1, "slots_per_layer: 1 is too small.*set slots_per_layer to 2 or more.*name: shared"),
         (AudioVisualBudget(clip=(0.9, 1.5)), 100, r"clip asks for 108 to 180 slots per layer.*widen budget\.clip"),
         (AudioVisualBudget(clip=(0.81, 0.82), visual_audio_ratio=5.0), 10, "no whole number of audio slots"),
-        (AudioVisualBudget(rounding="truncated"), 4, "layer 1 would keep 0 audio.*raise slots_per_layer"),
+        (AudioVisualBudget(rounding="truncated"), 4, "layer 1 would have slots for 0 audio.*raise slots_per_layer"),
     ],
 )
 def test_a_budget_that_cannot_be_given_is_refused_with_its_cure(options, slots, message) -> None:

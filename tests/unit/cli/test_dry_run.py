@@ -136,7 +136,15 @@ def test_the_expected_size_of_the_encoder_cache_is_that_of_its_files(
     skeleton = skeleton_of(run, [])
     facts = read_sample(run, skeleton, [])
     lines = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, [facts.sample])
-    (size,) = (line.partition(" for 1 entries")[0] for line in lines if "entries of" in line)
+    (size,) = (line.partition(" for 1 entry")[0] for line in lines if "entry of" in line)
+    # a file that is missing has no length, and changes no mean
+    gone = replace(facts.sample, video=tmp_path / "gone.mp4", audio=None)
+    ends = []
+    for samples in ([facts.sample], [facts.sample, gone], [gone]):
+        shown = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, samples)
+        ends.append(next(line for line in shown if "entr" in line and "limit are" not in line))
+    assert ends[0].partition("entry of")[2] == ends[1].partition("entries of")[2]
+    assert ends[2] == "the size of 1 entry is unknown: no file tells its length"
     feeder = Feeder(load_backbone(run.model), run.stream, tmp_path / "cache")
     feeder.open(replace(facts.sample, messages=facts.sample.messages[2:]))  # without the rest before a question
     (file,) = (tmp_path / "cache").iterdir()

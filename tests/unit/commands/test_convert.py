@@ -165,9 +165,9 @@ def test_all_problems_of_all_rows_are_named_at_once_and_nothing_is_written(media
     assert code == 2
     assert not out.exists()
     assert [problem.split(";")[0].replace(f"{media}/", "") for problem in problems(capsys, media)] == [
-        "2 messages: 2 <video> tags for 1 files",
+        "2 messages: 2 <video> tags for 1 file",
         "5 images: still images are not streamed",
-        "7 messages: 1 <audio> tags for 0 files",
+        "7 messages: 1 <audio> tag for 0 files",
         "3 video: clips/gone.mp4: is not a file",
         "train.jsonl: not written",
     ]

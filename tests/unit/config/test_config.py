@@ -19,20 +19,27 @@ def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name,
 
 
 @pytest.mark.parametrize(
-    ("absent", "above", "compared"),
-    [((), None, None), (("compared",), None, "inputs"), (("compared", "coverage_above"), -1.0, "inputs")],
+    ("absent", "above", "compared", "bits"),
+    [
+        ((), None, None, None),
+        (("sketch_bits",), None, None, 16),
+        (("sketch_bits", "compared"), None, "inputs", 16),
+        (("sketch_bits", "compared", "coverage_above"), -1.0, "inputs", 16),
+    ],
 )
 @pytest.mark.parametrize("name", ["omnimem", "paper"])
-def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, name, tmp_path) -> None:
+def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, bits, name, tmp_path) -> None:
     """Its config.yaml has every option that there was; a policy given on the command line is one of today."""
     table = yaml.safe_load(dump(load("tiny.yaml", [f"memory.policy={{name: {name}}}"])))
     for option in absent:
         del table["memory"]["policy"][option]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(table))
     policy = load(tmp_path / "config.yaml").memory.policy
-    assert (policy.coverage_above, policy.compared) == (above, compared)
+    assert (policy.coverage_above, policy.compared, policy.sketch_bits) == (above, compared, bits)
+    widths = {"omnimem": {None: 192, 16: 128}, "paper": {}}[name]
+    assert policy.build(None).measures.feature == (None if compared == "inputs" else widths.get(bits))
     today = load(tmp_path / "config.yaml", ["memory.policy={name: omnimem}"]).memory.policy
-    assert (today.coverage_above, today.compared) == (None, None)
+    assert (today.coverage_above, today.compared, today.sketch_bits) == (None, None, None)
 
 
 def test_a_bare_name_is_found_from_any_folder_and_an_unknown_one_names_the_nearest(tmp_path, monkeypatch) -> None:
@@ -157,7 +164,7 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path) -> None:
         ("memory", "not a setting; write section.key=value, without blanks around ="),
         ("name.first=x", "name is 'small', not a section; set name itself"),
         ("memory.slots_per_layer=[1", "not valid YAML"),
-        ("train.report_to.4=x", "train.report_to has 1 items, counted from 0; set train.report_to=[...]"),
+        ("train.report_to.4=x", "train.report_to has 1 item, counted from 0; set train.report_to=[...]"),
     ],
 )
 def test_an_override_that_cannot_be_placed_says_why(override, what, tmp_path) -> None:

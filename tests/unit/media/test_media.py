@@ -487,7 +487,7 @@ def test_a_file_that_cannot_be_used_raises_one_named_line(broken, capfd) -> None
 def test_a_truncated_box_of_more_than_32_bits_is_noticed(tmp_path) -> None:
     path = tmp_path / "huge.mp4"
     path.write_bytes(struct.pack(">I4s8s", 16, b"ftyp", b"isom") + struct.pack(">I4sQ", 1, b"mdat", 1 << 33))
-    with pytest.raises(MediaError, match="lacks its last 8589934576 bytes") as raised:
+    with pytest.raises(MediaError, match="lacks its last 8,589,934,576 bytes") as raised:
         probe(path)
     assert raised.value.reason == "truncated"
 

@@ -17,7 +17,8 @@ from omnimem.policies.base import sketch
 from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.selection import LayerSlots, groups, select
-from omnimem.tokens import ABSENT, SKETCHED, Counts, Modality, Tokens
+from omnimem.sketches import ROUNDING, encoded
+from omnimem.tokens import ABSENT, Counts, Modality, Tokens
 from omnimem.view import FLOOR, Contest, LayerView, Measures, ScoreGradient
 
 TINY = (2,) * 16 + (1,) * 2  # the tiny checkpoint's layout: 16 cells and 2 seconds of sound every 2 seconds
@@ -231,7 +232,55 @@ def test_what_is_surely_evicted_is_not_compared_and_nothing_else_is_kept(layout,
     assert max(compared) <= int((full != scores).sum())
 
 
-def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input() -> None:
+def contested(vectors: Tensor, scores: Tensor, keeps: int, *, centred: bool = True) -> Tensor:
+    """`uncovered_contested` of visual tokens of which `keeps` stay, each discounted by 1 - c itself, at most 1."""
+    kinds = torch.full(scores.shape, int(Modality.VISUAL), dtype=torch.int8)
+    contest, factor = Contest(kinds > 0, keeps), lambda alone: alone.clamp(max=1)
+    return covered.uncovered_contested(vectors, kinds, scores, [contest], factor, centred=centred)
+
+
+PAIRS = torch.randn(1, 40, 37, generator=torch.Generator().manual_seed(2)).repeat(1, 2, 1)
+UNDIRECTED = {
+    "zeros": torch.cat([torch.zeros(1, 3, 4), torch.eye(4)[None]], dim=1),
+    "all the same": torch.tensor([2.0, 0, 0, 0]).expand(1, 6, 4),
+    "copies": PAIRS,  # whose cosine is rounded to more than 1
+}
+
+
+@pytest.mark.parametrize("name", UNDIRECTED)
+@pytest.mark.parametrize("centred", [True, False])
+def test_vectors_of_length_zero_and_copies_are_covered_by_finite_numbers_in_every_way(name, centred) -> None:
+    vectors, count = UNDIRECTED[name], UNDIRECTED[name].shape[1]
+    scores, kinds = torch.ones(1, count), torch.full((1, count), int(Modality.VISUAL), dtype=torch.int8)
+    expected = covered.uncovered(vectors, kinds, scores, centred=centred)
+    assert ((expected >= FLOOR) & (expected <= 2)).all()
+    for found in (
+        covered.uncovered_values(vectors, kinds, scores, centred=centred),
+        contested(vectors, scores, count - 1, centred=centred),
+    ):
+        assert (found >= FLOOR).all()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_a_token_that_ties_with_a_discounted_one_is_compared() -> None:
+    """8, 4 halved to 2, and 2: the last one, a copy of the first, would take the place of the second in a tie."""
+    vectors = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0]]])
+    found = contested(vectors, torch.tensor([[8.0, 4, 2]]), 2, centred=False)
+    assert found.tolist() == [[2.0, 0.5, pytest.approx(FLOOR)]]
+
+
+def test_every_token_is_compared_where_a_discount_may_be_above_one() -> None:
+    (arrival,) = arrivals([24])
+    view = replace(view_of(arrival), gradient="none")
+    scorer = Covered(inner=Perturbation(sharpness=0.5), power=0.5, above=-1.0)
+    kinds = view.modality
+    layer = LayerSlots(audio=1, visual=2)
+    contests = tuple(Contest(group.member, group.kept) for group in groups(kinds, layer))
+    assert torch.equal(scorer(replace(view, contests=contests)), scorer(view))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input(bits) -> None:
     """Of unrelated vectors with the stated deviation, of copies exactly; gradient in 16 bits as that of the input."""
     draw, matrix = torch.Generator().manual_seed(1), sketch(256, 64)
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(64), rtol=0, atol=1e-5)
@@ -245,13 +294,15 @@ def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input() -> None
     # gradient through the sketch as it is carried, and without rounding
     kinds, scores = torch.full((1, 300), 2, dtype=torch.int8), torch.rand(1, 300, generator=draw)
     slopes = []
-    for dtype in (SKETCHED, torch.float32):
+    for rounded in (True, False):
         read = states.clone().requires_grad_()
-        carried = torch.nn.functional.normalize(read @ matrix, dim=-1).to(dtype)
-        covered.uncovered(carried, kinds, scores, product=torch.float32).sum().backward()
+        unit = torch.nn.functional.normalize(read @ matrix, dim=-1)
+        carried = encoded(unit, bits, learns=True) if rounded else unit
+        rounding = ROUNDING if rounded and bits == 4 else 0.0
+        covered.uncovered(carried, kinds, scores, product=torch.float32, rounding=rounding).sum().backward()
         slopes.append(read.grad)
     apart = (slopes[0] - slopes[1]).norm(dim=-1) / slopes[1].norm(dim=-1)
-    assert float(apart.median()) < 0.01  # of few tokens another one is nearest
+    assert float(apart.median()) < {16: 0.01, 4: 0.25}[bits]  # of few tokens another one is nearest
 
 
 def test_distinct_carries_gradient_to_keys_and_values_and_equals_differences() -> None:

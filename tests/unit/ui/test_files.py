@@ -78,9 +78,9 @@ async def parts(*content: bytes) -> AsyncIterator[bytes]:
         yield part
 
 
-async def broken_off() -> AsyncIterator[bytes]:
+async def broken_off(error: type[BaseException]) -> AsyncIterator[bytes]:
     yield b"1"
-    raise ConnectionResetError
+    raise error
 
 
 def test_an_upload_replaces_the_one_before_but_for_the_one_in_use() -> None:
@@ -104,14 +104,15 @@ def test_an_upload_replaces_the_one_before_but_for_the_one_in_use() -> None:
         ("a.mp4", None, parts(), "is empty"),
         ("a.mp4", 11, parts(b"1"), "more than upload_bytes = 10"),
         ("a.mp4", 1, parts(b"123456", b"123456"), "more than upload_bytes = 10"),
-        ("a.mp4", None, broken_off(), "^$"),
+        ("a.mp4", None, broken_off(ConnectionResetError), "^$"),
+        ("a.mp4", None, broken_off(asyncio.CancelledError), "^$"),
     ],
-    ids=["kind", "empty", "announced", "sent", "broken off"],
+    ids=["kind", "empty", "announced", "sent", "broken off", "cancelled"],
 )
 def test_a_refused_upload_leaves_nothing(monkeypatch, name, size, content, what) -> None:
     monkeypatch.setenv(RAISED, "upload_bytes=10")
     uploads = Uploads()
-    with pytest.raises((FileError, ConnectionResetError), match=what):
+    with pytest.raises((FileError, ConnectionResetError, asyncio.CancelledError), match=what):
         asyncio.run(uploads.receive(name, size, content))
     assert list(uploads._folder.iterdir()) == []
     assert uploads.latest is None
