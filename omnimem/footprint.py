@@ -28,6 +28,9 @@ class Load:
 
     dtype: torch.dtype  # of the frozen weights, keys and values
     lora: LoraOptions
+    saved: int = 0  # weights of projectors that are trained in full
+    unprojected: int = 0  # bytes of their input, for all tokens of the longest stream
+    projected: int = 0  # bytes of their output
     quantized: bool = False  # the projections of the decoder layers, to 4 bits
     feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
     sketch: Bits | None = None  # they are sketches, of so many bits per number
@@ -83,7 +86,8 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
     """Weights, and the adapter with its gradients and AdamW states, sharded over the ranks by ZeRO."""
     text, half = shapes.text, load.half and load.stage is not None
     sizes = [text.projection(name) for _, name in load.lora.matched(text.layers)]
-    adapter = sum(load.lora.r * sum(size) + (size[1] if load.lora.dora else 0) for size in sizes)
+    adapter = sum(load.lora.r * sum(size) + (size[1] if load.lora.dora else 0) for size in sizes) + load.saved
+    name = "trained" if load.saved else "LoRA"
 
     def row(what: str, count: int, size: int, stage: int) -> Row:
         """A row that is sharded from this ZeRO stage on."""
@@ -93,8 +97,8 @@ def _states(shapes: Shapes, load: Load) -> list[Row]:
 
     return [
         *_frozen(shapes, load, row),
-        row("LoRA weights", adapter, 2 if half else 4, 3),
-        row("LoRA gradients", adapter, 2 if half else 4, 2),
+        row(f"{name} weights", adapter, 2 if half else 4, 3),
+        row(f"{name} gradients", adapter, 2 if half else 4, 2),
         row("AdamW states", adapter, 12 if half else 8, 1),  # with a float32 copy of 16-bit weights
     ]
 
@@ -127,8 +131,11 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     stored, size = entries * storing // layers, shapes.text.width * load.dtype.itemsize
     if stored:
         rows.append(_estimate("memory: layer inputs", stored * size, f"{counted(stored, 'entry')} x {size:,} B"))
-    # 3. graph, selector and teacher
+    # 3. graph, projectors, selector and teacher
     rows.append(_earlier_chunks(shapes, load, entries * (pair + side), stored * size))
+    if load.projected:
+        how = f"their input of the stream, {gibibytes(load.unprojected)}, and its tokens in the graph"
+        rows.append(_estimate("projectors", load.batch * (load.unprojected + load.projected), how))
     if load.selector_entries:
         rows.append(_selector(shapes, load))
     if load.teacher_tokens:

@@ -265,6 +265,10 @@ class DeepStack:
     mask: Tensor  # batch tokens, bool: which tokens are visual
     features: tuple[Tensor, ...]  # one per level: visual tokens of the whole batch x width
 
+    def detached(self) -> "DeepStack":
+        """The same features as constants."""
+        return replace(self, features=tuple(level.detach() for level in self.features))
+
 
 class ChunkFacts(NamedTuple):
     """What the loop over chunks must know of one on the host."""
@@ -300,6 +304,7 @@ class Chunk:
     more: bool = False  # further chunks that need the stream up to the same time follow
     place: Int[Tensor, "batch places tokens"] | None = None
     facts: ChunkFacts | None = None  # of `positions`, `modality` and `place`, from who built them on the host
+    untuned: "Chunk | None" = None  # the chunk by the base model's projectors, where an adapter has others
 
     def __post_init__(self) -> None:
         if self.place is None:
@@ -335,6 +340,7 @@ class Chunk:
             place=torch.cat([part.places for part in parts], dim=2),
             deepstack=DeepStack(mask=modality == Modality.VISUAL, features=features) if features else None,
             facts=None,
+            untuned=None if parts[-1].untuned is None else cls.joined([part.untuned for part in parts if part.untuned]),
         )
 
     def gather(self, index: Int[Tensor, "batch kept"]) -> "Chunk":
@@ -352,4 +358,5 @@ class Chunk:
             place=self.places.gather(2, _expand(index, self.places, 2)),
             deepstack=deepstack,
             facts=None,
+            untuned=None,
         )

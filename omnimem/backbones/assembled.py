@@ -9,8 +9,8 @@ a line break and the question; an answer starts with a space, as words inside a 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from omnimem.backbones.base import Backbone, Encoded, Layout, ModelOptions, Part, Tracks, Turn, labelled, raster
 from omnimem.backbones.family import Family, Table
 from omnimem.backbones.files import CheckpointError
+from omnimem.backbones.projectors import TRACKS, Projector, Track, applied, in_use
 from omnimem.backbones.prompt_text import CUT, PromptText
 from omnimem.backbones.shapes import Shapes
 from omnimem.limits import read_within
@@ -39,6 +40,7 @@ QUADRANTS = 4  # a frame's cells have a learned vector per quadrant; sound has a
 SEGMENT_SECONDS = 2.0
 STATES_PER_SECOND = 50  # of Whisper's encoder
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTORS: dict[Track, Projector] = {track: Projector(steps=(f"bridge.{track}",)) for track in TRACKS}
 STREAM, SAMPLE = "\x01", "\x00"  # placeholders while the template is rendered
 
 
@@ -105,9 +107,13 @@ class Bridge(nn.Module):
         self.places = nn.Parameter(torch.zeros(QUADRANTS + 1, width))
         self.norm = norm
 
-    def words(self, layer: nn.Linear, features: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch width"]:
+    def words(self, layer: nn.Module, features: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch width"]:
         """The pseudo-tokens without places."""
-        return self.norm * normalize(layer(features), dim=-1)
+        return self.scaled(layer(features))
+
+    def scaled(self, vectors: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Vectors of the norm of a token."""
+        return self.norm * normalize(vectors, dim=-1)
 
     def frames(
         self, features: Float[Tensor, "frames cells _"], grid: tuple[int, int]
@@ -239,9 +245,34 @@ class Assembled(Backbone):
         return self._parts.lm_head
 
     def encoder_weights(self) -> Iterator[Tensor]:
-        """Weights of the encoders, then of the bridge."""
-        for part in (self._parts.encoders, self._parts.bridge):
-            yield from part.state_dict().values()
+        """Weights of the encoders, then of the bridge; without projectors that are trained."""
+        yield from self._parts.encoders.state_dict().values()
+        left = tuple(f"{track}." for track in self.unprojected)
+        yield from (weight for name, weight in self._parts.bridge.state_dict().items() if not name.startswith(left))
+
+    @property
+    def projectors(self) -> Mapping[Track, Projector]:
+        return PROJECTORS
+
+    def _through_projectors(self, encoded: Encoded, *, original: bool) -> Encoded:
+        made = {}
+        for track in encoded.before:
+            states: Tensor | None = getattr(encoded, track)
+            if states is not None:
+                (path,) = PROJECTORS[track].steps
+                made[track] = self._bridged(track, in_use(self.model, path, original=original), states, encoded.grid)
+        return replace(encoded, **made, before=())
+
+    def _bridged(
+        self, track: Track, layer: nn.Module, states: Float[Tensor, "1 tokens _"], grid: tuple[int, int, int]
+    ) -> Float[Tensor, "1 tokens width"]:
+        """The tokens of one track of a segment, of its encoder's features."""
+        bridge, (frames, *cells) = self._parts.bridge, grid
+        words = bridge.scaled(applied([layer], states.to(self.device), 1))
+        places = bridge.places[QUADRANTS]
+        if track == "visual":
+            places = bridge.places[quadrants((cells[0], cells[1]))].repeat(frames, 1)
+        return (words + places).to(self.text_model.dtype)
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -258,17 +289,19 @@ class Assembled(Backbone):
     @torch.no_grad()
     def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
         """Encode segments one by one, so that a segment never depends on its neighbours; `per_pass` has no effect."""
-        encoders, bridge = self._parts.encoders, self._parts.bridge
+        encoders, bridge, before = self._parts.encoders, self._parts.bridge, self.unprojected
         dtype = self.text_model.dtype
         for segment in segments:
             visual, grid = None, (0, 0, 0)
             if segment.frames is not None:
                 cells = cells_of(segment.frames)
-                tokens = bridge.frames(encoders.cells(segment.frames.to(self.device)), cells)
-                visual, grid = tokens.flatten(0, 1)[None].to(dtype), (len(segment.frames), *cells)
+                features = encoders.cells(segment.frames.to(self.device))
+                tokens = features if "visual" in before else bridge.frames(features, cells).to(dtype)
+                visual, grid = tokens.flatten(0, 1)[None], (len(segment.frames), *cells)
             audio = None
             if segment.mel is not None and segment.mel.shape[1]:
-                audio = bridge.sound(encoders.seconds(segment.mel.to(self.device)))[None].to(dtype)
+                features = encoders.seconds(segment.mel.to(self.device))
+                audio = (features if "audio" in before else bridge.sound(features).to(dtype))[None]
             yield Encoded(
                 visual=visual,
                 audio=audio,
@@ -277,6 +310,7 @@ class Assembled(Backbone):
                 seconds=segment.seconds,
                 seconds_per_grid=self.geometry.temporal_patch / fps,
                 at=segment.at,
+                before=before,
             )
 
     def layout(self, *, tracks: Tracks | None, batch: int, system: str | None, prefix: str, group: int) -> Layout:
@@ -426,6 +460,9 @@ class AssembledFamily(Family):
 
     def load(self, options: ModelOptions) -> Backbone:
         return Assembled.load(options)
+
+    def projectors(self, model: nn.Module) -> Mapping[Track, Projector]:
+        return PROJECTORS
 
     def shapes(self, config: Table, preprocessor: Table) -> Shapes:
         raise ValueError("its sizes are those of its packages")

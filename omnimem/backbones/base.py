@@ -1,18 +1,19 @@
 """A loaded model: encoding media, laying them out as tokens, cutting them into chunks, and tokenizing questions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import tee, zip_longest
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from omnimem.backbones.projectors import Projector, Track, adapter_is_on
 from omnimem.errors import UserError, counted
 from omnimem.media import Geometry, Segment
 from omnimem.tokens import Chunk, ChunkFacts, DeepStack, Modality, Tracks
@@ -42,18 +43,23 @@ class ModelOptions:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One segment after the frozen encoders: the unit of the encoder cache, and the input of a layout."""
+    """One segment after the frozen encoders: the unit of the encoder cache, and the input of a layout.
 
-    visual: Float[Tensor, "batch visual_tokens width"] | None
-    audio: Float[Tensor, "batch audio_tokens width"] | None
+    Both widths are that of the text model, but of tracks in `before`.
+    """
+
+    visual: Float[Tensor, "batch visual_tokens visual_width"] | None
+    audio: Float[Tensor, "batch audio_tokens audio_width"] | None
     grid: tuple[int, int, int]  # time, rows and columns of the visual tokens; zeros without video
     start: float  # seconds
     seconds: float
     seconds_per_grid: float
     at: float | None = None  # a rest, as `Segment.at`
     # what the first decoder layers add at the visual tokens (Qwen3-VL), one tensor per layer
-    deepstack: tuple[Float[Tensor, "batch visual_tokens width"], ...] = ()
+    deepstack: tuple[Float[Tensor, "batch visual_tokens visual_width"], ...] = ()
     repeated: int = 0  # frames of the last grid that repeat the one before, where timestamps depend on it
+    # tracks whose tensors are the input of a projector that is trained, one row per token; `visual` has deepstack too
+    before: tuple[Track, ...] = ()
 
     @property
     def layout(self) -> tuple[object, ...]:
@@ -234,7 +240,44 @@ class Backbone(ABC):
 
     @abstractmethod
     def encode(self, segments: Iterable[Segment], *, fps: float, per_pass: int = 32) -> Iterator[Encoded]:
-        """Encode segments with the frozen encoders, `per_pass` of them in one pass."""
+        """Encode segments with the frozen encoders, `per_pass` of them in one pass.
+
+        Tracks whose projector is trained (`unprojected`) are left as its input.
+        """
+
+    @property
+    def projectors(self) -> Mapping[Track, Projector]:
+        """The modules between encoders and text model that an adapter may train (`tuning.lora.modules_to_save`)."""
+        return {}
+
+    @property
+    def unprojected(self) -> tuple[Track, ...]:
+        """The tracks whose projector an adapter has a copy of."""
+        return tuple(track for track, each in self.projectors.items() if each.trained(self.model))
+
+    def projected(self, encoded: Encoded, *, original: bool = False) -> Encoded:
+        """A segment as the text model reads it: what `encode` left as input of a projector, after it.
+
+        The projector is the adapter's while the adapter is on, in the graph; with `original`, or while it is off, that
+        of the base model. Raises ValueError for a segment that was encoded before the adapter was loaded.
+        """
+        if self.device.type == "meta":
+            return encoded
+        lacking = [t for t in self.unprojected if getattr(encoded, t) is not None and t not in encoded.before]
+        if lacking:
+            raise ValueError(
+                f"the {lacking[0]} tokens of a segment were made by the base model's projector, before an adapter with "
+                "modules_to_save was loaded; encode it again"
+            )
+        if not encoded.before:
+            return encoded
+        original = original or not adapter_is_on(self.text_model)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not original):
+            return self._through_projectors(encoded, original=original)
+
+    def _through_projectors(self, encoded: Encoded, *, original: bool) -> Encoded:
+        """`projected` of a family with `projectors`."""
+        raise NotImplementedError(f"{type(self).__name__} has projectors and does not apply them")
 
     def embed(self, ids: Sequence[int]) -> Float[Tensor, "1 tokens width"]:
         """Embeddings of text; of width 0 where the model has no weights (meta device)."""
@@ -274,7 +317,38 @@ class Backbone(ABC):
         time sees nothing later. A rest (`Encoded.at`), and what the layout holds back at a cut, become chunks of their
         own, which are not part of the stream. Raises LayoutError when tokens that belong together are more than
         `chunk_tokens`.
+
+        While an adapter with projectors of its own is on, each chunk comes with itself as the base model's projectors
+        make it (`Chunk.untuned`), for a selection by the base model.
         """
+        settings: dict[str, Any] = {
+            **{"tracks": tracks, "chunk_tokens": chunk_tokens, "batch": batch, "cuts": cuts, "system": system},
+            **{"prefix": prefix, "group": group, "split": split, "inside": inside},
+        }
+        if not self.unprojected or not adapter_is_on(self.text_model):
+            yield from self._chunks(segments, **settings)
+            return
+        tuned, untuned = tee(segments)
+        pairs = zip(self._chunks(tuned, **settings), self._chunks(untuned, original=True, **settings), strict=True)
+        for chunk, base in pairs:
+            yield replace(chunk, untuned=base)
+
+    def _chunks(
+        self,
+        segments: Iterable[Encoded],
+        *,
+        tracks: Tracks | None,
+        chunk_tokens: int,
+        batch: int,
+        cuts: Sequence[float],
+        system: str | None,
+        prefix: str,
+        group: int,
+        split: bool,
+        inside: bool,
+        original: bool = False,
+    ) -> Iterator[Chunk]:
+        """`chunks`, with the projectors of the adapter or with `original` those of the base model."""
         # 1. the opening
         layout = self.layout(tracks=tracks, batch=batch, system=system, prefix=prefix, group=group)
         opening = layout.opening()
@@ -285,6 +359,7 @@ class Backbone(ABC):
         for segment in segments:
             if segment.at is None and not segment.count:  # audio of less than one token
                 continue
+            segment = self.projected(segment, original=original)
             end = segment.start + segment.seconds
             passed = [cut for cut in waiting if cut <= segment.start or (segment.at is None and cut < end)]
             if segment.at is not None or any(segment.start <= cut for cut in passed):

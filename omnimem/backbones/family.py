@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from omnimem.backbones.base import Backbone, ModelOptions
+from omnimem.backbones.projectors import Projector, Track
 from omnimem.backbones.shapes import Shapes
 
 Table: TypeAlias = Mapping[str, Any]  # a parsed configuration file
@@ -40,6 +42,10 @@ class Family(ABC):
         self, config: Table, preprocessor: Table, tokenizer: PreTrainedTokenizerBase, system: str | None
     ) -> Backbone:
         """The backbone without weights (meta device): it lays out streams and prompts, but encodes nothing."""
+
+    def projectors(self, model: nn.Module) -> Mapping[Track, Projector]:
+        """`Backbone.projectors` of a loaded model."""
+        return {}
 
     def adapter_key(self, key: str, tree: str) -> str | None:
         """The key of an adapter's weight where `tree` holds the decoder layers; None: it is of none of `trees`."""

@@ -5,6 +5,8 @@ A family's file gives its classes, its tokens around a stream, its layout, and h
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice, pairwise
 from math import inf
 from pathlib import Path
@@ -18,8 +20,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from omnimem.backbones.base import Backbone, Encoded, Layout, ModelOptions, Part, Tracks, Turn, labelled, raster
 from omnimem.backbones.family import Family, Table, on_meta, weights_of
 from omnimem.backbones.files import CheckpointError, checkpoint_errors
+from omnimem.backbones.projectors import TRACKS, Projector, Track, applied, in_use, left_out
 from omnimem.backbones.prompt_text import CUT, PromptText
-from omnimem.backbones.settings import chat_template, flattened, load_model, only, preprocessor_settings, read_json
+from omnimem.backbones.settings import (
+    chat_template,
+    flattened,
+    load_model,
+    only,
+    path_of,
+    preprocessor_settings,
+    read_json,
+)
 from omnimem.backbones.shapes import AudioShape, Shapes, TextShape, VisionShape
 from omnimem.backbones.template import SAMPLE, around_video
 from omnimem.backbones.vision import look
@@ -43,6 +54,8 @@ class Qwen(Backbone):
     classes: Mapping[str, Classes]  # by model_type
     decoder: tuple[type[PreTrainedModel], ...]  # the text model is the only module of one of these
     towers: tuple[tuple[type[nn.Module], ...], ...]  # and the encoders those of these
+    projecting: tuple[tuple[str, ...], ...] = (("merger",),)  # modules of each encoder that follow what it encodes
+    stacked: str | None = None  # and the list of those that follow layers of the vision encoder (deepstack)
     preprocessed: tuple[str, ...] = ("image_mean", "image_std")  # settings that are read from the preprocessor's files
     defaults: Mapping[str, Any] = HALVES  # those of every published checkpoint, for a dry run without these files
     video: str = VIDEO  # what the chat template puts in place of a video
@@ -152,9 +165,52 @@ class Qwen(Backbone):
         return self.parts.lm_head
 
     def encoder_weights(self) -> Iterator[Tensor]:
-        """Weights of the vision encoder, then of the audio encoder."""
+        """Weights of the vision encoder, then of the audio encoder; without projectors that are trained."""
+        left = tuple(f"{path}." for track in self.unprojected for path in self.projectors[track].paths)
         for tower in self.towers:
-            yield from only(self.model, tower).state_dict().values()
+            path = path_of(self.model, tower)
+            named = self.model.get_submodule(path).state_dict(prefix=f"{path}.")
+            yield from (weight for name, weight in named.items() if not name.startswith(left))
+
+    @classmethod
+    def projectors_of(cls, model: nn.Module) -> dict[Track, Projector]:
+        """The projectors of a model of this family; one token of the vision encoder is made of a square of patches."""
+        found: dict[Track, Projector] = {}
+        for track, tower, names in zip(TRACKS, cls.towers, cls.projecting, strict=False):
+            path = path_of(model, tower)
+            module: Any = model.get_submodule(path)
+            count = len(getattr(module, cls.stacked)) if track == "visual" and cls.stacked else 0
+            found[track] = Projector(
+                steps=tuple(f"{path}.{name}" for name in names),
+                levels=tuple(f"{path}.{cls.stacked}.{level}" for level in range(count)),
+                rows=module.spatial_merge_size**2 if track == "visual" else 1,
+            )
+        return found
+
+    @cached_property
+    def _projectors(self) -> Mapping[Track, Projector]:
+        return self.projectors_of(self.model)
+
+    @property
+    def projectors(self) -> Mapping[Track, Projector]:
+        return self._projectors
+
+    def _through_projectors(self, encoded: Encoded, *, original: bool) -> Encoded:
+        made: dict[str, Any] = {}
+        for track in encoded.before:
+            states: Tensor | None = getattr(encoded, track)
+            if states is None:
+                continue
+            projector, dtype = self.projectors[track], self.text_model.dtype
+            steps, *levels = (
+                [in_use(self.model, path, original=original) for path in paths]
+                for paths in (projector.steps, *((path,) for path in projector.levels))
+            )
+            made[track] = applied(steps, states, projector.rows).to(dtype)
+            if levels:
+                pairs = zip(levels, encoded.deepstack, strict=True)
+                made["deepstack"] = tuple(applied(level, each, projector.rows).to(dtype) for level, each in pairs)
+        return replace(encoded, **made, before=())
 
     @property
     def stop(self) -> tuple[int, ...]:
@@ -178,10 +234,10 @@ class Qwen(Backbone):
 
         The vision encoder attends within a frame grid, so a segment does not depend on its neighbours.
         """
-        rest, temporal = iter(segments), self.geometry.temporal_patch
+        rest, temporal, before = iter(segments), self.geometry.temporal_patch, self.unprojected
         together = max(1, min(per_pass, int(TOGETHER / self.geometry.segment(fps)[0])))
         while block := list(islice(rest, together)):
-            with torch.no_grad():
+            with torch.no_grad(), left_out(self.model, [self.projectors[track] for track in before]):
                 seen, heard = look(self.parts, self.geometry, block, self.device), self.listen(block)
             for segment, shown, audio in zip(block, seen, heard, strict=True):
                 yield Encoded(
@@ -194,6 +250,7 @@ class Qwen(Backbone):
                     at=segment.at,
                     deepstack=shown.deepstack,
                     repeated=-segment.frames.shape[0] % temporal if segment.frames is not None and self.stamped else 0,
+                    before=before,
                 )
 
     # --------------------------------------------------------------------------------------------------------- prompts
@@ -394,6 +451,9 @@ class QwenFamily(Family):
             tokenizer.chat_template = template_of(kind.video)
         parsed, model_class, _ = self._parsed(config)
         return kind(on_meta(model_class, parsed), tokenizer, self._geometry(parsed, preprocessor), system=system)
+
+    def projectors(self, model: nn.Module) -> Mapping[Track, Projector]:
+        return self.backbone.projectors_of(model)
 
     def _geometry(self, parsed: Any, preprocessor: Table) -> Geometry:
         return self.backbone.geometry_of(parsed, {**self.backbone.defaults, **flattened(preprocessor)})

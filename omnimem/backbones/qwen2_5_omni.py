@@ -38,6 +38,7 @@ class Qwen25Omni(Qwen):
     classes = {"qwen2_5_omni": CLASSES, "qwen2_5_omni_thinker": CLASSES}  # noqa: RUF012
     decoder = (Qwen2_5OmniThinkerTextModel,)
     towers = ((Qwen2_5OmniVisionEncoder,), (Qwen2_5OmniAudioEncoder,))
+    projecting = (("merger",), ("proj",))
     preprocessed = PREPROCESSED
     defaults = {}  # noqa: RUF012
     video = "<|vision_bos|><|VIDEO|><|vision_eos|>"

@@ -41,6 +41,7 @@ class Qwen3Omni(Qwen):
     classes = {"qwen3_omni_moe": CLASSES, "qwen3_omni_moe_thinker": CLASSES}  # noqa: RUF012
     decoder = (Qwen3OmniMoeThinkerTextModel,)
     towers = ((Qwen3OmniMoeVisionEncoder,), (Qwen3OmniMoeAudioEncoder,))
+    projecting, stacked = (("merger",), ("proj1", "act", "proj2")), "merger_list"
     preprocessed = ("feature_size", "hop_length", "n_fft", "image_mean", "image_std")
     defaults = {**HALVES, "feature_size": 128, "hop_length": 160, "n_fft": 400}  # noqa: RUF012
     begin = {  # noqa: RUF012

@@ -39,6 +39,7 @@ class Qwen3VL(Qwen):
     }
     decoder = (Qwen3VLTextModel, Qwen3VLMoeTextModel)
     towers = ((Qwen3VLVisionModel, Qwen3VLMoeVisionModel),)
+    stacked = "deepstack_merger_list"
     senses = ("video",)
     compacts = False  # rows and columns move with the time, so kept tokens cannot move up in time alone
     stamped = True

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -93,7 +93,12 @@ def _file(path: str, name: str) -> Path | None:
 
 def only(model: nn.Module, kind: type[Module] | tuple[type[Module], ...]) -> Module:
     """The only submodule of a class, or of several, at any depth, which depends on the version of transformers."""
-    (found,) = (module for module in model.modules() if isinstance(module, kind))
+    return cast(Any, model.get_submodule(path_of(model, kind)))
+
+
+def path_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> str:
+    """The path of the only submodule of a class, or of several."""
+    (found,) = (name for name, module in model.named_modules() if isinstance(module, kind))
     return found
 
 

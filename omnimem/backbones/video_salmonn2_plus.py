@@ -38,6 +38,7 @@ class VideoSalmonn2Plus(WithAudioBranch, Qwen3VL):
     name = "video-SALMONN 2+ (Qwen3-VL)"
     classes = CLASSES
     towers = (*Qwen3VL.towers, (AudioBranch,))
+    projecting = (*Qwen3VL.projecting, ("audio_proj",))
 
 
 @final

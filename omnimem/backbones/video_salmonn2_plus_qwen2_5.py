@@ -40,6 +40,7 @@ class VideoSalmonn2PlusQwen25(WithAudioBranch, Qwen25VL):
     name = "video-SALMONN 2+ (Qwen2.5-VL)"
     classes = {"qwen2_5_vl": CLASSES}  # noqa: RUF012
     towers = (*Qwen25VL.towers, (AudioBranch,))
+    projecting = (*Qwen25VL.projecting, ("audio_proj",))
     compacts = False  # the width of audio moves with the time, so kept tokens cannot move up in time alone
 
     def laid_out(self, opening: str, tracks: Tracks | None, batch: int, group: int) -> Layout:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from omnimem.backbones.projectors import Track
 from omnimem.backbones.shapes import Shapes
 from omnimem.config import RunConfig
 from omnimem.data import Sample
@@ -19,19 +20,24 @@ PROBED = 64  # files whose length is read
 
 
 def describe_cache(
-    run: RunConfig, shapes: Shapes, tokens: dict[Modality, int], seconds: float, samples: Sequence[Sample]
+    run: RunConfig,
+    shapes: Shapes,
+    tokens: dict[Modality, int],
+    seconds: float,
+    samples: Sequence[Sample],
+    unprojected: Sequence[Track] = (),
 ) -> Iterator[str]:
     """The size of all entries, estimated from one sample of `tokens` in `seconds`; nothing without `data.cache`.
 
     width x (audio + visual x (1 + deepstack levels)) x bytes of model.dtype per second of stream, times the mean length
     of those of PROBED samples that can be read, times the number of entries. Without samples, the size per hour alone.
+    Tracks whose projector is trained (`unprojected`) have the width of its input.
     """
     cache = run.data.cached
     if cache is None or seconds <= 0:
         return
     # 1. bytes per second of stream
-    values = tokens[Modality.AUDIO] + tokens[Modality.VISUAL] * (1 + shapes.vision.levels)
-    rate = values * shapes.text.width * torch.empty(0, dtype=getattr(torch, run.model.dtype)).element_size() / seconds
+    rate = encoded_bytes(shapes, tokens, getattr(torch, run.model.dtype), unprojected) / seconds
     yield f"~ {gibibytes(round(3600 * rate))} per hour of stream, in {cache.folder}"
     # 2. all entries
     entries = {(each.video, each.audio, each.start, each.end, each.times): each for each in samples if each.has_stream}
@@ -57,6 +63,22 @@ def describe_cache(
     )
     if total > (free := shutil.disk_usage(place).free - RESERVE):
         yield f"more than the {gibibytes(max(0, free))} that entries may take of this disk; set data.cache.folder"
+
+
+def encoded_bytes(
+    shapes: Shapes, tokens: dict[Modality, int], dtype: torch.dtype, unprojected: Sequence[Track] = ()
+) -> int:
+    """Bytes of encoded tokens; an input of a projector has the width of the encoder, of vision times a token's patches.
+
+    Of the audio branch of video-SALMONN 2+, whose projector reads the Q-Former, this is an approximation.
+    """
+    visual = audio = shapes.text.width
+    if "visual" in unprojected:
+        visual = shapes.vision.width * shapes.geometry.merge**2
+    if "audio" in unprojected and shapes.audio is not None:
+        audio = shapes.audio.width
+    values = tokens[Modality.AUDIO] * audio + tokens[Modality.VISUAL] * (1 + shapes.vision.levels) * visual
+    return values * dtype.itemsize
 
 
 def _seconds(sample: Sample, run: RunConfig) -> float:

@@ -23,12 +23,13 @@ from transformers import AutoTokenizer
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn
 from omnimem.backbones.files import require_whole
 from omnimem.backbones.load import checked_path, family_at, family_of, read_shapes, read_tables
+from omnimem.backbones.projectors import Track
 from omnimem.backbones.settings import PREPROCESSORS
 from omnimem.backbones.shapes import Shapes
 from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.calibration import too_short
 from omnimem.cli.build import known_budget, policies_of, refuse_unpadded, training_samples, validation_samples
-from omnimem.cli.cache_size import describe_cache
+from omnimem.cli.cache_size import describe_cache, encoded_bytes
 from omnimem.cli.preflight import adapter_targets
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
@@ -52,11 +53,13 @@ from omnimem.training.zero3 import stage_of
 from omnimem.tuning import add_adapter, check_start, described, gradient_of, policy_in_training
 from omnimem.tuning.gradient.build import stop_layer_of
 from omnimem.tuning.gradient.options import HALF_WAY
+from omnimem.tuning.saved_modules import copies
 from omnimem.view import Measures
 
 TINY = CONFIGS / "models" / "tiny"
 SECONDS, HEIGHT, WIDTH = 64, 360, 640  # of the synthetic sample
 SHOWN = 3  # questions
+_TRACK: dict[Modality, Track] = {Modality.AUDIO: "audio", Modality.VISUAL: "visual"}
 
 
 @final
@@ -107,9 +110,10 @@ def preview(
         if facts.source is not None:
             _section("budget", describe_budget(run, skeleton.shapes, facts))
             known = [] if missing_sources(run.data) else training_samples(run)
-            cached = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, known)
+            before = skeleton.backbone.unprojected
+            cached = describe_cache(run, skeleton.shapes, facts.tokens, facts.source.seconds, known, before)
             _section("encoder cache", cached)
-            rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts))
+            rows = footprint(skeleton.shapes, load_of(run, skeleton.shapes, facts, skeleton.backbone))
             _section("memory of a device", render(rows).splitlines())
     for benchmark in run.evaluate.benchmarks:
         for gap in benchmark.gaps():
@@ -452,8 +456,12 @@ def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Itera
         yield f"soft selection holds up to {counted(most, 'entry')} per layer in training, evaluation holds {slots:,}"
 
 
-def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
-    """Load of a device if this sample is the longest one."""
+def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbone | None = None) -> Load:
+    """Load of a device if this sample is the longest one; `backbone` is the model with its adapter (`set_up`)."""
+    before = () if backbone is None else backbone.unprojected
+    saved = [] if backbone is None else [weight for copy in copies(backbone.model) for weight in copy.parameters()]
+    dtype = getattr(torch, run.model.dtype)
+    projected = {kind: count * (_TRACK[kind] in before) for kind, count in facts.tokens.items() if kind in _TRACK}
     policy = run.memory.policy.build(None)
     measures = policy.measures
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
@@ -465,8 +473,11 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Load:
     evicting = max((slots for slots in drawn if slots is not None), default=0) if base else 0
     batch = int(run.train.get("per_device_train_batch_size", 8))
     return Load(
-        dtype=getattr(torch, run.model.dtype),
+        dtype=dtype,
         lora=run.tuning.lora,
+        saved=sum(weight.numel() for weight in saved),
+        unprojected=encoded_bytes(shapes, projected, dtype, before),
+        projected=encoded_bytes(shapes, projected, dtype),
         quantized=run.model.quantization is not None,
         feature=0 if base else feature,
         selector_entries=evicting * shapes.text.layers,

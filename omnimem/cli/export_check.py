@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from omnimem.backbones import Backbone, Turn
+from omnimem.backbones import Backbone, Encoded, Turn
 from omnimem.config.exported import Exported
 from omnimem.media import Segment
 from omnimem.streaming.attach import attach
@@ -20,12 +20,11 @@ QUESTION = "What was seen and heard?"
 
 @final
 class ExportCheck:
-    """Video and audio noise, encoded by the model itself, then a question; the same for every model."""
+    """Video and audio noise, encoded by the model as it then is, and a question; the same for every model."""
 
     def __init__(self, backbone: Backbone, exported: Exported) -> None:
         self.backbone, self.exported = backbone, exported
-        self.encoded = list(backbone.encode(self._noise(), fps=exported.stream.fps))
-        self.tokens = sum(segment.count for segment in self.encoded)
+        self.tokens = sum(segment.count for segment in self._encoded())
 
     @property
     def slots(self) -> int:
@@ -39,10 +38,13 @@ class ExportCheck:
         feeder = Feeder(backbone, self.exported.stream)
         with attach(backbone.text_model) as attached:
             stream = feeder.stream(attached, self.exported.policies(slots))
-            for chunk in backbone.chunks(self.encoded, tracks=tracks, chunk_tokens=self.tokens // 4):
+            for chunk in backbone.chunks(self._encoded(), tracks=tracks, chunk_tokens=self.tokens // 4):
                 stream.feed(chunk)
             asked = feeder.prompt([[Turn(text=QUESTION)]], tracks)
             return backbone.head(stream.ask(asked).hidden)[0].float().cpu()
+
+    def _encoded(self) -> Iterator[Encoded]:
+        return self.backbone.encode(self._noise(), fps=self.exported.stream.fps)
 
     def _noise(self) -> Iterator[Segment]:
         geometry, stream = self.backbone.geometry, self.exported.stream

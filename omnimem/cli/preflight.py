@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
@@ -113,7 +114,10 @@ def adapter_targets(run: RunConfig, model: StreamedModel) -> str:
         raise AdapterError(f"lora.targets: {', '.join(absent)} match no module of this model; matched: {there}")
     weights = sum(parameter.numel() for parameter in trainable(model))
     each = ", ".join(f"{target} {count}" for target, count in matched.items())
-    return f"adapter: {counted(len(names), 'module')} ({each}), {counted(weights, 'weight')}"
+    saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    whole = [name.removeprefix("base_model.model.") for name in saved]
+    also = f" and in full {', '.join(whole)}" if whole else ""
+    return f"adapter: {counted(len(names), 'module')} ({each}){also}, {counted(weights, 'weight')}"
 
 
 def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:

@@ -29,6 +29,7 @@ from omnimem.config.exported import Exported
 from omnimem.run import RunError, RunFolder, write_text
 from omnimem.tuning import AdapterError, load_adapter
 from omnimem.tuning.lora import name_as_released
+from omnimem.tuning.saved_modules import copies
 
 BOUND = 1e-5  # largest allowed difference in float32, relative to max(1, largest |logit|)
 LOST = 0.5  # largest allowed error of a merge in low precision, relative to the effect of the adapter on the logits
@@ -103,7 +104,10 @@ def _saved(tuned: TunedModel, kind: Kind, folder: Path, released: bool) -> tuple
     logits["full"] = check.logits(None)
     # 2. save
     if kind == "merged":
+        dtype, modules = backbone.model.dtype, copies(adapted)
         adapted.merge_and_unload(safe_merge=True)
+        for module in modules:  # the base's own now, in float32
+            module.to(dtype)
         backbone.model.save_pretrained(folder, max_shard_size=SHARD)
     else:
         for name in ADAPTER_FILES:

@@ -34,7 +34,7 @@ _LIGER = "it replaces the modules that streams attach to; remove it"
 _SHARDED = "use deepspeed: deepspeed/zero3.json partitions the weights too"
 _LENGTH = "streams have any length; set stream.chunk_tokens and memory.slots_per_layer"
 _IMAGES = "still images are not streamed; make them a video, or remove them"
-_SAVED = "encoders and their projectors are frozen: each stream is encoded once, without gradient; remove it"
+_SAVED = "set tuning.lora.modules_to_save=[visual_projector, audio_projector] to train projectors; encoders are frozen"
 _FOUR = "set model.quantization: 4bit"
 UNFIT = {  # settings of other trainers that do not go with a memory of streams, in whatever section they are given
     **dict.fromkeys(("packing", "eval_packing", "neat_packing", "packing_strategy", "padding_free"), _PACKED),

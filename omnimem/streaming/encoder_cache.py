@@ -27,6 +27,7 @@ from torch import Tensor
 
 from omnimem.aside import remove_leftovers, written_aside
 from omnimem.backbones import Backbone, Encoded
+from omnimem.backbones.projectors import Track
 from omnimem.checksums import share
 from omnimem.data import Sample
 from omnimem.errors import counted
@@ -57,8 +58,12 @@ class EncodedSegment:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """sha256 of the encoders' weights and of the geometry they read."""
-    digest = hashlib.sha256(f"{backbone.geometry}".encode())
+    """sha256 of the encoders' weights and of the geometry they read.
+
+    Projectors that are trained are left out, and named: entries then hold their input.
+    """
+    before = f" before {' '.join(backbone.unprojected)}" if backbone.unprojected else ""
+    digest = hashlib.sha256(f"{backbone.geometry}{before}".encode())
     for tensor in backbone.encoder_weights():
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -83,10 +88,12 @@ class EncoderCache:
     and made again), `evicted`, `not_stored` (no space, no permission, or larger than the limit).
     """
 
-    def __init__(self, folder: Path, fingerprint: str, limit: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, limit: int | None = None, before: tuple[Track, ...] = ()
+    ) -> None:
         """`fingerprint` is that of the encoders; `limit` in bytes of all entries, of which the least recently used are
-        removed (None: no limit)."""
-        self.folder, self.fingerprint, self.limit = folder, fingerprint, limit
+        removed (None: no limit); `before` are the tracks whose entries are the input of a projector."""
+        self.folder, self.fingerprint, self.limit, self.before = folder, fingerprint, limit, before
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._warned: set[str] = set()
 
@@ -99,7 +106,7 @@ class EncoderCache:
             return None
         computes = " ".join(f"{name} {version(name)}" for name in COMPUTES)
         made_by = f"{fingerprint(backbone)} {backbone.device.type} {computes}"
-        return cls(folder, made_by, limit)
+        return cls(folder, made_by, limit, backbone.unprojected)
 
     def path_of(self, sample: Sample, source: FileSource) -> Path:
         """The cache file of a sample as `source` reads it, whether or not it exists.
@@ -132,7 +139,7 @@ class EncoderCache:
             self.counts["hits"] += 1
             with suppress(OSError):  # a folder that is read only
                 os.utime(path)  # used now
-            return _segments(file, known, device)
+            return _segments(file, known, device, self.before)
         self.counts["corrupt"] += 1
         again = f"encoding its sample again ({self.counts['corrupt']} so far)"
         print(f"cache: {path} is damaged ({what}); {again}", file=sys.stderr, flush=True)
@@ -207,7 +214,9 @@ def _content_once(path: Path, changed: int, size: int) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _segments(file: Any, known: Mapping[str, str], device: torch.device) -> Iterator[EncodedSegment]:
+def _segments(
+    file: Any, known: Mapping[str, str], device: torch.device, before: tuple[Track, ...]
+) -> Iterator[EncodedSegment]:
     """The segments of an open cache file."""
     names = set(file.keys())
     for number, row in enumerate(json.loads(known["segments"])):
@@ -226,6 +235,7 @@ def _segments(file: Any, known: Mapping[str, str], device: torch.device) -> Iter
             at=at[0] if at else None,
             repeated=at[1] if len(at) > 1 else 0,
             deepstack=tuple(file.get_tensor(name).to(device) for name in _levels(number, names)),
+            before=before,
         )
         yield EncodedSegment(encoded=encoded, heard=MediaStats(frames=frames, audio_seconds=audio_seconds))
 
@@ -238,7 +248,10 @@ def _tables(key: str, segments: Sequence[EncodedSegment]) -> tuple[dict[str, Ten
         levels = ((f"deepstack.{level}", part) for level, part in enumerate(encoded.deepstack))
         for name, track in (("visual", encoded.visual), ("audio", encoded.audio), *levels):
             if track is not None:
-                tensors[f"{number}.{name}"] = track.detach().cpu().contiguous()
+                whole = track.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = (
+                    whole.clone() if encoded.before else whole
+                )  # projectors may share their input
         times = [encoded.start, encoded.seconds, encoded.seconds_per_grid]
         rest = [] if encoded.at is None and not encoded.repeated else [encoded.at, encoded.repeated]
         rest = rest if encoded.repeated else rest[:1]

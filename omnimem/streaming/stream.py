@@ -214,7 +214,7 @@ class Stream:
     def _chosen_by(self, selector: "Stream", chunk: Chunk) -> ReadConfig:
         """The config of a chunk after which every layer keeps what `selector`, the untuned model, keeps of it."""
         with torch.no_grad(), without_adapter(self.attached.text_model):
-            selector.feed(chunk)
+            selector.feed(chunk.untuned or chunk)
         policy = self._config.policy
         assert isinstance(policy, Replayed), "a stream with a selector keeps nothing by its own scores"
         return replace(self._config, policy=policy.after(selector.memory, self.attached.shape.kv_heads))

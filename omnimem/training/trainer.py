@@ -54,6 +54,7 @@ from omnimem.tuning import (
     streamed_loss,
     trainable,
 )
+from omnimem.tuning.saved_modules import copies
 
 
 @final
@@ -278,12 +279,13 @@ class StreamTrainer(Trainer):
     # ------------------------------------------------------------------------------- what the Trainer calls, delegated
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As the Trainer's; with `tuning.lora.plus_ratio` B has a learning rate of its own (LoRA+)."""
+        """As the Trainer's; with `tuning.lora.plus_ratio` B has a learning rate of its own (LoRA+), nothing else."""
         ratio, adapted = self.plan.options.lora.plus_ratio, cast(Any, self.adapted)
         if self.optimizer is None and ratio != 1:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, adapted)
             decay: Any = {"loraplus_weight_decay": self.args.weight_decay}
             self.optimizer = create_loraplus_optimizer(adapted, kind, loraplus_lr_ratio=ratio, **settings, **decay)
+            _rate_of_a(self.optimizer, [weight for copy in copies(adapted) for weight in copy.parameters()])
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -398,3 +400,20 @@ class StreamTrainer(Trainer):
         origin = replace(self.checkpoints.origin, step=step)
         with written_by_all(self.checkpoints.folder, place, self.accelerator, origin) as partial_folder:
             self.save_model(str(partial_folder))
+
+
+def _rate_of_a(optimizer: torch.optim.Optimizer, weights: Sequence[Tensor]) -> None:
+    """Move biases and norms of these whole modules from the groups of B, where peft puts every vector.
+
+    They get the learning rate of A, in a group of their own without weight decay.
+    """
+    own = {id(weight) for weight in weights if weight.ndim == 1}
+    if not own:
+        return
+    vectors = []
+    for group in optimizer.param_groups:
+        vectors += [weight for weight in group["params"] if id(weight) in own]
+        group["params"] = [weight for weight in group["params"] if id(weight) not in own]
+    first = optimizer.param_groups[0]
+    rest = {name: value for name, value in first.items() if name not in ("params", "weight_decay")}
+    optimizer.add_param_group({**rest, "params": vectors, "weight_decay": 0.0})

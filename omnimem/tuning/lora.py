@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, final, get_args
@@ -22,6 +22,7 @@ from omnimem.limits import exceeds
 from omnimem.run import write_text
 from omnimem.textfile import StoredFileError, read_stored
 from omnimem.tuning.adapter_names import ForeignError, fitted, path_of, released
+from omnimem.tuning.saved_modules import chosen, copies, fitted_modules, released_modules, split
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -32,6 +33,7 @@ LAYERS = ABOVE + LAYER
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # settings of a saved adapter
 UNREAD = (  # checked apart, or notes without an effect
     "target_modules",
+    "modules_to_save",
     "init_lora_weights",
     "base_model_name_or_path",
     "revision",
@@ -61,6 +63,9 @@ class LoraOptions:
     rslora: bool = False  # scale alpha / sqrt(r) in place of alpha / r (arXiv 2312.03732)
     dora: bool = False  # a trained magnitude per output beside the low-rank direction (arXiv 2402.09353)
     plus_ratio: float = 1.0  # learning rate of B over that of A (LoRA+, arXiv 2402.12354)
+    # projectors that are trained in full, at the learning rate of A: visual_projector, audio_projector, or module paths
+    # of them (docs/tuning.md)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -99,9 +104,10 @@ class LoraOptions:
         pattern = re.compile(self.pattern)
         return [(at, name) for at, name in every if pattern.fullmatch(f"layers.{at}.{inside[name]}.{name}")]
 
-    def config(self) -> LoraConfig:
-        """The peft configuration."""
+    def config(self, saved: Sequence[str] = ()) -> LoraConfig:
+        """The peft configuration; `saved` are the paths of `modules_to_save` in the model."""
         return LoraConfig(
+            modules_to_save=list(saved) or None,
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
@@ -150,8 +156,9 @@ def add_adapter(model: Any, options: LoraOptions) -> StreamedModel:
     Raises AdapterError when no module matches the targets.
     """
     model.requires_grad_(False)
+    saved = _saved_by(options, model)
     try:
-        adapted = _adapted(model, options.config())
+        adapted = _adapted(model, options.config(saved))
     except ValueError as error:
         known = ", ".join(_projections(model)) or "none"
         given = options.targets if isinstance(options.targets, str) else ", ".join(options.targets)
@@ -170,8 +177,16 @@ def start_adapter(model: Any, options: LoraOptions, folder: Path) -> StreamedMod
     # 2. load, train
     adapted = load_adapter(model, folder, dropout=options.dropout)
     for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_("lora_" in name or ".modules_to_save." in name)
     return _in_float32(adapted)
+
+
+def _saved_by(options: LoraOptions, model: Any) -> tuple[str, ...]:
+    """The paths of `modules_to_save` in a model; raises AdapterError for a name that fits none."""
+    try:
+        return chosen(model, options.modules_to_save)
+    except ForeignError as error:
+        raise AdapterError(f"tuning.lora.modules_to_save: {error}") from error
 
 
 def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str) -> None:
@@ -181,7 +196,8 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
     """
     # 1. files and settings
     tensors = adapter_tensors(folder)
-    config, targets = _saved_config(folder, tensors)
+    low, whole = split(tensors)
+    config, targets = _saved_config(folder, low)
     require_base(folder, base)
     pairs = {"r": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
     for name, found in pairs.items():
@@ -190,7 +206,7 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
             raise AdapterError(f"{what}; set tuning.lora.{name}={found}, or remove model.adapter")
     # 2. modules
     try:
-        adapted = {path_of(name) for name in fitted(tensors, model, targets)}
+        adapted = {path_of(name) for name in fitted(low, model, targets)}
     except ForeignError as error:
         raise _foreign(folder, base, str(error)) from error
     pattern = re.compile(options.pattern)
@@ -199,6 +215,11 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
     if odd or missed:
         what = f"tuning.lora.targets and the adapter in {folder} differ at {(odd or missed)[0]}"
         raise AdapterError(f"{what}; set tuning.lora.targets to the modules of the adapter, or remove model.adapter")
+    saved = _whole_modules(folder, whole, model, config)[1]
+    if set(saved) != set(wanted := _saved_by(options, model)):
+        one, other = (", ".join(paths) or "none" for paths in (wanted, saved))
+        what = f"tuning.lora.modules_to_save is {one}, but the adapter in {folder} has {other}"
+        raise AdapterError(f"{what}; set it to the modules of the adapter, or remove model.adapter")
 
 
 def _in_float32(adapted: StreamedModel) -> StreamedModel:
@@ -258,14 +279,17 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     """
     # 1. read, and name the weights as this model does
     tensors = adapter_tensors(folder)
-    config, targets = _saved_config(folder, tensors)
+    low, whole = split(tensors)
+    config, targets = _saved_config(folder, low)
     require_base(folder, model.name_or_path)
     try:
-        tensors = fitted(tensors, model, targets)
+        low = fitted(low, model, targets)
     except ForeignError as error:
         raise _foreign(folder, model.name_or_path, str(error)) from error
+    whole, saved = _whole_modules(folder, whole, model, config)
+    tensors = low | whole
     # 2. load
-    config.target_modules = _modules(tensors)
+    config.target_modules, config.modules_to_save = _modules(low), list(saved) or None
     config.lora_dropout = config.lora_dropout if dropout is None else dropout
     try:
         adapted = _adapted(model.requires_grad_(False), config)
@@ -279,6 +303,19 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     return adapted.eval()
 
 
+def _whole_modules(
+    folder: Path, tensors: Mapping[str, Tensor], model: Any, config: LoraConfig
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """`fitted_modules` of an adapter's folder; raises AdapterError."""
+    try:
+        return fitted_modules(tensors, model, config.modules_to_save or ())
+    except ForeignError as error:
+        raise AdapterError(
+            f"{folder}: {error}; only projectors of this model are read as modules_to_save (merge the adapter into its "
+            "base with peft)"
+        ) from error
+
+
 def name_as_released(folder: Path, model: Any) -> None:
     """Write a saved adapter of a loaded model again with the names of the model's release (`Family.trees`).
 
@@ -287,11 +324,14 @@ def name_as_released(folder: Path, model: Any) -> None:
     """
     tensors, settings = adapter_tensors(folder), read_stored(folder / SETTINGS, dict[str, Any], "export it again")
     try:
-        named = released(tensors, model)
+        low, whole = split(tensors)
+        low = released(low, model)
+        whole, saved = released_modules(whole, model)
     except ForeignError as error:
         raise AdapterError(f"--names released: {error}; leave it out") from error
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    write_text(folder / SETTINGS, json.dumps({**settings, "target_modules": _modules(named)}, indent=2) + "\n")
+    save_file(low | whole, folder / WEIGHTS, metadata={"format": "pt"})
+    named = {"target_modules": _modules(low), "modules_to_save": list(saved) or None}
+    write_text(folder / SETTINGS, json.dumps({**settings, **named}, indent=2) + "\n")
 
 
 def require_base(folder: Path, base: str) -> None:
@@ -309,7 +349,7 @@ def require_base(folder: Path, base: str) -> None:
 
 
 def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[LoraConfig, tuple[str, ...]]:
-    """The settings of a saved adapter, checked against its weights, and the modules that they name.
+    """The settings of a saved adapter, checked against its weights of low rank, and the modules that they name.
 
     Settings of peft that would import a module, or change the base model, are refused; a regular expression of modules
     is replaced by the modules of the weights. Raises AdapterError.
@@ -329,7 +369,12 @@ def _saved_config(folder: Path, tensors: Mapping[str, Tensor]) -> tuple[LoraConf
     # 3. the modules: those of the weights, and no others of the same name
     read = {name: table[name] for name in READ if name in table}
     config = LoraConfig(
-        **read, target_modules=_modules(tensors), bias="none", task_type="CAUSAL_LM", inference_mode=True
+        **read,
+        target_modules=_modules(tensors),
+        modules_to_save=list(table.get("modules_to_save") or ()) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
     )
     return config, _targets(table.get("target_modules"))
 
@@ -357,8 +402,10 @@ def _settings_problem(table: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     usual = {each.name: each.default for each in fields(LoraConfig)}
     for name, value in table.items():
         if name not in (*READ, *UNREAD) and value and value != usual.get(name):
-            merge = " (merge the adapter into its base with peft)" if name == "modules_to_save" else ""
-            return f"{name}: {str(value)[:60]} is not supported{merge}"
+            return f"{name}: {str(value)[:60]} is not supported"
+    saved = table.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        return f"modules_to_save: {str(saved)[:60]} is not a list of module names"
     if table.get("init_lora_weights", True) not in (True, False, "gaussian"):
         return f"init_lora_weights: {str(table['init_lora_weights'])[:60]} would change the base model"
     for name in ("use_rslora", "use_dora"):
@@ -382,7 +429,10 @@ def _adapted(model: Any, config: LoraConfig) -> StreamedModel:
     with warnings.catch_warnings():
         # peft 0.21 uses an attribute that is deprecated in transformers 5
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return StreamedModel(model, config)
+        adapted = StreamedModel(model, config)
+    for copy in copies(adapted):
+        copy.float()  # as peft does with the weights of low rank: they are added to in small steps
+    return adapted
 
 
 def _foreign(folder: Path, base: str, reason: str) -> AdapterError:

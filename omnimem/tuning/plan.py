@@ -8,7 +8,7 @@ from omnimem.backbones import Encoded, LayoutError
 from omnimem.errors import counted
 from omnimem.selection import SelectionOptions, Softness
 from omnimem.tuning.curriculum import BudgetRange, ChunkRange, shuffled_cycle, uniform
-from omnimem.tuning.gradient.options import Horizon, Mode, Recompute, check_settings
+from omnimem.tuning.gradient.options import NOT_THE_INPUT, Horizon, Mode, Recompute, check_settings
 from omnimem.tuning.lora import LoraOptions
 from omnimem.tuning.losses import LossOptions
 
@@ -37,6 +37,11 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         check_settings(self.gradient, self.horizon, self.stop_layer, self.selection.softening)
+        if self.lora.modules_to_save and self.gradient in NOT_THE_INPUT:
+            raise ValueError(
+                f"lora.modules_to_save learns nothing with gradient: {self.gradient}, which passes no gradient to the "
+                "embeddings of a chunk; set gradient: full, or paper to learn from the last chunk alone"
+            )
         if self.overlap_every < 0:
             raise ValueError(f"tuning.overlap_every = {self.overlap_every} must be at least 1 step, or 0 for never")
         for slots in () if isinstance(self.budgets, BudgetRange) else self.budgets:

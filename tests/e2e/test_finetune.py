@@ -36,6 +36,7 @@ def test_a_resumed_run_equals_an_unbroken_run(folder, stage, ranks, accumulation
     recompute = "chunk" if base else recompute
     settings = (
         *(("memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=3") if base else ()),
+        *(("tuning.lora.modules_to_save=[visual_projector, audio_projector]",) if base or ranks else ()),
         f"train.deepspeed=deepspeed/{stage}.json",
         f"train.gradient_accumulation_steps={accumulation}",
         f"tuning.recompute={recompute}",

@@ -28,7 +28,8 @@ from omnimem.training.portable import FACTS, Layout, refuse_other_batch
 
 MIXED = ("data.train=mixed.jsonl", "data.max_failures=0.2")
 SGD = ("train.optim=sgd", "train.max_grad_norm=0.5", "train.max_steps=3")
-SIX = ("train.max_steps=6", "train.save_steps=3")
+PROJECTORS = "tuning.lora.modules_to_save=[visual_projector, audio_projector]"
+SIX = ("train.max_steps=6", "train.save_steps=3", PROJECTORS)
 ACCUMULATED = "train.gradient_accumulation_steps=2"
 
 
@@ -68,8 +69,12 @@ def test_ranks_with_unequal_streams_equal_one_rank_at_every_stage(folder, accumu
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_ranks_choose_by_the_untuned_model_as_one_rank_does(folder, stage) -> None:
-    """Ranks need the layers at different times in the second pass too, and all of them measure the drift together."""
-    base = (*MIXED, *SGD, "memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=1")
+    """Ranks need the layers at different times in the second pass too, and all of them measure the drift together.
+
+    Projectors are trained too, though a stream of some step has no audio, and one no frames.
+    """
+    hard = ("memory.selection_from=base", "tuning.selection.softening=hard", "tuning.overlap_every=1")
+    base = (*MIXED, *SGD, PROJECTORS, *hard)
     one = tune(folder, f"chosen-one-{stage}", *base, ACCUMULATED)
     two = tune(folder, f"chosen-{stage}", *base, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
     torch.testing.assert_close(two.losses, one.losses, rtol=1e-5, atol=0)

@@ -49,3 +49,14 @@ def test_two_epochs_are_the_same_to_the_bit_with_the_cache_and_decoding_ahead(pl
     assert cached == plain
     assert record["encoder_cache"] == {"hits": 4, "misses": 2, "corrupt": 0, "evicted": 0, "not_stored": 0}
     assert (counts[-1]["misses"], counts[-1]["hits"]) == (2, 3)  # the overlap is read after the log
+
+
+def test_projectors_change_from_step_to_step_and_the_cache_never_holds_what_they_made(place, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    lora = "tuning.lora.modules_to_save=[visual_projector, audio_projector]"
+    settings = ("--skip-preflight", lora, "train.max_steps=3", "train.learning_rate=0.05", "tuning.overlap_every=0")
+    (place / "one.jsonl").write_text((place / "two.jsonl").read_text().splitlines(keepends=True)[0])
+    plain, _ = trained(place, "own", *settings, "data.train=one.jsonl")
+    cached, record = trained(place, "own-cached", *settings, "data.train=one.jsonl", "data.cache={folder: own}")
+    assert [{key: value for key, value in line.items() if key != "cache"} for line in cached] == plain
+    assert record["encoder_cache"] == {"hits": 2, "misses": 1, "corrupt": 0, "evicted": 0, "not_stored": 0}

@@ -137,6 +137,25 @@ def test_peft_loads_an_exported_adapter(base, adapter, video) -> None:
     assert_equal_logits(heard(backbone, exported, exported.policy, video), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 asks for it
+def test_projectors_are_exported_as_adapter_and_merged_under_the_names_of_the_base(base, video, tmp_path) -> None:
+    run = config_of(base)
+    lora = replace(run.tuning.lora, modules_to_save=("visual_projector", "audio_projector"))
+    done = write_run(tmp_path / "run", base, replace(run, tuning=replace(run.tuning, lora=lora)))
+    exported = exported_to(tmp_path / "merged", done, "merged")
+    expected = heard(tuned(base, done.adapter), exported, exported.policy, video)
+    assert_equal_logits(heard(load_backbone(exported.model), exported, exported.policy, video), expected)
+    before, after = (load_file(place / "model.safetensors") for place in (base, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    encoders = {name for name in changed if name.startswith(("visual.", "audio_tower."))}
+    assert encoders == {name for name in before if "visual.merger." in name or "audio_tower.proj." in name}
+    adapter = exported_to(tmp_path / "adapter", done, "adapter")
+    backbone = load_backbone(adapter.model)
+    PeftModel.from_pretrained(backbone.model, str(tmp_path / "adapter")).eval()
+    assert_equal_logits(heard(backbone, adapter, adapter.policy, video), expected)
+
+
 def test_an_adapter_is_exported_with_the_names_of_the_release(base, done, tmp_path) -> None:
     exported = exported_to(tmp_path / "a", done, "adapter", "--names", "released")
     names = load_file(tmp_path / "a" / "adapter_model.safetensors")

@@ -42,13 +42,15 @@ def write_adapter(
     change: Callable[[torch.Tensor], torch.Tensor] = lambda b: b,
     lora: LoraOptions = LORA,
 ) -> Path:
-    """An adapter for `base` with B random, then changed."""
+    """An adapter for `base` with B random, then changed; projectors of its own are random too."""
     torch.manual_seed(seed)
     model = add_adapter(load_backbone(ModelOptions(path=str(base))).model, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(change(torch.randn_like(parameter) * 0.2))
+            if ".modules_to_save." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(str(folder))
     return folder
 

@@ -5,6 +5,7 @@ from typing import Literal
 Mode = Literal["full", "states", "released", "paper"]
 Horizon = int | Literal["all"]
 Recompute = Literal["none", "chunk", "layer"]  # activations that live at once: all, those of a chunk, of a layer
+NOT_THE_INPUT: tuple[Mode, ...] = ("states", "released")  # no gradient reaches the embeddings of a chunk
 HALF_WAY: tuple[Mode, ...] = ("released", "paper")  # chunks run the layers below `stop_layer` alone
 
 

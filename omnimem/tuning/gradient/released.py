@@ -77,10 +77,11 @@ class ReleasedGradient:
                 f"tuning.stop_layer = {stop}: this model adds visual features up to layer {levels - 1}; "
                 f"raise it to at least {levels}"
             )
-        # 2. the layers below the stop layer: the last of them in the graph
+        # 2. the layers below the stop layer: the last of them in the graph, on constants
+        fixed = step if step.deepstack is None else replace(step, deepstack=step.deepstack.detached())
         with torch.no_grad():
-            states, kept = step.layers(dict(enumerate(before.layers[: stop - 1])), embeddings)
-        entering, top = self._run_in_graph(step, {stop - 1: before.layers[stop - 1]}, states)
+            states, kept = fixed.layers(dict(enumerate(before.layers[: stop - 1])), embeddings.detach())
+        entering, top = self._run_in_graph(fixed, {stop - 1: before.layers[stop - 1]}, states)
         kept = [*kept, *(tokens.detached() for tokens in top)]
         # 3. the stop layer keeps inputs by their redundancy
         pool = _pool(step, before.layers[stop], entering)

@@ -356,7 +356,8 @@ UNFIT_SETTINGS = {
     "train.fsdp_config={version: 2}": "use deepspeed",
     "train.max_seq_length=4096": "streams have any length",
     "data.images=frames": "still images are not streamed",
-    "tuning.lora.modules_to_save=[audio]": "encoders and their projectors are frozen",
+    "train.freeze_aligner=false": "set tuning.lora.modules_to_save",
+    "tuning.modules_to_save=[audio_projector]": "set tuning.lora.modules_to_save",
     "model.load_in_4bit=true": "set model.quantization: 4bit",
 }
 

@@ -169,7 +169,8 @@ def test_an_adapter_of_other_settings_is_no_start(change, what, base, tmp_path) 
 
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_lora_plus_gives_b_a_learning_rate_of_its_own(ratio, base, tmp_path) -> None:
-    model = add_adapter(model_of(base).model, replace(PLAIN, dora=True))
+    lora = replace(PLAIN, dora=True, modules_to_save=("visual_projector", "audio_projector"))
+    model = add_adapter(model_of(base).model, lora)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True)
     trainer: Any = object.__new__(StreamTrainer)
     Trainer.__init__(trainer, model=model, args=args)
@@ -181,6 +182,7 @@ def test_lora_plus_gives_b_a_learning_rate_of_its_own(ratio, base, tmp_path) -> 
     found = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert {rate for name, rate in found.items() if "lora_A" in name} == {1e-3}
     assert {rate for name, rate in found.items() if "lora_B" in name} == {1e-3 * ratio}
+    assert {rate for name, rate in found.items() if ".modules_to_save." in name} == {1e-3}  # also of biases and norms
 
 
 @pytest.mark.parametrize("selection_from", ["tuned", "base"])

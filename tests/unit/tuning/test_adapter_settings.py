@@ -53,7 +53,7 @@ def loaded(base: Path, folder: Path) -> list[torch.Tensor]:
         ("megatron_core", "planted", "planted is not supported"),
         ("megatron_config", {"x": 1}, "is not supported"),
         ("auto_mapping", {"parent_library": "planted", "base_model_class": "X"}, "is not supported"),
-        ("modules_to_save", ["lm_head"], "is not supported (merge the adapter into its base with peft)"),
+        ("modules_to_save", {"visual": 1}, "is not a list of module names"),
         ("layer_replication", [[0, 2], [0, 2]], "is not supported"),
         ("alpha_pattern", {"q_proj": 99}, "is not supported"),
         ("bias", "all", "all is not supported"),
