@@ -20,7 +20,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter
+from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter, load_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -270,6 +270,32 @@ def test_an_adapter_of_a_run_reaches_the_language_model_alone(backbone, tmp_path
     torch.nn.init.ones_(next(each for name, each in adapted.named_parameters() if "lora_B" in name))
     adapted.save_pretrained(str(tmp_path / "adapter"))
     assert len(adapter_tensors(tmp_path / "adapter")) == len(names)
+
+
+def test_the_bridge_is_trained_from_stored_features_and_loaded_again(backbone, tmp_path) -> None:
+    given = media(6.0)
+    before = list(backbone.encode(given, fps=0.5))
+    projectors = ("visual_projector", "audio_projector")
+    adapted = add_adapter(backbone.model, LoraOptions(r=2, targets=assembled.TARGETS, modules_to_save=projectors))
+    encoded = list(backbone.encode(given, fps=0.5))
+    with adapted.disable_adapter():
+        for one, plain in zip(map(backbone.projected, encoded), before, strict=True):
+            assert torch.equal(one.visual, plain.visual)
+            assert torch.equal(one.audio, plain.audio)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".modules_to_save." in name or "lora_B" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    own = backbone.projected(encoded[0])
+    assert own.visual.requires_grad
+    assert own.audio.requires_grad
+    assert not torch.allclose(own.visual, before[0].visual)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    again = load_backbone(ModelOptions(path=str(tmp_path / "m")), "cpu")
+    load_adapter(again.model, tmp_path / "adapter")
+    (first, *_) = map(again.projected, again.encode(given, fps=0.5))
+    assert torch.equal(first.visual, own.visual)
+    assert torch.equal(first.audio, own.audio)
 
 
 def test_the_description_is_readable_json(tmp_path) -> None:
