@@ -89,8 +89,8 @@ def adapter_is_on(text_model: nn.Module) -> bool:
 
 
 def applied(
-    modules: Sequence[Any], states: Float[Tensor, "1 tokens packed"], rows: int
-) -> Float[Tensor, "1 tokens width"]:
+    modules: Sequence[Any], states: Float[Tensor, "batch tokens packed"], rows: int
+) -> Float[Tensor, "batch tokens width"]:
     """The tokens of packed states, computed in the precision of the modules' weights; recomputed in backward."""
 
     def run(packed: Tensor) -> Tensor:
@@ -101,8 +101,10 @@ def applied(
     weights = [parameter for module in modules for parameter in module.parameters()]
     unpacked = states.reshape(-1, states.shape[-1] // rows).to(weights[0].dtype)
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        return run(unpacked)[None]
-    return checkpoint(run, unpacked, use_reentrant=False, preserve_rng_state=False)[None]
+        tokens = run(unpacked)
+    else:
+        tokens = checkpoint(run, unpacked, use_reentrant=False, preserve_rng_state=False)
+    return tokens.unflatten(0, states.shape[:2])
 
 
 def named(projectors: Mapping[Track, Projector], model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -42,10 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     sample = sample_of(given, allow_absolute=runs[0].data.allow_absolute_paths)
     backbone = load_backbone(runs[0].model)
     feeders = [Feeder(backbone, run.stream) for run in runs]
-    reading = read(feeders[0], sample)
     with attach(backbone.text_model) as attached:
         budgets = budgets_of(runs, attached, feeders[0])
     adapted = None if given.adapter is None else load_tuned(backbone.model, given.adapter)
+    reading = read(feeders[0], sample)  # with the adapter, which may have projectors of its own
     # 2. stream under each policy
     sides: list[Side] = []
     for name, run, feeder, budget in zip(SIDES, runs, feeders, budgets, strict=True):

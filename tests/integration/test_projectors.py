@@ -15,7 +15,7 @@ from support.families import NAMES, noise
 from support.gradients import HELD, assert_same_gradient, episode_from, loss_of, policy_at
 from torch import Tensor
 
-from omnimem.backbones import Backbone, Encoded, ModelOptions, load_backbone
+from omnimem.backbones import Backbone, Encoded, ModelOptions, collate, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.data import Message, Sample
 from omnimem.media import Segment
@@ -279,6 +279,32 @@ def test_the_loss_falls_with_projectors_alone(folder) -> None:
             learning.step()
             losses.append(float(outcome.loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_streams_learns_as_its_streams_alone(name, folder) -> None:
+    """Tokens and gradient, of the adapter's projectors and of the base's."""
+    backbone, model = tuned(folder(name), torch.float64, moved=0.05)
+    seconds = 2 * backbone.geometry.segment(1.0)[0]
+    made = [noise(backbone, seconds, tracks=backbone.senses[0], seed=seed) for seed in (0, 7)]
+    streams = [list(backbone.encode(each, fps=1.0)) for each in made]
+    for original in (False, True):
+        whole = [tokens_of(backbone.projected(one, original=original)) for one in collate(streams)]
+        alone = [[tokens_of(backbone.projected(one, original=original)) for one in stream] for stream in streams]
+        for tokens, *parts in zip(whole, *alone, strict=True):
+            for batch, *rows in zip(tokens, *parts, strict=True):
+                torch.testing.assert_close(batch, torch.cat(rows), rtol=1e-9, atol=1e-9)
+    feeder, batch, policy = (
+        feeder_of(backbone),
+        [replace(opened(backbone), segments=each) for each in streams],
+        bounded(backbone),
+    )
+    with attach(backbone.text_model) as attached:
+        found = []
+        for group in (batch, batch[:1], batch[1:]):
+            outcome = streamed_loss(attached, feeder, group, policy, softness=None, carry=FullGradient())
+            found.append(gradient_of(outcome.loss, model))
+    assert_same_gradient(found[0], (found[1] + found[2]) / 2, 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ whose projectors

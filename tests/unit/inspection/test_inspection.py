@@ -13,6 +13,7 @@ from typing import Any, final
 import numpy as np
 import pytest
 import torch
+from support.finished_run import LORA, write_adapter
 from support.html import Page
 from support.thinkers import write_folder
 
@@ -295,6 +296,15 @@ def test_sides_may_differ_in_slots_and_a_manifest_says_when_answers_were_shown(p
     needles = r"; needles: \d of 4 held in some layer, each in \d+\.\d% of the layers"
     assert all(re.search(needles, line) for line in lines[:2])
     assert re.fullmatch(r"held by both: \S+% of the tokens of a layer \(layers: \S+% to \S+%\)", lines[2])
+
+
+def test_a_side_with_an_adapter_sees_by_its_projectors_and_the_other_by_those_of_the_base(place) -> None:
+    projectors = replace(LORA, modules_to_save=("visual_projector", "audio_projector"))
+    write_adapter(place / "model", place / "adapter", lora=projectors)
+    video = ("--video", "one.mp4")
+    sides = shown(place, *video, "--adapter", "adapter", "--tuned", "right")["sides"]
+    base = shown(place, *video, "--policies", "omnimem", "snapkv")["sides"][0]
+    assert sides[0]["last"] == base["last"] != sides[1]["last"]
 
 
 VIDEO, HARD = ("--video", "one.mp4"), "tuning.selection.softening=hard"
