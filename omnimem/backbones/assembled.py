@@ -458,6 +458,9 @@ class AssembledFamily(Family):
     def claims(self, config: Table) -> bool:
         return config.get("model_type") == FAMILY
 
+    def made(self, model: PreTrainedModel) -> bool:
+        return isinstance(model, AssembledModel)  # its configuration is that of its language model
+
     def load(self, options: ModelOptions) -> Backbone:
         return Assembled.load(options)
 

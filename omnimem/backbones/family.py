@@ -29,6 +29,10 @@ class Family(ABC):
     def claims(self, config: Table) -> bool:
         """Whether a config.json is of this family; the first family of `FAMILIES` that claims it loads it."""
 
+    def made(self, model: PreTrainedModel) -> bool:
+        """Whether a loaded model is of this family."""
+        return self.claims(model.config.to_dict())
+
     @abstractmethod
     def load(self, options: ModelOptions) -> Backbone:
         """Load a checkpoint; raises CheckpointError when a file is missing or damaged."""

@@ -20,6 +20,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
+from omnimem.tuning import LoraOptions, add_adapter, load_adapter
 from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter
 
 
@@ -55,6 +56,33 @@ def media(
         )
         start += 2.0
     return segments
+
+
+def test_its_projectors_are_trained_saved_and_loaded_by_name(backbone, tmp_path) -> None:
+    base = list(backbone.encode(media(4.0), fps=0.5))
+    lora = LoraOptions(r=2, alpha=4.0, dropout=0.0, modules_to_save=("visual_projector", "audio_projector"))
+    model = add_adapter(backbone.model, lora)
+    encoded = list(backbone.encode(media(4.0), fps=0.5))
+    assert {one.before for one in encoded} == {("visual", "audio")}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name or ".modules_to_save." in name:
+                weight.add_(torch.randn_like(weight))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    other = load_backbone(ModelOptions(path=str(tmp_path / "m")), "cpu")
+    load_adapter(other.model, tmp_path / "adapter")
+    again = other.encode(media(4.0), fps=0.5)
+    for one, first, second in zip(encoded, base, again, strict=True):
+        tuned, original, loaded = (
+            backbone.projected(one),
+            backbone.projected(one, original=True),
+            other.projected(second),
+        )
+        for track in ("visual", "audio"):
+            torch.testing.assert_close(getattr(original, track), getattr(first, track))
+            assert torch.equal(getattr(tuned, track), getattr(loaded, track))
+            assert not torch.allclose(getattr(tuned, track), getattr(first, track))
+            assert getattr(tuned, track).requires_grad
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
