@@ -20,8 +20,7 @@ from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Modality
-from omnimem.tuning import LoraOptions, add_adapter, load_adapter
-from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter
+from omnimem.tuning.lora import LoraOptions, adapter_tensors, add_adapter, load_adapter
 
 
 @pytest.fixture(autouse=True)
