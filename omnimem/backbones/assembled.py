@@ -458,8 +458,8 @@ class AssembledFamily(Family):
     def claims(self, config: Table) -> bool:
         return config.get("model_type") == FAMILY
 
-    def made(self, model: PreTrainedModel) -> bool:
-        return isinstance(model, AssembledModel)  # its configuration is that of its language model
+    def owns(self, model: PreTrainedModel) -> bool:
+        return isinstance(model, AssembledModel)  # its configuration is that of the language model
 
     def load(self, options: ModelOptions) -> Backbone:
         return Assembled.load(options)

@@ -29,7 +29,7 @@ class Family(ABC):
     def claims(self, config: Table) -> bool:
         """Whether a config.json is of this family; the first family of `FAMILIES` that claims it loads it."""
 
-    def made(self, model: PreTrainedModel) -> bool:
+    def owns(self, model: PreTrainedModel) -> bool:
         """Whether a loaded model is of this family."""
         return self.claims(model.config.to_dict())
 

@@ -74,7 +74,7 @@ def released(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tenso
 
 def family_of(model: Any) -> Family | None:
     """The family of a loaded model; None for a text model alone."""
-    return next((family for family in FAMILIES if family.made(model)), None)
+    return next((family for family in FAMILIES if family.owns(model)), None)
 
 
 def tree_of(model: nn.Module) -> str:

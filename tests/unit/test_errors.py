@@ -75,7 +75,7 @@ def test_a_number_agrees_with_its_noun(count, noun, said) -> None:
 
 
 # values that are words, or part of a digest that must stay
-WORDS = {"origin", "stream.fps", "len(sample.video.files)"}
+WORDS = {"name", "origin", "stream.fps", "len(sample.video.files)"}
 WORDS |= {f"facts[{name!r}]" for name in ("slots per layer", "positions")}
 
 
