@@ -37,7 +37,7 @@ def fitted(tensors: Mapping[str, Tensor], model: nn.Module, targets: Iterable[st
         found[named or key] = tensor
     unknown = [key for key in found if path_of(key) not in modules]
     if unknown:
-        kind = type(model).__name__ if family is None else f"{family.name} model"
+        kind = f"{family.name} model" if family is not None and family.trees else type(model).__name__
         raise ForeignError(
             f"no module of a {kind} matches {len(unknown)} of {counted(len(found), 'weight')}, as {unknown[0][:90]}"
         )
