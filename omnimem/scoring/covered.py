@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, final
 
 import torch
@@ -232,7 +231,9 @@ class Ranking:
         size = len(order)
         self.cosines = self.ranked.new_empty(size)
         self.room = ranked.new_empty(min(self.step, size) * size, dtype=self.product)  # cosines of a block
-        self.later = _later(self.step, self.product, feature.device)
+        # minus infinity where a member (column) is not before another one (row) of its block, else 0
+        side = min(self.step, size)
+        self.later = torch.full((side, side), float("-inf"), dtype=self.product, device=feature.device).triu()
 
     def _mean(self) -> Float[Tensor, "kinds feature"]:
         """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
@@ -280,12 +281,6 @@ class Ranking:
             torch.amax(alike, dim=-1, out=self.cosines[first:last])
         else:
             torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
-
-
-@cache
-def _later(side: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "side side"]:
-    """Minus infinity where a member (column) is not before another one (row) of its block, else 0."""
-    return torch.full((side, side), float("-inf"), dtype=dtype, device=device).triu()
 
 
 def _directions(

@@ -164,7 +164,7 @@ def test_an_audio_branch_without_its_configuration_is_refused(tmp_path, name) ->
     table = json.loads((folder / "config.json").read_text())
     del table["audio_config"]
     (folder / "config.json").write_text(json.dumps(table))
-    with pytest.raises(CheckpointError, match=r"no place.*audio\."):
+    with pytest.raises(CheckpointError, match=r"without a place.*audio\."):
         load_backbone(ModelOptions(path=str(folder)), "cpu")
 
 

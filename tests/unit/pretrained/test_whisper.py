@@ -66,7 +66,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, encoder, change, 
 def test_a_file_that_ends_early_is_refused(tmp_path, encoder, left) -> None:
     path = write(tmp_path / "model.bin", stored(encoder))
     path.write_bytes(path.read_bytes()[:left])
-    with pytest.raises(WeightsError, match=f"ends after {left} bytes"):
+    with pytest.raises(WeightsError, match=f"ends after {left:,} bytes"):
         whisper.whisper_encoder(path)
 
 
