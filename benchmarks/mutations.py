@@ -26,6 +26,8 @@ STREAMING = ("tests/integration/test_stream.py", "tests/unit/streaming")
 CYCLE = ("tests/integration/test_policy_cycle.py", "tests/integration/test_text_streams.py")
 SAMPLING = ("tests/unit/training",)
 LEFT_OUT_OF, LEFT = "omnimem/evaluation/left_out.py", ("tests/integration/test_left_out.py",)
+PROJECTORS, PROJECTED = "omnimem/backbones/projectors.py", ("tests/integration/test_projectors.py",)
+SKETCHES, SKETCHED = "omnimem/sketches.py", ("tests/unit/test_sketches.py", "tests/unit/scoring")
 MIDWAY, ROWS = ("tests/integration/test_asked_midway.py",), ("tests/unit/test_rows.py",)
 
 
@@ -52,7 +54,7 @@ MUTATIONS = (
         "draws without the step", TRAINER, "self.args.seed, self.state.global_step, *(", "self.args.seed, *(", SAMPLING
     ),
     Mutation("budget of the step ignored", TRAINER, "self.policies(step.slots)", "self.policies(None)", SAMPLING),
-    Mutation("failed samples not counted", TRAINER, "self.failed.record(Failure(", "str(Failure(", (FINETUNE,)),
+    Mutation("failed samples not counted", TRAINER, "self.failed.record(failure_of(", "str(failure_of(", (FINETUNE,)),
     # feeder and stream
     Mutation(
         "later audio in earlier tokens",
@@ -111,7 +113,7 @@ MUTATIONS = (
     Mutation(
         "failure of a batch swallowed",
         ANSWERING,
-        "return [line for reader in batch for line in self._failed(reader.sample, error.reason, str(error))]",
+        "return [line for sample in samples for line in self._failed(sample, *reason)]",
         "return []",
         EVALUATION,
     ),
@@ -202,6 +204,20 @@ MUTATIONS = (
         "each.subtitle_fps or 3.0",
         ("tests/unit/config",),
     ),
+    # trained projectors, sketches
+    Mutation("a batch is one stream", PROJECTORS, "tokens.unflatten(0, states.shape[:2])", "tokens[None]", PROJECTED),
+    Mutation(
+        "the base's projector never used", PROJECTORS, "if original or module.disable", "if module.disable", PROJECTED
+    ),
+    Mutation(
+        "the adapter's projector while it is off",
+        "omnimem/backbones/base.py",
+        "original = original or not adapter_is_on(self.text_model)",
+        "original = bool(original)",
+        PROJECTED,
+    ),
+    Mutation("a sketch without its last number", SKETCHES, "if high.shape[-1] < half:", "if False:", SKETCHED),
+    Mutation("codes are cut, not rounded", SKETCHES, "scaled.round_()", "scaled.trunc_()", SKETCHED),
 )
 
 
