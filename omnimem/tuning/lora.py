@@ -293,7 +293,7 @@ def load_adapter(model: Any, folder: Path, *, dropout: float | None = None) -> S
     config.lora_dropout = config.lora_dropout if dropout is None else dropout
     try:
         adapted = _adapted(model.requires_grad_(False), config)
-        result = set_peft_model_state_dict(adapted, tensors)
+        result = set_peft_model_state_dict(adapted, dict(tensors))  # peft 0.18 removes keys from it
     except (ValueError, RuntimeError) as error:
         raise _foreign(folder, model.name_or_path, str(error).splitlines()[0]) from error
     # 3. verify that no tensor is missing or left over
