@@ -157,8 +157,9 @@ def gradient_of(loss: Tensor, model: Any) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- gradient
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "moe" not in name])
-@pytest.mark.parametrize("slots", [6, None], ids=["evicting", "full memory"])
+@pytest.mark.parametrize(
+    ("name", "slots"), [*((name, 6) for name in DENSE), ("qwen2_5_omni", None), ("qwen3_vl", None)]
+)
 def test_gradient_of_projectors_equals_differences_of_a_model_without_the_setting(name, slots, folder) -> None:
     """The other model has the moved weights in its own projectors, and encodes as ever."""
     backbone, model = tuned(folder(name), torch.float64)
@@ -281,7 +282,7 @@ def test_the_loss_falls_with_projectors_alone(folder) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DENSE)
 def test_a_batch_of_streams_learns_as_its_streams_alone(name, folder) -> None:
     """Tokens and gradient, of the adapter's projectors and of the base's."""
     backbone, model = tuned(folder(name), torch.float64, moved=0.05)
@@ -399,7 +400,7 @@ def test_names_of_projectors_resolve_or_are_refused_with_those_of_the_model(name
 
 
 @pytest.mark.parametrize("names", ["own", "released"])
-@pytest.mark.parametrize("name", [name for name in NAMES if "moe" not in name])
+@pytest.mark.parametrize("name", DENSE)
 def test_an_adapter_with_projectors_is_the_same_after_loading_and_starting(name, names, folder, tmp_path) -> None:
     backbone, model = tuned(folder(name), moved=0.05)
     with torch.no_grad():
