@@ -48,6 +48,7 @@ from omnimem.tuning import (
 from omnimem.tuning.lora import name_as_released
 from omnimem.tuning.saved_modules import chosen, projectors_of
 
+DENSE = [name for name in NAMES if "moe" not in name]
 Folder = Callable[[str], Path]
 
 
