@@ -109,12 +109,7 @@ class Stream:
             probe_ids=tuple(probes),
             together=carry is None and softness is None,
         )
-        shape, matrix = attached.shape, self._config.projection
-        width = shape.feature if matrix is None else matrix.shape[1]
-        dtype, bits = None, policy.measures.sketch
-        if matrix is not None and bits:
-            width, dtype = stored(width, bits, learns=self._config.learns)
-        self.memory = self._empty = Memory.empty(replace(shape, feature=width, sketch=dtype), batch)
+        self.memory = self._empty = self._without_tokens(policy, batch)
         self.fed = 0  # tokens fed so far
         self._end = (0,) * batch  # of each stream, the position after the largest
         self._next = (0,) * batch  # of each stream, the position of text after the latest chunk
@@ -122,6 +117,14 @@ class Stream:
         self.opening = 0  # positions below this belong to the text before the stream and never move
         self.usage = Usage()
         self.tracks: Tracks | None = None  # that the opening announced
+
+    def _without_tokens(self, policy: Policy, batch: int) -> Memory:
+        """A memory without tokens, with the feature that the policy has carried beside keys and values."""
+        shape, matrix, bits = self.attached.shape, self._config.projection, policy.measures.sketch
+        width, dtype = shape.feature if matrix is None else matrix.shape[1], None
+        if matrix is not None and bits:
+            width, dtype = stored(width, bits, learns=self._config.learns)
+        return Memory.empty(replace(shape, feature=width, sketch=dtype), batch)
 
     def _feature_projection(self, policy: Policy) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""

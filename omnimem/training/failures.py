@@ -81,7 +81,7 @@ class FailedSamples:
         replace(self._limit, found=before).add(failure)
 
     def read(self, sample: str) -> None:
-        """A sample was read: an earlier failure, such as that of a file repaired since, is none any more."""
+        """A sample was read: an earlier failure, such as that of a file repaired since, no longer counts."""
         self._latest.note(sample, None)
 
     def share(self, args: TrainingArguments) -> None:

@@ -217,7 +217,7 @@ def check_start(model: nn.Module, options: LoraOptions, folder: Path, base: str)
         raise AdapterError(f"{what}; set tuning.lora.targets to the modules of the adapter, or remove model.adapter")
     saved = _whole_modules(folder, whole, model, config)[1]
     if set(saved) != set(wanted := _saved_by(options, model)):
-        one, other = (", ".join(paths) or "none" for paths in (wanted, saved))
+        one, other = (", ".join(paths) or "[]" for paths in (wanted, saved))
         what = f"tuning.lora.modules_to_save is {one}, but the adapter in {folder} has {other}"
         raise AdapterError(f"{what}; set it to the modules of the adapter, or remove model.adapter")
 

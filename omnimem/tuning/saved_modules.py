@@ -31,7 +31,7 @@ def chosen(model: Any, names: Iterable[str]) -> tuple[str, ...]:
         if not fits:
             has = "; ".join(f"{short} ({', '.join(map(_tail, each))})" for short, each in known.items())
             what = f"this model has {has}" if known else "this model has none; set it to []"
-            raise ForeignError(f"{name!r} is no projector; {what}")
+            raise ForeignError(f"{name!r} is not a projector; {what}")
         found.update(fits)
     return tuple(path for path in paths if path in found)
 

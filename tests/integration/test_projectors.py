@@ -9,9 +9,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from support import families
 from support.episodes import mean_answer_loss
-from support.families import NAMES, noise
+from support.families import NAMES, noise, written_once
 from support.gradients import HELD, assert_same_gradient, episode_from, loss_of, policy_at
 from torch import Tensor
 
@@ -55,14 +54,7 @@ Folder = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The folder of a family, written once."""
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name not in made:
-            made[name] = families.write(tmp_path_factory.mktemp("families") / name, name)
-        return made[name]
-
-    return find
+    return written_once(tmp_path_factory.mktemp("families"))
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32) -> Backbone:
@@ -394,7 +386,9 @@ def test_names_of_projectors_resolve_or_are_refused_with_those_of_the_model(name
         for given in (short, paths[0], ".".join(paths[0].split(".")[-2:])):
             assert chosen(backbone.model, (given,)) == (paths if given == short else paths[:1])
     for given in ("lm_head", "visual", "audio_tower", "visual_projecto", *{"audio_projector"} - known.keys()):
-        with pytest.raises(AdapterError, match=rf"modules_to_save: '{given}' is no projector; this model has") as error:
+        with pytest.raises(
+            AdapterError, match=rf"modules_to_save: '{given}' is not a projector; this model has"
+        ) as error:
             add_adapter(backbone.model, lora_of(backbone, modules_to_save=(given,)))
         assert len(str(error.value).splitlines()) == 1
         assert "visual_projector (" in str(error.value)
@@ -425,7 +419,7 @@ def test_an_adapter_with_projectors_is_the_same_after_loading_and_starting(name,
         assert all(same(ones, others) for ones, others in zip(expected, got, strict=True))
     assert len(trainable(again)) == len(trainable(model))
     without = replace(lora, modules_to_save=())
-    with pytest.raises(AdapterError, match=r"lora\.modules_to_save is none, but the adapter in .* has .*merger"):
+    with pytest.raises(AdapterError, match=r"lora\.modules_to_save is \[\], but the adapter in .* has .*merger"):
         start_adapter(loaded(folder(name)).model, without, tmp_path)
 
 

@@ -1,6 +1,8 @@
 """Tiny random checkpoints of every family, written as their releases lay them out; streams of noise."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,11 @@ def _of_qwen2_5(table: dict[str, Any]) -> dict[str, Any]:
     rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]}}
     outer = {key: value for key, value in table.items() if key not in ("text_config", "vision_config")}
     return {**outer, **text, **rope, "vision_config": vision, "model_type": "qwen2_5_vl"}
+
+
+def written_once(root: Path) -> Callable[[str], Path]:
+    """The folder of a family below `root`, written when it is first asked for."""
+    return cache(lambda name: write(root / name, name))
 
 
 def write(folder: Path, name: str, *, tied: bool = False, seed: int = 0, processor: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import families
-from support.families import NAMES, noise
+from support.families import NAMES, noise, written_once
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import WhisperFeatureExtractor
@@ -43,14 +43,7 @@ Folder = Callable[[str], Path]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """The folder of a family, written once."""
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name not in made:
-            made[name] = families.write(tmp_path_factory.mktemp("families") / name, name)
-        return made[name]
-
-    return find
+    return written_once(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")
