@@ -34,6 +34,7 @@ class Load:
     quantized: bool = False  # the projections of the decoder layers, to 4 bits
     feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
     sketch: Bits | None = None  # they are sketches, of so many bits per number
+    places: int = 0  # parts of a place that are carried
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
@@ -119,7 +120,8 @@ def _frozen(shapes: Shapes, load: Load, row: Callable[[str, int, int, int], Row]
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """The memories of all layers, and the tensors that the graph of one stream keeps for the backward pass."""
     # 1. memory
-    layers, (pair, side) = shapes.text.layers, shapes.entry(load.feature, load.dtype, sketch=load.sketch)
+    layers = shapes.text.layers
+    pair, side = shapes.entry(load.feature, load.dtype, sketch=load.sketch, places=load.places)
     side = shapes.text.kv_heads * (side + 1) if load.per_head else side
     entries = load.batch * (load.entries + load.text_tokens * layers)
     rows = [
@@ -146,7 +148,7 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
 
 def _selector(shapes: Shapes, load: Load) -> Row:
     """The memory of the untuned model that chooses the tokens; it is in no graph."""
-    pair, side = shapes.entry(load.selector_feature, load.dtype, sketch=load.sketch)
+    pair, side = shapes.entry(load.selector_feature, load.dtype, sketch=load.sketch, places=load.places)
     size = pair + (shapes.text.kv_heads * (side + 1) if load.per_head else side)
     entries = load.batch * (load.selector_entries + load.text_tokens * shapes.text.layers)
     return _exact("selector's memory", entries * size, f"{counted(entries, 'entry')} x {size} B (selection_from: base)")

@@ -25,6 +25,7 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     sketch: torch.dtype | None = None  # of the feature, where it is a sketch of the layer input
+    places: int = 0  # parts of a place that are carried: 3 or none
 
 
 @final
@@ -39,12 +40,13 @@ class Memory:
         """A memory without tokens."""
         numbers = {"dtype": shape.dtype, "device": shape.device}
         exact = {"dtype": torch.float32, "device": shape.device}
-        whole = {"dtype": torch.long, "device": shape.device}
+        whole = {"dtype": torch.int32, "device": shape.device}
         tokens = Tokens(
             keys=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             values=torch.zeros(batch, shape.kv_heads, 0, shape.dim, **numbers),
             positions=torch.zeros(batch, 3, 0, **whole),
-            place=torch.zeros(batch, 4, 0, dtype=torch.int32, device=shape.device),
+            place=torch.zeros(batch, shape.places, 0, **whole),
+            group=torch.zeros(batch, 0, **whole),
             modality=torch.zeros(batch, 0, dtype=torch.int8, device=shape.device),
             order=torch.zeros(batch, 0, **whole),
             importance=torch.zeros(batch, 0, **exact),

@@ -38,7 +38,7 @@ def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: Sequence[int]) -
     for row in range(time.shape[0]):
         free = time[row] >= opening
         times, place = time[row][free].unique(return_inverse=True)
-        moved[row, free] = place + (end[row] - len(times))
+        moved[row, free] = (place + (end[row] - len(times))).to(time.dtype)
     return moved
 
 
@@ -50,4 +50,4 @@ def earlier(
     """Positions moved back by `shift`: the time axis of visual tokens, all axes of other tokens."""
     back = torch.as_tensor(shift, device=positions.device).expand(modality.shape)
     space = torch.where(modality == Modality.VISUAL, 0, back)
-    return positions - torch.stack([back, space, space], dim=1)
+    return positions - torch.stack([back, space, space], dim=1).to(positions.dtype)

@@ -9,7 +9,7 @@ dim      width of one head;  width  width of the residual stream;  feature  widt
 states   width of the layer inputs that are carried: all of them or 0
 owners   1 where every key-value head keeps tokens of its own, else 0
 axes     the three axes of a position: time, height, width
-places   the four parts of a place: frame, row, column, group; -1 where a token has none
+places   the parts of a place: frame, row, column, and in a chunk group; -1 where a token has none
 """
 
 from collections.abc import Callable, Sequence
@@ -52,17 +52,17 @@ class Counts(NamedTuple):
     grouped: int | None  # text of groups of frames; None where only the device knows
 
     @classmethod
-    def of(cls, modality: Tensor, place: Tensor) -> "Counts":
+    def of(cls, modality: Tensor, group: Tensor) -> "Counts":
         """Those of all streams, in one transfer from the device."""
-        return cls.of_each([(modality, place)])[0]
+        return cls.of_each([(modality, group)])[0]
 
     @classmethod
     def of_each(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> list["Counts"]:
-        """Those of several (modality, place), in one transfer from the device."""
+        """Those of several (modality, group), in one transfer from the device."""
         sums = []
-        for modality, place in pairs:
+        for modality, group in pairs:
             kinds, text = modality[0], modality == Modality.TEXT
-            longest = [part.sum(dim=1).amax() for part in (text, text & (place[:, 3] >= 0))]
+            longest = [part.sum(dim=1).amax() for part in (text, text & (group >= 0))]
             sums.append(torch.stack([longest[0], (kinds > 0).sum(), (kinds == Modality.AUDIO).sum(), longest[1]]))
         return [cls(*row) for row in torch.stack(sums).tolist()]
 
@@ -115,6 +115,7 @@ class Room:
 class Tokens:
     """What one layer remembers of some tokens: keys after RoPE, values, and the side state that selection needs.
 
+    Numbers of 32 bits: a stream holds fewer than 2^31 tokens, at lower positions.
     `gate` is the additive attention bias of softened selection: 0 for hard selection and for text. Where every
     key-value head keeps tokens of its own, `tokens` counts those of all heads (`omnimem.per_head`).
     """
@@ -122,8 +123,10 @@ class Tokens:
     keys: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
     values: Float[Tensor, "batch kv_heads tokens dim"] = field(metadata=token_axis(2))
     positions: Int[Tensor, "batch axes tokens"] = field(metadata=token_axis(2))
-    # frame, row, column and group in the media, int32; unlike positions, the same in every model and never moved
+    # frame, row and column in the media, where the policy reads them; else of width 0
     place: Int[Tensor, "batch places tokens"] = field(metadata=token_axis(2))
+    # group of frames in the media, -1: none; unlike positions, place and group are never moved
+    group: Int[Tensor, "batch tokens"] = field(metadata=token_axis(1))
     modality: Int8[Tensor, "batch tokens"] = field(metadata=token_axis(1))
     # arrival number in the stream, from 0
     order: Int[Tensor, "batch tokens"] = field(metadata=token_axis(1))
@@ -144,7 +147,7 @@ class Tokens:
     @property
     def counted(self) -> Counts:
         """`counts`, or those of the first stream, asked of the device."""
-        return Counts.of(self.modality, self.place) if self.counts is None else self.counts
+        return Counts.of(self.modality, self.group) if self.counts is None else self.counts
 
     @property
     def padded(self) -> bool:
@@ -281,7 +284,7 @@ class ChunkFacts(NamedTuple):
     def of(cls, positions: Tensor, modality: Tensor, place: Tensor) -> "ChunkFacts":
         """Those of a chunk; without a wait where its tensors are on the host."""
         ends = torch.stack([positions.amax(dim=(1, 2)), positions[:, 0].amax(dim=1)])
-        return cls(Counts.of(modality, place), *map(tuple, ends.tolist()))
+        return cls(Counts.of(modality, place[:, 3]), *map(tuple, ends.tolist()))
 
 
 @final

@@ -85,10 +85,12 @@ class Shapes:
     trained_positions: int
     pass_seconds: float | None = None  # of media in one pass of the encoders, if that is less than 32 segments
 
-    def entry(self, feature: int, dtype: torch.dtype, *, sketch: Bits | None = None) -> tuple[int, int]:
+    def entry(
+        self, feature: int, dtype: torch.dtype, *, sketch: Bits | None = None, places: int = 0
+    ) -> tuple[int, int]:
         """Bytes of one token in the memory of one layer: (keys and values, side state).
 
-        `sketch`: the feature is a sketch of so many bits per number.
+        `sketch`: the feature is a sketch of so many bits per number; `places`: parts of a place that are carried.
         """
         # 1. an empty memory
         held, kind = (feature, None) if sketch is None else stored(feature, sketch, learns=False)
@@ -101,6 +103,7 @@ class Shapes:
             dtype=dtype,
             device=torch.device("meta"),
             sketch=kind,
+            places=places,
         )
         tokens = Memory.empty(shape, batch=1).layers[0]
         # 2. bytes per token: all axes but that of the tokens

@@ -483,6 +483,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,
         sketch=_bits(run, measures) if width < shapes.text.width else None,
+        places=3 if policy.traits.needs_place else 0,
         covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,

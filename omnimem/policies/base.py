@@ -51,6 +51,7 @@ class Traits:
         False  # the attention that a chunk gives to the pool, mean over heads, is measured in every layer
     )
     needs_novelty: bool = False  # the feature on which redundancy is measured must be carried
+    needs_place: bool = False  # frame, row and column of kept tokens must be carried
     compared: Compared | None = None  # vectors of a token that are compared with those of tokens of higher score
     needs_oracle: bool = False  # it must know the content of a stream before it is read: no streaming method
 
@@ -161,7 +162,7 @@ def keep_highest(
     # 2. leave out the text of groups that have lost all their tokens
     present = None  # of text that leaves at the end of the pass
     if markers == "with_group" and (counts or pool.counted).grouped != 0:
-        stays = with_groups(pool.modality.gather(1, index), pool.place[:, 3].gather(1, index))
+        stays = with_groups(pool.modality.gather(1, index), pool.group.gather(1, index))
         places = (~stays).to(torch.int8).argsort(dim=1, stable=True)
         if not settles:
             places = places[:, : int(stays.sum(dim=1).max())]

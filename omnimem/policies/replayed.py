@@ -39,7 +39,7 @@ class Replayed(Policy):
     @classmethod
     def of(cls, policy: Policy) -> "Replayed":
         """What a policy keeps elsewhere, before the first chunk."""
-        stored = replace(policy.traits, probes=(), needs_novelty=False, compared=None, needs_oracle=False)
+        stored = replace(policy.traits, probes=(), needs_novelty=False, needs_place=False, compared=None, needs_oracle=False)
         kept = {"name": policy.name, "budget": policy.budget, "markers": policy.markers}
         return cls(**kept, measures=Measures(feature=0), stored=stored)
 
@@ -56,7 +56,7 @@ class Replayed(Policy):
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The tokens of `kept`; each of them is in the pool, as evicted tokens never return."""
         pool, kept = view.pool, self.kept[layer]
-        number = torch.where(pool.modality == ABSENT, torch.iinfo(torch.long).max, pool.order)
+        number = torch.where(pool.modality == ABSENT, torch.iinfo(pool.order.dtype).max, pool.order)
         ordered, places = number.sort(dim=1, stable=True)
         place = torch.searchsorted(ordered, kept.order.contiguous()).clamp_max(pool.count - 1)
         found = pool.gather(places.gather(1, place))

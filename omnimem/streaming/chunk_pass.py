@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final, runtime_checkable
+from functools import cached_property
+from typing import NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int8, Shaped
@@ -131,6 +132,15 @@ class Compaction:
         return replace(layer, positions=positions, keys=rotate(layer.keys, cos, sin))
 
 
+class Numbers(NamedTuple):
+    """Fields of `Tokens`, in its types."""
+
+    positions: Int[Tensor, "batch axes tokens"]
+    place: Int[Tensor, "batch places tokens"]
+    group: Int[Tensor, "batch tokens"]
+    order: Int[Tensor, "batch tokens"]
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class ChunkStep:
@@ -148,6 +158,17 @@ class ChunkStep:
     order: Int[Tensor, "batch tokens"]  # arrival numbers
     compaction: Compaction | None = None  # before the chunk is read
     counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
+
+    @cached_property
+    def held(self) -> "Numbers":
+        """The whole numbers of the chunk as every layer holds them."""
+        parts = 3 if self.config.policy.traits.needs_place else 0
+        return Numbers(
+            positions=self.positions.int(),
+            place=self.place[:, :parts].int(),
+            group=self.place[:, 3].int(),
+            order=self.order.int(),
+        )
 
     @property
     def appends(self) -> bool:
@@ -196,7 +217,7 @@ class ChunkStep:
         """The kept tokens without absent ones; those whose number only the device knows, in one transfer."""
         unknown = [] if self.counts is None else [layer for layer, tokens in enumerate(kept) if tokens.counts is None]
         if unknown:
-            found = Counts.of_each([(kept[layer].modality, kept[layer].place) for layer in unknown])
+            found = Counts.of_each([(kept[layer].modality, kept[layer].group) for layer in unknown])
             for layer, counts in zip(unknown, found, strict=True):
                 alone = len(kept[layer].modality) == 1  # streams of a batch may hold unequal numbers of a modality
                 kept[layer] = kept[layer].settled(counts if alone else counts._replace(audio=None))
@@ -263,10 +284,11 @@ class ChunkStep:
         return Tokens(
             keys=keys,
             values=values,
-            positions=self.positions,
-            place=self.place,
+            positions=self.held.positions,
+            place=self.held.place,
+            group=self.held.group,
             modality=self.modality,
-            order=self.order,
+            order=self.held.order,
             importance=zeros,
             novelty=zeros,
             feature=self.config.feature(states),

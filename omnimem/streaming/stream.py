@@ -124,7 +124,8 @@ class Stream:
         width, dtype = shape.feature if matrix is None else matrix.shape[1], None
         if matrix is not None and bits:
             width, dtype = stored(width, bits, learns=self._config.learns)
-        return Memory.empty(replace(shape, feature=width, sketch=dtype), batch)
+        places = 3 if policy.traits.needs_place else 0
+        return Memory.empty(replace(shape, feature=width, sketch=dtype, places=places), batch)
 
     def _feature_projection(self, policy: Policy) -> Tensor | None:
         """None: the exact layer input; a matrix without columns where redundancy is not measured."""

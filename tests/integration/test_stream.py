@@ -264,9 +264,9 @@ def test_usage_counts_entries_and_bytes_as_counted_by_hand() -> None:
         assert stream.usage.tokens_in == (5, 3, 12)
         assert stream.usage.peak_entries == 4 * 15  # an empty memory and 15 tokens in each layer
         assert stream.usage.kept_entries == stream.memory.entries == 2 + 15 + 7 + 9
-        # 2 heads of 16, keys and values; the layer's input of 64; 3 positions and the arrival number of 8 bytes;
-        # 4 places, importance, novelty and gate of 4; modality of 1; 5 text tokens a layer
-        token = 2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 7 * 4 + 1
+        # 2 heads of 16, keys and values; the layer's input of 64; 3 positions, arrival number,
+        # group, importance, novelty and gate of 4; modality of 1; 5 text tokens a layer
+        token = 2 * 2 * 16 * 4 + 64 * 4 + 8 * 4 + 1
         assert stream.usage.bytes == stream.memory.bytes == (33 + 4 * 5) * token
         stream.feed(chunks[1])
         assert stream.usage.tokens_in == (11, 8, 32)

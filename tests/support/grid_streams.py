@@ -53,7 +53,8 @@ def chunks_of(
     drawn = {"keys": keys, "values": values, "positions": positions, "modality": kinds, "order": order}
     fields = dict(zip(TOKEN_AXES, whole.tensors(), strict=True))
     rest = {name: zeros if tensor.ndim == 2 else zeros[..., None][..., :0] for name, tensor in fields.items()}
-    rest["place"] = place_of(positions)
+    rest["place"], rest["group"] = place_of(positions).split([3, 1], dim=1)
+    rest["group"] = rest["group"][:, 0]
     rest["owner"] = kinds[:, None][:, :0]
     tokens = Tokens(**{**rest, **drawn})
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()

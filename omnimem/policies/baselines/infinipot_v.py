@@ -64,6 +64,11 @@ class TemporalAndValue(AbstractRanking):
     smoothing: Smoothing
     keys: Literal["stored", "unrotated"]
 
+    @property
+    def needs_place(self) -> bool:
+        """For the size of a frame, if not the frame itself."""
+        return True
+
     def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         with torch.no_grad():
             cells = slot_cells(view) if self.grid == "slot" else true_cells(view)

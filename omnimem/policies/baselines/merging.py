@@ -25,7 +25,7 @@ class Merge:
 def merged(view: LayerView, merge: Merge, kind: Modality) -> Tokens:
     """The new tokens: V = sum of w V, K = sum of w K, with K rotated from its own position to the new one.
 
-    A new token has the place of the token whose arrival number it inherits.
+    A new token has the place and group of the token whose arrival number it inherits.
     Averaging keys after RoPE at their own positions would mix phases. Differentiable in keys and values, not in the
     weights. Raises ValueError when the view has no rotary embedding.
     """
@@ -45,14 +45,15 @@ def _new(pool: Tokens, keys: Tensor, values: Tensor, merge: Merge, kind: Modalit
     """Tokens of these keys and values, without other side state."""
     count = merge.order.shape[1]
     zeros = torch.zeros(merge.order.shape, dtype=torch.float32, device=pool.keys.device)
-    weights = merge.weights.detach()
+    weights, source = merge.weights.detach(), _of_numbers(pool, merge.order)
     return Tokens(
         keys=keys.to(pool.keys.dtype),
         values=values.to(pool.values.dtype),
-        positions=merge.positions,
-        place=pool.place.gather(2, _of_numbers(pool, merge.order)[:, None].expand(-1, pool.place.shape[1], -1)),
+        positions=merge.positions.to(pool.positions.dtype),
+        place=pool.place.gather(2, source[:, None].expand(-1, pool.place.shape[1], -1)),
+        group=pool.group.gather(1, source),
         modality=torch.full_like(merge.order, int(kind), dtype=torch.int8),
-        order=merge.order,
+        order=merge.order.to(pool.order.dtype),
         importance=zeros,
         novelty=zeros,
         feature=(weights @ pool.feature.float()).to(pool.feature.dtype),

@@ -30,6 +30,11 @@ class AbstractRanking(ABC):
         """Whether attention mass must be measured and carried for this score."""
         return False
 
+    @property
+    def needs_place(self) -> bool:
+        """Whether frame, row and column of kept tokens must be carried for this score."""
+        return False
+
     @abstractmethod
     def __call__(self, view: LayerView, slots: LayerSlots, depth: float) -> Float[Tensor, "batch tokens"]:
         """Scores in float32; the highest are kept, ties go to the most recent token. `depth` is layer / layers."""
@@ -49,7 +54,9 @@ class RankedPolicy(Policy):
     @property
     def traits(self) -> Traits:
         """As chosen."""
-        return Traits(per_head=self.per_head, reindex=self.reindex, needs_mass=self.ranking.needs_importance)
+        ranking = self.ranking
+        measured = {"needs_mass": ranking.needs_importance, "needs_place": ranking.needs_place}
+        return Traits(per_head=self.per_head, reindex=self.reindex, **measured)
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""

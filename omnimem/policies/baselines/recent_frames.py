@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omnimem.budget import Budget
-from omnimem.policies.base import Policy, slots_of_layer
+from omnimem.policies.base import Policy, Traits, slots_of_layer
 from omnimem.policies.baselines.presets import Preset, allotted
 from omnimem.scoring.topk import highest
 from omnimem.selection import Softness
@@ -22,6 +22,11 @@ class RecentFramesPolicy(Policy):
     """As many of the latest frames as fit the slots, each with the audio from its own time on."""
 
     frames: int | None  # at most this many; None: as many as fit
+
+    @property
+    def traits(self) -> Traits:
+        """Frames are known by their number."""
+        return Traits(needs_place=True)
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; selection has no gradient."""

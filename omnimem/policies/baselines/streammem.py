@@ -41,7 +41,13 @@ class StreamMemPolicy(Policy):
     def traits(self) -> Traits:
         """The probe is the end of the chat template; prototypes are averages; filtered streams have unequal lengths."""
         probes = () if self.budget is None else (ProbePrompt(text=None),)
-        return Traits(per_head=self.per_head, ragged=self.frame_filter, merges=self.prototypes, probes=probes)
+        return Traits(
+            per_head=self.per_head,
+            ragged=self.frame_filter,
+            merges=self.prototypes,
+            probes=probes,
+            needs_place=self.prototypes,
+        )
 
     def prefilter(self, chunk: Chunk, order: Int[Tensor, "batch tokens"]) -> Prefiltered:
         """The chunk with similar consecutive frames averaged."""

@@ -66,7 +66,7 @@ def read(policy: Any, chunks: list[Chunk], batch: int = 1, **settings: Any) -> S
 def text_groups(stream: Stream, layer: int) -> Tensor:
     """Groups of the text that a layer holds."""
     held = stream.memory.layers[layer]
-    return held.place[0, 3][held.modality[0] == Modality.TEXT]
+    return held.group[0][held.modality[0] == Modality.TEXT]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def text_groups(stream: Stream, layer: int) -> Tensor:
 def test_text_of_a_group_stays_with_its_tokens_in_each_layer(options: PolicyOptions) -> None:
     stream = read(options.build(Budget.shared(4, SLOTS)), stamped(12))
     for layer, held in enumerate(stream.memory.layers):
-        media = held.place[0, 3][held.modality[0] > 0]
+        media = held.group[0][held.modality[0] > 0]
         expected = [-1] * OPENING + sorted([*set(media.tolist()) | {11}] * WORDS)
         assert text_groups(stream, layer).tolist() == expected
         assert len(media) == SLOTS

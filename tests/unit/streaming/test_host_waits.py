@@ -116,7 +116,7 @@ def test_a_chunk_is_read_without_waiting_for_the_device(name, budget) -> None:
     assert all("tolist" in each for each in found), "the device is asked where the facts of a chunk are not known"
     for ours, theirs in zip(stream.memory.layers, again.memory.layers, strict=True):
         assert torch.equal(ours.order, theirs.order)
-        asked_of_device = Counts.of(ours.modality, ours.place)
+        asked_of_device = Counts.of(ours.modality, ours.group)
         assert ours.counts in (asked_of_device, asked_of_device._replace(audio=None))
 
 
