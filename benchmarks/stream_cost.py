@@ -143,7 +143,7 @@ class Attached:
     @property
     def bytes(self) -> int:
         """Of keys, values and side state."""
-        return self.stream.memory.bytes
+        return self.stream.bytes
 
 
 def arm_of(name: str, attached: StreamedAttention, stock: Any, slots: int) -> Any:

@@ -1,58 +1,143 @@
-"""Sketches of layer inputs as they are carried: in 16 bits per number, or in 4 with two numbers to the byte.
+"""Sketches of layer inputs as they are carried: in 16 bits per number, or as codes of 4 or 2 that share bytes.
 
-A sketch of 4 bits holds whole numbers from -7 to 7, the vector in units of CLIP / LEVELS standard deviations. Only its
-direction is used, so no scale is carried. Equal vectors have equal codes, hence the cosine 1.
+Only directions are used, so no scale is carried, and equal vectors have equal codes, hence the cosine 1. In units of
+standard deviations of the numbers, 1 / sqrt(feature) for a vector of length 1:
+
+4 bits   whole numbers from -7 to 7, in units of CLIP / LEVELS
+2 bits   -1.5, -0.5, 0.5 or 1.5, in units of STEP, of the difference from a reference (`References`): most of a layer
+         input is common to all tokens, and four values would not resolve the rest
 """
 
-from typing import Literal
+from copy import copy
+from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-Bits = Literal[4, 16]  # per number of a sketch
+from omnimem.tokens import EVICTABLE
+
+Bits = Literal[2, 4, 16]  # per number of a sketch
+Codes = Literal[2, 4]  # those of them that are codes
 
 SKETCHED = torch.bfloat16  # of 16 bits: bfloat16 for its range, as they may carry gradient
-LEVELS = 7  # the largest code
-CLIP = 2.5  # what it stands for, in standard deviations: 1 / sqrt(feature) for a vector of length 1
+LEVELS = 7  # the largest code of 4 bits
+CLIP = 2.5  # what it stands for
+STEP = 0.996  # the best width of four equal steps for normally distributed numbers
+SHARE = 0.8  # of the mean that the reference is: what is hardly unlike the mean keeps a direction of its own
 # Rounding adds 1.2 % to the squared length of a vector, as noise that lowers cosines between centred vectors. Half of
 # it is taken off again: the errors of nearly equal vectors are nearly equal too. Of all shares tried (0, 1/2, 3/4, 1)
 # it agrees best with exact cosines (docs/policies.md, "Copies by a sketch").
 ROUNDING = 0.006
+# 1 - c of numbers with the cosine c, from t = 1 - that of their codes of 2 bits, as t^2 (a + b t + ...): within 0.004
+# of the expectation over pairs of normally distributed numbers
+UNROUNDED = (4.128, -7.337, 6.207, -1.998)
+OFFSETS: dict[Codes, float] = {4: LEVELS + 1.0, 2: 1.5}  # of a stored code above the number that it stands for
+
+
+@final
+class References:
+    """By layer, a direction for each modality: SHARE times the mean of the first tokens of the modality that arrive.
+
+    One of the few things of a stream that are not in its memory: it never changes once it is there, so a chunk that is
+    read again finds it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[int, Tensor] = {}  # batch, kinds, feature
+        self._known: dict[int, Tensor] = {}  # of which modalities; absent: of all
+
+    def beyond(
+        self, layer: int, vector: Float[Tensor, "batch tokens feature"], modality: Int8[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens feature"]:
+        """v - |v| r of every token of a chunk, with the reference r of its modality; v of text, which is not compared.
+
+        A modality that has not arrived before gets its reference.
+        """
+        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-12)
+        kinds = torch.arange(EVICTABLE[0], EVICTABLE[0] + len(EVICTABLE), device=modality.device)
+        member = (modality[..., None] == kinds).to(vector.dtype)
+        if layer not in self._of or layer in self._known:
+            self._learn(layer, vector.detach() / length.detach(), member)
+        return torch.baddbmm(vector, member * length, self._of[layer], alpha=-1)
+
+    def _learn(
+        self, layer: int, unit: Float[Tensor, "batch tokens feature"], member: Float[Tensor, "batch tokens kinds"]
+    ) -> None:
+        """Set the references of modalities of which these directions are the first."""
+        count = member.sum(dim=1)[..., None]
+        mean, known = (member.mT @ unit).mul_(SHARE / count.clamp_min(1)), count > 0
+        if layer in self._of:
+            mean = torch.where(self._known[layer], self._of[layer], mean)
+            known |= self._known[layer]
+        self._of[layer], self._known[layer] = mean, known
+        if unit.device.type == "cpu" and bool(known.all()):  # other devices would have to be asked
+            del self._known[layer]
+
+    @property
+    def bytes(self) -> int:
+        """Of one stream."""
+        return sum(mean[0].numel() * mean.element_size() for mean in self._of.values())
+
+    def fork(self) -> "References":
+        """The same so far; what is added to one of them does not reach the other."""
+        twin = copy(self)
+        twin._of, twin._known = dict(self._of), dict(self._known)
+        return twin
 
 
 def stored(feature: int, bits: Bits, *, learns: bool) -> tuple[int, torch.dtype]:
     """Width and type in which a sketch of `feature` numbers is carried; one that `learns` always has 16 bits."""
-    return (feature, SKETCHED) if bits == 16 or learns else (-(-feature // 2), torch.uint8)
+    return (feature, SKETCHED) if bits == 16 or learns else (-(-feature * bits // 8), torch.uint8)
 
 
 def encoded(
     vector: Float[Tensor, "batch tokens feature"], bits: Bits, *, learns: bool
 ) -> Shaped[Tensor, "batch tokens stored"]:
-    """Directions of vectors as they are carried; those that learn hold the same codes, with gradient to `vector`."""
+    """Directions of vectors as they are carried; those that learn hold the same codes, with gradient to `vector`.
+
+    Where they do not learn, `vector` is overwritten.
+    """
     if bits == 16:
         return F.normalize(vector, dim=-1, eps=1e-12).to(SKETCHED)
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-12)
-    scaled = vector * (vector.shape[-1] ** 0.5 * LEVELS / CLIP / length)
-    if not learns:
-        return packed(scaled.round_().clamp_(-LEVELS, LEVELS))
-    codes = scaled.detach().round().clamp_(-LEVELS, LEVELS)
-    return (scaled + (codes - scaled.detach())).to(SKETCHED)
+    scale = vector.shape[-1] ** 0.5 * (LEVELS / CLIP if bits == 4 else 1 / STEP) / length
+    least, most = (1, 2 * LEVELS + 1) if bits == 4 else (0, 3)
+    scaled = vector * scale if learns else vector.mul_(scale)
+    number = (scaled.detach().clone() if learns else scaled).add_(OFFSETS[bits] + 0.5).clamp_(least, most)
+    number = number.to(torch.uint8)
+    return (scaled + (number - OFFSETS[bits] - scaled.detach())).to(SKETCHED) if learns else packed(number, bits)
 
 
-def packed(codes: Float[Tensor, "*axes feature"]) -> UInt8[Tensor, "*axes bytes"]:
-    """Whole numbers from -7 to 7, two to a byte; an odd last one is followed by 0."""
-    shifted = codes.to(torch.int8).add_(LEVELS + 1).view(torch.uint8)
-    half = -(-shifted.shape[-1] // 2)
-    low, high = shifted[..., :half], shifted[..., half:]
-    if high.shape[-1] < half:
-        high = torch.cat([high, torch.full_like(low[..., :1], LEVELS + 1)], dim=-1)
-    return torch.add(low, high, alpha=16)
+def packed(number: UInt8[Tensor, "*axes feature"], bits: Codes) -> UInt8[Tensor, "*axes bytes"]:
+    """Stored codes, 8 / bits to a byte: the first byte has the first one of each of so many equal parts of the vector.
+
+    In 4 bits, the last part is filled up with the code of 0, which 2 bits do not have: there all parts are full.
+    """
+    size = -(-number.shape[-1] * bits // 8)
+    held = number[..., :size]
+    for shift in range(bits, 8, bits):
+        first = shift // bits * size
+        part = number[..., first : first + size]
+        if part.shape[-1] < size:
+            part = F.pad(part, (0, size - part.shape[-1]), value=int(OFFSETS[bits]))
+        held = torch.add(held, part, alpha=1 << shift)
+    return held
 
 
-def vectors(held: Shaped[Tensor, "*axes stored"]) -> Float[Tensor, "*axes feature"]:
+def vectors(held: Shaped[Tensor, "*axes stored"], codes: Codes | None) -> Float[Tensor, "*axes feature"]:
     """The carried vectors up to their lengths: the codes of packed bytes, anything else as it is."""
-    if held.dtype != torch.uint8:
+    if codes is None or held.dtype != torch.uint8:
         return held
-    return torch.cat([held & 15, held >> 4], dim=-1).to(torch.float32).sub_(LEVELS + 1)
+    least = (1 << codes) - 1
+    parts = [(held >> shift) & least for shift in range(0, 8, codes)]
+    return torch.cat(parts, dim=-1).to(torch.float32).sub_(OFFSETS[codes])
+
+
+def unrounded(apart: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """1 - c of vectors from that of their codes of 2 bits, whose cosines rounding brings nearer to 0."""
+    near = torch.minimum(apart, 2 - apart).clamp_min(0)
+    a, b, c, d = UNROUNDED
+    found = near.square() * (((d * near + c) * near + b) * near + a)
+    return torch.where(apart > 1, 2 - found, found)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from omnimem.attention import blocked
 from omnimem.positions import Rotary
-from omnimem.sketches import Bits
+from omnimem.sketches import Bits, Codes
 from omnimem.tokens import ABSENT, Tokens
 
 ScoreGradient = Literal["redundancy", "both", "none"]
@@ -89,11 +89,12 @@ class LayerView:
         return self.pool.order
 
     @property
-    def coded(self) -> bool:
-        """Whether the carried vectors are codes of 4 bits; of a model no wider than a sketch they are its inputs."""
+    def codes(self) -> Codes | None:
+        """Bits of the codes that the carried vectors are; None: of 16 bits, or, in a narrow model, its inputs."""
         measures, arrived = self.measures, self.arrived
-        narrow = arrived is None or measures.feature is None or arrived.shape[-1] <= measures.feature
-        return measures.sketch == 4 and not narrow
+        if arrived is None or measures.feature is None or arrived.shape[-1] <= measures.feature:
+            return None
+        return measures.sketch if measures.sketch in (2, 4) else None
 
     @cached_property
     def mass(self) -> Float[Tensor, "batch tokens"]:

@@ -108,13 +108,15 @@ def load(config: str | Path, overrides: Sequence[str] = (), *, train: type | Non
 def _as_written(data: Any) -> None:
     """Complete the policy in the config.yaml of an earlier run, which has every option of its time, by its rule.
 
-    Before 2026-11-30 coverage discounted every token, until that day it compared layer inputs, and then for hours
-    sketches of 16 bits.
+    Before 2026-11-30 coverage discounted every token, until that day it compared layer inputs, then for hours sketches
+    of 16 bits, and then of 4, which a run did not write out (`dump` does).
     """
     match data:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy}} if policy.keys() >= EARLIER:
             for name, rule in (("coverage_above", -1.0), ("compared", "inputs"), ("sketch_bits", 16)):
                 policy.setdefault(name, rule)
+            if policy["sketch_bits"] is None:
+                policy["sketch_bits"] = 4
 
 
 def _followed(run: RunConfig) -> RunConfig:
@@ -195,8 +197,10 @@ def changed(
 
 
 def dump(run: RunConfig) -> str:
-    """The resolved settings as YAML; `load` of it gives the same run."""
+    """The resolved settings as YAML; `load` of it gives the same run, after the preset of its policy changes too."""
     values = TypeAdapter(RunConfig).dump_python(run, mode="json")
+    if isinstance(policy := run.memory.policy, PerturbationOptions):
+        values["memory"]["policy"]["sketch_bits"] = policy.written_out().sketch_bits
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -211,7 +215,8 @@ def refuse_changes(run: RunConfig, earlier: Path) -> None:
     except ConfigError as error:
         cure = "remove it, and resume with the settings that the run was started with"
         raise ConfigError([f"{earlier}: cannot be read ({error.problems[0]}); {cure}"]) from error
-    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in (saved, run))
+    alike = (replace(each, memory=each.memory.written_out()) for each in (saved, run))
+    before, now = (_flat(TypeAdapter(RunConfig).dump_python(each, mode="json")) for each in alike)
     free = (("train",), ("evaluate",), ("data", "max_failures"), ("data", "cache"))
     keys = [key for key in dict.fromkeys([*before, *now]) if not any(key[: len(each)] == each for each in free)]
     problems = [

@@ -10,7 +10,7 @@ from omnimem.scoring import Compared, Covered, Perturbation
 from omnimem.sketches import Bits
 from omnimem.view import Measures
 
-SKETCH: dict[Bits, int] = {4: 192, 16: 128}  # width of a sketch of layer inputs, by its bits per number
+SKETCH: dict[Bits, int] = {2: 256, 4: 192, 16: 128}  # width of a sketch of layer inputs, by its bits per number
 
 PAPER: dict[str, Any] = {
     "sharpness": 0.02,
@@ -25,7 +25,7 @@ PAPER: dict[str, Any] = {
     "coverage_above": 0.5,
     "centred": True,
     "compared": "inputs",
-    "sketch_bits": 4,
+    "sketch_bits": 2,
     "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
@@ -63,8 +63,8 @@ class PerturbationOptions:
     neighbours: Literal["pool", "arrival"] | None = None
     of: Literal["sequence", "modality"] | None = None  # whether neighbours are of any modality or the same
     ends: Literal["present", "one"] | None = None  # a missing neighbour: left out, or counted with cosine 1
-    # width of a projection of the layer input that is carried: of the sketch (null: 192; of 16 bits 128), or of what
-    # redundancy reads (null: all)
+    # width of a projection of the layer input that is carried: of the sketch (null: 256; of 4 bits 192, of 16 128), or
+    # of what redundancy reads (null: all)
     feature: int | None = None
     coverage: float | None = None  # beta, the power of 1 - c
     coverage_above: float | None = None  # t: tokens are discounted where c is above it; -1: all
@@ -85,6 +85,18 @@ class PerturbationOptions:
             raise ValueError(
                 "policy.compared = sketch needs neighbours = arrival: redundancy in the pool reads the layer inputs; "
                 "set neighbours to arrival, or compared to inputs"
+            )
+        chosen = self._chosen()
+        if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and (chosen["feature"] or 0) % 4:
+            raise ValueError(
+                f"policy.feature = {chosen['feature']} must be a multiple of 4, as a byte holds 4 numbers of a sketch "
+                "of 2 bits; or set sketch_bits to 4"
+            )
+        chosen = self._chosen()
+        if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and (chosen["feature"] or 0) % 4:
+            raise ValueError(
+                f"policy.feature = {chosen['feature']} must be a multiple of 4, as a byte holds 4 numbers of a sketch "
+                "of 2 bits; or set sketch_bits to 4"
             )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
             raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")

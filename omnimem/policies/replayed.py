@@ -39,7 +39,9 @@ class Replayed(Policy):
     @classmethod
     def of(cls, policy: Policy) -> "Replayed":
         """What a policy keeps elsewhere, before the first chunk."""
-        stored = replace(policy.traits, probes=(), needs_novelty=False, needs_place=False, compared=None, needs_oracle=False)
+        stored = replace(
+            policy.traits, probes=(), needs_novelty=False, needs_place=False, compared=None, needs_oracle=False
+        )
         kept = {"name": policy.name, "budget": policy.budget, "markers": policy.markers}
         return cls(**kept, measures=Measures(feature=0), stored=stored)
 

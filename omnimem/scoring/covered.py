@@ -1,7 +1,8 @@
 """Discount of tokens that resemble a token of higher score (ours)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
-from omnimem.sketches import ROUNDING, vectors
+from omnimem.sketches import ROUNDING, Codes, unrounded, vectors
 from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
@@ -62,7 +63,7 @@ class Covered(AbstractScorer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             pool = view.pool
             held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
-            how = {"centred": self.centred, "product": pool.keys.dtype, "rounding": ROUNDING if view.coded else 0.0}
+            how = {"centred": self.centred, "product": _product(pool.keys, view.codes), "codes": view.codes}
             if learns:
                 alone = uncovered(held, view.modality, scores, **how)
             elif view.contests and self.above > -1 and scores.device.type in COUNTED:
@@ -78,6 +79,19 @@ class Covered(AbstractScorer):
         return alone**self.power
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; others are slower than in float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and supported()
+
+
+def _product(keys: Tensor, codes: Codes | None) -> torch.dtype:
+    """The precision in which the nearest token is looked for: bfloat16 resolves more than codes of 2 bits do."""
+    fast = codes == 2 and keys.device.type == "cpu" and keys.dtype == torch.float32 and _multiplies_bfloat16()
+    return torch.bfloat16 if fast else keys.dtype
+
+
 def uncovered(
     feature: Shaped[Tensor, "batch tokens stored"],
     modality: Int8[Tensor, "batch tokens"],
@@ -85,16 +99,18 @@ def uncovered(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
-    rounding: float = 0.0,
+    codes: Codes | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
-    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `rounding` is the
-    part of the squared length of a vector that is taken for noise, where c is centred (`_grown`).
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. Codes of 2 bits
+    are of nearly equal lengths, and centred as they are. `codes` are the
+    bits of the codes that `feature` holds, if it does.
     """
-    feature = vectors(feature)
-    unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
+    feature = vectors(feature, codes)
+    exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    unit = exact / exact.shape[-1] ** 0.5 if codes == 2 and centred else F.normalize(exact, dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
     for kind in EVICTABLE:
         member = modality == kind
@@ -106,11 +122,11 @@ def uncovered(
         ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
-            ranked = _directions(ranked - mean, rounding)
+            ranked = _directions(ranked - mean, codes)
         near = nearest_before(ranked.detach().to(product or feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
-        alone = (1 - cosine).clamp_min(FLOOR).to(found.dtype)
+        alone = _apart(cosine, codes).to(found.dtype)
         found = found.scatter(1, order, torch.where(there, alone, found.gather(1, order)))
     return found
 
@@ -124,7 +140,7 @@ def uncovered_values(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
-    rounding: float = 0.0,
+    codes: Codes | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, in a third of its time: for scores that do not learn.
 
@@ -134,10 +150,10 @@ def uncovered_values(
     """
     found = torch.ones_like(scores)
     for row, kinds in enumerate(modality):
-        for order, kind in _rankings(scores[row], kinds, counts):
-            ranking = Ranking(feature[row], order, kind, centred, product, rounding)
-            cosine = ranking.best(len(order))
-            found[row].index_copy_(0, order, (1 - cosine).clamp_min_(FLOOR).to(found.dtype))
+        order, sizes = _ranked(scores[row], kinds, counts)
+        ranking = Ranking(feature[row], order, sizes or kinds[order], centred, product, codes)
+        cosines = [ranking.best(number, size) for number, size in enumerate(sizes or (len(order),))]
+        found[row].index_copy_(0, order, _apart(torch.cat(cosines), codes).to(found.dtype))
     return found
 
 
@@ -151,7 +167,7 @@ def uncovered_contested(
     *,
     centred: bool = True,
     product: torch.dtype | None = None,
-    rounding: float = 0.0,
+    codes: Codes | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """The values of `uncovered`, up to rounding, of all tokens that hard selection may keep; 1 of all others.
 
@@ -168,14 +184,15 @@ def uncovered_contested(
                 continue
             order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
             places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
-            rankings = [Ranking(feature[row], order[each], None, centred, product, rounding) for each in places]
+            sizes = tuple(len(each) for each in places)
+            ranking = Ranking(feature[row], order[torch.cat(places)], sizes, centred, product, codes)
             plain, first = scores[row, order], kept
             alone = torch.ones_like(plain)
             # 2. compare the first ones, then further ones until all that could be kept are among them
             while True:
-                for each, ranking in zip(places, rankings, strict=True):
-                    last = int(torch.searchsorted(each, first))
-                    alone[each[:last]] = (1 - ranking.best(last)).clamp_min_(FLOOR).to(alone.dtype)
+                heads = [each[: int(torch.searchsorted(each, first))] for each in places]
+                cosines = [ranking.best(number, len(each)) for number, each in enumerate(heads)]
+                alone[torch.cat(heads)] = _apart(torch.cat(cosines), codes).to(alone.dtype)
                 if first == size:
                     break
                 ahead = int((plain[:first] * factor(alone[:first]) > plain[first]).sum())
@@ -186,118 +203,137 @@ def uncovered_contested(
     return found
 
 
-def _rankings(
+def _ranked(
     scores: Float[Tensor, " tokens"], modality: Int8[Tensor, " tokens"], counts: Counts | None
-) -> Iterator[tuple[Int[Tensor, " members"], Int8[Tensor, " members"] | None]]:
-    """Members that are compared, best first: one modality, or both after one another with the modality of each."""
+) -> tuple[Int[Tensor, " members"], tuple[int, ...] | None]:
+    """Audio tokens, then visual tokens, each best first, and how many of each; None: only the device knows."""
     if counts is not None and counts.audio is None and scores.device.type not in COUNTED:
-        member = modality > 0
-        order = highest(scores[None], member[None], counts.media)[0]
-        order = order[modality[order].argsort(stable=True)]
-        yield order, modality[order]
-        return
+        order = highest(scores[None], modality[None] > 0, counts.media)[0]
+        return order[modality[order].argsort(stable=True)], None
+    orders = []
     for kind in EVICTABLE:
         member = modality == kind
         if counts is None or counts.audio is None:
             size = int(member.sum())
         else:
             size = counts.audio if kind == Modality.AUDIO else counts.media - counts.audio
-        if size:
-            yield highest(scores[None], member[None], size)[0], None
+        orders.append(highest(scores[None], member[None], size)[0])
+    return torch.cat(orders), tuple(map(len, orders))
 
 
 @final
 class Ranking:
-    """Tokens of one kind (or of both, after one another) in falling order of scores, compared with those before them.
+    """Tokens in falling order of scores, one modality after the other, compared with those of their own before them.
 
-    `product` is the precision in which the nearest is found (None: that of the feature); cosines are float32 or more.
+    `kinds` is how many there are of each modality; or, where only the device knows, the modality of each: then all are
+    compared at once. `product` is the precision in which the nearest is found (None: that of the feature); the cosine
+    to it is float32 or more, but of codes of 2 bits, which resolve less, as precise as `product`.
     """
 
     def __init__(
         self,
         feature: Shaped[Tensor, "tokens stored"],
         order: Int[Tensor, " members"],
-        kind: Int8[Tensor, " members"] | None,
+        kinds: tuple[int, ...] | Int8[Tensor, " members"],
         centred: bool,
         product: torch.dtype | None,
-        rounding: float,
+        codes: Codes | None,
     ) -> None:
-        ranked = vectors(feature.index_select(0, order))
-        self.product, self.rounding, self.kind, self.done = product or ranked.dtype, rounding, kind, 0
-        self.step = min(BLOCK, ROWS) if feature.device.type == "cpu" else BLOCK
-        self.ranked = ranked.to(torch.promote_types(ranked.dtype, torch.float32))
-        self.lengths = torch.linalg.vector_norm(self.ranked, dim=-1, keepdim=True).clamp_min_(1e-12)
-        self.mean = self._mean() if centred else None
-        size = len(order)
-        self.cosines = self.ranked.new_empty(size)
-        self.room = ranked.new_empty(min(self.step, size) * size, dtype=self.product)  # cosines of a block
-        # minus infinity where a member (column) is not before another one (row) of its block, else 0
-        side = min(self.step, size)
-        self.later = torch.full((side, side), float("-inf"), dtype=self.product, device=feature.device).triu()
+        # 1. directions, from the mean of each modality
+        ranked = vectors(feature.index_select(0, order), codes)
+        product = product or ranked.dtype
+        ranked = ranked.to(torch.promote_types(ranked.dtype, torch.float32))
+        self.codes, self.kind = codes, None if isinstance(kinds, tuple) else kinds
+        sizes = kinds if isinstance(kinds, tuple) else (len(order),)
+        if codes != 2 or not centred:
+            _normalized(ranked)
+        if centred:
+            self._centre(ranked, sizes)
+            length = _normalized(ranked)
+            if codes == 4:
+                ranked.mul_(_grown(length))
+        # 2. what is compared, and how far it was: of each modality
+        self.ranked, self.low = ranked.split(sizes), ranked.to(product).split(sizes)
+        self.cosines, self.done = ranked.new_empty(len(order)).split(sizes), [0] * len(sizes)
+        # 3. room for the cosines of a block; minus infinity where a member (column) is not before another one (row)
+        side = min((ROWS if product.itemsize > 2 else 2 * ROWS) if feature.device.type == "cpu" else BLOCK, max(sizes))
+        self.room = ranked.new_empty(side * max(sizes), dtype=product)
+        self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
 
-    def _mean(self) -> Float[Tensor, "kinds feature"]:
-        """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
-        kind, share = self.kind, torch.ones_like(self.lengths)
-        if kind is not None:
-            visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
+    def _centre(self, ranked: Float[Tensor, "members feature"], sizes: tuple[int, ...]) -> None:
+        """Take the mean of each modality off its members."""
+        with torch.autocast(ranked.device.type, enabled=False):
+            if self.kind is None:
+                for part in ranked.split(sizes):
+                    part.sub_(part.sum(dim=0).div_(max(1, len(part))))
+                return
+            visual = (self.kind == Modality.VISUAL).to(ranked.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
-        with torch.autocast(share.device.type, enabled=False):
-            return ((share / self.lengths).mT @ self.ranked).div_(share.sum(dim=0)[:, None])
+            mean = (share.mT @ ranked).div_(share.sum(dim=0)[:, None])  # NaN of a modality that nothing is of
+            ranked.sub_(mean[(self.kind == Modality.VISUAL).long()])
 
-    def best(self, count: int) -> Float[Tensor, " count"]:
-        """The largest cosine of each of the first `count` members to one of its kind before it, or `ALONE`.
+    def best(self, number: int, count: int) -> Float[Tensor, " count"]:
+        """The largest cosine of each of the first `count` members of a modality to one before it, or `ALONE`.
 
         `count` does not fall from call to call.
         """
-        # 1. directions of those that were not compared yet
-        kind, new = self.kind, slice(self.done, count)
-        rows = self.ranked[new].div_(self.lengths[new])
-        if self.mean is not None:
-            rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
-            length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
-            rows.div_(length if self.rounding == 0 else length.div_(_grown(length, self.rounding)))
-        # 2. their cosines, block by block
-        with torch.autocast(self.ranked.device.type, enabled=False):
-            for first in range(self.done, count, self.step):
-                self._compare(first, min(first + self.step, count))
-        self.done = count
-        # 3. the first of each kind has none before it
-        if kind is None:
-            self.cosines[:1] = ALONE
-            return self.cosines[:count]
-        first = torch.ones_like(self.cosines, dtype=torch.bool)
-        first[1:] = kind[1:] != kind[:-1]
-        return self.cosines.masked_fill_(first, ALONE)[:count]
+        cosines, done, step = self.cosines[number], self.done[number], len(self.later)
+        with torch.autocast(cosines.device.type, enabled=False):
+            for first in range(done, count, step):
+                self._compare(number, first, min(first + step, count))
+        self.done[number] = count
+        # the first of each modality has none before it
+        if self.kind is None:
+            cosines[:1] = ALONE
+            return cosines[:count]
+        first = torch.ones_like(cosines, dtype=torch.bool)
+        first[1:] = self.kind[1:] != self.kind[:-1]
+        return cosines.masked_fill_(first, ALONE)[:count]
 
-    def _compare(self, first: int, last: int) -> None:
+    def _compare(self, number: int, first: int, last: int) -> None:
         """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
-        kind, low, rows, before = self.kind, self.product, self.ranked[first:last], self.ranked[:last]
+        ranked, low, found = self.ranked[number], self.low[number], self.cosines[number][first:last]
         room = self.room[: (last - first) * last].view(last - first, last)
-        alike = torch.mm(rows.to(low), before.to(low).mT, out=room)
+        alike = torch.mm(low[first:last], low[:last].mT, out=room)
         alike[:, first:].add_(self.later[: last - first, : last - first])
-        if kind is not None:
-            alike.masked_fill_(kind[first:last, None] != kind[:last], float("-inf"))
-        if low == rows.dtype:
-            torch.amax(alike, dim=-1, out=self.cosines[first:last])
+        if self.kind is not None:
+            alike.masked_fill_(self.kind[first:last, None] != self.kind[:last], float("-inf"))
+        if low.dtype == ranked.dtype:
+            torch.amax(alike, dim=-1, out=found)
+        elif self.codes == 2:
+            found.copy_(alike.amax(dim=-1))
         else:
-            torch.sum(rows * before[alike.max(dim=-1).indices], dim=-1, out=self.cosines[first:last])
+            torch.sum(ranked[first:last] * ranked[alike.max(dim=-1).indices], dim=-1, out=found)
+
+
+def _apart(cosine: Float[Tensor, "*shape"], codes: Codes | None) -> Float[Tensor, "*shape"]:
+    """1 - c, clamped; of what the codes stand for."""
+    apart = unrounded(1 - cosine) if codes == 2 else 1 - cosine
+    return apart.clamp_min(FLOOR)
+
+
+def _normalized(vectors: Float[Tensor, "members feature"]) -> Float[Tensor, "members 1"]:
+    """Divide them by their lengths, which are returned."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(1e-12)
+    vectors.mul_(1 / length)
+    return length
 
 
 def _directions(
-    apart: Float[Tensor, "batch members feature"], rounding: float
+    apart: Float[Tensor, "batch members feature"], codes: Codes | None
 ) -> Float[Tensor, "batch members feature"]:
     """Differences from the mean, normalised; without gradient where they are close to 0 (silence, a still image).
 
     There the direction is noise, and its gradient grows with 1 / length.
     """
     unit, length = F.normalize(apart, dim=-1, eps=1e-12), apart.detach().norm(dim=-1, keepdim=True)
-    unit = unit if rounding == 0 else unit * _grown(length, rounding)
+    unit = unit * _grown(length) if codes == 4 else unit
     return torch.where(length < NOISE, unit.detach(), unit)
 
 
-def _grown(length: Float[Tensor, "*axes 1"], rounding: float) -> Float[Tensor, "*axes 1"]:
-    """1 / sqrt(1 - rounding / length^2), at most 2: what a direction of this length loses to the noise of its codes."""
-    return (1 - rounding / length.square()).clamp_min_(0.25).rsqrt_()
+def _grown(length: Float[Tensor, "*axes 1"]) -> Float[Tensor, "*axes 1"]:
+    """1 / sqrt(1 - ROUNDING / length^2), at most 2: what a direction of this length loses to rounding to 4 bits."""
+    return (1 - ROUNDING / length.square()).clamp_min_(0.25).rsqrt_()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The chunk pass: every layer attends to [memory ; chunk], then evicts tokens until its budget holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, final, runtime_checkable
 
@@ -16,7 +16,7 @@ from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, ro
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
-from omnimem.sketches import encoded
+from omnimem.sketches import References, encoded
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.tokens import ABSENT, HIDDEN, Counts, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
@@ -70,6 +70,7 @@ class ReadConfig:
     # attention and its mass in one pass, whose output differs in the last bits: never in training, where a chunk is
     # read with and without gradients
     together: bool = False
+    references: References = field(default_factory=References, compare=False, repr=False)
 
     @property
     def per_head(self) -> bool:
@@ -99,15 +100,20 @@ class ReadConfig:
         """Whether scores have gradient."""
         return self.softness is not None and self.softness.gradient != "none"
 
-    def feature(self, states: Float[Tensor, "batch tokens width"]) -> Shaped[Tensor, "batch tokens feature"]:
-        """The vectors of these layer inputs that are carried: for redundancy, or a sketch for coverage."""
+    def feature(
+        self, layer: int, states: Float[Tensor, "batch tokens width"], modality: Int8[Tensor, "batch tokens"]
+    ) -> Shaped[Tensor, "batch tokens feature"]:
+        """The vectors of these inputs of a layer that are carried: for redundancy, or a sketch for coverage."""
         if self.projection is None:
             return states
         bits = self.policy.measures.sketch
         if not bits:
             return states @ self.projection
         with torch.autocast(states.device.type, enabled=False):
-            return encoded(states.to(self.projection.dtype) @ self.projection, bits, learns=self.learns)
+            vector = states.to(self.projection.dtype) @ self.projection
+            if bits == 2:
+                vector = self.references.beyond(layer, vector, modality)
+            return encoded(vector, bits, learns=self.learns)
 
 
 @final
@@ -275,11 +281,12 @@ class ChunkStep:
 
     def arriving(
         self,
+        layer: int,
         states: Float[Tensor, "batch tokens width"],
         keys: Float[Tensor, "batch kv_heads tokens dim"],
         values: Float[Tensor, "batch kv_heads tokens dim"],
     ) -> Tokens:
-        """The chunk as entries of a layer with these inputs, keys and values."""
+        """The chunk as entries of a layer, with its inputs, keys and values."""
         zeros = torch.zeros(self.modality.shape, dtype=torch.float32, device=keys.device)
         return Tokens(
             keys=keys,
@@ -291,7 +298,7 @@ class ChunkStep:
             order=self.held.order,
             importance=zeros,
             novelty=zeros,
-            feature=self.config.feature(states),
+            feature=self.config.feature(layer, states, self.modality),
             gate=torch.where(self.modality == ABSENT, HIDDEN, zeros) if self.config.policy.traits.ragged else zeros,
             states=states[..., :0],
             owner=self.modality[:, None, :][:, :0],
@@ -332,7 +339,7 @@ class ChunkAttention:
         chunk, config, heads = self.chunk, self.chunk.config, keys.shape[1]
         policy, softness, count = config.policy, config.softness, chunk.modality.shape[1]
         # 1. pool = [memory ; chunk]; where heads keep tokens of their own, each head is a row from here on
-        fresh = chunk.arriving(states[:, :count], keys[:, :, :count], values[:, :, :count])
+        fresh = chunk.arriving(layer, states[:, :count], keys[:, :, :count], values[:, :, :count])
         if self._consumed is None:
             pool = self._pool(layer, replace(Tokens.of(memory), counts=self.counts[layer]), states[:, :count], fresh)
         else:

@@ -268,20 +268,27 @@ class Stream:
             self._trained.note(max(self._end) - 1)
         text, audio, visual = (a + b for a, b in zip(self.usage.tokens_in, arrived, strict=True))
         selector = None if self.selector is None else self.selector.memory
-        selecting = 0 if selector is None else selector.bytes
+        selecting = 0 if self.selector is None else self.selector.bytes
         self.usage = Usage(
             peak_entries=max(self.usage.peak_entries, int(pool) if pool == int(pool) else pool),
             kept_entries=max(self.usage.kept_entries, self.memory.entries),
-            bytes=max(self.usage.bytes, self.memory.bytes + selecting),
+            bytes=max(self.usage.bytes, self.bytes),
             selector_entries=max(self.usage.selector_entries, 0 if selector is None else selector.entries),
             selector_bytes=max(self.usage.selector_bytes, selecting),
             tokens_in=(text, audio, visual),
             chunks=self.usage.chunks + 1,
         )
 
+    @property
+    def bytes(self) -> int:
+        """Bytes per stream between two chunks: memory, references of its sketches, and the same of the selector."""
+        selecting = 0 if self.selector is None else self.selector.bytes
+        return self.memory.bytes + self._config.references.bytes + selecting
+
     def fork(self) -> "Stream":
         """A stream with the same past; chunks fed to one of them do not reach the other."""
-        twin = copy(self)  # everything that it holds is a value, but for the selector
+        twin = copy(self)  # everything that it holds is a value, but for the references and the selector
+        twin._config = replace(self._config, references=self._config.references.fork())
         twin.selector = None if self.selector is None else self.selector.fork()
         return twin
 

@@ -240,7 +240,7 @@ def test_an_export_before_format_3_compares_layer_inputs_as_it_did(number, featu
     (tmp_path / "omnimem.json").write_text(json.dumps(table))
     old, now = Exported.read(tmp_path).policy, Exported.read(adapter).policy
     assert (old.scorer.compared, old.measures.sketch, old.measures.feature) == ("inputs", False, feature)
-    assert (now.scorer.compared, now.measures.sketch, now.measures.feature) == ("sketch", 4, 192)
+    assert (now.scorer.compared, now.measures.sketch, now.measures.feature) == ("sketch", 2, 256)
 
 
 def test_an_export_of_format_3_compares_sketches_of_16_bits_as_it_did(adapter, tmp_path) -> None:

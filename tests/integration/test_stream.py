@@ -288,7 +288,9 @@ def smooth_stream() -> Chunk:
     return replace(whole, embeddings=embeddings)
 
 
-@pytest.mark.parametrize(("compared", "bits", "least"), [("inputs", 32, 0.7), ("sketch", 16, 0.85), ("sketch", 4, 0.8)])
+@pytest.mark.parametrize(
+    ("compared", "bits", "least"), [("inputs", 32, 0.7), ("sketch", 16, 0.85), ("sketch", 4, 0.8), ("sketch", 2, 0.7)]
+)
 def test_a_projected_feature_is_smaller_and_keeps_most_of_the_exact_selection(compared, bits, least) -> None:
     budget = Budget(slots=((4, 20),) * 4)
     chunks = cut(smooth_stream(), LENGTHS)

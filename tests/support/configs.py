@@ -1,6 +1,7 @@
 """Configurations loaded from text, and the problems that loading reports."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,8 @@ def loaded(tmp_path: Path, *overrides: str, text: str = SMALL) -> RunConfig:
     file = tmp_path / "my.yaml"
     file.write_text(text)
     return load(file, overrides, train=TRAIN)
+
+
+def written_out(run: RunConfig) -> RunConfig:
+    """The run with the values of its policy's preset written out."""
+    return replace(run, memory=run.memory.written_out())

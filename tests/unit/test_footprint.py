@@ -64,20 +64,27 @@ def test_a_checkpoint_folder_is_read_like_the_shipped_shapes(tied, hub, tmp_path
     assert shapes.geometry.mel.hop == 4000
 
 
-@pytest.mark.parametrize("bits", [None, 4, 16])
+@pytest.mark.parametrize("bits", [None, 2, 4, 16])
 def test_bytes_of_an_entry_equal_those_of_a_real_memory(bits) -> None:
     model = thinkers.random_model(thinkers.config_of(build_tokenizer(), tied=False, rates="tiny"))
     tokens = 24
-    options = PerturbationOptions(feature=7, compared="inputs" if bits is None else "sketch", sketch_bits=bits)
+    width = 8 if bits == 2 else 7
+    options = PerturbationOptions(feature=width, compared="inputs" if bits is None else "sketch", sketch_bits=bits)
     with attach(model.model.language_model) as attached:
         stream = Stream(attached, options.build(Budget.full(2)))
         stream.feed(chunk(tokens, 32, 0))
     config = model.config.text_config
     shapes = read_shapes(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
     shapes = replace(shapes, text=replace(shapes.text, kv_heads=config.num_key_value_heads, dim=8, width=32))
-    pair, side = shapes.entry(7, torch.float32, sketch=bits)
+    pair, side = shapes.entry(width, torch.float32, sketch=bits)
     assert sum(layer.keys.nbytes + layer.values.nbytes for layer in stream.memory.layers) == 2 * tokens * pair
     assert stream.memory.bytes == 2 * tokens * (pair + side)
+
+
+def test_the_side_state_of_the_default_is_a_twentieth_of_the_keys_and_values_of_a_7b_model() -> None:
+    pair, side = read_shapes(CONFIGS / "models" / "Qwen2.5-Omni-7B.json").entry(256, torch.bfloat16, sketch=2)
+    assert (pair, side) == (2048, 64 + 4 * (3 + 1 + 1 + 3) + 1)
+    assert side <= 0.05 * pair
 
 
 def test_adapter_states_are_those_of_mixed_precision_adamw_and_shard_by_stage() -> None:

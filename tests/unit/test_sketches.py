@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from omnimem.policies.base import sketch
 from omnimem.policies.perturbation import SKETCH
+from omnimem.scoring import covered
 from omnimem.scoring.covered import uncovered, uncovered_values
-from omnimem.sketches import LEVELS, ROUNDING, encoded, packed, stored, vectors
+from omnimem.sketches import OFFSETS, ROUNDING, SHARE, STEP, References, encoded, packed, stored, unrounded, vectors
+from omnimem.tokens import Counts
 from omnimem.view import FLOOR
 
 DRAW = 5
@@ -21,23 +23,37 @@ def streams(count: int, width: int, *, common: float = 2.0) -> Tensor:
     return common * torch.randn(width, generator=draw) + events + 0.7 * torch.randn(count, width, generator=draw)
 
 
-@pytest.mark.parametrize("feature", [1, 2, 7, 192])
-def test_codes_survive_packing(feature) -> None:
-    codes = torch.randint(-LEVELS, LEVELS + 1, (2, 9, feature), generator=torch.Generator().manual_seed(DRAW)).float()
-    held = packed(codes)
-    assert (held.shape[-1], held.dtype) == stored(feature, 4, learns=False) == ((feature + 1) // 2, torch.uint8)
-    assert torch.equal(vectors(held)[..., :feature], codes)
-    assert not vectors(held)[..., feature:].any()
+@pytest.mark.parametrize(("bits", "feature"), [(4, 1), (4, 2), (4, 7), (4, 192), (2, 4), (2, 256)])
+def test_codes_survive_packing(bits, feature) -> None:
+    draw = torch.Generator().manual_seed(DRAW)
+    numbers = torch.randint(int(bits == 4), 1 << bits, (2, 9, feature), generator=draw).to(torch.uint8)
+    held = packed(numbers, bits)
+    assert (held.shape[-1], held.dtype) == stored(feature, bits, learns=False)
+    assert held.shape[-1] == (feature * bits + 7) // 8
+    assert torch.equal(vectors(held, bits)[..., :feature], numbers.float() - OFFSETS[bits])
+    assert not vectors(held, bits)[..., feature:].any()
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [2, 4, 16])
 def test_training_compares_the_numbers_of_evaluation(bits) -> None:
     unit = F.normalize(streams(64, 96)[None], dim=-1)
-    plain = encoded(unit, bits, learns=False)
+    plain = encoded(unit.clone(), bits, learns=False)
     learning = encoded(unit.requires_grad_(), bits, learns=True)
     assert learning.requires_grad
     assert (learning.shape[-1], learning.dtype) == stored(96, bits, learns=True)
-    assert torch.equal(vectors(learning).float(), vectors(plain).float())
+    codes = bits if bits < 16 else None
+    assert torch.equal(vectors(learning, codes).float(), vectors(plain, codes).float())
+
+
+def test_the_cosine_of_numbers_follows_from_that_of_their_codes() -> None:
+    """In the mean over pairs of normally distributed numbers, whose correlation is known."""
+    draw = torch.Generator().manual_seed(DRAW)
+    one, other = torch.randn(2, 1 << 20, generator=draw, dtype=torch.float64)
+    for cosine in (-0.9, -0.3, 0.0, 0.2, 0.5, 0.8, 0.95, 1.0):
+        pair = (one, cosine * one + (1 - cosine**2) ** 0.5 * other)
+        a, b = ((each / STEP + 2).clamp(0, 3).floor() - 1.5 for each in pair)
+        found = 1 - unrounded(1 - (a * b).mean() / (a.square().mean() * b.square().mean()).sqrt())
+        assert float(found) == pytest.approx(cosine, abs=0.01), cosine
 
 
 @pytest.mark.parametrize("measure", [uncovered, uncovered_values])
@@ -45,11 +61,11 @@ def test_copies_have_cosine_1_and_the_two_computations_agree(measure) -> None:
     """Beside float64 and the formula: dot / sqrt((|u|^2 - r) (|v|^2 - r)) of centred codes of length 1."""
     unit = F.normalize(streams(60, 96), dim=-1)
     unit[40:] = unit[:20]
-    held = vectors(encoded(unit[None], 4, learns=False))
+    held = encoded(unit[None], 4, learns=False)
     scores, kinds = torch.linspace(1, 0.1, 60)[None], torch.full((1, 60), 2, dtype=torch.int8)
-    found = measure(held, kinds, scores, rounding=ROUNDING)[0]
+    found = measure(held, kinds, scores, codes=4)[0]
     assert float(found[40:].max()) == pytest.approx(FLOOR)
-    rows = F.normalize(held[0].double(), dim=-1)
+    rows = F.normalize(vectors(held[0], 4).double(), dim=-1)
     rows = rows - rows.mean(0)
     lengths = rows.norm(dim=-1)
     rows = rows / torch.maximum(lengths**2 - ROUNDING, lengths**2 / 4).sqrt()[:, None]
@@ -58,14 +74,91 @@ def test_copies_have_cosine_1_and_the_two_computations_agree(measure) -> None:
     torch.testing.assert_close(found.double(), (1 - best).clamp_min(FLOOR), rtol=1e-4, atol=1e-5)
 
 
-def test_a_sketch_of_4_bits_is_smaller_and_nearer_to_the_exact_cosine_than_one_of_16() -> None:
+@pytest.mark.parametrize("measure", [uncovered, uncovered_values])
+@pytest.mark.parametrize("centred", [True, False])
+def test_codes_of_2_bits_are_compared_as_the_formula_says(centred, measure) -> None:
+    """Beside float64: the centred codes as they are, and 1 - c of what they stand for; copies have 1 - c = 0."""
+    vector = streams(60, 96)[None]
+    vector[:, 40:] = vector[:, :20]
+    scores, kinds = torch.linspace(1, 0.1, 60)[None], torch.tensor([[1, 2] * 30], dtype=torch.int8)
+    held = encoded(References().beyond(0, vector, kinds), 2, learns=False)
+    found = measure(held, kinds, scores, codes=2, centred=centred)[0]
+    assert float(found[40:].max()) == pytest.approx(FLOOR)
+    for kind in (1, 2):
+        rows = vectors(held[0, kinds[0] == kind], 2).double()
+        rows = F.normalize(rows - rows.mean(0) if centred else rows, dim=-1)
+        best = (rows @ rows.T).masked_fill(torch.ones(30, 30, dtype=torch.bool).triu(), -1.0).amax(dim=1)
+        expected = unrounded(1 - best).clamp_min(FLOOR)
+        torch.testing.assert_close(found[kinds[0] == kind].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [Counts(0, 60, None, 0), Counts(0, 60, 30, 0)])
+@pytest.mark.parametrize("product", [None, torch.bfloat16])
+@pytest.mark.parametrize("codes", [2, 4])
+def test_both_modalities_at_once_are_compared_as_one_after_the_other(codes, product, counts, monkeypatch) -> None:
+    """As on a device that is not asked how many there are of each."""
+    kinds, scores = torch.tensor([[1, 2] * 30], dtype=torch.int8), torch.linspace(1, 0.1, 60)[None]
+    held = encoded(References().beyond(0, streams(60, 96)[None], kinds), codes, learns=False)
+    asked = uncovered_values(held, kinds, scores, product=product, codes=codes)
+    monkeypatch.setattr(covered, "COUNTED", ())
+    found = uncovered_values(held, kinds, scores, counts, product=product, codes=codes)
+    torch.testing.assert_close(found, asked, rtol=1e-5, atol=1e-5 if product is None else 0.01)
+
+
+def test_the_smallest_sketch_is_as_near_to_the_exact_cosine_as_the_largest() -> None:
     states, errors, sizes = streams(200, 1024), {}, {}
     scores, kinds = torch.linspace(1, 0.1, 200)[None], torch.full((1, 200), 2, dtype=torch.int8)
     exact = uncovered_values(states[None], kinds, scores)
     for bits, feature in SKETCH.items():
-        held = encoded(F.normalize(states[None] @ sketch(1024, feature), dim=-1), bits, learns=False)
+        vector = states[None] @ sketch(1024, feature)
+        if bits == 2:
+            vector = References().beyond(0, vector, kinds)
+        held = encoded(vector, bits, learns=False)
         sizes[bits] = held[0, 0].nbytes
-        found = uncovered_values(vectors(held), kinds, scores, rounding=ROUNDING if bits == 4 else 0.0)
+        found = uncovered_values(held, kinds, scores, codes=bits if bits < 16 else None)
         errors[bits] = float((found - exact).square().mean())
-    assert sizes == {4: 96, 16: 256}
-    assert errors[4] < errors[16], errors
+    assert sizes == {2: 64, 4: 96, 16: 256}
+    assert max(errors[2], errors[4]) < errors[16], errors
+
+
+def test_a_reference_is_that_of_the_first_tokens_of_its_modality() -> None:
+    """Each stream of a batch has its own, later tokens leave it, text has none, and a fork goes its own way."""
+    vector = streams(48, 16).view(2, 24, 16)
+    kinds = torch.tensor([[0, 2, 2, 2, 1, 2] * 4, [2, 2, 0, 2, 2, 2] * 4], dtype=torch.int8)
+    references, alone = References(), [References(), References()]
+    first = [references.beyond(0, vector[:, :12], kinds[:, :12])]
+    twin = references.fork()
+    for row, each in enumerate(alone):
+        single = each.beyond(0, vector[row : row + 1, :12], kinds[row : row + 1, :12])
+        torch.testing.assert_close(single[0], first[0][row])
+    unit = F.normalize(vector[0, :12], dim=-1)
+    for kind in (1, 2):
+        mean = SHARE * unit[kinds[0, :12] == kind].mean(dim=0)
+        expected = vector[0] - vector[0].norm(dim=-1, keepdim=True) * mean
+        again = references.beyond(0, vector[:, 12:], kinds[:, 12:])[0]
+        torch.testing.assert_close(again[kinds[0, 12:] == kind], expected[12:][kinds[0, 12:] == kind])
+    assert torch.equal(references.beyond(0, vector[:, :12], kinds[:, :12]), first[0])  # read again
+    text = kinds[0, :12] == 0
+    assert torch.equal(first[0][0, text], vector[0, :12][text])
+    # the second stream has no audio yet
+    sound = torch.ones(2, 3, dtype=torch.int8)
+    ours, theirs = (each.beyond(0, vector[:, 20:23] * sign, sound) for each, sign in ((references, 1), (twin, -1)))
+    torch.testing.assert_close(ours[1], -theirs[1])
+    assert references.bytes == 2 * 16 * 4
+
+
+def test_what_resembles_a_still_opening_later_is_still_a_copy_of_it() -> None:
+    """Differences from the mean alone would be noise there, and their directions unlike."""
+    draw = torch.Generator().manual_seed(DRAW)
+    still, events = torch.randn(512, generator=draw), torch.randn(40, 512, generator=draw)
+    opening, later = (still + 0.01 * torch.randn(20, 512, generator=draw) for _ in range(2))
+    references, kinds = References(), torch.full((1, 80), 2, dtype=torch.int8)
+    matrix, parts = sketch(512, 256), (opening, torch.cat([events, later]))
+    held = [
+        encoded(references.beyond(0, part[None] @ matrix, kinds[:, : len(part)]), 2, learns=False) for part in parts
+    ]
+    scores = torch.linspace(1, 0.1, 80)[None]
+    found = uncovered_values(torch.cat(held, dim=1), kinds, scores, codes=2)[0]
+    assert float(found[1:20].max()) < 0.1
+    assert float(found[60:].max()) < 0.1
+    assert float(found[20:60].min()) > 0.5

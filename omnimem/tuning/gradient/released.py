@@ -84,7 +84,7 @@ class ReleasedGradient:
         entering, top = self._run_in_graph(fixed, {stop - 1: before.layers[stop - 1]}, states)
         kept = [*kept, *(tokens.detached() for tokens in top)]
         # 3. the stop layer keeps inputs by their redundancy
-        pool = _pool(step, before.layers[stop], entering)
+        pool = _pool(step, self.stop_layer, before.layers[stop], entering)
         carrier = _kept_inputs(pool, by_similarity(step.config.policy).keep(stop, _view_of_inputs(pool, step)))
         if step.config.padded(carrier):
             raise GradientError(
@@ -132,7 +132,7 @@ class ReleasedGradient:
             entering, kept = self._run_in_graph(step, dict(enumerate(before.layers[:stop])), record.embeddings)
         # their keys and values are in the graph already
         below = tuple(replace(tokens, states=tokens.states[..., :0]) for tokens in kept)
-        return below, _pool(step, before.layers[stop], entering)
+        return below, _pool(step, stop, before.layers[stop], entering)
 
     def _above(self, step: ChunkStep, pool: Tokens) -> tuple[Tokens, ...]:
         """Memory of the layers from `stop_layer` on as the question reads it, keys and values in the graph."""
@@ -166,7 +166,8 @@ class SequenceAttention:
         self, layer: int, states: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *memory: Tensor
     ) -> Tensor:
         config = self.config
-        pool = replace(Tokens.of(memory), keys=keys, values=values, feature=config.feature(states.detach()))
+        pool = replace(Tokens.of(memory), keys=keys, values=values)
+        pool = replace(pool, feature=config.feature(layer, states.detach(), pool.modality))
         view = LayerView(
             pool=pool,
             new=self.new or pool.count,
@@ -199,11 +200,11 @@ def _sequence(
     return states, kept[0]
 
 
-def _pool(step: ChunkStep, carrier: Tokens, entering: Float[Tensor, "batch tokens width"]) -> Tokens:
+def _pool(step: ChunkStep, layer: int, carrier: Tokens, entering: Float[Tensor, "batch tokens width"]) -> Tokens:
     """[carrier ; chunk] as inputs of the stop layer: states in the graph, keys and values zero."""
     shape, (batch, count) = step.attached.shape, step.modality.shape
     none = torch.zeros(batch, shape.kv_heads, count, shape.dim, dtype=entering.dtype, device=entering.device)
-    fresh = replace(step.arriving(entering.detach(), none, none), states=entering)
+    fresh = replace(step.arriving(layer, entering.detach(), none, none), states=entering)
     if not carrier.count:
         carrier = replace(carrier, states=entering[:, :0])
     return carrier.cat(fresh)
