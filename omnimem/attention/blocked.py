@@ -7,7 +7,7 @@ packed pass over several questions the key must also belong to the memory or to 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, final
@@ -20,9 +20,12 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from omnimem.lazy import lazy_property
+
 MEMORY = -2  # segment of keys that every query may see
 BLOCK = 1024  # queries per block: bounds the mask to BLOCK x keys
 ROWS = 128  # queries times heads of a block whose probabilities are formed on a CPU: they should fit into its cache
+TRITON = find_spec("triton") is not None
 
 HeadMean = Literal["probabilities", "logits"]
 
@@ -192,7 +195,20 @@ def mass(
 @cache
 def fused_mass() -> Callable[..., Tensor] | None:
     """`omnimem.attention.fused.mass`, imported only when it is used; None without Triton (which comes with CUDA)."""
-    return import_module("omnimem.attention.fused").mass if find_spec("triton") else None
+    return import_module("omnimem.attention.fused").mass if TRITON else None
+
+
+@torch.library.custom_op("omnimem::mass", mutates_args=())
+def captured_mass(queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+    """`fused_mass` as one operator of a captured graph: torch.compile does not look into it. Requires Triton."""
+    kernels = fused_mass()
+    assert kernels is not None, "chosen where there is Triton"
+    return kernels(queries, keys, scale=scale, gate=gate)
+
+
+@captured_mass.register_fake
+def _(queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+    return keys.new_empty(keys.shape[0], keys.shape[2], dtype=torch.float32)
 
 
 @final
@@ -205,6 +221,8 @@ class _Mass(torch.autograd.Function):
     @staticmethod
     def forward(queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> Tensor:
         on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
+        if heads == "probabilities" and on_gpu and TRITON and torch.compiler.is_compiling():
+            return captured_mass(queries, keys, scale, gate)
         if heads == "probabilities" and on_gpu and (kernels := fused_mass()) is not None:
             return kernels(queries, keys, scale=scale, gate=gate)
         parts = _Parts.of(queries, keys, gate, scale, heads)
@@ -261,7 +279,7 @@ class _Parts:
         count = self.queries.shape[2]
         return ((first, min(first + self.step, count)) for first in range(0, count, self.step))
 
-    @cached_property
+    @lazy_property
     def later(self) -> Tensor:
         """Of the queries of a block (rows) and their own keys (columns): which are later."""
         return torch.ones(self.step, self.step, dtype=torch.bool, device=self.queries.device).triu(1)
@@ -308,7 +326,7 @@ class _Parts:
         joined = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
         return (joined @ self.joined_keys[:, : self.seen(last)].mT)[:, None]
 
-    @cached_property
+    @lazy_property
     def joined_keys(self) -> Tensor:
         """The keys of all heads side by side, [batch, keys, kv_heads x dim]."""
         return self.keys.transpose(1, 2).flatten(2)
