@@ -76,5 +76,5 @@ class H2OOptions:
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
         chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
-        measures = Measures(query_stride=chosen["query_stride"])
-        return part(RankedPolicy, {**chosen, "ranking": part(HeavyHitters, chosen), "measures": measures})
+        parts = {"ranking": part(HeavyHitters, chosen), "measures": part(Measures, chosen)}
+        return part(RankedPolicy, {**chosen, **parts})
