@@ -236,7 +236,8 @@ def mass(
     queries, fused = every.of(queries), heads == "probabilities"
     if heads == "logits":
         queries, keys, scale = *_averaged(queries, keys, scale), 1.0
-    return _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused) * every.stride
+    found = _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused)
+    return found if every.stride == 1 else found * every.stride
 
 
 def _averaged(
