@@ -104,16 +104,15 @@ def uncovered(
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
-    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. Codes of 2 bits
-    are of nearly equal lengths, and centred as they are. `codes` are the
-    bits of the codes that `feature` holds, if it does.
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `codes` are the bits
+    of the codes that `feature` holds, if it does; those of 2 bits are of nearly equal lengths, and centred as they are.
     """
     feature = vectors(feature, codes)
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
     unit = exact / exact.shape[-1] ** 0.5 if codes == 2 and centred else F.normalize(exact, dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
     for kind in EVICTABLE:
-        member = modality == kind
+        member = kind.mask(modality)
         sizes = member.sum(dim=1, keepdim=True)  # in one pool of both modalities streams may hold unequal numbers
         if (size := int(sizes.max())) == 0:
             continue
@@ -183,7 +182,7 @@ def uncovered_contested(
             if kept in (0, size):
                 continue
             order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
-            places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
+            places = [kind.mask(kinds[order]).nonzero()[:, 0] for kind in EVICTABLE]
             sizes = tuple(len(each) for each in places)
             ranking = Ranking(feature[row], order[torch.cat(places)], sizes, centred, product, codes)
             plain, first = scores[row, order], kept
@@ -212,7 +211,7 @@ def _ranked(
         return order[modality[order].argsort(stable=True)], None
     orders = []
     for kind in EVICTABLE:
-        member = modality == kind
+        member = kind.mask(modality)
         if counts is None or counts.audio is None:
             size = int(member.sum())
         else:
@@ -267,10 +266,10 @@ class Ranking:
                 for part in ranked.split(sizes):
                     part.sub_(part.sum(dim=0).div_(max(1, len(part))))
                 return
-            visual = (self.kind == Modality.VISUAL).to(ranked.dtype)[:, None]
+            visual = Modality.VISUAL.mask(self.kind).to(ranked.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
             mean = (share.mT @ ranked).div_(share.sum(dim=0)[:, None])  # NaN of a modality that nothing is of
-            ranked.sub_(mean[(self.kind == Modality.VISUAL).long()])
+            ranked.sub_(mean[Modality.VISUAL.mask(self.kind).long()])
 
     def best(self, number: int, count: int) -> Float[Tensor, " count"]:
         """The largest cosine of each of the first `count` members of a modality to one before it, or `ALONE`.
