@@ -1,11 +1,12 @@
 """Sketches of layer inputs as they are carried: in 16 bits per number, or as codes of 4 or 2 that share bytes.
 
-Only directions are used, so no scale is carried, and equal vectors have equal codes, hence the cosine 1. In units of
-standard deviations of the numbers, 1 / sqrt(feature) for a vector of length 1:
+Equal vectors have equal codes, hence the cosine 1. In units of standard deviations of the numbers, which are
+1 / sqrt(feature) of the length of the vector:
 
-4 bits   whole numbers from -7 to 7, in units of CLIP / LEVELS
-2 bits   -1.5, -0.5, 0.5 or 1.5, in units of STEP, of the difference from a reference (`References`): most of a layer
-         input is common to all tokens, and four values would not resolve the rest
+4 bits   whole numbers from -7 to 7, in units of CLIP / LEVELS; only the direction is carried
+2 bits   -1.5, -0.5, 0.5 or 1.5, in units of STEP, of the difference of a direction from a reference (`References`), and
+         a byte for the length of that. Most of a layer input is common to all tokens, and four values would not resolve
+         the rest. Differences from their mean do not depend on the reference.
 """
 
 from copy import copy
@@ -25,7 +26,7 @@ SKETCHED = torch.bfloat16  # of 16 bits: bfloat16 for its range, as they may car
 LEVELS = 7  # the largest code of 4 bits
 CLIP = 2.5  # what it stands for
 STEP = 0.996  # the best width of four equal steps for normally distributed numbers
-SHARE = 0.8  # of the mean that the reference is: what is hardly unlike the mean keeps a direction of its own
+SIZES = 85  # of a length of 2; three times as much, the largest number, is exact in bfloat16
 # Rounding adds 1.2 % to the squared length of a vector, as noise that lowers cosines between centred vectors. Half of
 # it is taken off again: the errors of nearly equal vectors are nearly equal too. Of all shares tried (0, 1/2, 3/4, 1)
 # it agrees best with exact cosines (docs/policies.md, "Copies by a sketch").
@@ -38,7 +39,7 @@ OFFSETS: dict[Codes, float] = {4: LEVELS + 1.0, 2: 1.5}  # of a stored code abov
 
 @final
 class References:
-    """By layer, a direction for each modality: SHARE times the mean of the first tokens of the modality that arrive.
+    """By layer, a vector for each modality: the mean direction of the tokens of the first chunk that has any.
 
     One of the few things of a stream that are not in its memory: it never changes once it is there, so a chunk that is
     read again finds it as it was.
@@ -51,23 +52,23 @@ class References:
     def beyond(
         self, layer: int, vector: Float[Tensor, "batch tokens feature"], modality: Int8[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch tokens feature"]:
-        """v - |v| r of every token of a chunk, with the reference r of its modality; v of text, which is not compared.
+        """v / |v| - r of every token of a chunk, r the reference of its modality; without r of text, which is not used.
 
         A modality that has not arrived before gets its reference.
         """
-        length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-12)
+        unit = F.normalize(vector, dim=-1, eps=1e-12)
         kinds = torch.arange(EVICTABLE[0], EVICTABLE[0] + len(EVICTABLE), device=modality.device)
         member = (modality[..., None] == kinds).to(vector.dtype)
         if layer not in self._of or layer in self._known:
-            self._learn(layer, vector.detach() / length.detach(), member)
-        return torch.baddbmm(vector, member * length, self._of[layer], alpha=-1)
+            self._learn(layer, unit.detach(), member)
+        return torch.baddbmm(unit, member, self._of[layer], alpha=-1)
 
     def _learn(
         self, layer: int, unit: Float[Tensor, "batch tokens feature"], member: Float[Tensor, "batch tokens kinds"]
     ) -> None:
         """Set the references of modalities of which these directions are the first."""
         count = member.sum(dim=1)[..., None]
-        mean, known = (member.mT @ unit).mul_(SHARE / count.clamp_min(1)), count > 0
+        mean, known = (member.mT @ unit).div_(count.clamp_min(1)), count > 0
         if layer in self._of:
             mean = torch.where(self._known[layer], self._of[layer], mean)
             known |= self._known[layer]
@@ -89,25 +90,34 @@ class References:
 
 def stored(feature: int, bits: Bits, *, learns: bool) -> tuple[int, torch.dtype]:
     """Width and type in which a sketch of `feature` numbers is carried; one that `learns` always has 16 bits."""
-    return (feature, SKETCHED) if bits == 16 or learns else (-(-feature * bits // 8), torch.uint8)
+    return (feature, SKETCHED) if bits == 16 or learns else (-(-feature * bits // 8) + (bits == 2), torch.uint8)
 
 
 def encoded(
     vector: Float[Tensor, "batch tokens feature"], bits: Bits, *, learns: bool
 ) -> Shaped[Tensor, "batch tokens stored"]:
-    """Directions of vectors as they are carried; those that learn hold the same codes, with gradient to `vector`.
+    """Vectors as they are carried; those that learn hold the same numbers (`vectors`), with gradient to `vector`.
 
-    Where they do not learn, `vector` is overwritten.
+    In 2 bits, `vector` is a difference from a reference. Where they do not learn, it is overwritten.
     """
     if bits == 16:
         return F.normalize(vector, dim=-1, eps=1e-12).to(SKETCHED)
+    # 1. codes
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True).clamp_min(1e-12)
-    scale = vector.shape[-1] ** 0.5 * (LEVELS / CLIP if bits == 4 else 1 / STEP) / length
+    size = None if bits == 4 else (length.detach() * (SIZES / 2)).round_().clamp_(max=SIZES)
     least, most = (1, 2 * LEVELS + 1) if bits == 4 else (0, 3)
+    scale = vector.shape[-1] ** 0.5 * (LEVELS / CLIP if bits == 4 else 1 / STEP) / length
     scaled = vector * scale if learns else vector.mul_(scale)
-    number = (scaled.detach().clone() if learns else scaled).add_(OFFSETS[bits] + 0.5).clamp_(least, most)
-    number = number.to(torch.uint8)
-    return (scaled + (number - OFFSETS[bits] - scaled.detach())).to(SKETCHED) if learns else packed(number, bits)
+    number = scaled.detach().clone() if learns else scaled
+    number = number.add_(OFFSETS[bits] + 0.5).clamp_(least, most).to(torch.uint8)
+    # 2. as they are carried
+    if not learns:
+        held = packed(number, bits)
+        return held if size is None else torch.cat([held, size.to(torch.uint8)], dim=-1)
+    value = number - OFFSETS[bits]
+    if size is not None:
+        scaled, value = vector * enlarged(vector.shape[-1]), 2 * value * size
+    return (scaled + (value - scaled.detach())).to(SKETCHED)
 
 
 def packed(number: UInt8[Tensor, "*axes feature"], bits: Codes) -> UInt8[Tensor, "*axes bytes"]:
@@ -127,12 +137,17 @@ def packed(number: UInt8[Tensor, "*axes feature"], bits: Codes) -> UInt8[Tensor,
 
 
 def vectors(held: Shaped[Tensor, "*axes stored"], codes: Codes | None) -> Float[Tensor, "*axes feature"]:
-    """The carried vectors up to their lengths: the codes of packed bytes, anything else as it is."""
+    """The carried vectors, up to a common factor or, in 4 bits, their lengths; what holds no codes as it is."""
     if codes is None or held.dtype != torch.uint8:
         return held
-    least = (1 << codes) - 1
-    parts = [(held >> shift) & least for shift in range(0, 8, codes)]
-    return torch.cat(parts, dim=-1).to(torch.float32).sub_(OFFSETS[codes])
+    bytes_, least = held if codes == 4 else held[..., :-1], (1 << codes) - 1
+    found = torch.cat([(bytes_ >> shift) & least for shift in range(0, 8, codes)], dim=-1).to(torch.float32)
+    return found.sub_(OFFSETS[4]) if codes == 4 else found.mul_(2).sub_(2 * OFFSETS[2]).mul_(held[..., -1:])
+
+
+def enlarged(feature: int) -> float:
+    """How many times as long the vectors of codes of 2 bits are as what they stand for."""
+    return feature**0.5 * SIZES / STEP
 
 
 def unrounded(apart: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:

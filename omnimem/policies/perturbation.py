@@ -112,6 +112,11 @@ class PerturbationOptions:
                 f"policy.feature = {chosen['feature']} must be a multiple of 4, as a byte holds 4 numbers of a sketch "
                 "of 2 bits; or set sketch_bits to 4"
             )
+        if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and not chosen["centred"]:
+            raise ValueError(
+                "policy.centred = false compares directions, and a sketch of 2 bits holds differences from a reference, "
+                "not directions; set sketch_bits to 4"
+            )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
             raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
-from omnimem.sketches import ROUNDING, Codes, unrounded, vectors
+from omnimem.sketches import ROUNDING, Codes, enlarged, unrounded, vectors
 from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
@@ -104,12 +104,13 @@ def uncovered(
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
-    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `codes` are the bits
-    of the codes that `feature` holds, if it does; those of 2 bits are of nearly equal lengths, and centred as they are.
+    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `codes` are the
+    bits of the codes that `feature` holds, if it does; with 2, it holds differences of directions from a reference,
+    which have to be centred.
     """
     feature = vectors(feature, codes)
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
-    unit = exact / exact.shape[-1] ** 0.5 if codes == 2 and centred else F.normalize(exact, dim=-1, eps=1e-12)
+    unit = exact / enlarged(exact.shape[-1]) if codes == 2 else F.normalize(exact, dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
     for kind in EVICTABLE:
         member = kind.mask(modality)
@@ -244,7 +245,7 @@ class Ranking:
         ranked = ranked.to(torch.promote_types(ranked.dtype, torch.float32))
         self.codes, self.kind = codes, None if isinstance(kinds, tuple) else kinds
         sizes = kinds if isinstance(kinds, tuple) else (len(order),)
-        if codes != 2 or not centred:
+        if codes != 2:
             _normalized(ranked)
         if centred:
             self._centre(ranked, sizes)
@@ -255,7 +256,8 @@ class Ranking:
         self.ranked, self.low = ranked.split(sizes), ranked.to(product).split(sizes)
         self.cosines, self.done = ranked.new_empty(len(order)).split(sizes), [0] * len(sizes)
         # 3. room for the cosines of a block; minus infinity where a member (column) is not before another one (row)
-        side = min((ROWS if product.itemsize > 2 else 2 * ROWS) if feature.device.type == "cpu" else BLOCK, max(sizes))
+        rows = BLOCK if feature.device.type != "cpu" else ROWS if product.itemsize > 2 else 2 * ROWS
+        side = max(1, min(rows, max(sizes)))
         self.room = ranked.new_empty(side * max(sizes), dtype=product)
         self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
 

@@ -83,7 +83,7 @@ def test_bytes_of_an_entry_equal_those_of_a_real_memory(bits) -> None:
 
 def test_the_side_state_of_the_default_is_a_twentieth_of_the_keys_and_values_of_a_7b_model() -> None:
     pair, side = read_shapes(CONFIGS / "models" / "Qwen2.5-Omni-7B.json").entry(256, torch.bfloat16, sketch=2)
-    assert (pair, side) == (2048, 64 + 4 * (3 + 1 + 1 + 3) + 1)
+    assert (pair, side) == (2048, 65 + 4 * (3 + 1 + 1 + 3) + 1)
     assert side <= 0.05 * pair
 
 

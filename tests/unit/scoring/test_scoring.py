@@ -17,7 +17,7 @@ from omnimem.policies.base import sketch
 from omnimem.scoring import AbstractScorer, Covered, KeyDifference, Perturbation, Random, Recency, Uniform, covered
 from omnimem.scoring.hashing import uniform_of
 from omnimem.selection import LayerSlots, groups, select
-from omnimem.sketches import ROUNDING, encoded
+from omnimem.sketches import encoded
 from omnimem.tokens import ABSENT, Counts, Modality, Tokens
 from omnimem.view import FLOOR, Contest, LayerView, Measures, ScoreGradient
 
@@ -299,8 +299,8 @@ def test_a_sketch_keeps_cosines_and_passes_gradient_to_the_layer_input(bits) -> 
         read = states.clone().requires_grad_()
         unit = torch.nn.functional.normalize(read @ matrix, dim=-1)
         carried = encoded(unit, bits, learns=True) if rounded else unit
-        rounding = ROUNDING if rounded and bits == 4 else 0.0
-        covered.uncovered(carried, kinds, scores, product=torch.float32, rounding=rounding).sum().backward()
+        codes = bits if rounded and bits < 16 else None
+        covered.uncovered(carried, kinds, scores, product=torch.float32, codes=codes).sum().backward()
         slopes.append(read.grad)
     apart = (slopes[0] - slopes[1]).norm(dim=-1) / slopes[1].norm(dim=-1)
     assert float(apart.median()) < {16: 0.01, 4: 0.25}[bits]  # of few tokens another one is nearest
