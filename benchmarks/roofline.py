@@ -32,7 +32,7 @@ from omnimem.scoring.covered import uncovered_contested, uncovered_values
 from omnimem.sketches import ROUNDING, encoded, vectors
 from omnimem.view import Contest, Measures, similarity
 
-SKETCH = SKETCHES[4]
+SKETCH = SKETCHES[2]
 
 Part = tuple[str, float, float, Callable[[], Any]]  # name, operations, numbers moved, what is timed
 
@@ -66,7 +66,7 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     up, down = torch.randn(inner, width), torch.randn(width, inner)
     queries = torch.randn(1, HEADS, chunk, dim)
     keys, values = torch.randn(2, 1, KV_HEADS, pool, dim)
-    feature, low = (torch.randn(1, pool, width), encoded(torch.randn(1, pool, SKETCH), 4, learns=False))
+    feature, low = (torch.randn(1, pool, width), encoded(torch.randn(1, pool, SKETCH), 2, learns=False))
     modality = torch.tensor([2, 2, 2, 1], dtype=torch.int8).repeat(-(-pool // 4))[None, :pool]
     scores, index = torch.rand(1, pool), torch.randperm(pool)[:slots].sort().values
     contest = [Contest(modality > 0, slots)]

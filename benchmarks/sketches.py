@@ -33,12 +33,12 @@ from omnimem.pretrained import smollm2
 from omnimem.run import write_json
 from omnimem.scoring.covered import uncovered_values
 from omnimem.selection import select
-from omnimem.sketches import ROUNDING, Bits, encoded
+from omnimem.sketches import Bits, Codes, References, encoded
 from omnimem.streaming.attach import attach
 from omnimem.tasks import RecallOptions
 from omnimem.view import LayerView
 
-SKETCHES: tuple[tuple[Bits, int], ...] = ((16, 64), (16, 128), (4, 128), (4, 160), (4, 192), (4, 224), (4, 256))
+SKETCHES: tuple[tuple[Bits, int], ...] = ((16, 128), (4, 128), (4, 192), (2, 192), (2, 256), (2, 320))
 STRIDES = (2, 4, 8)
 
 
@@ -71,11 +71,11 @@ class Strides:
             sums = torch.nn.functional.pad(sums, (0, int(pool.order.max()) + 1 - sums.shape[1]))
             measured = replace(
                 view,
-                pool=replace(pool, importance=sums.gather(1, pool.order)),
+                pool=replace(pool, importance=sums.gather(1, pool.order.long())),
                 measured=None,
                 every=Every.drawn(stride, view.new, first, layer),
             )
-            self.sums[stride, layer] = sums.scatter(1, pool.order, measured.importance)
+            self.sums[stride, layer] = sums.scatter(1, pool.order.long(), measured.importance)
             self.same[f"every {stride}"] = self.same.get(f"every {stride}", 0) + len(
                 exact & chosen(measured) if evicts else exact
             )
@@ -89,27 +89,39 @@ class Comparison:
     policy: Any
     same: dict[str, int] = field(default_factory=dict)  # kept tokens in common
     kept: int = 0  # of exact cosines
+    references: dict[int, dict[int, References]] = field(default_factory=dict)  # of a stream, by layer and width
 
     def __call__(self, layer: int, view: LayerView) -> None:
         """A layer before its eviction."""
         pool, slots, scorer = view.pool, self.policy.layer_slots(layer), self.policy.scorer
+        width, new = pool.feature.shape[-1], slice(pool.count - view.new, None)
+        if pool.count == view.new:  # a new stream
+            self.references.pop(layer, None)
+        references = self.references.setdefault(
+            layer, {feature: References() for bits, feature in SKETCHES if bits == 2}
+        )
+        for feature, each in references.items():  # a chunk sets what all of its stream are compared with
+            each.beyond(layer, pool.feature[:, new].float() @ sketch(width, min(feature, width)), view.modality[:, new])
         if int((view.modality > 0).sum()) <= slots.audio + slots.visual:
             return
         inner = scorer.inner(view)
 
-        def chosen(feature: Tensor, rounding: float = 0.0) -> set[int]:
-            alone = uncovered_values(feature, view.modality, inner, pool.counts, rounding=rounding)
+        def chosen(feature: Tensor, codes: Codes | None = None) -> set[int]:
+            alone = uncovered_values(feature, view.modality, inner, pool.counts, codes=codes)
             scores = inner * (alone / (1 - scorer.above)).clamp(max=1) ** scorer.power
             index = select(scores, view.modality, slots, counts=pool.counts).index[0]
             return set(index[view.modality[0, index] > 0].tolist())
 
-        exact, width = chosen(pool.feature), pool.feature.shape[-1]
+        exact = chosen(pool.feature)
         self.kept += len(exact)
         for bits, feature in SKETCHES:
             name, found = f"{bits} bits x {feature}", exact
             if feature < width:
-                held = encoded(pool.feature.float() @ sketch(width, feature), bits, learns=False)
-                found = chosen(held, ROUNDING if bits == 4 else 0.0)
+                vector = pool.feature.float() @ sketch(width, feature)
+                if bits == 2:
+                    vector = references[feature].beyond(layer, vector, view.modality)
+                held = encoded(vector, bits, learns=False)
+                found = chosen(held, bits if bits != 16 else None)
             self.same[name] = self.same.get(name, 0) + len(found & exact)
 
 

@@ -114,7 +114,7 @@ class PerturbationOptions:
             )
         if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and not chosen["centred"]:
             raise ValueError(
-                "policy.centred = false compares directions, and a sketch of 2 bits holds differences from a reference, "
+                "policy.centred = false compares directions, and a sketch of 2 bits holds differences from others, "
                 "not directions; set sketch_bits to 4"
             )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
