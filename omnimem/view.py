@@ -1,7 +1,6 @@
 """LayerView: everything a scorer may use of a layer after a chunk. There is no field for the question."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention import blocked
+from omnimem.lazy import lazy_property
 from omnimem.positions import Rotary
 from omnimem.sketches import Bits
 from omnimem.tokens import ABSENT, Tokens
@@ -99,7 +99,7 @@ class LayerView:
         narrow = arrived is None or measures.feature is None or arrived.shape[-1] <= measures.feature
         return measures.sketch == 4 and not narrow
 
-    @cached_property
+    @lazy_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
         """Attention received from the chunk's queries (sum over queries, mean over heads), or the estimate of it."""
         if self.measured is not None:
@@ -114,7 +114,7 @@ class LayerView:
                 every=self.every,
             )
 
-    @cached_property
+    @lazy_property
     def importance(self) -> Float[Tensor, "batch tokens"]:
         """a_k over all chunks so far: the carried value of a memory token combined with the new mass."""
         old = self.pool.importance
@@ -125,7 +125,7 @@ class LayerView:
             total = torch.cat([(old[:, :kept] + self.mass[:, :kept]) / 2, self.mass[:, kept:]], dim=1)
         return total.clamp_min(FLOOR)
 
-    @cached_property
+    @lazy_property
     def novelty(self) -> Float[Tensor, "batch tokens"]:
         """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
         kept = 0 if self.measures.neighbours == "pool" else self.pool.count - self.new  # kept tokens keep their value

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, final
@@ -21,10 +21,13 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from omnimem.lazy import lazy_property
+
 MEMORY = -2  # segment of keys that every query may see
 BLOCK = 1024  # queries per block: bounds the mask to BLOCK x keys
 ROWS = 128  # queries times heads of a block whose probabilities are formed on a CPU: they should fit into its cache
 CACHED = 1 << 18  # numbers of such a block of all key-value heads; of a larger one they are processed one by one
+TRITON = find_spec("triton") is not None
 
 HeadMean = Literal["probabilities", "logits"]
 
@@ -42,8 +45,9 @@ class Every(NamedTuple):
         All first queries are equally likely, so each query is measured with probability 1 / stride, and at least one
         always is. Nothing but these numbers decides: neither the device, nor the batch, nor the state of a generator.
         """
-        stride = min(stride, queries)
-        digest = hashlib.sha256(repr(place).encode()).digest() if stride > 1 else b""
+        if (stride := min(stride, queries)) == 1:
+            return ALL
+        digest = hashlib.sha256(repr(place).encode()).digest()
         return cls(stride, int.from_bytes(digest[:8], "big") % stride)
 
     def of(self, queries: Float[Tensor, "batch heads queries *dims"]) -> Float[Tensor, "batch heads measured *dims"]:
@@ -197,12 +201,13 @@ def _flash_measured(
 ) -> tuple[Tensor, Tensor] | None:
     """`attend_measured` on a GPU."""
     wide = (queries, keys, values) if gate is None else _with_gate(queries, keys, values, gate, scale)
-    if queries.shape[2] == 1 or not _flash_supports(*wide) or (kernels := fused_mass()) is None:
+    if queries.shape[2] == 1 or not TRITON or not _flash_supports(*wide):
         return None
     output, sums = _flash(*wide, scale)
     seen = keys.shape[2] - queries.shape[2] + every.first + 1
-    settings = {"scale": scale, "gate": gate, "seen": seen, "stride": every.stride, "sums": every.of(sums)}
-    return output[..., : queries.shape[-1]], kernels(every.of(queries), keys, **settings) * every.stride
+    kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+    received = kernels(every.of(queries), keys, scale, gate, seen, every.stride, every.of(sums))
+    return output[..., : queries.shape[-1]], received if every.stride == 1 else received * every.stride
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -233,7 +238,8 @@ def mass(
     queries, fused = every.of(queries), heads == "probabilities"
     if heads == "logits":
         queries, keys, scale = *_averaged(queries, keys, scale), 1.0
-    return _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused) * every.stride
+    received = _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused)
+    return received if every.stride == 1 else received * every.stride
 
 
 def _averaged(
@@ -249,7 +255,27 @@ def _averaged(
 @cache
 def fused_mass() -> Callable[..., Tensor] | None:
     """`omnimem.attention.fused.mass`, imported only when it is used; None without Triton (which comes with CUDA)."""
-    return import_module("omnimem.attention.fused").mass if find_spec("triton") else None
+    return import_module("omnimem.attention.fused").mass if TRITON else None
+
+
+def by_kernels(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
+    """`fused_mass` of these arguments. Requires Triton."""
+    kernels = fused_mass()
+    assert kernels is not None, "chosen where there is Triton"
+    return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride, sums=sums)
+
+
+# one operator of a captured graph: torch.compile does not look into it
+captured_mass = torch.library.custom_op("omnimem::mass", by_kernels, mutates_args=())
+
+
+@captured_mass.register_fake
+def _(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
+    return keys.new_empty(keys.shape[0], keys.shape[2], dtype=torch.float32)
 
 
 @final
@@ -264,8 +290,9 @@ class _Mass(torch.autograd.Function):
         queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, seen: int, stride: int, fused: bool
     ) -> Tensor:
         on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
-        if fused and on_gpu and (kernels := fused_mass()) is not None:
-            return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride)
+        if fused and on_gpu and TRITON:
+            kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+            return kernels(queries, keys, scale, gate, seen, stride)
         parts = _Parts.of(queries, keys, gate, scale, seen, stride)
         received, room = torch.zeros_like(parts.keys[:, 0, :, 0]), parts.room()
         with torch.autocast(queries.device.type, enabled=False):
@@ -324,14 +351,14 @@ class _Parts:
         bias = None if gate is None else gate.to(exact)[:, None, None, :]
         return cls(queries=queries, keys=keys.to(exact), gate=bias, scale=scale, first_seen=first_seen, stride=stride)
 
-    @cached_property
+    @lazy_property
     def step(self) -> int:
         """Queries per block: ROWS rows of all heads of a group, or BLOCK where no cache matters."""
         heads, kv_heads = self.queries.shape[1], self.keys.shape[1]
         on_cpu = self.queries.device.type == "cpu"
         return max(1, min(BLOCK, ROWS * kv_heads // heads) if on_cpu else BLOCK // heads)
 
-    @cached_property
+    @lazy_property
     def alone(self) -> bool:
         """Whether each stream and key-value head is processed alone: on a CPU whose cache does not hold all heads."""
         on_cpu = self.queries.device.type == "cpu"
@@ -351,7 +378,7 @@ class _Parts:
                     heads=slice(head * group, (head + heads) * group),
                 )
 
-    @cached_property
+    @lazy_property
     def later(self) -> Tensor:
         """Of the queries of a block (rows) and the keys from that of the first on (columns): which are later."""
         rows = torch.arange(self.step, device=self.queries.device) * self.stride
