@@ -340,7 +340,8 @@ def _mono(frames: list[AudioFrame]) -> Samples:
 def _mixed(frame: AudioFrame) -> Samples:
     """Mean of the channels of one frame; a view of the only one of a mono frame."""
     if frame.layout.nb_channels == 1 and frame.format.name == "fltp":
-        return np.frombuffer(frame.planes[0], np.float32, frame.samples)
+        plane: Any = frame.planes[0]
+        return np.frombuffer(plane, np.float32, frame.samples)
     return _channels(frame).mean(axis=0, dtype=np.float32)
 
 
