@@ -16,12 +16,13 @@ from omnimem.streaming.prompt_pass import PromptState
 from omnimem.tokens import Room, Tokens
 
 ALIGNED = 8  # places of a storage are a multiple of this, as GPU kernels with a bias require
+CALLS = 32  # tokens of each answer for which room is made at a time: free places are hidden, and cost time too
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Places:
-    """Where a layer writes the next tokens, and what every query sees of its storage; both change in place."""
+    """Where a layer writes the next tokens, and what every query sees of its storage; calls change both in place."""
 
     index: Int[Tensor, " asked"]
     bias: Float[Tensor, "rows 1 queries places"]  # 0, a gate, or minus infinity; the heads of a group are queries
@@ -49,11 +50,11 @@ class Decoding:
         calls: int,
         padded: bool,
     ) -> None:
-        """For at most as many `calls`; `positions` are those of the first tokens after the questions of `state`."""
+        """With room for `calls`; `positions` are those of the first tokens after the questions of `state`."""
         self.attached, self.per_head, self.positions = attached, config.per_head, positions.clone()
         self.gated = config.gated(padded=padded)
         heads, more = attached.shape.kv_heads, calls * positions.shape[2]
-        self.lent: list[tuple[Room, int]] = []  # and how many places of it are filled
+        self.lent: dict[int, tuple[Room, int]] = {}  # by layer, and how many places of it are filled
         self.group = cast(Any, attached.text_model).config.num_attention_heads // heads
         self.stored: list[tuple[Tensor, Tensor]] = []
         self.places: list[Places] = []
@@ -63,7 +64,7 @@ class Decoding:
             if self.per_head:
                 kept, keys, values = rows_of(kept, heads), head_rows(keys), head_rows(values)
                 segments = segments.repeat_interleave(heads, dim=0)
-            self.stored.append(self._stored(kept, keys, values, more))
+            self.stored.append(self._stored(layer, kept, keys, values, more))
             key = layer if self.gated else kept.count
             if key not in self.distinct:
                 self.distinct[key] = self._before(kept, segments, self.stored[-1][0].shape[2])
@@ -72,25 +73,39 @@ class Decoding:
         own = torch.eye(positions.shape[2], dtype=torch.bool, device=positions.device)
         self.own = _bias(own, self.places[0].bias.dtype).repeat(self.group, 1)
 
-    def _stored(self, kept: Tokens, keys: Tensor, values: Tensor, more: int) -> tuple[Tensor, Tensor]:
+    def _stored(self, layer: int, kept: Tokens, keys: Tensor, values: Tensor, more: int) -> tuple[Tensor, Tensor]:
         """Keys and values of memory and questions with at least `more` free places behind them, which hold zeros."""
         read, room = keys.shape[2], kept.room
         extra = read + more + -(kept.count + read + more) % ALIGNED
         if room is not None and room.follows(kept, extra):
-            self.lent.append((room, kept.count))
+            self.lent[layer] = room, kept.count
             stored = room.lend(extra)
         else:
-            stored = F.pad(kept.keys, (0, 0, 0, extra)), F.pad(kept.values, (0, 0, 0, extra))
+            stored = _padded(kept.keys, extra), _padded(kept.values, extra)
         for storage, new in zip(stored, (keys, values), strict=True):
             storage[:, :, kept.count : kept.count + read] = new
             storage[:, :, kept.count + read :] = 0
         return stored
 
+    def extend(self, calls: int) -> None:
+        """Make room for further calls: the same with more places, another layout."""
+        extra = -(-calls * self.positions.shape[2] // ALIGNED) * ALIGNED
+        for layer, (keys, values) in enumerate(self.stored):
+            room, _ = self.lent.get(layer, (None, 0))
+            if room is not None and room.filled == keys.shape[2] and room.buffers[0].shape[2] >= room.filled + extra:
+                self.stored[layer] = room.lend(extra)
+                for storage in self.stored[layer]:
+                    storage[:, :, -extra:] = 0
+            else:
+                self.stored[layer] = _padded(keys, extra), _padded(values, extra)
+        for places in self.distinct.values():
+            places.bias = F.pad(places.bias, (0, extra), value=float("-inf"))
+
     def close(self) -> None:
         """Give back the room of full memory."""
-        for room, filled in self.lent:
+        for room, filled in self.lent.values():
             room.filled = filled
-        self.lent = []
+        self.lent = {}
 
     def _before(self, kept: Tokens, segments: Int[Tensor, "rows read"], places: int) -> Places:
         """What is seen before the first token: the memory, and of the questions its own."""
@@ -127,6 +142,11 @@ class Decoding:
         output = F.scaled_dot_product_attention(grouped, *stored, attn_mask=places.bias, scale=scale)
         output = output.view_as(queries)
         return merge_query_rows(output, heads) if self.per_head else output
+
+
+def _padded(part: Tensor, extra: int) -> Tensor:
+    """A copy with so many places of zeros behind it."""
+    return F.pad(part, (0, 0, 0, extra))
 
 
 def _bias(seen: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:

@@ -28,7 +28,7 @@ from omnimem.streaming.chunk_pass import (
     Recorder,
     layer_tensors,
 )
-from omnimem.streaming.decoding import Decoding
+from omnimem.streaming.decoding import CALLS, Decoding
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
 from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Chunk, ChunkFacts, Counts, Tracks
@@ -338,7 +338,7 @@ class Stream:
     def decoding(self, state: PromptState, offsets: Int[Tensor, "batch asked"], calls: int) -> Decoding:
         """What writes the answers to the questions of `state`, of which `offsets` are those of the last tokens.
 
-        One token of each per call, `calls` times at most.
+        One token of each per call, `calls` times until it is extended.
         """
         memory, config, compaction = self.memory, self._config, self._reindexing()
         if compaction is not None:
@@ -373,7 +373,11 @@ class Stream:
                 written.append(torch.where(done, torch.full_like(ids, -1), ids))
                 if bool(done.all()) or step + 1 == max_new_tokens:
                     break
-                decoding = decoding or self.decoding(state, offsets.clamp_min(0), max_new_tokens - 1)
+                more = min(CALLS, max_new_tokens - 1 - step)
+                if decoding is None:
+                    decoding = self.decoding(state, offsets.clamp_min(0), more)
+                elif step % CALLS == 0:
+                    decoding.extend(more)
                 logits = head(decoding(ids))
         finally:
             if decoding is not None:

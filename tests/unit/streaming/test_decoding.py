@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import assert_equal_logits, cut, text_model, whole_stream
+from support.models import assert_equal_logits, cut, one_layer, text_model, whole_stream
 from support.streams import policy_of, prompt_of
 from support.unchecked import unchecked
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch._dynamo import reset
 from omnimem.budget import Budget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
+from omnimem.streaming import stream as stream_module
 from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import last_of_each
 from omnimem.streaming.stream import Stream
@@ -25,9 +26,11 @@ def head(hidden: Tensor) -> Tensor:
     return hidden @ HEAD.T
 
 
+@pytest.mark.parametrize("calls", [2, 32])
 @pytest.mark.parametrize("slots", [None, ((2, 9), (3, 20), (9, 4), (2, 7))])
-def test_questions_are_answered_together_as_one_by_one(slots) -> None:
-    """With full memory, and where layers hold unequal numbers."""
+def test_questions_are_answered_together_as_one_by_one(slots, calls, monkeypatch) -> None:
+    """With full memory, and where layers hold unequal numbers; room is made for the answer, or for two tokens."""
+    monkeypatch.setattr(stream_module, "CALLS", calls)
     policy = policy_of("paper", slots) if slots else PerturbationOptions(name="paper").build(None)
     with attach(text_model("qwen2_5_omni")) as attached:
         stream = Stream(attached, policy)
@@ -67,8 +70,10 @@ def test_a_call_reads_its_token_as_if_all_were_asked_again(case: str, batch: int
         for chunk in cut(whole_stream(90, batch), [60, 30]) if case != "nothing" else ():
             stream.feed(chunk)
         prompt, written = prompt_of(rows), [[[] for _ in row] for row in rows]
-        decoding = stream.decoding(stream.ask(prompt), last_of_each(prompt)[1].clamp_min(0), 3)
-        for step in range(3):
+        decoding = stream.decoding(stream.ask(prompt), last_of_each(prompt)[1].clamp_min(0), 2)
+        for step in range(5):
+            if step and step % 2 == 0:
+                decoding.extend(2)
             ids = torch.tensor([[7 * step + 2 * place for place in range(4)]] * batch)
             hidden = decoding(ids)
             for row, asked in enumerate(rows):
@@ -89,8 +94,8 @@ def test_all_calls_have_one_layout_and_are_captured_once() -> None:
         return graph.forward
 
     reset()
-    with unchecked(), attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        stream = Stream(attached, CASES["one pool"])
+    with unchecked(), attach(one_layer()) as attached, torch.no_grad():
+        stream = Stream(attached, policy_of("paper", ((6, 14),), split=False))
         stream.feed(whole_stream(60))
         prompt = prompt_of([QUESTIONS])
         state, offsets = stream.ask(prompt), last_of_each(prompt)[1]
