@@ -1,6 +1,6 @@
 """LayerView: everything a scorer may use of a layer after a chunk. There is no field for the question."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -35,6 +35,9 @@ class Measures:
     # bits per number where redundancy, judged at arrival, reads the exact input; the projection is then orthonormal and
     # only coverage compares it
     sketch: Bits | Literal[False] = False
+    # s: attention is measured from every s-th query of a chunk (`blocked.Every`), times s; not in the repr, which
+    # identifies results: those of s = 1 are what they were without it
+    query_stride: int = field(default=1, repr=False)
 
 
 class Contest(NamedTuple):
@@ -68,6 +71,7 @@ class LayerView:
     measures: Measures
     gradient: ScoreGradient = "redundancy"  # which part of the score has gradient, if gradients are enabled
     rotary: Rotary | None = None  # of the model; None without a model
+    every: blocked.Every = blocked.ALL  # the queries of `mass`, as `measures.query_stride` wants them
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
@@ -97,12 +101,17 @@ class LayerView:
 
     @lazy_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
-        """Attention received from the chunk's queries (sum over queries, mean over heads)."""
+        """Attention received from the chunk's queries (sum over queries, mean over heads), or the estimate of it."""
         if self.measured is not None:
             return self.measured
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             return blocked.mass(
-                self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads
+                self.queries,
+                self.pool.keys,
+                scale=self.scale,
+                gate=self.pool.gate,
+                heads=self.measures.heads,
+                every=self.every,
             )
 
     @lazy_property

@@ -127,7 +127,7 @@ def test_the_kernels_of_the_mass_are_one_operator(fresh: None, monkeypatch: pyte
     monkeypatch.setattr(blocked, "TRITON", True)
     monkeypatch.setattr(blocked, "fused_mass", lambda: lambda queries, keys, **rest: keys[:, 0, :, 0] * rest["scale"])
     queries, keys = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16)
-    assert torch.equal(blocked.captured_mass(queries, keys, 0.5, None), keys[:, 0, :, 0] * 0.5)
+    assert torch.equal(blocked.captured_mass(queries, keys, 0.5, None, 5, 1), keys[:, 0, :, 0] * 0.5)
     names: list[str] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
