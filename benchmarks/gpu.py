@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 
-from benchmarks.accelerator import correctness, speed
+from benchmarks.accelerator import compiled, correctness, speed
 from benchmarks.accelerator.clock import Clock
 from benchmarks.accelerator.models import large, small
 from benchmarks.accelerator.record import Record, facts_of
@@ -57,6 +57,8 @@ def _sections(bench: speed.Bench, toy: correctness.Toy) -> dict[str, Callable[[]
             name = f"check of {check.__name__.replace('_', ' ')}, {dtype}"
             found[name] = partial(check, bench.record, toy, dtype, bench.device)
     for measure in (speed.ceilings, speed.chunk_steps, speed.asking, speed.training, speed.attention):
+        found[f"speed of {measure.__name__.replace('_', ' ')}"] = partial(measure, bench)
+    for measure in (compiled.compiled_tokens, compiled.compiled_chunks):  # last: compiling takes minutes
         found[f"speed of {measure.__name__.replace('_', ' ')}"] = partial(measure, bench)
     return found
 

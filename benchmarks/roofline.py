@@ -1,11 +1,14 @@
-"""How far each part of a layer is from what the machine allows: operations, bytes, seconds, on a CPU.
+"""How far each part of a layer, and a further token, is from what the machine allows: operations, bytes, seconds.
 
 python benchmarks/roofline.py [--chunk N]... [--slots N] [--width N] [--rounds N]
+
+On a CPU.
 
 A part needs at least operations / (rate of a 1,024^3 matrix product) and bytes / (rate of copying 64 MB), both measured
 in the same run, in CPU seconds of one thread; the larger one is its bound. Bytes count every input and output once.
 Shapes are those of benchmarks/stream_cost.py: 8 heads, 2 key-value heads, a quarter of the tokens audio. Copies that
-stay in the cache may be faster than the bound.
+stay in the cache may be faster than the bound. A further token reads every weight and all keys and values of 4 layers;
+"products alone" are those of one token with all weights, one layer after another.
 """
 
 import sys
@@ -22,17 +25,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.stream_cost import HEADS, KV_HEADS
+from benchmarks.stream_cost import HEADS, KV_HEADS, built, chunk_of, model_of
 from benchmarks.tables import markdown
-from omnimem.attention.blocked import attend, attend_measured
+from omnimem.attention.blocked import Every, attend, attend_measured, mass
 from omnimem.cli.parser import Parser, run_command
 from omnimem.policies.base import sketch
 from omnimem.policies.perturbation import SKETCH as SKETCHES
 from omnimem.scoring.covered import uncovered_contested, uncovered_values
-from omnimem.sketches import ROUNDING, encoded, vectors
+from omnimem.sketches import Codes, References, encoded, vectors
+from omnimem.streaming.attach import attach
+from omnimem.streaming.prompt_pass import IGNORED, last_of_each, pack
+from omnimem.streaming.stream import Stream
 from omnimem.view import Contest, Measures, similarity
 
 SKETCH = SKETCHES[2]
+LAYERS, QUESTION = 4, 32  # of a further token: layers of the model, tokens of a question
 
 Part = tuple[str, float, float, Callable[[], Any]]  # name, operations, numbers moved, what is timed
 
@@ -81,15 +88,20 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     operations, moved = 4 * HEADS * chunk * seen * dim, 2 * HEADS * chunk * dim + 2 * kv * pool
     yield "attention", operations, moved, lambda: attend(queries, keys, values, scale=0.1)
     # 3. what a policy adds
-    yield "attention with its mass", operations, moved, lambda: attend_measured(queries, keys, values, scale=0.1)
+    for stride, name in ((1, ""), (4, " of every fourth query")):
+        every, of_mass = Every(stride), 2 * HEADS * chunk * seen * dim / stride
+        both = partial(attend_measured, queries, keys, values, scale=0.1, every=every)
+        yield f"attention with its mass{name}", operations, moved, both
+        alone = partial(mass, queries, keys, scale=0.1, every=every)
+        yield f"mass{name} alone, as in training", of_mass, HEADS * chunk * dim / stride + kv * pool, alone
     for name, first in (("`paper`: whole pool", 0), ("`omnimem`: chunk", slots)):
         count = pool - first
         cosines = partial(similarity, feature[:, first:], modality[:, first:], Measures())
         yield f"cosines of neighbours, {name}", 4 * count * width, count * width, cosines
-    matrix = sketch(width, SKETCH)
+    matrix, references = sketch(width, SKETCH), References()
 
     def made() -> Tensor:
-        return encoded(feature[:, slots:] @ matrix, 4, learns=False)
+        return encoded(references.beyond(0, feature[:, slots:] @ matrix, modality[:, slots:]), 2, learns=False)
 
     yield "sketch of the chunk", 2 * chunk * width * SKETCH, chunk * width, made
     for name, held, compared in (
@@ -97,11 +109,11 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
         ("layer inputs, tokens that may stay", feature, slots),
         ("sketches, tokens that may stay", low, slots),
     ):
-        size, pairs = vectors(held).shape[-1], (0.75 * compared) ** 2 + (0.25 * compared) ** 2
-        rounding = 0.0 if held is feature else ROUNDING
+        codes = None if held is feature else 2
+        size, pairs = vectors(held, codes).shape[-1], (0.75 * compared) ** 2 + (0.25 * compared) ** 2
 
-        def some(held: Tensor = held, rounding: float = rounding) -> Tensor:
-            settings = {"product": torch.float32, "rounding": rounding}
+        def some(held: Tensor = held, codes: Codes | None = codes) -> Tensor:
+            settings = {"product": torch.float32 if codes is None else torch.bfloat16, "codes": codes}
             return uncovered_contested(held, modality, scores, contest, torch.sqrt, **settings)
 
         every = partial(uncovered_values, held, modality, scores)
@@ -112,7 +124,33 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
         for part, axis in stored:
             torch.cat(part.split([slots, chunk], dim=axis), dim=axis).index_select(axis, index)
 
-    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + SKETCH // 8), keep
+    yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + low.shape[-1] // 4), keep
+
+
+def further_tokens(slots: int, width: int, rounds: int) -> Iterator[tuple[int, str, float, float, float]]:
+    """Questions, part, operations, bytes and seconds of a further token, after a memory that is full."""
+    model = model_of(LAYERS, width, "cpu", "float32")
+    matrices = [each for each in model.layers.parameters() if each.ndim == 2]
+    weights = sum(each.numel() for each in matrices)
+    with attach(model) as attached:
+        stream = Stream(attached, built("omnimem", LAYERS, slots))
+        for number in range(3):
+            stream.feed(chunk_of(slots, number * slots, width, "cpu", torch.float32))
+        for asked in (1, 4, 16):
+            rows = {each.shape[1]: torch.randn(asked, each.shape[1]) for each in matrices}
+
+            def products(rows: dict[int, Tensor] = rows) -> None:
+                for each in matrices:
+                    F.linear(rows[each.shape[1]], each)
+
+            question = ([1] * QUESTION, range(QUESTION), [IGNORED] * QUESTION)
+            prompt = pack([[question] * asked], fill=0, device=torch.device("cpu"))
+            decoding = stream.decoding(stream.ask(prompt), last_of_each(prompt)[1], rounds + 1)
+            call = partial(decoding, torch.zeros(1, asked, dtype=torch.long))
+            held = sum(keys.numel() + values.numel() for keys, values in decoding.stored)
+            seen = 4 * HEADS * (width // HEADS) * asked * sum(keys.shape[2] for keys, _ in decoding.stored)
+            yield asked, "products alone", 2 * asked * weights, 4 * weights, seconds(products, rounds)
+            yield asked, "a further token", 2 * asked * weights + seen, 4 * (weights + held), seconds(call, rounds)
 
 
 @torch.no_grad()
@@ -136,6 +174,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                  f"{taken * 1e3:.2f}", f"{bound / taken:.0%}"]
             )  # fmt: skip
     print(markdown(("chunk", "part", "MFLOP", "MB", "bound, ms", "measured, ms", "bound / measured"), rows))
+    rows = []
+    for asked, name, operations, moved, taken in further_tokens(args.slots, args.width, args.rounds):
+        bound = max(operations * per_operation, moved * per_byte)
+        rows.append(
+            [str(asked), name, f"{operations / 1e6:.0f}", f"{moved / 1e6:.1f}", f"{bound * 1e3:.2f}",
+             f"{taken * 1e3:.2f}", f"{bound / taken:.0%}"]
+        )  # fmt: skip
+    print(markdown(("questions", "part", "MFLOP", "MB", "bound, ms", "measured, ms", "bound / measured"), rows))
 
 
 if __name__ == "__main__":

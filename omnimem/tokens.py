@@ -113,6 +113,12 @@ class Room:
         same = all(part.data_ptr() == buffer.data_ptr() for part, buffer, _ in pairs)
         return same and self.filled == tokens.count and self.buffers[0].shape[2] >= tokens.count + more
 
+    def lend(self, more: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with `more` free places, where nobody may append until `filled` is what it was."""
+        self.filled += more
+        keys, values = (buffer.narrow(2, 0, self.filled) for buffer in self.buffers[:2])
+        return keys, values
+
 
 @final
 @dataclass(frozen=True, kw_only=True)

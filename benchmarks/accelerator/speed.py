@@ -25,7 +25,7 @@ from omnimem.policies.base import Policy
 from omnimem.selection import LayerSlots, select
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
-from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.prompt_pass import Prompt, last_of_each
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient
@@ -297,12 +297,9 @@ def asking(bench: Bench) -> None:
 def _continued(stream: Stream, model: PreTrainedModel, head: nn.Module, prompt: Prompt) -> Iterator[Work]:
     with torch.no_grad(), attach(model):
         fork = stream.fork()
-        state = fork.ask(prompt)
-        ends = prompt.offsets == prompt.offsets.max()
-        following = Prompt(
-            ids=prompt.ids[ends][None], segments=prompt.segments[ends][None], offsets=prompt.offsets[ends][None] + 1
-        )
-        yield lambda: head(fork.ask(following, state).hidden).argmax(dim=-1)
+        decoding = fork.decoding(fork.ask(prompt), last_of_each(prompt)[1], 1)
+        ids = prompt.ids[prompt.offsets == prompt.offsets.max()][None]
+        yield lambda: head(decoding(ids)).argmax(dim=-1)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ attribute remains on a module, so a layer that is recomputed in backward gets th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast, final, runtime_checkable
@@ -198,18 +198,11 @@ class StreamedAttention:
             )
         return step.found()
 
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Decoder layers in training mode, which their checkpointing requires; their submodules keep their own mode."""
-        layers: list[Any] = list(cast(Any, self.text_model).layers)
-        modes = [layer.training for layer in layers]
-        for layer in layers if self.recompute_layers and torch.is_grad_enabled() else ():
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer, mode in zip(layers, modes, strict=True):
-                layer.training = mode
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Decoder layers in training mode, which their checkpointing requires, where they are recomputed."""
+        if not (self.recompute_layers and torch.is_grad_enabled()):
+            return nullcontext()
+        return _in_training(list(cast(Any, self.text_model).layers))
 
     def embed(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens width"]:
         """Embeddings of token ids."""
@@ -233,6 +226,19 @@ class StreamedAttention:
     def _ids(self, positions: Int[Tensor, "axes batch tokens"]) -> Tensor:
         """Positions as the model takes them: all axes, or the time of a model of plain text."""
         return positions if self.axes == 3 else positions[0]
+
+
+@contextmanager
+def _in_training(layers: list[Any]) -> Iterator[None]:
+    """The layers in training mode; their submodules keep their own mode."""
+    modes = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
 
 
 def _layer_hook(number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:

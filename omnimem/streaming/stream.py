@@ -28,6 +28,7 @@ from omnimem.streaming.chunk_pass import (
     Recorder,
     layer_tensors,
 )
+from omnimem.streaming.decoding import CALLS, Decoding
 from omnimem.streaming.prompt_pass import Prompt, PromptAttention, PromptState, last_of_each
 from omnimem.streaming.trained_range import TrainedRange
 from omnimem.tokens import Chunk, ChunkFacts, Counts, Tracks
@@ -303,42 +304,57 @@ class Stream:
         """`loss` of the memory, with the gradient of the stream's gradient mode."""
         return self.carry.read(loss, self.memory)
 
-    def ask(self, prompt: Prompt, before: PromptState | None = None) -> PromptState:
-        """Read packed questions (or, after `before`, their continuation); the memory does not change."""
-        return self.reader(prompt, before)(self.memory)
+    def ask(self, prompt: Prompt) -> PromptState:
+        """Read packed questions; the memory does not change."""
+        return self.reader(prompt)(self.memory)
 
-    def reader(self, prompt: Prompt, before: PromptState | None = None) -> Callable[[Memory], PromptState]:
+    def reader(self, prompt: Prompt) -> Callable[[Memory], PromptState]:
         """`ask` as a function of a memory, at the present end of the stream however often and late it is called.
 
         It holds no memory itself: in training the questions are read again in backward (`tuning.gradient`).
         """
-        attached, config, compaction, first = self.attached, self._config, None, self._next
-        if self.policy.traits.reindex:
-            compaction = self._compaction()
-            first = compaction.end
-        starts = torch.tensor(first, device=prompt.offsets.device)[:, None]
-        positions = (prompt.offsets + starts)[:, None, :].expand(-1, 3, -1)
+        attached, config, compaction = self.attached, self._config, self._reindexing()
+        positions = self._positions(prompt.offsets, compaction)
         padded = any(config.padded(layer) for layer in self.memory.layers)
 
         def read(memory: Memory) -> PromptState:
-            attention = PromptAttention(attached, config, prompt.segments, before, prompt.single, padded=padded)
+            attention = PromptAttention(attached, config, prompt.segments, padded=padded)
             if compaction is not None:
                 memory = compaction(memory, attached.rotary)
             try:
                 hidden = attached.run(attention, attached.embed(prompt.ids), positions, memories=layer_tensors(memory))
             finally:  # a recomputation ends by an exception, as for chunks
                 pairs = attention.take_results()
-            past = () if before is None else (before,)
             return PromptState(
                 hidden=hidden,
-                segments=torch.cat([*(state.segments for state in past), prompt.segments], dim=1),
-                offsets=torch.cat([*(state.offsets for state in past), prompt.offsets], dim=1),
+                segments=prompt.segments,
                 keys={layer: keys for layer, (keys, _) in pairs.items()},
                 values={layer: values for layer, (_, values) in pairs.items()},
-                joined=attention.joined,
             )
 
         return read
+
+    def _reindexing(self) -> Compaction | None:
+        """The compaction that questions are asked after, if the policy moves kept tokens up after every chunk."""
+        return self._compaction() if self.policy.traits.reindex else None
+
+    def _positions(self, offsets: Int[Tensor, "batch tokens"], compaction: Compaction | None) -> Tensor:
+        """Positions of tokens after the stream, [batch, axes, tokens]."""
+        starts = torch.tensor(self._next if compaction is None else compaction.end, device=offsets.device)
+        return (offsets + starts[:, None])[:, None, :].expand(-1, 3, -1)
+
+    @torch.no_grad()
+    def decoding(self, state: PromptState, offsets: Int[Tensor, "batch asked"], calls: int) -> Decoding:
+        """What writes the answers to the questions of `state`, of which `offsets` are those of the last tokens.
+
+        One token of each per call, `calls` times until it is extended.
+        """
+        memory, config, compaction = self.memory, self._config, self._reindexing()
+        if compaction is not None:
+            memory = compaction(memory, self.attached.rotary)
+        positions = self._positions(offsets + 1, compaction)
+        padded = any(config.padded(layer) for layer in memory.layers)
+        return Decoding(self.attached, config, memory, state, positions, calls=calls, padded=padded)
 
     @torch.no_grad()
     def answer(
@@ -354,22 +370,27 @@ class Stream:
         state = self.ask(prompt)
         last, offsets = last_of_each(prompt)
         logits = head(state.hidden.gather(1, last[..., None].expand(-1, -1, state.hidden.shape[-1])))
-        numbers = torch.arange(last.shape[1], device=last.device).expand_as(last)
         # 2. decode all answers together, one token of each per pass
         ends = torch.tensor(list(stop), device=last.device)
         written: list[Tensor] = []
         done = offsets < 0  # rows with fewer questions than the longest
-        for step in range(max_new_tokens):
-            ids = logits.argmax(dim=-1)
-            done = done | torch.isin(ids, ends)
-            written.append(torch.where(done, torch.full_like(ids, -1), ids))
-            if bool(done.all()) or step + 1 == max_new_tokens:
-                break
-            following = Prompt(
-                ids=ids, segments=numbers, offsets=offsets.clamp_min(0) + 1 + step, single=ids.numel() == 1
-            )
-            state = self.ask(following, state)
-            logits = head(state.hidden)
+        decoding: Decoding | None = None
+        try:
+            for step in range(max_new_tokens):
+                ids = logits.argmax(dim=-1)
+                done = done | torch.isin(ids, ends)
+                written.append(torch.where(done, torch.full_like(ids, -1), ids))
+                if bool(done.all()) or step + 1 == max_new_tokens:
+                    break
+                more = min(CALLS, max_new_tokens - 1 - step)
+                if decoding is None:
+                    decoding = self.decoding(state, offsets.clamp_min(0), more)
+                elif step % CALLS == 0:
+                    decoding.extend(more)
+                logits = head(decoding(ids))
+        finally:
+            if decoding is not None:
+                decoding.close()
         # 3. token ids of the real questions, without padding
         rows = torch.stack(written, dim=-1).tolist()
         real = (offsets >= 0).tolist()

@@ -12,7 +12,7 @@ from support.paths import ROOT
 from benchmarks.accelerator.record import Record
 
 CHECKED = {"attention", "streaming", "kept sets", "gradient"}
-MEASURED = {"ceilings", "chunk steps", "asking", "training", "attention"}
+MEASURED = {"ceilings", "chunk steps", "asking", "training", "attention", "compiled tokens", "compiled chunks"}
 
 
 @pytest.mark.slow

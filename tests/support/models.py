@@ -61,6 +61,13 @@ def text_model(family: str, seed: int = 0, rope_parameters: dict[str, Any] | Non
     return model.eval().requires_grad_(False)
 
 
+def one_layer(family: str = "qwen2_5_omni") -> PreTrainedModel:
+    """The text model of a family with its first layer alone."""
+    model: Any = text_model(family)
+    model.layers, model.config.num_hidden_layers = model.layers[:1], 1
+    return model
+
+
 def whole_stream(count: int = 96, batch: int = 1, width: int = 64, seed: int = 1, levels: int = 0) -> Chunk:
     """A random stream of text, audio and visual tokens with 3-axis positions, as one chunk."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import text_model
+from support.models import one_layer
 from support.streams import POLICIES, policy_of
 from support.unchecked import unchecked
 from torch import Tensor
 from torch._dynamo import reset
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
 
 from omnimem.attention import blocked
 from omnimem.policies.base import Policy
@@ -31,13 +30,6 @@ Layout = list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
 
 def policy(name: str, split: bool) -> Policy:
     return policy_of(name, ((6, SLOTS - 6),), split=split)
-
-
-def one_layer() -> PreTrainedModel:
-    """The tiny model with its first layer alone."""
-    model: Any = text_model("qwen2_5_omni")
-    model.layers, model.config.num_hidden_layers = model.layers[:1], 1
-    return model
 
 
 def chunks(count: int, *, text: int = 0) -> Iterator[Chunk]:
