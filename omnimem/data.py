@@ -255,7 +255,8 @@ class Sample:
     @property
     def times(self) -> tuple[float | None, ...]:
         """Time of each question in seconds of the stream; None: after its end."""
-        return tuple(None if question.at is None else question.at - self.start for question in self.questions)
+        asked = (message.at for message in self.messages if message.role == "user")
+        return tuple(None if at is None else at - self.start for at in asked)
 
     @property
     def moments(self) -> tuple[float | None, ...]:

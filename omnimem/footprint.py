@@ -4,7 +4,7 @@ Rows for parameters, optimizer and memory are exact; rows for activations and en
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import final, get_args
 
@@ -12,11 +12,12 @@ import torch
 
 from omnimem.backbones.shapes import Shapes, TextShape
 from omnimem.errors import counted
-from omnimem.sketches import Bits, stored
+from omnimem.sketches import Bits
 from omnimem.tuning import LoraOptions
 from omnimem.tuning.gradient.options import Horizon, Mode, Recompute
 from omnimem.tuning.lora import ATTENTION, Target
 
+SCORES = 160  # bytes saved by autograd per token of the pool when scores are differentiable (measured: 74 to 172)
 COVERAGE = 20  # bytes saved by autograd per feature element when coverage is differentiable (measured: 20.8)
 TOGETHER = 32  # segments per encoder pass
 
@@ -35,6 +36,8 @@ class Load:
     feature: int  # width of the vectors that redundancy or coverage reads; 0: not stored
     sketch: Bits | None = None  # they are sketches, of so many bits per number
     covered: int = 0  # width of the features that coverage compares, where the score is differentiable
+    gated: bool = False  # kept tokens stand behind gates: softened selection
+    weighed: bool = False  # attention mass is differentiable too
     per_head: bool = False  # every key-value head keeps its own tokens, each with side state and an owner of one byte
     entries: int  # audio and visual slots, summed over the layers; with a "full" budget those of full memory
     limited: int | None = None  # those of the largest limited budget, where "full" is drawn too; None: as `entries`
@@ -44,6 +47,7 @@ class Load:
     chunks: int  # of the longest stream
     text_tokens: int  # of the stream; never evicted
     question_tokens: int  # of all questions of a sample
+    moments: int = 1  # times at which they are asked
     frame: tuple[int, int]  # height and width after resizing
     frames_per_segment: int
     half: bool  # DeepSpeed's or autocast's bf16 / fp16
@@ -71,7 +75,8 @@ class Row:
 
 def footprint(shapes: Shapes, load: Load) -> tuple[Row, ...]:
     """Rows of the memory table, per device; their sum is an upper bound of the estimated peak."""
-    return (*_states(shapes, load), *_memory(shapes, load), *_activations(shapes, load), *_encoders(shapes, load))
+    rows = (*_states(shapes, load), *_memory(shapes, load), *_stream(shapes, load), *_activations(shapes, load))
+    return (*rows, *_encoders(shapes, load))
 
 
 def _exact(what: str, size: int, how: str) -> Row:
@@ -118,9 +123,9 @@ def _frozen(shapes: Shapes, load: Load, row: Callable[[str, int, int, int], Row]
 
 def _memory(shapes: Shapes, load: Load) -> list[Row]:
     """The memories of all layers, and the tensors that the graph of one stream keeps for the backward pass."""
-    # 1. memory
-    layers, (pair, side) = shapes.text.layers, shapes.entry(load.feature, load.dtype, sketch=load.sketch)
-    side = shapes.text.kv_heads * (side + 1) if load.per_head else side
+    # 1. memory; full memory is never compared and carries no features
+    layers, limited = shapes.text.layers, load.limited is None
+    pair, side = _entry(shapes, load, load.feature if limited else 0)
     entries = load.batch * (load.entries + load.text_tokens * layers)
     rows = [
         _exact("memory: keys and values", entries * pair, f"{counted(entries, 'entry')} x {pair} B"),
@@ -132,7 +137,7 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
     if stored:
         rows.append(_estimate("memory: layer inputs", stored * size, f"{counted(stored, 'entry')} x {size:,} B"))
     # 3. graph, projectors, selector and teacher
-    rows.append(_earlier_chunks(shapes, load, entries * (pair + side), stored * size))
+    rows.append(_earlier_chunks(shapes, load))
     if load.projected:
         how = f"their input of the stream, {gibibytes(load.unprojected)}, and its tokens in the graph"
         rows.append(_estimate("projectors", load.batch * (load.unprojected + load.projected), how))
@@ -146,60 +151,114 @@ def _memory(shapes: Shapes, load: Load) -> list[Row]:
 
 def _selector(shapes: Shapes, load: Load) -> Row:
     """The memory of the untuned model that chooses the tokens; it is in no graph."""
-    pair, side = shapes.entry(load.selector_feature, load.dtype, sketch=load.sketch)
-    size = pair + (shapes.text.kv_heads * (side + 1) if load.per_head else side)
+    size = sum(_entry(shapes, load, load.selector_feature))
     entries = load.batch * (load.selector_entries + load.text_tokens * shapes.text.layers)
     return _exact("selector's memory", entries * size, f"{counted(entries, 'entry')} x {size} B (selection_from: base)")
 
 
-def _earlier_chunks(shapes: Shapes, load: Load, memory: int, inputs: int) -> Row:
-    """Memories of earlier chunks kept for the backward pass."""
-    # 1. bounded by the horizon, or none
-    name, earlier = "memories in the graph", max(0, load.chunks - 1)
-    if load.gradient == "full" and load.horizon != "all":
-        within = min(earlier, load.horizon - 1)
-        return _estimate(name, within * memory, f"{counted(within, 'chunk')} within tuning.horizon x memory")
-    if load.gradient == "states":
-        return _exact(name, 0, "none: chunks keep no graph")
+def _entry(shapes: Shapes, load: Load, feature: int) -> tuple[int, int]:
+    """Bytes of an entry with a feature of this width: keys and values, side state."""
+    pair, side = shapes.entry(feature, load.dtype, sketch=load.sketch if feature else None)
+    return pair, shapes.text.kv_heads * (side + 1) if load.per_head else side
+
+
+def _held(load: Load, entries: int, layers: int, chunks: int) -> int:
+    """Tokens that a layer holds of a stream after so many chunks, within `entries` of all layers."""
+    return min(ceil(entries / layers), chunks * load.chunk_tokens) + load.text_tokens
+
+
+def _earlier_chunks(shapes: Shapes, load: Load) -> Row:
+    """Memories of earlier chunks that the backward pass needs: inputs of what it computes again."""
+    name, layers, earlier = "memories in the graph", shapes.text.layers, max(0, load.chunks - 1)
+
+    def memories(first: int, last: int, entries: int, inputs: int = 0) -> int:
+        """Bytes of the memories after the chunks `first` to `last`, from 1; with `inputs` bytes of a layer input."""
+        tokens = sum(_held(load, entries, layers, number) for number in range(first, last + 1))
+        return load.batch * layers * tokens * (sum(_entry(shapes, load, load.feature)) + inputs)
+
+    width = shapes.text.width * load.dtype.itemsize
+    # 1. none, or those that questions were asked of
     if load.offload:
         return _estimate(name, 0, "on the host")
-    # 2. growing with the stream
-    if load.gradient == "full":
-        # under full memory each chunk adds a block, which the graph holds once (`FullGradient.blocks`)
-        whole = load.limited is not None and load.recompute != "none"
-        share = 1.0 if load.limited is None or not load.entries else load.limited / load.entries
-        evicting = ceil(earlier * memory * (share if whole else 1.0))
-        if whole and memory >= evicting:
-            return _estimate(name, memory, "the blocks of full memory, once; none with tuning.offload: true")
-        how = f"{counted(earlier, 'earlier chunk')} x memory; none with tuning.offload: true"
-        return _estimate(name, evicting, how)
-    layer = memory // shapes.text.layers + inputs // (load.stop_layer + 1)
-    chunk = load.batch * load.chunk_tokens * shapes.text.width * load.dtype.itemsize
-    how = f"{counted(earlier, 'earlier chunk')} x (one layer's memory and input); none with tuning.offload: true"
-    return _estimate(name, earlier * (layer + chunk), how)
+    if load.gradient == "states":
+        asked = min(earlier, load.moments - 1)
+        size = memories(load.chunks - asked, earlier, load.entries, width)
+        how = f"of {counted(asked, 'earlier time')} of questions" if asked else "none: chunks keep no graph"
+        return _estimate(name, size, how)
+    # 2. half of the layers run on chunks
+    if load.gradient != "full":
+        size = memories(1, earlier, load.entries, width) // layers + earlier * load.batch * load.chunk_tokens * width
+        below = load.stop_layer * memories(load.chunks, load.chunks, load.entries) // layers
+        pool = memories(load.chunks, load.chunks, load.entries, width) // layers
+        pool += load.batch * load.chunk_tokens * (sum(_entry(shapes, load, load.feature)) + width)
+        read = pool if load.gradient == "released" else 2 * pool + below  # the last chunk is read again
+        how = (
+            f"{counted(earlier, 'earlier chunk')} x (one layer's memory and input), and what the layers above read; "
+            "none with tuning.offload: true"
+        )
+        return _estimate(name, size + read, how)
+    if load.recompute == "none":
+        return _estimate(name, 0, "none: attention saves them with the activations")
+    # 3. within the horizon: those before its chunks, and of each loss those that it computes again
+    if load.horizon != "all":
+        before, again = min(earlier, load.horizon), min(earlier, load.horizon - 1)
+        size = memories(load.chunks - before, earlier, load.entries)
+        size += load.moments * memories(load.chunks - again + 1, load.chunks, load.entries)
+        how = f"{counted(before, 'chunk')} within tuning.horizon, and {again} again for each loss, x memory"
+        return _estimate(name, size, how)
+    # 4. growing with the stream; under full memory each chunk adds a block, once (`FullGradient.blocks`)
+    limited = load.entries if load.limited is None else load.limited
+    size = memories(1, earlier, limited)
+    how = f"{counted(earlier, 'earlier chunk')} x memory; none with tuning.offload: true"
+    if load.limited is not None:
+        blocks = load.batch * layers * _held(load, load.entries, layers, load.chunks) * sum(_entry(shapes, load, 0))
+        if blocks >= size:
+            size, how = blocks, "the blocks of full memory, once; none with tuning.offload: true"
+    return _estimate(name, size, how)
+
+
+def _stream(shapes: Shapes, load: Load) -> list[Row]:
+    """Encoder outputs of the whole stream, and the chunks made of them that are read again in backward."""
+    size, parts = load.chunk_tokens * shapes.text.width * load.dtype.itemsize, []
+    if not load.projected:  # else a row of its own
+        parts.append((load.chunks, "encoder outputs"))
+    if load.gradient == "full" and load.recompute != "none" and not load.offload:
+        again = load.chunks if load.horizon == "all" else min(load.chunks, load.horizon)
+        parts.append((again, f"inputs of {counted(again, 'chunk')}"))
+    total, how = load.batch * size * sum(count for count, _ in parts), " and ".join(name for _, name in parts)
+    return [_estimate("tokens of the stream", total, how)] if parts else []
 
 
 def _activations(shapes: Shapes, load: Load) -> list[Row]:
     """Activations that exist at once in backward (`tuning.recompute`), and the logits of the answers."""
-    # 1. saved tensors of one layer and one chunk
+    if load.limited is not None:  # full memory is not scored; steps at a limited budget may still need more
+        unscored = replace(load, limited=None, covered=0, gated=False, weighed=False)
+        cases = [unscored, replace(load, limited=None, entries=load.limited)] if load.limited else [unscored]
+        return max((_activations(shapes, case) for case in cases), key=lambda rows: rows[0].bytes)
+    # 1. saved tensors of one layer and a chunk, by the number of chunks before it
     text, size, tokens = shapes.text, load.dtype.itemsize, load.chunk_tokens
-    pool = tokens + ceil(load.entries / text.layers) + load.text_tokens
-    token = layer_activations(text, load.lora, load.dtype, pool)
-    feature, kind = (
-        (load.feature, load.dtype) if load.sketch is None else stored(load.feature, load.sketch, learns=False)
-    )
-    keys = 2 * text.kv_heads * text.dim * size + feature * kind.itemsize + COVERAGE * load.covered
-    layer, entering = tokens * token + pool * keys, tokens * text.width * size
-    one = f"{counted(tokens, 'token')} x {token:,} B + {counted(pool, 'key')} x {keys:,} B"
+    keys = text.kv_heads * 2 * (text.dim + 8 * load.gated) * size + COVERAGE * load.covered
+    keys += text.kv_heads * text.dim * 4 * load.weighed + SCORES * (load.covered > 0)
+
+    def pool(before: int) -> int:
+        return tokens + _held(load, load.entries, text.layers, before)
+
+    def layer(pool: int) -> int:
+        return tokens * layer_activations(text, load.lora, load.dtype, pool) + pool * keys
+
+    last = pool(load.chunks - 1)
+    token, entering = layer_activations(text, load.lora, load.dtype, last), tokens * text.width * size
+    one = f"{counted(tokens, 'token')} x {token:,} B + {counted(last, 'key')} x {keys:,} B"
     # 2. layers and chunks that exist at once
     match load.recompute:
         case "none":
-            what, held = "of all chunks", load.chunks * text.layers * layer
-            how = f"{counted(load.chunks, 'chunk')} x {counted(text.layers, 'layer')} x ({one})"
+            what, graph = "of all chunks", _in_graph(load, text.layers)
+            held = sum(layers * layer(pool(load.chunks - 1 - back)) for back, layers in enumerate(graph))
+            how = f"{counted(sum(graph), 'layer')} in {counted(len(graph), 'chunk')}, at most {one}"
         case "chunk":
-            what, held, how = "of one chunk", text.layers * layer, f"{counted(text.layers, 'layer')} x ({one})"
+            what, held, how = "of one chunk", text.layers * layer(last), f"{counted(text.layers, 'layer')} x ({one})"
         case "layer":
-            what, held = "of one layer", layer + text.layers * entering
+            what, held = "of one layer", layer(last) + text.layers * entering
             how = f"{one} + {counted(text.layers, 'input')} of {gibibytes(entering)}"
     # 3. rows
     rows = load.batch * load.question_tokens
@@ -209,6 +268,20 @@ def _activations(shapes: Shapes, load: Load) -> list[Row]:
         _estimate(f"activations {what}", load.batch * held, how),
         _estimate("logits of the answers", rows * text.vocabulary * (size + 8), logits),
     ]
+
+
+def _in_graph(load: Load, layers: int) -> list[int]:
+    """Layers whose activations live at once without recomputation, of each chunk from the last one back."""
+    match load.gradient:
+        case "states":
+            return [layers]  # of the question
+        case "released" | "paper":
+            last = layers if load.gradient == "paper" else layers - load.stop_layer
+            return [last + 1, *[1] * (load.chunks - 1)]
+        case "full":
+            each = load.chunks if load.horizon == "all" else min(load.chunks, load.horizon)
+            again = 0 if load.horizon == "all" else load.moments * min(load.chunks, load.horizon - 1)
+            return [layers] * (each + again)
 
 
 def layer_activations(text: TextShape, lora: LoraOptions, dtype: torch.dtype, pool: int) -> int:

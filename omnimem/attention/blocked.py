@@ -45,8 +45,9 @@ class Every(NamedTuple):
         All first queries are equally likely, so each query is measured with probability 1 / stride, and at least one
         always is. Nothing but these numbers decides: neither the device, nor the batch, nor the state of a generator.
         """
-        stride = min(stride, queries)
-        digest = hashlib.sha256(repr(place).encode()).digest() if stride > 1 else b""
+        if (stride := min(stride, queries)) == 1:
+            return ALL
+        digest = hashlib.sha256(repr(place).encode()).digest()
         return cls(stride, int.from_bytes(digest[:8], "big") % stride)
 
     def of(self, queries: Float[Tensor, "batch heads queries *dims"]) -> Float[Tensor, "batch heads measured *dims"]:
@@ -200,12 +201,13 @@ def _flash_measured(
 ) -> tuple[Tensor, Tensor] | None:
     """`attend_measured` on a GPU."""
     wide = (queries, keys, values) if gate is None else _with_gate(queries, keys, values, gate, scale)
-    if queries.shape[2] == 1 or not _flash_supports(*wide) or (kernels := fused_mass()) is None:
+    if queries.shape[2] == 1 or not TRITON or not _flash_supports(*wide):
         return None
     output, sums = _flash(*wide, scale)
     seen = keys.shape[2] - queries.shape[2] + every.first + 1
-    settings = {"scale": scale, "gate": gate, "seen": seen, "stride": every.stride, "sums": every.of(sums)}
-    return output[..., : queries.shape[-1]], kernels(every.of(queries), keys, **settings) * every.stride
+    kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+    received = kernels(every.of(queries), keys, scale, gate, seen, every.stride, every.of(sums))
+    return output[..., : queries.shape[-1]], received if every.stride == 1 else received * every.stride
 
 
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -236,8 +238,8 @@ def mass(
     queries, fused = every.of(queries), heads == "probabilities"
     if heads == "logits":
         queries, keys, scale = *_averaged(queries, keys, scale), 1.0
-    found = _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused)
-    return found if every.stride == 1 else found * every.stride
+    received = _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused)
+    return received if every.stride == 1 else received * every.stride
 
 
 def _averaged(
@@ -256,16 +258,23 @@ def fused_mass() -> Callable[..., Tensor] | None:
     return import_module("omnimem.attention.fused").mass if TRITON else None
 
 
-@torch.library.custom_op("omnimem::mass", mutates_args=())
-def captured_mass(queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int) -> Tensor:
-    """`fused_mass` as one operator of a captured graph: torch.compile does not look into it. Requires Triton."""
+def by_kernels(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
+    """`fused_mass` of these arguments. Requires Triton."""
     kernels = fused_mass()
     assert kernels is not None, "chosen where there is Triton"
-    return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride)
+    return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride, sums=sums)
+
+
+# one operator of a captured graph: torch.compile does not look into it
+captured_mass = torch.library.custom_op("omnimem::mass", by_kernels, mutates_args=())
 
 
 @captured_mass.register_fake
-def _(queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int) -> Tensor:
+def _(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
     return keys.new_empty(keys.shape[0], keys.shape[2], dtype=torch.float32)
 
 
@@ -281,10 +290,9 @@ class _Mass(torch.autograd.Function):
         queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, seen: int, stride: int, fused: bool
     ) -> Tensor:
         on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
-        if fused and on_gpu and TRITON and torch.compiler.is_compiling():
-            return captured_mass(queries, keys, scale, gate, seen, stride)
-        if fused and on_gpu and (kernels := fused_mass()) is not None:
-            return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride)
+        if fused and on_gpu and TRITON:
+            kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+            return kernels(queries, keys, scale, gate, seen, stride)
         parts = _Parts.of(queries, keys, gate, scale, seen, stride)
         received, room = torch.zeros_like(parts.keys[:, 0, :, 0]), parts.room()
         with torch.autocast(queries.device.type, enabled=False):

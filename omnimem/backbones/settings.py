@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -91,9 +92,18 @@ def _file(path: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+_paths: WeakKeyDictionary[nn.Module, dict[object, str]] = WeakKeyDictionary()
+
+
 def only(model: nn.Module, kind: type[Module] | tuple[type[Module], ...]) -> Module:
-    """The only submodule of a class, or of several, at any depth, which depends on the version of transformers."""
-    return cast(Any, model.get_submodule(path_of(model, kind)))
+    """The only submodule of a class, or of several, at any depth, which depends on the version of transformers.
+
+    Its path is searched once per model.
+    """
+    paths = _paths.setdefault(model, {})
+    if kind not in paths:
+        paths[kind] = path_of(model, kind)
+    return cast(Any, model.get_submodule(paths[kind]))
 
 
 def path_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> str:

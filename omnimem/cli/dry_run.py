@@ -462,7 +462,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
     saved = [] if backbone is None else [weight for copy in copies(backbone.model) for weight in copy.parameters()]
     dtype = getattr(torch, run.model.dtype)
     projected = {kind: count * (_TRACK[kind] in before) for kind, count in facts.tokens.items() if kind in _TRACK}
-    policy = run.memory.policy.build(None)
+    policy, softened = run.memory.policy.build(None), run.tuning.selection.softening != "hard"
     measures = policy.measures
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     drawn, most = run.tuning.slots(run.memory.slots_per_layer), run.tuning.selection.most
@@ -483,7 +483,9 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
         selector_entries=evicting * shapes.text.layers,
         selector_feature=feature,
         sketch=_bits(run, measures) if width < shapes.text.width else None,
-        covered=0 if run.tuning.selection.softening == "hard" else _compared(policy, shapes, width),
+        covered=_compared(policy, shapes, width) if softened else 0,
+        gated=softened,
+        weighed=run.tuning.selection.gradient == "both",
         per_head=policy.traits.per_head,
         entries=slots * shapes.text.layers,
         limited=min(limited, slots) * shapes.text.layers if None in drawn and slots == media else None,
@@ -491,6 +493,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
         chunks=len(facts.chunks),
         text_tokens=facts.tokens[Modality.TEXT],
         question_tokens=facts.learned,
+        moments=len(facts.sample.moments),
         frame=facts.frame,
         frames_per_segment=shapes.geometry.segment(run.stream.fps)[1],
         half=bool(run.train.get("bf16") or run.train.get("fp16")),
@@ -510,9 +513,7 @@ def load_of(run: RunConfig, shapes: Shapes, facts: SampleFacts, backbone: Backbo
 
 def _bits(run: RunConfig, measures: Measures) -> Bits | None:
     """Bits per number of a sketch in training; one whose score has gradient is carried in 16."""
-    selection = run.tuning.selection
-    learns = selection.softening != "hard" and selection.gradient != "none"
-    return (16 if learns else measures.sketch) if measures.sketch else None
+    return (16 if run.tuning.selection.softening != "hard" else measures.sketch) if measures.sketch else None
 
 
 def _compared(policy: Policy, shapes: Shapes, feature: int) -> int:

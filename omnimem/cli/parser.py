@@ -14,16 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from omnimem.aside import DISK
-from omnimem.errors import UserError, first_line, lacks_memory
+from omnimem.errors import Stopped, UserError, first_line, lacks_memory
 from omnimem.extras import missing_extra
 from omnimem.limits import raise_limits
-from omnimem.training.shutdown import Stopped
 
 SECTIONS = "data|stream|memory|model|evaluate"  # of a config, whose settings some commands have as options
 PATH = {
@@ -167,14 +165,19 @@ def done() -> None:
 
 def leave(problems: Sequence[str], code: int = 2) -> NoReturn:
     """Exit with one line per problem, printed by rank 0 only, or by every rank once the process group is up."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if rank() == 0 or grouped:
+    if rank() == 0 or _grouped():
         for problem in problems:
             print(for_command(problem), file=sys.stderr)
     else:
         time.sleep(GRACE)
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _grouped() -> bool:
+    """Whether the process group is up; a command that did not import torch has none."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:

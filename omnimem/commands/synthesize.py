@@ -119,7 +119,7 @@ def claim(out: Path, recipe: Recipe) -> None:
 
 
 def synthesize(out: Path, recipe: Recipe, counts: dict[str, int], workers: int) -> int:
-    """Render the missing files and write all manifests; returns the number of rendered files."""
+    """Render the missing files and write the manifests of splits that have streams; returns how many were rendered."""
     claim(out, recipe)
     splits = {split: [recipe.stream(split, index) for index in range(n)] for split, n in counts.items()}
     missing = [s for streams in splits.values() for s in streams if not (out / s.video).exists()]
@@ -127,7 +127,7 @@ def synthesize(out: Path, recipe: Recipe, counts: dict[str, int], workers: int) 
     with bar:
         for _ in _made(out, missing, workers):
             bar.update()
-    for split, streams in splits.items():
+    for split, streams in ((split, streams) for split, streams in splits.items() if streams):
         write_text(out / f"{split}.jsonl", "".join(json.dumps(manifest_line(stream)) + "\n" for stream in streams))
     return len(missing)
 

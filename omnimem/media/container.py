@@ -278,9 +278,13 @@ class Plausible:
     def __init__(self, path: Video | str) -> None:
         files = path.files if isinstance(path, FrameList) else (Path(path),)
         self._bytes = max(1, sum(file.stat().st_size for file in files if file.is_file()))
+        self._seconds = limit("sparse_seconds") + self._bytes // BYTES_PER_SECOND
+        self._frames = limit("frames_per_byte") * self._bytes
 
     def refuse_length(self, seconds: float) -> None:
         """Raises ValueError if a track of so many seconds cannot be in the file."""
+        if seconds <= self._seconds:
+            return
         filled = self._bytes // BYTES_PER_SECOND
         if what := exceeds("sparse_seconds", max(0, int(min(seconds, 1e15)) - filled)):
             raise ValueError(
@@ -289,6 +293,8 @@ class Plausible:
 
     def refuse_frames(self, count: int) -> None:
         """Raises ValueError if so many video frames cannot be in the file."""
+        if count <= self._frames:
+            return
         if what := exceeds("frames_per_byte", -(-count // self._bytes)):
             raise ValueError(f"{counted(count, 'frame')} from {counted(self._bytes, 'byte')}: {what}")
 

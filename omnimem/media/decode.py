@@ -12,6 +12,7 @@ from av.audio.resampler import AudioResampler
 from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -70,8 +71,9 @@ def _from_file(path: Path | str, fps: float, start: float, end: float | None) ->
         stream = decodable(video_stream(container))
         if stream is None:
             raise MediaError(path, "no_video", "has no video track; use tracks: audio or give another file")
+        converter = VideoReformatter()
         for time, frame in sample_by_time(_timed_frames(container, stream, path, start, end), fps, start, end):
-            yield time, upright(frame)
+            yield time, upright(frame, converter)
 
 
 def _listed(frames: FrameList, fps: float, start: float, end: float | None) -> Iterator[tuple[float, Tensor]]:
@@ -94,7 +96,7 @@ def read_image(path: Path) -> UInt8[Tensor, "3 height width"]:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise MediaError(path, "truncated", "holds no image; copy it again")
-        return upright(frame)
+        return upright(frame, VideoReformatter())
 
 
 def read_audio(
@@ -261,10 +263,15 @@ def _plausible(time: float, reached: float, start: float) -> float:
     return time
 
 
-def upright(frame: VideoFrame) -> UInt8[Tensor, "3 height width"]:
-    """The frame as RGB, with the container's rotation applied; raises ValueError for frames that are too large."""
+def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[Tensor, "3 height width"]:
+    """The frame as RGB, with the container's rotation applied; raises ValueError for frames that are too large.
+
+    `converter` is that of the whole stream: it keeps its tables and threads from frame to frame.
+    """
     refuse_large(frame.width, frame.height)
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    threads = 0 if frame.width * frame.height > THREADED_PIXELS else 1
+    coloured = converter.reformat(frame, format="rgb24", threads=threads)
+    pixels = torch.from_numpy(coloured.to_ndarray()).permute(2, 0, 1)
     return torch.rot90(pixels, round(frame.rotation / 90.0) % 4, dims=(1, 2)).contiguous()
 
 
@@ -302,8 +309,6 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
     """
     reached, audio_format, resampler = 0.0, None, AudioResampler("fltp", rate=rate)
     for time, frame in timed:
-        if what := exceeds("resampling", -(-rate // max(1, frame.sample_rate))):
-            raise ValueError(f"audio of {frame.sample_rate} Hz at {rate} Hz: a factor of {what}")
         # 1. skip repeated audio
         if audio_format is not None and time < reached - GAP:
             continue  # timestamps went back
@@ -312,6 +317,8 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
         if time > reached + GAP or audio_format != (frame.format.name, frame.layout.name, frame.sample_rate):
             if audio_format is not None:
                 yield None, _mono(resampler.resample(None))
+            if what := exceeds("resampling", -(-rate // max(1, frame.sample_rate))):
+                raise ValueError(f"audio of {frame.sample_rate} Hz at {rate} Hz: a factor of {what}")
             audio_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             kind = "fltp" if frame.layout.nb_channels < PLANES else "flt"
             resampler, begun, reached = AudioResampler(kind, rate=rate), time, time
@@ -324,8 +331,18 @@ def _resampled(timed: Iterable[tuple[float, AudioFrame]], rate: int) -> Iterator
 
 def _mono(frames: list[AudioFrame]) -> Samples:
     """Mean of the channels (ffmpeg's down-mix of float samples is 3 dB louder)."""
-    blocks = [_channels(frame).mean(axis=0, dtype=np.float32) for frame in frames]
+    blocks = [_mixed(frame) for frame in frames]
+    if len(blocks) == 1:
+        return blocks[0]
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _mixed(frame: AudioFrame) -> Samples:
+    """Mean of the channels of one frame; a view of the only one of a mono frame."""
+    if frame.layout.nb_channels == 1 and frame.format.name == "fltp":
+        plane: Any = frame.planes[0]
+        return np.frombuffer(plane, np.float32, frame.samples)
+    return _channels(frame).mean(axis=0, dtype=np.float32)
 
 
 def _channels(frame: AudioFrame) -> Float[np.ndarray, "channels samples"]:

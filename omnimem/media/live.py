@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -78,8 +79,9 @@ def _video_frames(
     packets: _Packets, container: InputContainer, stream: VideoStream, fps: float, name: str
 ) -> Iterator[tuple[float, UInt8[Tensor, "3 _ _"]]]:
     with _blaming(name):
+        converter = VideoReformatter()
         for time, frame in sample_by_time(timed_frames(packets.frames(stream), container, stream), fps):
-            yield time, upright(frame)  # convert selected frames only
+            yield time, upright(frame, converter)  # convert selected frames only
 
 
 def _audio_blocks(

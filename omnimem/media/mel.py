@@ -1,6 +1,6 @@
 """Log-mel spectrogram in torch, equal to WhisperFeatureExtractor, for whole clips and for live streams."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -14,6 +14,7 @@ from omnimem.errors import counted
 
 TOP_HERTZ = 8000.0  # upper end of Whisper's filters at any sampling rate
 DYNAMIC_RANGE = 8.0  # log10 units below the maximum; lower values are clamped
+HELD = 1 << 25  # bytes of a spectrogram that is held while the maximum of its clip is found
 BLOCK = 1 << 22  # values of one short-time Fourier transform; an hour of audio at once would need gigabytes
 
 
@@ -76,22 +77,24 @@ class LogMel:
         log = self.log_power(F.pad(whole[None, None], (half, half), mode="reflect")[0, 0], frames)
         return normalise(log, log.max())
 
-    def loudest(self, blocks: Iterable[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
-        """Maximum log10 power of a clip given in blocks; holds one block at a time."""
-        running = RunningMel(self)
-        for _ in running.logs(blocks):
-            pass
-        return running.maximum
-
     def pieces(
-        self, blocks: Iterable[Float[Tensor, " _"]], maximum: Float[Tensor, ""], mel_frames: int
+        self, read: Callable[[], Iterable[Float[Tensor, " _"]]], mel_frames: int
     ) -> Iterator[Float[Tensor, "{self.mels} _"]]:
-        """The result of `clip` in pieces of `mel_frames` (the last may be shorter), given the clip's `loudest`.
+        """The result of `clip` in pieces of `mel_frames`, the last may be shorter; `read` yields its samples in blocks.
 
-        Reading the audio twice avoids holding the spectrogram (184 MB for an hour of 128 mels).
+        The maximum of the clip is needed first. A spectrogram above HELD bytes, 10 minutes of 128 mels, is not held
+        meanwhile: the audio is read twice.
         """
-        held = torch.empty(self.mels, 0)
-        for log in RunningMel(self).logs(blocks):
+        # 1. the maximum, and the spectrogram of a short clip
+        running, logs, size = RunningMel(self), list[Tensor](), 0
+        for log in running.logs(read()):
+            size += log.nbytes
+            logs.append(log)
+            if size > HELD:
+                logs.clear()
+        # 2. normalised pieces
+        maximum, held = running.maximum, torch.empty(self.mels, 0)
+        for log in logs or RunningMel(self).logs(read()):
             held = torch.cat([held, normalise(log, maximum)], dim=1)
             while held.shape[1] >= mel_frames:
                 yield held[:, :mel_frames]

@@ -220,7 +220,7 @@ def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "fr
 
 @final
 class FileSource(Source):
-    """The segments of a file, decoded lazily; the audio is read twice, first for the maximum of its mel.
+    """The segments of a file, decoded lazily; the audio is heard first, for the maximum of its mel (`LogMel.pieces`).
 
     `audio_path` replaces the file's own audio track. With `causal` the mel is normalised by the running maximum, as in
     a live stream, so no segment depends on later audio; `asks` imply it. Iterating raises MediaError: `no_video` or
@@ -253,13 +253,15 @@ class FileSource(Source):
             yield frame
 
     def _read_mel(self, mel_frames: int) -> "Iterator[_Piece]":
-        mel, blocks = self.geometry.mel, self._counted(self._audio_blocks())
-        if self.geometry.windowed:
-            return _window_pieces(self.geometry, blocks, mel_frames, self.asks)
-        if self.causal:
-            return _running_pieces(self.geometry, blocks, mel_frames, self.asks)
-        pieces = mel.pieces(blocks, mel.loudest(self._audio_blocks()), mel_frames)
-        return (_Piece(mel=piece) for piece in pieces)
+        if self.geometry.windowed or self.causal:
+            pieces = _window_pieces if self.geometry.windowed else _running_pieces
+            return pieces(self.geometry, self._counted(self._audio_blocks()), mel_frames, self.asks)
+        return (_Piece(mel=piece) for piece in self.geometry.mel.pieces(self._all_samples, mel_frames))
+
+    def _all_samples(self) -> Iterator[Float[Tensor, " samples"]]:
+        """The samples of the clip, counted from 0 by each reading."""
+        self._samples = 0
+        return self._counted(self._audio_blocks())
 
     def _audio_blocks(self) -> Iterator[Float[Tensor, " samples"]]:
         """The samples of the clip from its beginning, in blocks."""

@@ -106,7 +106,8 @@ def test_memories_in_the_graph_depend_on_gradient_and_horizon() -> None:
     full = rows_of(load)
     memory = full["memory: keys and values"].bytes + full["memory: side state"].bytes
     horizon = {number: rows_of(replace(load, horizon=number)) for number in (1, 3, 9)}
-    assert [horizon[number]["memories in the graph"].bytes for number in (1, 3, 9)] == [0, 2 * memory, 4 * memory]
+    found = [horizon[number]["memories in the graph"].bytes for number in (1, 3, 9)]
+    assert found == [memory, (3 + 2) * memory, (4 + 4) * memory], "before the chunks, and computed again for the loss"
     states = rows_of(replace(load, gradient="states"))
     assert states["memories in the graph"].bytes == 0
     tokens = full["memory: keys and values"].bytes // (2 * 4 * 128 * 2)
@@ -114,21 +115,23 @@ def test_memories_in_the_graph_depend_on_gradient_and_horizon() -> None:
     released = rows_of(replace(load, gradient="released", stop_layer=14))
     assert released["memory: layer inputs"].bytes == tokens // 28 * 15 * 3584 * 2
     layer = memory // 28 + tokens // 28 * 3584 * 2
-    assert released["memories in the graph"].bytes == 4 * (layer + load.chunk_tokens * 3584 * 2)
+    pool = layer + load.chunk_tokens * (memory // 28 // (tokens // 28) + 3584 * 2)
+    assert released["memories in the graph"].bytes == 4 * (layer + load.chunk_tokens * 3584 * 2) + pool
     assert "memory: layer inputs" not in full
     offloaded = rows_of(replace(load, gradient="released", stop_layer=14, offload=True))
     assert offloaded["memories in the graph"].bytes == 0
 
 
 def test_full_memory_adds_its_blocks_to_the_graph_once_however_long_the_stream_is() -> None:
-    load = replace(LOAD, entries=28 * 100_000, limited=0)
+    load = replace(LOAD, entries=28 * 80_000, limited=0, chunks=5)
     few, many = (rows_of(replace(load, chunks=chunks))["memories in the graph"].bytes for chunks in (5, 50))
     memory = rows_of(load)
     assert few == many == memory["memory: keys and values"].bytes + memory["memory: side state"].bytes
-    drawn_too = rows_of(replace(load, chunks=50, limited=28 * 50_000))["memories in the graph"].bytes
-    assert drawn_too == pytest.approx(49 * few / 2, rel=1e-6)
+    limited = replace(LOAD, chunks=50, entries=28 * 8192)
+    drawn_too = rows_of(replace(load, chunks=50, limited=28 * 8192))["memories in the graph"].bytes
+    assert drawn_too == rows_of(limited)["memories in the graph"].bytes > few
     kept = rows_of(replace(load, chunks=50, recompute="none"))["memories in the graph"].bytes
-    assert kept == 49 * few
+    assert kept == 0, "attention saves them: a part of the activations"
 
 
 def chunk(tokens: int, width: int, first: int) -> Chunk:
@@ -189,7 +192,7 @@ def test_what_a_gpu_held_in_training_is_within_a_quarter_of_the_table(recompute,
     load = replace(LOAD, entries=7 * 8192, chunk_tokens=2048, chunks=6, recompute=recompute, lora=lora)
     shapes = read_shapes(CONFIGS / "models" / "Qwen2.5-Omni-7B.json")
     found = footprint(replace(shapes, text=replace(shapes.text, layers=7)), load)
-    table = sum(row.bytes for row in found if row.what.startswith(("activations", "memories in the graph")))
+    table = sum(row.bytes for row in found if row.what.startswith(("activations", "memor", "tokens of the stream")))
     assert table / 2**30 == pytest.approx(measured["transient_gib"], rel=0.25)
 
 

@@ -383,9 +383,9 @@ def test_the_kernels_read_every_sth_query_alone(fused, monkeypatch, group, count
     queries, keys, _, gate = drawn(2 * group, 2, count, total)
     given = []
 
-    def kernels(asking: Tensor, *args: Any, **settings: Any) -> Tensor:
+    def kernels(asking: Tensor, keys: Tensor, **settings: Any) -> Tensor:
         given.append(asking.shape[2])
-        return fused.mass(asking, *args, **settings)
+        return fused.mass(asking, keys, **settings)
 
     monkeypatch.setattr(blocked, "fused_mass", lambda: kernels)
     expected = mass(queries.double(), keys.double(), scale=SCALE, gate=gate, every=every)

@@ -102,6 +102,7 @@ def test_several_processes_write_the_same_files_as_one(recall, tmp_path) -> None
     assert exit_code(main, ["--out", str(tmp_path), *SMALL, "--workers", "2", "--test", "0", "--calibration", "0"]) == 0
     for name in ("train-00000.mp4", "train-00002.mp4"):
         assert (tmp_path / "videos" / name).read_bytes() == (recall / "videos" / name).read_bytes()
+    assert not (tmp_path / "test.jsonl").exists(), "it would replace the manifest of an earlier call"
 
 
 def test_another_recipe_is_refused_with_every_difference_and_the_cure(recall, capsys) -> None:

@@ -196,7 +196,7 @@ def test_mel_of_any_length_in_any_blocks_equals_the_whisper_feature_extractor(le
     if click:  # the loudest frame may be the one after the end
         samples[-1] = 1.0
     blocks = samples.split(block)
-    pieces = list(WHISPER.pieces(blocks, WHISPER.loudest(blocks), 200))
+    pieces = list(WHISPER.pieces(lambda: blocks, 200))
     expected = stock_mel(WHISPER, samples, 21 * RATE)
     assert [piece.shape[1] for piece in pieces[:-1]] == [200] * (len(pieces) - 1)
     assert torch.cat(pieces, dim=1).shape == expected.shape
@@ -566,16 +566,22 @@ def test_no_more_of_the_mel_is_held_of_a_long_file_than_of_a_short_one(folder) -
     assert largest[1] < 1.5 * largest[0], "a segment is a view of what was made with it: a block, not the clip"
 
 
-def test_a_clip_in_pieces_is_the_clip_and_its_loudest_value_is_that_of_all_blocks() -> None:
+@pytest.mark.parametrize(("held", "readings"), [(1 << 25, 1), (100_000, 2), (0, 2)])
+def test_a_clip_in_pieces_is_the_clip_whether_or_not_its_spectrogram_is_held(monkeypatch, held, readings) -> None:
+    monkeypatch.setattr("omnimem.media.mel.HELD", held)
     samples = noise(7.3) * torch.linspace(0.2, 1.0, int(7.3 * RATE))  # the maximum comes late
     blocks = samples.split(9001)
-    maximum = WHISPER.loudest(blocks)
-    whole = WHISPER.clip(samples)
-    assert float((maximum + 4) / 4) == pytest.approx(float(whole.max()), abs=1e-6)
-    pieces = list(WHISPER.pieces(blocks, maximum, 150))
+    whole, read = WHISPER.clip(samples), []
+
+    def reading() -> list[torch.Tensor]:
+        read.append(1)
+        return list(blocks)
+
+    pieces = list(WHISPER.pieces(reading, 150))
+    assert len(read) == readings
     assert [piece.shape[1] for piece in pieces] == [150] * 4 + [130]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-5
-    assert WHISPER.loudest([]) == float("-inf")
+    assert list(WHISPER.pieces(list, 150)) == []
 
 
 def test_a_clip_begins_its_own_clock(film) -> None:
