@@ -157,6 +157,20 @@ check() {
     run "$@" || failed+=("$*")
 }
 
+beside() { # $1: a command of one process, run at the same time as the command that follows, on the other core
+    local output other status=0
+    output=$(mktemp)
+    (
+        "$1" >"$output" 2>&1 && echo "== $1: passed" && exit
+        echo "== $1: FAILED" && cat "$output" && exit 1
+    ) &
+    other=$!
+    "${@:2}" || status=$?
+    wait "$other" || status=$?
+    rm -f "$output"
+    return "$status"
+}
+
 tests() {
     local selection=()
     case "$*" in
@@ -167,9 +181,9 @@ tests() {
     setup
     check ruff check
     check ruff format --check
-    check pyright
     check lint-imports
-    check python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} # files that share a fixture stay together
+    # files that share a fixture stay together; in their order, which has the long ones of e2e first and ends evenly
+    check beside pyright python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"}
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"
         exit 1
@@ -206,30 +220,25 @@ setup_lowest() { # create .venv-lowest, unless it is unchanged
     export VIRTUAL_ENV="$PWD/.venv-lowest" PATH="$PWD/.venv-lowest/bin:$PATH" HF_HUB_OFFLINE=1
 }
 
-trainings() { # in an empty folder: a training of two steps without and one with DeepSpeed
-    local here=$PWD settings=(evaluate.after_training=false train.max_steps=2 train.per_device_train_batch_size=1
-        calibration.streams=2 calibration.skip_chunks=0)
-    cd "$1" &&
-        run python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 &&
-        run python "$here/train/finetune.py" --config tiny.yaml --dry-run "${settings[@]}" &&
-        run python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${settings[@]}" &&
-        run python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \
+two_trainings() { # in an empty folder: a training of two steps without and one with DeepSpeed
+    local here=$PWD folder settings=(evaluate.after_training=false train.max_steps=2
+        train.per_device_train_batch_size=1 calibration.streams=2 calibration.skip_chunks=0)
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    cd "$folder" &&
+        python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 &&
+        python "$here/train/finetune.py" --config tiny.yaml --dry-run "${settings[@]}" &&
+        python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${settings[@]}" &&
+        python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \
             model.dtype=bfloat16 train.bf16=true "${settings[@]}"
 }
 
 tests_lowest() {
-    local folder here=$PWD
     [ $# -eq 0 ] || usage
     setup_lowest
-    folder=$(mktemp -d)
-    trainings "$folder" >"$folder/output" 2>&1 || {
-        cat "$folder/output"
-        failed+=("two trainings")
-    }
-    cd "$here"
-    rm -rf "$folder"
     # old versions warn about newer ones that they use: no error here
-    check python -m pytest -p no:cacheprovider -W default -m "not slow" -n 2 --dist loadfile "${lowest[@]}"
+    check beside two_trainings \
+        python -m pytest -p no:cacheprovider -W default -m "not slow" -n 2 --dist loadfile "${lowest[@]}"
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"
         exit 1

@@ -85,8 +85,10 @@ def test_ranks_accumulation_and_batches_mean_the_same(folder) -> None:
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_the_evaluation_after_training_uses_all_ranks(folder, stage) -> None:
     """Each rank answers its share of every arm; the first one summarises, with full memory last."""
-    benchmark = f"evaluate.benchmarks=[{{name: recall, root: {folder}, split: train}}]"
-    steps = ("train.max_steps=1", "evaluate.after_training=true", benchmark)
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:3]))  # two videos for one rank and one for the other
+    benchmark = f"evaluate.benchmarks=[{{name: recall, root: {folder}, split: few}}]"
+    steps = ("train.max_steps=1", "evaluate.after_training=true", "evaluate.max_new_tokens=4", benchmark)
     run = tune(folder, f"evaluated-{stage}", *steps, f"train.deepspeed=deepspeed/{stage}.json", ranks=2)
     first, second = run.ended.outputs
     assert "shard 1/2 is done" in second

@@ -9,14 +9,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
 from support.paths import ROOT
 
 LIMIT = 120.0  # seconds
 First = Callable[[], None] | None  # called in each process before the script
 SERVER = multiprocessing.get_context("forkserver")
+# What the commands and DeepSpeed's engine import, once for all ranks; the last one brings torch's compiler.
+PRELOADED = [
+    *(f"omnimem.commands.{name}" for name in ("finetune", "evaluate")),
+    *("torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+]
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +73,13 @@ def command(
 
 def start(script: str, arguments: Sequence[str], folder: Path, *, ranks: int = 0, first: First = None) -> Started:
     """`python SCRIPT ARGUMENTS` in `folder`, not waited for."""
-    SERVER.set_forkserver_preload(["omnimem.commands.finetune"])
+    SERVER.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, ON_CPU):
+        forkserver.ensure_running()
     processes, logs = [], []
     port = free_port()
     for rank in range(max(1, ranks)):
-        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = dict(ON_CPU)
         if ranks:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": "1"}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_RANK": "0"}
