@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from support.fuzzing import HANG, SURFACES, Material, Surface, Verdicts, clean, strategies
 
 from omnimem.cli.parser import Parser, run_command
+from omnimem.errors import Stopped
 from omnimem.run import provenance, write_json
-from omnimem.training.shutdown import Stopped
 
 
 def main(arguments: Sequence[str]) -> None:

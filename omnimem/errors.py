@@ -1,6 +1,7 @@
 """The base class of errors that the user's input causes, and errors that it does not cause."""
 
 from collections.abc import Sequence
+from typing import final
 
 SHOWN = 20  # problems in one message
 NO_MEMORY = (  # in messages of torch, drivers, the operating system, safetensors and threading, in lower case
@@ -27,6 +28,15 @@ class UserError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message, keep="\n\t"))
+
+
+@final
+class Stopped(Exception):
+    """The run ends before its last step, on purpose; `code` is the exit code of the process."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what)
+        self.code = code
 
 
 class ProblemList(UserError):

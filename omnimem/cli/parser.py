@@ -16,14 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from safetensors import SafetensorError
 
 from omnimem.aside import DISK
-from omnimem.errors import UserError, first_line, lacks_memory
+from omnimem.errors import Stopped, UserError, first_line, lacks_memory
 from omnimem.extras import missing_extra
 from omnimem.limits import raise_limits
-from omnimem.training.shutdown import Stopped
 
 SECTIONS = "data|stream|memory|model|evaluate"  # of a config, whose settings some commands have as options
 PATH = {
@@ -167,7 +165,8 @@ def done() -> None:
 
 def leave(problems: Sequence[str], code: int = 2) -> NoReturn:
     """Exit with one line per problem, printed by rank 0 only, or by every rank once the process group is up."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    ranks = sys.modules.get("torch.distributed")  # absent where no torch was imported, which takes a second
+    grouped = ranks is not None and ranks.is_available() and ranks.is_initialized()
     if rank() == 0 or grouped:
         for problem in problems:
             print(for_command(problem), file=sys.stderr)

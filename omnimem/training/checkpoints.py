@@ -11,11 +11,10 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from omnimem.checksums import Origin, put, seal
-from omnimem.errors import first_line
+from omnimem.errors import Stopped, first_line
 from omnimem.run import RunFolder, step_of
 from omnimem.training.pickles import write_enums_by_value
 from omnimem.training.portable import Layout, State, needs_portable, write_portable
-from omnimem.training.shutdown import Stopped
 
 # In the messages of torch.save when the disk is full.
 CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")

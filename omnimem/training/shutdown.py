@@ -18,19 +18,11 @@ from typing import Any, final
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from omnimem.errors import Stopped
 from omnimem.training.collectives import highest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ALONE = 60.0  # seconds for a rank whose launcher has ended to finish its step and its checkpoint
-
-
-@final
-class Stopped(Exception):
-    """The run ends before its last step, on purpose; `code` is the exit code of the process."""
-
-    def __init__(self, what: str, code: int) -> None:
-        super().__init__(what)
-        self.code = code
 
 
 @final

@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 from omnimem.backbones.files import weights_digest
 from omnimem.config.exported import Policies
 from omnimem.data import Failures, Sample
+from omnimem.errors import Stopped
 from omnimem.media import MediaError
 from omnimem.media.prefetch import DecoderLost
 from omnimem.run import RunError, RunFolder
@@ -39,7 +40,7 @@ from omnimem.training.nonfinite import NonFiniteGuard
 from omnimem.training.pickles import weights_only
 from omnimem.training.portable import Layout, Recipe, State, restore_portable
 from omnimem.training.sampler import Batching, EpochSampler, Mixture, SampleDataset, collate, seed_of
-from omnimem.training.shutdown import ShutdownSignal, Stopped
+from omnimem.training.shutdown import ShutdownSignal
 from omnimem.training.validation import PREFIX, EarlyStopping, Validation, ValidationError
 from omnimem.training.watchdog import Watchdog
 from omnimem.training.zero3 import LayerGathering, whole

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from omnimem.cli import parser as command
 from omnimem.cli.parser import Parser, for_command, run_command
 from omnimem.config import ConfigError
-from omnimem.training.shutdown import Stopped
+from omnimem.errors import Stopped
 
 
 def parser() -> Parser:
@@ -93,7 +93,7 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
 
 def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(capsys, monkeypatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # an earlier test may have joined
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(command.time, "sleep", waited.append)
     assert outcome(capsys, ConfigError(["x"])) == (2, [])
@@ -101,7 +101,7 @@ def test_other_ranks_are_silent_and_give_rank_0_time_to_speak(capsys, monkeypatc
 
 
 def test_a_rank_whose_peers_have_ended_does_not_bury_their_words(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(command.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     lost = RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:44958")
     monkeypatch.setenv("RANK", "1")
     assert outcome(capsys, lost) == (1, ["rank 1: lost another rank; see the messages of the others"])
