@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from benchmarks.stream_cost import HEADS, KV_HEADS
 from benchmarks.tables import markdown
-from omnimem.attention.blocked import attend, attend_measured
+from omnimem.attention.blocked import Every, attend, attend_measured, mass
 from omnimem.cli.parser import Parser, run_command
 from omnimem.policies.base import sketch
 from omnimem.policies.perturbation import SKETCH as SKETCHES
@@ -81,7 +81,12 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
     operations, moved = 4 * HEADS * chunk * seen * dim, 2 * HEADS * chunk * dim + 2 * kv * pool
     yield "attention", operations, moved, lambda: attend(queries, keys, values, scale=0.1)
     # 3. what a policy adds
-    yield "attention with its mass", operations, moved, lambda: attend_measured(queries, keys, values, scale=0.1)
+    for stride, name in ((1, ""), (4, " of every fourth query")):
+        every, of_mass = Every(stride), 2 * HEADS * chunk * seen * dim / stride
+        both = partial(attend_measured, queries, keys, values, scale=0.1, every=every)
+        yield f"attention with its mass{name}", operations, moved, both
+        alone = partial(mass, queries, keys, scale=0.1, every=every)
+        yield f"mass{name} alone, as in training", of_mass, HEADS * chunk * dim / stride + kv * pool, alone
     for name, first in (("`paper`: whole pool", 0), ("`omnimem`: chunk", slots)):
         count = pool - first
         cosines = partial(similarity, feature[:, first:], modality[:, first:], Measures())

@@ -69,7 +69,11 @@ DEFAULT = (
     "release",
 )
 ALTERNATIVES = ("full", "stock", "one_shot", "release")
-SETTINGS: dict[str, dict[str, Any]] = {"inputs": {"compared": "inputs"}, "16-bit": {"sketch_bits": 16}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "inputs": {"compared": "inputs"},
+    "16-bit": {"sketch_bits": 16},
+    "stride-4": {"query_stride": 4},
+}
 HEADS, KV_HEADS = 8, 2
 WARM = 2  # chunks after the memory is full that are not counted
 
@@ -77,7 +81,7 @@ WARM = 2  # chunks after the memory is full that are not counted
 def built(name: str, layers: int, slots: int) -> Policy:
     """A policy by name; NAME/N: feature: N; NAME/inputs: layer inputs are compared; NAME/16-bit: so is the sketch.
 
-    `full` keeps everything.
+    NAME/stride-4: attention of every fourth query. `full` keeps everything.
     """
     if name == "full":
         return PerturbationOptions().build(None)
@@ -251,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every chunk length and print one table."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--policy", action="append", help="may be repeated; NAME/N: N features; NAME/inputs; NAME/16-bit (all)"
+        "--policy",
+        action="append",
+        help="may be repeated; NAME/N: N features; NAME/inputs; NAME/16-bit; NAME/stride-4 (all)",
     )
     parser.add_argument("--chunk", type=int, action="append", help="tokens per chunk; may be repeated (1024, 256)")
     parser.add_argument("--slots", type=int, default=1024, help="slots per layer, one pool (%(default)s)")

@@ -156,6 +156,7 @@ STUDIES: dict[str, dict[str, Trial]] = {
         "omnimem_all": _pool(_psi(coverage_above=-1.0)),  # every token is discounted: the default until 2026-11-30
         "omnimem_beta_0.25": _pool(_psi(coverage=0.25, coverage_above=-1.0)),
         **{f"omnimem_above_{value:g}": _pool(_psi(coverage_above=value)) for value in (0.25, 0.75)},
+        "omnimem_stride_4": _pool(_psi(query_stride=4)),
         "omnimem_inputs": _pool(_psi(compared="inputs")),  # exact cosines: the default until 2026-11-30, second part
         "omnimem_256": _pool(_psi(feature=256)),
         "omnimem_beta_1": _pool(_psi(coverage=1.0)),

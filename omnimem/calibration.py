@@ -1,7 +1,7 @@
 """Calibration: measures how each layer uses its memory on a few streams; `omnimem.budget` allocates slots from it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -145,6 +145,8 @@ def calibrate(
     """Signals of a model, measured under `policy` on the first `options.streams` streams."""
     recorder = Recorder(attached.shape.layers, options)
     measured = policy.on_inputs() if isinstance(policy, ScoredPolicy) else policy
+    # the entropy of an estimate is no estimate of the entropy: signals are measured from all queries
+    measured = replace(measured, measures=replace(measured.measures, query_stride=1))
     for _, chunks in zip(range(options.streams), streams, strict=False):
         recorder.begin()
         stream: Stream | None = None

@@ -49,5 +49,5 @@ def earlier(
 ) -> Int[Tensor, "batch axes tokens"]:
     """Positions moved back by `shift`: the time axis of visual tokens, all axes of other tokens."""
     back = torch.as_tensor(shift, device=positions.device).expand(modality.shape)
-    space = torch.where(modality == Modality.VISUAL, 0, back)
+    space = torch.where(Modality.VISUAL.mask(modality), 0, back)
     return positions - torch.stack([back, space, space], dim=1)

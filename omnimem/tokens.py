@@ -32,6 +32,10 @@ class Modality(IntEnum):
     AUDIO = 1
     VISUAL = 2
 
+    def mask(self, modality: Int8[Tensor, "*tokens"]) -> Bool[Tensor, "*tokens"]:
+        """Which tokens are of this modality; where a graph is captured, `==` of a tensor and a member is False."""
+        return modality == int(self)
+
 
 EVICTABLE: tuple[Modality, Modality] = (Modality.AUDIO, Modality.VISUAL)  # the order of every budget table
 SPARE = 8  # storage of a memory that grows has 1/8 of its places free when it is allocated
@@ -61,9 +65,9 @@ class Counts(NamedTuple):
         """Those of several (modality, place), in one transfer from the device."""
         sums = []
         for modality, place in pairs:
-            kinds, text = modality[0], modality == Modality.TEXT
+            kinds, text = modality[0], Modality.TEXT.mask(modality)
             longest = [part.sum(dim=1).amax() for part in (text, text & (place[:, 3] >= 0))]
-            sums.append(torch.stack([longest[0], (kinds > 0).sum(), (kinds == Modality.AUDIO).sum(), longest[1]]))
+            sums.append(torch.stack([longest[0], (kinds > 0).sum(), Modality.AUDIO.mask(kinds).sum(), longest[1]]))
         return [cls(*row) for row in torch.stack(sums).tolist()]
 
     def plus(self, later: "Counts") -> "Counts":

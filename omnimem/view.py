@@ -1,7 +1,6 @@
 """LayerView: everything a scorer may use of a layer after a chunk. There is no field for the question."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention import blocked
+from omnimem.lazy import lazy_property
 from omnimem.positions import Rotary
 from omnimem.sketches import Bits
 from omnimem.tokens import ABSENT, Tokens
@@ -35,6 +35,9 @@ class Measures:
     # bits per number where redundancy, judged at arrival, reads the exact input; the projection is then orthonormal and
     # only coverage compares it
     sketch: Bits | Literal[False] = False
+    # s: attention is measured from every s-th query of a chunk (`blocked.Every`), times s; not in the repr, which
+    # identifies results: those of s = 1 are what they were without it
+    query_stride: int = field(default=1, repr=False)
 
 
 class Contest(NamedTuple):
@@ -68,6 +71,7 @@ class LayerView:
     measures: Measures
     gradient: ScoreGradient = "redundancy"  # which part of the score has gradient, if gradients are enabled
     rotary: Rotary | None = None  # of the model; None without a model
+    every: blocked.Every = blocked.ALL  # the queries of `mass`, as `measures.query_stride` wants them
     probes: tuple[Probed, ...] = ()  # in the order of the policy's probe prompts
     measured: Float[Tensor, "batch tokens"] | None = None  # `mass`, where attention itself gave it
     heads: int = 1  # rows per stream: key-value heads that keep tokens of their own are rows
@@ -95,17 +99,22 @@ class LayerView:
         narrow = arrived is None or measures.feature is None or arrived.shape[-1] <= measures.feature
         return measures.sketch == 4 and not narrow
 
-    @cached_property
+    @lazy_property
     def mass(self) -> Float[Tensor, "batch tokens"]:
-        """Attention received from the chunk's queries (sum over queries, mean over heads)."""
+        """Attention received from the chunk's queries (sum over queries, mean over heads), or the estimate of it."""
         if self.measured is not None:
             return self.measured
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
             return blocked.mass(
-                self.queries, self.pool.keys, scale=self.scale, gate=self.pool.gate, heads=self.measures.heads
+                self.queries,
+                self.pool.keys,
+                scale=self.scale,
+                gate=self.pool.gate,
+                heads=self.measures.heads,
+                every=self.every,
             )
 
-    @cached_property
+    @lazy_property
     def importance(self) -> Float[Tensor, "batch tokens"]:
         """a_k over all chunks so far: the carried value of a memory token combined with the new mass."""
         old = self.pool.importance
@@ -116,7 +125,7 @@ class LayerView:
             total = torch.cat([(old[:, :kept] + self.mass[:, :kept]) / 2, self.mass[:, kept:]], dim=1)
         return total.clamp_min(FLOOR)
 
-    @cached_property
+    @lazy_property
     def novelty(self) -> Float[Tensor, "batch tokens"]:
         """1 - s_k, with s_k the mean cosine to the two neighbours (paper eq. 9)."""
         kept = 0 if self.measures.neighbours == "pool" else self.pool.count - self.new  # kept tokens keep their value

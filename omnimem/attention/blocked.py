@@ -4,13 +4,14 @@ The queries are the last Q of the K key positions: query i sees key j when j <= 
 packed pass over several questions the key must also belong to the memory or to the query's own segment.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,11 +21,41 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from omnimem.lazy import lazy_property
+
 MEMORY = -2  # segment of keys that every query may see
 BLOCK = 1024  # queries per block: bounds the mask to BLOCK x keys
 ROWS = 128  # queries times heads of a block whose probabilities are formed on a CPU: they should fit into its cache
+CACHED = 1 << 18  # numbers of such a block of all key-value heads; of a larger one they are processed one by one
+TRITON = find_spec("triton") is not None
 
 HeadMean = Literal["probabilities", "logits"]
+
+
+class Every(NamedTuple):
+    """The queries whose attention is measured: each `stride`-th from `first` on, in place of all of them."""
+
+    stride: int = 1
+    first: int = 0
+
+    @classmethod
+    def drawn(cls, stride: int, queries: int, *place: int) -> "Every":
+        """Every `stride`-th of `queries`, at most `queries` apart, from one that a hash of `place` draws (ours).
+
+        All first queries are equally likely, so each query is measured with probability 1 / stride, and at least one
+        always is. Nothing but these numbers decides: neither the device, nor the batch, nor the state of a generator.
+        """
+        if (stride := min(stride, queries)) == 1:
+            return ALL
+        digest = hashlib.sha256(repr(place).encode()).digest()
+        return cls(stride, int.from_bytes(digest[:8], "big") % stride)
+
+    def of(self, queries: Float[Tensor, "batch heads queries *dims"]) -> Float[Tensor, "batch heads measured *dims"]:
+        """The measured ones."""
+        return queries if self.stride == 1 else queries[:, :, self.first :: self.stride]
+
+
+ALL = Every()
 
 
 @final
@@ -132,43 +163,58 @@ def attend_measured(
     *,
     scale: float,
     gate: Float[Tensor, "batch keys"] | None = None,
+    every: Every = ALL,
 ) -> tuple[Float[Tensor, "batch heads queries dim"], Float[Tensor, "batch keys"]] | None:
-    """`attend` and `mass` of the same inputs in one pass; None where two passes are better.
+    """`attend` and `mass` of the same inputs together; None where two passes are better. Without gradients only.
 
-    One pass needs probabilities in memory: on a CPU, in float32 or more, without gradients. The mass equals that of
-    `mass` to the bit, the output that of `attend` up to rounding.
+    On a CPU, in float32 or more, in one pass that has the probabilities in memory: the mass of all queries equals that
+    of `mass` to the bit; that of some, and the output, up to rounding. On a GPU with the flash kernel, whose
+    log-sum-exp per query leaves one more pass over the keys: the output is that of `attend`, the mass equal up to
+    rounding.
     """
-    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return None
-    parts = _Parts.of(queries, keys, gate, scale, "probabilities")
-    output, room = torch.empty_like(queries), parts.room()
+    if queries.device.type == "cuda":
+        return _flash_measured(queries, keys, values, scale, gate, every)
+    if queries.device.type != "cpu" or queries.dtype not in (torch.float32, torch.float64):
+        return None
+    parts = _Parts.of(queries, keys, gate, scale, keys.shape[2] - queries.shape[2] + 1)
+    output, received, room = torch.empty_like(queries), torch.zeros_like(keys[:, 0, :, 0]), parts.room()
     with torch.autocast(queries.device.type, enabled=False):
-        received = torch.zeros_like(keys[:, 0, :, 0])
-        for first, last in parts.blocks:
-            weights = parts.weights(first, last, room)
-            received[:, : weights.shape[-1]] += _received(weights)
-            mixed = _product(parts.rows(weights), values[:, :, : weights.shape[-1]])
-            output[:, :, first:last] = mixed.view(*output.shape[:2], last - first, -1)
-    return output, received
+        for part in parts.parts:
+            of_values, of_output, of_mass = (
+                part.matrices(values),
+                output[part.streams, part.heads],
+                received[part.streams],
+            )
+            for block, rows, weights in parts.weights(part, room):
+                seen = weights.shape[-1]
+                measured = weights[:, :, (every.first - block.start) % every.stride :: every.stride]
+                of_mass.narrow(1, 0, seen).add_(measured.sum(dim=(1, 2)).div_(queries.shape[1]))
+                mixed = torch.bmm(weights.view(*rows.shape[:2], seen), of_values.narrow(1, 0, seen))
+                of_output[:, :, block] = mixed.view(*weights.shape[:3], -1)
+    return output, received * every.stride
 
 
-def _received(weights: Float[Tensor, "batch heads queries keys"]) -> Float[Tensor, "batch keys"]:
-    """Sum over queries, mean over heads."""
-    return weights.flatten(1, 2).sum(dim=1) / weights.shape[1]
+def _flash_measured(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, gate: Tensor | None, every: Every
+) -> tuple[Tensor, Tensor] | None:
+    """`attend_measured` on a GPU."""
+    wide = (queries, keys, values) if gate is None else _with_gate(queries, keys, values, gate, scale)
+    if queries.shape[2] == 1 or not TRITON or not _flash_supports(*wide):
+        return None
+    output, sums = _flash(*wide, scale)
+    seen = keys.shape[2] - queries.shape[2] + every.first + 1
+    kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+    received = kernels(every.of(queries), keys, scale, gate, seen, every.stride, every.of(sums))
+    return output[..., : queries.shape[-1]], received if every.stride == 1 else received * every.stride
 
 
-def _product(left: Tensor, right: Tensor, room: Tensor | None = None) -> Tensor:
-    """left @ right of [batch, heads, ...]; `@` would copy a slice whose batch and heads it cannot join to one axis.
-
-    With `room`, a flat tensor of at least its size, the result is written there.
-    """
-    shape = (*left.shape[:-1], right.shape[-1])
-    one = left.shape[0] == 1
-    left, right = (left[0], right[0]) if one else (left.flatten(0, 1), right.flatten(0, 1))
-    if room is None:
-        return torch.bmm(left, right).view(shape)
-    rows = room[: math.prod(shape)].view(-1, *shape[2:])
-    return torch.bmm(left, right, out=rows).view(shape)
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output of the flash kernel with the lower-right causal mask, and the log-sum-exp of each query."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    output, sums, *_ = kernel(queries, keys, values, 0.0, is_causal=True, return_debug_mask=False, scale=scale)
+    return output, sums
 
 
 def mass(
@@ -178,21 +224,58 @@ def mass(
     scale: float,
     gate: Float[Tensor, "batch keys"] | None = None,
     heads: HeadMean = "probabilities",
+    every: Every = ALL,
 ) -> Float[Tensor, "batch keys"]:
     """Attention mass per key, a_k = sum over queries of the mean over heads of A_qk (paper eq. 8).
 
-    The result is float32, or float64 for float64 inputs. `heads="logits"` averages the scaled logits over the heads
-    before one softmax per query, as the release does. Differentiable in queries, keys and gate: backward recomputes
-    each block's softmax, so the graph stores nothing of size queries x keys. Autocast is disabled inside, so that
-    training and evaluation select the same tokens.
+    With `every`, stride times the sum over every stride-th query: an unbiased estimate of the sum over all, in
+    1 / stride of the operations (ours). The result is float32, or float64 for float64 inputs. `heads="logits"` averages
+    the scaled logits over the heads before one softmax per query, as the release does. Differentiable in queries, keys
+    and gate: backward recomputes each block's softmax, so the graph stores nothing of size queries x keys. Autocast is
+    disabled inside, so that training and evaluation select the same tokens.
     """
-    return _Mass.apply(queries, keys, gate, scale, heads)
+    seen = keys.shape[2] - queries.shape[2] + every.first + 1
+    queries, fused = every.of(queries), heads == "probabilities"
+    if heads == "logits":
+        queries, keys, scale = *_averaged(queries, keys, scale), 1.0
+    received = _Mass.apply(queries, keys, gate, scale, seen, every.stride, fused)
+    return received if every.stride == 1 else received * every.stride
+
+
+def _averaged(
+    queries: Float[Tensor, "batch heads queries dim"], keys: Float[Tensor, "batch kv_heads keys dim"], scale: float
+) -> tuple[Float[Tensor, "batch 1 queries joined"], Float[Tensor, "batch 1 keys joined"]]:
+    """One head whose logits are the mean of the scaled logits of all: the key-value heads side by side."""
+    exact, group = torch.promote_types(queries.dtype, torch.float32), queries.shape[1] // keys.shape[1]
+    means = (queries.to(exact) * scale).unflatten(1, (-1, group)).sum(dim=2) / queries.shape[1]
+    joined = [tensor.transpose(1, 2).flatten(2)[:, None] for tensor in (means, keys.to(exact))]
+    return joined[0], joined[1]
 
 
 @cache
 def fused_mass() -> Callable[..., Tensor] | None:
     """`omnimem.attention.fused.mass`, imported only when it is used; None without Triton (which comes with CUDA)."""
-    return import_module("omnimem.attention.fused").mass if find_spec("triton") else None
+    return import_module("omnimem.attention.fused").mass if TRITON else None
+
+
+def by_kernels(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
+    """`fused_mass` of these arguments. Requires Triton."""
+    kernels = fused_mass()
+    assert kernels is not None, "chosen where there is Triton"
+    return kernels(queries, keys, scale=scale, gate=gate, seen=seen, stride=stride, sums=sums)
+
+
+# one operator of a captured graph: torch.compile does not look into it
+captured_mass = torch.library.custom_op("omnimem::mass", by_kernels, mutates_args=())
+
+
+@captured_mass.register_fake
+def _(
+    queries: Tensor, keys: Tensor, scale: float, gate: Tensor | None, seen: int, stride: int, sums: Tensor | None = None
+) -> Tensor:
+    return keys.new_empty(keys.shape[0], keys.shape[2], dtype=torch.float32)
 
 
 @final
@@ -203,31 +286,49 @@ class _Mass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> Tensor:
+    def forward(
+        queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, seen: int, stride: int, fused: bool
+    ) -> Tensor:
         on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
-        if heads == "probabilities" and on_gpu and (kernels := fused_mass()) is not None:
-            return kernels(queries, keys, scale=scale, gate=gate)
-        parts = _Parts.of(queries, keys, gate, scale, heads)
+        if fused and on_gpu and TRITON:
+            kernels = captured_mass if torch.compiler.is_compiling() else by_kernels
+            return kernels(queries, keys, scale, gate, seen, stride)
+        parts = _Parts.of(queries, keys, gate, scale, seen, stride)
         received, room = torch.zeros_like(parts.keys[:, 0, :, 0]), parts.room()
         with torch.autocast(queries.device.type, enabled=False):
-            for first, last in parts.blocks:
-                weights = parts.weights(first, last, room)
-                received[:, : weights.shape[-1]] += _received(weights)
+            for part in parts.parts:
+                for _, _, weights in parts.weights(part, room):
+                    received[part.streams, : weights.shape[-1]] += weights.sum(dim=(1, 2)) / queries.shape[1]
         return received
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float, HeadMean], output: Tensor) -> None:
-        *tensors, ctx.scale, ctx.heads = inputs
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.settings = inputs[3:6]
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] # torch's own decorator
         queries, keys, gate = ctx.saved_tensors
-        parts = _Parts.of(queries, keys, gate, ctx.scale, ctx.heads)
+        parts = _Parts.of(queries, keys, gate, *ctx.settings)
         with torch.autocast(queries.device.type, enabled=False):
             of_queries, of_keys, of_gate = parts.gradients(grad)
-        return of_queries.to(queries.dtype), of_keys.to(keys.dtype), None if gate is None else of_gate, None, None
+        of_inputs = of_queries.to(queries.dtype), of_keys.to(keys.dtype), None if gate is None else of_gate
+        return *of_inputs, None, None, None, None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Streams and heads that are processed together, with one matrix per stream and key-value head."""
+
+    streams: slice
+    kv_heads: slice
+    heads: slice  # their query heads
+
+    def matrices(self, of_heads: Float[Tensor, "batch kv_heads n dim"]) -> Float[Tensor, "matrices n dim"]:
+        """The matrices of this part, a view."""
+        return of_heads[self.streams, self.kv_heads].flatten(0, 1)
 
 
 @final
@@ -239,94 +340,97 @@ class _Parts:
     keys: Tensor
     gate: Tensor | None
     scale: float
-    heads: HeadMean
+    first_seen: int  # number of keys that the first query sees
+    stride: int  # by which each query sees more than the one before it
 
     @classmethod
-    def of(cls, queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, heads: HeadMean) -> "_Parts":
+    def of(
+        cls, queries: Tensor, keys: Tensor, gate: Tensor | None, scale: float, first_seen: int, stride: int = 1
+    ) -> "_Parts":
         exact = torch.promote_types(queries.dtype, torch.float32)
         bias = None if gate is None else gate.to(exact)[:, None, None, :]
-        return cls(queries=queries, keys=keys.to(exact), gate=bias, scale=scale, heads=heads)
+        return cls(queries=queries, keys=keys.to(exact), gate=bias, scale=scale, first_seen=first_seen, stride=stride)
 
-    @property
+    @lazy_property
     def step(self) -> int:
         """Queries per block: ROWS rows of all heads of a group, or BLOCK where no cache matters."""
-        heads = self.queries.shape[1]
-        if self.queries.device.type == "cpu":
-            return max(1, min(BLOCK, ROWS * (1 if self.heads == "logits" else self.keys.shape[1]) // heads))
-        return max(1, BLOCK // (1 if self.heads == "logits" else heads))
+        heads, kv_heads = self.queries.shape[1], self.keys.shape[1]
+        on_cpu = self.queries.device.type == "cpu"
+        return max(1, min(BLOCK, ROWS * kv_heads // heads) if on_cpu else BLOCK // heads)
+
+    @lazy_property
+    def alone(self) -> bool:
+        """Whether each stream and key-value head is processed alone: on a CPU whose cache does not hold all heads."""
+        on_cpu = self.queries.device.type == "cpu"
+        return on_cpu and self.queries.shape[1] * self.step * self.keys.shape[2] > CACHED
 
     @property
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first, last) query of each block."""
-        count = self.queries.shape[2]
-        return ((first, min(first + self.step, count)) for first in range(0, count, self.step))
+    def parts(self) -> Iterator[_Part]:
+        """All streams and heads, part by part."""
+        batch, kv_heads = self.keys.shape[:2]
+        group = self.queries.shape[1] // kv_heads
+        streams, heads = (1, 1) if self.alone else (batch, kv_heads)
+        for stream in range(0, batch, streams):
+            for head in range(0, kv_heads, heads):
+                yield _Part(
+                    streams=slice(stream, stream + streams),
+                    kv_heads=slice(head, head + heads),
+                    heads=slice(head * group, (head + heads) * group),
+                )
 
-    @cached_property
+    @lazy_property
     def later(self) -> Tensor:
-        """Of the queries of a block (rows) and their own keys (columns): which are later."""
-        return torch.ones(self.step, self.step, dtype=torch.bool, device=self.queries.device).triu(1)
-
-    def seen(self, last: int) -> int:
-        """Number of keys that any query before `last` sees."""
-        return self.keys.shape[2] - self.queries.shape[2] + last
-
-    def rows(self, of_heads: Tensor) -> Tensor:
-        """[batch, heads, queries, n] as [batch, kv_heads, group x queries, n]."""
-        return of_heads.reshape(*self.keys.shape[:2], -1, of_heads.shape[-1])
-
-    def scaled(self, first: int, last: int) -> Tensor:
-        """Queries of a block multiplied by the scale, [batch, kv_heads, group x queries, dim]."""
-        return self.rows(self.queries[:, :, first:last].to(self.keys.dtype) * self.scale)
+        """Of the queries of a block (rows) and the keys from that of the first on (columns): which are later."""
+        rows = torch.arange(self.step, device=self.queries.device) * self.stride
+        return torch.arange((self.step - 1) * self.stride + 1, device=self.queries.device) > rows[:, None]
 
     def room(self) -> Tensor:
         """Memory for the largest block of `weights`."""
-        batch, heads, _, _ = self.queries.shape
-        heads = 1 if self.heads == "logits" else heads
-        return self.keys.new_empty(batch * heads * min(self.step, self.queries.shape[2]) * self.keys.shape[2])
+        batch, heads, count, _ = self.queries.shape
+        most = heads // self.keys.shape[1] if self.alone else batch * heads
+        return self.keys.new_empty(most * min(self.step, count) * self.keys.shape[2])
 
-    def weights(self, first: int, last: int, room: Tensor | None = None) -> Tensor:
-        """A of a block, [batch, heads, queries, keys seen]; [batch, 1, ...] where logits are averaged.
+    def weights(self, part: _Part, room: Tensor | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each block of queries: which they are, their scaled rows [matrices, group x queries, dim], and A.
 
-        With `room`, they are written there, without gradient; the same place for all blocks stays in the cache.
+        A is [streams, heads, queries, keys seen]. With `room`, it is written there; the same place for all blocks stays
+        in the cache. Without gradient.
         """
-        batch, heads, _, _ = self.queries.shape
-        count, seen = last - first, self.seen(last)
-        if self.heads == "logits":
-            logits = self._mean_logits(first, last)
-        else:
-            logits = _product(self.scaled(first, last), self.keys[:, :, :seen].mT, room)
-            logits = logits.view(batch, heads, count, seen)
-        if self.gate is not None:
-            logits += self.gate[..., :seen]
-        logits[..., seen - count :].masked_fill_(self.later[:count, :count], float("-inf"))  # all before is seen
-        return logits.softmax(dim=-1) if room is None else torch.softmax(logits, dim=-1, out=logits)
-
-    def _mean_logits(self, first: int, last: int) -> Tensor:
-        """Mean over heads of the logits, [batch, 1, queries, keys]: one product of all heads concatenated."""
-        batch, kv_heads, _, dim = self.keys.shape
-        grouped = self.scaled(first, last).view(batch, kv_heads, -1, last - first, dim).sum(dim=2)
-        joined = (grouped / self.queries.shape[1]).transpose(1, 2).flatten(2)
-        return (joined @ self.joined_keys[:, : self.seen(last)].mT)[:, None]
-
-    @cached_property
-    def joined_keys(self) -> Tensor:
-        """The keys of all heads side by side, [batch, keys, kv_heads x dim]."""
-        return self.keys.transpose(1, 2).flatten(2)
+        queries = self.queries.unflatten(1, (self.keys.shape[1], -1))[part.streams, part.kv_heads]
+        keys, gate = part.matrices(self.keys).mT, None if self.gate is None else self.gate[part.streams]
+        streams, total, (matrices, dim, _) = len(queries), queries.shape[3], keys.shape
+        for first in range(0, total, self.step):
+            # 1. shapes: the last query of the block sees `seen` keys, the first one all but the last `own` - 1 of these
+            count = min(self.step, total - first)
+            seen, own = self.first_seen + (first + count - 1) * self.stride, (count - 1) * self.stride + 1
+            # 2. logits
+            rows = (queries.narrow(3, first, count).to(keys.dtype) * self.scale).reshape(matrices, -1, dim)
+            shape = (matrices, rows.shape[1], seen)
+            place = None if room is None else room[: math.prod(shape)].view(shape)
+            logits = torch.bmm(rows, keys.narrow(2, 0, seen), out=place).view(streams, -1, count, seen)
+            # 3. gate, causal mask, softmax
+            if gate is not None:
+                logits += gate[..., :seen]
+            logits.narrow(3, seen - own, own).masked_fill_(self.later[:count, :own], float("-inf"))
+            yield slice(first, first + count), rows, torch.softmax(logits, dim=-1, out=logits)
 
     def gradients(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, keys and gate, given that of the mass."""
-        batch, heads, _, dim = self.queries.shape
-        of_queries, of_keys, of_gate = [], torch.zeros_like(self.keys), torch.zeros_like(grad)
-        for first, last in self.blocks:
-            # 1. gradient of the logits
-            weights, seen = self.weights(first, last), self.seen(last)
-            part = grad[:, :seen]
-            mean = (weights @ part[:, None, :, None]) / heads
-            of_logits = (weights * (part / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
-            of_logits = self.rows(of_logits.expand(-1, heads, -1, -1))
-            # 2. gradients of the inputs
-            of_rows = _product(of_logits, self.keys[:, :, :seen]) * self.scale
-            of_queries.append(of_rows.view(batch, heads, last - first, dim))
-            of_keys[:, :, :seen] += _product(of_logits.mT, self.scaled(first, last))
-            of_gate[:, :seen] += of_logits.sum(dim=(1, 2))
-        return torch.cat(of_queries, dim=2), of_keys, of_gate
+        heads = self.queries.shape[1]
+        of_queries = torch.empty_like(self.queries, dtype=self.keys.dtype)
+        of_keys, of_gate = self.keys.new_zeros(self.keys.shape), torch.zeros_like(grad)
+        for part in self.parts:
+            keys, of_part = part.matrices(self.keys), part.matrices(of_keys)
+            for block, rows, weights in self.weights(part):
+                # 1. gradient of the logits
+                seen = weights.shape[-1]
+                of_mass = grad[part.streams, :seen]
+                mean = (weights @ of_mass[:, None, :, None]) / heads
+                of_logits = (weights * (of_mass / heads)[:, None, None, :]).addcmul_(weights, mean, value=-1)
+                # 2. gradients of the inputs
+                of_gate[part.streams, :seen] += of_logits.sum(dim=(1, 2))
+                of_logits = of_logits.view(len(keys), -1, seen)
+                of_rows = torch.bmm(of_logits, keys[:, :seen]) * self.scale
+                of_queries[part.streams, part.heads, block] = of_rows.view(*weights.shape[:3], -1)
+                of_part[:, :seen] += torch.bmm(of_logits.mT, rows)
+        return of_queries, of_keys, of_gate

@@ -1,7 +1,9 @@
 """Attention mass on a GPU in two Triton kernels: logits are never written to GPU memory.
 
-The first kernel computes the log-sum-exp of every query, the second sums the attention of each key over the queries.
-Each block of keys is summed by one program, so the order of additions is the same in every run.
+The first kernel computes the log-sum-exp of every query, unless the attention itself has given it; the second sums the
+attention of each key over the queries.
+Each block of keys is summed by one program over all query heads that share them, so that the order of additions is the
+same in every run, and one number per key and key-value head is written.
 """
 
 from contextlib import nullcontext
@@ -21,22 +23,28 @@ def mass(
     *,
     scale: float,
     gate: Float[Tensor, "batch keys"] | None = None,
+    seen: int | None = None,
+    stride: int = 1,
+    sums: Float[Tensor, "batch heads queries"] | None = None,
 ) -> Float[Tensor, "batch keys"]:
-    """a_k = sum over queries of the mean over heads of softmax(scale q k + gate), float32, bottom-right causal.
+    """a_k = sum over queries of the mean over heads of softmax(scale q k + gate), float32, causal (paper eq. 8).
 
-    (Paper eq. 8.) Products of 16-bit numbers are exact in float32; float32 inputs are multiplied in full precision,
-    never as TF32.
+    The first query sees `seen` keys (None: the last one sees all), each further one `stride` more. `sums` is log
+    sum_k exp(scale q k + gate) of each query over the keys that it sees, where it is known. Products of 16-bit
+    numbers are exact in float32; float32 inputs are multiplied in full precision, never as TF32.
     """
     # 1. outputs and launch parameters
     batch, heads, count, dim = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
     exact = {"dtype": torch.float32, "device": queries.device}
-    sums = torch.empty(batch, heads, count, **exact)
-    received = torch.empty(batch, heads, total, **exact)
+    known = sums is not None
+    sums = sums.contiguous() if sums is not None else torch.empty(batch, heads, count, **exact)
+    received = torch.empty(batch, kv_heads, total, **exact)
     bias = received if gate is None else gate.to(torch.float32).contiguous()  # without a gate the pointer is not read
     rows, columns = (ROWS, COLUMNS) if queries.dtype != torch.float32 else (ROWS // 4, COLUMNS // 2)
     shape = (queries.contiguous(), keys.contiguous(), bias, sums)
-    sizes = (scale, heads, heads // kv_heads, count, total, dim)
+    seen = total - count + 1 if seen is None else seen
+    sizes = (scale, heads, heads // kv_heads, count, total, dim, seen, stride)
     settings = {
         "WIDTH": max(16, triton.next_power_of_2(dim)),
         "ROWS": rows,
@@ -45,9 +53,10 @@ def mass(
     }
     # 2. log-sum-exp per query, then mass per key
     with torch.cuda.device(queries.device) if queries.is_cuda else nullcontext():  # Triton's interpreter uses the CPU
-        _log_sums[(triton.cdiv(count, rows), batch * heads)](*shape, *sizes, **settings)
-        _column_sums[(triton.cdiv(total, columns), batch * heads)](*shape, received, *sizes, **settings)
-    return received.mean(dim=1)
+        if not known:
+            _log_sums[(triton.cdiv(count, rows), batch * heads)](*shape, *sizes, **settings)
+        _column_sums[(triton.cdiv(total, columns), batch * kv_heads)](*shape, received, *sizes, **settings)
+    return received.sum(dim=1) / heads
 
 
 @triton.jit
@@ -61,7 +70,7 @@ def _logits(q, k, gates, columns, total, scale, GATED: tl.constexpr):
 
 @triton.jit
 def _log_sums(
-    q_all, k_all, gate_all, sums, scale, heads, group, count, total, dim,
+    q_all, k_all, gate_all, sums, scale, heads, group, count, total, dim, seen, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """log sum_k exp(logit) for ROWS queries of one head."""
@@ -71,15 +80,16 @@ def _log_sums(
     places, dims = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     q_mask = (places[:, None] < count) & (dims[None, :] < dim)
     q = tl.load(q_all + (row * count + places[:, None]) * dim + dims[None, :], mask=q_mask, other=0.0)
-    limit = places + total - count  # the last key that each query sees
+    limit = seen + places * stride  # number of keys that each query sees
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
-    for first in range(0, tl.minimum(total, (tl.program_id(0) + 1) * ROWS + total - count), COLUMNS):
+    last = tl.minimum(count, (tl.program_id(0) + 1) * ROWS) - 1
+    for first in range(0, seen + last * stride, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         k_mask = (columns[None, :] < total) & (dims[:, None] < dim)
         k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + dims[:, None], mask=k_mask, other=0.0)
         logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
-        logits = tl.where(columns[None, :] <= limit[:, None], logits, float("-inf"))
+        logits = tl.where(columns[None, :] < limit[:, None], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
         weight = weight * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         top = higher
@@ -88,24 +98,24 @@ def _log_sums(
 
 @triton.jit
 def _column_sums(
-    q_all, k_all, gate_all, sums, received, scale, heads, group, count, total, dim,
+    q_all, k_all, gate_all, sums, received, scale, heads, group, count, total, dim, seen, stride,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """sum_q exp(logit - log sum) for COLUMNS keys of one head, over the queries that see them."""
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
-    kv_row = batch * (heads // group) + head // group
+    """sum_q exp(logit - log sum) for COLUMNS keys of one key-value head, over its query heads and what sees them."""
+    kv_row = tl.program_id(1).to(tl.int64)
+    batch = kv_row // (heads // group)
     columns, dims = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
     k_mask = (columns[None, :] < total) & (dims[:, None] < dim)
     k = tl.load(k_all + (kv_row * total + columns[None, :]) * dim + dims[:, None], mask=k_mask, other=0.0)
     gathered = tl.zeros([COLUMNS], tl.float32)
-    earliest = tl.maximum(0, tl.program_id(0) * COLUMNS - (total - count)) // ROWS * ROWS
-    for first in range(earliest, count, ROWS):
-        places = first + tl.arange(0, ROWS)
-        q_mask = (places[:, None] < count) & (dims[None, :] < dim)
-        q = tl.load(q_all + (row * count + places[:, None]) * dim + dims[None, :], mask=q_mask, other=0.0)
-        logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
-        sum_of = tl.load(sums + row * count + places, mask=places < count, other=float("inf"))
-        seen = (columns[None, :] <= places[:, None] + total - count) & (places[:, None] < count)
-        gathered += tl.sum(tl.exp(tl.where(seen, logits - sum_of[:, None], float("-inf"))), 0)
-    tl.store(received + row * total + columns, gathered, mask=columns < total)
+    earliest = tl.maximum(0, tl.program_id(0) * COLUMNS - seen + stride) // stride // ROWS * ROWS
+    for row in range(kv_row * group, (kv_row + 1) * group):
+        for first in range(earliest, count, ROWS):
+            places = first + tl.arange(0, ROWS)
+            q_mask = (places[:, None] < count) & (dims[None, :] < dim)
+            q = tl.load(q_all + (row * count + places[:, None]) * dim + dims[None, :], mask=q_mask, other=0.0)
+            logits = _logits(q, k, gate_all + batch * total, columns, total, scale, GATED)
+            sum_of = tl.load(sums + row * count + places, mask=places < count, other=float("inf"))
+            visible = (columns[None, :] < seen + places[:, None] * stride) & (places[:, None] < count)
+            gathered += tl.sum(tl.exp(tl.where(visible, logits - sum_of[:, None], float("-inf"))), 0)
+    tl.store(received + kv_row * total + columns, gathered, mask=columns < total)

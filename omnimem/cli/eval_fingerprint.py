@@ -81,6 +81,8 @@ class EvalFingerprint:
         memory, model = asdict(run.memory), _given(run.model, "processor")
         model.pop("adapter")  # where training started
         selection_from = memory.pop("selection_from")  # the same for all arms that have no adapter or evict nothing
+        memory["policy"].pop("query_stride", None)  # a key of its own, which results without the option match
+        stride = arm.policy.measures.query_stride
         setting = {
             "model": {**model, "sha256": self._base},
             "adapter": self._adapter if tuned else None,
@@ -89,6 +91,7 @@ class EvalFingerprint:
             "memory": None if whole else {**memory, "sha256": sha256(self.folder.budget)},
             "policy": None if whole else repr(replace(arm.policy, budget=None)),  # with the values of its preset
             "selection_from": "base" if tuned and not whole and selection_from == "base" else None,  # None: tuned
+            "query_stride": None if whole or stride == 1 else stride,
             "max_new_tokens": run.evaluate.max_new_tokens,
             "benchmarks": self._benchmarks,
         }

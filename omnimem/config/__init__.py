@@ -109,11 +109,12 @@ def _as_written(data: Any) -> None:
     """Complete the policy in the config.yaml of an earlier run, which has every option of its time, by its rule.
 
     Before 2026-11-30 coverage discounted every token, until that day it compared layer inputs, and then for hours
-    sketches of 16 bits.
+    sketches of 16 bits. Attention was measured from all queries.
     """
     match data:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy}} if policy.keys() >= EARLIER:
-            for name, rule in (("coverage_above", -1.0), ("compared", "inputs"), ("sketch_bits", 16)):
+            rules = {"coverage_above": -1.0, "compared": "inputs", "sketch_bits": 16, "query_stride": 1}
+            for name, rule in rules.items():
                 policy.setdefault(name, rule)
 
 

@@ -47,7 +47,7 @@ class Origin:
 class Exported:
     """A tuned model: model, stream and memory options, budget, and origin of the weights."""
 
-    format: Literal["omnimem export 4"] = "omnimem export 4"
+    format: Literal["omnimem export 5"] = "omnimem export 5"
     model: ModelOptions
     stream: StreamOptions
     memory: MemoryOptions
@@ -95,18 +95,20 @@ def _current(table: dict[str, Any]) -> dict[str, Any]:
     """The table of a file as it is written today.
 
     In format 1, coverage discounted every token; before format 3 it compared layer inputs, in format 3 sketches of 16
-    bits.
+    bits. Before format 5, attention was measured from all queries.
     """
-    bits = {"sketch_bits": 16}
+    queries = {"query_stride": 1}
+    bits = {"sketch_bits": 16, **queries}
     inputs = {"compared": "inputs", **bits}
     rules = {
         "omnimem export 1": {"coverage_above": -1.0, **inputs},
         "omnimem export 2": inputs,
         "omnimem export 3": bits,
+        "omnimem export 4": queries,
     }
     if (rule := rules.get(table.get("format", ""))) is None:
         return table
-    table = {**table, "format": "omnimem export 4"}
+    table = {**table, "format": "omnimem export 5"}
     match table:
         case {"memory": {"policy": {"name": "omnimem" | "paper" | "released"} as policy} as memory}:
             return {**table, "memory": {**memory, "policy": {**policy, **rule}}}

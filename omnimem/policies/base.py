@@ -182,7 +182,7 @@ def with_groups(modality: Int8[Tensor, "batch kept"], group: Int[Tensor, "batch 
     of a stream is bounded by the slots, however long it is. Padding does not stay.
     """
     present = modality != ABSENT
-    marker = (modality == Modality.TEXT) & (group >= 0)
+    marker = Modality.TEXT.mask(modality) & (group >= 0)
     # the largest number of a group of kept tokens stands for those of other tokens: it always stays
     latest = torch.where(present, group, torch.full_like(group, -1)).amax(dim=1, keepdim=True)
     media = torch.where(modality > 0, group, latest)

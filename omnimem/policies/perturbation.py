@@ -26,6 +26,7 @@ PAPER: dict[str, Any] = {
     "centred": True,
     "compared": "inputs",
     "sketch_bits": 4,
+    "query_stride": 1,
     "markers": "keep",
 }
 RELEASED: dict[str, Any] = {**PAPER, "novelty_power": 0.5, "heads": "logits", "carry": "halve", "ends": "one"}
@@ -74,13 +75,26 @@ class PerturbationOptions:
     # the exact input
     compared: Compared | None = None
     sketch_bits: Bits | None = None  # per number of the sketch
+    # s: the attention mass is estimated from every s-th query of a chunk, without bias; 1: measured from all
+    query_stride: int | None = None
     markers: Markers | None = None  # timestamps and other text of a stream: all stays, or that of kept groups
 
     def __post_init__(self) -> None:
-        for name, least in (("sharpness", 0), ("novelty_power", 0), ("coverage", 0), ("feature", 1)):
+        for name, least in (
+            ("sharpness", 0),
+            ("novelty_power", 0),
+            ("coverage", 0),
+            ("feature", 1),
+            ("query_stride", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"policy.{name} = {value:g} must be at least {least}")
+        if self.sharpness == 0 and (self.query_stride or 1) != 1:
+            raise ValueError(
+                f"policy.query_stride = {self.query_stride} has no effect with sharpness = 0, which measures no "
+                "attention; leave out one of them"
+            )
         if self.compared == "sketch" and (self.neighbours or PRESETS[self.name]["neighbours"]) == "pool":
             raise ValueError(
                 "policy.compared = sketch needs neighbours = arrival: redundancy in the pool reads the layer inputs; "

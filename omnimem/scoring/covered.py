@@ -97,7 +97,7 @@ def uncovered(
     unit = F.normalize(feature.to(torch.promote_types(feature.dtype, torch.float32)), dim=-1, eps=1e-12)
     found = torch.ones_like(scores)
     for kind in EVICTABLE:
-        member = modality == kind
+        member = kind.mask(modality)
         sizes = member.sum(dim=1, keepdim=True)  # in one pool of both modalities streams may hold unequal numbers
         if (size := int(sizes.max())) == 0:
             continue
@@ -167,7 +167,7 @@ def uncovered_contested(
             if kept in (0, size):
                 continue
             order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
-            places = [(kinds[order] == kind).nonzero()[:, 0] for kind in EVICTABLE]
+            places = [kind.mask(kinds[order]).nonzero()[:, 0] for kind in EVICTABLE]
             rankings = [Ranking(feature[row], order[each], None, centred, product, rounding) for each in places]
             plain, first = scores[row, order], kept
             alone = torch.ones_like(plain)
@@ -197,7 +197,7 @@ def _rankings(
         yield order, modality[order]
         return
     for kind in EVICTABLE:
-        member = modality == kind
+        member = kind.mask(modality)
         if counts is None or counts.audio is None:
             size = int(member.sum())
         else:
@@ -239,7 +239,7 @@ class Ranking:
         """The mean direction of the members of each kind; NaN of a kind without members, which nothing reads."""
         kind, share = self.kind, torch.ones_like(self.lengths)
         if kind is not None:
-            visual = (kind == Modality.VISUAL).to(share.dtype)[:, None]
+            visual = Modality.VISUAL.mask(kind).to(share.dtype)[:, None]
             share = torch.cat([1 - visual, visual], dim=1)
         with torch.autocast(share.device.type, enabled=False):
             return ((share / self.lengths).mT @ self.ranked).div_(share.sum(dim=0)[:, None])
@@ -253,7 +253,7 @@ class Ranking:
         kind, new = self.kind, slice(self.done, count)
         rows = self.ranked[new].div_(self.lengths[new])
         if self.mean is not None:
-            rows.sub_(self.mean if kind is None else self.mean[(kind[new] == Modality.VISUAL).long()])
+            rows.sub_(self.mean if kind is None else self.mean[Modality.VISUAL.mask(kind[new]).long()])
             length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
             rows.div_(length if self.rounding == 0 else length.div_(_grown(length, self.rounding)))
         # 2. their cosines, block by block

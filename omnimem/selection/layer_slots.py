@@ -58,12 +58,12 @@ def groups(modality: Int8[Tensor, "batch tokens"], slots: LayerSlots, counts: Co
         kept = min(counts.media, slots.audio + slots.visual)
         return [Group(member=modality > 0, kept=kept, size=counts.media)]
     if counts is None or counts.audio is None:
-        available = {kind: int((modality[0] == kind).sum()) for kind in Modality}
+        available = {kind: int(kind.mask(modality[0]).sum()) for kind in Modality}
     else:
         available = {Modality.AUDIO: counts.audio, Modality.VISUAL: counts.media - counts.audio}
     if slots.split:
         staying = taken(available, slots)
-        return [Group(member=modality == kind, kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
+        return [Group(member=kind.mask(modality), kept=staying[kind], size=available[kind]) for kind in EVICTABLE]
     size = sum(available[kind] for kind in EVICTABLE)
     kept = min(size, slots.audio + slots.visual)
     return [Group(member=modality > 0, kept=kept, size=size)]

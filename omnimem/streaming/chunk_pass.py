@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Int8, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from omnimem.attention.blocked import attend, attend_measured
+from omnimem.attention.blocked import Every, attend, attend_measured
 from omnimem.memory import Memory
 from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
@@ -146,6 +146,7 @@ class ChunkStep:
     modality: Int8[Tensor, "batch tokens"]
     deepstack: DeepStack | None
     order: Int[Tensor, "batch tokens"]  # arrival numbers
+    fed: int = 0  # tokens that arrived before the chunk, in every stream
     compaction: Compaction | None = None  # before the chunk is read
     counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
 
@@ -320,9 +321,9 @@ class ChunkAttention:
         # 2. the chunk attends to the pool; where its policy measures that, both in one pass if that is faster
         padded = config.padded(pool)
         gate, measured, asking = pool.gate if config.gated(padded=padded) else None, None, queries[:, :, :count]
-        both = None
+        every, both = Every.drawn(policy.measures.query_stride, count, chunk.fed, layer), None
         if config.together and policy.traits.needs_mass and policy.budget is not None:
-            both = attend_measured(asking, pool.keys, pool.values, scale=scale, gate=gate)
+            both = attend_measured(asking, pool.keys, pool.values, scale=scale, gate=gate, every=every)
         if both is None:
             output = attend(asking, pool.keys, pool.values, scale=scale, gate=gate)
         else:
@@ -333,6 +334,7 @@ class ChunkAttention:
             new=count,
             queries=asking,
             measured=measured,
+            every=every,
             scale=scale,
             measures=policy.measures,
             gradient="none" if softness is None else softness.gradient,

@@ -189,6 +189,7 @@ class Stream:
                 modality=passed.chunk.modality,
                 deepstack=passed.chunk.deepstack,
                 order=passed.order,
+                fed=self.fed,
                 compaction=compaction,
                 counts=self._counts(passed.chunk, chunk, facts),
             )

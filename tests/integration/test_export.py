@@ -221,7 +221,7 @@ def test_an_export_means_the_same_when_a_preset_changes(adapter, monkeypatch) ->
 
 def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path) -> None:
     table = json.loads((adapter / "omnimem.json").read_text())
-    for option in ("coverage_above", "compared", "sketch_bits"):
+    for option in ("coverage_above", "compared", "sketch_bits", "query_stride"):
         del table["memory"]["policy"][option]
     table["memory"]["policy"]["feature"] = None
     table["format"] = "omnimem export 1"
@@ -234,7 +234,8 @@ def test_an_export_of_format_1_discounts_every_token_as_it_did(adapter, tmp_path
 @pytest.mark.parametrize("feature", [None, 16])
 def test_an_export_before_format_3_compares_layer_inputs_as_it_did(number, feature, adapter, tmp_path) -> None:
     table = json.loads((adapter / "omnimem.json").read_text())
-    del table["memory"]["policy"]["compared"], table["memory"]["policy"]["sketch_bits"]
+    for option in ("compared", "sketch_bits", "query_stride"):
+        del table["memory"]["policy"][option]
     table["memory"]["policy"]["feature"] = feature
     table["format"] = f"omnimem export {number}"
     (tmp_path / "omnimem.json").write_text(json.dumps(table))
@@ -243,9 +244,18 @@ def test_an_export_before_format_3_compares_layer_inputs_as_it_did(number, featu
     assert (now.scorer.compared, now.measures.sketch, now.measures.feature) == ("sketch", 4, 192)
 
 
+def test_an_export_of_format_4_measures_all_queries_as_it_did(adapter, tmp_path, monkeypatch) -> None:
+    table = json.loads((adapter / "omnimem.json").read_text())
+    del table["memory"]["policy"]["query_stride"]
+    table["format"] = "omnimem export 4"
+    (tmp_path / "omnimem.json").write_text(json.dumps(table))
+    monkeypatch.setitem(perturbation.PRESETS, "omnimem", {**perturbation.OURS, "query_stride": 8})
+    assert Exported.read(tmp_path).policy.measures.query_stride == 1
+
+
 def test_an_export_of_format_3_compares_sketches_of_16_bits_as_it_did(adapter, tmp_path) -> None:
     table = json.loads((adapter / "omnimem.json").read_text())
-    del table["memory"]["policy"]["sketch_bits"]
+    del table["memory"]["policy"]["sketch_bits"], table["memory"]["policy"]["query_stride"]
     table["memory"]["policy"]["feature"] = 128
     table["format"] = "omnimem export 3"
     (tmp_path / "omnimem.json").write_text(json.dumps(table))

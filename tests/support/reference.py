@@ -86,12 +86,12 @@ def attention(queries, keys, values, scale, seen, gate=None):
     return outputs, weights
 
 
-def mass(queries, keys, scale, heads, gate=None):
-    """a_k = sum over the queries of A_qk (eq. 8): A the mean over heads of softmaxes, or one softmax of the logits'
-    mean over heads (docs/paper.md, "Scores")."""
+def mass(queries, keys, scale, heads, gate=None, asked=None):
+    """a_k = sum over the queries (or those `asked`) of A_qk (eq. 8): A the mean over heads of softmaxes, or one softmax
+    of the logits' mean over heads (docs/paper.md, "Scores")."""
     count, total, group = len(queries[0]), len(keys[0]), len(queries) // len(keys)
     received = [0.0] * total
-    for q in range(count):
+    for q in range(count) if asked is None else asked:
         places = range(total - count + q + 1)
         rows = [
             [scale * dot(queries[h][q], keys[h // group][k]) + (gate[k] if gate else 0.0) for k in places]

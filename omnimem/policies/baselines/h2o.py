@@ -12,9 +12,11 @@ from omnimem.policies.baselines.presets import Preset, allotted, part, settings
 from omnimem.policies.baselines.ranked import AbstractRanking, RankedPolicy, above_all, newest
 from omnimem.selection import LayerSlots
 from omnimem.selection.layer_slots import groups
-from omnimem.view import LayerView
+from omnimem.view import LayerView, Measures
 
-PRESETS: dict[str, dict[str, Any]] = {"as_published": {"recent_share": 0.5, "per_observer": False, "per_head": True}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "as_published": {"recent_share": 0.5, "per_observer": False, "per_head": True, "query_stride": 1}
+}
 
 
 @final
@@ -62,12 +64,17 @@ class H2OOptions:
     recent_share: float | None = None  # of the slots
     per_observer: bool | None = None  # sums are divided by the number of queries that could see the token
     per_head: bool | None = None  # every key-value head keeps tokens of its own
+    # s: attention is estimated from every s-th query of a chunk, without bias; 1: measured from all
+    query_stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.recent_share is not None and not 0 <= self.recent_share <= 1:
             raise ValueError(f"policy.recent_share = {self.recent_share:g} must be between 0 and 1")
+        if self.query_stride is not None and self.query_stride < 1:
+            raise ValueError(f"policy.query_stride = {self.query_stride} must be at least 1")
 
     def build(self, budget: Budget | None) -> RankedPolicy:
         """The policy at a budget; None: full memory."""
         chosen = settings(self, PRESETS) | {"budget": allotted(budget, self.preset)}
-        return part(RankedPolicy, {**chosen, "ranking": part(HeavyHitters, chosen)})
+        parts = {"ranking": part(HeavyHitters, chosen), "measures": part(Measures, chosen)}
+        return part(RankedPolicy, {**chosen, **parts})

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from omnimem.attention.blocked import attend
+from omnimem.attention.blocked import Every, attend
 from omnimem.errors import UserError
 from omnimem.memory import Memory
 from omnimem.policies.base import Policy, ScoredPolicy
@@ -136,7 +136,7 @@ class ReleasedGradient:
 
     def _above(self, step: ChunkStep, pool: Tokens) -> tuple[Tokens, ...]:
         """Memory of the layers from `stop_layer` on as the question reads it, keys and values in the graph."""
-        attached, config, new = step.attached, step.config, step.modality.shape[1]
+        attached, config, new, fed = step.attached, step.config, step.modality.shape[1], step.fed
         stop = self.stop_layer  # the closure must not hold `self`, whose last chunk has tensors
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -144,7 +144,7 @@ class ReleasedGradient:
             states, tokens = tokens.states, replace(tokens, states=tokens.states[..., :0])
             for layer in range(stop, attached.shape.layers):
                 fresh = new if layer == stop else None
-                states, own = _sequence(attached, config, layer, tokens, states, fresh)
+                states, own = _sequence(attached, SequenceAttention(config, fresh, fed), layer, tokens, states)
                 kept.append(own)
                 if layer == stop:
                     states = _kept_inputs(replace(tokens, states=states), own).states
@@ -158,8 +158,9 @@ class ReleasedGradient:
 class SequenceAttention:
     """A layer step: attend within one sequence without history, then keep the layer's budget of it."""
 
-    def __init__(self, config: ReadConfig, new: int | None) -> None:
-        self.config, self.new = config, new
+    def __init__(self, config: ReadConfig, new: int | None, fed: int) -> None:
+        """The last `new` tokens (None: all) are new to the layer; `fed` arrived before the chunk."""
+        self.config, self.new, self.fed = config, new, fed
         self._kept: list[Tokens] | None = []
 
     def __call__(
@@ -173,6 +174,7 @@ class SequenceAttention:
             queries=queries,
             scale=scale,
             measures=config.policy.measures,
+            every=Every.drawn(config.policy.measures.query_stride, queries.shape[2], self.fed, layer),
             arrived=_arrived(states, self.new or pool.count, config.policy.measures),
             gradient="none",
         )
@@ -188,10 +190,9 @@ class SequenceAttention:
 
 
 def _sequence(
-    attached: StreamedAttention, config: ReadConfig, layer: int, tokens: Tokens, states: Tensor, new: int | None
+    attached: StreamedAttention, attention: SequenceAttention, layer: int, tokens: Tokens, states: Tensor
 ) -> tuple[Tensor, Tokens]:
-    """Output and kept tokens of one layer over `tokens`, of which the last `new` (None: all) are new to it."""
-    attention = SequenceAttention(config, new)
+    """Output and kept tokens of one layer over `tokens`."""
     try:
         states = attached.layers(attention, states, tokens.positions, None, {layer: tokens.tensors()})
     finally:  # a recomputation ends by an exception

@@ -4,19 +4,22 @@ import math
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from support import reference
+from support.fake_gpu import FakeGPU
 from torch import Tensor
 
 from omnimem.attention import blocked
 from omnimem.attention import reference as slow
-from omnimem.attention.blocked import MEMORY, Segments, attend, attend_measured, mass
+from omnimem.attention.blocked import MEMORY, Every, Segments, attend, attend_measured, mass
 
 GROUPS = [(4, 4), (4, 2), (4, 1)]
 SIZES = [(1, 1), (1, 9), (5, 5), (7, 20), (16, 23)]  # queries, keys
 SCALE = 0.4
+FIRST = [0, 1, 3, 3, 2, 3, 1, 2]  # of every fourth query, by chunk and layer
 
 
 def drawn(heads: int, kv_heads: int, count: int, total: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,6 +48,11 @@ def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, gate: Tenso
     seen = torch.tensor(reference.visible(queries.shape[2], keys.shape[2]))
     weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1)
     return weights @ wide_values, weights
+
+
+def asking(queries: Tensor, every: Every) -> Tensor:
+    """The places of the measured queries, as a mask."""
+    return torch.arange(queries.shape[2]) % every.stride == every.first
 
 
 @pytest.fixture(params=[7, 1024], ids=["blocks of 7", "one block"])
@@ -80,10 +88,118 @@ def test_mass_equals_plain_loops(block, heads, query_heads, kv_heads, gated) -> 
         torch.testing.assert_close(got.double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=2e-6)
 
 
+@pytest.fixture(params=[0, 1 << 18], ids=["heads alone", "all heads"])
+def cached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A cache that holds the probabilities of one key-value head, and one that holds those of all."""
+    monkeypatch.setattr(blocked, "CACHED", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_mass_of_every_sth_query_equals_plain_loops(cached, monkeypatch, heads, group, gated) -> None:
+    """Any number of query heads per key-value head, strides that do not divide the queries, borders of blocks."""
+    monkeypatch.setattr(blocked, "ROWS", 6 * group)
+    for count, total in ((5, 5), (13, 21)):
+        queries, keys, values, drawn_gate = drawn(2 * group, 2, count, total)
+        gate = drawn_gate if gated else None
+        of_query = torch.tensor(
+            [
+                [reference.mass(queries[b].tolist(), keys[b].tolist(), SCALE, heads, bias, [q]) for q in range(count)]
+                for b, bias in enumerate([None, None] if gate is None else gate.tolist())
+            ],
+            dtype=torch.float64,
+        )
+        for stride, first in [(1, 0), (2, 0), (2, 1), (3, 2), (5, 0), (5, 4)]:
+            every = Every(stride, first)
+            expected = stride * of_query[:, asking(queries, every)].sum(dim=1)
+            found = [mass(queries, keys, scale=SCALE, gate=gate, heads=heads, every=every)]
+            if heads == "probabilities":
+                with torch.no_grad():
+                    both = attend_measured(queries, keys, values, scale=SCALE, gate=gate, every=every)
+                assert both is not None
+                found.append(both[1])
+            for received in found:
+                torch.testing.assert_close(received.double(), expected, rtol=1e-5, atol=2e-6)
+            # of each measured query, one in all: the mean over heads is not off by the group
+            count_of = float(asking(queries, every).sum() * stride)
+            assert found[0].sum(dim=1).tolist() == pytest.approx([count_of] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize("count", [16, 13])
+def test_the_mean_over_all_first_queries_is_the_whole_mass(cached, heads, stride, count) -> None:
+    """So the estimate is unbiased, since all of them are equally likely; also where s does not divide the queries."""
+    queries, keys, values, gate = (tensor.double() for tensor in drawn(4, 2, count, 23))
+    every = [Every(stride, first) for first in range(stride)]
+    whole = mass(queries, keys, scale=SCALE, gate=gate, heads=heads)
+    found = [[mass(queries, keys, scale=SCALE, gate=gate, heads=heads, every=each) for each in every]]
+    if heads == "probabilities":
+        with torch.no_grad():
+            found.append([attend_measured(queries, keys, values, scale=SCALE, gate=gate, every=e)[1] for e in every])
+    for estimates in found:
+        mean = torch.stack(estimates).mean(dim=0)
+        torch.testing.assert_close(mean, whole, rtol=1e-13, atol=1e-13)
+        assert float((estimates[0] - whole).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+def test_the_gradient_of_the_mass_of_some_queries_equals_that_of_a_plain_softmax(cached, block, heads) -> None:
+    inputs, weight = drawn(4, 2, 13, 23), torch.randn(2, 23, generator=torch.Generator().manual_seed(3))
+    inputs = [
+        inputs[0],
+        inputs[1].transpose(1, 2).contiguous().transpose(1, 2),
+        *inputs[2:],
+    ]  # as a projection gives keys
+    queries, keys, _, gate = (tensor.double().requires_grad_() for tensor in inputs)
+    every = Every(3, 1)
+    wide = keys.repeat_interleave(2, dim=1)
+    logits = SCALE * queries @ wide.mT + gate[:, None, None, :]
+    if heads == "logits":
+        logits = logits.mean(dim=1, keepdim=True)
+    hidden = ~torch.tensor(reference.visible(13, 23))
+    weights = logits.masked_fill(hidden, -math.inf).softmax(dim=-1)
+    plain = 3 * weights[:, :, asking(queries, every)].mean(dim=1).sum(dim=1)
+    found = mass(queries, keys, scale=SCALE, gate=gate, heads=heads, every=every)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-13)
+    of_plain, of_found = (torch.autograd.grad((each * weight).sum(), (queries, keys, gate)) for each in (plain, found))
+    for mine, theirs in zip(of_found, of_plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_first_query_is_drawn_by_chunk_and_layer_alone_and_all_are_equally_likely() -> None:
+    # the same in every process and version: what an evaluation or a resumed training measures does not change
+    assert [Every.drawn(4, 100, fed, layer).first for fed in (0, 1024) for layer in range(4)] == FIRST
+    for stride in (2, 3, 4, 8):
+        drawn_firsts = [Every.drawn(stride, 1024, 1024 * chunk, layer) for chunk in range(100) for layer in range(28)]
+        assert {each.stride for each in drawn_firsts} == {stride}
+        counts = torch.tensor([each.first for each in drawn_firsts]).bincount(minlength=stride)
+        expected = 2800 / stride
+        assert float(((counts - expected) ** 2 / expected).sum()) < 3 * stride + 12  # chi squared
+
+
+@pytest.mark.parametrize(("stride", "queries", "apart"), [(1, 9, 1), (4, 9, 4), (4, 4, 4), (4, 3, 3), (100, 1, 1)])
+def test_at_least_one_query_is_always_measured(stride, queries, apart) -> None:
+    found = {Every.drawn(stride, queries, fed, 0) for fed in range(200)}
+    assert found == {Every(apart, first) for first in range(apart)}
+
+
+@pytest.mark.parametrize("every", [Every(), Every(4, 1)])
+@pytest.mark.parametrize("heads", ["probabilities", "logits"])
+def test_the_mass_of_bfloat16_inputs_is_that_of_their_values(heads, every) -> None:
+    queries, keys, _, gate = drawn(4, 2, 16, 23)
+    half = queries.to(torch.bfloat16), keys.to(torch.bfloat16)
+    found = mass(*half, scale=SCALE, gate=gate, heads=heads, every=every)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, mass(half[0].float(), half[1].float(), scale=SCALE, gate=gate, heads=heads, every=every))
+
+
 @pytest.mark.parametrize(("query_heads", "kv_heads"), GROUPS)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("rows", [3, 128])
-def test_one_pass_gives_the_output_and_the_mass_of_two(monkeypatch, rows, query_heads, kv_heads, gated) -> None:
+def test_one_pass_gives_the_output_and_the_mass_of_two(cached, monkeypatch, rows, query_heads, kv_heads, gated) -> None:
     monkeypatch.setattr(blocked, "ROWS", rows)
     for count, total in (*SIZES, (70, 150)):
         queries, keys, values, drawn_gate = drawn(query_heads, kv_heads, count, total)
@@ -213,15 +329,12 @@ def test_a_question_s_continuation_sees_the_memory_and_its_own_past_only() -> No
         torch.testing.assert_close(packed[:, :, [query]], alone, rtol=0, atol=2e-6)
 
 
-def test_bfloat16_inputs_give_bfloat16_outputs_and_float32_mass(block) -> None:
+def test_bfloat16_inputs_give_bfloat16_outputs(block) -> None:
     queries, keys, values, gate = (t.to(torch.bfloat16) for t in drawn(4, 2, 16, 23))
     output = attend(queries, keys, values, scale=SCALE, gate=gate.float())
     exact = [t.float() for t in (queries, keys, values)]
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.double(), plainly(*exact, gate.float()), rtol=0.03, atol=0.03)
-    received = mass(queries, keys, scale=SCALE, gate=gate)
-    assert received.dtype == torch.float32
-    assert torch.equal(received, mass(exact[0], exact[1], scale=SCALE, gate=gate.float()))
 
 
 def test_dropping_a_key_moves_the_output_by_its_odds_times_its_distance() -> None:
@@ -259,6 +372,62 @@ def test_the_kernels_mass_is_that_of_the_blocks(fused, count, total, gated) -> N
     expected = mass(queries.double(), keys.double(), scale=SCALE, gate=gate if gated else None)
     torch.testing.assert_close(found, expected.float(), rtol=2e-6, atol=2e-6)
     assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    ("count", "total", "every"), [(70, 71, Every(2, 1)), (70, 160, Every(4, 3)), (9, 70, Every(8, 0))]
+)
+def test_the_kernels_read_every_sth_query_alone(fused, monkeypatch, group, count, total, every) -> None:
+    """Through `mass`, as on a GPU: the kernels are given these queries, and sum the heads of a group themselves."""
+    queries, keys, _, gate = drawn(2 * group, 2, count, total)
+    given = []
+
+    def kernels(asking: Tensor, keys: Tensor, **settings: Any) -> Tensor:
+        given.append(asking.shape[2])
+        return fused.mass(asking, keys, **settings)
+
+    monkeypatch.setattr(blocked, "fused_mass", lambda: kernels)
+    expected = mass(queries.double(), keys.double(), scale=SCALE, gate=gate, every=every)
+    assert given == []  # not in float64
+    with FakeGPU():
+        on_gpu = [tensor.to("cuda") for tensor in (queries, keys, gate)]
+        found = mass(on_gpu[0], on_gpu[1], scale=SCALE, gate=on_gpu[2], every=every)
+    assert given == [int(asking(queries, every).sum())]
+    torch.testing.assert_close(found.cpu(), expected.float(), rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("every", [Every(), Every(4, 3)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_on_a_gpu_the_mass_follows_from_the_log_sums_of_the_attention_kernel(fused, monkeypatch, every, gated) -> None:
+    queries, keys, values, drawn_gate = drawn(4, 2, 37, 70)
+    gate, first = drawn_gate if gated else None, []
+
+    def flash(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        hidden = ~torch.tensor(reference.visible(37, 70))
+        logits = (scale * queries @ keys.repeat_interleave(2, dim=1).mT).masked_fill(
+            hidden.to(queries.device), -math.inf
+        )
+        return logits.softmax(dim=-1) @ values.repeat_interleave(2, dim=1), logits.logsumexp(dim=-1)
+
+    monkeypatch.setattr(blocked, "fused_mass", lambda: fused.mass)
+    monkeypatch.setattr(blocked, "_flash_supports", lambda *_: True)
+    monkeypatch.setattr(blocked, "_flash", flash)
+    monkeypatch.setattr(fused, "_log_sums", first)  # which nobody computes again
+    with FakeGPU(), torch.no_grad():
+        inputs = [None if tensor is None else tensor.to("cuda") for tensor in (queries, keys, values, gate)]
+        both = attend_measured(*inputs[:3], scale=SCALE, gate=inputs[3], every=every)
+    assert both is not None
+    torch.testing.assert_close(both[0].cpu(), attend(queries, keys, values, scale=SCALE, gate=gate), rtol=0, atol=2e-6)
+    expected = mass(queries.double(), keys.double(), scale=SCALE, gate=gate, every=every)
+    torch.testing.assert_close(both[1].cpu(), expected.float(), rtol=4e-6, atol=4e-6)
+
+
+def test_the_flash_kernel_gives_a_log_sum_per_query() -> None:
+    """Its shapes, as torch describes them without a GPU."""
+    queries, keys = (torch.empty(2, heads, 5, 64, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+    output, sums = blocked._flash(queries, keys, keys, SCALE)
+    assert (output.shape, sums.shape, sums.dtype) == (queries.shape, (2, 8, 5), torch.float32)
 
 
 def test_the_kernels_take_heads_of_any_width_and_half_precision(fused) -> None:

@@ -19,27 +19,29 @@ def test_every_shipped_config_is_valid_and_survives_being_written_and_read(name,
 
 
 @pytest.mark.parametrize(
-    ("absent", "above", "compared", "bits"),
+    ("absent", "above", "compared", "bits", "stride"),
     [
-        ((), None, None, None),
-        (("sketch_bits",), None, None, 16),
-        (("sketch_bits", "compared"), None, "inputs", 16),
-        (("sketch_bits", "compared", "coverage_above"), -1.0, "inputs", 16),
+        ((), None, None, None, None),
+        (("query_stride",), None, None, None, 1),
+        (("query_stride", "sketch_bits"), None, None, 16, 1),
+        (("query_stride", "sketch_bits", "compared"), None, "inputs", 16, 1),
+        (("query_stride", "sketch_bits", "compared", "coverage_above"), -1.0, "inputs", 16, 1),
     ],
 )
 @pytest.mark.parametrize("name", ["omnimem", "paper"])
-def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, bits, name, tmp_path) -> None:
+def test_the_policy_of_an_earlier_run_keeps_its_rule(absent, above, compared, bits, stride, name, tmp_path) -> None:
     """Its config.yaml has every option that there was; a policy given on the command line is one of today."""
     table = yaml.safe_load(dump(load("tiny.yaml", [f"memory.policy={{name: {name}}}"])))
     for option in absent:
         del table["memory"]["policy"][option]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(table))
     policy = load(tmp_path / "config.yaml").memory.policy
-    assert (policy.coverage_above, policy.compared, policy.sketch_bits) == (above, compared, bits)
+    found = (policy.coverage_above, policy.compared, policy.sketch_bits, policy.query_stride)
+    assert found == (above, compared, bits, stride)
     widths = {"omnimem": {None: 192, 16: 128}, "paper": {}}[name]
     assert policy.build(None).measures.feature == (None if compared == "inputs" else widths.get(bits))
     today = load(tmp_path / "config.yaml", ["memory.policy={name: omnimem}"]).memory.policy
-    assert (today.coverage_above, today.compared, today.sketch_bits) == (None, None, None)
+    assert (today.coverage_above, today.compared, today.sketch_bits, today.query_stride) == (None, None, None, None)
 
 
 def test_a_bare_name_is_found_from_any_folder_and_an_unknown_one_names_the_nearest(tmp_path, monkeypatch) -> None:

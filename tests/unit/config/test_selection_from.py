@@ -88,3 +88,14 @@ def test_results_depend_on_it_where_an_adapter_evicts_and_nowhere_else(tmp_path)
     mine, theirs = found["tuned", True, False], found["base", True, False]
     assert {key for key in theirs if mine[key] != theirs[key]} == {"selection_from"}
     assert mine["selection_from"] is None  # as in results that were made before the setting existed
+
+
+def test_results_of_all_queries_are_those_of_before_and_a_stride_is_named(tmp_path) -> None:
+    usual, one, four = (
+        settings_of(loaded(tmp_path, f"memory.policy={{name: omnimem{given}}}"), tmp_path, tuned=True)
+        for given in ("", ", query_stride: 1", ", query_stride: 4")
+    )
+    assert usual == one
+    assert "query_stride" not in str(usual["memory"]) + usual["policy"]
+    assert {key for key in four if usual[key] != four[key]} == {"query_stride"}
+    assert (usual["query_stride"], four["query_stride"]) == (None, 4)

@@ -60,6 +60,12 @@ def test_an_unknown_preset_is_refused_with_those_there_are(name, tmp_path) -> No
         ("hermes", "smoothing=[0.1, 0.3, 4.0]", "policy.smoothing = [0.1, 0.3, 4.0] must be between 0 and 1"),
         ("recent_frames", "frames=0", "policy.frames = 0 must be at least 1"),
         ("omnimem", "coverage_above=1.0", "policy.coverage_above = 1 must be a cosine from -1 to below 1"),
+        ("omnimem", "query_stride=0", "policy.query_stride = 0 must be at least 1"),
+        ("h2o", "query_stride=-2", "policy.query_stride = -2 must be at least 1"),
+        ("omnimem", "query_stride=2.5", "whole number"),
+        ("distinct", "query_stride=4", "unknown key; known: name, coverage"),  # as all that measure no mass
+        ("snapkv", "query_stride=4", "unknown key; known: name, preset"),
+        ("random", "query_stride=4", "unknown key; known: name, preset"),
         ("paper", "compared=sketch", "policy.compared = sketch needs neighbours = arrival: redundancy in the pool"),
         ("distinct", "coverage=-0.5", "policy.coverage = -0.5 must be a number of at least 0"),
         ("keydiff", "window=3", "unknown key; known: name, preset, per_head"),
@@ -120,6 +126,23 @@ def test_what_is_compared_decides_what_is_carried(given, compared, bits, width) 
     assert policy.traits.compared == compared
     assert (policy.measures.sketch, policy.measures.feature) == (bits, width)
     assert PerturbationOptions(**given).written_out().build(Budget.shared(2, 8)) == policy
+
+
+@pytest.mark.parametrize("name", ["omnimem", "paper", "released", "h2o"])
+def test_a_stride_reaches_what_is_measured_and_is_written_out(name, tmp_path) -> None:
+    given = loaded(tmp_path, name, "memory.policy.query_stride=4").memory
+    assert [run.policy.build(None).measures.query_stride for run in (given, given.written_out())] == [4, 4]
+    usual = loaded(tmp_path, name).memory
+    assert usual.policy.build(None).measures.query_stride == 1
+    if name != "h2o":
+        assert usual.written_out().policy.query_stride == 1
+
+
+def test_a_stride_without_attention_is_refused(tmp_path) -> None:
+    what = "policy.query_stride = 4 has no effect with sharpness = 0"
+    assert what in refused(tmp_path, "omnimem", "memory.policy.query_stride=4", "memory.policy.sharpness=0.0")
+    for stride in ("1", "null"):
+        loaded(tmp_path, "omnimem", f"memory.policy.query_stride={stride}", "memory.policy.sharpness=0.0")
 
 
 def test_a_sketch_in_the_pool_is_refused_by_the_preset_s_neighbours_too(tmp_path) -> None:

@@ -36,6 +36,7 @@ POLICIES = {
     "paper": PerturbationOptions(name="paper"),
     "released": PerturbationOptions(name="released"),
     "omnimem": PerturbationOptions(),
+    "omnimem, every fourth query": PerturbationOptions(query_stride=4),
     "distinct": DistinctOptions(),
 }
 
