@@ -37,10 +37,11 @@ def _first(bench: Bench, section: str, name: str, work: Callable[[], Any]) -> li
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)
     except Exception as error:  # noqa: BLE001 - whatever a compiler meets on a device never tried before is the result
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         bench.record.measured(section, {name: {"not_compiled": text}})
         return []
     bench.record.measured(section, {f"{name}, first": {"seconds": time.perf_counter() - started}})
+    bench.record.write()  # should the next one take all the time that is left
     return [result]
 
 

@@ -327,7 +327,7 @@ class _Part:
     heads: slice  # their query heads
 
     def matrices(self, of_heads: Float[Tensor, "batch kv_heads n dim"]) -> Float[Tensor, "matrices n dim"]:
-        """The matrices of this part, a view."""
+        """The matrices of this part; a view, where their layout allows it."""
         return of_heads[self.streams, self.kv_heads].flatten(0, 1)
 
 

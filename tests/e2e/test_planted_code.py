@@ -14,7 +14,6 @@ from omnimem.checksums import SEAL, seal
 STEPS = ("train.max_steps=4", "train.save_steps=2", "--skip-preflight")
 ENGINES = {
     "plain": ((), "optimizer.pt"),
-    "zero0": (("train.deepspeed=deepspeed/zero0.json",), "global_step2/mp_rank_00_model_states.pt"),
     "zero2": (("train.deepspeed=deepspeed/zero2.json",), "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
     "zero3": (("train.deepspeed=deepspeed/zero3.json",), "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"),
 }

@@ -11,7 +11,7 @@ from support.tiny_run import SCRIPT, given, write_videos
 from omnimem.cli import build
 from omnimem.commands import finetune
 
-TIMEOUT = 15  # seconds
+TIMEOUT = 10  # seconds
 CALIBRATED = (
     "memory.budget={name: audio_visual, visual_audio_ratio: 2, table: calibrate}",
     "calibration={streams: 2, skip_chunks: 0}",
@@ -20,7 +20,7 @@ CALIBRATED = (
 
 def late(work: Callable[..., Any]) -> Callable[..., Any]:
     def slow(*given: Any, **named: Any) -> Any:
-        time.sleep(TIMEOUT + 5)
+        time.sleep(TIMEOUT + 3)
         return work(*given, **named)
 
     return slow

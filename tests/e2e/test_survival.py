@@ -5,8 +5,9 @@ import os
 import resource
 import signal
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from support.finished_run import LORA, config_of
 from support.ranks import Ended, command, start
-from support.tiny_run import SCRIPT, given, tune
+from support.tiny_run import SCRIPT, Run, given, tune
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -193,6 +194,12 @@ def test_a_preflight_does_not_change_the_run(folder) -> None:
     assert torch.equal(checked.adapter, skipped.adapter)
 
 
+@pytest.fixture(scope="module")
+def unbroken(folder: Path) -> Callable[..., Run]:
+    """The unbroken run of six steps on so many ranks, by an engine: each is made once."""
+    return cache(lambda ranks, *engine: tune(folder, f"whole-{ranks}{len(engine)}", *STEPS, *engine, ranks=ranks))
+
+
 def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ranks: int) -> Ended:
     """A run whose last rank gets a signal in its third step."""
     running = start(SCRIPT, given(folder, name, *STEPS, *arguments), folder, ranks=ranks)
@@ -209,7 +216,7 @@ def stopped(folder: Path, name: str, number: signal.Signals, *arguments: str, ra
 @pytest.mark.parametrize(
     ("number", "ranks", "engine"), [(signal.SIGINT, 0, ()), (signal.SIGTERM, 2, (ZERO2,))], ids=["int", "term"]
 )
-def test_a_stopped_run_ends_with_a_checkpoint_and_resumes_bit_for_bit(folder, number, ranks, engine) -> None:
+def test_a_stopped_run_ends_with_a_checkpoint_and_resumes_bit_for_bit(folder, unbroken, number, ranks, engine) -> None:
     name = f"stopped-{ranks}"
     ended = stopped(folder, name, number, *engine, ranks=ranks)
     assert set(ended.codes) == {128 + number}
@@ -221,7 +228,7 @@ def test_a_stopped_run_ends_with_a_checkpoint_and_resumes_bit_for_bit(folder, nu
     assert last == f"stopped after step {step}; continue from runs/{name}/{checkpoint.name} with --resume auto"
     assert not (path / "adapter").exists()
     resumed = tune(folder, name, *STEPS, *engine, "--resume", "auto", ranks=ranks)
-    whole = tune(folder, f"whole-{ranks}", *STEPS, *engine, ranks=ranks)
+    whole = unbroken(ranks, *engine)
     assert resumed.lines == whole.lines
     assert torch.equal(resumed.adapter, whole.adapter)
 
@@ -269,7 +276,9 @@ BEFORE_ADAPTER = partial(stop_at, "save_adapter", before=True)
     ],
     ids=["checkpoint", "checkpoint-2", "agreement", "adapter"],
 )
-def test_a_stop_signal_after_the_last_step_leaves_the_adapter_to_write(folder, moment, ranks, code, request) -> None:
+def test_a_stop_signal_after_the_last_step_leaves_the_adapter_to_write(
+    folder, unbroken, moment, ranks, code, request
+) -> None:
     name = request.node.callspec.id
     ended = start(SCRIPT, given(folder, name, *STEPS), folder, ranks=ranks, first=moment).end()
     assert set(ended.codes) == {code}, ended.outputs
@@ -277,7 +286,7 @@ def test_a_stop_signal_after_the_last_step_leaves_the_adapter_to_write(folder, m
     assert not (path / "adapter").exists()
     assert damage(path / "checkpoint-6") is None
     resumed = tune(folder, name, *STEPS, "--resume", "auto", ranks=ranks)
-    assert resumed.lines == tune(folder, f"{name}-whole", *STEPS, ranks=ranks).lines
+    assert resumed.lines == unbroken(ranks).lines
     record = json.loads((path / "run.json").read_text())
     assert record["adapter"]["sha256"] == sha256(path / "adapter", suffixes=(".safetensors",))
 

@@ -16,6 +16,8 @@ PUBLIC = """
 import omnimem, sys
 assert "torch" not in sys.modules
 assert not [name for name in sys.modules if name.startswith("omnimem.")]
+import omnimem.commands.demo, omnimem.commands.synthesize
+assert "torch" not in sys.modules, "a command without a model starts at once"
 assert [name for name in omnimem.__all__ if getattr(omnimem, name) is None] == []
 backbone = omnimem.load_backbone(omnimem.ModelOptions(path="models/tiny"))
 print(omnimem.__file__, omnimem.policy("snapkv", window=16).name)

@@ -86,6 +86,12 @@ def test_under_a_narrow_sketch_the_similarity_is_that_of_the_layer_inputs() -> N
     assert measure(streams, skip=2, feature=2) == measure(streams, skip=2, compared="inputs")
 
 
+def test_signals_are_measured_from_all_queries() -> None:
+    """The entropy of an estimate of attention is no estimate of its entropy."""
+    streams = [cut(whole_stream(seed=1), LENGTHS)]
+    assert measure(streams, skip=2, query_stride=4) == measure(streams, skip=2)
+
+
 def test_entropy_is_one_when_attention_is_even_and_zero_when_it_falls_on_one_token() -> None:
     member = torch.tensor([[True, True, False, True, True]])
     even = normalised_entropy(torch.tensor([[0.2, 0.2, 9.0, 0.2, 0.2]]), member)

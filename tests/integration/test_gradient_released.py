@@ -1,7 +1,7 @@
 """Gradient as the release trains, and as the paper words it: that of the obvious way, layer by layer over states."""
 
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from omnimem.policies.base import Policy, ScoredPolicy
 from omnimem.scoring import AbstractScorer
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.stream import Stream
+from omnimem.tokens import Tokens
 from omnimem.tuning import FullGradient, GradientError, ReleasedGradient, by_similarity
 from omnimem.view import LayerView
 
@@ -173,6 +174,26 @@ def test_streams_of_a_batch_and_questions_on_the_way_are_read_as_alone() -> None
                 alone = Episode(chunks=chunks, asked=[(seen, row_of(prompt, row))])
                 parts.append(gradient(streamed_loss_of(attached, alone, policy, carry), model))
     assert_same_gradient(together, torch.stack(parts).mean(dim=0), 1e-6)
+
+
+def test_the_layers_above_measure_the_drawn_queries_too(monkeypatch) -> None:
+    """Of [carrier ; chunk] and of what the stop layer keeps, as every other layer of its chunk."""
+    measured: list[tuple[int, int]] = []
+    plain = ScoredPolicy.keep
+
+    def keep(self: ScoredPolicy, layer: int, view: LayerView, *args: Any) -> Tokens:
+        if self.scorer.needs_importance:
+            measured.append((view.queries.shape[2], view.every.stride))
+        return plain(self, layer, view, *args)
+
+    monkeypatch.setattr(ScoredPolicy, "keep", keep)
+    model, episode, policy = adapted("qwen2_5_omni"), at_the_end(episode_of("qwen2_5_omni")), policy_of("paper")
+    policy = replace(policy, measures=replace(policy.measures, query_stride=4))
+    with attach(model) as attached:
+        streamed_loss_of(attached, episode, policy, ReleasedGradient(stop_layer=STOP, whole_last_chunk=True))
+    layers = attached.shape.layers
+    assert len(measured) >= layers - STOP
+    assert all(stride == min(4, queries) for queries, stride in measured)
 
 
 def test_positions_that_move_up_take_the_carrier_along() -> None:

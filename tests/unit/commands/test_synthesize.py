@@ -1,6 +1,8 @@
 """The recall task on disk: manifests, splits, and what happens when the command is given twice."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -96,6 +98,13 @@ def test_an_unfinished_file_is_never_taken_for_a_whole_one(tmp_path, monkeypatch
             main(arguments)
     assert exit_code(main, arguments) == 0
     assert (tmp_path / "videos" / "train-00000.mp4").stat().st_size > 10_000
+
+
+def test_the_processes_that_render_import_neither_torch_nor_transformers() -> None:
+    """Each of them would spend seconds on it."""
+    code = "import sys, omnimem.commands.synthesize; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_several_processes_write_the_same_files_as_one(recall, tmp_path) -> None:

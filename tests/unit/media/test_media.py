@@ -181,8 +181,8 @@ def test_mel_of_a_clip_equals_the_whisper_feature_extractor(log_mel, seconds) ->
 
 @pytest.mark.parametrize("log_mel", [WHISPER, LogMel(mels=20, hop=200)], ids=["whisper", "even"])
 def test_mel_of_every_short_length_equals_the_whisper_feature_extractor(log_mel) -> None:
-    samples = torch.rand(2000, generator=torch.Generator().manual_seed(0)) - 0.5
-    for length in range(1, 2001):
+    samples = torch.rand(900, generator=torch.Generator().manual_seed(0)) - 0.5
+    for length in range(1, 901):  # beyond two windows of 400; longer ones are drawn in the next test
         expected = stock_mel(log_mel, samples[:length], 3200)
         found = log_mel.clip(samples[:length])
         assert found.shape == expected.shape, length

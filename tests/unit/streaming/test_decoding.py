@@ -129,11 +129,17 @@ def test_the_room_of_full_memory_is_lent_and_given_back() -> None:
         fork.feed(third)
         assert fork.memory.layers[0].room is not room
         two = decoding(torch.tensor([[1, 2, 3, 4]]))
+        decoding.extend(2)
+        assert decoding.stored[0][0].data_ptr() == asked.memory.layers[0].keys.data_ptr(), "there is room for more"
+        three = decoding(torch.tensor([[1, 2, 3, 4]]))
         decoding.close()
         assert room.filled == asked.memory.layers[0].count
         again = quiet.decoding(quiet.ask(prompt), last_of_each(prompt)[1], 2)
         assert all(torch.equal(again(torch.tensor([[1, 2, 3, 4]])), expected) for expected in (one, two))
         again.close()
+        longer = quiet.decoding(quiet.ask(prompt), last_of_each(prompt)[1], 3)
+        assert_equal_logits([longer(torch.tensor([[1, 2, 3, 4]])) for _ in range(3)][-1], three)
+        longer.close()
         for stream in (asked, quiet):
             stream.feed(third)
     for memory in (asked.memory, quiet.memory):
