@@ -16,7 +16,7 @@ from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import ScoredPolicy, sketch
 from omnimem.policies.baselines.h2o import H2OOptions
 from omnimem.selection import Softness
-from omnimem.sketches import Bits, encoded, stored
+from omnimem.sketches import Bits, References, encoded, stored
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import ChunkAttention, ReadConfig
 from omnimem.tuning import FullGradient
@@ -38,9 +38,11 @@ def config(bits: Bits = 16, *, per_head: bool = False, on_inputs: bool = False) 
 @pytest.mark.parametrize("bits", get_args(Bits))
 def test_a_sketch_is_computed_in_full_precision_and_rounded_once(bits, dtype, autocast) -> None:
     states = (300 * torch.randn(2, 50, WIDTH, generator=torch.Generator().manual_seed(3))).to(dtype)
-    expected = encoded(F.normalize(states.float() @ sketch(WIDTH, NARROW), dim=-1), bits, learns=False)
+    vector, kinds = states.float() @ sketch(WIDTH, NARROW), torch.full((2, 50), 2, dtype=torch.int8)
+    vector = References().beyond(0, vector, kinds) if bits == 2 else F.normalize(vector, dim=-1)
+    expected = encoded(vector, bits, learns=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = config(bits).feature(states)
+        found = config(bits).feature(0, states, kinds)
     assert found.dtype == expected.dtype == stored(NARROW, bits, learns=False)[1]
     assert torch.equal(found, expected)
 
