@@ -10,6 +10,7 @@ Equal vectors have equal codes, hence the cosine 1. In units of standard deviati
 """
 
 from copy import copy
+from functools import cache
 from typing import Literal, final
 
 import torch
@@ -35,6 +36,21 @@ ROUNDING = 0.006
 # of the expectation over pairs of normally distributed numbers
 UNROUNDED = (4.128, -7.337, 6.207, -1.998)
 OFFSETS: dict[Codes, float] = {4: LEVELS + 1.0, 2: 1.5}  # of a stored code above the number that it stands for
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; others are slower than in float32."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and supported()
+
+
+def rough(bits: Bits | Literal[False] | None, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether sketches are made and compared in bfloat16, beside keys of this type.
+
+    It resolves more than codes of 2 bits do, and takes a quarter of the time where a CPU has instructions for it.
+    """
+    return bits == 2 and device.type == "cpu" and dtype == torch.float32 and _multiplies_bfloat16()
 
 
 @final
@@ -140,9 +156,12 @@ def vectors(held: Shaped[Tensor, "*axes stored"], codes: Codes | None) -> Float[
     """The carried vectors, up to a common factor or, in 4 bits, their lengths; what holds no codes as it is."""
     if codes is None or held.dtype != torch.uint8:
         return held
-    bytes_, least = held if codes == 4 else held[..., :-1], (1 << codes) - 1
-    found = torch.cat([(bytes_ >> shift) & least for shift in range(0, 8, codes)], dim=-1).to(torch.float32)
-    return found.sub_(OFFSETS[4]) if codes == 4 else found.mul_(2).sub_(2 * OFFSETS[2]).mul_(held[..., -1:])
+    packs, least = held if codes == 4 else held[..., :-1], (1 << codes) - 1
+    found = torch.empty(*packs.shape[:-1], 8 // codes, packs.shape[-1], device=held.device)
+    for number, shift in enumerate(range(0, 8, codes)):
+        found[..., number, :] = (packs >> shift) & least
+    found = found.flatten(-2).sub_(OFFSETS[codes])
+    return found if codes == 4 else found.mul_(2 * held[..., -1:].float())
 
 
 def enlarged(feature: int) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, final
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
-from omnimem.sketches import ROUNDING, Codes, enlarged, unrounded, vectors
+from omnimem.sketches import ROUNDING, Codes, enlarged, rough, unrounded, vectors
 from omnimem.tokens import EVICTABLE, Counts, Modality
 from omnimem.view import FLOOR, Contest, LayerView
 
@@ -63,7 +62,9 @@ class Covered(AbstractScorer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             pool = view.pool
             held = pool.values.transpose(1, 2).flatten(2) if self.compared == "values" else pool.feature
-            how = {"centred": self.centred, "product": _product(pool.keys, view.codes), "codes": view.codes}
+            keys = pool.keys
+            product = torch.bfloat16 if rough(view.codes, keys.dtype, keys.device) else keys.dtype
+            how = {"centred": self.centred, "product": product, "codes": view.codes}
             if learns:
                 alone = uncovered(held, view.modality, scores, **how)
             elif view.contests and self.above > -1 and scores.device.type in COUNTED:
@@ -77,19 +78,6 @@ class Covered(AbstractScorer):
         if self.above > -1:
             alone = (alone / (1 - self.above)).clamp(max=1)
         return alone**self.power
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; others are slower than in float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and supported()
-
-
-def _product(keys: Tensor, codes: Codes | None) -> torch.dtype:
-    """The precision in which the nearest token is looked for: bfloat16 resolves more than codes of 2 bits do."""
-    fast = codes == 2 and keys.device.type == "cpu" and keys.dtype == torch.float32 and _multiplies_bfloat16()
-    return torch.bfloat16 if fast else keys.dtype
 
 
 def uncovered(
@@ -302,7 +290,7 @@ class Ranking:
         if low.dtype == ranked.dtype:
             torch.amax(alike, dim=-1, out=found)
         elif self.codes == 2:
-            found.copy_(alike.amax(dim=-1))
+            found.copy_(_largest(alike))
         else:
             torch.sum(ranked[first:last] * ranked[alike.max(dim=-1).indices], dim=-1, out=found)
 
@@ -311,6 +299,15 @@ def _apart(cosine: Float[Tensor, "*shape"], codes: Codes | None) -> Float[Tensor
     """1 - c, clamped; of what the codes stand for."""
     apart = unrounded(1 - cosine) if codes == 2 else 1 - cosine
     return apart.clamp_min(FLOOR)
+
+
+def _largest(alike: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+    """The largest of each row; on a CPU an eighth of the time of amax in bfloat16, by the order of bit patterns."""
+    if alike.device.type != "cpu" or alike.dtype != torch.bfloat16:
+        return alike.amax(dim=-1)
+    found = alike.view(torch.int16).amax(dim=-1).view(torch.bfloat16)
+    below = found < 0  # negative numbers are in the reverse order
+    return found.index_put_((below,), alike[below].amax(dim=-1)) if bool(below.any()) else found
 
 
 def _normalized(vectors: Float[Tensor, "members feature"]) -> Float[Tensor, "members 1"]:

@@ -110,7 +110,7 @@ class ReadConfig:
         if not bits:
             return states @ self.projection
         with torch.autocast(states.device.type, enabled=False):
-            vector = states.to(self.projection.dtype) @ self.projection
+            vector = (states.to(self.projection.dtype) @ self.projection).float()
             if bits == 2:
                 vector = self.references.beyond(layer, vector, modality)
             return encoded(vector, bits, learns=self.learns)

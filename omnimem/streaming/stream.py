@@ -16,7 +16,7 @@ from omnimem.policies.base import Policy, PolicyError, projection, sketch
 from omnimem.policies.replayed import Replayed
 from omnimem.positions import distinct, earlier
 from omnimem.selection import Softness
-from omnimem.sketches import stored
+from omnimem.sketches import rough, stored
 from omnimem.streaming.adapter import adapter_layers, without_adapter
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.streaming.chunk_pass import (
@@ -137,7 +137,8 @@ class Stream:
         if wanted is None or wanted >= shape.width:
             return None
         if policy.measures.sketch:
-            return sketch(shape.width, wanted).to(shape.device)
+            low = torch.bfloat16 if rough(policy.measures.sketch, shape.dtype, shape.device) else torch.float32
+            return sketch(shape.width, wanted).to(shape.device, low)
         return projection(shape.width, wanted, dtype=shape.dtype, device=shape.device)
 
     @property

@@ -54,9 +54,12 @@ class RankedPolicy(Policy):
     @property
     def traits(self) -> Traits:
         """As chosen."""
-        ranking = self.ranking
-        measured = {"needs_mass": ranking.needs_importance, "needs_place": ranking.needs_place}
-        return Traits(per_head=self.per_head, reindex=self.reindex, **measured)
+        return Traits(
+            per_head=self.per_head,
+            reindex=self.reindex,
+            needs_mass=self.ranking.needs_importance,
+            needs_place=self.ranking.needs_place,
+        )
 
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:
         """The layer's memory after the chunk in `view`; with a softness, selection is softened (training)."""
