@@ -40,7 +40,9 @@ def fed(policy) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize("name", sorted(name for name in OPTIONS if name not in ("oracle", "input_uniform", "input_uniform_split")))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in OPTIONS if name not in ("oracle", "input_uniform", "input_uniform_split"))
+)
 def test_numbers_of_32_bits_are_carried_and_places_only_where_they_are_read(name) -> None:
     policy = OPTIONS[name].build(SPLIT)
     for layer in fed(policy).memory.layers:
