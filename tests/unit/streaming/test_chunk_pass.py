@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from support.models import text_model
-from support.policy_streams import LENGTHS, SPLIT, cut, opened, whole_stream
+from support.policy_streams import LENGTHS, OPTIONS, SPLIT, cut, opened, whole_stream
 from support.streams import policy_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,3 +131,17 @@ def test_the_same_tokens_are_kept_in_training_in_a_batch_and_again(name) -> None
         assert torch.equal(orders, trained[layer])
         assert torch.equal(orders, torch.cat([each[layer] for each in alone]))
     assert any(not torch.equal(*pair) for pair in zip(kept, whole, strict=True))
+
+
+@pytest.mark.parametrize("name", ["paper", "recent_frames"])
+def test_a_memory_has_the_types_of_an_empty_one(name) -> None:
+    """Numbers of 32 bits, and places of the policies alone that read them."""
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, OPTIONS[name].build(SPLIT) if name in OPTIONS else policy_of(name))
+        empty = stream.memory.layers[0]
+        for chunk in cut(whole_stream()):
+            stream.feed(chunk)
+    held = stream.memory.layers[0]
+    assert [part.dtype for part in held.tensors()] == [part.dtype for part in empty.tensors()]
+    assert {each.dtype for each in (held.positions, held.place, held.group, held.order)} == {torch.int32}
+    assert held.place.shape[1] == empty.place.shape[1] == 3 * (name == "recent_frames")
