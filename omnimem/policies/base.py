@@ -213,6 +213,7 @@ class ScoredPolicy(Policy):
             per_head=self.per_head,
             needs_mass=self.scorer.needs_importance and self.measures.heads == "probabilities",
             needs_novelty=self.scorer.needs_novelty,
+            needs_place=self.scorer.needs_place,
             compared=compared,
         )
 

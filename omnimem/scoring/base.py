@@ -23,6 +23,11 @@ class AbstractScorer:
         """Whether redundancy must be measured and carried for this score."""
         return False
 
+    @property
+    def needs_place(self) -> bool:
+        """Whether frame, row and column of kept tokens must be carried for this score (`pool.place`)."""
+        return False
+
     @abstractmethod
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         """Scores in float32; the highest stay, ties go to the most recent token."""

@@ -57,6 +57,11 @@ class Covered(AbstractScorer):
         """If layer inputs are compared, or same as the inner score."""
         return self.compared != "values" or self.inner.needs_novelty
 
+    @property
+    def needs_place(self) -> bool:
+        """Same as the inner score."""
+        return self.inner.needs_place
+
     def __call__(self, view: LayerView) -> Float[Tensor, "batch tokens"]:
         scores, learns = self.inner(view), view.gradient != "none"
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):

@@ -1,7 +1,7 @@
 """What a chunk carries for later comparisons, and the queries by which its attention is measured."""
 
-from dataclasses import replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any, final, get_args
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, mass
+from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import ScoredPolicy, sketch
 from omnimem.policies.baselines.h2o import H2OOptions
+from omnimem.scoring import AbstractScorer, Covered
 from omnimem.selection import Softness
 from omnimem.sketches import Bits, References, encoded, stored
 from omnimem.streaming.attach import attach
@@ -145,3 +147,29 @@ def test_a_memory_has_the_types_of_an_empty_one(name) -> None:
     assert [part.dtype for part in held.tensors()] == [part.dtype for part in empty.tensors()]
     assert {each.dtype for each in (held.positions, held.place, held.group, held.order)} == {torch.int32}
     assert held.place.shape[1] == empty.place.shape[1] == 3 * (name == "recent_frames")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class HighRows(AbstractScorer):
+    """A score of another package: tokens of low rows, then recent ones."""
+
+    @property
+    def needs_place(self) -> bool:
+        return True
+
+    def __call__(self, view: LayerView) -> Tensor:
+        return view.pool.place[:, 1].float() * 1000 + view.order
+
+
+@pytest.mark.parametrize("covered", [False, True])
+def test_a_scorer_that_reads_places_has_them_carried(covered) -> None:
+    scorer = Covered(inner=HighRows(), power=0.0, compared="values") if covered else HighRows()
+    policy = ScoredPolicy(name="rows", scorer=scorer, budget=Budget.shared(4, 20))
+    whole = whole_stream()
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = opened(attached, policy)
+        for chunk in cut(whole):
+            stream.feed(chunk)
+    for layer in stream.memory.layers:
+        assert torch.equal(layer.place[0], whole.places[0, :3, layer.order[0].long()])
