@@ -106,12 +106,6 @@ class PerturbationOptions:
                 f"policy.feature = {chosen['feature']} must be a multiple of 4, as a byte holds 4 numbers of a sketch "
                 "of 2 bits; or set sketch_bits to 4"
             )
-        chosen = self._chosen()
-        if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and (chosen["feature"] or 0) % 4:
-            raise ValueError(
-                f"policy.feature = {chosen['feature']} must be a multiple of 4, as a byte holds 4 numbers of a sketch "
-                "of 2 bits; or set sketch_bits to 4"
-            )
         if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and not chosen["centred"]:
             raise ValueError(
                 "policy.centred = false compares directions, and a sketch of 2 bits holds differences from others, "
@@ -141,7 +135,8 @@ class PerturbationOptions:
         measured = {field.name: chosen[field.name] for field in fields(Measures) if field.name in chosen}
         if chosen["neighbours"] == "arrival" and chosen["compared"] != "inputs":  # only coverage needs what is carried
             sketched = chosen["compared"] == "sketch" and chosen["coverage"]
-            measured |= {"sketch": chosen["sketch_bits"], "feature": chosen["feature"] if sketched else 0}
+            bits, width = (chosen["sketch_bits"], chosen["feature"]) if sketched else (16, 0)  # codes need a length
+            measured |= {"sketch": bits, "feature": width}
         scorer = Perturbation(sharpness=chosen["sharpness"], novelty_power=chosen["novelty_power"])
         return ScoredPolicy(
             name=self.name,

@@ -25,7 +25,7 @@ class AbstractScorer:
 
     @property
     def needs_place(self) -> bool:
-        """Whether frame, row and column of kept tokens must be carried for this score."""
+        """Whether frame, row and column of kept tokens must be carried for this score (`pool.place`)."""
         return False
 
     @abstractmethod

@@ -97,9 +97,9 @@ def uncovered(
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
-    resolves cosines to 0.004); the cosine to it is float32 or more and has gradient to both tokens. `codes` are the
-    bits of the codes that `feature` holds, if it does; with 2, it holds differences of directions from a reference,
-    which have to be centred.
+    resolves cosines to 0.004); the cosine to it is float32 or more, but of codes of 2 bits, which resolve less, as
+    precise as `product`, and has gradient to both tokens. `codes` are the bits of the codes that `feature` holds, if it
+    does; with 2, it holds differences of directions from a reference, which have to be centred.
     """
     feature = vectors(feature, codes)
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
@@ -116,8 +116,10 @@ def uncovered(
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
             ranked = _directions(ranked - mean, codes)
-        near = nearest_before(ranked.detach().to(product or feature.dtype))
+        best, near = nearest_before(ranked.detach().to(product or feature.dtype))
         cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
+        if codes == 2:  # the value as evaluation has it
+            cosine = cosine + (best.to(cosine.dtype) - cosine.detach())
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
         alone = _apart(cosine, codes).to(found.dtype)
         found = found.scatter(1, order, torch.where(there, alone, found.gather(1, order)))
@@ -340,13 +342,15 @@ def _grown(length: Float[Tensor, "*axes 1"]) -> Float[Tensor, "*axes 1"]:
 
 
 @torch.no_grad()
-def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor, "batch members"]:
-    """For each member the index of the most similar one before it, the first if several; 0 for the first member.
+def nearest_before(
+    ranked: Float[Tensor, "batch members feature"],
+) -> tuple[Float[Tensor, "batch members"], Int[Tensor, "batch members"]]:
+    """For each member the largest cosine to one before it, and the index of that, the first if several.
 
-    Computed in blocks of rows, so that no members x members matrix exists. Autocast has no effect, so that training
-    and evaluation select the same tokens.
+    Minus infinity and 0 for the first member. Computed in blocks of rows, so that no members x members matrix exists.
+    Autocast has no effect, so that training and evaluation select the same tokens.
     """
-    count, found = ranked.shape[1], []
+    count, best, near = ranked.shape[1], [], []
     step = min(BLOCK, ROWS) if ranked.device.type == "cpu" else BLOCK
     for first in range(0, count, step):
         last = min(first + step, count)
@@ -354,5 +358,7 @@ def nearest_before(ranked: Float[Tensor, "batch members feature"]) -> Int[Tensor
             alike = ranked[:, first:last] @ ranked[:, :last].mT
         later = torch.ones(last - first, last - first, dtype=torch.bool, device=ranked.device).triu()
         alike[..., first:].masked_fill_(later, float("-inf"))
-        found.append(alike.max(dim=-1).indices)  # the first as argmax, which takes three times as long on a CPU
-    return torch.cat(found, dim=1)
+        found = alike.max(dim=-1)  # the first as argmax, which takes three times as long on a CPU
+        best.append(found.values)
+        near.append(found.indices)
+    return torch.cat(best, dim=1), torch.cat(near, dim=1)

@@ -19,6 +19,7 @@ from omnimem.sketches import (
     encoded,
     enlarged,
     packed,
+    rough,
     stored,
     unrounded,
     vectors,
@@ -60,6 +61,20 @@ def test_training_compares_the_numbers_of_evaluation(bits) -> None:
     assert (learning.shape[-1], learning.dtype) == stored(96, bits, learns=True)
     codes = bits if bits < 16 else None
     assert torch.equal(vectors(learning, codes).float(), vectors(plain, codes).float())
+
+
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_a_score_that_learns_has_the_value_of_evaluation(bits, product) -> None:
+    """But for rounding, which may make another one the nearest of nearly equal tokens."""
+    kinds, scores = torch.tensor([[1, 2] * 100], dtype=torch.int8), torch.linspace(1, 0.1, 200)[None]
+    unit = F.normalize(streams(200, 96)[None], dim=-1)
+    vector = References().beyond(0, unit, kinds) if bits == 2 else unit
+    how = {"product": product, "codes": bits if bits < 16 else None}
+    trained = uncovered(encoded(vector.clone().requires_grad_(), bits, learns=True), kinds, scores, **how)
+    found = uncovered_values(encoded(vector.clone(), bits, learns=False), kinds, scores, **how)
+    assert trained.requires_grad
+    assert int(((trained - found).abs() > 1e-5).sum()) <= 2
 
 
 def test_the_cosine_of_numbers_follows_from_that_of_their_codes() -> None:
@@ -161,6 +176,45 @@ def test_a_reference_is_that_of_the_first_tokens_of_its_modality() -> None:
     ours, theirs = (each.beyond(0, vector[:, 20:23] * sign, sound) for each, sign in ((references, 1), (twin, -1)))
     torch.testing.assert_close(ours[1], -theirs[1])
     assert references.bytes == 2 * 16 * 4
+
+
+@pytest.mark.parametrize("order", [(1, 2, 1), (2, 1, 2), (1, 2, 2, 1), (0, 1, 0, 1), (2, 0, 2, 1, 2)])
+def test_a_reference_stays_whichever_modalities_come_between(order) -> None:
+    """Chunks of one modality each: the first of each sets its reference, here of different directions each time."""
+    references, seen = References(), {}
+    for number, kind in enumerate(order):
+        unit = F.normalize(streams(8, 16)[None].roll(number, dims=-1), dim=-1)
+        apart = references.beyond(0, unit, torch.full((1, 8), kind, dtype=torch.int8))
+        mean = seen.setdefault(kind, unit.mean(dim=1, keepdim=True))
+        torch.testing.assert_close(apart, unit - mean if kind else unit)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_silence_has_a_sketch_without_direction(bits, learns) -> None:
+    held = vectors(encoded(torch.zeros(1, 3, 8), bits, learns=learns), bits if bits < 16 else None)
+    assert not held.float().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [None, False, 2, 4, 16])
+def test_only_codes_of_2_bits_in_float32_are_rough(bits, dtype, monkeypatch) -> None:
+    """Of a model in float64 nothing is; others have no faster precision."""
+    monkeypatch.setattr(sketches, "_multiplies_bfloat16", lambda: True)
+    assert rough(bits, dtype, torch.device("cpu")) == (bits == 2 and dtype == torch.float32)
+    monkeypatch.setattr(sketches, "_multiplies_bfloat16", lambda: False)
+    assert not rough(bits, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_of_a_row_is_found_by_bit_patterns(dtype) -> None:
+    """Rows of positive, of negative and of both, with zeros and minus infinity."""
+    draw = torch.Generator().manual_seed(DRAW)
+    rows = torch.randn(30, 40, generator=draw)
+    rows[:10], rows[20:] = rows[:10].abs(), -rows[20:].abs()
+    rows[5:25, ::7], rows[::4, 3], rows[29] = float("-inf"), -0.0, float("-inf")
+    rows = rows.to(dtype)
+    assert torch.equal(covered._largest(rows), rows.amax(dim=-1))
 
 
 def test_what_resembles_a_still_opening_later_is_still_a_copy_of_it() -> None:

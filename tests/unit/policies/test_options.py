@@ -114,8 +114,8 @@ def test_a_total_that_layers_cannot_share_alike_is_still_spent_to_the_slot() -> 
         ({"sketch_bits": 4}, "sketch", 4, 192),
         ({"sketch_bits": 4, "feature": 7}, "sketch", 4, 7),
         ({"sketch_bits": 16}, "sketch", 16, 128),
-        ({"coverage": 0.0}, None, 2, 0),  # nothing is compared, nothing carried
-        ({"compared": "values"}, "values", 2, 0),
+        ({"coverage": 0.0}, None, 16, 0),  # nothing is compared, nothing carried
+        ({"compared": "values"}, "values", 16, 0),
         ({"compared": "inputs"}, "inputs", False, None),
         ({"compared": "inputs", "feature": 5}, "inputs", False, 5),  # a projection that redundancy reads too
         ({"neighbours": "pool"}, "inputs", False, None),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo import reset
 
 from omnimem.budget import Budget
+from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions
 from omnimem.policies.baselines.infinipot_v import InfiniPotVOptions
 from omnimem.streaming import stream as stream_module
@@ -144,3 +145,41 @@ def test_the_room_of_full_memory_is_lent_and_given_back() -> None:
             stream.feed(third)
     for memory in (asked.memory, quiet.memory):
         assert all(map(torch.equal, memory.tensors(), fork.memory.tensors()))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_an_answer_gives_the_room_back(tokens, monkeypatch) -> None:
+    """However many tokens it has; what lies in free places is never read."""
+    monkeypatch.setattr(stream_module, "CALLS", 2)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream, clean = (Stream(attached, CASES["full memory"]) for _ in range(2))
+        for chunk in cut(whole_stream(400), [300, 40, 60])[:2]:
+            stream.feed(chunk)
+            clean.feed(chunk)
+        for layer in stream.memory.layers:
+            assert layer.room is not None
+            for buffer in layer.room.buffers[:2]:
+                buffer[:, :, layer.count :] = float("nan")
+        answers = [
+            each.answer(prompt_of([QUESTIONS]), head, stop=[], max_new_tokens=tokens) for each in (stream, clean)
+        ]
+        assert answers[0] == answers[1]
+        assert all(layer.room.filled == layer.count for layer in stream.memory.layers)
+
+
+def test_layers_that_hide_different_tokens_are_read_with_their_own_gates() -> None:
+    """Though they hold equal numbers: rows of a batch whose text leaves with its group are padded, each elsewhere."""
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        stream = Stream(attached, CASES["text leaves with its group"], batch=2)
+        stream.feed(whole_stream(90, 2))
+        layers, draw = [], torch.Generator().manual_seed(1)
+        for layer in stream.memory.layers:
+            layers.append(layer.masked(torch.rand(layer.modality.shape, generator=draw) < 0.7))
+        stream.memory = Memory(layers=tuple(layers))
+        prompt, rows = prompt_of([QUESTIONS] * 2), range(2)
+        decoding = stream.decoding(stream.ask(prompt), last_of_each(prompt)[1], 1)
+        hidden = decoding(torch.tensor([[1, 2, 3, 4]] * 2))
+        again = prompt_of([grown(QUESTIONS, [[1], [2], [3], [4]])] * 2)
+        expected, ends = stream.ask(again).hidden, last_of_each(again)[0]
+        for row in rows:
+            assert_equal_logits(hidden[row], expected[row, ends[row]])
