@@ -184,7 +184,7 @@ def _earlier_chunks(shapes: Shapes, load: Load) -> Row:
     if load.gradient == "states":
         asked = min(earlier, load.moments - 1)
         size = memories(load.chunks - asked, earlier, load.entries, width)
-        how = f"of {counted(asked, 'earlier time')} of questions" if asked else "none: chunks keep no graph"
+        how = f"read by {counted(asked, 'earlier question')}" if asked else "none: chunks keep no graph"
         return _estimate(name, size, how)
     # 2. half of the layers run on chunks
     if load.gradient != "full":

@@ -106,7 +106,10 @@ class References:
 
 def stored(feature: int, bits: Bits, *, learns: bool) -> tuple[int, torch.dtype]:
     """Width and type in which a sketch of `feature` numbers is carried; one that `learns` always has 16 bits."""
-    return (feature, SKETCHED) if bits == 16 or learns else (-(-feature * bits // 8) + (bits == 2), torch.uint8)
+    if bits == 16 or learns:
+        return feature, SKETCHED
+    length = bits == 2 and feature > 0
+    return -(-feature * bits // 8) + length, torch.uint8
 
 
 def encoded(

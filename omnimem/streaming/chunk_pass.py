@@ -16,7 +16,7 @@ from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, ro
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
 from omnimem.positions import Rotary, earlier, ranks, rotate
 from omnimem.selection import Softness
-from omnimem.sketches import References, encoded
+from omnimem.sketches import References, encoded, stored
 from omnimem.streaming.attach import StreamedAttention
 from omnimem.tokens import ABSENT, HIDDEN, Counts, DeepStack, Tokens
 from omnimem.view import LayerView, Probed
@@ -109,6 +109,8 @@ class ReadConfig:
         bits = self.policy.measures.sketch
         if not bits:
             return states @ self.projection
+        if not self.projection.shape[1]:  # nothing is compared
+            return states.new_empty(*states.shape[:2], 0, dtype=stored(0, bits, learns=self.learns)[1])
         with torch.autocast(states.device.type, enabled=False):
             vector = (states.to(self.projection.dtype) @ self.projection).float()
             if bits == 2:

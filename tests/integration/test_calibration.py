@@ -83,7 +83,7 @@ def test_signals_equal_plain_loops_over_what_the_layers_saw() -> None:
 
 def test_under_a_narrow_sketch_the_similarity_is_that_of_the_layer_inputs() -> None:
     streams = [cut(whole_stream(seed=1), LENGTHS)]
-    assert measure(streams, skip=2, feature=2) == measure(streams, skip=2, compared="inputs")
+    assert measure(streams, skip=2, feature=4) == measure(streams, skip=2, compared="inputs")
 
 
 def test_signals_are_measured_from_all_queries() -> None:

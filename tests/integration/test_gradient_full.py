@@ -179,8 +179,8 @@ def test_saved_activations_grow_with_the_number_of_chunks_by_the_memories_alone(
         full = {count: saved_after(attached, count, FullGradient()) for count in (4, 8, 16)}
         stored = {count: saved_after(attached, count, DirectStep()) for count in (4, 8, 16)}
     memory = full[4][1]
-    # keys and values; feature; positions and order; place; importance, novelty and gate; modality
-    entry = 2 * 2 * 16 * 4 + 64 * 4 + 4 * 8 + 4 * 4 + 3 * 4 + 1
+    # keys and values; feature; positions, order and group; importance, novelty and gate; modality
+    entry = 2 * 2 * 16 * 4 + 64 * 4 + 5 * 4 + 3 * 4 + 1
     assert memory == sum(audio + visual + 4 for audio, visual in SLOTS) * entry
     embeddings = 24 * 64 * 4
     for few, many in ((4, 8), (8, 16)):

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+from typing import Any
+
 import pytest
 import torch
 from support import reference
@@ -144,9 +146,11 @@ def test_the_gradient_through_attention_received_equals_autograd_of_a_plain_soft
     assert float((both - redundancy).norm() / both.norm()) > 1e-3
 
 
-def plain_mass(queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str) -> Tensor:
+def plain_mass(queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str, every: Any) -> Tensor:
+    queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str, every: blocked.Every
+) -> Tensor:
     """Attention mass by one softmax that autograd stores in full."""
-    assert heads == "probabilities"
+    assert (heads, every.stride) == ("probabilities", 1)
     wide = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     count, total = queries.shape[2], keys.shape[2]
     seen = torch.tensor(reference.visible(count, total))
