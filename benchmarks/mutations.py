@@ -216,8 +216,16 @@ MUTATIONS = (
         "original = bool(original)",
         PROJECTED,
     ),
-    Mutation("a sketch without its last number", SKETCHES, "if high.shape[-1] < half:", "if False:", SKETCHED),
-    Mutation("codes are cut, not rounded", SKETCHES, "scaled.round_()", "scaled.trunc_()", SKETCHED),
+    Mutation("a sketch without its last number", SKETCHES, "if part.shape[-1] < size:", "if False:", SKETCHED),
+    Mutation("codes are cut, not rounded", SKETCHES, "OFFSETS[bits] + 0.5", "OFFSETS[bits]", SKETCHED),
+    Mutation("the latest chunk sets the reference", SKETCHES, "layer not in self._of or", "True or", SKETCHED),
+    Mutation(
+        "cosines of codes as those of numbers",
+        SKETCHES,
+        "(apart > 1, 2 - found, found)",
+        "(apart > 1, apart, apart)",
+        SKETCHED,
+    ),
 )
 
 

@@ -158,7 +158,7 @@ STUDIES: dict[str, dict[str, Trial]] = {
         **{f"omnimem_above_{value:g}": _pool(_psi(coverage_above=value)) for value in (0.25, 0.75)},
         "omnimem_stride_4": _pool(_psi(query_stride=4)),
         "omnimem_inputs": _pool(_psi(compared="inputs")),  # exact cosines: the default until 2026-11-30, second part
-        "omnimem_256": _pool(_psi(feature=256)),
+        "omnimem_4_bits": _pool(_psi(sketch_bits=4)),  # the default of hours on 2026-11-30
         "omnimem_beta_1": _pool(_psi(coverage=1.0)),
         "mean_rank": _pool(Trial(policy=MeanRankOptions(weight=0.25))),
         **{f"omnimem_split_r{r:g}": replace(_psi(), budget=SplitBudget(visual_audio_ratio=r)) for r in (1.0, 2.0)},

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import NamedTuple, Protocol, final, runtime_checkable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, attend, attend_measured
+from omnimem.lazy import lazy_property
 from omnimem.memory import Memory
 from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
@@ -166,7 +166,7 @@ class ChunkStep:
     compaction: Compaction | None = None  # before the chunk is read
     counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
 
-    @cached_property
+    @lazy_property
     def held(self) -> "Numbers":
         """The whole numbers of the chunk as every layer holds them."""
         parts = 3 if self.config.policy.traits.needs_place else 0

@@ -248,3 +248,33 @@ def test_gradient_passes_rounding_to_2_bits_as_if_there_were_none() -> None:
         slopes.append(read.grad[0, 60:])
     alike = torch.cosine_similarity(*slopes, dim=-1)
     assert float(alike.median()) > 0.6, alike
+
+
+def test_the_largest_of_a_row_in_bfloat16_is_found_by_its_bits() -> None:
+    draw = torch.Generator().manual_seed(DRAW)
+    rows = torch.randn(64, 33, generator=draw)
+    rows[:16] = -rows[:16].abs()
+    rows[8:24, 5:] = float("-inf")
+    rows[3] = torch.tensor([0.0, -0.0, float("-inf")]).repeat(11)
+    low = rows.to(torch.bfloat16)
+    assert torch.equal(covered._largest(low), low.amax(dim=-1))
+
+
+def test_codes_made_in_bfloat16_are_those_of_float32_but_for_a_hundredth() -> None:
+    """As on a CPU with instructions for it, of inputs that are mostly alike."""
+    states, kinds = streams(200, 1024, common=4.0)[None], torch.full((1, 200), 2, dtype=torch.int8)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        vector = (states.to(dtype) @ sketch(1024, 256).to(dtype)).float()
+        found.append(vectors(encoded(References().beyond(0, vector, kinds), 2, learns=False), 2))
+    assert float((found[0].sign() != found[1].sign()).float().mean()) < 0.01
+    assert float((found[0] != found[1]).float().mean()) < 0.1
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_serves_codes_of_2_bits_beside_float32_alone(fast, monkeypatch) -> None:
+    monkeypatch.setattr(sketches, "_multiplies_bfloat16", lambda: fast)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert sketches.rough(2, torch.float32, cpu) == fast
+    others = [(4, torch.float32, cpu), (2, torch.float64, cpu), (2, torch.float32, gpu), (None, torch.float32, cpu)]
+    assert not any(sketches.rough(bits, dtype, device) for bits, dtype, device in others)
