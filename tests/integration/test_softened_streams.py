@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-
 from typing import Any
 
 import pytest
@@ -147,8 +146,6 @@ def test_the_gradient_through_attention_received_equals_autograd_of_a_plain_soft
 
 
 def plain_mass(queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str, every: Any) -> Tensor:
-    queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str, every: blocked.Every
-) -> Tensor:
     """Attention mass by one softmax that autograd stores in full."""
     assert (heads, every.stride) == ("probabilities", 1)
     wide = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
