@@ -144,9 +144,11 @@ def test_the_gradient_through_attention_received_equals_autograd_of_a_plain_soft
     assert float((both - redundancy).norm() / both.norm()) > 1e-3
 
 
-def plain_mass(queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str) -> Tensor:
-    """Attention mass by one softmax that autograd stores in full."""
-    assert heads == "probabilities"
+def plain_mass(
+    queries: Tensor, keys: Tensor, *, scale: float, gate: Tensor, heads: str, every: blocked.Every
+) -> Tensor:
+    """Attention mass of all queries by one softmax that autograd stores in full."""
+    assert (heads, every) == ("probabilities", blocked.ALL)
     wide = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     count, total = queries.shape[2], keys.shape[2]
     seen = torch.tensor(reference.visible(count, total))

@@ -1,22 +1,20 @@
 """What a chunk carries for later comparisons, and the queries by which its attention is measured."""
 
-from dataclasses import dataclass, replace
-from typing import Any, final, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from support.models import text_model
-from support.policy_streams import LENGTHS, OPTIONS, SPLIT, cut, opened, whole_stream
+from support.policy_streams import LENGTHS, SPLIT, cut, opened, whole_stream
 from support.streams import policy_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, mass
-from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import ScoredPolicy, sketch
 from omnimem.policies.baselines.h2o import H2OOptions
-from omnimem.scoring import AbstractScorer, Covered
 from omnimem.selection import Softness
 from omnimem.sketches import Bits, References, encoded, stored
 from omnimem.streaming.attach import attach
@@ -133,43 +131,3 @@ def test_the_same_tokens_are_kept_in_training_in_a_batch_and_again(name) -> None
         assert torch.equal(orders, trained[layer])
         assert torch.equal(orders, torch.cat([each[layer] for each in alone]))
     assert any(not torch.equal(*pair) for pair in zip(kept, whole, strict=True))
-
-
-@pytest.mark.parametrize("name", ["paper", "recent_frames"])
-def test_a_memory_has_the_types_of_an_empty_one(name) -> None:
-    """Numbers of 32 bits, and places of the policies alone that read them."""
-    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        stream = opened(attached, OPTIONS[name].build(SPLIT) if name in OPTIONS else policy_of(name))
-        empty = stream.memory.layers[0]
-        for chunk in cut(whole_stream()):
-            stream.feed(chunk)
-    held = stream.memory.layers[0]
-    assert [part.dtype for part in held.tensors()] == [part.dtype for part in empty.tensors()]
-    assert {each.dtype for each in (held.positions, held.place, held.group, held.order)} == {torch.int32}
-    assert held.place.shape[1] == empty.place.shape[1] == 3 * (name == "recent_frames")
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class HighRows(AbstractScorer):
-    """A score of another package: tokens of low rows, then recent ones."""
-
-    @property
-    def needs_place(self) -> bool:
-        return True
-
-    def __call__(self, view: LayerView) -> Tensor:
-        return view.pool.place[:, 1].float() * 1000 + view.order
-
-
-@pytest.mark.parametrize("covered", [False, True])
-def test_a_scorer_that_reads_places_has_them_carried(covered) -> None:
-    scorer = Covered(inner=HighRows(), power=0.0, compared="values") if covered else HighRows()
-    policy = ScoredPolicy(name="rows", scorer=scorer, budget=Budget.shared(4, 20))
-    whole = whole_stream()
-    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        stream = opened(attached, policy)
-        for chunk in cut(whole):
-            stream.feed(chunk)
-    for layer in stream.memory.layers:
-        assert torch.equal(layer.place[0], whole.places[0, :3, layer.order[0].long()])
