@@ -131,3 +131,33 @@ def test_the_same_tokens_are_kept_in_training_in_a_batch_and_again(name) -> None
         assert torch.equal(orders, trained[layer])
         assert torch.equal(orders, torch.cat([each[layer] for each in alone]))
     assert any(not torch.equal(*pair) for pair in zip(kept, whole, strict=True))
+
+
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_a_fork_that_reads_first_changes_nothing_that_its_parent_reads(bits) -> None:
+    """The first tokens of a modality set a reference in 2 bits: for each stream and fork its own."""
+    policy = PerturbationOptions(feature=NARROW, sketch_bits=bits).build(SPLIT)
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        quiet, asked = (opened(attached, policy) for _ in range(2))
+        for chunk in cut(whole_stream()):
+            fork = asked.fork()
+            fork.feed(replace(chunk, embeddings=chunk.embeddings.flip(1)))
+            asked.feed(chunk)
+            quiet.feed(chunk)
+    assert all(map(torch.equal, asked.memory.tensors(), quiet.memory.tensors()))
+    assert not torch.equal(fork.memory.layers[0].feature, asked.memory.layers[0].feature)
+
+
+@pytest.mark.parametrize("gradient", ["redundancy", "both", "none"])
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_softened_selection_at_temperature_0_keeps_by_a_sketch_what_evaluation_keeps(bits, gradient) -> None:
+    """Where every token is discounted, so that rounding in one of them alone would show."""
+    policy = PerturbationOptions(feature=NARROW, sketch_bits=bits, coverage_above=-1.0, coverage=2.0).build(SPLIT)
+    kept = []
+    with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
+        for softness in (None, Softness(temperature=0.0, gradient=gradient)):
+            stream = opened(attached, policy, batch=2, softness=softness)
+            for chunk in cut(whole_stream(batch=2)):
+                stream.feed(chunk)
+            kept.append([layer.order for layer in stream.memory.layers])
+    assert all(map(torch.equal, *kept))
