@@ -1,5 +1,7 @@
 """Sketches of layer inputs: bytes, codes, copies, and how well cosines are kept."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,7 +72,7 @@ def test_a_score_that_learns_has_the_value_of_evaluation(bits, product) -> None:
     kinds, scores = torch.tensor([[1, 2] * 100], dtype=torch.int8), torch.linspace(1, 0.1, 200)[None]
     unit = F.normalize(streams(200, 96)[None], dim=-1)
     vector = References().beyond(0, unit, kinds) if bits == 2 else unit
-    how = {"product": product, "codes": bits if bits < 16 else None}
+    how: dict[str, Any] = {"product": product, "codes": bits if bits < 16 else None}
     trained = uncovered(encoded(vector.clone().requires_grad_(), bits, learns=True), kinds, scores, **how)
     found = uncovered_values(encoded(vector.clone(), bits, learns=False), kinds, scores, **how)
     assert trained.requires_grad
@@ -245,6 +247,7 @@ def test_gradient_passes_rounding_to_2_bits_as_if_there_were_none() -> None:
         apart = References().beyond(0, read, kinds)
         held = encoded(apart, 2, learns=True) if rounded else apart * enlarged(256)
         uncovered(held, kinds, scores, product=torch.float32, codes=2).sum().backward()
+        assert read.grad is not None
         slopes.append(read.grad[0, 60:])
     alike = torch.cosine_similarity(*slopes, dim=-1)
     assert float(alike.median()) > 0.6, alike

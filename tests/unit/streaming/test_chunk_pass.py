@@ -1,22 +1,20 @@
 """What a chunk carries for later comparisons, and the queries by which its attention is measured."""
 
-from dataclasses import dataclass, replace
-from typing import Any, final, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from support.models import text_model
-from support.policy_streams import LENGTHS, OPTIONS, SPLIT, cut, opened, whole_stream
+from support.policy_streams import LENGTHS, SPLIT, cut, opened, whole_stream
 from support.streams import policy_of
 from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, mass
-from omnimem.budget import Budget
 from omnimem.policies import PerturbationOptions, PolicyOptions
 from omnimem.policies.base import ScoredPolicy, sketch
 from omnimem.policies.baselines.h2o import H2OOptions
-from omnimem.scoring import AbstractScorer, Covered
 from omnimem.selection import Softness
 from omnimem.sketches import Bits, References, encoded, stored
 from omnimem.streaming.attach import attach
@@ -135,41 +133,31 @@ def test_the_same_tokens_are_kept_in_training_in_a_batch_and_again(name) -> None
     assert any(not torch.equal(*pair) for pair in zip(kept, whole, strict=True))
 
 
-@pytest.mark.parametrize("name", ["paper", "recent_frames"])
-def test_a_memory_has_the_types_of_an_empty_one(name) -> None:
-    """Numbers of 32 bits, and places of the policies alone that read them."""
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_a_fork_that_reads_first_changes_nothing_that_its_parent_reads(bits) -> None:
+    """The first tokens of a modality set a reference in 2 bits: for each stream and fork its own."""
+    policy = PerturbationOptions(feature=NARROW, sketch_bits=bits).build(SPLIT)
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        stream = opened(attached, OPTIONS[name].build(SPLIT) if name in OPTIONS else policy_of(name))
-        empty = stream.memory.layers[0]
+        quiet, asked = (opened(attached, policy) for _ in range(2))
         for chunk in cut(whole_stream()):
-            stream.feed(chunk)
-    held = stream.memory.layers[0]
-    assert [part.dtype for part in held.tensors()] == [part.dtype for part in empty.tensors()]
-    assert {each.dtype for each in (held.positions, held.place, held.group, held.order)} == {torch.int32}
-    assert held.place.shape[1] == empty.place.shape[1] == 3 * (name == "recent_frames")
+            fork = asked.fork()
+            fork.feed(replace(chunk, embeddings=chunk.embeddings.flip(1)))
+            asked.feed(chunk)
+            quiet.feed(chunk)
+    assert all(map(torch.equal, asked.memory.tensors(), quiet.memory.tensors()))
+    assert not torch.equal(fork.memory.layers[0].feature, asked.memory.layers[0].feature)
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class HighRows(AbstractScorer):
-    """A score of another package: tokens of low rows, then recent ones."""
-
-    @property
-    def needs_place(self) -> bool:
-        return True
-
-    def __call__(self, view: LayerView) -> Tensor:
-        return view.pool.place[:, 1].float() * 1000 + view.order
-
-
-@pytest.mark.parametrize("covered", [False, True])
-def test_a_scorer_that_reads_places_has_them_carried(covered) -> None:
-    scorer = Covered(inner=HighRows(), power=0.0, compared="values") if covered else HighRows()
-    policy = ScoredPolicy(name="rows", scorer=scorer, budget=Budget.shared(4, 20))
-    whole = whole_stream()
+@pytest.mark.parametrize("gradient", ["redundancy", "both", "none"])
+@pytest.mark.parametrize("bits", get_args(Bits))
+def test_softened_selection_at_temperature_0_keeps_by_a_sketch_what_evaluation_keeps(bits, gradient) -> None:
+    """Where every token is discounted, so that rounding in one of them alone would show."""
+    policy = PerturbationOptions(feature=NARROW, sketch_bits=bits, coverage_above=-1.0, coverage=2.0).build(SPLIT)
+    kept = []
     with attach(text_model("qwen2_5_omni")) as attached, torch.no_grad():
-        stream = opened(attached, policy)
-        for chunk in cut(whole):
-            stream.feed(chunk)
-    for layer in stream.memory.layers:
-        assert torch.equal(layer.place[0], whole.places[0, :3, layer.order[0].long()])
+        for softness in (None, Softness(temperature=0.0, gradient=gradient)):
+            stream = opened(attached, policy, batch=2, softness=softness)
+            for chunk in cut(whole_stream(batch=2)):
+                stream.feed(chunk)
+            kept.append([layer.order for layer in stream.memory.layers])
+    assert all(map(torch.equal, *kept))
