@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, attend, attend_measured
-from omnimem.lazy import lazy_property
 from omnimem.memory import Memory
 from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
@@ -165,19 +164,19 @@ class ChunkStep:
     deepstack: DeepStack | None
     order: Int[Tensor, "batch tokens"]  # arrival numbers
     fed: int = 0  # tokens that arrived before the chunk, in every stream
+    held: Numbers = field(init=False, repr=False)  # the whole numbers of the chunk as every layer holds them
     compaction: Compaction | None = None  # before the chunk is read
     counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
 
-    @lazy_property
-    def held(self) -> "Numbers":
-        """The whole numbers of the chunk as every layer holds them."""
+    def __post_init__(self) -> None:  # not when first read: a captured pass may not write to it
         parts = 3 if self.config.policy.traits.needs_place else 0
-        return Numbers(
+        numbers = Numbers(
             positions=self.positions.int(),
             place=self.place[:, :parts].int(),
             group=self.place[:, 3].int(),
             order=self.order.int(),
         )
+        object.__setattr__(self, "held", numbers)
 
     @property
     def appends(self) -> bool:
