@@ -118,10 +118,9 @@ def parts(chunk: int, slots: int, width: int) -> Iterator[Part]:
 
         every = partial(uncovered_values, held, modality, scores)
         yield f"coverage, {name}", pairs * size, pool * size, every if compared == pool else some
-    stored: list[tuple[Tensor, int]] = [(keys, 2), (values, 2), (low, 1)]
 
     def keep() -> None:
-        for part, axis in stored:
+        for part, axis in ((keys, 2), (values, 2), (low, 1)):
             torch.cat(part.split([slots, chunk], dim=axis), dim=axis).index_select(axis, index)
 
     yield "[memory ; chunk] and the copy of what is kept", 0, 2 * (pool + slots) * (2 * kv + low.shape[-1] // 4), keep

@@ -108,8 +108,8 @@ class PerturbationOptions:
             )
         if chosen["compared"] == "sketch" and chosen["sketch_bits"] == 2 and not chosen["centred"]:
             raise ValueError(
-                "policy.centred = false compares directions, and a sketch of 2 bits holds differences from others, "
-                "not directions; set sketch_bits to 4"
+                "policy.centred = false compares directions, and a sketch of 2 bits holds differences from a mean "
+                "direction; set sketch_bits to 4, or leave centred out"
             )
         if self.coverage_above is not None and not -1 <= self.coverage_above < 1:
             raise ValueError(f"policy.coverage_above = {self.coverage_above:g} must be a cosine from -1 to below 1")

@@ -148,6 +148,17 @@ def test_a_stride_without_attention_is_refused(tmp_path) -> None:
         loaded(tmp_path, "omnimem", f"memory.policy.query_stride={stride}", "memory.policy.sharpness=0.0")
 
 
+@pytest.mark.parametrize(
+    ("setting", "what"), [("feature=6", "6 must be a multiple of 4"), ("centred=false", "false compares directions")]
+)
+def test_what_a_sketch_of_2_bits_cannot_hold_is_refused_and_4_bits_hold_it(setting, what, tmp_path) -> None:
+    line = refused(tmp_path, "omnimem", f"memory.policy.{setting}")
+    assert what in line
+    assert "set sketch_bits to 4" in line
+    assert loaded(tmp_path, "omnimem", f"memory.policy.{setting}", "memory.policy.sketch_bits=4")
+    assert loaded(tmp_path, "omnimem", f"memory.policy.{setting}", "memory.policy.compared=inputs")
+
+
 def test_a_sketch_in_the_pool_is_refused_by_the_preset_s_neighbours_too(tmp_path) -> None:
     assert "needs neighbours = arrival" in refused(
         tmp_path, "omnimem", "memory.policy.compared=sketch", "memory.policy.neighbours=pool"
