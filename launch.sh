@@ -221,16 +221,17 @@ setup_lowest() { # create .venv-lowest, unless it is unchanged
 }
 
 two_trainings() { # in an empty folder: a training of two steps without and one with DeepSpeed
-    local here=$PWD folder settings=(evaluate.after_training=false train.max_steps=2
+    local here=$PWD folder status=0 settings=(evaluate.after_training=false train.max_steps=2
         train.per_device_train_batch_size=1 calibration.streams=2 calibration.skip_chunks=0)
-    folder=$(mktemp -d)
-    trap 'rm -rf "$folder"' EXIT
+    folder=$(mktemp -d) || return
     cd "$folder" &&
         python "$here/data_prep/synthesize.py" --out data/recall --train 4 --calibration 1 --test 1 --seconds 16 &&
         python "$here/train/finetune.py" --config tiny.yaml --dry-run "${settings[@]}" &&
         python "$here/train/finetune.py" --config tiny.yaml name=plain train.deepspeed=null "${settings[@]}" &&
         python "$here/train/finetune.py" --config tiny.yaml name=engine train.deepspeed=deepspeed/zero2.json \
-            model.dtype=bfloat16 train.bf16=true "${settings[@]}"
+            model.dtype=bfloat16 train.bf16=true "${settings[@]}" || status=$?
+    rm -rf "$folder" # no trap: one for EXIT runs when the function's variables are gone
+    return "$status"
 }
 
 tests_lowest() {

@@ -189,3 +189,70 @@ def test_anything_else_shows_the_usage_and_exits_with_2(folder, arguments) -> No
     assert launched.returncode == 2
     assert said.startswith("usage: ./launch.sh demo")
     assert not (folder / "pids").exists()
+
+
+CHECKS = {
+    "test": (".venv", "constraints.txt", ("ruff", "lint-imports", "pyright", "python")),
+    "test-lowest": (".venv-lowest", "constraints-lowest.txt", ("python",)),
+}
+NOTES = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+[[ "$(basename "$0") $*" != *"$FAILS"* ]]
+"""
+
+
+def checked(folder: Path, command: str, fails: str) -> tuple[int, str, list[str]]:
+    """The exit code and output of `command` where each tool only notes its call, and that of `fails` fails."""
+    venv, pins, tools = CHECKS[command]
+    (folder / venv / "bin").mkdir(parents=True)
+    (folder / "temporary").mkdir()
+    for name in ("pyproject.toml", pins):
+        shutil.copy(ROOT / name, folder)
+    for tool in tools:
+        (folder / venv / "bin" / tool).write_text(NOTES)
+        (folder / venv / "bin" / tool).chmod(0o755)
+    sums = subprocess.run(
+        ["cksum"],
+        input=b"".join((folder / name).read_bytes() for name in ("pyproject.toml", pins)),
+        capture_output=True,
+        check=True,
+    )
+    (folder / venv / "installed").write_bytes(sums.stdout)
+    environment = {**os.environ, "CALLS": str(folder / "calls"), "FAILS": fails, "TMPDIR": str(folder / "temporary")}
+    done = subprocess.run(
+        [str(folder / "launch.sh"), command], cwd=folder, env=environment, text=True, capture_output=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr, (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(("command", "calls"), [("test", 5), ("test-lowest", 5)])
+def test_checks_that_pass_exit_with_0_and_leave_no_file(folder, command, calls) -> None:
+    code, said, called = checked(folder, command, "no such call")
+    assert (code, len(called)) == (0, calls), said
+    assert "unbound" not in said
+    assert "FAILED" not in said
+    assert list((folder / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "fails"),
+    [
+        ("test", "ruff check"),
+        ("test", "ruff format"),
+        ("test", "lint-imports"),
+        ("test", "pyright"),
+        ("test", "python -m pytest"),
+        ("test-lowest", "synthesize.py"),
+        ("test-lowest", "--dry-run"),
+        ("test-lowest", "name=plain"),
+        ("test-lowest", "name=engine"),
+        ("test-lowest", "python -m pytest"),
+    ],
+)
+def test_a_check_that_fails_is_named_and_exits_with_1(folder, command, fails) -> None:
+    code, said, called = checked(folder, command, fails)
+    assert code == 1, said
+    assert "FAILED: " in said
+    assert any(fails in call for call in called)
+    assert any("-m pytest" in call for call in called)  # the others ran
+    assert list((folder / "temporary").iterdir()) == []
