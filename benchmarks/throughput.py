@@ -6,9 +6,9 @@ python benchmarks/throughput.py [--frames N]... [--layers N] [--width N] [--slot
 One stream per step, of N frames at one per second with audio, made here; a Qwen2.5-Omni thinker of random weights: that
 of the tiny checkpoint with a text model of --layers and --width (MLP 3 x width), or with --shape a whole one of
 configs/models (Qwen2.5-Omni-7B: 28 layers). LoRA on all projections, AdamW. Three ways: `evicting`, at --slots per
-layer under the default policy; `full`, the same stream with full memory; `one shot`, all tokens in one forward pass of
-transformers without our loop. A cell runs in a process of its own; with more than LARGE tokens, full and one shot need
---large.
+layer under the default policy, selection softened as halfway in a run; `full`, the same stream with full memory;
+`one shot`, all tokens in one forward pass of transformers without our loop. A cell runs in a process of its own; with
+more than LARGE tokens, full and one shot need --large.
 
 The four parts of a step run one after the other, so that their shares are seen: decoding (with resizing and mel),
 towers (with patches), text model (forward, recomputation, backward), optimiser. Medians of --steps steps after one that
@@ -141,8 +141,9 @@ class Bench:
     def _streamed(self, encoded: EncodedSample) -> torch.Tensor:
         layers, slots = self.attached.shape.layers, self.given["slots"]
         budget = SplitBudget().build(layers, slots) if self.given["way"] == "evicting" else None
-        policy, carry = PerturbationOptions().build(budget), gradient_of(TuningOptions(), layers)
-        return streamed_loss(self.attached, self.feeder, [encoded], policy, softness=None, carry=carry).loss
+        policy, tuning = PerturbationOptions().build(budget), TuningOptions()
+        softness, carry = tuning.selection.at(0.5), gradient_of(tuning, layers)
+        return streamed_loss(self.attached, self.feeder, [encoded], policy, softness=softness, carry=carry).loss
 
     def _one_shot(self, encoded: EncodedSample) -> torch.Tensor:
         """Opening, stream and question in one forward pass of the text model."""

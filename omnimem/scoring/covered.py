@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, final
+from functools import cache, partial
+from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Int8, Int16, Shaped
+from jaxtyping import Float, Int, Int8, Int16, Int32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnimem.lazy import Once
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
 from omnimem.sketches import ROUNDING, Codes, enlarged, rough, unrounded, vectors
@@ -73,12 +74,17 @@ class Covered(AbstractScorer):
             product = torch.bfloat16 if rough(view.codes, keys.dtype, keys.device) else keys.dtype
             how = {"centred": self.centred, "product": product, "codes": view.codes}
             if learns:
-                alone = uncovered(held, view.modality, scores, **how)
-            elif view.contests and self.above > -1 and scores.device.type in COUNTED:
-                alone = uncovered_contested(held, view.modality, scores, view.contests, self._factor, **how)
+                alone = uncovered(held, view.modality, scores, once=view.once, **how)
             else:
-                alone = uncovered_values(held, view.modality, scores, pool.counts, **how)
+                find = partial(self._values, view, held, scores, **how)
+                alone = find() if view.once is None else view.once("uncovered", find)
             return scores * self._factor(alone)
+
+    def _values(self, view: LayerView, held: Tensor, scores: Tensor, **how: Any) -> Float[Tensor, "batch tokens"]:
+        """1 - c_k without gradient, at least of all tokens that may be kept."""
+        if view.contests and self.above > -1 and scores.device.type in COUNTED:
+            return uncovered_contested(held, view.modality, scores, view.contests, self._factor, **how)
+        return uncovered_values(held, view.modality, scores, view.pool.counts, **how)
 
     def _factor(self, alone: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The discount of tokens whose 1 - c is `alone`."""
@@ -95,13 +101,15 @@ def uncovered(
     centred: bool = True,
     product: torch.dtype | None = None,
     codes: Codes | None = None,
+    once: Once | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
     resolves cosines to 0.004); the cosine to it is float32 or more, but of codes of 2 bits, which resolve less, as
     precise as `product`, and has gradient to both tokens. `codes` are the bits of the codes that `feature` holds, if it
-    does; with 2, it holds differences of directions from a reference, which have to be centred.
+    does; with 2, it holds differences of directions from a reference, which have to be centred. With `once`, the
+    nearest tokens are found once where this is computed again.
     """
     feature = vectors(feature, codes)
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
@@ -118,8 +126,9 @@ def uncovered(
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
             ranked = _directions(ranked - mean, codes)
-        best, near = nearest_before(ranked.detach().to(product or feature.dtype))
-        cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
+        find = partial(_nearest, ranked.detach().to(product or feature.dtype))
+        best, near = find() if once is None else once(f"nearest {kind.name}", find)
+        cosine = (ranked * ranked.gather(1, near.long()[..., None].expand_as(ranked))).sum(-1)
         if codes == 2:  # the value as evaluation has it
             cosine = cosine + (best.to(cosine.dtype) - cosine.detach())
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
@@ -366,6 +375,14 @@ def _directions(
 def _grown(length: Float[Tensor, "*axes 1"]) -> Float[Tensor, "*axes 1"]:
     """1 / sqrt(1 - ROUNDING / length^2), at most 2: what a direction of this length loses to rounding to 4 bits."""
     return (1 - ROUNDING / length.square()).clamp_min_(0.25).rsqrt_()
+
+
+def _nearest(
+    ranked: Float[Tensor, "batch members feature"],
+) -> tuple[Float[Tensor, "batch members"], Int32[Tensor, "batch members"]]:
+    """`nearest_before` as it is held until backward."""
+    best, near = nearest_before(ranked)
+    return best, near.int()
 
 
 @torch.no_grad()
