@@ -343,8 +343,8 @@ def _largest_before(alike: Float[Tensor, "rows columns"], first: int) -> Float[T
     own = bits[:, first:]
     torch.minimum(own, _before_bits(max(rows, LOW_ROWS))[:rows, : columns - first], out=own)
     found = bits.amax(dim=-1)
-    # 2. rows without a positive number: those are in the reverse order
-    below = found <= 0
+    # 2. rows of negative numbers: those are in the reverse order
+    below = found < 0
     found = found.view(alike.dtype)
     if not bool(below.any()):
         return found
