@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.accelerator.clock import Arm, Work
 from benchmarks.accelerator.models import questions
@@ -41,7 +42,6 @@ def _first(bench: Bench, section: str, name: str, work: Callable[[], Any]) -> li
         bench.record.measured(section, {name: {"not_compiled": text}})
         return []
     bench.record.measured(section, {f"{name}, first": {"seconds": time.perf_counter() - started}})
-    bench.record.write()  # should the next one take all the time that is left
     return [result]
 
 
@@ -74,36 +74,52 @@ def compiled_chunks(bench: Bench) -> None:
 
 
 def compiled_tokens(bench: Bench) -> None:
-    """A further token of one question and of eight: as it is, compiled with CUDA graphs, and replayed by one alone."""
+    """A further token of one question and of eight, as it is and compiled with CUDA graphs."""
     model, head = bench.model(), bench.head()
     stream = filled(bench, model, bench.policy(POLICIES["omnimem"]))
     for asked in (1, 8):
         torch._dynamo.reset()
-        section = f"compiled further token of {asked}"
-        prompt = questions(asked, bench.sizes.question, bench.sizes.text["vocab_size"], bench.device)
-        ids = torch.zeros(1, asked, dtype=torch.long, device=bench.device)
-
-        with torch.no_grad(), attach(model):
-            state, offsets = stream.ask(prompt), last_of_each(prompt)[1]
-            ways = {name: stream.decoding(state, offsets, CALLS) for name in ("eager", "compiled", "CUDA graph")}
+        section, ways, ids = _further(bench, stream, model, asked, ("eager", "compiled"))
         works: dict[str, Work] = {"eager": partial(_token, ways["eager"], head, ids)}
         with torch.no_grad(), attach(model):
             call = torch.compile(partial(_token, ways["compiled"], head), **_how(bench), **_mode(bench))
             for tensor in _held(ways["compiled"]):
                 torch._dynamo.mark_static_address(tensor)
-            if _first(bench, section, "compiled", partial(call, ids)):
+            if _first(bench, f"compiled {section}", "compiled", partial(call, ids)):
                 works["compiled"] = partial(call, ids)
-            if bench.device.type == "cuda":
-                once = partial(_token, ways["CUDA graph"], head, ids)
-                for replay in _first(bench, section, "CUDA graph", partial(_replayed, once)):
-                    works["CUDA graph"] = replay
+        bench.measure(f"compiled {section}", {name: partial(_attached, model, work) for name, work in works.items()})
 
-        @contextmanager
-        def arm(work: Work) -> Iterator[Work]:
+
+def graphed_tokens(bench: Bench) -> None:
+    """A further token of one question and of eight, as it is and replayed by a CUDA graph."""
+    model, head = bench.model(), bench.head()
+    stream = filled(bench, model, bench.policy(POLICIES["omnimem"]))
+    for asked in (1, 8):
+        section, ways, ids = _further(bench, stream, model, asked, ("eager", "CUDA graph"))
+        works: dict[str, Work] = {"eager": partial(_token, ways["eager"], head, ids)}
+        if bench.device.type == "cuda":
             with torch.no_grad(), attach(model):
-                yield work
+                once = partial(_token, ways["CUDA graph"], head, ids)
+                for replay in _first(bench, f"graphed {section}", "CUDA graph", partial(_replayed, once)):
+                    works["CUDA graph"] = replay
+        bench.measure(f"graphed {section}", {name: partial(_attached, model, work) for name, work in works.items()})
 
-        bench.measure(section, {name: partial(arm, work) for name, work in works.items()})
+
+def _further(
+    bench: Bench, stream: Stream, model: PreTrainedModel, asked: int, ways: tuple[str, ...]
+) -> tuple[str, dict[str, Decoding], Tensor]:
+    """The name of the section, a decoding for each way, and ids of the next tokens."""
+    prompt = questions(asked, bench.sizes.question, bench.sizes.text["vocab_size"], bench.device)
+    ids = torch.zeros(1, asked, dtype=torch.long, device=bench.device)
+    with torch.no_grad(), attach(model):
+        state, offsets = stream.ask(prompt), last_of_each(prompt)[1]
+        return (f"further token of {asked}", {name: stream.decoding(state, offsets, CALLS) for name in ways}, ids)
+
+
+@contextmanager
+def _attached(model: PreTrainedModel, work: Work) -> Iterator[Work]:
+    with torch.no_grad(), attach(model):
+        yield work
 
 
 def _mode(bench: Bench) -> dict[str, Any]:

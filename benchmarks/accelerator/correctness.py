@@ -1,7 +1,10 @@
 """Checks of a device: against the slow reference, against float32 on the CPU, and streamed against one shot."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, cast, final
 
 import torch
@@ -12,9 +15,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from benchmarks.accelerator.models import IGNORED, moved, questions, relative, segment, small, toy_pair
-from benchmarks.accelerator.record import Record
+from benchmarks.accelerator.processes import Results
 from omnimem.attention import reference
-from omnimem.attention.blocked import MEMORY, Segments, attend, mass, visible
+from omnimem.attention.blocked import MEMORY, Every, Segments, attend, attend_measured, mass, visible
 from omnimem.budget import Budget
 from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
@@ -23,9 +26,9 @@ from omnimem.scoring import AbstractScorer
 from omnimem.selection import Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
-from omnimem.streaming.prompt_pass import Prompt
+from omnimem.streaming.prompt_pass import Prompt, last_of_each, pack
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import EVICTABLE, Chunk
+from omnimem.tokens import EVICTABLE, HIDDEN, Chunk
 from omnimem.tuning import FullGradient
 from omnimem.view import LayerView
 
@@ -38,6 +41,8 @@ POLICIES: dict[str, PolicyOptions] = {
     "released": PerturbationOptions(name="released"),
     "random": ControlOptions(name="random"),
 }
+GROUPS = ((7, 1), (28, 4), (8, 8), (8, 4), (8, 2), (16, 2))  # query and key-value heads: groups of 7, 1, 2, 4 and 8
+CALLS = 40  # further tokens: more than there is room for at once
 CLEAR = 3e-5  # a decision is clear if kept and dropped scores differ by more than this; rounding errors are 1e-6
 CPU = torch.device("cpu")
 
@@ -112,7 +117,7 @@ class Heads:
         return {"output": output, "mass": received, **dict(slopes)}
 
 
-def attention(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+def attention(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
     """Output, mass and gradients on the device."""
     bounds = BOUNDS[dtype]
     few = Heads.random((4, 2), (6, 20, 16), dtype)
@@ -137,15 +142,53 @@ def attention(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device
         for part, value in found.items():
             bound = bounds.mass if part == "mass" else bounds.output if part == "output" else bounds.gradient
             record.check(f"attention {part}, {name}", dtype, relative(value, exact[part]), bound)
+    for stride in (1, 4):
+        _measured(record, toy, dtype, device, stride)
+
+
+def _measured(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device, stride: int) -> None:
+    """Mass alone and together with the output, of odd lengths and all sizes of a group, against float64."""
+    alone, together, output = [], [], []
+    with torch.no_grad():
+        for heads in GROUPS:
+            for hidden in (False, True):
+                drawn = Heads.random(heads, (131, 389, toy.wide[2]), dtype)
+                every, gate = Every(stride, stride // 2), torch.zeros_like(drawn.gate)
+                gate[:, 5:40] = HIDDEN if hidden else 0.0
+                exact = [part.double() for part in (drawn.queries, drawn.keys, drawn.values)]
+                expected = mass(*exact[:2], scale=drawn.scale, gate=gate.double(), every=every)
+                there = [part.to(dtype=dtype, device=device) for part in exact]
+                given = {"scale": drawn.scale, "gate": gate.to(device) if hidden else None}
+                alone.append((relative(mass(*there[:2], every=every, **given), expected), heads))
+                both = attend_measured(*there, every=every, **given)
+                if both is None:
+                    continue
+                mixed = attend(*exact, scale=drawn.scale, gate=gate.double())
+                output.append((relative(both[0], mixed), heads))
+                together.append((relative(both[1], expected), heads))
+    name, bounds = f"every {stride}th query" if stride > 1 else "every query", BOUNDS[dtype]
+    for what, found, bound in (
+        (f"mass of {name}", alone, bounds.mass),
+        (f"mass of {name}, with the output", together, bounds.mass),
+        (f"output, with the mass of {name}", output, bounds.output),
+    ):
+        if found:
+            worst, heads = max(found)
+            record.check(f"{what}; worst of {heads[0]} and {heads[1]} heads", dtype, worst, bound)
 
 
 def chunks_of(width: int, seed: int, dtype: torch.dtype, device: torch.device) -> list[Chunk]:
-    """A stream in chunks; the same numbers on every device."""
+    """A stream in chunks, half of whose tokens resemble one of the segment before; the same numbers on every device."""
     sizes = replace(small(), text={"hidden_size": width})
     whole = segment(sizes, 0, sum(LENGTHS), dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(whole.embeddings.shape, generator=generator).to(dtype)
-    return [moved(chunk, dtype, device) for chunk in cut(replace(whole, embeddings=embeddings), LENGTHS)]
+    embeddings = torch.randn(whole.embeddings.shape, generator=generator)
+    length = sizes.grid[0] * sizes.grid[1] + sizes.audio
+    for copy in (torch.rand(embeddings.shape[1] - length, generator=generator) < 0.5).nonzero()[:, 0] + length:
+        embeddings[:, copy] = 0.9 * embeddings[:, copy - length] + 0.4 * embeddings[:, copy]
+    embeddings = embeddings.to(dtype)
+    parts = cut(replace(whole, embeddings=embeddings), LENGTHS)
+    return [moved(replace(chunk, facts=chunk.known), dtype, device) for chunk in parts]
 
 
 def read(model: PreTrainedModel, policy: Policy, chunks: Sequence[Chunk], prompt: Prompt) -> tuple[Tensor, Stream]:
@@ -168,7 +211,7 @@ def stock_pass(model: PreTrainedModel, chunks: Sequence[Chunk], prompt: Prompt) 
         return one_shot(model, whole)[:, -prompt.ids.shape[1] :]
 
 
-def streaming(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+def streaming(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
     """A question after a stream equals the stock pass; in low precision its error is no larger than that of stock."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     full = PerturbationOptions().build(None)
@@ -182,6 +225,77 @@ def streaming(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device
     else:
         allowed = 1.5 * relative(stock, exact) + BOUNDS[dtype].output
         record.check("stream errs no more than stock", dtype, relative(ours, exact), allowed)
+
+
+def decoding(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+    """Further tokens of unequal questions, one at a time, equal those of one pass over questions and tokens."""
+    _, model = toy_pair(toy.width, toy.sections, dtype, device)
+    lengths, generator = (3, 11, 1), torch.Generator().manual_seed(4)
+    questions_ = [torch.randint(5, 300, (length,), generator=generator).tolist() for length in lengths]
+    further = torch.randint(5, 300, (len(lengths), CALLS), generator=generator)
+    rows = [[*asked, *row] for asked, row in zip(questions_, further.tolist(), strict=True)]
+    short, long = (_packed(each, device) for each in (questions_, rows))
+    for name, options in (("full", None), *POLICIES.items()):
+        policy = PerturbationOptions().build(None) if options is None else options.build(Budget(slots=SLOTS))
+        with torch.no_grad(), attach(model) as attached:
+            stream = Stream(attached, policy)
+            for chunk in chunks_of(toy.width, 1, dtype, device):
+                stream.feed(chunk)
+            writing = stream.decoding(stream.ask(short), last_of_each(short)[1], CALLS // 2)
+            ids = further.to(device).T[:, None]
+            found = [writing(ids[step]) for step in range(CALLS // 2)]
+            writing.extend(CALLS - CALLS // 2)
+            found += [writing(ids[step]) for step in range(CALLS // 2, CALLS)]
+            writing.close()
+            whole = stream.ask(long).hidden
+        expected = torch.stack([part[length:] for part, length in zip(_parts(whole, rows), lengths, strict=True)], 1)
+        bound = BOUNDS[dtype].output * (1 if dtype == torch.float32 else 2.5)  # two kernels that round differently
+        record.check(f"a further token, {name}", dtype, relative(torch.cat(found), expected), bound)
+
+
+def _packed(rows: Sequence[Sequence[int]], device: torch.device) -> Prompt:
+    """Questions of one stream."""
+    return pack([[(row, range(len(row)), [IGNORED] * len(row)) for row in rows]], fill=0, device=device)
+
+
+def _parts(hidden: Tensor, rows: Sequence[Sequence[int]]) -> Sequence[Tensor]:
+    """The states of each question."""
+    return hidden[0].split([len(row) for row in rows])
+
+
+def waits(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+    """On a GPU, reading a chunk and writing a token ask the device nothing; torch itself watches that."""
+    _, model = toy_pair(toy.width, toy.sections, dtype, device)
+    prompt = questions(2, 8, 300, device)
+    for name, options in POLICIES.items():
+        with torch.no_grad(), attach(model) as attached:
+            stream = Stream(attached, options.build(Budget(slots=SLOTS)))
+            chunks = chunks_of(toy.width, 1, dtype, device)
+            for chunk in chunks[:3]:
+                stream.feed(chunk)
+            writing = stream.decoding(stream.ask(prompt), last_of_each(prompt)[1], 3)
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            for what, work in (("a chunk", partial(stream.feed, chunks[3])), ("a token", partial(writing, ids))):
+                asked = _asks(work, device)
+                told = f": {asked}" if asked else ""
+                record.check(f"waits for the device in {what}, {name}{told}", dtype, float(bool(asked)), 0.0)
+
+
+def _asks(work: Callable[[], object], device: torch.device) -> str:
+    """What is said of the first wait for the device, if there is one; a CPU is not asked."""
+    if device.type != "cuda":
+        work()
+        return ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "omnimem" in frame.filename]
+        place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return str(error).splitlines()[0] + place
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 @final
@@ -206,7 +320,7 @@ class _Watched(AbstractScorer):
         return scores
 
 
-def kept_sets(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+def kept_sets(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
     """In float32 the kept tokens are those of the CPU where decisions are clear; in bfloat16 their share is noted."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     prompt = questions(1, 8, 300, CPU)
@@ -272,7 +386,7 @@ def streamed_loss(
     return stream.read(loss)
 
 
-def gradient(record: Record, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
+def gradient(record: Results, toy: Toy, dtype: torch.dtype, device: torch.device) -> None:
     """The gradient through evictions, recomputed, offloaded, by layers, equals that of plain autograd and the CPU."""
     exact_model, model = toy_pair(toy.width, toy.sections, dtype, device)
     policy = POLICIES["omnimem"].build(Budget(slots=SLOTS))

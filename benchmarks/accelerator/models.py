@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Qwen2_5OmniTextConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
 
 from omnimem.streaming.prompt_pass import Prompt
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import Chunk, ChunkFacts, Modality, place_of
 
 SHAPES_7B = Path(__file__).resolve().parents[2] / "configs" / "models" / "Qwen2.5-Omni-7B.json"
 OPENING = 3  # tokens of text before the stream
@@ -26,13 +26,14 @@ class Sizes:
 
     text: Mapping[str, Any]
     memory: int  # slots per layer
-    chunks: tuple[int, ...]  # lengths at which a step is measured
+    chunks: tuple[int, int]  # lengths at which a step is measured
     grid: tuple[int, int]  # rows and columns of visual tokens in a segment of the stream
     audio: int  # audio tokens in a segment
     question: int  # tokens
     answers: int  # tokens written
     rank: int  # of LoRA
     square: int  # side of the square matrices of the ceiling
+    hour: int  # tokens of an hour of video
 
     @property
     def layers(self) -> int:
@@ -45,14 +46,14 @@ def large(layers: int) -> Sizes:
     shape = json.loads(SHAPES_7B.read_text())["thinker_config"]["text_config"]
     text = {**shape, "num_hidden_layers": layers, "pad_token_id": None}
     del text["model_type"]
-    sizes = {"memory": 8192, "chunks": (2048, 16384), "grid": (15, 15), "audio": 50, "question": 32, "answers": 16}
-    return Sizes(text=text, rank=128, square=8192, **sizes)
+    sizes = {"memory": 8192, "chunks": (2048, 16384), "grid": (15, 15), "audio": 50, "question": 64, "answers": 16}
+    return Sizes(text=text, rank=128, square=8192, hour=486_000, **sizes)
 
 
 def small() -> Sizes:
     """The same on a CPU within seconds."""
     sizes = {"memory": 48, "chunks": (32, 96), "grid": (3, 3), "audio": 2, "question": 6, "answers": 3}
-    return Sizes(text=toy_text(64, [2, 3, 3]), rank=4, square=128, **sizes)
+    return Sizes(text=toy_text(64, [2, 3, 3]), rank=4, square=128, hour=1000, **sizes)
 
 
 def toy_text(width: int, sections: Sequence[int]) -> dict[str, Any]:
@@ -87,23 +88,25 @@ def toy_pair(width: int, sections: Sequence[int], dtype: torch.dtype, device: to
 
 def segment(sizes: Sizes, first: int, count: int, *, dtype: torch.dtype, device: torch.device, batch: int = 1) -> Chunk:
     """Tokens `first` to `first + count` of a stream: some text, then grids of visual tokens, each with its audio."""
+    # 1. places and modalities, with what the loop must know of them on the host
     rows, columns = sizes.grid
     length, seconds = rows * columns + sizes.audio, max(sizes.audio, rows, columns)
-    number = torch.arange(first, first + count, device=device) - OPENING
+    number = torch.arange(first, first + count) - OPENING
     place, start = number % length, number.div(length, rounding_mode="floor") * seconds + OPENING
     seen = place < rows * columns
     time = start + torch.where(seen, 0, place - rows * columns)
     row, column = place // columns, place % columns
     visual = torch.stack([time, start + row, start + column])
-    positions = torch.where(number < 0, number + OPENING, torch.where(seen, visual, time))
-    modality = torch.where(number < 0, int(Modality.TEXT), torch.where(seen, int(Modality.VISUAL), int(Modality.AUDIO)))
+    positions = torch.where(number < 0, number + OPENING, torch.where(seen, visual, time)).expand(batch, 3, count)
+    kinds = torch.where(number < 0, int(Modality.TEXT), torch.where(seen, int(Modality.VISUAL), int(Modality.AUDIO)))
+    modality = kinds.to(torch.int8).expand(batch, count)
+    facts = ChunkFacts.of(positions, modality, place_of(positions))
+    # 2. embeddings, drawn on the device
     generator = torch.Generator(device).manual_seed(first)
     width = sizes.text["hidden_size"]
     embeddings = torch.randn(batch, count, width, generator=generator, device=device)
     return Chunk(
-        embeddings=embeddings.to(dtype),
-        positions=positions.expand(batch, 3, count),
-        modality=modality.to(torch.int8).expand(batch, count),
+        embeddings=embeddings.to(dtype), positions=positions.to(device), modality=modality.to(device), facts=facts
     )
 
 

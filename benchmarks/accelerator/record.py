@@ -1,9 +1,7 @@
-"""Results: facts, checks and measurements, written after every section so that nothing is lost."""
+"""Results: facts, checks and measurements, written as they come so that nothing is lost."""
 
 import platform
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import Any, final
 
 import torch
 
-from benchmarks.accelerator.clock import GIB, release
+from benchmarks.accelerator.clock import GIB
+from benchmarks.accelerator.targets import Rows, Target
 from benchmarks.tables import markdown
 from omnimem.run import provenance, write_json, write_text
 
@@ -36,10 +35,10 @@ class Check:
 
 @final
 class Record:
-    """Grows section by section; `gpu.json` and `gpu.md` always hold all results so far."""
+    """Grows result by result; `gpu.json` and `gpu.md` always hold all results so far."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], deadline: float) -> None:
-        self.folder, self.facts, self.deadline = folder, facts, deadline
+    def __init__(self, folder: Path, facts: Mapping[str, Any], targets: Sequence[Target]) -> None:
+        self.folder, self.facts, self.targets = folder, facts, targets
         self.checks: list[Check] = []
         self.rows: list[dict[str, Any]] = []
         self.sections: dict[str, dict[str, Any]] = {}
@@ -47,32 +46,18 @@ class Record:
     def check(self, name: str, dtype: torch.dtype, found: float, bound: float | None) -> None:
         """Note a comparison."""
         self.checks.append(Check(name=name, dtype=str(dtype).removeprefix("torch."), found=found, bound=bound))
+        self.write()
 
     def measured(self, section: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Note measurements, one row per arm."""
         self.rows += [{"section": section, "arm": arm, **row} for arm, row in rows.items()]
-
-    def section(self, name: str, work: Callable[[], None]) -> None:
-        """Run a section; an error in it is noted and later sections still run."""
-        if time.monotonic() > self.deadline:
-            self.sections[name] = {"state": "left out", "error": "no time was left for it"}
-        else:
-            self.sections[name] = self._done(work)
-        print(f"{name}: {self.sections[name]['state']}", flush=True)
         self.write()
 
-    @staticmethod
-    def _done(work: Callable[[], None]) -> dict[str, Any]:
-        started = time.monotonic()
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 - whatever one section meets on a device never tried before, a missing kernel or a full memory, must cost no other section its result
-            trace = traceback.format_exc()
-            state: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}", "trace": trace}
-        else:
-            state = {"state": "done"}
-        release()
-        return {**state, "seconds": round(time.monotonic() - started, 2)}
+    def ended(self, name: str, state: Mapping[str, Any]) -> None:
+        """Note the state of a section."""
+        self.sections[name] = dict(state)
+        print(f"{name}: {state['state']}, {state.get('error') or state['seconds']}".splitlines()[0], flush=True)
+        self.write()
 
     @property
     def ok(self) -> bool:
@@ -81,18 +66,28 @@ class Record:
         done = all(section["state"] == "done" for section in self.sections.values())
         return ran and done and all(check.ok for check in self.checks)
 
+    @property
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The targets, what was measured of them, and whether they are met."""
+        rows: Rows = {(row["section"], row["arm"]): row for row in self.rows}
+        return [target.verdict(rows) for target in self.targets]
+
     def write(self) -> None:
         """gpu.json and gpu.md."""
         checks = [{**asdict(check), "ok": check.ok} for check in self.checks]
-        whole = {"ok": self.ok, "facts": dict(self.facts), "sections": self.sections, "checks": checks}
-        write_json(self.folder / "gpu.json", {**whole, "rows": self.rows})
+        whole = {"ok": self.ok, "facts": dict(self.facts), "targets": self.verdicts, "sections": self.sections}
+        write_json(self.folder / "gpu.json", {**whole, "checks": checks, "rows": self.rows})
         write_text(self.folder / "gpu.md", self.table())
 
     def table(self) -> str:
         """Everything on one page."""
         lines = [f"# {self.facts['device']}, torch {self.facts['packages'].get('torch')}", ""]
+        aims = [[aim["target"], *map(_shown, (aim["bound"], aim["found"])), aim["verdict"]] for aim in self.verdicts]
+        lines += [self.facts["targets of"], "", markdown(["target", "at most", "measured", ""], aims), ""]
         for name, section in self.sections.items():
-            reason = f": {section['error'].splitlines()[0]}" if "error" in section else f", {section['seconds']} s"
+            reason = (
+                f": {(section['error'] or ' ').splitlines()[0]}" if "error" in section else f", {section['seconds']} s"
+            )
             lines.append(f"- {name}: {section['state']}{reason}")
         checks = []
         for check in self.checks:
@@ -109,6 +104,10 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     shown = ("section", "arm", "fastest_ms", "slowest_ms", "repeats", *digits)
     rest = ", ".join(f"{key} {_number(value, 3)}" for key, value in row.items() if key not in shown)
     return [row["section"], row["arm"], *(_number(row.get(key), places) for key, places in digits.items()), rest]
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _number(value: object, digits: int) -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from typing import Any, final
 
 import torch
@@ -17,11 +18,12 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks.accelerator.clock import GIB, Arm, Clock, Work, release
 from benchmarks.accelerator.correctness import streamed_loss
 from benchmarks.accelerator.models import OPENING, Sizes, questions, random_model, segment
-from benchmarks.accelerator.record import Record
-from omnimem.attention.blocked import BLOCK, attend, mass, visible
+from benchmarks.accelerator.processes import Results
+from omnimem.attention.blocked import BLOCK, Every, attend, attend_measured, mass, visible
 from omnimem.budget import SplitBudget
 from omnimem.policies import ControlOptions, DistinctOptions, PerturbationOptions, PolicyOptions
-from omnimem.policies.base import Policy
+from omnimem.policies.base import Policy, ScoredPolicy
+from omnimem.scoring import AbstractScorer
 from omnimem.selection import LayerSlots, select
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
@@ -29,17 +31,32 @@ from omnimem.streaming.prompt_pass import Prompt, last_of_each
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
 from omnimem.tuning import FullGradient
+from omnimem.view import LayerView
 
 ARMS: dict[str, PolicyOptions] = {
-    "distinct": DistinctOptions(),  # as in budget8k.yaml
+    "random": ControlOptions(name="random"),  # the floor
+    "omnimem": PerturbationOptions(),
+    "omnimem, every 4th query": PerturbationOptions(query_stride=4),
+    "paper": PerturbationOptions(name="paper"),
+    "distinct": DistinctOptions(),
     "distinct, by head": DistinctOptions(per_head=True),
-    "lambda 0": PerturbationOptions(sharpness=0.0),
-    "lambda 0.02": PerturbationOptions(sharpness=0.02),
-    "lambda 0.02, feature 128": PerturbationOptions(sharpness=0.02, feature=128),
-    "lambda 0.02, no coverage": PerturbationOptions(sharpness=0.02, feature=128, coverage=0.0),
-    "random": ControlOptions(name="random"),
+    "omnimem, inputs compared": PerturbationOptions(compared="inputs"),
 }
+HOUR = 75.0  # seconds after which an hour of video is given up
 TEMPERATURE = 0.5
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class _MassAlone(AbstractScorer):
+    """The attention that a token has received."""
+
+    @property
+    def needs_importance(self) -> bool:
+        return True
+
+    def __call__(self, view: LayerView) -> Tensor:
+        return view.importance
 
 
 @contextmanager
@@ -53,9 +70,10 @@ def plainly(work: Work) -> Iterator[Work]:
 class Bench:
     """Shared by all measurements."""
 
-    record: Record
+    record: Results
     clock: Clock
     sizes: Sizes
+    whole: Sizes  # the same with all layers
     dtype: torch.dtype
     device: torch.device
 
@@ -74,6 +92,14 @@ class Bench:
     def policy(self, options: PolicyOptions) -> Policy:
         """At the slots of these sizes."""
         return options.build(SplitBudget().build(self.sizes.layers, self.sizes.memory))
+
+    def mass_alone(self) -> Policy:
+        """The same slots for what has received most attention: no redundancy, no coverage."""
+        return ScoredPolicy(name="mass", scorer=_MassAlone(), budget=self.policy(ARMS["random"]).budget)
+
+    def of_whole(self) -> "Bench":
+        """All layers."""
+        return replace(self, sizes=self.whole)
 
     def model(self) -> PreTrainedModel:
         """The text model."""
@@ -188,14 +214,29 @@ def _judging(bench: Bench, layer: Layer) -> dict[str, Arm]:
     """The work that a policy adds to a layer."""
     total = layer.keys.shape[2]
     tokens = bench.chunk(OPENING, total)
-    scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["lambda 0"]).layer_slots(0)
+    scores, room = torch.rand(1, total, device=bench.device), bench.policy(ARMS["random"]).layer_slots(0)
     if not isinstance(room, LayerSlots):
         raise TypeError("these sizes have no budget; give Sizes.memory")
+    plain = (layer.queries, layer.keys, layer.values)
+    together = {
+        f"with its mass, stride {stride}": _arm(partial(_measured, *plain, layer.scale, Every(stride)))
+        for stride in (1, 4)
+    }
     return {
+        **together,
+        "mass of every 4th query": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale, every=Every(4))),
         "mass": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale)),
         "mass, released": _arm(lambda: mass(layer.queries, layer.keys, scale=layer.scale, heads="logits")),
         "selection": _arm(lambda: select(scores, tokens.modality, room)),
     }
+
+
+def _measured(queries: Tensor, keys: Tensor, values: Tensor, scale: float, every: Every) -> object:
+    """Attention and its mass as evaluation has them: in one pass where there is one, else in two."""
+    both = attend_measured(queries, keys, values, scale=scale, every=every)
+    if both is None:
+        both = attend(queries, keys, values, scale=scale), mass(queries, keys, scale=scale, every=every)
+    return both
 
 
 def filled(bench: Bench, model: PreTrainedModel, policy: Policy) -> Stream:
@@ -256,20 +297,75 @@ def chunk_steps(bench: Bench) -> None:
     model, layers = bench.model(), bench.sizes.layers
     stock = Stock.of(bench, model)
     streams = {name: filled(bench, model, bench.policy(options)) for name, options in ARMS.items()}
-    sizes = {name: {"state_gib": stream.memory.bytes / GIB} for name, stream in streams.items()}
-    bench.record.measured("memory of a stream", sizes)
+    streams["attention mass alone"] = filled(bench, model, bench.mass_alone())
+    bench.record.measured("memory of a stream", {name: _state(stream) for name, stream in streams.items()})
     for count in bench.sizes.chunks:
-        chunk = bench.chunk(streams["lambda 0"].fed, count)
+        chunk = bench.chunk(streams["random"].fed, count)
         arms: dict[str, Arm] = {"stock sdpa": partial(stock.step, chunk)}
         for name, stream in streams.items():
             arms[name] = on_fork(stream, model, lambda fork, chunk=chunk: fork.feed(chunk))
         bench.measure(f"chunk of {count}", arms, ms_a_layer=lambda ms: ms / layers)
 
 
+def _state(stream: Stream) -> dict[str, float]:
+    """Bytes between two chunks, and those of all but keys and values over those of keys and values."""
+    stored = sum(
+        part.numel() * part.element_size() for layer in stream.memory.layers for part in (layer.keys, layer.values)
+    )
+    return {"state_gib": stream.bytes / GIB, "side_share": (stream.bytes - stored) / stored}
+
+
+def hour(bench: Bench) -> None:
+    """An hour of video through an empty memory, chunk by chunk, and the largest memory in use meanwhile.
+
+    The limit of the peak is weights + memory, 5 % more, and the activations of transformers' own pass over one chunk.
+    """
+    model, sizes = bench.model(), bench.sizes
+    weights = sum(part.numel() * part.element_size() for part in model.parameters()) / GIB
+    for count in sizes.chunks:
+        alone = bench.clock.side_by_side({"one chunk": partial(_alone, model, bench.chunk(OPENING, count))})
+        with torch.no_grad(), attach(model) as attached:
+            for tokens in (sizes.memory + 2 * count, sizes.hour):  # the first one chooses and compiles kernels
+                stream = Stream(attached, bench.policy(ARMS["omnimem"]))
+                row = _read_through(bench, stream, count, tokens)
+        row |= {"weights_gib": weights, "memory_gib": stream.bytes / GIB}
+        one = alone["one chunk"].get("transient_gib")
+        if one is not None:
+            row |= {"one_chunk_gib": one, "limit_gib": 1.05 * (weights + row["memory_gib"]) + one}
+        bench.record.measured("an hour of video", {f"chunks of {count}": row})
+        del stream
+        release()
+
+
+def _read_through(bench: Bench, stream: Stream, count: int, tokens: int) -> dict[str, Any]:
+    """Read so many tokens in chunks; after HOUR seconds only how far they went."""
+    gpu = bench.device.type == "cuda"
+    if gpu:
+        torch.cuda.synchronize(bench.device)
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    began = perf_counter()
+    while stream.fed < tokens and perf_counter() - began < HOUR:
+        stream.feed(bench.chunk(stream.fed, min(count, tokens - stream.fed)))
+    if gpu:
+        torch.cuda.synchronize(bench.device)
+    taken = perf_counter() - began
+    row: dict[str, Any] = {"tokens": stream.fed, "tokens_per_second": stream.fed / taken}
+    row |= {"seconds" if stream.fed >= tokens else "seconds_given_up": taken}
+    return {**row, "peak_gib": torch.cuda.max_memory_allocated(bench.device) / GIB} if gpu else row
+
+
+@contextmanager
+def _alone(model: PreTrainedModel, chunk: Chunk) -> Iterator[Work]:
+    """transformers' own pass over one chunk, without a memory."""
+    own: Any = model
+    with torch.no_grad():
+        yield lambda: own(inputs_embeds=chunk.embeddings, position_ids=chunk.positions.transpose(0, 1), use_cache=False)
+
+
 def asking(bench: Bench) -> None:
     """Latencies: a question, every further token, a whole answer."""
     model, head, sizes = bench.model(), bench.head(), bench.sizes
-    stream = filled(bench, model, bench.policy(ARMS["lambda 0"]))
+    stream = filled(bench, model, bench.policy(ARMS["omnimem"]))
     stock = Stock.of(bench, model)
     one, eight = (questions(n, sizes.question, sizes.text["vocab_size"], bench.device) for n in (1, 8))
     single = segment(sizes, 0, 1, dtype=bench.dtype, device=bench.device)
@@ -287,7 +383,7 @@ def asking(bench: Bench) -> None:
             "8 questions": on_fork(stream, model, partial(ask, eight)),
             "a further token": lambda: _continued(stream, model, head, one),
             "a further token of 8": lambda: _continued(stream, model, head, eight),
-            "a further token, stock": lambda: _stock_token(stock, head, single),
+            "stock, further": lambda: _stock_token(stock, head, single),
             f"an answer of {sizes.answers} tokens": on_fork(stream, model, answer),
         },
     )
@@ -315,7 +411,7 @@ def training(bench: Bench) -> None:
     length = sizes.chunks[0]
     chunks = [bench.chunk(number * length, length) for number in range(sizes.memory // length + 2)]
     prompt = questions(1, sizes.question, sizes.text["vocab_size"], bench.device)
-    policy = bench.policy(ARMS["lambda 0.02, feature 128"])
+    policy = bench.policy(ARMS["omnimem"])
 
     def arm(carry: MemoryStep, *, by_layer: bool = False) -> Arm:
         @contextmanager

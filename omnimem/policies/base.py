@@ -133,8 +133,11 @@ class JointPolicy(Policy):
     """A policy whose layers decide together, once all of them have read the chunk."""
 
     @abstractmethod
-    def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
-        """The memory of every layer; requires a budget."""
+    def select_joint(self, views: list[LayerView], softness: Softness | None = None) -> list[Tokens]:
+        """The memory of every layer; requires a budget.
+
+        Empties the list layer by layer, so that a pool is freed before the next layer copies what it keeps.
+        """
 
     @final
     def keep(self, layer: int, view: LayerView, softness: Softness | None = None) -> Tokens:

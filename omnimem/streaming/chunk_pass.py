@@ -131,9 +131,10 @@ class Compaction:
 
     def __call__(self, memory: Memory, rotary: Rotary) -> Memory:
         """The memory at its new positions."""
-        return Memory(layers=tuple(self._moved(layer, rotary) for layer in memory.layers))
+        return Memory(layers=tuple(self.moved(layer, rotary) for layer in memory.layers))
 
-    def _moved(self, layer: Tokens, rotary: Rotary) -> Tokens:
+    def moved(self, layer: Tokens, rotary: Rotary) -> Tokens:
+        """The tokens of one layer at their new positions."""
         time = ranks(layer.positions[:, 0], self.opening, self.end)
         positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
         cos, sin = rotary((positions - layer.positions).transpose(0, 1))
@@ -201,7 +202,10 @@ class ChunkStep:
         Each layer drops its part before it evicts, or appends the chunk to it in place: old and new tokens never exist
         together. Outside the autograd graph only.
         """
-        consumed = dict(enumerate(self.compacted(held.pop()).layers))
+        consumed = dict(enumerate(held.pop().layers))
+        if self.compaction is not None:
+            for layer in consumed:
+                consumed[layer] = self.compaction.moved(consumed[layer], self.attached.rotary)
         return self._read(ChunkAttention(self, (), states=False, consumed=consumed), embeddings)
 
     def _read(
@@ -220,7 +224,7 @@ class ChunkStep:
             kept, views = attention.take_results()
         # 3. evict in all layers at once, if the policy decides over them together
         if (policy := self.config.joint) is not None:
-            kept = self._selected(policy, [views[layer] for layer in layers])
+            kept = self._selected(policy, [views.pop(layer) for layer in layers])
         return Memory(layers=tuple(self._settled([kept[layer] for layer in layers])))
 
     def _settled(self, kept: list[Tokens]) -> list[Tokens]:
@@ -233,11 +237,12 @@ class ChunkStep:
                 kept[layer] = kept[layer].settled(counts if alone else counts._replace(audio=None))
         return kept
 
-    def _selected(self, policy: JointPolicy, views: Sequence[LayerView]) -> dict[int, Tokens]:
-        """The tokens that the layers keep, decided together."""
-        kept = policy.select_joint(views, self.config.softness)
-        heads = self.attached.shape.kv_heads
-        return dict(enumerate([packed(rows, heads) for rows in kept] if self.config.per_head else kept))
+    def _selected(self, policy: JointPolicy, views: list[LayerView]) -> dict[int, Tokens]:
+        """The tokens that the layers keep, decided together; `views` holds the only references to the pools."""
+        kept, heads = policy.select_joint(views, self.config.softness), self.attached.shape.kv_heads
+        if self.config.per_head:
+            kept = [packed(kept.pop(0), heads) for _ in range(len(kept))]
+        return dict(enumerate(kept))
 
     def _with_probes(self, embeddings: Tensor) -> tuple[Tensor, Tensor, DeepStack | None]:
         """Embeddings, positions and deepstack of the pass: the chunk, right after it each probe with a full pass."""

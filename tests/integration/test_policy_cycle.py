@@ -72,7 +72,7 @@ def test_hermes_keeps_what_plain_loops_keep_in_every_layer(preset) -> None:
             probed(view_after(old, part), 2, seed=10 * number + layer)
             for layer, (old, part) in enumerate(zip(memory, chunk, strict=True))
         ]
-        kept = policy.select_joint(views)
+        kept = policy.select_joint(list(views))
         for stream in range(2) if number else ():
             rows = [row_of(view, stream) for view in views]
             scores = []
@@ -108,15 +108,15 @@ def test_hermes_without_smoothing_judges_each_layer_alone_and_with_full_recency_
     memory: list[Tokens | None] = [None] * LAYERS
     for number, chunk in enumerate(chunks):
         views = [probed(view_after(old, part), 2, seed=number) for old, part in zip(memory, chunk, strict=True)]
-        memory = list(policy.select_joint(views))
+        memory = list(policy.select_joint(list(views)))
     arrived = [k for chunk in chunks for k in evictable(chunk[0][1])]
     assert [evictable(tokens) for tokens in memory[:3]] == [arrived[-SLOTS:]] * 3
     assert evictable(memory[3]) != arrived[-SLOTS:]
     shuffled = [replace(view, probes=view.probes[::-1]) if layer == 3 else view for layer, view in enumerate(views)]
-    again = policy.select_joint(shuffled)
+    again = policy.select_joint(list(shuffled))
     assert [evictable(tokens) for tokens in again[:3]] == [evictable(tokens) for tokens in memory[:3]]
     mixed = HermesOptions(recency=(1.0, 1.0), summary=False, smoothing=(0.0, 0.9, 0.0)).build(POOL)
-    assert [evictable(tokens) for tokens in mixed.select_joint(views)] != [evictable(tokens) for tokens in memory]
+    assert [evictable(tokens) for tokens in mixed.select_joint(list(views))] != [evictable(tokens) for tokens in memory]
 
 
 def test_a_summary_of_like_keys_is_that_key_at_the_place_after_the_last_kept_picture() -> None:
@@ -152,7 +152,7 @@ def test_lava_shares_slots_by_entropy_and_pairs_by_weight(preset) -> None:
             pool = rows if old is None else rows_of(old, heads).cat(rows)
             base = view_after(None, (queries.unflatten(1, (heads, 2)).flatten(0, 1), rows))
             views.append(replace(base, pool=pool, new=rows.count, heads=heads))
-        kept = policy.select_joint(views)
+        kept = policy.select_joint(list(views))
         counts = [(tokens.modality > 0).sum(dim=1).tolist() for tokens in kept]
         available = [int((view.modality > 0).sum()) for view in views]
         assert sum(map(sum, counts)) == min(sum(available), heads * SLOTS * LAYERS)

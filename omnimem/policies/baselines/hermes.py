@@ -105,18 +105,19 @@ class HermesPolicy(JointPolicy):
         probes = tuple(ProbePrompt(text=text, full_pass=self.proxy_forward == "true") for text in texts)
         return Traits(probes=probes, merges=self.summary, reindex=self.reindex)
 
-    def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
+    def select_joint(self, views: list[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
         assert self.budget is not None, "joint selection needs a budget"
         bands = Bands.of(len(views), self.shallow, self.deep)
         with torch.no_grad():
             scores = self._smoothed([self._score(view, *bands.place(layer)) for layer, view in enumerate(views)], bands)
         kept = []
-        for layer, (view, row) in enumerate(zip(views, scores, strict=True)):
-            slots = self.layer_slots(layer)
+        for layer, row in enumerate(scores):
+            slots, view = self.layer_slots(layer), views.pop(0)
             assert slots is not None
             summed_up = self.summary and bands.place(layer)[0] == 2
             kept.append(_kept(view, _of_tokens(row, view.modality > 0), slots, summed_up))
+            del view  # before the next layer copies what it keeps
         return kept
 
     def _score(self, view: LayerView, band: int, depth: float) -> Float[Tensor, "batch places"]:

@@ -60,7 +60,7 @@ class LavaPolicy(JointPolicy):
         """Every key-value head keeps tokens of its own, in unequal numbers."""
         return Traits(per_head=True, ragged=True)
 
-    def select_joint(self, views: Sequence[LayerView], softness: Softness | None = None) -> list[Tokens]:
+    def select_joint(self, views: list[LayerView], softness: Softness | None = None) -> list[Tokens]:
         """The memory of every layer; selection is hard in training too, kept tokens have gradient."""
         assert self.budget is not None, "joint selection needs a budget"
         budget, heads = self.budget, views[0].heads
@@ -75,7 +75,7 @@ class LavaPolicy(JointPolicy):
                 for layer, share in enumerate(self._shares(budget, kinds, mine, window)):
                     chosen = self._chosen(budget, layer, share, kinds[layer], mine[layer], window)
                     stays[layer][rows] = chosen | (kinds[layer] == Modality.TEXT)
-        return [keep_marked(view.pool, chosen) for view, chosen in zip(views, stays, strict=True)]
+        return [keep_marked(views.pop(0).pool, chosen) for chosen in stays]
 
     def _scores(self, view: LayerView, window: int) -> Float[Tensor, "rows tokens"]:
         """Scores of pairs, comparable over heads and layers; pairs of the window have none."""

@@ -12,6 +12,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from omnimem.budget import Budget
 from omnimem.memory import Memory
 from omnimem.policies import ControlOptions, PerturbationOptions
+from omnimem.policies.baselines.hermes import HermesOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.policies.baselines.streaming_llm import StreamingLLMOptions
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.stream import Stream
 from omnimem.tokens import Chunk
@@ -104,3 +107,24 @@ def test_tokens_that_were_changed_are_not_appended_to_their_old_storage(attached
     longer = moved.extended(later)
     assert torch.equal(longer.keys, torch.cat([moved.keys, later.keys], dim=2))
     assert tokens.extended(later).room is tokens.room
+
+
+# at most so many layers' memory is copied beyond what is held; before, of 4 layers: 8.2, 6.6, 3.7 and 3.7
+ONE_BY_ONE = {
+    "layers decide together, by head": (LavaOptions(), 4.0),
+    "layers decide together": (HermesOptions(), 4.5),  # which merges too
+    "contiguous times": (StreamingLLMOptions(), 3.0),
+    "positions: compact": (ControlOptions(name="random"), 3.0),
+}
+
+
+@pytest.mark.parametrize("case", ONE_BY_ONE)
+def test_layers_that_move_or_decide_together_drop_what_they_held_one_by_one(attached, case) -> None:
+    options, layers = ONE_BY_ONE[case]
+    policy = options.build(Budget.shared(4, SLOTS // 2))
+    probes = [torch.tensor([7, 8]) for _ in policy.traits.probes]
+    last = 1010 if case == "positions: compact" else None  # the third chunk passes it
+    stream = Stream(attached, policy, probes=probes, last_position=last)
+    most = peaks(stream, CHUNKS[:4])[1:]
+    assert last is None or stream.moved
+    assert max(most) < layers * stream.memory.bytes / 4
