@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -109,6 +109,20 @@ class Segment:
     at: float | None = None  # a rest: the begun segment up to this time, for a question; None: part of the stream
     padded: bool = False  # the mel ends with silence up to the end of its window
     audio_seconds: float = 0.0  # of the audio in it, without padding
+
+    def filled(self, seconds: float) -> float:
+        """The length of the segment if a track of so many seconds were all that is in it."""
+        return (self.start + seconds) - self.start if self.at is None else min(self.at - self.start, seconds)
+
+
+@runtime_checkable
+class Decoded(Protocol):
+    """The segments of a file, decoded here or elsewhere."""
+
+    @property
+    def options(self) -> SourceOptions: ...
+
+    def __iter__(self) -> Iterator[Segment]: ...
 
 
 class Source(ABC):
