@@ -125,7 +125,7 @@ def separable(source: FileSource) -> bool:
 
 def lacking(source: FileSource, held: Container[Track]) -> Tracks | None:
     """The tracks to decode where entries of some are held; None: no track."""
-    wanted = [track for track in ENTRIES[source.options.tracks] if track not in held]
+    wanted: list[Track] = [track for track in ENTRIES[source.options.tracks] if track not in held]
     if len(wanted) == 1 and separable(source):
         return ALONE[wanted[0]]
     return source.options.tracks if wanted else None
