@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -110,6 +110,20 @@ class Segment:
     padded: bool = False  # the mel ends with silence up to the end of its window
     audio_seconds: float = 0.0  # of the audio in it, without padding
 
+    def filled(self, seconds: float) -> float:
+        """The length of the segment if a track of so many seconds were all that is in it."""
+        return (self.start + seconds) - self.start if self.at is None else min(self.at - self.start, seconds)
+
+
+@runtime_checkable
+class Decoded(Protocol):
+    """The segments of a file, decoded here or elsewhere."""
+
+    @property
+    def options(self) -> SourceOptions: ...
+
+    def __iter__(self) -> Iterator[Segment]: ...
+
 
 class Source(ABC):
     """A stream in segments; `seconds`, `frames_seen` and `audio_seconds_heard` count those of the last iteration.
@@ -140,16 +154,17 @@ class Source(ABC):
         all_mel = self._read_mel(mel_each) if self.options.tracks != "video" else iter(())
         size: tuple[int, int] | None = None
         for index in count():
-            # 1. read one segment of both tracks
-            taken, piece = list(islice(all_frames, frames_each)), next(all_mel, _Piece(mel=None))
-            mel = piece.mel
-            if not taken and mel is None:
+            # 1. read one segment of both tracks; one frame at a time is held in its own size
+            taken: list[Tensor] = []
+            for frame in islice(all_frames, frames_each):
+                size = size or self._size(frame)  # the first frame sets the size of the whole stream
+                taken.append(resize(frame[None], *size))
+            piece = next(all_mel, _Piece(mel=None))
+            mel, frames = piece.mel, torch.cat(taken) if taken else None
+            if frames is None and mel is None:
                 return
+            # 2. count
             audio_seconds = 0.0 if mel is None else self._audio_seconds(index * mel_each, mel.shape[1])
-            # 2. count and resize
-            if taken and size is None:  # the first frame sets the size of the whole stream
-                size = self._size(taken[0])
-            frames = _resized(taken, *size) if taken and size else None
             yield from self._rests(index, frames, piece)
             self.seconds = index * length + max(len(taken) / self.options.fps, audio_seconds)
             self.frames_seen += len(taken)
@@ -209,13 +224,6 @@ class Source(ABC):
 def segment_of(at: float, length: float) -> int:
     """Number of the segment that holds the moment before a time; at the end of a segment, of the next one."""
     return int(at / length + 1e-9)
-
-
-def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "frames 3 {height} {width}"]:
-    """All frames at one size; a stream may change its size."""
-    if all(frame.shape == frames[0].shape for frame in frames):
-        return resize(torch.stack(frames), height, width)
-    return torch.cat([resize(frame[None], height, width) for frame in frames])
 
 
 @final
