@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from omnimem.budget import SplitBudget
 from omnimem.cli.parser import Parser, run_command
 from omnimem.config import CONFIGS
 from omnimem.data import Message, Sample
+from omnimem.media import Segment, SourceOptions
 from omnimem.policies import PerturbationOptions
 from omnimem.rows import tracks_of
 from omnimem.run import write_json
@@ -108,6 +109,18 @@ def write_video(path: Path, frames: int, side: int) -> None:
 
 
 @final
+@dataclass(frozen=True)
+class Held:
+    """The decoded segments of a file, in memory."""
+
+    options: SourceOptions
+    segments: list[Segment]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """A model with adapter and optimiser, the stream, and one way to train on it."""
@@ -123,8 +136,9 @@ class Bench:
         """Seconds of each part of a step, and audio and visual tokens."""
         seconds: dict[str, float] = {}
         model = self.backbone.model
-        segments = self._timed(seconds, "decode", lambda: list(self.feeder.source(self.sample)))
-        parts = self._timed(seconds, "towers", lambda: list(self.feeder.read(self.sample, segments)))
+        source = self.feeder.source(self.sample)
+        held = Held(source.options, self._timed(seconds, "decode", lambda: list(source)))
+        parts = self._timed(seconds, "towers", lambda: list(self.feeder.read(self.sample, held)))
         tracks = tracks_of(self.sample, self.feeder.options.tracks)
         whole = [part.encoded for part in parts]
         encoded = EncodedSample(sample=self.sample, segments=whole, tracks=tracks, heard=parts[-1].heard)
