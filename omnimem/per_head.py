@@ -26,7 +26,7 @@ def rows_of(tokens: Tokens, kv_heads: int) -> Tokens:
 
 
 def packed(rows: Tokens, kv_heads: int) -> Tokens:
-    """The rows of each stream concatenated to one list, without padding."""
+    """The rows of each stream concatenated to one list; padding, if a stream keeps less than another, is at the end."""
     batch, count = rows.modality.shape[0] // kv_heads, rows.count
 
     def joined(part: Tensor, axis: int) -> Tensor:
@@ -35,8 +35,8 @@ def packed(rows: Tokens, kv_heads: int) -> Tokens:
     owner = torch.arange(kv_heads, dtype=torch.int8, device=rows.keys.device).repeat_interleave(count)
     listed = replace(rows.map(joined), owner=owner.expand(batch, 1, -1).contiguous())
     present = listed.modality != ABSENT
-    most = int(present.sum(dim=1).max())
-    if most == kv_heads * count:
+    least, most = map(int, present.sum(dim=1).aminmax())
+    if least == kv_heads * count:
         return listed
     return listed.gather((~present).to(torch.int8).argsort(dim=1, stable=True)[:, :most])
 

@@ -50,6 +50,20 @@ def test_a_list_gives_back_the_rows_that_it_was_made_of() -> None:
     assert held(rows_of(packed(again, HEADS), HEADS)) == held(rows)
 
 
+@pytest.mark.parametrize("full", [0, 1])
+def test_beside_a_stream_whose_heads_hold_equally_many_another_one_gives_back_its_rows(full: int) -> None:
+    """One stream needs no padding, so the list is as wide as all rows together; that of the other one still does."""
+    rows = ragged()
+    own = torch.arange(len(rows.modality))[:, None] // HEADS == full
+    present = own & (rows.modality == ABSENT)
+    rows = replace(rows, modality=rows.modality.masked_fill(present, 1), gate=rows.gate.masked_fill(present, 0.0))
+    listed = packed(rows, HEADS)
+    assert listed.count == HEADS * rows.count
+    assert held(rows_of(listed, HEADS)) == held(rows)
+    ended = (listed.modality == ABSENT).int()
+    assert torch.equal(ended, ended.sort(dim=1).values)
+
+
 def test_rows_of_equal_length_need_no_filling() -> None:
     tokens = chunks_of([20], batch=2, kv_heads=HEADS, heads=HEADS)[0][1]
     rows = rows_of(tokens, HEADS)
