@@ -152,6 +152,11 @@ class _Thumbnails:
         self._source, self._frames_per_grid, self.options = source, frames_per_grid, source.options
         self.grids: list[tuple[bytes, ...]] = []
 
+    @property
+    def unchanged(self) -> bool:
+        """As `FileSource.unchanged`."""
+        return self._source.unchanged
+
     def __iter__(self) -> Iterator[Segment]:
         for segment in self._source:
             if segment.frames is not None and segment.at is None:

@@ -164,6 +164,11 @@ class DecodedFile:
                 number, message = content
                 raise MemoryError(message) if number is None else OSError(number, message, str(self._source.path))
 
+    @property
+    def unchanged(self) -> bool:
+        """As `FileSource.unchanged`."""
+        return self._source.unchanged
+
     def drop(self) -> None:
         """Skip what was not read."""
         with suppress(DecoderLost, MediaError):  # of a process that ended after what was read

@@ -15,9 +15,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from omnimem.errors import counted
-from omnimem.media.container import MediaError
+from omnimem.media.container import MediaError, state_of
 from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
-from omnimem.media.frames import FrameList, Video
+from omnimem.media.frames import FrameList, Video, files_of
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
@@ -122,6 +122,11 @@ class Decoded(Protocol):
     @property
     def options(self) -> SourceOptions: ...
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file is the one that was there before it was read."""
+        ...
+
     def __iter__(self) -> Iterator[Segment]: ...
 
 
@@ -137,6 +142,11 @@ class Source(ABC):
         self.options, self.geometry, self.asks = options, geometry, tuple(sorted(set(asks)))
         self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
         self._samples = 0  # audio samples read so far
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the files are those that were there at `FileSource.watched`."""
+        return True
 
     @abstractmethod
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
@@ -251,6 +261,20 @@ class FileSource(Source):
         self.path: Video = path if isinstance(path, FrameList) else Path(path)
         self.audio_path: Video = Path(audio_path) if audio_path else self.path
         self.start, self.end, self.causal = start, end, causal or bool(asks)
+        self._state: tuple[tuple[int, ...], ...] | None = None
+
+    def watched(self) -> "FileSource":
+        """Itself; `unchanged` compares its files with what they are now, also in a process that only decodes it."""
+        self._state = self._state_now()
+        return self
+
+    @property
+    def unchanged(self) -> bool:
+        return self._state in (None, self._state_now())
+
+    def _state_now(self) -> tuple[tuple[int, ...], ...]:
+        files = dict.fromkeys(files_of((self.path, self.audio_path)))
+        return tuple(state_of(path) if path.is_file() else () for path in files)
 
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         for _, frame in read_frames(self.path, fps=self.options.fps, start=self.start, end=self.end):

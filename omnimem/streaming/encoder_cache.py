@@ -36,6 +36,7 @@ from omnimem.backbones.projectors import TRACKS, Track
 from omnimem.checksums import share
 from omnimem.errors import counted
 from omnimem.media import FileSource, FrameList, MediaError, files_of
+from omnimem.media.container import LIBRARIES, state_of
 from omnimem.media.decode import TICK
 from omnimem.media.source import segment_of
 from omnimem.tokens import Tracks
@@ -132,12 +133,16 @@ def lacking(source: FileSource, held: Container[Track]) -> Tracks | None:
 
 
 def fingerprint(backbone: Backbone) -> str:
-    """sha256 of the encoders' weights and of the geometry they read.
+    """sha256 of the encoders' weights and configurations, and of the geometry they read.
 
     Projectors that are trained are left out, and named: entries then hold their input.
     """
     before = f" before {' '.join(backbone.unprojected)}" if backbone.unprojected else ""
-    digest = hashlib.sha256(f"{backbone.geometry}{before}".encode())
+    settings = [
+        (each.to_dict() | {"_name_or_path": ""}, str(each._attn_implementation)) for each in backbone.encoder_settings
+    ]
+    table = json.dumps(settings, sort_keys=True, default=str)
+    digest = hashlib.sha256(f"{backbone.geometry}{before} {table}".encode())
     for tensor in backbone.encoder_weights():
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -159,8 +164,8 @@ class EncoderCache:
 
     Content of the track's file, span and times of questions, options of the track, weights and geometry of the
     encoders, kind of device, versions of what decodes and computes. `counts` of this process, in entries: `hits`,
-    `misses`, `corrupt` (read and made again), `evicted`, `not_stored` (no space, no permission, or larger than the
-    limit).
+    `misses`, `corrupt` (read and made again), `evicted`, `not_stored` (no space, no permission, larger than the limit,
+    or of a file that changed).
     """
 
     def __init__(
@@ -179,7 +184,7 @@ class EncoderCache:
             what = f"{names[0]} and {counted(len(names) - 1, 'weight')} more" if len(names) > 1 else names[0]
             print(f"cache: off, because encoders are trained ({what})", file=sys.stderr, flush=True)
             return None
-        computes = " ".join(f"{name} {version(name)}" for name in COMPUTES)
+        computes = f"{' '.join(f'{name} {version(name)}' for name in COMPUTES)} {LIBRARIES}"
         made_by = f"{fingerprint(backbone)} {backbone.device.type} {computes}"
         return cls(folder, made_by, limit, backbone.unprojected)
 
@@ -240,7 +245,7 @@ class EncoderCache:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         # 2. room
         if self.limit is not None and size > self.limit:
-            self._not_stored(
+            self.not_stored(
                 "size", f"an entry of {counted(size, 'byte')} is larger than the limit; raise data.cache.size_gb"
             )
             return
@@ -256,9 +261,10 @@ class EncoderCache:
                     os.fsync(file.fileno())
             self._evict(path)
         except (SafetensorError, OSError) as error:
-            self._not_stored(type(error).__name__, f"entries cannot be written to {path.parent} ({error})")
+            self.not_stored(type(error).__name__, f"entries cannot be written to {path.parent} ({error})")
 
-    def _not_stored(self, kind: str, what: str) -> None:
+    def not_stored(self, kind: str, what: str) -> None:
+        """Count an entry that is not stored, with one line for each kind of reason."""
         self.counts["not_stored"] += 1
         if kind not in self._warned:
             self._warned.add(kind)
@@ -289,12 +295,11 @@ def _content(path: Path) -> bytes:
     """sha256 of a file, computed once for each state of it; raises MediaError when it is missing."""
     if not path.is_file():
         raise MediaError(path, "missing", "is not there; restore it or correct the manifest")
-    status = path.stat()
-    return _content_once(path, status.st_mtime_ns, status.st_size)
+    return _content_once(path, state_of(path))
 
 
 @lru_cache(maxsize=1 << 16)
-def _content_once(path: Path, changed: int, size: int) -> bytes:
+def _content_once(path: Path, state: tuple[int, ...]) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 

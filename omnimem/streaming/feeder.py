@@ -145,7 +145,7 @@ class Feeder:
         source = self.source(sample)
         held = () if self.cache is None else {t for t, path in self.cache.paths(source).items() if path.is_file()}
         tracks = lacking(source, held)
-        return None if tracks is None else self.source(sample, tracks)
+        return None if tracks is None else self.source(sample, tracks).watched()
 
     def _end(self, sample: Sample) -> float | None:
         """Seconds of the file that are read; None: to its end."""
@@ -180,11 +180,11 @@ class Feeder:
     def _parts(self, sample: Sample, decoded: Decoded | None) -> Iterator[Collection[TrackSegment]]:
         """The tracks of each segment: from the cache, and those that it lacks decoded and encoded."""
         # 1. what the cache holds
-        source, held = self.source(sample), dict[Track, Iterable[TrackSegment]]()
-        paths = {} if self.cache is None else self.cache.paths(source)
-        for track, path in paths.items():
-            if self.cache and (entry := self.cache.load(path, self.backbone.device, track)) is not None:
-                held[track] = entry
+        source, held, paths = self.source(sample), dict[Track, Iterable[TrackSegment]](), dict[Track, Path]()
+        if self.cache is not None:
+            paths = self.cache.paths(source.watched())
+            loaded = ((track, self.cache.load(path, self.backbone.device, track)) for track, path in paths.items())
+            held |= {track: entry for track, entry in loaded if entry is not None}
         tracks = lacking(source, held)
         if tracks is None:
             return in_order(held.values())
@@ -197,7 +197,10 @@ class Feeder:
         segments = [part for parts in made for part in parts]
         for track in ENTRIES[tracks]:
             held[track] = of_track = [part for part in segments if part.track == track]
-            self.cache.store(paths[track], of_track)
+            if source.unchanged and decoded.unchanged:
+                self.cache.store(paths[track], of_track)
+            else:
+                self.cache.not_stored("changed", f"{sample.shown} changed while it was read")
         return in_order(held.values())
 
     def _encoded(self, segments: Iterable[Segment]) -> Iterator[list[TrackSegment]]:

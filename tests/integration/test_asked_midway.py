@@ -168,6 +168,7 @@ class Listed:
 
     options: SourceOptions
     segments: list[Segment]
+    unchanged: bool = True
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.segments)

@@ -1,5 +1,7 @@
 """Streams of both tracks and of one share entries, to the bit, in every family and whichever was read first."""
 
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,16 +12,17 @@ import pytest
 import torch
 from support.assembled import LOADERS
 from support.assembled import write_folder as write_assembled
-from support.families import written_once
+from support.families import write, written_once
 from support.media_files import write_image, write_wav
 from torch import Tensor
 
 from omnimem.backbones import Backbone, ModelOptions, assembled, load_backbone
 from omnimem.data import Message, Sample
 from omnimem.media import FileSource, FrameList, Segment
+from omnimem.media.prefetch import DecodedFile, _Decoder, _pack
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, separable
+from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint, separable
 from omnimem.streaming.feeder import Feeder
 from omnimem.streaming.options import StreamOptions
 from omnimem.tokens import Tracks
@@ -143,7 +146,7 @@ def decoded() -> Iterator[list[Tracks]]:
     def read(self: FileSource) -> Iterator[Segment]:
         found.append(self.options.tracks)
         geometry = f"{self.geometry} {self.geometry.windowed}"
-        key = (self.path, self.audio_path, self.options, self.start, self.end, self.asks, geometry)
+        key = (self.path, self.audio_path, self.options, self.start, self.end, self.asks, geometry, self._state_now())
         known[key] = known.get(key) or list(iterate(self))
         return iter(known[key])
 
@@ -173,3 +176,77 @@ def test_whatever_was_read_first_segments_are_those_that_are_encoded(family, loa
             assert decoded == list(once if shared else dict.fromkeys(order)), (files, span, order)
             assert cache.counts["hits"] + cache.counts["misses"] == 4
             assert cache.counts["misses"] == len(list(cache.folder.iterdir())) - held == (2 if shared else 4)
+
+
+CONFIGURED: dict[tuple[str, str], tuple[str, Any]] = {  # of a family and its encoder: a key without weights
+    ("qwen2_5_omni", "vision_config"): ("hidden_act", "relu"),
+    ("qwen2_5_omni", "audio_config"): ("encoder_attention_heads", 4),
+    ("video_salmonn2_plus", "audio_config"): ("second_stride", 2.0),
+    ("qwen3_omni", "vision_config"): ("hidden_act", "relu"),
+}
+
+
+@pytest.mark.parametrize(("family", "encoder"), CONFIGURED)
+def test_the_configuration_of_an_encoder_is_in_the_key(family, encoder, load, media, tmp_path) -> None:
+    name, value = CONFIGURED[family, encoder]
+    path, given = write(tmp_path / "model", family), load(family)
+    assert fingerprint(load_backbone(ModelOptions(path=str(path)), "cpu")) == fingerprint(given)  # not of its folder
+    table = json.loads((path / "config.json").read_text())
+    table.get("thinker_config", table)[encoder][name] = value
+    (path / "config.json").write_text(json.dumps(table))
+    other = load_backbone(ModelOptions(path=str(path)), "cpu")
+    sample = sample_of(media, "one file", "a part")
+    ours, theirs = (encoded(each, Feeder(each, options_of("both")).source(sample)) for each in (given, other))
+    assert not same(ours, theirs)
+    assert fingerprint(given) != fingerprint(other)
+
+
+@pytest.mark.parametrize("when", ["before the key", "after the key", "read ahead"])
+def test_what_was_read_of_a_file_that_changed_is_not_stored(when, load, tmp_path, monkeypatch, capsys) -> None:
+    """Its entry would be found by a later stream of either content."""
+    backbone, path = load("qwen2_5_omni"), tmp_path / "a.wav"
+    contents = []
+    for seed in range(2):
+        write_wav(tmp_path / "b.wav", np.random.default_rng(seed).standard_normal(32000).astype(np.float32))
+        contents.append((tmp_path / "b.wav").read_bytes())
+    sample = Sample(id="a", video=None, audio=path, messages=())
+    put(path, contents[0])
+    expected = [encoded(backbone, Feeder(backbone, options_of("audio")).source(sample))]
+    cache, decoded = EncoderCache(tmp_path / "cache", "x"), None
+    feeder = Feeder(backbone, options_of("audio"), cache)
+    if when == "read ahead":
+        decoded = ahead(feeder.undecoded(sample))
+        put(path, contents[1])
+    elif when == "before the key":
+        paths = cache.paths
+        monkeypatch.setattr(cache, "paths", lambda source: put(path, contents[1]) or paths(source))
+    else:
+        encode = backbone.encode
+        monkeypatch.setattr(backbone, "encode", lambda *a, **b: put(path, contents[1]) or encode(*a, **b))
+    read = list(feeder.read(sample, decoded))
+    assert cache.counts["not_stored"] == 1
+    assert f"cache: {path} changed while it was read; going on" in capsys.readouterr().err
+    assert list(cache.folder.glob("*")) == []
+    monkeypatch.undo()
+    expected.append(encoded(backbone, Feeder(backbone, options_of("audio")).source(sample)))
+    assert not same(*expected)
+    assert same(read, expected[when != "read ahead"])
+    for content, wanted in zip(reversed(contents), reversed(expected), strict=True):
+        put(path, content)
+        assert all(same(list(feeder.read(sample)), wanted) for _ in range(2))
+
+
+def put(path: Path, content: bytes) -> None:
+    """Replace a file by another one of the same size and time."""
+    path.with_suffix(".new").write_bytes(content)
+    os.utime(path.with_suffix(".new"), (0, 0))
+    path.with_suffix(".new").replace(path)
+
+
+def ahead(source: FileSource | None) -> DecodedFile:
+    """A file that another process has decoded."""
+    assert source is not None
+    messages = iter([*(("segment", _pack(segment)) for segment in source), ("end", None)])
+    decoder = object.__new__(_Decoder)
+    decoder.receive = messages.__next__
+    return DecodedFile(decoder, source)
