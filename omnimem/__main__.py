@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
     "demo": "render the recall data, fine-tune a small model, evaluate it and write the report",
@@ -29,8 +30,14 @@ def main() -> None:
     """Run the command that the first argument names; exit code 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: omnimem COMMAND ...      (omnimem COMMAND --help)\n")
+        print("usage: omnimem COMMAND ...      (omnimem COMMAND --help, omnimem --version)\n")
         print("\n".join(f"  {command:<15}{what}" for command, what in COMMANDS.items()))
+        sys.exit(0)
+    if name in ("-V", "--version"):
+        try:
+            print(f"omnimem {version('omnimem')}")
+        except PackageNotFoundError:
+            print("omnimem, not installed: a checkout")
         sys.exit(0)
     command = name.replace("_", "-")
     if command not in COMMANDS:

@@ -26,6 +26,8 @@ def written_aside(place: Path, *, folder: bool = False) -> Iterator[Path]:
     """
     # 1. a name of its own, locked
     place = place.resolve()
+    if not place.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
     remove_leftovers(place)
     partial = place.with_name(f".{place.name}.{os.getpid()}.{next(_NUMBER)}")
     if folder:

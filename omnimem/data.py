@@ -283,7 +283,8 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False, text_only: 
     # 1. open the file
     path = Path(path)
     if os.path.isdir(path):
-        cure = f"make one of its rows: `omnimem convert {path} --out {path.with_name(path.name + '.jsonl')}`"
+        out = f"{path}.jsonl" if path.name.strip(".") else "train.jsonl"
+        cure = f"make one of its rows: `omnimem convert {path} --out {out}`"
         raise ManifestError([f"{path}: is a folder, and a manifest is a file; {cure}"])
     if not os.path.isfile(path):
         raise ManifestError(

@@ -119,8 +119,10 @@ def _recorded(run: RunConfig, folder: RunFolder) -> Budget:
     budget = Budget.read(folder.budget)
     made_for = budget.provenance.get("settings", budget_settings(run))
     if made_for != budget_settings(run):
+        before, now = made_for.split(", "), budget_settings(run).split(", ")
+        old, new = (", ".join(e for e in mine if e not in other) for mine, other in ((before, now), (now, before)))
         raise BudgetError(
-            f"{folder.budget} was made for {made_for}, the run asks for {budget_settings(run)}; "
+            f"{folder.budget} was made for {old or made_for}, the run asks for {new or budget_settings(run)}; "
             "delete the file, or give the run another name"
         )
     _check_policy(run, budget, folder.budget)

@@ -74,6 +74,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line."""
+        if message.startswith("unrecognized arguments: --") and any(each.dest == "overrides" for each in self._actions):
+            message += "; settings have no dashes: write section.key=value, such as train.max_steps=3"
         leave([f"{self.prog}: {message}; see {self.prog} --help"])
 
 

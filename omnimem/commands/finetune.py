@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from omnimem.backbones import Backbone, load_backbone
 from omnimem.backbones.files import checkpoint_errors
-from omnimem.backbones.load import check_quantization
+from omnimem.backbones.load import check_quantization, family_at
 from omnimem.budget import BudgetError
 from omnimem.cli.arms import applicable, check_benchmarks, evaluate_arms, left_out
 from omnimem.cli.build import (
@@ -58,6 +58,7 @@ from omnimem.training.arguments import (
     refuse_engine_changes,
     refuse_mixed_precision,
     refuse_zero_rate,
+    trackers_of,
     train_changes,
     train_section,
     training_arguments,
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     if unmeasured:
         raise BudgetError(unmeasured[0])
+    check_model_and_trackers(run)
     # 3. read and check the data
     samples, validation = training_samples(run), validation_samples(run)
     check_answers([*samples, *validation])
@@ -272,6 +274,18 @@ def unmeasurable(run: RunConfig, start: Start) -> list[str]:
             f"`omnimem calibrate` with this config first, which writes {start.folder.budget}"
         ]
     return []
+
+
+def check_model_and_trackers(run: RunConfig) -> None:
+    """What else would end the run after its data were read, which may take hours.
+
+    Raises CheckpointError without a config.json of a known family, ConfigError for a tracker that is not installed.
+    """
+    family_at(shipped(run.model.path))
+    try:
+        trackers_of(run.train.get("report_to") or ())
+    except ValueError as error:
+        raise ConfigError([f"train.{error}"]) from error
 
 
 def check_answers(samples: Sequence[Sample]) -> None:

@@ -174,6 +174,8 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
     given, text = details["input"], repr(details["input"])
     got = "nothing" if given is None else text if len(text) <= 60 else f"{text[:57]}..."
     line = f"expected {' or '.join(expected)}, got {got}"
+    if isinstance(given, str) and "name" in known.get(key, ()):
+        return f"{line}; write {{name: {given}}}"
     choices = [word.strip("'") for text in literals for word in text.replace(" or ", ", ").split(", ")]
     return f"{line}; {nearest(given, choices)}" if choices and isinstance(given, str) else line
 

@@ -164,7 +164,14 @@ def explain(key: str, train: type, docs: Docs) -> str:
 
 
 def _nearest(key: str, sections: Mapping[str, Section]) -> str:
-    """For the first part of a key that its section does not have: the nearest key there."""
+    """A key of the same name in another section, or for the first unknown part of a key the nearest key there."""
+    name = key.rpartition(".")[2]
+    named = [each for each in sections if each.rpartition(".")[2] == name]
+    named += [
+        f"{each}.{entry.name}" for each, found in sections.items() for entry in found.entries if entry.name == name
+    ]
+    if name and named:
+        return f"did you mean {min(named, key=len)!r}?"
     parent = ""
     for part in key.split("."):
         inside = [each.name for each in sections[parent].entries] if parent in sections else []

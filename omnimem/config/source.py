@@ -73,7 +73,7 @@ def override(source: Source, overrides: Sequence[str]) -> Source:
     for text in overrides:
         name, equals, value = text.partition("=")
         key: Key = tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in name.split("."))
-        if not equals or "" in key:
+        if not equals or "" in key or name != name.strip():
             problems.append(f"{COMMAND_LINE} {text}: not a setting; write section.key=value, without blanks around =")
             continue
         reader = _Reader(place=lambda line: COMMAND_LINE)

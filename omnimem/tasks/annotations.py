@@ -67,26 +67,27 @@ class AnnotationReader:
 
     problems: list[str] = field(default_factory=list)
     defects: list[Defect] = field(default_factory=list)
+    cure: str = AGAIN  # of a value that is not as the authors of the annotations wrote it
 
     def text(self, row: Row, key: str, origin: str) -> str:
         """The text of a key; anything else is a problem."""
         value = row.get(key)
         if isinstance(value, str) and value.strip():
             return value
-        self.problems.append(f"{origin} {key}: expected text, got {got(value)}; {AGAIN}")
+        self.problems.append(f"{origin} {key}: expected text, got {got(value)}; {self.cure}")
         return ""
 
     def one_of(self, row: Row, key: str, known: Sequence[str], origin: str) -> None:
         """A value outside of `known` is a problem: no selection would contain it."""
         if row.get(key) not in known:
-            self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {got(row.get(key))}; {AGAIN}")
+            self.problems.append(f"{origin} {key}: expected {', '.join(known)}, got {got(row.get(key))}; {self.cure}")
 
     def letter(self, row: Row, key: str, origin: str) -> str:
         """The letter of the right answer, in upper case, without the characters around it."""
         found = re.match(r"\s*\(?([A-Za-z])(?![A-Za-z])", str(row.get(key) or ""))
         if found:
             return found[1].upper()
-        self.problems.append(f"{origin} {key}: expected the letter of an option, got {got(row.get(key))}; {AGAIN}")
+        self.problems.append(f"{origin} {key}: expected the letter of an option, got {got(row.get(key))}; {self.cure}")
         return ""
 
     def options(self, strings: Sequence[str], where: str) -> Options:
@@ -140,10 +141,10 @@ class AnnotationReader:
     def done(self, samples: Sequence[Sample]) -> None:
         """Raises ManifestError if there are problems; no questions, and two questions of one id, are problems too."""
         if not samples and not self.problems:
-            self.problems.append(f"no questions were found; {AGAIN}")
+            self.problems.append(f"no questions were found; {self.cure}")
         ids = Counter(question.item.id for sample in samples for question in sample.questions)
         self.problems += [
-            f"{sample.origin}: question {question.item.id!r} occurs {ids[question.item.id]} times; {AGAIN}"
+            f"{sample.origin}: question {question.item.id!r} occurs {ids[question.item.id]} times; {self.cure}"
             for sample in samples
             for question in sample.questions
             if ids[question.item.id] > 1

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 from omnimem.data import Question, Sample
 from omnimem.errors import counted
-from omnimem.tasks.annotations import AnnotationReader, Defect
+from omnimem.tasks.annotations import AGAIN, AnnotationReader, Defect
 from omnimem.tasks.rules import RuleSet, Verdict
 
 
@@ -88,6 +88,7 @@ class AnnotatedBenchmark(ABC):
     """
 
     rule_sets: ClassVar[Mapping[str, RuleSet]]  # by the values of `rules`; the first one is not part of the label
+    cure: ClassVar[str] = AGAIN  # of a wrong value in the annotations
     name: Any  # str: a Literal of its own in each task
     root: str
     rules: Any  # str: one of the keys of `rule_sets`
@@ -155,7 +156,7 @@ class AnnotatedBenchmark(ABC):
         return self.rule_sets[self.rules].judge(question, prediction)
 
     def _read(self) -> tuple[list[Sample], list[Defect]]:
-        reader = AnnotationReader()
+        reader = AnnotationReader(cure=self.cure)
         samples = [replace(sample, published=self.published is not None) for sample in self.read(reader)]
         reader.done(samples)
         return samples, reader.defects

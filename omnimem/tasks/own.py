@@ -44,6 +44,7 @@ class OwnOptions(AnnotatedBenchmark):
         "lmms_eval": LMMS_EVAL,
         "letter": RuleSet(read=letter, denominator="all"),
     }
+    cure: ClassVar[str] = "correct the file"
     name: Literal["own"] = "own"
     root: str = "data/own"  # paths of media are relative to it
     questions: str = "questions.jsonl"  # in the folder

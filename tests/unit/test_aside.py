@@ -62,6 +62,11 @@ def test_old_leftovers_are_removed_although_their_number_is_in_use_again(tmp_pat
     assert not stray.exists()
 
 
+def test_a_place_without_a_name_is_an_error_of_the_path() -> None:
+    with pytest.raises(IsADirectoryError, match="/"), written_aside(Path("/")):
+        pass
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_an_error_leaves_what_was_there(folder, tmp_path) -> None:
     place = tmp_path / "out"

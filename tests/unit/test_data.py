@@ -142,6 +142,12 @@ def test_a_missing_and_an_empty_manifest_name_the_commands_that_make_one(manifes
     assert problems_of(manifest, b"") == [" holds no samples; create it again"]
 
 
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_without_a_name_has_a_command_too(folder) -> None:
+    with pytest.raises(ManifestError, match=f"`omnimem convert {folder} --out train.jsonl`"):
+        read_manifest(folder)
+
+
 def test_a_folder_names_the_command_that_makes_a_manifest_of_it(tmp_path) -> None:
     with pytest.raises(ManifestError, match=r"is a folder, .* `omnimem convert \S+ --out \S+\.jsonl`"):
         read_manifest(tmp_path)

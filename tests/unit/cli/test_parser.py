@@ -57,6 +57,7 @@ def test_overrides_may_stand_anywhere_and_the_launchers_rank_is_accepted() -> No
     ("arguments", "what"),
     [
         (["--config", "x.yaml", "--res", "auto"], "unrecognized arguments: --res"),
+        (["--config", "x.yaml", "--train.max_steps=3"], "settings have no dashes: write section.key=value"),
         (["a=1"], "the following arguments are required: --config"),
         (["--config"], "expected one argument"),
     ],

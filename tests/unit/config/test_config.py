@@ -168,6 +168,7 @@ def test_a_section_chosen_by_name_is_replaced_as_a_whole(tmp_path) -> None:
     ("override", "what"),
     [
         ("memory", "not a setting; write section.key=value, without blanks around ="),
+        ("memory.slots_per_layer = 9", "not a setting; write section.key=value, without blanks around ="),
         ("name.first=x", "name is 'small', not a section; set name itself"),
         ("memory.slots_per_layer=[1", "not valid YAML"),
         ("train.report_to.4=x", "train.report_to has 1 item, counted from 0; set train.report_to=[...]"),
@@ -221,6 +222,9 @@ def test_a_run_is_resumed_only_with_the_settings_that_made_it(tmp_path) -> None:
         ("evaluate.benchmarks=[{name: video_mne}]", "evaluate.benchmarks.0.name: 'video_mne' is unknown; did you mean"),
         ("evaluate.benchmarks=[{name: own}, {name: own}]", "evaluate.benchmarks: benchmarks: own is given 2 times"),
         ("data.max_failures=2", "data.max_failures: max_failures must be between 0 and 1, got 2"),
+        ("memory.policy=snapkv", "memory.policy: expected a section of key: value lines, got 'snapkv'; write {name: s"),
+        ("memory.budget=shared", "memory.budget: expected a section of key: value lines, got 'shared'; write {name: s"),
+        ("tuning.lora=8", "tuning.lora: expected a section of key: value lines, got 8"),
         ("model.dtype=float8", "model.dtype: expected 'float32', 'bfloat16' or 'float16', got 'float8'"),
     ],
 )

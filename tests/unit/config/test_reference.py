@@ -96,14 +96,17 @@ def test_any_key_is_explained(key, expected) -> None:
     [
         ("memory.policy.snapvk", "did you mean 'snapkv'?"),
         ("stream.fsp", "did you mean 'fps'?"),
-        ("memory.fps", "known: policy, slots_per_layer, budget, selection_from"),
-        ("steam.fps", "did you mean 'stream'?"),
+        ("memory.zzz", "known: policy, slots_per_layer, budget, selection_from"),
+        ("steam.fps", "did you mean 'stream.fps'?"),
         ("stream.fps.more", "stream.fps has no keys"),
         ("train.learning_rat", "did you mean 'learning_rate'?"),
+        ("snapkv", "did you mean 'memory.policy.snapkv'?"),
+        ("slots_per_layer", "did you mean 'memory.slots_per_layer'?"),
+        ("train.fps", "did you mean 'stream.fps'?"),
         ("train.zzz", "omnimem explain lists what there is"),
     ],
 )
-def test_an_unknown_key_names_one_of_the_same_section_or_all_of_them(key, cure) -> None:
+def test_an_unknown_key_names_one_of_the_same_name_or_of_the_same_section(key, cure) -> None:
     with pytest.raises(UserError) as caught:
         explain(key, TRAIN, DOCS)
     assert cure in str(caught.value)

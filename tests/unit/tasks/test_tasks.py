@@ -322,6 +322,7 @@ def test_a_wrong_line_of_own_questions_is_named_with_its_key(change, problem, tm
     with pytest.raises(ManifestError) as raised:
         OwnOptions(root=str(root)).samples()
     assert any(problem in line for line in raised.value.problems)
+    assert not any("download" in line for line in raised.value.problems)
 
 
 @pytest.mark.parametrize("string", ["A. x", "A.x", "A) x", "(A) x", "A: x", "A.  x"])
