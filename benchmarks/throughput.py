@@ -6,9 +6,9 @@ python benchmarks/throughput.py [--frames N]... [--layers N] [--width N] [--slot
 One stream per step, of N frames at one per second with audio, made here; a Qwen2.5-Omni thinker of random weights: that
 of the tiny checkpoint with a text model of --layers and --width (MLP 3 x width), or with --shape a whole one of
 configs/models (Qwen2.5-Omni-7B: 28 layers). LoRA on all projections, AdamW. Three ways: `evicting`, at --slots per
-layer under the default policy; `full`, the same stream with full memory; `one shot`, all tokens in one forward pass of
-transformers without our loop. A cell runs in a process of its own; with more than LARGE tokens, full and one shot need
---large.
+layer under the default policy, selection softened as halfway in a run; `full`, the same stream with full memory;
+`one shot`, all tokens in one forward pass of transformers without our loop. A cell runs in a process of its own; with
+more than LARGE tokens, full and one shot need --large.
 
 The four parts of a step run one after the other, so that their shares are seen: decoding (with resizing and mel),
 towers (with patches), text model (forward, recomputation, backward), optimiser. Medians of --steps steps after one that
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ from omnimem.budget import SplitBudget
 from omnimem.cli.parser import Parser, run_command
 from omnimem.config import CONFIGS
 from omnimem.data import Message, Sample
+from omnimem.media import Segment, SourceOptions
 from omnimem.policies import PerturbationOptions
 from omnimem.rows import tracks_of
 from omnimem.run import write_json
@@ -108,6 +109,18 @@ def write_video(path: Path, frames: int, side: int) -> None:
 
 
 @final
+@dataclass(frozen=True)
+class Held:
+    """The decoded segments of a file, in memory."""
+
+    options: SourceOptions
+    segments: list[Segment]
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """A model with adapter and optimiser, the stream, and one way to train on it."""
@@ -123,8 +136,9 @@ class Bench:
         """Seconds of each part of a step, and audio and visual tokens."""
         seconds: dict[str, float] = {}
         model = self.backbone.model
-        segments = self._timed(seconds, "decode", lambda: list(self.feeder.source(self.sample)))
-        parts = self._timed(seconds, "towers", lambda: list(self.feeder.read(self.sample, segments)))
+        source = self.feeder.source(self.sample)
+        held = Held(source.options, self._timed(seconds, "decode", lambda: list(source)))
+        parts = self._timed(seconds, "towers", lambda: list(self.feeder.read(self.sample, held)))
         tracks = tracks_of(self.sample, self.feeder.options.tracks)
         whole = [part.encoded for part in parts]
         encoded = EncodedSample(sample=self.sample, segments=whole, tracks=tracks, heard=parts[-1].heard)
@@ -141,8 +155,9 @@ class Bench:
     def _streamed(self, encoded: EncodedSample) -> torch.Tensor:
         layers, slots = self.attached.shape.layers, self.given["slots"]
         budget = SplitBudget().build(layers, slots) if self.given["way"] == "evicting" else None
-        policy, carry = PerturbationOptions().build(budget), gradient_of(TuningOptions(), layers)
-        return streamed_loss(self.attached, self.feeder, [encoded], policy, softness=None, carry=carry).loss
+        policy, tuning = PerturbationOptions().build(budget), TuningOptions()
+        softness, carry = tuning.selection.at(0.5), gradient_of(tuning, layers)
+        return streamed_loss(self.attached, self.feeder, [encoded], policy, softness=softness, carry=carry).loss
 
     def _one_shot(self, encoded: EncodedSample) -> torch.Tensor:
         """Opening, stream and question in one forward pass of the text model."""

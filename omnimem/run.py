@@ -245,6 +245,8 @@ def plan(name: str, *, resume: str | None = None, overwrite: bool = False, runs:
     if resume is not None:
         start = _newest(folder) if resume == "auto" else _chosen(folder, Path(resume))
         news = _again(folder) if untrained else start.news
+        if resume == "auto" and start.checkpoint is None and not news:
+            news = f"{folder.path}: no checkpoint to continue from; starting from the first step"
         return replace(start, resumed=used, untrained=untrained, news=news, seen=seen)
     if untrained and not overwrite:
         return Start(folder=folder, resumed=True, untrained=True, news=_again(folder), seen=seen)

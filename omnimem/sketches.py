@@ -159,12 +159,22 @@ def vectors(held: Shaped[Tensor, "*axes stored"], codes: Codes | None) -> Float[
     """The carried vectors, up to a common factor or, in 4 bits, their lengths; what holds no codes as it is."""
     if codes is None or held.dtype != torch.uint8:
         return held
-    packs, least = held if codes == 4 else held[..., :-1], (1 << codes) - 1
-    found = torch.empty(*packs.shape[:-1], 8 // codes, packs.shape[-1], device=held.device)
-    for number, shift in enumerate(range(0, 8, codes)):
-        found[..., number, :] = (packs >> shift) & least
-    found = found.flatten(-2).sub_(OFFSETS[codes])
+    found = unpacked(held if codes == 4 else held[..., :-1], codes).float().sub_(OFFSETS[codes])
     return found if codes == 4 else found.mul_(2 * held[..., -1:].float())
+
+
+def unpacked(held: UInt8[Tensor, "*axes bytes"], bits: Codes) -> UInt8[Tensor, "*axes feature"]:
+    """The stored codes that `packed` put together, those that fill up the last part included.
+
+    Eight bytes at a time where they come in eights: each is shifted with its neighbours, whose bits are then masked.
+    """
+    word = torch.int64 if held.shape[-1] % 8 == 0 else torch.uint8
+    words = held.contiguous().view(word)
+    least = int.from_bytes([(1 << bits) - 1] * word.itemsize)
+    found = words.new_empty(*words.shape[:-1], 8 // bits, words.shape[-1])
+    for number, shift in enumerate(range(0, 8, bits)):
+        torch.bitwise_and(words >> shift, least, out=found[..., number, :])
+    return found.view(torch.uint8).flatten(-2)
 
 
 def enlarged(feature: int) -> float:

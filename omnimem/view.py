@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention import blocked
-from omnimem.lazy import lazy_property
+from omnimem.lazy import Once, lazy_property
 from omnimem.positions import Rotary
 from omnimem.sketches import Bits, Codes
 from omnimem.tokens import ABSENT, Tokens
@@ -80,6 +80,7 @@ class LayerView:
         Contest, ...
     ] = ()  # where selection is hard: scores of tokens that are surely evicted may be higher
     padded: bool = False  # some rows may hold padding, which is no neighbour
+    once: Once | None = None  # of the layer, where it is computed again in backward
     settles: bool = False  # kept tokens that are ABSENT and last are cut off after the pass, in all layers at once
 
     @property
@@ -105,15 +106,20 @@ class LayerView:
         """Attention received from the chunk's queries (sum over queries, mean over heads), or the estimate of it."""
         if self.measured is not None:
             return self.measured
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "both"):
-            return blocked.mass(
-                self.queries,
-                self.pool.keys,
-                scale=self.scale,
-                gate=self.pool.gate,
-                heads=self.measures.heads,
-                every=self.every,
-            )
+        if torch.is_grad_enabled() and self.gradient == "both":
+            return self._mass()
+        with torch.no_grad():
+            return self._mass() if self.once is None else self.once("mass", self._mass)
+
+    def _mass(self) -> Float[Tensor, "batch tokens"]:
+        return blocked.mass(
+            self.queries,
+            self.pool.keys,
+            scale=self.scale,
+            gate=self.pool.gate,
+            heads=self.measures.heads,
+            every=self.every,
+        )
 
     @lazy_property
     def importance(self) -> Float[Tensor, "batch tokens"]:

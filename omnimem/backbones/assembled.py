@@ -251,6 +251,10 @@ class Assembled(Backbone):
         yield from (weight for name, weight in self._parts.bridge.state_dict().items() if not name.startswith(left))
 
     @property
+    def encoder_settings(self) -> list[Any]:
+        return [self._parts.encoders.audio.config]  # the vision encoder has none
+
+    @property
     def projectors(self) -> Mapping[Track, Projector]:
         return PROJECTORS
 

@@ -220,6 +220,13 @@ class Backbone(ABC):
         """Weights of the frozen encoders, in a fixed order."""
 
     @property
+    def encoder_settings(self) -> list[Any]:
+        """Configurations of the encoders, on which their outputs depend beside the weights (key of the cache)."""
+        config = getattr(self.model, "config", None)
+        found = (getattr(config, name, None) for name in ("vision_config", "audio_config"))
+        return [each for each in found if each is not None]
+
+    @property
     @abstractmethod
     def head(self) -> nn.Module:
         """The language-model head: hidden states to logits."""

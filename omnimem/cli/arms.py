@@ -1,6 +1,6 @@
 """The arms of an evaluation: the tracks and the memory of each; answers of all processes, summarised by one."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ def readable(name: str, backbone: Backbone) -> bool:
 def repeated(name: str, backbone: Backbone) -> bool:
     """Whether this arm reads the only track that the model reads, as full memory does."""
     return backbone.senses == (TRACKS.get(name),)
+
+
+def without_adapter(adapter: Path) -> list[str]:
+    """A line about the arms of a tuned model, where there is none."""
+    return [f"{adapter} does not exist: arms of the tuned model are left out; was `name` given as in the training?"]
 
 
 def left_out(run: RunConfig, backbone: Backbone) -> list[str]:
@@ -166,13 +171,21 @@ def _summarise(run: RunConfig, evaluation: Evaluation, fingerprint: EvalFingerpr
     shown = ", ".join(f"{benchmark} {entry['strict']:.1%} of {entry['n']}" for benchmark, entry in table.items())
     print(f"{arm.name}: {shown}", flush=True)
     for benchmark, entry in table.items():
-        if what := unread(entry):
+        for what in filter(None, (unread(entry), unevicted(arm, entry))):
             print(f"{arm.name}: {benchmark}: {what}", flush=True)
         for reason, left in entry["left_out"].items():
             what = (
                 f"{counted(left['questions'], 'question')} of {counted(left['streams'], 'stream')} left out: {reason}"
             )
             print(f"{arm.name}: {benchmark}: {what} ({left['message']})", flush=True)
+
+
+def unevicted(arm: Arm, entry: Mapping[str, Any]) -> str:
+    """A message if an arm with a budget kept all tokens of all streams, so that it measures full memory; else ""."""
+    budget, arrived = arm.policy.budget, sum(entry["cost"]["tokens_in"].values())
+    if budget is None or budget.unlimited or not arrived or sum(entry["cost"]["kept"].values()) < arrived:
+        return ""
+    return "nothing was evicted, as every stream fits into the memory; lower memory.slots_per_layer to measure eviction"
 
 
 def _status(run: RunConfig, evaluation: Evaluation, folder: RunFolder, names: Sequence[str], shard: Shard) -> str:

@@ -93,6 +93,7 @@ def loaded(given: Namespace) -> Iterator[Loaded]:
         raise ConfigError(["--selection-from base: there is no adapter; give --adapter DIR, or leave it out"])
     exported, notes = recorded(given.model, given.adapter)
     stream = stream_of(given, exported)
+    check_used(given, exported)
     check_video(given)
     backbone = load_backbone(model_of(given, exported))
     if given.adapter is not None:
@@ -166,6 +167,16 @@ def memory_of(given: Namespace, exported: Exported | None) -> MemoryOptions:
     slots: int = memory.slots_per_layer if given.slots is None else given.slots
     chosen = given.selection_from or memory.selection_from
     return replace(memory, policy=options, slots_per_layer=slots, selection_from=chosen)
+
+
+def check_used(given: Namespace, exported: Exported | None) -> None:
+    """Raises ConfigError for an option about what is kept where everything is; the page of demo-ui chooses slots."""
+    if not hasattr(given, "video") or memory_of(given, exported).slots_per_layer != FULL:
+        return
+    unused = {"--policy": given.policy, "--selection-from": given.selection_from}
+    what = [f"{name} {value}: everything is kept, so nothing is chosen" for name, value in unused.items() if value]
+    if what:
+        raise ConfigError([f"{each}; give --slots N, or leave it out" for each in what])
 
 
 def video_of(given: Namespace) -> str | FrameList:

@@ -30,7 +30,7 @@ def describe_cache(
     """The size of all entries, estimated from one sample of `tokens` in `seconds`; nothing without `data.cache`.
 
     width x (audio + visual x (1 + deepstack levels)) x bytes of model.dtype per second of stream, times the mean length
-    of those of PROBED samples that can be read, times the number of entries. Without samples, the size per hour alone.
+    of those of PROBED samples that can be read, times the number of streams. Without samples, the size per hour alone.
     Tracks whose projector is trained (`unprojected`) have the width of its input.
     """
     cache = run.data.cached
@@ -39,20 +39,20 @@ def describe_cache(
     # 1. bytes per second of stream
     rate = encoded_bytes(shapes, tokens, getattr(torch, run.model.dtype), unprojected) / seconds
     yield f"~ {gibibytes(round(3600 * rate))} per hour of stream, in {cache.folder}"
-    # 2. all entries
-    entries = {(each.video, each.audio, each.start, each.end, each.times): each for each in samples if each.has_stream}
-    if not entries:
+    # 2. all streams
+    streams = {(each.video, each.audio, each.start, each.end, each.times): each for each in samples if each.has_stream}
+    if not streams:
         return
-    every = list(entries.values())
+    every = list(streams.values())
     probed = (_seconds(each, run) for each in every[:: -(-len(every) // PROBED)])
     lengths = [seconds for seconds in probed if seconds > 0]
     if not lengths:
-        yield f"the size of {counted(len(every), 'entry')} is unknown: no file tells its length"
+        yield f"the size of {counted(len(every), 'stream')} is unknown: no file tells its length"
         return
     total = round(rate * sum(lengths) / len(lengths) * len(every))
     limit = "no limit" if cache.size_gb is None else f"limit {cache.size_gb:g} GB"
     yield (
-        f"~ {gibibytes(total)} for {counted(len(every), 'entry')} of {sum(lengths) / len(lengths):,.1f} s on "
+        f"~ {gibibytes(total)} for {counted(len(every), 'stream')} of {sum(lengths) / len(lengths):,.1f} s on "
         f"average; {limit}"
     )
     # 3. where it does not fit

@@ -30,7 +30,7 @@ from omnimem.budget import AudioVisualBudget, SplitBudget
 from omnimem.calibration import too_short
 from omnimem.cli.build import known_budget, policies_of, refuse_unpadded, training_samples, validation_samples
 from omnimem.cli.cache_size import describe_cache, encoded_bytes
-from omnimem.cli.preflight import adapter_targets
+from omnimem.cli.preflight import adapter_targets, unevicted
 from omnimem.comparison.formatting import span
 from omnimem.config import CONFIGS, ConfigError, RunConfig, dump
 from omnimem.data import ManifestError, Message, Sample
@@ -446,6 +446,7 @@ def describe_budget(run: RunConfig, shapes: Shapes, facts: SampleFacts) -> Itera
     )
     media = facts.tokens[Modality.AUDIO] + facts.tokens[Modality.VISUAL]
     yield f"of the {media:,} audio and visual tokens of this sample {min(1, slots / max(1, media)):.1%} are kept"
+    yield from unevicted("this sample", media, slots) if run.tuning.slots(slots) != (None,) else ()
     for what, drawn in (("slots per layer", run.tuning.budgets), ("chunk_tokens", run.tuning.chunk_tokens)):
         if drawn:
             listed = ", ".join(map(str, drawn)) if isinstance(drawn, tuple) else drawn

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
+from omnimem.cli.parser import warn
 from omnimem.config import ConfigError, RunConfig
 from omnimem.data import Failure, Failures, Sample
 from omnimem.errors import counted, first_line, lacks_memory
@@ -120,6 +121,13 @@ def adapter_targets(run: RunConfig, model: StreamedModel) -> str:
     return f"adapter: {counted(len(names), 'module')} ({each}){also}, {counted(weights, 'weight')}"
 
 
+def unevicted(which: str, tokens: int, slots: int) -> Iterator[str]:
+    """A line if the memory holds all audio and visual tokens of a stream, as full memory does."""
+    if 0 < tokens <= slots:
+        cure = "lower memory.slots_per_layer, or train on longer streams"
+        yield f"the memory holds all {tokens:,} tokens of {which}, so nothing of it is evicted; {cure}"
+
+
 def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     """A batch of one sample through forward and backward at the largest budget and chunk size; a line about its cost.
 
@@ -141,6 +149,8 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     if cards:
         torch.cuda.reset_peak_memory_stats(device)
     opened = feeder.open(sample)
+    if drawn != (None,) and sample.has_stream:
+        warn([*unevicted(f"sample {sample.id}, the longest one", opened.tokens, run.memory.slots_per_layer)])
     run.tuning.check_segments(opened.segments)
     try:
         with torch.random.fork_rng(cards):
@@ -171,7 +181,7 @@ def rehearse(run: RunConfig, parts: Parts, sample: Sample, batch: int) -> str:
     # 3. report
     states = STATES * sum(parameter.numel() for parameter in trainable(model))
     took = f"{time.perf_counter() - started:.1f} s, peak memory {_peak(device) / 1e6:,.0f} MB"
-    return f"step: {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB in addition"
+    return f"step: sample {shown} at {budget}: {took}, optimizer {states / 1e6:,.1f} MB in addition"
 
 
 def _peak(device: torch.device) -> float:

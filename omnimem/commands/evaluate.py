@@ -15,7 +15,16 @@ from pathlib import Path
 import torch
 
 from omnimem.backbones import load_backbone
-from omnimem.cli.arms import ARMS, TUNED, applicable, check_benchmarks, check_readable, evaluate_arms, left_out
+from omnimem.cli.arms import (
+    ARMS,
+    TUNED,
+    applicable,
+    check_benchmarks,
+    check_readable,
+    evaluate_arms,
+    left_out,
+    without_adapter,
+)
 from omnimem.cli.build import budget_of, feeder_of, policies_of, refuse_unpadded
 from omnimem.cli.parser import Parser, warn
 from omnimem.cli.tuned_model import load_tuned
@@ -40,6 +49,8 @@ def main(arguments: Sequence[str]) -> None:
     names = tuple(given.arm or applicable(run, tuned=given.adapter is not None or adapter.is_dir()))
     reads_tuned = bool(set(names) & set(TUNED)) and adapter.is_dir()
     warn([*differences(run), *(not_tuned_at(run.memory, run.stream, adapter) if reads_tuned else [])])
+    if not given.arm and not adapter.is_dir() and given.shard is None:
+        warn(without_adapter(adapter))
     check_benchmarks(run)
     # 2. model
     if not torch.cuda.is_available():  # models of CPU runs are small: more threads slow them down

@@ -20,7 +20,7 @@ from omnimem.evaluation.sharding import Shard
 from omnimem.evaluation.stream_reader import StreamReader
 from omnimem.evaluation.summary import summarise
 from omnimem.evaluation.trace import Trace
-from omnimem.media import FileSource, MediaError, Segment
+from omnimem.media import Decoded, FileSource, MediaError
 from omnimem.media.prefetch import Decoders
 from omnimem.rows import tracks_of
 from omnimem.run import write_json
@@ -146,7 +146,7 @@ class Evaluation:
         """A sample, with its file if that must be decoded."""
         try:
             tracks = self._tracks(arm, sample)
-            source = None if tracks is None or feeder.stored(sample) else feeder.source(sample)
+            source = None if tracks is None else feeder.undecoded(sample)
         except UNANSWERED as error:
             return _Job(block=block, sample=sample, failure=error), None
         return _Job(block=block, sample=sample, tracks=tracks), source
@@ -161,9 +161,7 @@ class Evaluation:
                 return None
         return tracks_of(sample, arm.tracks)
 
-    def _batches(
-        self, block: Iterable[tuple[_Job, Iterable[Segment] | None]], arm: Arm, feeder: Feeder
-    ) -> Iterator[_Batch]:
+    def _batches(self, block: Iterable[tuple[_Job, Decoded | None]], arm: Arm, feeder: Feeder) -> Iterator[_Batch]:
         """The batches of a block, and the streams that cannot be read, each with reason and message."""
         waiting: dict[tuple[object, ...], list[StreamReader]] = {}
         for job, segments in block:

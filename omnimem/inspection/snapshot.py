@@ -1,7 +1,7 @@
 """Snapshot of a stream for display: thumbnails, a waveform, and the arrival number of every visual and audio token."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, final
@@ -92,8 +92,8 @@ def read(feeder: Feeder, sample: Sample) -> StreamSnapshot:
     check_needles(sample)
     # 2. decode and encode
     source, fps = feeder.source(sample), feeder.options.fps
-    thumbnails = _Thumbnails(feeder.backbone.geometry.temporal_patch)
-    parts = [part for part in feeder.read(sample, thumbnails.passing(source)) if part.encoded.at is None]
+    thumbnails = _Thumbnails(source, feeder.backbone.geometry.temporal_patch)
+    parts = [part for part in feeder.read(sample, thumbnails) if part.encoded.at is None]
     opened = EncodedSample(
         sample=sample,
         segments=[part.encoded for part in parts],
@@ -148,13 +148,17 @@ def _is_span(span: Any) -> bool:
 class _Thumbnails:
     """Collects thumbnails of the frames of every grid while segments are read."""
 
-    def __init__(self, frames_per_grid: int) -> None:
-        self._frames_per_grid = frames_per_grid
+    def __init__(self, source: FileSource, frames_per_grid: int) -> None:
+        self._source, self._frames_per_grid, self.options = source, frames_per_grid, source.options
         self.grids: list[tuple[bytes, ...]] = []
 
-    def passing(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        """Yield the segments unchanged."""
-        for segment in segments:
+    @property
+    def unchanged(self) -> bool:
+        """As `FileSource.unchanged`."""
+        return self._source.unchanged
+
+    def __iter__(self) -> Iterator[Segment]:
+        for segment in self._source:
             if segment.frames is not None and segment.at is None:
                 small = [jpeg(frame) for frame in _shrink(segment.frames)]
                 each = self._frames_per_grid

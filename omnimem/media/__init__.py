@@ -6,9 +6,10 @@ from omnimem.media.frames import FrameList, Video, files_of
 from omnimem.media.live import read_live
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import patchify, resize, smart_resize
-from omnimem.media.source import FileSource, Geometry, LiveSource, Segment, Source, SourceOptions, TracksOption
+from omnimem.media.source import Decoded, FileSource, Geometry, LiveSource, Segment, Source, SourceOptions, TracksOption
 
 __all__ = [
+    "Decoded",
     "FileSource",
     "FrameList",
     "Geometry",

@@ -48,6 +48,7 @@ MACHINE = {
     *(errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ENOSPC, errno.EDQUOT, errno.ESTALE),
     *(errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.ETIMEDOUT),
 }
+LIBRARIES = av.library_versions  # of ffmpeg, which a build of PyAV may have from the system
 ISO_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}  # box types at the beginning of mp4 and mov files
 TRIAL_BYTES = 1 << 28  # more than the decoders of most files need
 # where headers declare a length: what precedes it, its type, and the place it counts from (None: the end of itself)
@@ -99,14 +100,20 @@ def probe(path: Video | str, *, measure: bool = False) -> MediaInfo:
     if isinstance(path, FrameList):
         return _probed_list(path)
     try:
-        status = Path(path).stat()
+        state = state_of(Path(path))
     except OSError:
         return _probed(path, measure)
-    return _probed_once(path, measure, status.st_mtime_ns, status.st_size)
+    return _probed_once(path, measure, state)
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """What changes with the content of a file; copies may have its size and its time of modification (`cp -p`)."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=4096)
-def _probed_once(path: Path | str, measure: bool, changed: int, size: int) -> MediaInfo:
+def _probed_once(path: Path | str, measure: bool, state: tuple[int, ...]) -> MediaInfo:
     """`_probed`, once for each state of a file."""
     return _probed(path, measure)
 

@@ -24,7 +24,7 @@ import torch
 
 from omnimem.errors import first_line, lacks_memory
 from omnimem.media.container import MediaError
-from omnimem.media.source import FileSource, Segment
+from omnimem.media.source import Decoded, FileSource, Segment
 
 AHEAD_BYTES = 1 << 26  # of queued frames and mel per process: two minutes of 420 x 420 at one frame per second
 PATIENCE = 10.0  # seconds to wait for the exit code of a lost process
@@ -58,7 +58,7 @@ class Decoders:
         self.decoders = []
         self._stack.close()
 
-    def read(self, jobs: Iterable[tuple[Job, FileSource | None]]) -> Iterator[tuple[Job, Iterable[Segment] | None]]:
+    def read(self, jobs: Iterable[tuple[Job, FileSource | None]]) -> Iterator[tuple[Job, Decoded | None]]:
         """Yield each job with the segments of its file, in order; a source of None gives None.
 
         Decoding of the next files starts while one is consumed, so `workers` jobs are taken in advance. Unread segments
@@ -151,7 +151,7 @@ class DecodedFile:
     """The segments of one file, received from its process; they can be iterated once."""
 
     def __init__(self, decoder: _Decoder, source: FileSource) -> None:
-        self._decoder, self._source, self._over = decoder, source, False
+        self._decoder, self._source, self._over, self.options = decoder, source, False, source.options
 
     def __iter__(self) -> Iterator[Segment]:
         for kind, content in self._messages():
@@ -163,6 +163,11 @@ class DecodedFile:
             elif kind == "machine":
                 number, message = content
                 raise MemoryError(message) if number is None else OSError(number, message, str(self._source.path))
+
+    @property
+    def unchanged(self) -> bool:
+        """As `FileSource.unchanged`."""
+        return self._source.unchanged
 
     def drop(self) -> None:
         """Skip what was not read."""

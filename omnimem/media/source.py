@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from omnimem.errors import counted
-from omnimem.media.container import MediaError
+from omnimem.media.container import MediaError, state_of
 from omnimem.media.decode import TICK, read_audio_blocks, read_frames, sample_by_time
-from omnimem.media.frames import FrameList, Video
+from omnimem.media.frames import FrameList, Video, files_of
 from omnimem.media.mel import LogMel, RunningMel
 from omnimem.media.pixels import MAX_ASPECT_RATIO, patchify, resize, smart_resize
 
@@ -110,6 +110,25 @@ class Segment:
     padded: bool = False  # the mel ends with silence up to the end of its window
     audio_seconds: float = 0.0  # of the audio in it, without padding
 
+    def filled(self, seconds: float) -> float:
+        """The length of the segment if a track of so many seconds were all that is in it."""
+        return (self.start + seconds) - self.start if self.at is None else min(self.at - self.start, seconds)
+
+
+@runtime_checkable
+class Decoded(Protocol):
+    """The segments of a file, decoded here or elsewhere."""
+
+    @property
+    def options(self) -> SourceOptions: ...
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file is the one that was there before it was read."""
+        ...
+
+    def __iter__(self) -> Iterator[Segment]: ...
+
 
 class Source(ABC):
     """A stream in segments; `seconds`, `frames_seen` and `audio_seconds_heard` count those of the last iteration.
@@ -123,6 +142,11 @@ class Source(ABC):
         self.options, self.geometry, self.asks = options, geometry, tuple(sorted(set(asks)))
         self.seconds, self.frames_seen, self.audio_seconds_heard = 0.0, 0, 0.0
         self._samples = 0  # audio samples read so far
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the files are those that were there at `FileSource.watched`."""
+        return True
 
     @abstractmethod
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
@@ -140,16 +164,17 @@ class Source(ABC):
         all_mel = self._read_mel(mel_each) if self.options.tracks != "video" else iter(())
         size: tuple[int, int] | None = None
         for index in count():
-            # 1. read one segment of both tracks
-            taken, piece = list(islice(all_frames, frames_each)), next(all_mel, _Piece(mel=None))
-            mel = piece.mel
-            if not taken and mel is None:
+            # 1. read one segment of both tracks; one frame at a time is held in its own size
+            taken: list[Tensor] = []
+            for frame in islice(all_frames, frames_each):
+                size = size or self._size(frame)  # the first frame sets the size of the whole stream
+                taken.append(resize(frame[None], *size))
+            piece = next(all_mel, _Piece(mel=None))
+            mel, frames = piece.mel, torch.cat(taken) if taken else None
+            if frames is None and mel is None:
                 return
+            # 2. count
             audio_seconds = 0.0 if mel is None else self._audio_seconds(index * mel_each, mel.shape[1])
-            # 2. count and resize
-            if taken and size is None:  # the first frame sets the size of the whole stream
-                size = self._size(taken[0])
-            frames = _resized(taken, *size) if taken and size else None
             yield from self._rests(index, frames, piece)
             self.seconds = index * length + max(len(taken) / self.options.fps, audio_seconds)
             self.frames_seen += len(taken)
@@ -211,13 +236,6 @@ def segment_of(at: float, length: float) -> int:
     return int(at / length + 1e-9)
 
 
-def _resized(frames: list[Tensor], height: int, width: int) -> UInt8[Tensor, "frames 3 {height} {width}"]:
-    """All frames at one size; a stream may change its size."""
-    if all(frame.shape == frames[0].shape for frame in frames):
-        return resize(torch.stack(frames), height, width)
-    return torch.cat([resize(frame[None], height, width) for frame in frames])
-
-
 @final
 class FileSource(Source):
     """The segments of a file, decoded lazily; the audio is heard first, for the maximum of its mel (`LogMel.pieces`).
@@ -243,6 +261,20 @@ class FileSource(Source):
         self.path: Video = path if isinstance(path, FrameList) else Path(path)
         self.audio_path: Video = Path(audio_path) if audio_path else self.path
         self.start, self.end, self.causal = start, end, causal or bool(asks)
+        self._state: tuple[tuple[int, ...], ...] | None = None
+
+    def watched(self) -> "FileSource":
+        """Itself; `unchanged` compares its files with what they are now, also in a process that only decodes it."""
+        self._state = self._state_now()
+        return self
+
+    @property
+    def unchanged(self) -> bool:
+        return self._state in (None, self._state_now())
+
+    def _state_now(self) -> tuple[tuple[int, ...], ...]:
+        files = dict.fromkeys(files_of((self.path, self.audio_path)))
+        return tuple(state_of(path) if path.is_file() else () for path in files)
 
     def _read_frames(self) -> Iterator[UInt8[Tensor, "3 _ _"]]:
         for _, frame in read_frames(self.path, fps=self.options.fps, start=self.start, end=self.end):

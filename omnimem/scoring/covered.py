@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from functools import cache, partial
+from typing import Any, Literal, final
 
 import torch
-from jaxtyping import Float, Int, Int8, Shaped
+from jaxtyping import Float, Int, Int8, Int16, Int32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from omnimem.lazy import Once
 from omnimem.scoring.base import AbstractScorer
 from omnimem.scoring.topk import highest
 from omnimem.sketches import ROUNDING, Codes, enlarged, rough, unrounded, vectors
@@ -17,6 +19,7 @@ from omnimem.view import FLOOR, Contest, LayerView
 
 BLOCK = 1024  # tokens compared with all better ones at a time
 ROWS = 128  # the same on a CPU, where less is compared in vain and a block should fit into the cache
+LOW_ROWS = 256  # the same in bfloat16, whose products are fast, so that fewer, larger calls pay
 NOISE = 0.05  # length of the difference from the mean below which its direction has no gradient
 STEP = 64  # further tokens that are compared at a time, at least
 ALONE = -1.0  # c of the best token, which has no better one
@@ -71,12 +74,17 @@ class Covered(AbstractScorer):
             product = torch.bfloat16 if rough(view.codes, keys.dtype, keys.device) else keys.dtype
             how = {"centred": self.centred, "product": product, "codes": view.codes}
             if learns:
-                alone = uncovered(held, view.modality, scores, **how)
-            elif view.contests and self.above > -1 and scores.device.type in COUNTED:
-                alone = uncovered_contested(held, view.modality, scores, view.contests, self._factor, **how)
+                alone = uncovered(held, view.modality, scores, once=view.once, **how)
             else:
-                alone = uncovered_values(held, view.modality, scores, pool.counts, **how)
+                find = partial(self._values, view, held, scores, **how)
+                alone = find() if view.once is None else view.once("uncovered", find)
             return scores * self._factor(alone)
+
+    def _values(self, view: LayerView, held: Tensor, scores: Tensor, **how: Any) -> Float[Tensor, "batch tokens"]:
+        """1 - c_k without gradient, at least of all tokens that may be kept."""
+        if view.contests and self.above > -1 and scores.device.type in COUNTED:
+            return uncovered_contested(held, view.modality, scores, view.contests, self._factor, **how)
+        return uncovered_values(held, view.modality, scores, view.pool.counts, **how)
 
     def _factor(self, alone: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The discount of tokens whose 1 - c is `alone`."""
@@ -93,13 +101,15 @@ def uncovered(
     centred: bool = True,
     product: torch.dtype | None = None,
     codes: Codes | None = None,
+    once: Once | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """1 - c_k, clamped to >= 1e-6; 1 for text, which is never evicted.
 
     The nearest better token is found without gradient, in the precision of `product` (None: of the feature; bfloat16
     resolves cosines to 0.004); the cosine to it is float32 or more, but of codes of 2 bits, which resolve less, as
     precise as `product`, and has gradient to both tokens. `codes` are the bits of the codes that `feature` holds, if it
-    does; with 2, it holds differences of directions from a reference, which have to be centred.
+    does; with 2, it holds differences of directions from a reference, which have to be centred. With `once`, the
+    nearest tokens are found once where this is computed again.
     """
     feature = vectors(feature, codes)
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
@@ -112,12 +122,13 @@ def uncovered(
             continue
         order = highest(scores, member, size)  # members first
         there = torch.arange(size, device=order.device) < sizes
-        ranked = unit.gather(1, order[..., None].expand(-1, -1, unit.shape[-1]))
+        ranked = _taken(unit, order)
         if centred:
             mean = (ranked * there[..., None]).sum(dim=1, keepdim=True) / sizes[..., None].clamp_min(1)
             ranked = _directions(ranked - mean, codes)
-        best, near = nearest_before(ranked.detach().to(product or feature.dtype))
-        cosine = (ranked * ranked.gather(1, near[..., None].expand_as(ranked))).sum(-1)
+        find = partial(_nearest, ranked.detach().to(product or feature.dtype))
+        best, near = find() if once is None else once(f"nearest {kind.name}", find)
+        cosine = (ranked * _taken(ranked, near)).sum(-1)
         if codes == 2:  # the value as evaluation has it
             cosine = cosine + (best.to(cosine.dtype) - cosine.detach())
         cosine = torch.cat([torch.full_like(cosine[:, :1], ALONE), cosine[:, 1:]], dim=1)
@@ -147,8 +158,9 @@ def uncovered_values(
     for row, kinds in enumerate(modality):
         order, sizes = _ranked(scores[row], kinds, counts)
         ranking = Ranking(feature[row], order, sizes or kinds[order], centred, product, codes)
-        cosines = [ranking.best(number, size) for number, size in enumerate(sizes or (len(order),))]
-        found[row].index_copy_(0, order, _apart(torch.cat(cosines), codes).to(found.dtype))
+        for number, size in enumerate(sizes or (len(order),)):
+            ranking.compare(number, size)
+        found[row].index_copy_(0, order, _apart(ranking.cosines, codes).to(found.dtype))
     return found
 
 
@@ -173,24 +185,23 @@ def uncovered_contested(
     found = torch.ones_like(scores)
     for row, kinds in enumerate(modality):
         for member, kept in contests:
-            # 1. the ranking of all that compete, and that of each modality in it
+            # 1. the ranking of all that compete, and the places in it of each modality
             size = int(member[row].sum())
             if kept in (0, size):
                 continue
-            order = highest(scores[row : row + 1], member[row : row + 1], size)[0]
-            places = [kind.mask(kinds[order]).nonzero()[:, 0] for kind in EVICTABLE]
-            sizes = tuple(len(each) for each in places)
-            ranking = Ranking(feature[row], order[torch.cat(places)], sizes, centred, product, codes)
+            ranked = highest(scores[row : row + 1], member[row : row + 1], size)[0]
+            places = [kind.mask(kinds[ranked]).nonzero()[:, 0] for kind in EVICTABLE]
+            order = ranked[torch.cat(places)]
+            ranking = Ranking(feature[row], order, tuple(map(len, places)), centred, product, codes)
             plain, first = scores[row, order], kept
-            alone = torch.ones_like(plain)
             # 2. compare the first ones, then further ones until all that could be kept are among them
             while True:
-                heads = [each[: int(torch.searchsorted(each, first))] for each in places]
-                cosines = [ranking.best(number, len(each)) for number, each in enumerate(heads)]
-                alone[torch.cat(heads)] = _apart(torch.cat(cosines), codes).to(alone.dtype)
+                for number, each in enumerate(places):
+                    ranking.compare(number, int(torch.searchsorted(each, first)))
+                alone = _apart(ranking.cosines, codes).to(plain.dtype)  # 1 of what is not compared
                 if first == size:
                     break
-                ahead = int((plain[:first] * factor(alone[:first]) > plain[first]).sum())
+                ahead = int((plain * factor(alone) > scores[row, ranked[first]]).sum())
                 if ahead >= kept:
                     break
                 first = min(size, first + max(STEP, kept - ahead))
@@ -249,12 +260,16 @@ class Ranking:
                 ranked.mul_(_grown(length))
         # 2. what is compared, and how far it was: of each modality
         self.ranked, self.low = ranked.split(sizes), ranked.to(product).split(sizes)
-        self.cosines, self.done = ranked.new_empty(len(order)).split(sizes), [0] * len(sizes)
+        self.cosines = ranked.new_zeros(len(order))  # the largest to one before, or `ALONE`; 0 of what is not compared
+        self.parts, self.done = self.cosines.split(sizes), [0] * len(sizes)
         # 3. room for the cosines of a block; minus infinity where a member (column) is not before another one (row)
-        rows = BLOCK if feature.device.type != "cpu" else ROWS if product.itemsize > 2 else 2 * ROWS
-        side = max(1, min(rows, max(sizes)))
-        self.room = ranked.new_empty(side * max(sizes), dtype=product)
-        self.later = torch.full((side, side), float("-inf"), dtype=product, device=feature.device).triu()
+        rows = BLOCK if feature.device.type != "cpu" else ROWS if product.itemsize > 2 else LOW_ROWS
+        self.side = max(1, min(rows, max(sizes)))
+        self.room = ranked.new_empty(self.side * max(sizes), dtype=product)
+        fast = codes == 2 and product == torch.bfloat16 and feature.device.type == "cpu"
+        self.by_bits = fast and self.kind is None
+        square = (0 if self.by_bits else self.side,) * 2
+        self.later = torch.full(square, float("-inf"), dtype=product, device=feature.device).triu()
 
     def _centre(self, ranked: Float[Tensor, "members feature"], sizes: tuple[int, ...]) -> None:
         """Take the mean of each modality off its members."""
@@ -268,36 +283,37 @@ class Ranking:
             mean = (share.mT @ ranked).div_(share.sum(dim=0)[:, None])  # NaN of a modality that nothing is of
             ranked.sub_(mean[Modality.VISUAL.mask(self.kind).long()])
 
-    def best(self, number: int, count: int) -> Float[Tensor, " count"]:
-        """The largest cosine of each of the first `count` members of a modality to one before it, or `ALONE`.
-
-        `count` does not fall from call to call.
-        """
-        cosines, done, step = self.cosines[number], self.done[number], len(self.later)
+    def compare(self, number: int, count: int) -> None:
+        """Set `cosines` of the first `count` members of a modality; `count` does not fall from call to call."""
+        cosines, done = self.parts[number], self.done[number]
         with torch.autocast(cosines.device.type, enabled=False):
-            for first in range(done, count, step):
-                self._compare(number, first, min(first + step, count))
+            for first in range(done, count, self.side):
+                self._compare(number, first, min(first + self.side, count))
         self.done[number] = count
         # the first of each modality has none before it
         if self.kind is None:
-            cosines[:1] = ALONE
-            return cosines[:count]
+            if count and not done:
+                cosines[0] = ALONE
+            return
         first = torch.ones_like(cosines, dtype=torch.bool)
         first[1:] = self.kind[1:] != self.kind[:-1]
-        return cosines.masked_fill_(first, ALONE)[:count]
+        cosines.masked_fill_(first, ALONE)
 
     def _compare(self, number: int, first: int, last: int) -> None:
         """Members `first` to `last` (exclusive) with all before; in low precision the cosine is computed again."""
-        ranked, low, found = self.ranked[number], self.low[number], self.cosines[number][first:last]
+        ranked, low, found = self.ranked[number], self.low[number], self.parts[number][first:last]
         room = self.room[: (last - first) * last].view(last - first, last)
         alike = torch.mm(low[first:last], low[:last].mT, out=room)
+        if self.by_bits:
+            found.copy_(_largest_before(alike, first))
+            return
         alike[:, first:].add_(self.later[: last - first, : last - first])
         if self.kind is not None:
             alike.masked_fill_(self.kind[first:last, None] != self.kind[:last], float("-inf"))
         if low.dtype == ranked.dtype:
             torch.amax(alike, dim=-1, out=found)
         elif self.codes == 2:
-            found.copy_(_largest(alike))
+            found.copy_(alike.amax(dim=-1))
         else:
             torch.sum(ranked[first:last] * ranked[alike.max(dim=-1).indices], dim=-1, out=found)
 
@@ -308,13 +324,33 @@ def _apart(cosine: Float[Tensor, "*shape"], codes: Codes | None) -> Float[Tensor
     return apart.clamp_min(FLOOR)
 
 
-def _largest(alike: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
-    """The largest of each row; on a CPU an eighth of the time of amax in bfloat16, by the order of bit patterns."""
-    if alike.device.type != "cpu" or alike.dtype != torch.bfloat16:
-        return alike.amax(dim=-1)
-    found = alike.view(torch.int16).amax(dim=-1).view(torch.bfloat16)
-    below = found < 0  # negative numbers are in the reverse order
-    return found.index_put_((below,), alike[below].amax(dim=-1)) if bool(below.any()) else found
+@cache
+def _before_bits(side: int) -> Int16[Tensor, "side side"]:
+    """The largest 16-bit number where a column is before a row, else the smallest."""
+    limits = torch.iinfo(torch.int16)
+    return torch.where(torch.ones(side, side, dtype=torch.bool).tril(-1), limits.max, limits.min).to(torch.int16)
+
+
+def _largest_before(alike: Float[Tensor, "rows columns"], first: int) -> Float[Tensor, " rows"]:
+    """The largest of each row i among the columns before first + i; minus infinity where there is none.
+
+    In bfloat16 on a CPU, an eighth of the time of amax: positive numbers are in the order of their bit patterns.
+    Overwrites the rest of the columns.
+    """
+    rows, columns = alike.shape
+    # 1. bit patterns; those of the rest become the smallest number of all, which is that of minus zero
+    bits = alike.view(torch.int16)
+    own = bits[:, first:]
+    torch.minimum(own, _before_bits(max(rows, LOW_ROWS))[:rows, : columns - first], out=own)
+    found = bits.amax(dim=-1)
+    # 2. rows of negative numbers: those are in the reverse order
+    below = found < 0
+    found = found.view(alike.dtype)
+    if not bool(below.any()):
+        return found
+    number = below.nonzero()
+    later = torch.arange(columns) >= first + number
+    return found.index_put_((below,), alike[number[:, 0]].masked_fill(later, float("-inf")).amax(dim=-1))
 
 
 def _normalized(vectors: Float[Tensor, "members feature"]) -> Float[Tensor, "members 1"]:
@@ -341,6 +377,23 @@ def _grown(length: Float[Tensor, "*axes 1"]) -> Float[Tensor, "*axes 1"]:
     return (1 - ROUNDING / length.square()).clamp_min_(0.25).rsqrt_()
 
 
+def _taken(
+    vectors: Float[Tensor, "batch members feature"], index: Int[Tensor, "batch taken"]
+) -> Float[Tensor, "batch taken feature"]:
+    """The vectors of these members; of one stream in a third of the time of `gather` and its backward on a CPU."""
+    if len(vectors) == 1:
+        return vectors[0].index_select(0, index[0])[None]
+    return vectors.gather(1, index.long()[..., None].expand(-1, -1, vectors.shape[-1]))
+
+
+def _nearest(
+    ranked: Float[Tensor, "batch members feature"],
+) -> tuple[Float[Tensor, "batch members"], Int32[Tensor, "batch members"]]:
+    """`nearest_before` as it is held until backward."""
+    best, near = nearest_before(ranked)
+    return best, near.int()
+
+
 @torch.no_grad()
 def nearest_before(
     ranked: Float[Tensor, "batch members feature"],
@@ -355,7 +408,10 @@ def nearest_before(
     for first in range(0, count, step):
         last = min(first + step, count)
         with torch.autocast(ranked.device.type, enabled=False):
-            alike = ranked[:, first:last] @ ranked[:, :last].mT
+            if len(ranked) == 1:  # of bfloat16 on a CPU in a third of the time, as evaluation has it
+                alike = torch.mm(ranked[0, first:last], ranked[0, :last].mT)[None]
+            else:
+                alike = ranked[:, first:last] @ ranked[:, :last].mT
         later = torch.ones(last - first, last - first, dtype=torch.bool, device=ranked.device).triu()
         alike[..., first:].masked_fill_(later, float("-inf"))
         found = alike.max(dim=-1)  # the first as argmax, which takes three times as long on a CPU

@@ -37,8 +37,8 @@ class ReadAhead:
 
     def _begun(self, sample: Sample) -> DecodedFile | None:
         with suppress(MediaError):  # raised again when it is opened
-            if sample.has_stream and not self.feeder.stored(sample):
-                return self._decoders.begin(self.feeder.source(sample))
+            if sample.has_stream and (source := self.feeder.undecoded(sample)) is not None:
+                return self._decoders.begin(source)
         return None
 
     def open(self, sample: Sample) -> EncodedSample:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnimem.attention.blocked import Every, attend, attend_measured
+from omnimem.lazy import Once
 from omnimem.memory import Memory
 from omnimem.per_head import head_rows, merge_query_rows, packed, query_rows, rows_of
 from omnimem.policies.base import JointPolicy, Policy, ProbePrompt
@@ -170,6 +171,7 @@ class ChunkStep:
     held: Numbers = field(init=False, repr=False)  # the whole numbers of the chunk as every layer holds them
     compaction: Compaction | None = None  # before the chunk is read
     counts: Counts | None = None  # of the chunk, where all streams of the batch hold equal numbers
+    once: Once | None = None  # of a chunk that is computed again in backward: what it measures without gradient
 
     def __post_init__(self) -> None:  # not when first read: a captured pass may not write to it
         parts = 3 if self.config.policy.traits.needs_place else 0
@@ -379,6 +381,7 @@ class ChunkAttention:
             probes=self._probed(layer, queries, keys),
             heads=heads if config.per_head else 1,
             arrived=self._arrived(states[:, :count], heads),
+            once=None if chunk.once is None else chunk.once.of(layer),
             settles=chunk.counts is not None,
             padded=padded,
         )

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, final, runtime_checkable
@@ -12,13 +12,23 @@ import torch
 from torch import Tensor
 
 from omnimem.backbones import Backbone, Encoded, LayoutError, Turn, collate
+from omnimem.backbones.projectors import Track
 from omnimem.data import Sample
-from omnimem.media import FileSource, FrameList, LiveSource, MediaError, Segment, Source, Video, probe
+from omnimem.media import Decoded, FileSource, FrameList, LiveSource, MediaError, Segment, Source, Video, probe
 from omnimem.media.decode import TICK
 from omnimem.policies.base import Policy, PolicyError, StreamOutline
 from omnimem.rows import judge, tracks_of
 from omnimem.streaming.attach import StreamedAttention
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
+from omnimem.streaming.encoder_cache import (
+    ENTRIES,
+    EncodedSegment,
+    EncoderCache,
+    MediaStats,
+    TrackSegment,
+    in_order,
+    joined,
+    lacking,
+)
 from omnimem.streaming.options import StreamOptions
 from omnimem.streaming.prompt_pass import Prompt, pack
 from omnimem.streaming.stream import Stream
@@ -113,21 +123,29 @@ class Feeder:
 
     # ------------------------------------------------------------------------------------ decoding and encoding
 
-    def source(self, sample: Sample) -> FileSource:
-        """The file of a sample, up to the last question.
+    def source(self, sample: Sample, tracks: Tracks | None = None) -> FileSource:
+        """The file of a sample, up to the last question; `tracks`: those to decode (None: all that are read).
 
         Where questions are asked during the stream, audio after a question must not change its answer, and nothing is
         read after the last one. Raises MediaError as `tracks_of`.
         """
+        read = tracks_of(sample, self.options.tracks)
         return FileSource(
             sample.video or sample.audio or "",
             sample.audio,
-            options=self.options.source(tracks_of(sample, self.options.tracks)),
+            options=self.options.source(tracks or read),
             geometry=self.backbone.geometry,
             start=sample.start,
             end=self._end(sample),
             asks=[time for time in sample.times if time is not None],
         )
+
+    def undecoded(self, sample: Sample) -> FileSource | None:
+        """The file of a sample with the tracks whose encoder outputs the cache lacks; None: it holds all of them."""
+        source = self.source(sample)
+        held = () if self.cache is None else {t for t, path in self.cache.paths(source).items() if path.is_file()}
+        tracks = lacking(source, held)
+        return None if tracks is None else self.source(sample, tracks).watched()
 
     def _end(self, sample: Sample) -> float | None:
         """Seconds of the file that are read; None: to its end."""
@@ -138,7 +156,7 @@ class Feeder:
         last = sample.start + (math.floor(max(during) / step) + 1) * step
         return last if sample.end is None else min(last, sample.end)
 
-    def open(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> EncodedSample:
+    def open(self, sample: Sample, decoded: Decoded | None = None) -> EncodedSample:
         """Decode and encode a whole sample; `decoded` as in `read`.
 
         Raises MediaError when a track that the options ask for is missing, or a file is unreadable or truncated.
@@ -148,52 +166,66 @@ class Feeder:
         tracks = tracks_of(sample, self.options.tracks)
         return EncodedSample(sample=sample, segments=segments, tracks=tracks, heard=parts[-1].heard)
 
-    def read(self, sample: Sample, decoded: Iterable[Segment] | None = None) -> Iterator[EncodedSegment]:
+    def read(self, sample: Sample, decoded: Decoded | None = None) -> Iterator[EncodedSegment]:
         """The segments of a sample one after the other: from the cache, or decoded and encoded on demand.
 
-        `decoded` are the segments of `source(sample)`, if they are decoded elsewhere. Raises MediaError as `open`.
+        `decoded` is `undecoded(sample)`, if it is decoded elsewhere. Raises MediaError as `open`.
         """
-        path = self._cache_file(sample)
-        known = None if self.cache is None or path is None else self.cache.load(path, self.backbone.device)
-        if known is not None:
-            yield from known
-            return
-        encoded = self._encoded(sample, self.source(sample) if decoded is None else decoded)
-        if self.cache is not None and path is not None:
-            encoded = list(encoded)
-            self.cache.store(path, encoded)
-        yield from encoded
+        tokens = 0
+        for segment in joined(self._parts(sample, decoded)):
+            tokens += segment.encoded.count
+            yield segment
+        _require(tokens, sample.shown)
 
-    def stored(self, sample: Sample) -> bool:
-        """Whether the cache holds the encoder outputs of a sample, so that it need not be decoded."""
-        path = self._cache_file(sample)
-        return path is not None and path.is_file()
+    def _parts(self, sample: Sample, decoded: Decoded | None) -> Iterator[Collection[TrackSegment]]:
+        """The tracks of each segment: from the cache, and those that it lacks decoded and encoded."""
+        # 1. what the cache holds
+        source, held, paths = self.source(sample), dict[Track, Iterable[TrackSegment]](), dict[Track, Path]()
+        if self.cache is not None:
+            paths = self.cache.paths(source.watched())
+            loaded = ((track, self.cache.load(path, self.backbone.device, track)) for track, path in paths.items())
+            held |= {track: entry for track, entry in loaded if entry is not None}
+        tracks = lacking(source, held)
+        if tracks is None:
+            return in_order(held.values())
+        # 2. the other tracks; `decoded` may be older than an entry
+        if decoded is None or decoded.options.tracks not in (tracks, source.options.tracks):
+            decoded = self.source(sample, tracks)
+        made = self._encoded(decoded)
+        if self.cache is None:
+            return made
+        segments = [part for parts in made for part in parts]
+        for track in ENTRIES[tracks]:
+            held[track] = of_track = [part for part in segments if part.track == track]
+            if source.unchanged and decoded.unchanged:
+                self.cache.store(paths[track], of_track)
+            else:
+                self.cache.not_stored("changed", f"{sample.shown} changed while it was read")
+        return in_order(held.values())
 
-    def _cache_file(self, sample: Sample) -> Path | None:
-        return None if self.cache is None else self.cache.path_of(sample, self.source(sample))
+    def _encoded(self, segments: Iterable[Segment]) -> Iterator[list[TrackSegment]]:
+        """Encode segments; the tracks of each, as streams of one track have them."""
+        alone: deque[dict[Track, tuple[float, MediaStats]]] = deque()
 
-    def _encoded(self, sample: Sample, segments: Iterable[Segment]) -> Iterator[EncodedSegment]:
-        """Encode segments, and count the media decoded up to the end of each.
-
-        Raises MediaError when there is none.
-        """
-        mel, total = self.backbone.geometry.mel, MediaStats()
-        heard: deque[MediaStats] = deque()
-
-        def counted() -> Iterator[Segment]:
-            nonlocal total
+        def noted() -> Iterator[Segment]:
             for segment in self._timed(segments):
-                frames = 0 if segment.frames is None else segment.frames.shape[0]
-                mel_frames = 0 if segment.mel is None else segment.mel.shape[1]
-                heard_now = segment.audio_seconds if segment.padded else mel_frames * mel.hop / mel.rate
-                seconds = total.audio_seconds + min(segment.seconds, heard_now)
-                after = MediaStats(frames=total.frames + frames, audio_seconds=seconds)
-                heard.append(after)
-                total = after if segment.at is None else total
+                alone.append(self._alone(segment))
                 yield segment
 
-        for encoded in _not_empty(self.backbone.encode(counted(), fps=self.options.fps), sample.shown):
-            yield EncodedSegment(encoded=encoded, heard=heard.popleft())
+        for encoded in self.backbone.encode(noted(), fps=self.options.fps):
+            found = alone.popleft()
+            yield [TrackSegment.of(track, encoded, *facts) for track, facts in found.items()]
+
+    def _alone(self, segment: Segment) -> dict[Track, tuple[float, MediaStats]]:
+        """The length of a segment with each of its tracks alone, and the media in it."""
+        mel, found = self.backbone.geometry.mel, dict[Track, tuple[float, MediaStats]]()
+        if segment.frames is not None:
+            frames = segment.frames.shape[0]
+            found["visual"] = segment.filled(frames / self.options.fps), MediaStats(frames=frames)
+        if segment.mel is not None:
+            heard = segment.audio_seconds if segment.padded else segment.mel.shape[1] * mel.hop / mel.rate
+            found["audio"] = segment.filled(segment.audio_seconds), MediaStats(audio_seconds=heard)
+        return found
 
     def _timed(self, segments: Iterable[Segment]) -> Iterator[Segment]:
         rest = iter(segments)
@@ -359,6 +391,11 @@ def _not_empty(segments: Iterable[Encoded], path: Video | str) -> Iterator[Encod
     for segment in segments:
         tokens += segment.count
         yield segment
+    _require(tokens, path)
+
+
+def _require(tokens: int, path: Video | str) -> None:
+    """Raises MediaError for a stream without a token."""
     if not tokens:
         what = "holds no frame, and too little audio for one token; choose a longer clip"
         raise MediaError(path, "empty", what)

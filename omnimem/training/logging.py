@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, final
 
@@ -27,7 +28,7 @@ from omnimem.tokens import Modality
 from omnimem.training.collectives import gather_lists, highest
 from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.nonfinite import NonFiniteGuard, NonFiniteStep, mean_without
-from omnimem.tuning import Outcome, Pass, Plan, running_means, step_metrics
+from omnimem.tuning import Outcome, Pass, Plan, running_means, step_losses, step_metrics
 
 
 @final
@@ -112,21 +113,25 @@ class StepMetrics(TrainerCallback, ExportableState):
         state, ranks = trainer.state, trainer.args.world_size
         # 1. losses by name and by budget, of all ranks
         self.share(trainer.args)
-        passes = gather_lists(self._passes(), ranks)
+        every, samples = gather_lists(self._passes(), ranks), gather_lists(self.samples, ranks)
+        skipped = self.nonfinite.since(self.logged)
+        passes = [each for each in every if each.step + 1 not in {step.step for step in skipped}]
         complete = {**logs, **step_metrics(passes), **running_means(passes, state.log_history)}
         # 2. memory, tokens and time of the streams of this rank
         if self.outcomes:
             complete |= self._usage(state.global_step - 1, state.max_steps)
         complete |= self._speed(trainer.args) | {f"cache/{name}": float(number) for name, number in self.cached.items()}
-        # 3. loss and gradient norm without skipped steps
-        skipped = self.nonfinite.since(self.logged)
-        if skipped:
+        # 3. loss and gradient norm without skipped steps; loss without the samples that could not be read
+        if sum(each.streams for each in every) < len(samples):
+            losses = [loss for _, loss in step_losses(passes)]
+            complete["loss"] = fmean(losses) if losses else math.nan
+        elif skipped:
             steps = state.global_step - self.logged
             complete["loss"] = mean_without(len(skipped), steps, complete["loss"])
         if skipped and skipped[-1].step == state.global_step and "grad_norm" in complete:
             complete["grad_norm"] = math.nan
         # 4. sample ids of all ranks
-        samples, left_out = gather_lists(self.samples, ranks), [name for each in skipped for name in each.samples]
+        left_out = [name for each in skipped for name in each.samples]
         self.names = {"samples": samples, "left_out": left_out}
         self.outcomes, self.samples, self.logged = [], [], state.global_step
         self.busy = self.decoded = 0.0
@@ -160,13 +165,8 @@ class StepMetrics(TrainerCallback, ExportableState):
         return {name: sum(counts.get(name, 0) for counts in (self.earlier_cache, *every)) for name in COUNTED}
 
     def _passes(self) -> list[Pass]:
-        """Losses since the last log, without skipped steps."""
-        skipped = {each.step - 1 for each in self.nonfinite.found}
-        return [
-            Pass.of(outcome, step=step, budget=self.plan.budget(step))
-            for step, outcome in self.outcomes
-            if step not in skipped
-        ]
+        """Losses of the batches of this rank since the last log."""
+        return [Pass.of(outcome, step=step, budget=self.plan.budget(step)) for step, outcome in self.outcomes]
 
     def _usage(self, number: int, steps: int) -> dict[str, float]:
         step = self.plan(number, steps)
@@ -290,6 +290,8 @@ class Progress(TrainerCallback):
             shown["temperature"] = f"{temperature:.3g}"
         if "learning_rate" in logs:
             shown["rate"] = f"{logs['learning_rate']:.3g}"
+        if failed := logs.get("failed_samples"):
+            shown["unreadable"] = f"{failed:g}"
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
         if self.bar.disable and (state.global_step % max(1, state.max_steps // 10) == 0 or state.global_step == 1):

@@ -23,7 +23,7 @@ from omnimem.tuning.lora import (
     trainable,
 )
 from omnimem.tuning.losses import AbstractLoss, AnswerLoss, FullMemoryKL, LossOptions, Rows, answer_losses
-from omnimem.tuning.metrics import Pass, running_means, step_metrics
+from omnimem.tuning.metrics import Pass, running_means, step_losses, step_metrics
 from omnimem.tuning.overlap import SelectionOverlap
 from omnimem.tuning.plan import Plan, Step, TuningOptions
 from omnimem.tuning.session import Outcome, Score, streamed_loss, streamed_scores
@@ -63,6 +63,7 @@ __all__ = [
     "require_base",
     "running_means",
     "start_adapter",
+    "step_losses",
     "step_metrics",
     "streamed_loss",
     "streamed_scores",

@@ -48,10 +48,17 @@ def running_means(passes: Sequence[Pass], history: Sequence[Mapping[str, float]]
     `passes` are those of all ranks. Continues from the newest value in the log history, also in a resumed run.
     """
     means: dict[str, float] = {}
-    for _, members in groupby(sorted(passes, key=lambda each: each.step), key=lambda each: each.step):
-        same = list(members)
-        loss = sum(each.loss * each.streams for each in same) / sum(each.streams for each in same)
-        name = f"loss_at/{same[0].budget}"
+    for budget, loss in step_losses(passes):
+        name = f"loss_at/{budget}"
         before = means.get(name, next((line[name] for line in reversed(history) if name in line), loss))
         means[name] = before + WEIGHT * (loss - before)
     return means
+
+
+def step_losses(passes: Sequence[Pass]) -> list[tuple[str, float]]:
+    """Budget and loss of each step in which a stream was read: the mean over its streams on all ranks, in nats."""
+    losses = []
+    for _, members in groupby(sorted(passes, key=lambda each: each.step), key=lambda each: each.step):
+        same = list(members)
+        losses.append((same[0].budget, sum(each.loss * each.streams for each in same) / sum(p.streams for p in same)))
+    return losses

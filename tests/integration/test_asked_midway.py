@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
 from omnimem.budget import SplitBudget
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, LiveSource, Segment, read_audio, read_frames
+from omnimem.media import Decoded, FileSource, LiveSource, Segment, SourceOptions, read_audio, read_frames
 from omnimem.media.prefetch import Decoders
 from omnimem.policies import PerturbationOptions
 from omnimem.policies.base import Policy
@@ -162,17 +162,30 @@ def test_rests_are_the_same_however_the_stream_is_read(backbone, attached, video
             assert x is None or y is None or torch.equal(x, y)
 
 
-def _decoded(feeder: Feeder, sample: Sample, kind: str) -> list[Segment]:
+@dataclass
+class Listed:
+    """Segments that were read."""
+
+    options: SourceOptions
+    segments: list[Segment]
+    unchanged: bool = True
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+
+def _decoded(feeder: Feeder, sample: Sample, kind: str) -> Decoded:
     source, path = feeder.source(sample), sample.video
     assert path is not None
     if kind == "prefetch":
         with Decoders(1) as decoders:
-            return [segment for _, segments in decoders.read([(None, source)]) for segment in segments or ()]
+            every = [segment for _, segments in decoders.read([(None, source)]) for segment in segments or ()]
+            return Listed(source.options, every)
     frames = list(read_frames(path, fps=1.0))
     audio = read_audio(path, rate=feeder.backbone.geometry.mel.rate)
     blocks = iter(audio.split(1000 if kind == "live" else 10**6))
     options, geometry = feeder.options.source(), feeder.backbone.geometry
-    return list(LiveSource(iter(frames), blocks, options=options, geometry=geometry, asks=source.asks))
+    return LiveSource(iter(frames), blocks, options=options, geometry=geometry, asks=source.asks)
 
 
 @pytest.mark.parametrize("carry", [FullGradient(), FullGradient(recompute=False), HorizonGradient(chunks=2)], ids=str)

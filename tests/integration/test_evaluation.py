@@ -16,11 +16,12 @@ from support.thinkers import write_folder
 from support.tiny_run import silence
 
 from omnimem.backbones import Backbone, ModelOptions, Turn, load_backbone
+from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.budget import SplitBudget
 from omnimem.data import Item, Message, Sample, TooManyFailures
 from omnimem.evaluation import Arm, EvaluateOptions, Evaluation, EvaluationError, Shard, answering, results
 from omnimem.evaluation.results import MEASURED
-from omnimem.media import FileSource, read_audio, read_frames
+from omnimem.media import FileSource, TracksOption, read_audio, read_frames
 from omnimem.policies import PerturbationOptions
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -129,7 +130,28 @@ def test_decoding_ahead_and_the_cache_change_nothing(backbone, attached, videos,
     }.items():
         judge.run(arm_of(attached), asked, tmp_path / name)
         assert lines_of(tmp_path / name) == lines_of(tmp_path / "here"), name
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * 3  # an entry per track
+
+
+def test_a_stream_is_encoded_once_for_all_arms(backbone, attached, videos, tmp_path, monkeypatch) -> None:
+    silence(videos[0], tmp_path / "silent.mp4")
+    asked = Given([sample(videos[1], (3.0, None)), sample(tmp_path / "silent.mp4", (None,))])
+    arms: tuple[TracksOption, ...] = ("both", "video", "audio")
+    for tracks in arms:
+        evaluation(backbone, attached).run(arm_of(attached, None, tracks=tracks), asked, tmp_path / tracks)
+    for order in (arms, arms[::-1]):
+        place = tmp_path / order[0]
+        judge = evaluation(backbone, attached, place / "cache")
+        with monkeypatch.context() as patch:
+            for tracks in order:
+                arm = arm_of(attached, None, tracks=tracks)
+                judge.run(arm, asked, place / tracks)
+                assert lines_of(place / tracks) == lines_of(tmp_path / tracks)
+                if len(list((place / "cache").iterdir())) == 3:  # nothing is decoded and no encoder runs any more
+                    patch.setattr(Qwen25Omni, "encode", None)
+                    patch.setattr(FileSource, "__iter__", None)
+        counts = judge.feeder.cache.counts if judge.feeder.cache else {}
+        assert (counts["hits"], counts["misses"]) == (3, 3)
 
 
 class Killed(BaseException):

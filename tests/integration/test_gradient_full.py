@@ -2,7 +2,10 @@
 
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,10 +37,12 @@ from support.thinkers import write_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omnimem.attention import blocked
 from omnimem.attention.blocked import attend
 from omnimem.backbones import ModelOptions
 from omnimem.backbones.qwen2_5_omni import Qwen25Omni
 from omnimem.memory import Memory
+from omnimem.scoring import covered
 from omnimem.selection import LayerSlots, Softness, select
 from omnimem.streaming.attach import StreamedAttention, attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
@@ -110,6 +115,36 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(carr
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert not torch.equal(found[0][0], other)  # dropout was active
+
+
+@pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
+@pytest.mark.parametrize("gradient", ["hard", "none", "redundancy", "both"])
+def test_a_recomputed_chunk_measures_what_has_no_gradient_once(gradient, by_layer, monkeypatch) -> None:
+    """Attention mass and nearest tokens; mass that learns is measured again, as its graph is needed."""
+    model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
+    softness = None if gradient == "hard" else Softness(temperature=0.3, gradient=gradient)
+    calls: Counter[str] = Counter()
+
+    def counting(module: ModuleType, name: str) -> None:
+        plain = getattr(module, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    counting(blocked, "mass")
+    found_by = {"hard": "uncovered_contested", "none": "uncovered_values"}
+    counting(covered, found_by.get(gradient, "nearest_before"))
+    with attach(model, recompute_layers=by_layer) as attached:
+        loss = streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient(), softness)
+        read = calls.copy()
+        loss.backward()
+    assert len(read) == 2
+    assert min(read.values()) >= attached.shape.layers
+    learns = {"mass"} if gradient == "both" else set()
+    assert {name for name in calls if calls[name] > read[name]} == learns
 
 
 def test_gradient_passes_through_positions_that_move_up() -> None:

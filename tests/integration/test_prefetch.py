@@ -11,10 +11,10 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
+from support.media_files import write_wav
 
 from omnimem.media import FileSource, Geometry, LogMel, MediaError, Segment, SourceOptions
 from omnimem.media.prefetch import DecoderLost, Decoders, _Outbox
@@ -198,13 +198,3 @@ def test_what_is_heard_later_changes_no_causal_segment(tmp_path) -> None:
         equal = [torch.equal(torch.as_tensor(x.mel), torch.as_tensor(y.mel)) for x, y in zip(a, b, strict=True)]
         assert equal[:4] == [causal] * 4
         assert not equal[-1]
-
-
-def write_wav(path: Path, samples: np.ndarray) -> None:
-    """Mono, 16 kHz, 32-bit floats."""
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("pcm_f32le", rate=16000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
-        frame.sample_rate = 16000
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))

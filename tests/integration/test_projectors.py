@@ -25,7 +25,7 @@ from omnimem.selection import SelectionOptions
 from omnimem.streaming.adapter import without_adapter
 from omnimem.streaming.attach import attach
 from omnimem.streaming.chunk_pass import DirectStep, MemoryStep
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats, fingerprint
+from omnimem.streaming.encoder_cache import EncoderCache, MediaStats, TrackSegment, fingerprint
 from omnimem.streaming.feeder import EncodedSample, Feeder, feed_until_due
 from omnimem.streaming.options import StreamOptions
 from omnimem.training.gradient_sync import whole_gradient
@@ -444,9 +444,10 @@ def test_the_cache_holds_what_precedes_projectors_and_serves_all_of_their_weight
     assert fingerprint(backbone) == before != fingerprint(base)
     cache = EncoderCache.of(backbone, tmp_path)
     assert cache is not None
-    stored = [EncodedSegment(encoded=one, heard=MediaStats()) for one in backbone.encode(segments(backbone), fps=1.0)]
+    every = backbone.encode(segments(backbone), fps=1.0)
+    stored = [TrackSegment(track="visual", encoded=one, media=MediaStats()) for one in every]
     cache.store(tmp_path / "a.safetensors", stored)
-    read = cache.load(tmp_path / "a.safetensors", torch.device("cpu"))
+    read = cache.load(tmp_path / "a.safetensors", torch.device("cpu"), "visual")
     assert read is not None
     shift(model, 0.1, seed=6)
     for one, other in zip(stored, read, strict=True):

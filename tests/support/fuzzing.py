@@ -33,7 +33,7 @@ from omnimem.media.decode import read_audio_blocks, read_frames
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
 from omnimem.run import RunFolder, plan
-from omnimem.streaming.encoder_cache import EncodedSegment, EncoderCache, MediaStats
+from omnimem.streaming.encoder_cache import EncoderCache, MediaStats, TrackSegment
 from omnimem.training.arguments import train_section
 from support.comparison_runs import write_arm, write_trace
 from support.finished_run import config_of, write_run
@@ -435,14 +435,14 @@ def _entry(path: Path) -> bytes:
     encoded = Encoded(
         visual=torch.ones(1, 4, 8), audio=None, grid=(1, 2, 2), start=0.0, seconds=2.0, seconds_per_grid=2.0
     )
-    EncoderCache(path.parent, "x").store(path, [EncodedSegment(encoded=encoded, heard=MediaStats())])
+    EncoderCache(path.parent, "x").store(path, [TrackSegment(track="visual", encoded=encoded, media=MediaStats())])
     return path.read_bytes()
 
 
 def _cache(draw: Draw | None, at: Path, made: Material) -> Case:
     path = at / "x.safetensors"
     path.write_bytes(made.entry if draw is None else damaged_bytes(draw, made.entry))
-    return lambda: list(EncoderCache(at, "x").load(path, made.backbone.device) or ())
+    return lambda: list(EncoderCache(at, "x").load(path, made.backbone.device, "visual") or ())
 
 
 def _media(draw: Draw | None, at: Path, made: Material) -> Case:

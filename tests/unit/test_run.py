@@ -191,6 +191,19 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_refused_if_given(name, co
     assert run.plan("x", resume="auto", runs=tmp_path).news == ""
 
 
+@pytest.mark.parametrize("there", ["nothing", "calibration", "a run without a checkpoint"])
+def test_a_resumed_run_without_a_checkpoint_says_that_it_starts(there, tmp_path) -> None:
+    folder = run.RunFolder(path=tmp_path / "x")
+    if there == "calibration":
+        run.write_json(folder.budget, {})
+    elif there != "nothing":
+        begin(folder)
+        run.append_line(folder.metrics, {"step": 1})
+    start = run.plan("x", resume="auto", runs=tmp_path)
+    assert start.news == f"{folder.path}: no checkpoint to continue from; starting from the first step"
+    assert run.plan("x", overwrite=True, runs=tmp_path).news == ""
+
+
 def test_going_back_to_an_older_checkpoint_leaves_the_later_ones_behind(tmp_path) -> None:
     folder = used(tmp_path)
     older = checkpoint(folder, 9)

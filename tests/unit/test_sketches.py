@@ -23,6 +23,7 @@ from omnimem.sketches import (
     packed,
     rough,
     stored,
+    unpacked,
     unrounded,
     vectors,
 )
@@ -208,15 +209,27 @@ def test_only_codes_of_2_bits_in_float32_are_rough(bits, dtype, monkeypatch) -> 
     assert not rough(bits, dtype, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_largest_of_a_row_is_found_by_bit_patterns(dtype) -> None:
-    """Rows of positive, of negative and of both, with zeros and minus infinity."""
+@pytest.mark.parametrize("first", [0, 1, 7, 30])
+def test_the_largest_before_is_found_by_bit_patterns(first) -> None:
+    """Rows of positive, of negative and of both numbers, with zeros of both signs, and of none before."""
     draw = torch.Generator().manual_seed(DRAW)
-    rows = torch.randn(30, 40, generator=draw)
-    rows[:10], rows[20:] = rows[:10].abs(), -rows[20:].abs()
-    rows[5:25, ::7], rows[::4, 3], rows[29] = float("-inf"), -0.0, float("-inf")
-    rows = rows.to(dtype)
-    assert torch.equal(covered._largest(rows), rows.amax(dim=-1))
+    rows = torch.randn(40, first + 40, generator=draw).to(torch.bfloat16)
+    rows[:10], rows[20:30] = rows[:10].abs(), -rows[20:30].abs()
+    rows[5:25, ::7], rows[::4, 3], rows[24, 9], rows[31] = -100, -0.0, 0.0, -0.0
+    later = torch.arange(first + 40) >= first + torch.arange(40)[:, None]
+    expected = rows.masked_fill(later, float("-inf")).amax(dim=-1)
+    assert torch.equal(covered._largest_before(rows, first), expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 24, 64])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_codes_are_unpacked_as_they_were_packed(bits, size) -> None:
+    """Widths of whole words and others, all bits set, and rows that are not contiguous."""
+    draw = torch.Generator().manual_seed(DRAW)
+    codes = torch.randint(0, 1 << bits, (2, 5, size * 8 // bits), generator=draw, dtype=torch.uint8)
+    codes[0, 0] = (1 << bits) - 1
+    held = torch.cat([packed(codes, bits), torch.full((2, 5, 1), 255, dtype=torch.uint8)], dim=-1)
+    assert torch.equal(unpacked(held[..., :-1], bits), codes)
 
 
 def test_what_resembles_a_still_opening_later_is_still_a_copy_of_it() -> None:
@@ -251,16 +264,6 @@ def test_gradient_passes_rounding_to_2_bits_as_if_there_were_none() -> None:
         slopes.append(read.grad[0, 60:])
     alike = torch.cosine_similarity(*slopes, dim=-1)
     assert float(alike.median()) > 0.6, alike
-
-
-def test_the_largest_of_a_row_in_bfloat16_is_found_by_its_bits() -> None:
-    draw = torch.Generator().manual_seed(DRAW)
-    rows = torch.randn(64, 33, generator=draw)
-    rows[:16] = -rows[:16].abs()
-    rows[8:24, 5:] = float("-inf")
-    rows[3] = torch.tensor([0.0, -0.0, float("-inf")]).repeat(11)
-    low = rows.to(torch.bfloat16)
-    assert torch.equal(covered._largest(low), low.amax(dim=-1))
 
 
 def test_codes_made_in_bfloat16_are_those_of_float32_but_for_a_hundredth() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from omnimem.lazy import Once
 from omnimem.memory import Memory
 from omnimem.streaming.chunk_pass import ChunkStep
 
@@ -47,6 +48,8 @@ class FullGradient:
 
     def after(self, step: Callable[[Memory, Tensor], Memory], memory: Memory, embeddings: Tensor) -> Memory:
         """The memory after the chunk, in the graph."""
+        if self.recompute and isinstance(step, ChunkStep):  # which finds the same then
+            step = replace(step, once=Once())
 
         def flat(embeddings: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             return step(Memory.of(tensors), embeddings).tensors()

@@ -11,8 +11,11 @@ from omnimem.backbones.qwen3_omni import Qwen3Omni
 from omnimem.backbones.qwen3_vl import Qwen3VL
 from omnimem.backbones.video_salmonn2_plus import VideoSalmonn2Plus
 from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen25
-from omnimem.cli.arms import ARMS, BY_COST, applicable, by_cost, check_readable, left_out
+from omnimem.budget import Budget
+from omnimem.cli.arms import ARMS, BY_COST, applicable, by_cost, check_readable, left_out, unevicted, without_adapter
 from omnimem.config import ConfigError, RunConfig
+from omnimem.evaluation import Arm
+from omnimem.policies.baselines.controls import ControlOptions
 
 WITHOUT_BUDGET = ("full_memory", "tuned_full_memory", "vision_only", "audio_only")
 
@@ -52,3 +55,24 @@ def test_probes_are_those_that_the_model_can_read(family: type[Backbone], probes
     if "audio_only" not in probes:
         with pytest.raises(ConfigError, match="--arm audio_only: the model has no audio encoder"):
             check_readable(ARMS, model)
+
+
+@pytest.mark.parametrize(
+    ("slots", "arrived", "kept", "said"),
+    [
+        (9, 6.0, 6.0, True),  # every stream fits
+        (9, 20.0, 9.0, False),
+        (9, 6.5, 6.0, False),  # one of them does not
+        (9, 0.0, 0.0, False),  # text alone
+        (None, 6.0, 6.0, False),  # full memory keeps everything by its name
+    ],
+)
+def test_an_arm_that_evicted_nothing_says_so(slots, arrived, kept, said) -> None:
+    budget = None if slots is None else Budget.shared(2, slots)
+    arm = Arm(name="a", policy=ControlOptions(name="uniform").build(budget), tracks="both")
+    cost = {"tokens_in": {"audio": arrived, "visual": 0.0}, "kept": {"audio": kept, "visual": 0.0}}
+    assert unevicted(arm, {"cost": cost}).startswith("nothing was evicted") == said
+
+
+def test_arms_without_an_adapter_are_named(tmp_path) -> None:
+    assert str(tmp_path / "adapter") in without_adapter(tmp_path / "adapter")[0]

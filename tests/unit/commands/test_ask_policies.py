@@ -7,9 +7,10 @@ from support.models import text_model
 
 from omnimem.backbones import ModelOptions, load_backbone
 from omnimem.budget import Budget
-from omnimem.cli.asking import POLICIES, Asking, Question, policy_of
+from omnimem.cli.asking import POLICIES, Asking, Question, check_used, policy_of
 from omnimem.commands.ask import _parser
 from omnimem.commands.list import policies
+from omnimem.config import ConfigError
 from omnimem.policies import PerturbationOptions
 from omnimem.streaming.attach import attach, shape_of
 from omnimem.streaming.feeder import Feeder
@@ -29,6 +30,16 @@ def test_a_policy_is_built_with_its_slots(name) -> None:
     assert built.name == name
     assert built.budget is not None
     assert built.budget.total == 9 * layers
+
+
+@pytest.mark.parametrize("slots", [[], ["--slots", "full"]], ids=["none", "full"])
+@pytest.mark.parametrize("option", [["--policy", "snapkv"], ["--selection-from", "base"]], ids=lambda o: o[0])
+def test_an_option_about_what_is_kept_is_refused_where_everything_is(option, slots) -> None:
+    call = ["--model", "models/tiny", "--video", "a.mp4", *slots, *option, "what ?"]
+    with pytest.raises(ConfigError, match=f"{' '.join(option)}: everything is kept.*give --slots N"):
+        check_used(_parser().parse(call), None)
+    check_used(_parser().parse([*call, "--slots", "9"]), None)
+    check_used(_parser().parse([*call[:4], *slots, "what ?"]), None)
 
 
 @pytest.mark.parametrize(("name", "stamped"), [("qwen3_vl", True), ("qwen2_5_vl", False)])

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from support.media_files import write_frames, write_image
 
 from omnimem.cli.data_report import inspect_sample
 from omnimem.commands import ask
@@ -36,20 +37,6 @@ def pixels(number: int, height: int = 48, width: int = 64) -> np.ndarray:
     return frame
 
 
-def encode(path: Path, codec: str, layout: str, frames: list[np.ndarray], rate: int = 1, **how: Any) -> None:
-    with av.open(str(path), "w", **how) as out:
-        stream = out.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], layout
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode(None))
-
-
-def write_image(path: Path, frame: np.ndarray) -> None:
-    codecs = {".png": ("png", "rgb24"), ".bmp": ("bmp", "bgr24"), ".jpg": ("mjpeg", "yuvj444p")}
-    encode(path, *codecs[path.suffix], [frame], format="image2")
-
-
 def write_silence(path: Path, seconds: int) -> None:
     with av.open(str(path), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=16000, layout="mono")
@@ -65,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("frames")
     for number, name in enumerate(NAMES):
         write_image(folder / name, pixels(number))
-    encode(folder / "v.mkv", "ffv1", "bgr0", [pixels(number) for number in range(9)], 2)
+    write_frames(folder / "v.mkv", "ffv1", "bgr0", [pixels(number) for number in range(9)], 2)
     for seconds in (4, 9):
         write_silence(folder / f"{seconds}.wav", seconds)
     write_image(folder / "large.png", pixels(0, 96))
@@ -182,9 +169,8 @@ def test_a_list_streams_as_the_file_also_from_a_decoding_process(folder, causal)
 def test_every_frame_and_the_rate_are_in_the_key_of_the_cache(folder, tmp_path) -> None:
     def key(*names: str, fps: float = 2.0) -> Path:
         video = frames_of(folder, *names, fps=fps)
-        return EncoderCache(tmp_path, "").path_of(
-            sample_of(video), FileSource(video, options=SourceOptions(tracks="video"), geometry=GEOMETRY)
-        )
+        source = FileSource(video, options=SourceOptions(tracks="video"), geometry=GEOMETRY)
+        return EncoderCache(tmp_path, "").path_of(source, "visual")
 
     keys = {key(*NAMES[:3]), key(*NAMES[:2]), key(*NAMES[:3], fps=1.0), key("f0.png", "f2.png", "f1.png")}
     assert len(keys) == 4

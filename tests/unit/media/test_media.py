@@ -5,6 +5,7 @@ import math
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -665,6 +666,23 @@ def test_a_live_segment_comes_as_soon_as_both_tracks_cover_it() -> None:
             assert pulled["frames"] == segment.start + 1.0  # its last frame, no later one
             assert pulled["audio"] == pytest.approx(segment.start + 2.1)  # half a window past its end, in tenths
     assert source.seconds == 9.0
+
+
+def test_frames_of_a_segment_are_not_held_in_their_own_size() -> None:
+    """A segment may have hundreds of frames, of any size."""
+    frames, alive = list[weakref.ref[Tensor]](), []
+
+    def camera() -> Iterator[tuple[float, Tensor]]:
+        for index in range(32):
+            frame = torch.full((3, 224, 224), index, dtype=torch.uint8)
+            frames.append(weakref.ref(frame))
+            alive.append(sum(each() is not None for each in frames))
+            yield index / 8, frame
+
+    options = SourceOptions(tracks="video", fps=8.0, max_pixels=3136)
+    first, second = LiveSource(camera(), None, options=options, geometry=geometry())
+    assert first.frames.shape == second.frames.shape == (16, 3, 56, 56)
+    assert max(alive) <= 4
 
 
 def test_a_pipe_that_is_still_written_gives_the_frames_and_the_sound_of_the_file(folder) -> None:

@@ -6,6 +6,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from safetensors.torch import save_file
 
 import omnimem.streaming.encoder_cache as caching
 from omnimem.backbones import Backbone, Encoded
+from omnimem.backbones.projectors import Track
 from omnimem.checksums import share
-from omnimem.data import Sample
 from omnimem.media import FileSource, Geometry, LogMel, SourceOptions
-from omnimem.streaming.encoder_cache import RESERVE, EncodedSegment, EncoderCache, MediaStats, fingerprint
+from omnimem.streaming.encoder_cache import RESERVE, EncoderCache, MediaStats, TrackSegment, fingerprint
 
 CPU = torch.device("cpu")
 GEOMETRY = Geometry(
@@ -31,16 +32,16 @@ GEOMETRY = Geometry(
 )
 
 
-def segment(number: int) -> EncodedSegment:
+def segment(number: int) -> TrackSegment:
     encoded = Encoded(
-        visual=torch.randn(1, 4, 8, dtype=torch.bfloat16),
-        audio=None if number else torch.randn(1, 2, 8),
+        visual=torch.randn(1, 4, 8, dtype=torch.bfloat16) if number else None,
+        audio=None,
         grid=(1, 2, 2),
         start=2.0 * number,
         seconds=2.0,
         seconds_per_grid=2.0,
     )
-    return EncodedSegment(encoded=encoded, heard=MediaStats(frames=2, audio_seconds=2.0))
+    return TrackSegment(track="visual", encoded=encoded, media=MediaStats(frames=2, audio_seconds=2.0))
 
 
 def flipped(path: Path) -> None:
@@ -65,28 +66,28 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_a_damaged_file_is_named_counted_and_made_again(what, tmp_path, capsys) -> None:
     cache, path = EncoderCache(tmp_path, "encoders"), tmp_path / "x.safetensors"
     segments = [segment(number) for number in range(3)]
-    assert cache.load(path, CPU) is None
+    assert cache.load(path, CPU, "visual") is None
     cache.store(path, segments)
     cache.store(tmp_path / "y.safetensors", segments)
     DAMAGE[what](path)
     (tmp_path / "y.safetensors").unlink(missing_ok=True)
-    assert cache.load(path, CPU) is None
+    assert cache.load(path, CPU, "visual") is None
     assert {name: number for name, number in cache.counts.items() if number} == {"misses": 1, "corrupt": 1}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"cache: {path} is damaged (")
     cache.store(path, segments)
-    read = cache.load(path, CPU)
+    read = cache.load(path, CPU, "visual")
     assert read is not None
     for found, wanted in zip(read, segments, strict=True):
-        assert found.heard == wanted.heard
-        assert torch.equal(found.encoded.visual, wanted.encoded.visual)
-        assert (found.encoded.audio is None) == (wanted.encoded.audio is None)
+        assert (found.track, found.media) == ("visual", wanted.media)
+        pair = found.encoded.visual, wanted.encoded.visual
+        assert pair[0] is pair[1] is None or torch.equal(*pair)
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 def stored(cache: EncoderCache, name: str) -> Path:
     path = cache.folder / f"{name}.safetensors"
-    cache.store(path, [segment(0)])
+    cache.store(path, [segment(1)])
     return path
 
 
@@ -96,7 +97,7 @@ def test_the_least_recently_used_entries_are_removed_beyond_the_limit(tmp_path) 
     paths = [stored(cache, name) for name in ("a0", "a1", "a2")]
     for time, path in enumerate(paths):
         os.utime(path, (time, time))
-    assert cache.load(paths[0], CPU) is not None  # used after the others
+    assert cache.load(paths[0], CPU, "visual") is not None  # used after the others
     paths += [stored(cache, name) for name in ("a3", "a4")]
     assert [path.exists() for path in paths] == [True, False, False, True, True]
     assert cache.counts["evicted"] == 2
@@ -110,12 +111,13 @@ def test_an_entry_is_read_to_its_end_while_another_process_removes_it(tmp_path) 
     cache, path = EncoderCache(tmp_path, ""), tmp_path / "a0.safetensors"
     segments = [segment(number) for number in range(3)]
     cache.store(path, segments)
-    reading = cache.load(path, CPU)
+    reading = cache.load(path, CPU, "visual")
     assert reading is not None
     found = [next(reading)]
     path.unlink()
     found += reading
-    assert all(torch.equal(a.encoded.visual, b.encoded.visual) for a, b in zip(found, segments, strict=True))
+    pairs = list(zip(found, segments, strict=True))[1:]
+    assert all(torch.equal(a.encoded.visual, b.encoded.visual) for a, b in pairs)
 
 
 def fails(error: Exception) -> Callable[..., None]:
@@ -150,7 +152,7 @@ def test_an_entry_that_cannot_be_written_is_counted_and_said_once(what, tmp_path
         assert not stored(cache, f"a{number + 1}").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"cache: entries cannot be written to {tmp_path} (")
-    assert cache.load(old, CPU) is not None
+    assert cache.load(old, CPU, "visual") is not None
     assert (cache.counts["not_stored"], cache.counts["hits"]) == (3, 1)
     assert list(tmp_path.iterdir()) == [old]
 
@@ -182,41 +184,60 @@ class Towers(Backbone):
 Towers.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
-def key(folder: Path, *, content: bytes = b"a", weight: float = 1.0, device: str = "cpu", **settings: object) -> str:
-    (folder / "a.mp4").write_bytes(content)
-    os.utime(folder / "a.mp4", ns=(len(content), content[0]))
+def keys(folder: Path, *, weight: float = 1.0, device: str = "cpu", **settings: Any) -> dict[Track, Path]:
+    """The entries of a video with audio in a file of its own; `video` and `audio` are the contents of the files."""
+    for name in ("video", "audio"):
+        content = settings.pop(name, b"a")
+        (folder / name).write_bytes(content)
+        os.utime(folder / name, ns=(len(content), content[0]))
     backbone = Towers(torch.full((2, 2), weight))
     backbone.device = torch.device(device)  # type: ignore[misc]
     cache = EncoderCache.of(backbone, folder)
     assert cache is not None
-    source = FileSource(folder / "a.mp4", geometry=GEOMETRY, **{"options": SourceOptions(), **settings})  # pyright: ignore[reportArgumentType]
-    return cache.path_of(Sample(id="a", video=folder / "a.mp4", audio=None, messages=()), source).name
+    given: dict[str, Any] = {"options": SourceOptions(), "geometry": GEOMETRY, **settings}
+    return cache.paths(FileSource(folder / "video", folder / "audio", **given))
 
 
-CHANGES: dict[str, dict[str, object]] = {
-    "content": {"content": b"b"},
-    "weights": {"weight": 2.0},
-    "device": {"device": "meta"},
-    "start": {"start": 1.0},
-    "end": {"end": 1.0},
-    "times of questions": {"asks": [1.5]},
-    "frame rate": {"options": SourceOptions(fps=2.0)},
-    "frame size": {"options": SourceOptions(max_pixels=10000)},
-    "tracks": {"options": SourceOptions(tracks="video")},
+TRACK: tuple[Track, ...] = ("visual", "audio")
+CHANGES: dict[str, tuple[dict[str, Any], tuple[Track, ...]]] = {  # settings, and the tracks that depend on them
+    "video file": ({"video": b"b"}, ("visual",)),
+    "audio file": ({"audio": b"b"}, ("audio",)),
+    "weights": ({"weight": 2.0}, TRACK),
+    "device": ({"device": "meta"}, TRACK),
+    "start": ({"start": 1.0}, TRACK),
+    "end": ({"end": 1.0}, TRACK),
+    "times of questions": ({"asks": [1.5]}, TRACK),
+    "a time as a segment begins": ({"asks": [2.0005]}, TRACK),
+    "causal": ({"causal": True}, ("audio",)),
+    "frame rate": ({"options": SourceOptions(fps=2.0)}, TRACK),
+    "frame size": ({"options": SourceOptions(max_pixels=10000)}, ("visual",)),
+    "smallest frame": ({"options": SourceOptions(min_pixels=10000)}, ("visual",)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_an_entry_depends_on_is_in_its_key(change, tmp_path) -> None:
-    assert key(tmp_path) == key(tmp_path) != key(tmp_path, **CHANGES[change])
+    settings, tracks = CHANGES[change]
+    before, after = keys(tmp_path), keys(tmp_path, **settings)
+    assert before == keys(tmp_path)
+    assert tuple(track for track in TRACK if before[track] != after[track]) == tracks
+    assert len({*before.values(), *after.values()}) == 2 + len(tracks)
+
+
+@pytest.mark.parametrize(("at", "shared"), [(1.5, True), (2.0, True), (2.0005, False), (2.1, True)])
+@pytest.mark.parametrize("tracks", ["video", "audio"])
+def test_tracks_have_the_same_entries_alone_unless_a_rest_has_one_of_them(tracks, at, shared, tmp_path) -> None:
+    both, alone = keys(tmp_path, asks=[at]), keys(tmp_path, asks=[at], options=SourceOptions(tracks=tracks))
+    assert len(alone) == 1
+    assert (alone.items() <= both.items()) == shared
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "av"])
 def test_another_version_of_what_computes_has_entries_of_its_own(package, tmp_path, monkeypatch) -> None:
-    before = key(tmp_path)
+    before = keys(tmp_path)
     known = caching.version
     monkeypatch.setattr(caching, "version", lambda name: "0" if name == package else known(name))
-    assert key(tmp_path) != before
+    assert not {*before.values()} & {*keys(tmp_path).values()}
 
 
 @pytest.mark.parametrize("name", ["0", "lora_A", "modules_to_save"])

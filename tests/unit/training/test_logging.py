@@ -1,5 +1,6 @@
 """What is counted over a whole run goes on in a resumed one."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from omnimem.streaming.trained_range import TrainedRange
 from omnimem.training.failures import FailedSamples, OneTrackSamples
 from omnimem.training.logging import StepMetrics
 from omnimem.training.nonfinite import NonFiniteGuard, NonFiniteStep
+from omnimem.tuning import Pass
 
 UNUSED: Any = None
 ONE_RANK: Any = SimpleNamespace(world_size=1, process_index=0, device="cpu")
@@ -103,3 +105,33 @@ def test_a_sample_that_has_both_tracks_again_is_no_sample_of_one_track() -> None
     samples.record("a", "both")
     samples.record("c", "audio")
     assert samples.found == {"b": "audio", "c": "audio"}
+
+
+@pytest.mark.parametrize(
+    ("samples", "read", "skipped", "expected"),
+    [
+        (4, {5: [(4, 2.0)]}, (), 1.25),  # all were read: what the Trainer has
+        (10, {5: [(1, 3.0)]}, (), 3.0),  # one of ten was read
+        (8, {5: [(2, 3.0), (1, 6.0)], 6: [(1, 1.0)]}, (), 2.5),  # of two steps
+        (4, {}, (), math.nan),  # none was read
+        (8, {5: [(1, 3.0)], 6: [(2, 9.0)]}, (7,), 3.0),  # the second step was not finite
+        (8, {5: [(4, 3.0)], 6: [(4, 9.0)]}, (7,), 2.5),  # all were read, one step was not finite
+    ],
+)
+def test_the_logged_loss_is_of_the_streams_that_were_read(monkeypatch, samples, read, skipped, expected) -> None:
+    log = metrics()
+    log.logged, log.samples = 5, ["x"] * samples
+    passes = [
+        Pass(step=step, budget="18", streams=streams, loss=loss, losses={"answer": loss}, rows={"answer": streams})
+        for step, batches in read.items()
+        for streams, loss in batches
+    ]
+    monkeypatch.setattr(StepMetrics, "_passes", lambda _: passes)
+    monkeypatch.setattr(StepMetrics, "_speed", lambda *_: {})
+    log.nonfinite.found = [NonFiniteStep(step=step, samples=("x",)) for step in skipped]
+    state = SimpleNamespace(global_step=7, max_steps=9, log_history=[])
+    trainer: Any = SimpleNamespace(state=state, args=ONE_RANK)
+    found = log.complete({"loss": 1.25}, trainer)
+    assert found["loss"] == pytest.approx(expected, nan_ok=True)
+    assert log.names["samples"] == ["x"] * samples
+    assert log.names["left_out"] == ["x"] * len(skipped)
