@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
-from omnimem.tokens import Modality
+from omnimem.tokens import ABSENT, Modality
 
 Rotary = Callable[[Int[Tensor, "axes batch tokens"]], tuple[Tensor, Tensor]]
 
@@ -16,29 +16,34 @@ def rotate(
     cos: Float[Tensor, "batch tokens dim"],
     sin: Float[Tensor, "batch tokens dim"],
 ) -> Float[Tensor, "batch kv_heads tokens dim"]:
-    """k cos + rotate_half(k) sin, in float32 (RoPE; angles add, so a difference of angles moves a key)."""
+    """k cos + rotate_half(k) sin, in float32 or more (RoPE; angles add, so a difference of angles moves a key)."""
     half = keys.shape[-1] // 2
-    exact = keys.float()
+    exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
     rotated = torch.cat([-exact[..., half:], exact[..., :half]], dim=-1)
-    return (exact * cos[:, None].float() + rotated * sin[:, None].float()).to(keys.dtype)
+    cos, sin = (part[:, None].to(exact.dtype) for part in (cos, sin))
+    return (exact * cos + rotated * sin).to(keys.dtype)
 
 
-def distinct(time: Int[Tensor, "batch tokens"], opening: int) -> list[int]:
-    """Number of distinct times >= `opening` in each stream."""
-    return [len(row[row >= opening].unique()) for row in time]
+def distinct(time: Int[Tensor, "batch tokens"], modality: Int8[Tensor, "batch tokens"], opening: int) -> list[int]:
+    """Number of distinct times >= `opening` in each stream, without those of padding."""
+    return [len(row[(row >= opening) & (kinds != ABSENT)].unique()) for row, kinds in zip(time, modality, strict=True)]
 
 
-def ranks(time: Int[Tensor, "batch tokens"], opening: int, end: Sequence[int]) -> Int[Tensor, "batch tokens"]:
+def ranks(
+    time: Int[Tensor, "batch tokens"], modality: Int8[Tensor, "batch tokens"], opening: int, end: Sequence[int | None]
+) -> Int[Tensor, "batch tokens"]:
     """New times: the distinct times >= `opening`, of both modalities, become consecutive and end before `end`.
 
-    `end` holds one value per stream. Times before `opening` are unchanged; audio and video tokens with equal times
-    keep equal times (ours).
+    `end` holds one value per stream; None: the stream does not move. Times before `opening` and those of padding are
+    unchanged; audio and video tokens with equal times keep equal times (ours).
     """
     moved = time.clone()
-    for row in range(time.shape[0]):
-        free = time[row] >= opening
+    for row, last in enumerate(end):
+        if last is None:
+            continue
+        free = (time[row] >= opening) & (modality[row] != ABSENT)
         times, place = time[row][free].unique(return_inverse=True)
-        moved[row, free] = (place + (end[row] - len(times))).to(time.dtype)
+        moved[row, free] = (place + (last - len(times))).to(time.dtype)
     return moved
 
 

@@ -128,6 +128,7 @@ class Compaction:
 
     opening: int  # positions below this do not move
     end: tuple[int, ...]  # of each stream, the same in all layers
+    still: frozenset[int] = frozenset()  # the streams of the batch that do not move
 
     def __call__(self, memory: Memory, rotary: Rotary) -> Memory:
         """The memory at its new positions."""
@@ -135,7 +136,8 @@ class Compaction:
 
     def moved(self, layer: Tokens, rotary: Rotary) -> Tokens:
         """The tokens of one layer at their new positions."""
-        time = ranks(layer.positions[:, 0], self.opening, self.end)
+        ends = [None if row in self.still else end for row, end in enumerate(self.end)]
+        time = ranks(layer.positions[:, 0], layer.modality, self.opening, ends)
         positions = earlier(layer.positions, layer.modality, layer.positions[:, 0] - time)
         cos, sin = rotary((positions - layer.positions).transpose(0, 1))
         return replace(layer, positions=positions, keys=rotate(layer.keys, cos, sin))

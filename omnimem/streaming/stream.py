@@ -229,16 +229,19 @@ class Stream:
     def _placed(self, chunk: Chunk, facts: ChunkFacts) -> tuple[Chunk, Compaction | None]:
         """The chunk at its positions in this stream, and the compaction that has to come first, if any."""
         # 1. text before the first audio or visual token is the opening: it stays where it is
-        limit, compaction, last = self.last_position, None, max(facts.ends)
+        limit, compaction = self.last_position, None
         opens = self.usage.tokens_in[1:] == (0, 0) and facts.counts.text == chunk.count
         if opens:
-            self.opening = max(self.opening, last + 1 - self.moved)
-        # 2. compact where the policy does so after every chunk, or where positions run out
-        if (self.policy.traits.reindex and not opens) or (limit is not None and last - min(self._moved) >= limit):
-            compaction = self._compaction()
+            self.opening = max(self.opening, max(facts.ends) + 1 - self.moved)
+        # 2. compact where the policy does so after every chunk, or the streams whose positions run out
+        late = [limit is not None and each >= limit for each in self._reached(facts)]
+        every = self.policy.traits.reindex and not opens
+        if every or any(late):
+            still = () if every else (row for row, moves in enumerate(late) if not moves)
+            compaction = self._compaction(frozenset(still))
             shifts = zip(self._moved, self._end, compaction.end, strict=True)
             self._moved, self._end = tuple(moved + old - new for moved, old, new in shifts), compaction.end
-            reached = last - min(self._moved)
+            reached = max(self._reached(facts))
             if limit is not None and reached >= limit:
                 raise PositionsError(
                     f"memory and chunk reach position {reached} even when compacted, the model was trained below "
@@ -250,10 +253,16 @@ class Stream:
         back = torch.tensor(self._moved, device=chunk.positions.device)[:, None].expand(chunk.modality.shape)
         return replace(chunk, positions=earlier(chunk.positions, chunk.modality, back)), compaction
 
-    def _compaction(self) -> Compaction:
-        """The compaction that moves the kept tokens up as far as possible, each stream on its own."""
-        times = [distinct(layer.positions[:, 0], self.opening) for layer in self.memory.layers]
-        return Compaction(opening=self.opening, end=tuple(self.opening + max(row) for row in zip(*times, strict=True)))
+    def _reached(self, facts: ChunkFacts) -> list[int]:
+        """The last position of a chunk in each stream."""
+        return [end - moved for end, moved in zip(facts.ends, self._moved, strict=True)]
+
+    def _compaction(self, still: frozenset[int] = frozenset()) -> Compaction:
+        """The compaction that moves the kept tokens up as far as possible, each stream on its own, some not at all."""
+        times = [distinct(layer.positions[:, 0], layer.modality, self.opening) for layer in self.memory.layers]
+        ends = (self.opening + max(row) for row in zip(*times, strict=True))
+        end = tuple(old if row in still else new for row, (old, new) in enumerate(zip(self._end, ends, strict=True)))
+        return Compaction(opening=self.opening, end=end, still=still)
 
     def _account(self, chunk: Chunk, facts: ChunkFacts, read: Chunk, entries: int | float) -> None:
         """Update counters and usage; `entries` are those of the memory before the chunk."""

@@ -1,18 +1,20 @@
 """Compacted positions: order and company kept, attention among kept tokens as if encoded at the new places."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from support.models import assert_equal_logits, cut, text_model, whole_stream
+from support.models import assert_equal_logits, cut, one_layer, row_of, text_model, whole_stream
 
 from omnimem.budget import Budget
-from omnimem.policies import PerturbationOptions
-from omnimem.positions import earlier, ranks, rotate
+from omnimem.policies import ControlOptions, PerturbationOptions
+from omnimem.policies.baselines.lava import LavaOptions
+from omnimem.positions import distinct, earlier, ranks, rotate
 from omnimem.streaming.attach import attach
 from omnimem.streaming.prompt_pass import Prompt
 from omnimem.streaming.stream import Stream
-from omnimem.tokens import Chunk, Modality
+from omnimem.tokens import ABSENT, Chunk, Modality
 
 IDS = torch.tensor([[5, 6, 7]])
 PROMPT = Prompt(ids=IDS, segments=torch.zeros_like(IDS), offsets=torch.arange(3)[None])
@@ -20,7 +22,9 @@ PROMPT = Prompt(ids=IDS, segments=torch.zeros_like(IDS), offsets=torch.arange(3)
 
 def in_a_grid(whole: Chunk) -> Chunk:
     """The stream with rows and columns of visual tokens that do not grow with time, as real backbones lay them out."""
-    time = ((torch.arange(whole.count) + 1) // 2)[None]  # the opening's three tokens end before the stream begins
+    time = ((torch.arange(whole.count) + 1) // 2).expand(
+        whole.modality.shape
+    )  # the opening's three tokens end before the stream begins
     row, column = (torch.arange(whole.count) % size + 3 for size in (3, 2))
     space = [torch.where(whole.modality == Modality.VISUAL, place, time) for place in (row, column)]
     return replace(whole, positions=torch.stack([time, *space], dim=1))
@@ -28,7 +32,12 @@ def in_a_grid(whole: Chunk) -> Chunk:
 
 def test_ranks_are_consecutive_keep_company_and_leave_the_opening() -> None:
     time = torch.tensor([[0, 1, 9, 9, 20, 20, 41]])
-    assert ranks(time, 2, [10]).tolist() == [[0, 1, 7, 7, 8, 8, 9]]
+    kinds = torch.ones_like(time, dtype=torch.int8)
+    assert ranks(time, kinds, 2, [10]).tolist() == [[0, 1, 7, 7, 8, 8, 9]]
+    assert ranks(time, kinds, 2, [None]).tolist() == time.tolist()
+    kinds[0, 4:6] = ABSENT
+    assert distinct(time, kinds, 2) == [2]
+    assert ranks(time, kinds, 2, [10]).tolist() == [[0, 1, 8, 8, 20, 20, 9]]
 
 
 def test_rows_and_columns_of_visual_tokens_do_not_move() -> None:
@@ -115,3 +124,37 @@ def test_moving_all_tokens_alike_changes_no_answer() -> None:
         ours, theirs = moving.memory.layers[0].keys, near.memory.layers[0].keys
         assert_equal_logits(ours[:, :, later], theirs[:, :, later])  # layer 0 keys depend on nothing but the place
         assert torch.isfinite(moving.ask(PROMPT).hidden).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [PerturbationOptions(name="paper", markers="with_group"), LavaOptions(), ControlOptions(name="random")],
+    ids=["rows with padding", "lists with padding", "no padding"],
+)
+def test_streams_of_a_batch_move_as_each_would_alone(options) -> None:
+    """Each when its own positions run out, and without regard to padding; whatever the others hold."""
+    whole = in_a_grid(whole_stream(144, 3))
+    group = (torch.arange(144) // 6).expand(3, 1, -1).int()
+    parts = (whole.embeddings.double(), 1), (whole.positions, 2), (whole.modality, 1)
+    parts = *parts, (torch.cat([whole.places[:, :3], group], dim=1), 2)
+    names = ("embeddings", "positions", "modality", "place")
+    rows = zip(*(tensor.split(12, dim=axis) for tensor, axis in parts), strict=True)
+    chunks = [Chunk(**dict(zip(names, row, strict=True))) for row in rows]
+    with attach(one_layer().double()) as attached, torch.no_grad():
+        policy, moved = options.build(Budget(slots=((2, 9),))), []
+        both, *alone = (Stream(attached, policy, batch=batch, last_position=45) for batch in (3, 1, 1, 1))
+        for chunk in chunks:
+            both.feed(chunk)
+            for row, stream in enumerate(alone):
+                stream.feed(row_of(chunk, row))
+            moved.append(tuple(stream.moved for stream in alone))
+            assert both._moved == moved[-1]
+        for ours, *theirs in zip(both.memory.layers, *(stream.memory.layers for stream in alone), strict=True):
+            for row, own in enumerate(theirs):
+                there = ours.modality[row] != ABSENT
+                assert torch.equal(ours.order[row, there], own.order[0])
+                assert torch.equal(ours.positions[row][:, there], own.positions[0])
+                # angles are float32
+                torch.testing.assert_close(ours.keys[row][:, there], own.keys[0], rtol=0, atol=1e-5)
+    steps = [tuple(map(int.__gt__, later, earlier)) for earlier, later in pairwise(moved)]
+    assert options.name != "paper" or any(any(step) and not all(step) for step in steps)
