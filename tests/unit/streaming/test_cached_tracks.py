@@ -16,9 +16,10 @@ from support.families import write, written_once
 from support.media_files import write_image, write_wav
 from torch import Tensor
 
+import omnimem.media.source as sources
 from omnimem.backbones import Backbone, ModelOptions, assembled, load_backbone
 from omnimem.data import Message, Sample
-from omnimem.media import FileSource, FrameList, Segment
+from omnimem.media import FileSource, FrameList, MediaError, Segment, Source
 from omnimem.media.prefetch import DecodedFile, _Decoder, _pack
 from omnimem.recall.renderer import write_mp4
 from omnimem.recall.worlds import draw_world
@@ -250,3 +251,25 @@ def ahead(source: FileSource | None) -> DecodedFile:
     decoder = object.__new__(_Decoder)
     decoder.receive = messages.__next__
     return DecodedFile(decoder, source)
+
+
+@pytest.mark.parametrize("lost", ["audio", "video"])
+def test_a_damaged_track_is_the_same_error_and_costs_streams_without_it_nothing(
+    lost, load, media, tmp_path, monkeypatch
+) -> None:
+    backbone, sample = load("qwen2_5_omni"), sample_of(media, "one file", "whole")
+    whole: Tracks = "video" if lost == "audio" else "audio"
+
+    def damaged(path: Path, **_: object) -> Iterator[Any]:
+        yield from ()
+        raise MediaError(path, "truncated", f"its {lost} is cut; copy it again")
+
+    monkeypatch.setattr(sources, "read_audio_blocks" if lost == "audio" else "read_frames", damaged)
+    monkeypatch.setattr(FileSource, "__iter__", Source.__iter__)
+    cache = EncoderCache(tmp_path, "x")
+    kept = list(Feeder(backbone, options_of(whole)).read(sample))
+    for _ in range(2):  # without and with an entry of the other track
+        with pytest.raises(MediaError, match=rf"/both\.mp4: its {lost} is cut; copy it again"):
+            list(Feeder(backbone, options_of("both"), cache).read(sample))
+        assert same(list(Feeder(backbone, options_of(whole), cache).read(sample)), kept)
+    assert len(list(tmp_path.iterdir())) == 1
