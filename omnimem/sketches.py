@@ -168,8 +168,9 @@ def unpacked(held: UInt8[Tensor, "*axes bytes"], bits: Codes) -> UInt8[Tensor, "
 
     Eight bytes at a time where they come in eights: each is shifted with its neighbours, whose bits are then masked.
     """
-    word = torch.int64 if held.shape[-1] % 8 == 0 else torch.uint8
-    words = held.contiguous().view(word)
+    flat = held.flatten()  # a slice of one token or of none counts as contiguous, whatever its strides
+    word = torch.int64 if held.shape[-1] % 8 == 0 and flat.storage_offset() % 8 == 0 else torch.uint8
+    words = flat.view(word).view(*held.shape[:-1], held.shape[-1] // word.itemsize)
     least = int.from_bytes([(1 << bits) - 1] * word.itemsize)
     found = words.new_empty(*words.shape[:-1], 8 // bits, words.shape[-1])
     for number, shift in enumerate(range(0, 8, bits)):

@@ -40,19 +40,22 @@ def streams(count: int, width: int, *, common: float = 2.0) -> Tensor:
     return common * torch.randn(width, generator=draw) + events + 0.7 * torch.randn(count, width, generator=draw)
 
 
-@pytest.mark.parametrize(("bits", "feature"), [(4, 1), (4, 2), (4, 7), (4, 192), (2, 4), (2, 256)])
-def test_codes_survive_packing(bits, feature) -> None:
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1), (1, 1), (1, 0), (0, 3), (1,)], ids=str)
+@pytest.mark.parametrize(("bits", "feature"), [(4, 1), (4, 2), (4, 7), (4, 192), (2, 4), (2, 32), (2, 256), (4, 0)])
+def test_codes_survive_packing(bits, feature, shape) -> None:
+    """Also of one token and of none, whose strides are arbitrary, and at any place in memory."""
     draw = torch.Generator().manual_seed(DRAW)
-    numbers = torch.randint(int(bits == 4), 1 << bits, (2, 9, feature), generator=draw).to(torch.uint8)
+    numbers = torch.randint(int(bits == 4), 1 << bits, (*shape, feature), generator=draw).to(torch.uint8)
     held = packed(numbers, bits)
     if bits == 2:
-        held = torch.cat([held, torch.full_like(held[..., :1], SIZES)], dim=-1)
+        held = torch.cat([held, torch.full_like(numbers[..., :1], SIZES)], dim=-1)
     assert (held.shape[-1], held.dtype) == stored(feature, bits, learns=False)
     assert held.shape[-1] == (feature * bits + 7) // 8 + (bits == 2)
-    found = vectors(held, bits)
     expected = numbers.float() - OFFSETS[bits]
-    assert torch.equal(found[..., :feature], expected if bits == 4 else 2 * SIZES * expected)
-    assert not found[..., feature:].any()
+    for placed in (held, F.pad(held.flatten(), (3, 0))[3:].view_as(held)):
+        found = vectors(placed, bits)
+        assert torch.equal(found[..., :feature], expected if bits == 4 else 2 * SIZES * expected)
+        assert not found[..., feature:].any()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 16])
