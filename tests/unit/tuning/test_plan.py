@@ -136,7 +136,7 @@ def test_chunk_sizes_move_the_cuts_and_nothing_else_and_share_what_the_encoders_
     sample = Sample(id="film", video=tmp_path / "film.mp4", audio=None, messages=messages)
     feeder = Feeder(backbone, StreamOptions(chunk_tokens=36, max_pixels=12544), tmp_path / "cache")
     made, kept = feeder.open(sample), feeder.open(sample)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # an entry per track
     counts = {}
     whole = None
     for size in (None, 18, 72):
@@ -151,7 +151,7 @@ def test_chunk_sizes_move_the_cuts_and_nothing_else_and_share_what_the_encoders_
     assert counts == {None: [36, 36], 18: [18] * 4, 72: [72]}
     other = Feeder(backbone, StreamOptions(chunk_tokens=18, max_pixels=12544), tmp_path / "cache")
     other.open(sample)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_a_chunk_that_some_step_may_draw_too_small_is_refused_at_the_first_one() -> None:
