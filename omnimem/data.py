@@ -22,7 +22,7 @@ from typing import Any, Literal, final, get_args
 from omnimem.errors import UserError, counted
 from omnimem.limits import exceeds
 from omnimem.media import FrameList, Video, files_of
-from omnimem.textfile import ManifestError, got, parse_object, path_problem, text_lines
+from omnimem.textfile import ManifestError, form_problem, got, parse_object, path_problem, read_text, text_lines
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -317,7 +317,9 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False, text_only: 
     if not samples and not problems:
         problems.append(f"{path}: holds no samples; create it again")
     if problems:
-        raise ManifestError(problems)
+        cure = "write one row per line, or the rows as a list in [ ], of which `omnimem convert` makes a manifest"
+        form = form_problem(path, read_text(path), cure)
+        raise ManifestError([form] if form else problems)
     return samples
 
 

@@ -147,7 +147,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         items = parse_json(text, str(path), "export it again")
         rows = [(f"{path}:item {number}", item) for number, item in enumerate(items, start=1)]
     else:
-        rows = read_objects(path)
+        rows = read_objects(path, "write one row per line, or the rows as a list in [ ]")
     # 2. check that they are rows
     problems = [f"{origin}: expected an object, got {got(row)}" for origin, row in rows if not isinstance(row, dict)]
     if problems or not rows:

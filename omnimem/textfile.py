@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,12 @@ from omnimem.errors import ProblemList, UserError, counted
 from omnimem.limits import read_within
 
 DEPTH = 64  # objects and lists within each other
+ROW_KEYS = frozenset(  # any of which makes an object a row of this project or another tool, or a prediction
+    {
+        *("id", "video", "videos", "audio", "audios", "frames", "messages", "conversations", "query", "prompt", "key"),
+        *("instruction", "question", "uid", "doc", "doc_id", "resps", "input", "text"),
+    }
+)
 DIGITS = 300  # of a number; more do not fit into a float
 
 
@@ -81,14 +88,60 @@ def parse_object(line: str, origin: str) -> dict[str, Any]:
     raise ManifestError([f"{origin}: expected an object, got {got(value)}; write one object per line"])
 
 
-def read_objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with `file:line`; raises ManifestError with every wrong line."""
+def form_problem(path: Path, text: str, cure: str) -> str | None:
+    """What a file of JSON holds in place of one object per line, and how to repair it; None: nothing that is known.
+
+    Known are an object around the rows (under one key, or each under a key of its own), objects over several lines, and
+    objects with commas between them.
+    """
+    # 1. the values one after the other, with commas between them or without
+    values: list[Any] = []
+    body, at, commas = text.strip(), 0, False
+    try:
+        while at < len(body):
+            value, at = json.JSONDecoder().raw_decode(body, at)
+            values.append(value)
+            space = re.compile(r"\s*(,?)\s*").match(body, at)
+            commas, at = commas or bool(space and space[1]), space.end() if space else at
+    except (ValueError, RecursionError):
+        return None
+    if not values or not all(isinstance(value, dict) for value in values):
+        return None
+    # 2. their form
+    if len(values) == 1 and (found := _wrapped(values[0])):
+        return f"{path}: is one object that holds {found}; {cure}"
+    if commas:
+        return f"{path}: has commas between {counted(len(values), 'object')} that no [ ] encloses; {cure}"
+    if len(values) < sum(bool(line.strip()) for line in body.split("\n")):
+        return f"{path}: holds {counted(len(values), 'object')} over several lines; {cure}"
+    return None
+
+
+def _wrapped(value: dict[str, Any]) -> str | None:
+    """Where an object, which is no row itself, holds rows: under a key, or each under a key; None: nowhere."""
+    if not value or ROW_KEYS & value.keys():
+        return None
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and all(isinstance(row, dict) for row in inner):
+            return f"the list of {counted(len(inner), 'row')} under the key {key!a}"
+    if all(isinstance(row, dict) and ROW_KEYS & row.keys() for row in value.values()):
+        return f"{counted(len(value), 'row')}, each under a key ({next(iter(value))!a})"
+    return None
+
+
+def read_objects(path: Path, cure: str = "write one row per line") -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with `file:line`; raises ManifestError with every wrong line.
+
+    A file of another form is one problem, with `cure` (`form_problem`).
+    """
     rows, problems = [], []
     for origin, line in text_lines(path):
         try:
             rows.append((origin, parse_object(line, origin)))
         except ManifestError as error:
             problems += error.problems
+    if (problems or len(rows) == 1) and (form := form_problem(path, read_text(path), cure)):
+        raise ManifestError([form])
     if problems:
         raise ManifestError(problems)
     return rows

@@ -206,7 +206,7 @@ def test_a_wrong_row_is_named_with_its_cure(media, capsys, row, expected) -> Non
     [
         ('{"messages": []}\n\n{"messages": [}\n3', ["3: is not JSON", "4: expected an object, got 3"]),
         ("[{]", ["is not JSON"]),
-        ('{"messages": [],\n"videos": []}', ["one object per line"] * 2),
+        ('{"messages": [],\n"videos": []}', ["1 object over several lines"]),
         ("", ["holds no rows"]),
     ],
 )
