@@ -254,6 +254,11 @@ class Sample:
         return tuple(found)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether any question has an answer to train on."""
+        return any(question.loss and question.answer is not None for question in self.questions)
+
+    @property
     def times(self) -> tuple[float | None, ...]:
         """Time of each question in seconds of the stream; None: after its end."""
         asked = (message.at for message in self.messages if message.role == "user")

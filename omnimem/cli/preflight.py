@@ -73,11 +73,10 @@ def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
     if probe:
         return inspect_sample(sample, tracks=run.stream.tracks)
     gone = [path for path in sample.files if not path.is_file()]
-    missing = (
-        Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing{_seen(path)}")
-        for path in gone
+    said = [f"{sample.origin}: {path} is missing{_seen(path)}" for path in gone]
+    return Finding(
+        sample=sample, failures=tuple(Failure(id=sample.id, reason="missing", message=each) for each in said)
     )
-    return Finding(sample=sample, failures=tuple(missing))
 
 
 def _seen(path: Path) -> str:
