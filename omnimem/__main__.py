@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,6 +26,15 @@ COMMANDS = {
     "pretrain-tiny": "train a tiny base that is shipped",
 }
 
+OTHERS = {  # by the words of other tools
+    **dict.fromkeys(("train", "sft", "tune", "fit"), "finetune"),
+    **dict.fromkeys(("eval", "test", "benchmark"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "chat", "generate"), "ask"),
+    **dict.fromkeys(("merge", "save"), "export"),
+    **dict.fromkeys(("ui", "webui", "serve"), "demo-ui"),
+    **dict.fromkeys(("validate", "preview"), "check"),
+}
+
 
 def main() -> None:
     """Run the command that the first argument names; exit code 2 if there is no such command."""
@@ -41,10 +51,17 @@ def main() -> None:
         sys.exit(0)
     command = name.replace("_", "-")
     if command not in COMMANDS:
-        print(f"omnimem: no command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"omnimem: no command {name!r}; {_meant(command)}known: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"omnimem {command}", *sys.argv[2:]]
     run(command)
+
+
+def _meant(command: str) -> str:
+    """The command that is spelled like this one, or that other tools call so; "" if there is none."""
+    word = command.lower().lstrip("-")
+    near = OTHERS.get(word) or next(iter(get_close_matches(word, COMMANDS, n=1)), None)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def run(command: str) -> None:

@@ -27,8 +27,8 @@ def why_absent(path: Path | str, otherwise: str) -> str:
     # 1. no path
     if url := as_url(given):
         if url.startswith("file:"):
-            return f"is a URL; give the path alone: {unquote(_SCHEME.sub('/', url))}"
-        return "is a URL, and only files are read; download it, and give the path of the file"
+            return f"it is a URL; give the path alone: {unquote(_SCHEME.sub('/', url))}"
+        return "it is a URL, and only files are read; download it, and give the path of the file"
     # 2. what a shell would have expanded; Python does not
     if sign := next((part for part in Path(given).parts if part.startswith(("~", "$"))), None):
         whole = os.path.expanduser(os.path.expandvars(given[given.index(sign) :]))

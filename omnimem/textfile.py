@@ -195,7 +195,7 @@ def path_problem(path: str) -> str | None:
     if "\x00" in path:
         return "holds a zero character; correct the path"
     if as_url(path):
-        return f"{path} {why_absent(path, '')}"
+        return f"{path}: {why_absent(path, '')}"
     if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(name)) > 255 for name in path.split("/")):
         return f"{path[:40]}... is longer than a file name can be (255 bytes); shorten it"
     return None

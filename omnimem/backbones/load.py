@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from omnimem.absent import why_absent
 from omnimem.backbones.assembled import AssembledFamily
 from omnimem.backbones.base import Backbone, ModelOptions
 from omnimem.backbones.family import Family
@@ -23,6 +24,7 @@ from omnimem.backbones.video_salmonn2_plus_qwen2_5 import VideoSalmonn2PlusQwen2
 from omnimem.checksums import SEAL, damage, is_sealed
 from omnimem.errors import first_line, lacks_memory
 from omnimem.extras import require
+from omnimem.run import RunFolder
 from omnimem.shipped import shipped
 from omnimem.textfile import StoredFileError, read_stored
 
@@ -78,6 +80,10 @@ def checked_path(path: str) -> str:
 
 def family_at(path: str) -> Family:
     """The family of a local folder or hub id. Raises CheckpointError without a readable config.json of a family."""
+    if not Path(path).exists() and (cure := why_absent(path, "")):
+        raise CheckpointError(f"model.path: {path} does not exist; {cure}")
+    if what := _of_training(Path(path)):
+        raise CheckpointError(f"model.path: {path} {what}")
     try:
         config = read_json(path, "config.json")
     except CheckpointError:
@@ -92,6 +98,21 @@ def family_at(path: str) -> Family:
             "with config.json, weights and tokenizer, or a hub id that can be reached"
         )
     return family_of(config, path)
+
+
+def _of_training(path: Path) -> str | None:
+    """What a folder of training is, and what takes it; None for any other folder, such as a model."""
+    if (path / "config.json").exists():
+        return None
+    run = RunFolder(path=path)
+    if run.record.is_file() and run.config.is_file():
+        export = f"omnimem export --run {path} --format merged --out DIR"
+        if not run.adapter.is_dir():
+            return f"is the folder of a run, which is not finished; resume it, and then `{export}` writes a model"
+        return f"is the folder of a run; `{export}` writes a model, or give its base, and {run.adapter} as the adapter"
+    if (path / "adapter_config.json").is_file():
+        return "is an adapter; give its base, and this folder as the adapter (--adapter, model.adapter)"
+    return None
 
 
 def family_of(config: Mapping[str, Any], origin: str | Path) -> Family:

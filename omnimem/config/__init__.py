@@ -9,6 +9,7 @@ from typing import Annotated, Any, final
 import yaml
 from pydantic import Field, TypeAdapter
 
+from omnimem.absent import why_absent
 from omnimem.backbones import ModelOptions
 from omnimem.budget import AudioVisualBudget, BudgetOptions, ReleasedBudget, SharedBudget
 from omnimem.calibration import CalibrationOptions
@@ -260,7 +261,7 @@ def _config_file(name: str) -> Path:
             if path.is_file():
                 return path
     known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-    raise ConfigError([f"{name}: no such config here or in {CONFIGS}; {nearest(name, known)}"])
+    raise ConfigError([f"{name}: no such config here or in {CONFIGS}; {why_absent(name, nearest(name, known))}"])
 
 
 def _conflicts(run: RunConfig) -> Iterator[Problem]:

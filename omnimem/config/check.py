@@ -46,6 +46,28 @@ UNFIT = {  # settings of other trainers that do not go with a memory of streams,
     **dict.fromkeys(("modules_to_save", "additional_target", "freeze_aligner", "train_projectors"), _SAVED),
     **dict.fromkeys(("load_in_4bit", "quantization_bit", "quant_bits", "quant_method"), _FOUR),
 }
+ELSEWHERE = {  # keys by the names that other trainers, or older versions of transformers, give them
+    **dict.fromkeys(("lr", "base_lr", "max_lr", "peak_lr"), "train.learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs", "train_epochs"), "train.num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps", "total_steps", "max_train_steps", "iters"), "train.max_steps"),
+    **dict.fromkeys(("batch_size", "bs", "micro_batch_size", "train_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("per_gpu_train_batch_size", "per_device_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("grad_accum", "grad_accum_steps", "accumulation_steps"), "train.gradient_accumulation_steps"),
+    **dict.fromkeys(("accumulate_grad_batches", "grad_accumulation_steps"), "train.gradient_accumulation_steps"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "gradient_clip_val", "gradient_clipping"), "train.max_grad_norm"),
+    **dict.fromkeys(("warmup", "num_warmup_steps", "lr_warmup_steps"), "train.warmup_steps"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule"), "train.lr_scheduler_type"),
+    **dict.fromkeys(("optimizer", "optim_type"), "train.optim"),
+    **dict.fromkeys(("wd", "decay"), "train.weight_decay"),
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "tuning.lora.r"),
+    **dict.fromkeys(("lora_alpha",), "tuning.lora.alpha"),
+    **dict.fromkeys(("lora_dropout",), "tuning.lora.dropout"),
+    **dict.fromkeys(("target_modules", "lora_target", "lora_target_modules", "lora_modules"), "tuning.lora.targets"),
+    **dict.fromkeys(("model_name_or_path", "model_name", "model_id", "model_path", "base_model"), "model.path"),
+    **dict.fromkeys(("torch_dtype", "precision", "mixed_precision"), "model.dtype"),
+    **dict.fromkeys(("dataset", "datasets", "data_path", "dataset_path", "train_file", "train_data"), "data.train"),
+    **dict.fromkeys(("validation_file", "val_file", "val_dataset", "eval_dataset", "val_size"), "data.validation"),
+}
 LISTED = 30  # words in an error message
 LITERALS = ("literal_error", "enum")
 FORMS = ("tuple_type", "list_type", "dataclass_type", "dict_type", "string_type")
@@ -181,8 +203,11 @@ def _what(key: Key, found: Sequence[ErrorDetails], known: Sections) -> str:
 
 
 def _known(key: Key, known: Sections) -> str:
-    """The nearest valid name in the same section, or all names there."""
-    return nearest(str(key[-1]), known.get(key[:-1], ()))
+    """What other tools' name of a key is here, the nearest valid name in the same section, or all names there."""
+    name, inside = str(key[-1]), known.get(key[:-1], ())
+    if where := ELSEWHERE.get(name):
+        return f"did you mean {where!r}?"
+    return nearest(name, inside)
 
 
 def _expected(details: ErrorDetails) -> str:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Union, final, get_args, get_origin, 
 import yaml
 
 from omnimem.config import RunConfig
-from omnimem.config.check import alternatives, choices_of, nearest
+from omnimem.config.check import ELSEWHERE, alternatives, choices_of, nearest
 from omnimem.errors import UserError
 
 PAGE = """# Configuration
@@ -166,6 +166,8 @@ def explain(key: str, train: type, docs: Docs) -> str:
 def _nearest(key: str, sections: Mapping[str, Section]) -> str:
     """A key of the same name in another section, or for the first unknown part of a key the nearest key there."""
     name = key.rpartition(".")[2]
+    if name in ELSEWHERE:
+        return f"did you mean {ELSEWHERE[name]!r}?"
     named = [each for each in sections if each.rpartition(".")[2] == name]
     named += [
         f"{each}.{entry.name}" for each, found in sections.items() for entry in found.entries if entry.name == name

@@ -67,7 +67,9 @@ def test_so_is_a_path_below_the_folder_of_a_manifest(here: Path, case: str) -> N
 def test_a_url_in_a_row_is_named_as_it_was_written(here: Path, key: str) -> None:
     row = {"id": "a", key: "https://a.org/v.mp4", "messages": [{"role": "user", "content": "?"}]}
     (here / "a.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ManifestError, match=rf"a.jsonl:1 {key}: https://a.org/v.mp4 is a URL, and only files are read"):
+    with pytest.raises(
+        ManifestError, match=rf"a.jsonl:1 {key}: https://a.org/v.mp4: it is a URL, and only files are read"
+    ):
         read_manifest(here / "a.jsonl")
 
 

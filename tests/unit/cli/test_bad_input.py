@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from omnimem.absent import why_absent
+from omnimem.backbones.files import CheckpointError
+from omnimem.backbones.load import family_at
 from omnimem.commands import ask, calibrate, evaluate, finetune
 
 CONFIG = ("--config", "tiny.yaml", "model.path=@model", "data.train=@film.jsonl")
@@ -88,3 +91,29 @@ def test_what_set_up_would_refuse_the_dry_run_refuses_in_the_same_words(what, sa
     dry, real = (said(finetune.main, *CONFIG, *usual, *settings, flag) for flag in ("--dry-run", "--skip-preflight"))
     assert dry == real
     assert words in dry[0]
+
+
+@pytest.mark.parametrize("path", ["~/model", "$HOME/model", "a\\model", "https://hub.org/a/model"])
+def test_a_model_path_that_no_shell_expanded_is_repaired(path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        family_at(path)
+    assert str(caught.value) == f"model.path: {path} does not exist; {why_absent(path, '')}"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (("run.json", "config.yaml", "adapter/x"), ("the folder of a run; `omnimem export", "/adapter as the adapter")),
+        (("run.json", "config.yaml"), ("folder of a run, which is not finished; resume it", "--format merged")),
+        (("adapter_config.json",), ("is an adapter; give its base",)),
+        ((), ("config.json",)),
+    ],
+)
+def test_a_folder_of_training_given_as_a_model_is_named(files, words, tmp_path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        family_at(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+    assert all(word in str(caught.value) for word in words)

@@ -86,6 +86,7 @@ fps: 2
     ("override", "what"),
     [
         ("train.learning_rat=1", "unknown key; did you mean 'learning_rate'?"),
+        ("train.lr=1e-4", "unknown key; did you mean 'train.learning_rate'?"),
         ("train.learning_rate=high", "expected a number, got 'high'"),
         ("train.save_strategy=step", "expected 'no', 'steps' or 'epoch', got 'step'; did you mean 'steps'?"),
         ("train.output_dir=out", "set by `name`: the run folder is runs/<name>"),

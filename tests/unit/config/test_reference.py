@@ -11,7 +11,7 @@ from support.paths import ROOT
 from omnimem.commands import explain as command
 from omnimem.commands import list as listing
 from omnimem.config import CONFIGS, find
-from omnimem.config.check import alternatives, choices_of
+from omnimem.config.check import ELSEWHERE, alternatives, choices_of
 from omnimem.config.reference import explain, field_comments, markdown, schema, section, type_name
 from omnimem.errors import UserError
 from omnimem.policies import PolicyOptions
@@ -141,3 +141,11 @@ def test_the_command_prints_a_key_and_the_page(capsys) -> None:
     assert "chunk_tokens: whole number (default 16384)" in capsys.readouterr().out
     assert exit_code(command.main, ["stram"]) == 2
     assert "did you mean 'stream'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_key_of_another_trainer_names_one_that_exists(name) -> None:
+    key = ELSEWHERE[name]
+    assert explain(key, TRAIN, DOCS).startswith(key)
+    with pytest.raises(UserError, match=f"did you mean '{key}'"):
+        explain(f"train.{name}", TRAIN, DOCS)
