@@ -327,7 +327,8 @@ def _apart(cosine: Float[Tensor, "*shape"], codes: Codes | None) -> Float[Tensor
 def _before_bits(side: int) -> Int16[Tensor, "side side"]:
     """The largest 16-bit number where a column is before a row, else the smallest."""
     limits = torch.iinfo(torch.int16)
-    return torch.where(torch.ones(side, side, dtype=torch.bool).tril(-1), limits.max, limits.min).to(torch.int16)
+    before = torch.ones(side, side, dtype=torch.bool, device="cpu").tril(-1)  # it outlives any default device
+    return torch.where(before, limits.max, limits.min).to(torch.int16)
 
 
 def _largest_before(alike: Float[Tensor, "rows columns"], first: int) -> Float[Tensor, " rows"]:
@@ -348,7 +349,7 @@ def _largest_before(alike: Float[Tensor, "rows columns"], first: int) -> Float[T
     if not bool(below.any()):
         return found
     number = below.nonzero()
-    later = torch.arange(columns) >= first + number
+    later = torch.arange(columns, device=alike.device) >= first + number
     return found.index_put_((below,), alike[number[:, 0]].masked_fill(later, float("-inf")).amax(dim=-1))
 
 

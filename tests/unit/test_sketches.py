@@ -224,6 +224,9 @@ def test_the_largest_before_is_found_by_bit_patterns(first) -> None:
     rows[5:25, ::7], rows[::4, 3], rows[24, 9], rows[31] = -100, -0.0, 0.0, -0.0
     later = torch.arange(first + 40) >= first + torch.arange(40)[:, None]
     expected = rows.masked_fill(later, float("-inf")).amax(dim=-1)
+    covered._before_bits.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):  # the mask that is held for all calls is usable in all
+        assert torch.equal(covered._largest_before(rows.clone(), first), expected)
     assert torch.equal(covered._largest_before(rows, first), expected)
 
 
