@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
+from omnimem.absent import as_url, why_absent
 from omnimem.errors import UserError, counted
 from omnimem.limits import exceeds
 from omnimem.media import FrameList, Video, files_of
@@ -253,6 +254,11 @@ class Sample:
         return tuple(found)
 
     @property
+    def is_learned(self) -> bool:
+        """Whether any question has an answer to train on."""
+        return any(question.loss and question.answer is not None for question in self.questions)
+
+    @property
     def times(self) -> tuple[float | None, ...]:
         """Time of each question in seconds of the stream; None: after its end."""
         asked = (message.at for message in self.messages if message.role == "user")
@@ -287,12 +293,9 @@ def read_manifest(path: Path | str, *, allow_absolute: bool = False, text_only: 
         cure = f"make one of its rows: `omnimem convert {path} --out {out}`"
         raise ManifestError([f"{path}: is a folder, and a manifest is a file; {cure}"])
     if not os.path.isfile(path):
-        raise ManifestError(
-            [
-                f"{path}: no such file; create it with `omnimem synthesize --out {path.parent}` (recall), "
-                f"or with `omnimem convert YOUR_FILES --out {path}` (your data)"
-            ]
-        )
+        create = f"create it with `omnimem synthesize --out {path.parent}` (recall), "
+        create += f"or with `omnimem convert YOUR_FILES --out {path}` (your data)"
+        raise ManifestError([f"{as_url(path) or path}: no such file; {why_absent(path, create)}"])
     if _is_list(path):
         out = path.with_suffix(".jsonl") if path.suffix != ".jsonl" else path.with_name(f"{path.stem}-manifest.jsonl")
         cure = f"convert it: `omnimem convert {path} --out {out}`"

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from omnimem.absent import as_url, why_absent
 from omnimem.aside import written_aside
 from omnimem.data import DataOptions, DataSource, Sample, read_manifest
 from omnimem.errors import counted, first_line
@@ -120,7 +121,7 @@ def rows_of(source: DataSource) -> Rows:
         return read_rows(path)
     if path.exists() or not is_file_name(source.path):
         return _data_set_rows(source)
-    raise ManifestError([f"{source.path}: no such file; {NO_FILE}"])
+    raise ManifestError([f"{source.path}: no such file; {why_absent(source.path, NO_FILE)}"])
 
 
 def missing_sources(options: DataOptions) -> list[str]:
@@ -141,7 +142,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     # 1. read the lines, or the items of an array
     if not os.path.isfile(path):
-        raise ManifestError([f"{path}: no such file; {NO_FILE}"])
+        raise ManifestError([f"{as_url(path) or path}: no such file; {why_absent(path, NO_FILE)}"])
     text = read_text(path)
     if text.lstrip().startswith("["):
         items = parse_json(text, str(path), "export it again")

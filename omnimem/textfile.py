@@ -11,6 +11,7 @@ from typing import Any, final
 
 from pydantic import TypeAdapter, ValidationError
 
+from omnimem.absent import as_url, why_absent
 from omnimem.errors import ProblemList, UserError, counted
 from omnimem.limits import read_within
 
@@ -193,6 +194,8 @@ def path_problem(path: str) -> str | None:
     """Why no file can have this path; None if one can."""
     if "\x00" in path:
         return "holds a zero character; correct the path"
+    if as_url(path):
+        return f"{path} {why_absent(path, '')}"
     if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(name)) > 255 for name in path.split("/")):
         return f"{path[:40]}... is longer than a file name can be (255 bytes); shorten it"
     return None

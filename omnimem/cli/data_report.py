@@ -168,6 +168,19 @@ def manifest_report(
     return DataReport(name=name, findings=tuple(inspect_sample(each, tracks=tracks, decode=decode) for each in bar))
 
 
+def unlearned(samples: Sequence[Sample]) -> Iterator[str]:
+    """A note about samples without an answer to train on, and what they are for; `omnimem finetune` refuses them."""
+    silent = [sample for sample in samples if not sample.is_learned]
+    if silent:
+        scored = all(question.answer is not None for sample in silent for question in sample.questions)
+        use = "an evaluation, " if scored else ""
+        yield (
+            f"{counted(len(silent), 'row')} without an answer to train on (first: {silent[0].id}): omnimem finetune "
+            f"refuses them; they do for {use}omnimem calibrate and omnimem show-memory. To train on them add an "
+            f"assistant message after the question{', or remove its loss: false' if scored else ''}"
+        )
+
+
 def shared_files(manifests: dict[str, list[Sample]]) -> Iterator[str]:
     """Files that two manifests have in common: finds test data among the training data."""
     files = {

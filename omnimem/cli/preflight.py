@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from peft.utils import ModulesToSaveWrapper
 
+from omnimem.absent import why_absent
 from omnimem.cli.build import Parts
 from omnimem.cli.data_report import Finding, inspect_sample
 from omnimem.cli.parser import warn
@@ -72,8 +73,15 @@ def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
     if probe:
         return inspect_sample(sample, tracks=run.stream.tracks)
     gone = [path for path in sample.files if not path.is_file()]
-    missing = (Failure(id=sample.id, reason="missing", message=f"{sample.origin}: {path} is missing") for path in gone)
-    return Finding(sample=sample, failures=tuple(missing))
+    said = [f"{sample.origin}: {path} is missing{_seen(path)}" for path in gone]
+    return Finding(
+        sample=sample, failures=tuple(Failure(id=sample.id, reason="missing", message=each) for each in said)
+    )
+
+
+def _seen(path: Path) -> str:
+    """What can be seen about a missing path."""
+    return f"; {cure}" if (cure := why_absent(path, "")) else ""
 
 
 def _tracks(found: Sequence[Finding]) -> str:

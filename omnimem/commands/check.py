@@ -20,6 +20,7 @@ from omnimem.cli.data_report import (
     manifest_report,
     require_annotations,
     shared_files,
+    unlearned,
 )
 from omnimem.cli.parser import Parser, for_command
 from omnimem.data import ManifestError, Sample, read_manifest
@@ -65,8 +66,11 @@ def check_manifests(given: argparse.Namespace) -> Outcome:
         print(report.text())
         problems += [failure.message for failure in report.failures]
         refused |= report.failed_share > given.max_failures
-    # 3. compare the manifests
-    for note in shared_files(manifests):
+    # 3. note what they are for, and what they share
+    for note in [
+        *(f"{name}: {note}" for name, each in manifests.items() for note in unlearned(each)),
+        *shared_files(manifests),
+    ]:
         print(f"note: {note}")
     return problems, refused
 

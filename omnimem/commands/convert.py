@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from omnimem.cli.data_report import DataReport, Finding, add_report_options, inspect_sample
+from omnimem.cli.data_report import DataReport, Finding, add_report_options, inspect_sample, unlearned
 from omnimem.cli.parser import Parser, for_command
 from omnimem.data import DataSource, Failure
 from omnimem.errors import capped, counted
@@ -62,6 +62,7 @@ def convert(
                 lines.append(line)
                 remarks.update(said)
     notes = tuple(f"{counted(count, 'row')}: {remark}" for remark, count in remarks.items())
+    notes += tuple(unlearned([finding.sample for finding in findings if not finding.failures]))
     name = ", ".join(source.path for source in sources)
     return DataReport(name=name, findings=tuple(findings), rejected=tuple(rejected), remarks=notes), lines
 

@@ -290,7 +290,7 @@ def check_model_and_trackers(run: RunConfig) -> None:
 
 def check_answers(samples: Sequence[Sample]) -> None:
     """Raises ManifestError when no question of a sample has an answer to learn."""
-    silent = [s for s in samples if not any(q.loss and q.answer is not None for q in s.questions)]
+    silent = [sample for sample in samples if not sample.is_learned]
     if silent:
         what = "messages: no answer to learn; add an assistant message (loss: true), or remove the line"
         raise ManifestError([f"{sample.origin} {what}" for sample in silent])

@@ -25,6 +25,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from omnimem.absent import as_url, why_absent
 from omnimem.errors import UserError, counted, printable
 from omnimem.limits import BYTES_PER_SECOND, exceeds, limit
 from omnimem.media.frames import SUFFIXES, FrameList, Video
@@ -69,7 +70,7 @@ class MediaError(UserError):
     """A media file that cannot be used: `path`, `reason`, and a message of one line with the problem and the fix."""
 
     def __init__(self, path: Video | str, reason: Reason, message: str) -> None:
-        super().__init__(printable(f"{path}: {message}"))
+        super().__init__(printable(f"{as_url(str(path)) or path}: {message}"))
         self.path = Path(str(path))
         self.reason: Reason = reason
 
@@ -392,7 +393,7 @@ def _require_file(path: Path) -> None:
     if path.exists():
         what = "is a pipe or a device; copy it to a file, or send it to `omnimem ask --video -` on standard input"
         raise MediaError(path, "unreadable", what)
-    raise MediaError(path, "missing", "is not a file; check the path")
+    raise MediaError(path, "missing", f"is not a file; {why_absent(path, 'check the path')}")
 
 
 def is_empty(packet: Packet) -> bool:

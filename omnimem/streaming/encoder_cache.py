@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omnimem.absent import why_absent
 from omnimem.aside import remove_leftovers, written_aside
 from omnimem.backbones import Backbone, Encoded
 from omnimem.backbones.projectors import TRACKS, Track
@@ -294,7 +295,8 @@ class EncoderCache:
 def _content(path: Path) -> bytes:
     """sha256 of a file, computed once for each state of it; raises MediaError when it is missing."""
     if not path.is_file():
-        raise MediaError(path, "missing", "is not there; restore it or correct the manifest")
+        cure = why_absent(path, "restore it or correct the manifest")
+        raise MediaError(path, "missing", f"is not there; {cure}")
     return _content_once(path, state_of(path))
 
 

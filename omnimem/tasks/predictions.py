@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 from zipfile import ZipFile
 
+from omnimem.absent import why_absent
 from omnimem.data import Question, Sample
 from omnimem.errors import counted, first_line, lacks_memory
 from omnimem.extras import optional
@@ -54,7 +55,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     if path.suffix not in readers:
         raise ManifestError([f"{path}: expected {', '.join(readers)}: the samples of lmms-eval or a VLMEvalKit table"])
     if not os.path.isfile(path):
-        raise ManifestError([f"{path}: no such file; give the predictions that lmms-eval or VLMEvalKit wrote"])
+        cure = why_absent(path, "give the predictions that lmms-eval or VLMEvalKit wrote")
+        raise ManifestError([f"{path}: no such file; {cure}"])
     try:
         found = list(readers[path.suffix](path))
     except ManifestError:

@@ -1,5 +1,6 @@
 """data_prep/check.py says of a benchmark's folder what is there, what is not, and how to get it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from support import task_layouts as layouts
 from support.commands import exit_code
 
 from omnimem.cli import data_report
-from omnimem.commands import check
+from omnimem.commands import check, convert
 from omnimem.data import Item, Message, Sample
 
 Said = tuple[int, str, list[str]]
@@ -69,3 +70,28 @@ def test_a_question_after_the_end_is_noted_with_what_it_sees(start, what, tmp_pa
     )
     [note] = data_report._with_lengths(data_report.Finding(sample=sample, seconds=6.0), [sample]).notes
     assert note == f"x#0 is asked after the end of its video (6.0 s): {what}"
+
+
+ASKED, LEARNED = {"role": "user", "content": "what ?"}, {"role": "assistant", "content": "that"}
+NOT_LEARNED = {**LEARNED, "loss": False}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([[ASKED, LEARNED], [ASKED]], ["1 row", "(first: 1)", "omnimem finetune refuses", "do for omnimem calibrate"]),
+        ([[ASKED], [ASKED, NOT_LEARNED]], ["2 rows", "(first: 0)", "do for omnimem calibrate"]),
+        ([[ASKED, NOT_LEARNED]], ["1 row", "do for an evaluation", "remove its loss: false"]),
+        ([[ASKED, LEARNED], [ASKED, ASKED, LEARNED]], []),
+    ],
+)
+@pytest.mark.parametrize("convert_too", [False, True])
+def test_rows_without_an_answer_to_train_on_are_noted(rows, words, convert_too, tmp_path, capsys) -> None:
+    lines = [json.dumps({"id": str(number), "messages": row}) for number, row in enumerate(rows)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    arguments = [str(path), "--out", str(tmp_path / "b.jsonl")] if convert_too else [str(path)]
+    assert exit_code((convert if convert_too else check).main, arguments) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    assert len(notes) == bool(words)
+    assert all(word in note for word in words for note in notes)
