@@ -74,9 +74,8 @@ def _finding(sample: Sample, run: RunConfig, *, probe: bool) -> Finding:
         return inspect_sample(sample, tracks=run.stream.tracks)
     gone = [path for path in sample.files if not path.is_file()]
     said = [f"{sample.origin}: {path} is missing{_seen(path)}" for path in gone]
-    return Finding(
-        sample=sample, failures=tuple(Failure(id=sample.id, reason="missing", message=each) for each in said)
-    )
+    missing = (Failure(id=sample.id, reason="missing", message=each) for each in said)
+    return Finding(sample=sample, failures=tuple(missing))
 
 
 def _seen(path: Path) -> str:

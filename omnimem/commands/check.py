@@ -67,10 +67,8 @@ def check_manifests(given: argparse.Namespace) -> Outcome:
         problems += [failure.message for failure in report.failures]
         refused |= report.failed_share > given.max_failures
     # 3. note what they are for, and what they share
-    for note in [
-        *(f"{name}: {note}" for name, each in manifests.items() for note in unlearned(each)),
-        *shared_files(manifests),
-    ]:
+    silent = [f"{name}: {note}" for name, samples in manifests.items() for note in unlearned(samples)]
+    for note in [*silent, *shared_files(manifests)]:
         print(f"note: {note}")
     return problems, refused
 

@@ -92,6 +92,6 @@ def test_rows_without_an_answer_to_train_on_are_noted(rows, words, convert_too, 
     path.write_text("\n".join(lines))
     arguments = [str(path), "--out", str(tmp_path / "b.jsonl")] if convert_too else [str(path)]
     assert exit_code((convert if convert_too else check).main, arguments) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line and "to train on" in line]
     assert len(notes) == bool(words)
     assert all(word in note for word in words for note in notes)
