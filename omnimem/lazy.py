@@ -1,5 +1,6 @@
 """What is computed once: a property per object, a result per computation that may run again."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, final
 
@@ -8,23 +9,29 @@ T = TypeVar("T")
 
 @final
 class Once:
-    """Results by name, of a computation that runs again on equal inputs: the second time they are found.
+    """Results of a computation that runs again on equal inputs: the second time they are found.
 
-    For results without gradient alone: a recomputation in backward must find the graph of the first run.
+    The n-th result of a name in one run is the n-th of that name in every other. For results without gradient alone: a
+    recomputation in backward must find the graph of the first run.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, Any] = {}
+        self._found: dict[Any, Any] = {}
+        self._asked: Counter[str] = Counter()
 
     def __call__(self, name: str, compute: Callable[[], T]) -> T:
-        """The result of `compute`, which is called the first time that this name is asked for."""
-        if name not in self._found:
-            self._found[name] = compute()
-        return self._found[name]
+        """The result of `compute`, which is called if no run has asked so often for this name."""
+        key = name, self._asked[name]
+        self._asked[name] += 1
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
     def of(self, part: int) -> "Once":
-        """The results of a part of the computation."""
-        return self(f"part {part}", Once)
+        """The results of a part of the computation, for one run of it."""
+        run = Once()
+        run._found = self._found.setdefault(part, {})
+        return run
 
 
 @final

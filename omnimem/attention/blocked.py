@@ -189,11 +189,13 @@ def attend_measured(
             )
             for block, rows, weights in parts.weights(part, room):
                 seen = weights.shape[-1]
-                measured = weights[:, :, (every.first - block.start) % every.stride :: every.stride]
-                of_mass.narrow(1, 0, seen).add_(measured.sum(dim=(1, 2)).div_(queries.shape[1]))
+                begin = (every.first - block.start) % every.stride
+                measured = weights if every.stride == 1 else weights[:, :, begin :: every.stride]
+                of_mass.narrow(1, 0, seen).add_(measured.sum(dim=(1, 2)))
                 mixed = torch.bmm(weights.view(*rows.shape[:2], seen), of_values.narrow(1, 0, seen))
                 of_output[:, :, block] = mixed.view(*weights.shape[:3], -1)
-    return output, received * every.stride
+    received.div_(queries.shape[1])
+    return output, received if every.stride == 1 else received * every.stride
 
 
 def _flash_measured(
@@ -298,8 +300,8 @@ class _Mass(torch.autograd.Function):
         with torch.autocast(queries.device.type, enabled=False):
             for part in parts.parts:
                 for _, _, weights in parts.weights(part, room):
-                    received[part.streams, : weights.shape[-1]] += weights.sum(dim=(1, 2)) / queries.shape[1]
-        return received
+                    received[part.streams, : weights.shape[-1]] += weights.sum(dim=(1, 2))
+        return received.div_(queries.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -117,10 +117,13 @@ def test_recomputed_gradient_equals_the_stored_one_bit_for_bit_with_dropout(carr
     assert not torch.equal(found[0][0], other)  # dropout was active
 
 
-@pytest.mark.parametrize("by_layer", [False, True], ids=["", "by_layer"])
+@pytest.mark.parametrize(("by_layer", "offload"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("gradient", ["hard", "none", "redundancy", "both"])
-def test_a_recomputed_chunk_measures_what_has_no_gradient_once(gradient, by_layer, monkeypatch) -> None:
-    """Attention mass and nearest tokens; mass that learns is measured again, as its graph is needed."""
+def test_a_recomputed_chunk_measures_what_has_no_gradient_once(gradient, by_layer, offload, monkeypatch) -> None:
+    """Attention mass and nearest tokens; mass that learns is measured again, as its graph is needed.
+
+    With offload all is, as nothing but the last chunk may stay on the device.
+    """
     model, episode = adapted("qwen2_5_omni"), episode_of("qwen2_5_omni")
     softness = None if gradient == "hard" else Softness(temperature=0.3, gradient=gradient)
     calls: Counter[str] = Counter()
@@ -138,13 +141,28 @@ def test_a_recomputed_chunk_measures_what_has_no_gradient_once(gradient, by_laye
     found_by = {"hard": "uncovered_contested", "none": "uncovered_values"}
     counting(covered, found_by.get(gradient, "nearest_before"))
     with attach(model, recompute_layers=by_layer) as attached:
-        loss = streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient(), softness)
+        loss = streamed_loss_of(attached, episode, policy_of("omnimem"), FullGradient(offload=offload), softness)
         read = calls.copy()
         loss.backward()
     assert len(read) == 2
     assert min(read.values()) >= attached.shape.layers
     learns = {"mass"} if gradient == "both" else set()
-    assert {name for name in calls if calls[name] > read[name]} == learns
+    assert {name for name in calls if calls[name] > read[name]} == (set(calls) if offload else learns)
+
+
+@pytest.mark.parametrize("gradient_of", ["hard", "none", "redundancy"])
+def test_a_score_with_two_coverages_finds_the_results_of_each_again(gradient_of) -> None:
+    model, episode = adapted("qwen2_5_omni", torch.float32), episode_of("qwen2_5_omni", torch.float32)
+    softness = None if gradient_of == "hard" else Softness(temperature=0.3, gradient=gradient_of)
+    policy = policy_of("omnimem")
+    assert isinstance(policy.scorer, covered.Covered)
+    outer = replace(policy.scorer, inner=policy.scorer, compared="values", above=0.0)
+    with attach(model) as attached:
+        again, kept = (
+            gradient(streamed_loss_of(attached, episode, replace(policy, scorer=outer), way, softness), model)
+            for way in (FullGradient(), FullGradient(recompute=False))
+        )
+    assert torch.equal(again, kept)
 
 
 def test_gradient_passes_through_positions_that_move_up() -> None:

@@ -160,4 +160,4 @@ def test_a_view_has_no_place_for_a_question() -> None:
     """All that a scorer can reach is the pool, queries of the chunk and of the policy's own probes (token ids that are
     fixed before the stream starts), and how they are measured."""
     own = {"pool", "new", "queries", "scale", "rotary", "heads", "measured", "every", "settles", "padded", "arrived"}
-    assert {field.name for field in fields(LayerView)} == own | {"measures", "gradient", "probes", "contests"}
+    assert {field.name for field in fields(LayerView)} == own | {"measures", "gradient", "probes", "contests", "once"}
