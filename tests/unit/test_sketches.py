@@ -86,6 +86,16 @@ def test_a_score_that_learns_has_the_value_of_evaluation(bits, product, batch) -
     assert int(((trained - found).abs() > 1e-5).sum()) <= 2 * batch
 
 
+@pytest.mark.parametrize("codes", [None, 2, 4])
+def test_a_short_difference_from_the_mean_has_no_gradient(codes) -> None:
+    """In the scale of the codes: those of 2 bits are longer than what they stand for."""
+    scale = enlarged(96) if codes == 2 else 1.0
+    apart = F.normalize(streams(8, 96), dim=-1)[None] * scale * torch.tensor([0.04, 0.06]).repeat(4)[:, None]
+    covered._directions(apart.requires_grad_(), codes)[..., 0].sum().backward()
+    assert apart.grad is not None
+    assert apart.grad.abs().sum(dim=-1).gt(0).tolist() == [[False, True] * 4]
+
+
 def test_the_cosine_of_numbers_follows_from_that_of_their_codes() -> None:
     """In the mean over pairs of normally distributed numbers, whose correlation is known."""
     draw = torch.Generator().manual_seed(DRAW)
