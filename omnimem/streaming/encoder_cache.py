@@ -204,7 +204,7 @@ class EncoderCache:
         # 2. the files
         media = source.path if track == "visual" else source.audio_path
         if isinstance(media, FrameList):
-            digest.update(f"{len(media.files)} frames, {media.fps} per second".encode())
+            digest.update(f"list {len(media.files)} {media.fps}".encode())
         for path in files_of((media,)):
             digest.update(_content(path))
         return self.folder / f"{digest.hexdigest()}.safetensors"
