@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "runs", "__pycache__")
 SAMPLER, TRAINER = "omnimem/training/sampler.py", "omnimem/training/trainer.py"
 FEEDER, STREAM = "omnimem/streaming/feeder.py", "omnimem/streaming/stream.py"
+CACHE = "omnimem/streaming/encoder_cache.py"
 ANSWERING, RESULTS = "omnimem/evaluation/answering.py", "omnimem/evaluation/results.py"
 DIFFERENCES, STATISTICS = "omnimem/comparison/differences.py", "omnimem/comparison/statistics.py"
 FINETUNE = "tests/e2e/test_finetune.py"
@@ -148,7 +149,11 @@ MUTATIONS = (
     ),
     # questions within a grid, tracks, left-out questions, ranges
     Mutation(
-        "rest counted as part of the stream", FEEDER, "after if segment.at is None else total", "after", EVALUATION
+        "rest counted as part of the stream",
+        CACHE,
+        "total = heard if whole.at is None else total",
+        "total = heard",
+        EVALUATION,
     ),
     Mutation("stream without tokens accepted", FEEDER, "if not tokens:", "if False:", ("tests/unit/test_rows.py",)),
     Mutation(

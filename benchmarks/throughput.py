@@ -45,7 +45,7 @@ from omnimem.budget import SplitBudget
 from omnimem.cli.parser import Parser, run_command
 from omnimem.config import CONFIGS
 from omnimem.data import Message, Sample
-from omnimem.media import Segment, SourceOptions
+from omnimem.media import FileSource, Segment, SourceOptions
 from omnimem.policies import PerturbationOptions
 from omnimem.rows import tracks_of
 from omnimem.run import write_json
@@ -113,8 +113,18 @@ def write_video(path: Path, frames: int, side: int) -> None:
 class Held:
     """The decoded segments of a file, in memory."""
 
-    options: SourceOptions
+    source: FileSource
     segments: list[Segment]
+
+    @property
+    def options(self) -> SourceOptions:
+        """Of the file as it was decoded."""
+        return self.source.options
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file is still the one that was decoded."""
+        return self.source.unchanged
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.segments)
@@ -137,7 +147,7 @@ class Bench:
         seconds: dict[str, float] = {}
         model = self.backbone.model
         source = self.feeder.source(self.sample)
-        held = Held(source.options, self._timed(seconds, "decode", lambda: list(source)))
+        held = Held(source, self._timed(seconds, "decode", lambda: list(source)))
         parts = self._timed(seconds, "towers", lambda: list(self.feeder.read(self.sample, held)))
         tracks = tracks_of(self.sample, self.feeder.options.tracks)
         whole = [part.encoded for part in parts]

@@ -1,5 +1,6 @@
 """Renders a chat template in a child process with limits: a template is a program of the checkpoint's author."""
 
+import gc
 import os
 import resource
 import select
@@ -7,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from omnimem.limits import exceeds, limit
 
 SAMPLE = "\x00"  # placeholder of the question while the template is rendered
 MEMORY = 1 << 30  # bytes that rendering may take in addition
+CHILDREN = 5  # processes that are tried
+PAUSE, IDLE = 0.5, 4  # seconds between two looks at a child; after so many more without work it waits for a lock
 
 
 class TemplateFailure(ValueError):
@@ -64,42 +68,76 @@ def _around(
 def render_bounded(render: Callable[[], str]) -> str:
     """The text of `render()`, computed in a forked child; raises TemplateFailure.
 
-    The child may take 1 GiB of memory and `template_seconds`, the text have `template_characters`.
+    The child may take 1 GiB of memory and `template_seconds`, the text have `template_characters`. A child inherits the
+    locks that other threads hold, and waits for ever where it needs one of them: it is then replaced by another one.
     """
-    # 1. fork
-    end, start = os.pipe()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)  # child: no threads
-        try:
-            child = os.fork()
-        except OSError as error:
-            raise MemoryError(f"no process can be started to render the chat template: {error.strerror}") from error
-    if child == 0:
-        os.close(end)
-        _answer(render, start)
-    os.close(start)
-    # 2. read its answer
-    most, until, data = 4 * limit("template_characters") + 1000, time.monotonic() + limit("template_seconds"), b""
-    try:
-        while len(data) <= most:
-            ready, _, _ = select.select([end], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TemplateFailure(f"takes longer than template_seconds = {limit('template_seconds')}")
-            part = os.read(end, 1 << 20)
-            if not part:
-                break
-            data += part
-    finally:
-        os.close(end)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    # 3. the text, or the error
-    status, text = data[:1], data[1:].decode("utf-8", "surrogatepass" if len(data) <= most else "replace")
+    for _ in range(CHILDREN):
+        if (data := _from_child(render)) is not None:
+            break
+    else:
+        raise TemplateFailure(f"{CHILDREN} forked processes waited for locks of other threads; start those later")
+    most = limit("template_characters")
+    status, text = data[:1], data[1:].decode("utf-8", "surrogatepass" if len(data) <= _bytes(most) else "replace")
     if what := exceeds("template_characters", len(text)):
         raise TemplateFailure(f"its text has {what}")
     if status != b"1":
         raise TemplateFailure(text or "its process ended without an answer")
     return text
+
+
+def _bytes(characters: int) -> int:
+    """The largest answer with so many characters."""
+    return 4 * characters + 1000
+
+
+def _from_child(render: Callable[[], str]) -> bytes | None:
+    """The answer of a forked child, its beginning if it is too long; None: the child waits for a lock."""
+    # 1. fork
+    (end, start), parent = os.pipe(), os.getpid()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)  # child: no threads
+        collects = gc.isenabled()
+        gc.disable()  # in the child, an unreferenced decoder would wait for its threads, which are not there
+        try:
+            child = os.fork()
+        except OSError as error:
+            raise MemoryError(f"no process can be started to render the chat template: {error.strerror}") from error
+        finally:
+            if collects and os.getpid() == parent:
+                gc.enable()
+    if child == 0:
+        os.close(end)
+        _answer(render, start)
+    os.close(start)
+    # 2. read its answer
+    until, data, seen = time.monotonic() + limit("template_seconds"), b"", list[str]()
+    try:
+        while len(data) <= _bytes(limit("template_characters")):
+            left = until - time.monotonic()
+            if select.select([end], [], [], min(PAUSE, max(0.0, left)))[0]:
+                part = os.read(end, 1 << 20)
+                if not part:
+                    return data
+                data += part
+                continue
+            if left <= 0:
+                raise TemplateFailure(f"takes longer than template_seconds = {limit('template_seconds')}")
+            seen = [*seen[-IDLE:], _sleeping(child)]
+            if len(seen) > IDLE and seen[0] and len(set(seen)) == 1:
+                return None
+        return data
+    finally:
+        os.close(end)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _sleeping(process: int) -> str:
+    """The CPU time of a process that waits for something, in ticks; empty where it runs, or nothing is known of it."""
+    with suppress(OSError):
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+        return f"{fields[10]} {fields[11]}" if state == "S" else ""
+    return ""
 
 
 def _answer(render: Callable[[], str], start: int) -> None:

@@ -1,6 +1,7 @@
 """Small input that would fill memory or run for hours is refused within a second, and the limit is named and raised."""
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -16,7 +17,7 @@ from pyarrow import parquet
 from support.thinkers import write_folder
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from omnimem.backbones import ModelOptions, load_backbone
+from omnimem.backbones import ModelOptions, load_backbone, template
 from omnimem.backbones.template import TemplateFailure, render_bounded
 from omnimem.budget import Budget
 from omnimem.checksums import damage, origin_of
@@ -131,6 +132,57 @@ def test_what_a_template_returns_or_raises_is_passed_on() -> None:
     assert render_bounded(lambda: "ä\ud800 text") == "ä\ud800 text"
     with pytest.raises(TemplateFailure, match="division"):
         render_bounded(lambda: str(1 // 0))
+
+
+@pytest.mark.parametrize("released", [True, False], ids=["for a moment", "for ever"])
+def test_a_child_that_waits_for_a_lock_of_another_thread_is_replaced(released, monkeypatch) -> None:
+    """A forked child has the locks as they were, and none of the threads that would release them."""
+    monkeypatch.setattr(template, "PAUSE", 0.05)
+    lock = threading.Lock()
+    lock.acquire()
+    if released:
+        threading.Timer(0.5, lock.release).start()
+
+    def render() -> str:
+        with lock:
+            return "text"
+
+    if released:
+        assert render_bounded(render) == "text"
+    else:
+        with pytest.raises(TemplateFailure, match=r"5 forked processes waited for locks of other threads"):
+            render_bounded(render)
+
+
+def test_a_child_collects_no_garbage_of_its_parent(monkeypatch) -> None:
+    """A decoder, say, whose end waits for threads that only the parent has."""
+    monkeypatch.setattr(template, "PAUSE", 0.05)
+    parent = os.getpid()
+
+    class Decoder:
+        def __init__(self) -> None:
+            self.own = self
+
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                threading.Event().wait()
+
+    gc.collect()
+    Decoder()
+    assert render_bounded(lambda: str(sum(len([[]]) for _ in [[[]] for _ in range(10**5)]))) == "100000"
+    assert gc.isenabled()
+
+
+def test_a_child_that_works_is_not_taken_for_one_that_waits(monkeypatch) -> None:
+    monkeypatch.setattr(template, "PAUSE", 0.02)
+
+    def render() -> str:
+        until = time.process_time() + 0.5
+        while time.process_time() < until:
+            pass
+        return "text"
+
+    assert render_bounded(render) == "text"
 
 
 def test_a_model_with_countless_layers_is_refused(tmp_path) -> None:
