@@ -1,4 +1,4 @@
-"""Sections of a record that crash, hang or spoil their process; imports little, as every process begins anew."""
+"""Sections of a record that crash, hang or spoil their process; imports little, as every process starts with it."""
 
 import os
 import time
